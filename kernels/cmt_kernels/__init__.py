@@ -1,0 +1,27 @@
+"""Ops of the diffusion transformer, the ODE solvers and the few-step losses, each for `Tensor | Dual`.
+
+One folder per op: formula and shapes in its `__init__`, plain torch in `reference.py`, inputs in
+`cases.py`. `_op.py` chooses the backend.
+"""
+from cmt_kernels._op import OPS, available, table, use
+from cmt_kernels.adamw_ema import adamw_ema
+from cmt_kernels.attention import attention
+from cmt_kernels.consistency_loss import consistency_loss
+from cmt_kernels.dual import Dual
+from cmt_kernels.gated_residual import gated_residual
+from cmt_kernels.gelu import gelu
+from cmt_kernels.label_embedding import label_embedding
+from cmt_kernels.linear import linear
+from cmt_kernels.meanflow_loss import meanflow_loss
+from cmt_kernels.modulated_norm import modulated_norm
+from cmt_kernels.path_point import path_point
+from cmt_kernels.qk_norm import qk_norm
+from cmt_kernels.silu import silu
+from cmt_kernels.solver_step import solver_step
+from cmt_kernels.time_embedding import time_embedding
+
+__all__ = [
+    "OPS", "Dual", "adamw_ema", "attention", "available", "consistency_loss", "gated_residual", "gelu",
+    "label_embedding", "linear", "meanflow_loss", "modulated_norm", "path_point", "qk_norm", "silu",
+    "solver_step", "table", "time_embedding", "use",
+]

@@ -1,0 +1,21 @@
+"""adamw_ema in plain torch."""
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def adamw_ema(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, emas: list[Tensor], ema_betas: list[float], step: int, lr: float,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, max_norm: float = 0.0,
+) -> Tensor:
+    norm = torch.linalg.vector_norm(g)
+    if max_norm > 0:
+        g = g * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    m.lerp_(g, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    p.mul_(1 - lr * weight_decay)
+    denominator = (v.sqrt() / (1 - betas[1] ** step) ** 0.5).add_(eps)
+    p.addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** step))
+    for e, beta in zip(emas, ema_betas, strict=True):
+        e.lerp_(p, 1 - beta)
+    return norm

@@ -1,0 +1,75 @@
+"""Dual numbers: a value and its derivative along one direction, as two ordinary tensors.
+
+MeanFlow needs `u` and `du/dt` from one forward. Forward-mode AD in torch does not compose with
+compile, fused attention, checkpointing or ZeRO, so every op and layer here takes `Tensor | Dual`
+and a module's `forward` is written once.
+
+* `value`: (B, ...), carries gradients as usual.
+* `tangent`: (k, ...) with k <= B, belongs to the **first k rows** of `value`. It never requires
+  grad and nothing is saved for it: tangent arithmetic runs under `no_grad` on detached values.
+
+The value of a dual forward is bitwise the value of the plain forward: the ops compute it by the
+same call, and the tangent beside it.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Dual(NamedTuple):
+    """value: (B, ...); tangent: (k, ...), the derivative of the first k rows.
+
+    A NamedTuple rather than a dataclass: DeepSpeed's hooks look inside tuples.
+    """
+
+    value: Tensor
+    tangent: Tensor
+
+
+def value(x: Tensor | Dual) -> Tensor:
+    """The value: (B, ...)."""
+    return x.value if isinstance(x, Dual) else x
+
+
+def tangent(x: Tensor | Dual | None) -> Tensor | None:
+    """The tangent (k, ...), or None for a plain tensor (a constant)."""
+    return x.tangent if isinstance(x, Dual) else None
+
+
+def head(x: Tensor | Dual, k: int) -> Tensor:
+    """The first k rows of the value, detached: what a tangent rule reads. (k, ...)."""
+    return value(x)[:k].detach()
+
+
+def rows(*xs: Tensor | Dual | None) -> int | None:
+    """k, the number of rows with tangents among the arguments; None if all are plain.
+
+    Raises AssertionError when two arguments disagree: tangents of one forward belong to the same rows.
+    """
+    counts = {x.tangent.shape[0] for x in xs if isinstance(x, Dual)}
+    assert len(counts) <= 1, f"tangents of different row counts in one op: {sorted(counts)}"
+    return counts.pop() if counts else None
+
+
+def linear_map(f: Callable[[Tensor], Tensor], x: Tensor | Dual) -> Tensor | Dual:
+    """Apply a map that is linear and acts row by row (reshape, permute, scaling) to both halves."""
+    if not isinstance(x, Dual):
+        return f(x)
+    y = f(x.value)
+    with torch.no_grad():
+        return Dual(y, f(x.tangent))
+
+
+def add(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
+    """a + b, (B, ...) each; a plain summand is a constant."""
+    total = value(a) + value(b)
+    a_dot, b_dot = tangent(a), tangent(b)
+    if a_dot is None and b_dot is None:
+        return total
+    rows(a, b)
+    with torch.no_grad():
+        return Dual(total, b_dot if a_dot is None else a_dot if b_dot is None else a_dot + b_dot)

@@ -1,0 +1,10 @@
+"""linear: y = x W^T + b, y. = x. W^T. Weights are constants of the tangent; biases drop out of it."""
+from torch import Tensor
+
+from cmt_kernels._op import backend
+from cmt_kernels.dual import Dual
+
+
+def linear(x: Tensor | Dual, weight: Tensor, bias: Tensor | None = None) -> Tensor | Dual:
+    """x: (..., D); weight: (E, D); bias: (E,) -> (..., E). Follows autocast as F.linear does."""
+    return backend("linear")(x, weight, bias)

@@ -1,0 +1,14 @@
+"""silu in plain torch."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmt_kernels.dual import Dual, value
+
+
+def silu(x: Tensor | Dual) -> Tensor | Dual:
+    y = F.silu(value(x))
+    if not isinstance(x, Dual):
+        return y
+    with torch.no_grad():
+        return Dual(y, torch.ops.aten.silu_backward(x.tangent, x.value[: len(x.tangent)]))
