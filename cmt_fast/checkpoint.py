@@ -1,0 +1,156 @@
+"""Checkpoints: safetensors and a manifest with checksums, no pickle, visible only when complete.
+
+    STAGE/checkpoints/step-00001200/  manifest.json  model.safetensors  ema-0.safetensors  optimizer.safetensors
+
+Written to a temporary folder, every file synced, then renamed: a folder with its final name is whole, or
+its checksums say that it is not, and the one before it is used.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another kind: one line that says which and why."""
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint on disk. manifest: step, nimg, stage, config hash, lineage, file checksums."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The named tensors of one file ("model", "ema-0", "optimizer"). Raises CheckpointError."""
+        if f"{name}.safetensors" not in self.manifest["files"]:
+            raise CheckpointError(f"{self.folder}: holds no {name}; it has {', '.join(self.manifest['files'])}")
+        return load_file(self.folder / f"{name}.safetensors")
+
+
+def folder_of(stage_dir: Path, step: int) -> Path:
+    return stage_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def save(stage_dir: Path, step: int, files: dict[str, dict[str, Tensor]], about: dict[str, Any], keep: int = 2) -> Path:
+    """Write one checkpoint and prune all but the newest `keep`. Returns its folder; raises OSError when the disk refuses."""
+    final = folder_of(stage_dir, step)
+    temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        sums = {}
+        for name, tensors in files.items():
+            path = temporary / f"{name}.safetensors"
+            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, path)
+            sync(path)
+            sums[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
+        body = {"format": FORMAT, "step": step, **about, "files": sums}
+        body["xxh3_128"] = xxhash.xxh3_128_hexdigest(canonical(body))
+        write_text(temporary / "manifest.json", json.dumps(body, indent=1))
+        sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in steps(stage_dir)[:-keep]:
+        shutil.rmtree(folder_of(stage_dir, old), ignore_errors=True)
+    return final
+
+
+def steps(stage_dir: Path) -> list[int]:
+    """Steps of the checkpoints that stand under their final names, oldest first."""
+    names = (p.name for p in (stage_dir / "checkpoints").glob("step-*"))
+    return sorted(int(n[5:]) for n in names if n[5:].isdigit())
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Read the manifest and check every size and checksum. Raises CheckpointError naming the file."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        body = {k: v for k, v in manifest.items() if k != "xxh3_128"}
+        if manifest["xxh3_128"] != xxhash.xxh3_128_hexdigest(canonical(body)):
+            raise CheckpointError(f"{path}: was changed after it was written")
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path}: has format {manifest['format']}, this version reads {FORMAT}")
+        files = manifest["files"].items()
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: is no checkpoint, it has no manifest.json") from None
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    for name, want in files:
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != want["bytes"]:
+            raise CheckpointError(f"{file}: is missing or has not the {want['bytes']} bytes of the manifest")
+        if checksum(file) != want["xxh3_128"]:
+            raise CheckpointError(f"{file}: does not match its checksum")
+    return Checkpoint(folder, manifest)
+
+
+def latest(stage_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies, None if there is none at all; says on stderr which ones it passed over."""
+    found = steps(stage_dir)
+    for step in reversed(found):
+        try:
+            return verify(folder_of(stage_dir, step))
+        except CheckpointError as error:
+            print(f"checkpoint passed over: {error}", file=sys.stderr)
+    if found:
+        raise CheckpointError(f"{stage_dir}: none of its {len(found)} checkpoints is whole")
+    return None
+
+
+def complete(stage_dir: Path) -> Checkpoint:
+    """The final checkpoint of a finished stage. Raises CheckpointError if the stage is not finished."""
+    found = latest(stage_dir)
+    if found is None:
+        raise CheckpointError(f"{stage_dir}: holds no checkpoint")
+    if not found.manifest.get("done"):
+        raise CheckpointError(f"{stage_dir}: is not finished (step {found.manifest['step']})")
+    return found
+
+
+def checksum(path: Path) -> str:
+    """xxh3_128 of a file's bytes."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True).encode()
+
+
+def sync(path: Path) -> None:
+    """fsync a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write and sync a small file whole, by rename."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary.write_text(text, "utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+

@@ -1,0 +1,54 @@
+"""The few collective calls, each the identity on one process. Ranks come from torchrun's environment."""
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start(device: torch.device) -> None:
+    """Join torchrun's process group, if this process was started by it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def mean_(x: Tensor) -> Tensor:
+    """x averaged over ranks, in place."""
+    if size() > 1:
+        dist.all_reduce(x)
+        x /= size()
+    return x
+
+
+def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
+    """Equal shards (n, ...) of all ranks joined along `dim`, in rank order."""
+    if size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim)
+
+
+def barrier() -> None:
+    if size() > 1:
+        dist.barrier()

@@ -1,0 +1,115 @@
+"""The diffusion transformer (Peebles & Xie 2023) with adaLN-zero, one or two times, for Tensor | Dual."""
+from __future__ import annotations
+
+import torch
+from cmt_kernels import Dual, attention, gated_residual, gelu, modulated_norm, qk_norm, silu
+from cmt_kernels.dual import add, linear_map
+from torch import Tensor, nn
+
+from cmt_fast.models.layers import LabelEmbedder, Linear, TimeEmbedder
+
+# size: width, depth, heads
+SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+
+class Block(nn.Module):
+    """x: (B, T, D), c: (B, D) already through silu -> (B, T, D)."""
+
+    def __init__(self, width: int, heads: int, normed: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = Linear(width, 6 * width, zero=True)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
+        self.q_weight, self.k_weight = (
+            nn.Parameter(torch.ones(width // heads)) if normed else None for _ in range(2)
+        )
+
+    def forward(self, x: Tensor | Dual, c: Tensor | Dual, cos: Tensor | None, sin: Tensor | None) -> Tensor | Dual:
+        modulation = self.modulation(c)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+            linear_map(lambda m, i=i: m.chunk(6, dim=-1)[i], modulation) for i in range(6)
+        )
+        qkv = linear_map(lambda y: y.unflatten(-1, (3, self.heads, -1)), self.qkv(modulated_norm(x, shift_a, scale_a)))
+        x = gated_residual(x, self.proj(attention(qk_norm(qkv, self.q_weight, self.k_weight, cos, sin))), gate_a)
+        return gated_residual(x, self.fc2(gelu(self.fc1(modulated_norm(x, shift_m, scale_m)))), gate_m)
+
+
+class DiT(nn.Module):
+    """F(x, t, r, labels): x (B, C, H, W), t, r (B,) -> (B, C, H, W).
+
+    two_times adds an embedding of t - r (MeanFlow's average velocity); otherwise r is not read.
+    Tangents of x, t and r must belong to the same first rows; a plain argument is a constant.
+    """
+
+    def __init__(
+        self, channels: int, side: int, classes: int, *, width: int, depth: int, heads: int, patch: int = 2,
+        two_times: bool = False, qk_norm: bool = False, rope: bool = False,
+    ) -> None:
+        super().__init__()
+        if side % patch:
+            raise ValueError(f"model.patch: {patch} does not divide the image side {side}")
+        if width % heads or (width // heads) % 4:
+            raise ValueError(f"model.heads: {heads} heads of width {width} are not a multiple of 4 wide")
+        self.patch, self.cells, self.channels = patch, side // patch, channels
+        self.embed = Linear(channels * patch**2, width)
+        self.time = TimeEmbedder(width)
+        self.duration = TimeEmbedder(width) if two_times else None
+        self.label = LabelEmbedder(classes, width) if classes else None
+        self.blocks = nn.ModuleList(Block(width, heads, qk_norm) for _ in range(depth))
+        self.final_modulation = Linear(width, 2 * width, zero=True)
+        self.final = Linear(width, channels * patch**2, zero=True)
+        self.register_buffer("position", _sincos_2d(self.cells, width), persistent=False)
+        cos, sin = _rope_2d(self.cells, width // heads) if rope else (None, None)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self, x: Tensor | Dual, t: Tensor | Dual, r: Tensor | Dual | None = None, labels: Tensor | None = None,
+        drop: Tensor | None = None,
+    ) -> Tensor | Dual:
+        h = add(self.embed(linear_map(self._patchify, x)), self.position)
+        c = self.time(t)
+        if self.duration is not None:
+            c = add(c, self.duration(add(t, linear_map(torch.neg, t if r is None else r))))
+        if self.label is not None:
+            c = add(c, self.label(labels, drop))
+        c = silu(c)
+        for block in self.blocks:
+            h = block(h, c, self.cos, self.sin)
+        modulation = self.final_modulation(c)
+        shift, scale = (linear_map(lambda m, i=i: m.chunk(2, dim=-1)[i], modulation) for i in range(2))
+        return linear_map(self._unpatchify, self.final(modulated_norm(h, shift, scale)))
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, T, C p p)."""
+        b, c, n, p = x.shape[0], self.channels, self.cells, self.patch
+        return x.reshape(b, c, n, p, n, p).permute(0, 2, 4, 1, 3, 5).reshape(b, n * n, c * p * p)
+
+    def _unpatchify(self, y: Tensor) -> Tensor:
+        """(B, T, C p p) -> (B, C, H, W)."""
+        b, c, n, p = y.shape[0], self.channels, self.cells, self.patch
+        return y.reshape(b, n, n, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, n * p, n * p)
+
+
+def _axis(positions: Tensor, dim: int) -> Tensor:
+    """positions: (n,) -> angles (n, dim), frequencies geometric from 1 to 1/10000."""
+    return positions[:, None] * 10000.0 ** -(torch.arange(dim, dtype=torch.float64) / dim)
+
+
+def _sincos_2d(cells: int, width: int) -> Tensor:
+    """Fixed 2-D positions, (cells^2, width) float32: half the width for rows, half for columns."""
+    angles = _axis(torch.arange(cells, dtype=torch.float64), width // 4)
+    one = torch.cat((angles.sin(), angles.cos()), dim=-1)  # (cells, width / 2)
+    rows, columns = one[:, None].expand(-1, cells, -1), one[None].expand(cells, -1, -1)
+    return torch.cat((rows, columns), dim=-1).reshape(cells * cells, -1).float()
+
+
+def _rope_2d(cells: int, head: int) -> tuple[Tensor, Tensor]:
+    """Rotary angles of a 2-D grid: cos, sin (cells^2, head / 2)."""
+    angles = _axis(torch.arange(cells, dtype=torch.float64), head // 4)
+    rows, columns = angles[:, None].expand(-1, cells, -1), angles[None].expand(cells, -1, -1)
+    both = torch.cat((rows, columns), dim=-1).reshape(cells * cells, -1)
+    return both.cos().float(), both.sin().float()

@@ -1,0 +1,43 @@
+"""What an objective is given: rows of data or points of trajectories, and the world around them."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from cmt_fast.paths import Path
+from cmt_fast.rng import Random
+
+
+class Batch(NamedTuple):
+    """Rows of data. x_0: (B, ...); labels: (B,) | None; sample: (B,) global row ids; drop: (B,) bool, labels dropped."""
+
+    x_0: Tensor
+    labels: Tensor | None
+    sample: Tensor
+    drop: Tensor | None
+
+
+class Points(NamedTuple):
+    """Points of teacher trajectories: state x at time t, and state x_r at the later node's own time r (r < t).
+
+    x, x_r: (B, ...); t, r: (B,); labels: (B,) | None; drop: (B,) bool | None. For consistency models r is the endpoint.
+    """
+
+    x: Tensor
+    t: Tensor
+    x_r: Tensor
+    r: Tensor
+    labels: Tensor | None
+    drop: Tensor | None
+
+
+class World(NamedTuple):
+    """path; random numbers of this step; teacher (guided, frozen) or None; progress in [0, 1); features for distances."""
+
+    path: Path
+    random: Random
+    teacher: Callable | None = None
+    progress: float = 0.0
+    features: Callable[[Tensor], Tensor] | None = None

@@ -1,0 +1,18 @@
+"""EDM denoising (Karras et al. 2022, eq. 3 and table 1), the pre-training of VE models."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmt_fast import rng
+from cmt_fast.objectives.batch import Batch, World
+from cmt_fast.schema import Denoise
+
+
+def denoise(net, batch: Batch, config: Denoise, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+    """lambda(t) ||D(x_0 + t eps, t) - x_0||^2, ln t ~ N(mean, std^2), lambda = (t^2 + s^2)/(t s)^2. Returns (B,)."""
+    t = torch.exp(config.mean + config.std * world.random.gauss(rng.TIME, batch.sample)).to(batch.x_0.dtype)
+    x_t, _ = world.path.point(batch.x_0, t, world.random.key(rng.NOISE), batch.sample)
+    squared = (net(x_t, t, None, batch.labels, batch.drop) - batch.x_0).square().flatten(1).sum(1)
+    s = world.path.sigma_data
+    return (t**2 + s**2) / (t * s) ** 2 * squared, {"mse": squared.detach() / batch.x_0[0].numel()}

@@ -1,0 +1,70 @@
+"""MeanFlow (Geng et al. 2025): average velocities from the identity u = v - (t - r) du/dt, the post-training of flows.
+
+Rows with r != t come first and their count is fixed, so tangents are carried only where they are
+multiplied by something: `net` gets Duals of `k` rows and returns one.
+"""
+from __future__ import annotations
+
+import torch
+from cmt_kernels import Dual, meanflow_loss
+from cmt_kernels.dual import value
+from torch import Tensor
+
+from cmt_fast import rng
+from cmt_fast.objectives.batch import Batch, World
+from cmt_fast.paths import column
+from cmt_fast.schema import MeanFlow
+
+
+def meanflow(net, batch: Batch, config: MeanFlow, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+    """The adaptively weighted regression of u on sg[v - (t - r) du/dt]. Returns (B,).
+
+    Guidance (MeanFlow, sec. 4.2 and appendix): v <- omega v + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null)
+    inside [guide_t_min, guide_t_max] on rows with labels. Rows with r = t reuse the training forward as u(z, t, t | c).
+    """
+    k = tangent_rows(len(batch.x_0), config.ratio)
+    t, r = draw_times(batch.sample, k, config, world, batch.x_0.dtype)
+    z, v = world.path.point(batch.x_0, t, world.random.key(rng.NOISE), batch.sample)
+    guide = guidance_mask(batch, t, config)
+    with torch.no_grad():
+        null = None if guide is None else net(z, t, t, batch.labels, torch.ones_like(guide))
+        cond = None if guide is None or not config.kappa else net(z[:k], t[:k], t[:k], batch.labels[:k], batch.drop[:k])
+        head = v[:k] if guide is None else _guided(v[:k], cond, null[:k], guide[:k], config)
+    u = net(
+        Dual(z, head.to(z.dtype)), Dual(t, torch.ones_like(t[:k])), Dual(r, torch.zeros_like(r[:k])),
+        batch.labels, batch.drop,
+    ) if k else net(z, t, r, batch.labels, batch.drop)
+    tail = v[k:] if guide is None else _guided(v[k:], value(u)[k:].detach(), null[k:], guide[k:], config)
+    loss, squared = meanflow_loss(u, torch.cat((head, tail)), t, r, config.p, config.c)
+    return loss, {"mse": squared / batch.x_0[0].numel()}
+
+
+def tangent_rows(rows: int, ratio: float) -> int:
+    """How many of a batch's rows have r != t: round(ratio rows)."""
+    return round(ratio * rows)
+
+
+def draw_times(sample: Tensor, k: int, config: MeanFlow, world: World, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two logit-normal draws a row, sorted to r <= t; rows from k on have r = t. (B,), (B,)."""
+    a, b = (
+        torch.sigmoid(config.mean + config.std * world.random.gauss(stream, sample)).to(dtype)
+        for stream in (rng.TIME, rng.TIME_R)
+    )
+    t, r = torch.maximum(a, b), torch.minimum(a, b)
+    return torch.cat((t[:k], a[k:])), torch.cat((r[:k], a[k:]))
+
+
+def guidance_mask(batch: Batch, t: Tensor, config: MeanFlow) -> Tensor | None:
+    """(B,) bool: rows whose target is guided; None when omega, kappa ask for none or there are no labels."""
+    if (config.omega == 1.0 and config.kappa == 0.0) or batch.labels is None:
+        return None
+    kept = torch.ones_like(t, dtype=torch.bool) if batch.drop is None else ~batch.drop
+    return kept & (t >= config.guide_t_min) & (t <= config.guide_t_max)
+
+
+def _guided(v: Tensor, cond: Tensor | None, null: Tensor, guide: Tensor, config: MeanFlow) -> Tensor:
+    """v of guided rows becomes omega v + kappa cond + (1 - omega - kappa) null. (k, ...)."""
+    mixed = config.omega * v + (1 - config.omega - config.kappa) * null
+    if cond is not None and config.kappa:
+        mixed = mixed + config.kappa * cond
+    return torch.where(column(guide, v).bool(), mixed, v)

@@ -1,0 +1,42 @@
+"""Randomness as a function of (seed, stage, step, sample, stream): restarts and world size change nothing."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from cmt_kernels import philox
+from torch import Tensor
+
+# What a number is drawn for. A stream is never used for two things.
+NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA = range(12)
+
+
+class Random(NamedTuple):
+    """The random numbers of one step of one stage; `stage` is an index, `step` counts optimizer steps."""
+
+    seed: int
+    stage: int
+    step: int
+
+    def key(self, stream: int) -> philox.Key:
+        return philox.Key(self.seed, self.stage, self.step, stream)
+
+    def uniform(self, stream: int, sample: Tensor) -> Tensor:
+        """One number in (0, 1) a row. sample: (B,) -> (B,) float64."""
+        return philox.uniform(self.key(stream), sample, 1)[:, 0]
+
+    def gauss(self, stream: int, sample: Tensor) -> Tensor:
+        """One standard normal number a row. sample: (B,) -> (B,) float32."""
+        return philox.normal(self.key(stream), sample, (1,))[:, 0]
+
+    def normal(self, stream: int, sample: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal. sample: (B,) -> (B, *shape) float32."""
+        return philox.normal(self.key(stream), sample, shape)
+
+    def integers(self, stream: int, sample: Tensor, n: int) -> Tensor:
+        """Uniform integers in [0, n). sample: (B,) -> (B,) int64."""
+        return (self.uniform(stream, sample) * n).to(torch.int64).clamp_(max=n - 1)
+
+    def permutation(self, stream: int, n: int, device: torch.device | str = "cpu") -> Tensor:
+        """A uniform permutation of 0..n-1. (n,) int64."""
+        return torch.argsort(self.uniform(stream, torch.arange(n, device=device)), stable=True)

@@ -1,0 +1,213 @@
+"""ODE solvers of the teacher as one table of coefficients and one step function; guidance; the few-step samplers.
+
+A row of a table says where the network is called and which linear combination of the state and the
+newest predictions follows: x <- c0 x + c1 m0 + c2 m1 + c3 m2 (`cmt_kernels.solver_step`). Tables are
+in data prediction on VE and for DPM-Solver++, in velocity for Euler, Heun and MeanFlow jumps on linear flow.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from cmt_kernels import solver_step
+from torch import Tensor
+
+from cmt_fast.paths import Path
+
+# net(x (B, ...), t (B,), r (B,), labels (B,) | None) -> (B, ...): D(x, t) on VE, u(x, r, t) on linear flow
+Net = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Row(NamedTuple):
+    """One network call: at time t (target time r for a jump), the update after it, and whether a node is reached."""
+
+    t: float
+    r: float
+    coefficients: tuple[float, float, float, float]
+    node: bool
+
+
+class Table(NamedTuple):
+    """A solver on a grid. times: the nodes' own times, from noise to data; prediction: "data" or "velocity"."""
+
+    times: tuple[float, ...]
+    rows: tuple[Row, ...]
+    prediction: str
+
+    @property
+    def nfe(self) -> int:
+        return len(self.rows)
+
+
+def grid(path: Path, steps: int, t_max: float, t_min: float, shift: float = 1.0) -> tuple[float, ...]:
+    """steps + 1 times from t_max to t_min: uniform in log SNR (geometric) on VE, uniform on linear flow, then shifted.
+
+    The shift t' = s t / (1 + (s - 1) t) moves linear-flow times towards noise; labels are the shifted times.
+    """
+    if path.name == "ve":
+        ratio = (t_min / t_max) ** (1 / steps)
+        return tuple(t_max * ratio**i for i in range(steps)) + (t_min,)
+    times = [t_max + (t_min - t_max) * i / steps for i in range(steps + 1)]
+    return tuple(shift * t / (1 + (shift - 1) * t) for t in times)
+
+
+def dpmpp_coefficients(path: Path, t: float, s: float, order: int, r0: float = 1.0, r1: float = 1.0) -> tuple:
+    """DPM-Solver++ multistep update t -> s in data prediction (Lu et al. 2022), h the step in lambda = log(alpha/sigma).
+
+    r0, r1: earlier steps over h. x <- (sigma_s/sigma_t) x - alpha_s (p1 D0 + p2 D1 + p3 D2) with
+    divided differences of the denoised predictions; p1 = e^-h - 1, p2 = p1/h + 1, p3 = p2/h - 1/2.
+    """
+    (a_t, s_t), (a_s, s_s) = (_alpha_sigma(path, u) for u in (t, s))
+    ratio = s_s / s_t
+    h = math.log(a_s / s_s) - (math.log(a_t / s_t) if a_t > 0 else -math.inf)
+    p1 = math.expm1(-h)
+    if order == 1:
+        return ratio, -a_s * p1, 0.0, 0.0
+    if order == 2:
+        return ratio, -a_s * p1 * (1 + 0.5 / r0), a_s * p1 * 0.5 / r0, 0.0
+    p2 = p1 / h + 1
+    p3 = p2 / h - 0.5
+    first = (1 / r0, -1 / r0, 0.0)  # (m0 - m1)/r0, (m1 - m2)/r1: first differences
+    second = (0.0, 1 / r1, -1 / r1)
+    d1 = [a + r0 / (r0 + r1) * (a - b) for a, b in zip(first, second)]
+    d2 = [(a - b) / (r0 + r1) for a, b in zip(first, second)]
+    c = [-p1 * (i == 0) + p2 * d1[i] - p3 * d2[i] for i in range(3)]
+    return ratio, a_s * c[0], a_s * c[1], a_s * c[2]
+
+
+def _alpha_sigma(path: Path, t: float) -> tuple[float, float]:
+    alpha, sigma, _, _ = path.coefficients(torch.tensor(t, dtype=torch.float64))
+    return float(alpha), float(sigma)
+
+
+def ve_euler(ratio):
+    """Euler on VE in data prediction, ratio = s/t: x <- ratio x + (1 - ratio) D. Works on floats and tensors."""
+    return ratio, 1 - ratio
+
+
+def ve_heun(ratio):
+    """Heun's corrector on VE from the Euler state, ratio = s/t > 0: x <- x + (1 - ratio)/(2 ratio) (D1 - D0)."""
+    c = (1 - ratio) / (2 * ratio)
+    return c, -c
+
+
+def table(
+    path: Path, solver: str, nfe: int, t_max: float, t_min: float, order: int = 3, shift: float = 1.0
+) -> Table:
+    """The solver's rows for `nfe` network calls. DPM-Solver++ climbs and ends by the ladder 1, 2, .., order, .., 2, 1.
+
+    Raises ValueError for an odd nfe of Heun and for a solver that the path does not have.
+    """
+    if solver == "heun" and nfe % 2:
+        raise ValueError(f"heun calls the network twice a step: nfe {nfe} must be even")
+    steps = nfe // 2 if solver == "heun" else nfe
+    times = grid(path, steps, t_max, t_min, shift)
+    rows: list[Row] = []
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        if solver == "dpmpp":
+            k = min(order, i + 1, steps - i)
+            lam = [math.log(a / b) if a > 0 else -math.inf for a, b in (_alpha_sigma(path, u) for u in times)]
+            h = lam[i + 1] - lam[i]
+            if k > 1 and not math.isfinite(lam[i - k + 1]):
+                k -= 1  # the first interval from pure noise on linear flow has infinite length in lambda
+            r0 = (lam[i] - lam[i - 1]) / h if k > 1 else 1.0
+            r1 = (lam[i - 1] - lam[i - 2]) / h if k > 2 else 1.0
+            rows.append(Row(t, t, dpmpp_coefficients(path, t, s, k, r0, r1), True))
+        elif path.name == "ve" and solver in ("euler", "heun"):
+            rows.append(Row(t, t, (*ve_euler(s / t), 0.0, 0.0), solver == "euler"))
+            if solver == "heun":
+                rows.append(Row(s, s, (1.0, *ve_heun(s / t), 0.0), True))
+        elif path.name == "linear" and solver in ("euler", "heun", "jump"):
+            rows.append(Row(t, s if solver == "jump" else t, (1.0, s - t, 0.0, 0.0), solver != "heun"))
+            if solver == "heun":
+                rows.append(Row(s, s, (1.0, (s - t) / 2, -(s - t) / 2, 0.0), True))
+        else:
+            raise ValueError(f"solver {solver!r} does not exist on the path {path.name!r}")
+    prediction = "data" if path.name == "ve" or solver == "dpmpp" else "velocity"
+    return Table(times, tuple(rows), prediction)
+
+
+@torch.no_grad()
+def rollout(net: Net, path: Path, plan: Table, x: Tensor, labels: Tensor | None = None, dense: bool = True) -> Tensor:
+    """Integrate from x (B, ...) at plan.times[0]. Returns all nodes (N + 1, B, ...), or with dense=False the last (B, ...).
+
+    On linear flow a data-prediction table reads D = z - t v off the network's velocity.
+    """
+    nodes, history = [x], []
+    for row in plan.rows:
+        t, r = (torch.full((x.shape[0],), u, dtype=x.dtype, device=x.device) for u in (row.t, row.r))
+        m = net(x, t, r, labels)
+        if plan.prediction == "data" and path.name == "linear":
+            m = x - row.t * m
+        history = [m, *history][:3]
+        m1, m2 = (history[i] if len(history) > i and row.coefficients[i + 1] else None for i in (1, 2))
+        x = solver_step(x, m, m1, m2, torch.tensor(row.coefficients, dtype=torch.float64))
+        if row.node and dense:
+            nodes.append(x)
+    return torch.stack(nodes) if dense else x
+
+
+@torch.no_grad()
+def ve_step(net: Net, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None, method: str) -> Tensor:
+    """One Euler or Heun step of the VE ODE from t to r, each row its own: x (B, ...), t, r (B,) -> x_r (B, ...).
+
+    Rows with r = 0 take the Euler step, which there is the denoised image: Heun's second slope divides by r.
+    """
+    ratio = r / t
+    zero = torch.zeros_like(ratio)
+    d0 = net(x, t, t, labels)
+    y = solver_step(x, d0, None, None, torch.stack((*ve_euler(ratio), zero, zero), dim=-1))
+    if method == "euler":
+        return y
+    positive = ratio > 0
+    c = [torch.where(positive, w, zero) for w in ve_heun(torch.where(positive, ratio, 1.0))]
+    d1 = net(y, torch.where(positive, r, t), torch.where(positive, r, t), labels)
+    return solver_step(y, d1, d0, None, torch.stack((torch.ones_like(zero), *c, zero), dim=-1))
+
+
+def guided(net, scale: float) -> Net:
+    """Classifier-free guidance: F = F_null + scale (F_cond - F_null) (Ho & Salimans 2022), both in one batch.
+
+    `net` also takes `drop` (B,) bool. A scale of 1 calls it once, unguided.
+    """
+    if scale == 1.0:
+        return net
+
+    def run(x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            raise ValueError(f"guidance {scale} needs class labels, and this data has none")
+        drop = torch.cat((torch.zeros_like(labels), torch.ones_like(labels))).bool()
+        two = net(*(torch.cat((a, a)) for a in (x, t, r, labels)), drop)
+        conditional, null = two.chunk(2)
+        return torch.lerp(null, conditional, scale)
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- few-step samplers
+
+
+@torch.no_grad()
+def sample_consistency(net: Net, x: Tensor, t_max: float, mid_times: tuple[float, ...], noises: list[Tensor],
+                       labels: Tensor | None) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023): x_0 = f(x, t_max); x_0 = f(x_0 + t z, t) for each mid time.
+
+    x: (B, ...) noise of std t_max; noises: one (B, ...) per mid time. Returns (B, ...).
+    """
+    x_0 = net(x, *(torch.full((len(x),), t_max, dtype=x.dtype, device=x.device),) * 2, labels)
+    for t, z in zip(mid_times, noises, strict=True):
+        times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+        x_0 = net(x_0 + t * z, times, times, labels)
+    return x_0
+
+
+@torch.no_grad()
+def sample_jumps(net: Net, z: Tensor, steps: int, labels: Tensor | None) -> Tensor:
+    """MeanFlow sampling: z_r = z_t - (t - r) u(z_t, r, t) on the uniform grid 1 -> 0. z: (B, ...) -> (B, ...)."""
+    return rollout(net, Path("linear"), table(Path("linear"), "jump", steps, 1.0, 0.0), z, labels, dense=False)
+
+
+
+
