@@ -110,7 +110,8 @@ class Source:
             assert stage.trajectories is not None
             teacher = guided(net, stage.trajectories.guidance)
             self.pool = stages.pool(run, name, teacher, work.data.shape, work.data.classes, work.device)
-        self.features = getattr(work.space, "differentiable", None)
+        wanted = any(getattr(o, "distance", "") == "features" for o in (stage.objective, getattr(stage.anchor, "objective", None)))
+        self.features = getattr(work.space, "differentiable", None) if wanted else None
 
     def loss(self, engine: LocalEngine, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to differentiate, averaged over this rank's rows, and the scalars to log."""

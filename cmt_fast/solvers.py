@@ -61,7 +61,7 @@ def dpmpp_coefficients(path: Path, t: float, s: float, order: int, r0: float = 1
     """
     (a_t, s_t), (a_s, s_s) = (_alpha_sigma(path, u) for u in (t, s))
     ratio = s_s / s_t
-    h = math.log(a_s / s_s) - (math.log(a_t / s_t) if a_t > 0 else -math.inf)
+    h = _log_snr(path, s) - _log_snr(path, t)
     p1 = math.expm1(-h)
     if order == 1:
         return ratio, -a_s * p1, 0.0, 0.0
@@ -82,6 +82,12 @@ def _alpha_sigma(path: Path, t: float) -> tuple[float, float]:
     return float(alpha), float(sigma)
 
 
+def _log_snr(path: Path, t: float) -> float:
+    """lambda = log(alpha / sigma): -inf at pure noise, +inf at data."""
+    alpha, sigma = _alpha_sigma(path, t)
+    return -math.inf if alpha <= 0 else math.inf if sigma <= 0 else math.log(alpha / sigma)
+
+
 def ve_euler(ratio):
     """Euler on VE in data prediction, ratio = s/t: x <- ratio x + (1 - ratio) D. Works on floats and tensors."""
     return ratio, 1 - ratio
@@ -98,17 +104,23 @@ def table(
 ) -> Table:
     """The solver's rows for `nfe` network calls. DPM-Solver++ climbs and ends by the ladder 1, 2, .., order, .., 2, 1.
 
-    Raises ValueError for an odd nfe of Heun and for a solver that the path does not have.
+    Raises ValueError for an odd nfe of Heun, times that are not the path's and a solver that the path does not have.
     """
+    if not 0 <= t_min < t_max:
+        raise ValueError(f"t_min: {t_min} is not in [0, t_max), t_max is {t_max}")
+    if path.name == "ve" and t_min == 0:
+        raise ValueError("t_min: must be above 0 on the path 've', whose grid is geometric")
+    if path.name == "linear" and t_max > 1:
+        raise ValueError(f"t_max: {t_max} is past 1, where the path 'linear' starts from noise")
     if solver == "heun" and nfe % 2:
         raise ValueError(f"heun calls the network twice a step: nfe {nfe} must be even")
     steps = nfe // 2 if solver == "heun" else nfe
     times = grid(path, steps, t_max, t_min, shift)
+    lam = [_log_snr(path, u) for u in times] if solver == "dpmpp" else []
     rows: list[Row] = []
     for i, (t, s) in enumerate(zip(times, times[1:])):
         if solver == "dpmpp":
             k = min(order, i + 1, steps - i)
-            lam = [math.log(a / b) if a > 0 else -math.inf for a, b in (_alpha_sigma(path, u) for u in times)]
             h = lam[i + 1] - lam[i]
             if k > 1 and not math.isfinite(lam[i - k + 1]):
                 k -= 1  # the first interval from pure noise on linear flow has infinite length in lambda

@@ -39,19 +39,28 @@ class Exact:
     def __init__(self, config: Gmm, path: Path) -> None:
         self.config, self.path = config, path
 
-    def denoised(self, x: Tensor, t: Tensor) -> Tensor:
-        """E[x_0 | x_t = x]. x: (B, 2), t: (B,) -> (B, 2)."""
-        alpha, sigma, _, _ = (column(c, x) for c in self.path.coefficients(t.to(x.dtype)))
+    def _parts(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x] and E[eps | x] = sigma / variance (x - alpha m), m the posterior mean of mu_k; finite at sigma = 0."""
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
+        alpha, sigma, _, _ = self.path.coefficients(t)
         mu, s2 = means(self.config, x.dtype).to(x.device), self.config.std**2
         variance = alpha**2 * s2 + sigma**2
-        offset = x[:, None] - alpha[:, None] * mu  # (B, K, 2)
-        weight = torch.softmax(-offset.square().sum(-1) / (2 * variance), dim=-1)
-        return (weight[..., None] * (mu + (alpha * s2 / variance)[:, None] * offset)).sum(1)
+        logits = (mu @ x.T - alpha * mu.square().sum(-1, keepdim=True) / 2) * (alpha / variance)  # (K, B)
+        m = torch.softmax(logits, dim=0).T @ mu
+        d = column(alpha * s2 / variance, x) * x + column(sigma**2 / variance, x) * m
+        return d, column(sigma / variance, x) * (x - column(alpha, x) * m)
+
+    def denoised(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[x_0 | x_t = x]. x: (B, 2), t: (B,) -> (B, 2)."""
+        return self._parts(x, t)[0]
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """D(x, t) on VE, v(x, t) on linear flow: what a perfectly pre-trained network gives. (B, 2)."""
-        d = self.denoised(x, t)
-        return d if self.path.name == "ve" else self.path.velocity(x, d, t)
+        d, eps = self._parts(x, t)
+        if self.path.name == "ve":
+            return d
+        _, _, alpha_dot, sigma_dot = (column(c, x) for c in self.path.coefficients(t.to(x.dtype)))
+        return alpha_dot * d + sigma_dot * eps
 
     def flow_map(self, x: Tensor, t_from: float, t_to: float, steps: int = 400) -> Tensor:
         """Psi: the ODE's solution at t_to from x (B, 2) at t_from, by DPM-Solver++ of order 3 (VE) or Heun (linear)."""

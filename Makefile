@@ -1,0 +1,14 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. PYTHON and TORCH may be set.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN = .venv/bin
+
+demo: .venv/demo ; $(BIN)/cmt train digits --out runs/digits
+test: .venv/dev ; $(BIN)/python -m pytest -q
+bench: .venv/dev ; $(BIN)/python -m bench ops
+gpu: ; $(PYTHON) -m pytest -q -m gpu tests && $(PYTHON) -m bench ops --device cuda
+lint: .venv/dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
+format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
+.venv/bin/python: ; $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q "$(TORCH)"
+.venv/%: .venv/bin/python pyproject.toml ; $(BIN)/python -m pip install -q -e ".[$*]" && touch $@
+.PHONY: demo test bench gpu lint format

@@ -1,0 +1,95 @@
+"""Who may import whom: the arrows of the house, read off the sources."""
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = sorted((ROOT / "cmt_fast").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
+ALL = OURS + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "bench").rglob("*.py")) + [ROOT / "setup.py"]
+ids = lambda p: str(p.relative_to(ROOT))
+
+# module -> what of cmt_fast it may import; a folder's entry holds for every file in it
+MAY = {
+    "schema": set(), "rng": set(), "distributed": set(), "checkpoint": set(), "log": set(), "pictures": set(),
+    "paths": set(), "config": {"schema"}, "ema": {"schema"}, "solvers": {"paths"},
+    "objectives": {"objectives", "paths", "rng", "schema", "solvers"},
+    "models": {"models", "paths", "schema"},
+    "data": {"data", "paths", "rng", "schema", "solvers"},
+    "trajectories": {"distributed", "objectives", "paths", "rng", "schema", "solvers"},
+    "sample": {"paths", "rng", "schema", "solvers"}, "metrics": {"data"},
+    "engine": {"distributed", "ema", "schema"}, "posthoc": {"checkpoint", "config", "ema"},
+    "plots": set(),
+}
+# heavy packages and the one module each may be imported in
+DOORS = {"deepspeed": "engine", "nvidia": "data/dali", "pynvml": "accounting", "sklearn": "data/digits", "PIL": "pictures",
+         "matplotlib": "plots", "tensorboard": "log", "triton": "*/triton"}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, at import time) for every import in a file."""
+    tree = ast.parse(path.read_text("utf-8"))
+    top = {id(n) for n in tree.body}
+    out = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            out += [(a.name, id(node) in top) for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module in ("cmt_fast", "cmt_fast.data", "cmt_fast.models"):
+                out += [(f"{node.module}.{a.name}", id(node) in top) for a in node.names]
+            else:
+                out.append((node.module, id(node) in top))
+    return out
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "cmt_fast").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", OURS, ids=ids)
+def test_arrows(path):
+    modules = [m for m, _ in imports(path)]
+    assert not [m for m in modules if m.split(".")[0] in ("tests", "bench")]
+    if "kernels" in path.parts:
+        assert not [m for m in modules if m.startswith("cmt_fast")]
+        assert "triton" not in {m.split(".")[0] for m in modules} or path.name == "triton.py"
+    elif room(path) in MAY:
+        inner = {m.split(".")[1] for m in modules if m.startswith("cmt_fast.")}
+        assert inner <= MAY[room(path)], f"{ids(path)} imports {sorted(inner - MAY[room(path)])}"
+
+
+@pytest.mark.parametrize("path", OURS, ids=ids)
+def test_heavy_packages_have_one_door_and_are_imported_late(path):
+    for module, at_import in imports(path):
+        package = module.split(".")[0]
+        if package in DOORS and DOORS[package] != "*/triton":
+            assert str(path.relative_to(ROOT / "cmt_fast")).removesuffix(".py") == DOORS[package], module
+            assert not at_import or package == "PIL", f"{module} is imported when {ids(path)} is"
+
+
+@pytest.mark.parametrize("path", ALL, ids=ids)
+def test_no_file_above_400_lines(path):
+    assert len(path.read_text("utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", OURS, ids=ids)
+def test_public_functions_have_docstrings(path):
+    tree = ast.parse(path.read_text("utf-8"))
+    assert ast.get_docstring(tree), f"{ids(path)} has no module docstring"
+    if path.name in ("reference.py", "torch.py", "cases.py") and "kernels" in path.parts:
+        return  # a backend's docstring is the public function's
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and path.name != "cli.py":
+            short = isinstance(node, ast.FunctionDef) and len(node.body) == 1
+            assert short or ast.get_docstring(node), f"{ids(path)}: {node.name} has no docstring"
+
+
+def test_importing_the_package_is_light():
+    import subprocess
+    import sys
+
+    code = "import sys, cmt_fast.cli; print([m for m in ('sklearn', 'matplotlib', 'triton', 'deepspeed', 'nvidia.dali', 'pynvml', 'torchvision', 'tensorboard') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

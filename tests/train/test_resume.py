@@ -1,0 +1,107 @@
+"""A killed run that is started again ends bit-equal to one that was left alone: weights, every EMA, moments, metrics."""
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmt_fast import checkpoint, config, loop
+from cmt_fast.schema import STAGES
+from cmt_fast.workspace import Workspace
+from tests.train.tiny import metrics, tiny
+
+KILLS = 20
+LONG = [
+    *(f"{s}.images_nimg={32 * 400}" for s in ("pre", "mid", "post", "control")),
+    *(f"{s}.checkpoint_every_nimg={32 * 8}" for s in ("pre", "mid", "post", "control")),
+    "pre.ema=[{kind: constant, beta: 0.99}, {kind: power, sigma_rel: 0.1}]", "mid.eval_every_nimg=4000",
+    "eval.n_during=50",
+]
+
+
+def assert_equal_stage(a: Path, b: Path) -> None:
+    """Two finished stage folders hold the same bits."""
+    one, two = checkpoint.complete(a), checkpoint.complete(b)
+    assert one.manifest["step"] == two.manifest["step"]
+    assert one.manifest["files"].keys() == two.manifest["files"].keys()
+    for name in one.manifest["files"]:
+        x, y = (c.tensors(name.removesuffix(".safetensors")) for c in (one, two))
+        assert x.keys() == y.keys()
+        for key in x:
+            assert torch.equal(x[key], y[key]), (name, key)
+    assert metrics(a) == metrics(b)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """One run from start to end in one process, one thread as in the killed ones."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    loop.train(Workspace(tiny("digits", *LONG), out), list(STAGES))
+    torch.set_num_threads(before)
+    return out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigkill_at_random_moments(stage, undisturbed, tmp_path):
+    run, out = tiny("digits", *LONG), tmp_path / "run"
+    for parent in STAGES[: STAGES.index(stage)]:
+        shutil.copytree(undisturbed / parent, out / parent)
+    (tmp_path / "config.json").write_text(json.dumps(config.dump(run)))
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("kill_server.py")), str(tmp_path / "config.json"), str(out), stage],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )
+    assert server.stdin and server.stdout and server.stdout.readline().strip() == "ready"
+
+    def ask(line: str) -> str:
+        server.stdin.write(line + "\n")
+        server.stdin.flush()
+        return server.stdout.readline().strip()
+
+    dice, killed, where = random.Random(f"kill {stage}"), 0, set()
+    while killed < KILLS:
+        answer = ask(f"{dice.uniform(0.01, 0.6):.4f}")
+        assert answer == "killed", f"after {killed} kills: {answer}"
+        killed += 1
+        where.add(max(checkpoint.steps(out / stage), default=0))
+        if where and max(where) > 330:  # near the end: begin again, so that every kill falls into training
+            shutil.rmtree(out / stage)
+            where = {0}
+    assert ask("end") == "done"
+    server.stdin.close()
+    server.wait()
+    assert_equal_stage(out / stage, undisturbed / stage)
+
+
+def test_two_runs_are_equal_and_seeds_differ(tmp_path):
+    for name, more in (("a", []), ("b", []), ("c", ["seed=1"])):
+        loop.train(Workspace(tiny("digits-mf", *more), tmp_path / name), ["pre", "mid", "post"])
+    for stage in ("pre", "mid", "post"):
+        assert_equal_stage(tmp_path / "a" / stage, tmp_path / "b" / stage)
+    assert metrics(tmp_path / "a" / "pre") != metrics(tmp_path / "c" / "pre")
+
+
+def test_finished_stages_are_passed_over(tmp_path):
+    work = Workspace(tiny(), tmp_path)
+    loop.train(work, ["pre"])
+    before = (tmp_path / "pre" / "metrics.jsonl").stat().st_mtime_ns
+    loop.train(work, ["pre"])
+    assert (tmp_path / "pre" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_lineage_names_the_parent(tmp_path):
+    loop.train(Workspace(tiny(), tmp_path), ["pre", "mid", "post", "control"])
+    manifests = {s: checkpoint.complete(tmp_path / s).manifest for s in STAGES}
+    for child, parent in (("mid", "pre"), ("post", "mid"), ("control", "pre")):
+        lineage = manifests[child]["parent"]
+        assert lineage["stage"] == parent
+        assert lineage["ema"] == manifests[parent]["files"]["ema-0.safetensors"]["xxh3_128"]
+    assert manifests["post"]["parent"]["parent"]["stage"] == "pre"
