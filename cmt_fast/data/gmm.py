@@ -39,28 +39,31 @@ class Exact:
     def __init__(self, config: Gmm, path: Path) -> None:
         self.config, self.path = config, path
 
-    def _parts(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """E[x_0 | x] and E[eps | x] = sigma / variance (x - alpha m), m the posterior mean of mu_k; finite at sigma = 0."""
+    def _posterior(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """m = sum_k p(k | x_t = x) mu_k (B, 2); alpha, sigma and v = alpha^2 s^2 + sigma^2, (B, 1) each."""
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
         alpha, sigma, _, _ = self.path.coefficients(t)
-        mu, s2 = means(self.config, x.dtype).to(x.device), self.config.std**2
-        variance = alpha**2 * s2 + sigma**2
+        mu = means(self.config, x.dtype).to(x.device)
+        variance = alpha**2 * self.config.std**2 + sigma**2
         logits = (mu @ x.T - alpha * mu.square().sum(-1, keepdim=True) / 2) * (alpha / variance)  # (K, B)
-        m = torch.softmax(logits, dim=0).T @ mu
-        d = column(alpha * s2 / variance, x) * x + column(sigma**2 / variance, x) * m
-        return d, column(sigma / variance, x) * (x - column(alpha, x) * m)
+        return torch.softmax(logits, dim=0).T @ mu, *(column(c, x) for c in (alpha, sigma, variance))
 
     def denoised(self, x: Tensor, t: Tensor) -> Tensor:
-        """E[x_0 | x_t = x]. x: (B, 2), t: (B,) -> (B, 2)."""
-        return self._parts(x, t)[0]
+        """E[x_0 | x_t = x] = (alpha s^2 x + sigma^2 m) / v. x: (B, 2), t: (B,) -> (B, 2)."""
+        m, alpha, sigma, variance = self._posterior(x, t)
+        return (alpha * self.config.std**2 * x + sigma**2 * m) / variance
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """D(x, t) on VE, v(x, t) on linear flow: what a perfectly pre-trained network gives. (B, 2)."""
-        d, eps = self._parts(x, t)
+        """D(x, t) on VE, v(x, t) on linear flow: what a perfectly pre-trained network gives. (B, 2).
+
+        The velocity is alpha' D + sigma' E[eps | x_t] with E[eps | x_t] = sigma (x - alpha m) / v: finite at sigma = 0 too.
+        """
         if self.path.name == "ve":
-            return d
+            return self.denoised(x, t)
+        m, alpha, sigma, variance = self._posterior(x, t)
         _, _, alpha_dot, sigma_dot = (column(c, x) for c in self.path.coefficients(t.to(x.dtype)))
-        return alpha_dot * d + sigma_dot * eps
+        d = (alpha * self.config.std**2 * x + sigma**2 * m) / variance
+        return alpha_dot * d + sigma_dot * sigma * (x - alpha * m) / variance
 
     def flow_map(self, x: Tensor, t_from: float, t_to: float, steps: int = 400) -> Tensor:
         """Psi: the ODE's solution at t_to from x (B, 2) at t_from, by DPM-Solver++ of order 3 (VE) or Heun (linear)."""

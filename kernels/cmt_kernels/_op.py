@@ -14,10 +14,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 ORDER = ("native", "triton", "torch", "reference")
 OPS = tuple(sorted(p.parent.name for p in Path(__file__).parent.glob("*/reference.py")))
 
-_resolved: dict[str, tuple[str, Callable]] = {}
+_resolved: dict[str, list] = {op: [] for op in OPS}  # op -> [name, function], empty until the op first runs
 _forced: str | None = os.environ.get("CMT_KERNELS") or None
 
 
@@ -48,17 +50,24 @@ def _wanted(op: str) -> str | None:
     return wanted
 
 
+@torch.compiler.assume_constant_result
+def _resolve(op: str) -> None:
+    """Fill `_resolved[op]` if it is empty. torch.compile cannot trace an import, so it runs this while it traces."""
+    if _resolved[op]:
+        return
+    wanted = _wanted(op)
+    for name in (wanted,) if wanted else ORDER:
+        function, reason = _load(op, name)
+        if function is not None:
+            _resolved[op] += (name, function)
+            break
+        if wanted:
+            raise RuntimeError(f"CMT_KERNELS asks for {wanted} of {op}: {reason}")
+
+
 def backend(op: str) -> Callable:
     """The function that runs for `op` on this machine. Raises RuntimeError if a forced backend cannot run."""
-    if op not in _resolved:
-        wanted = _wanted(op)
-        for name in (wanted,) if wanted else ORDER:
-            function, reason = _load(op, name)
-            if function is not None:
-                _resolved[op] = (name, function)
-                break
-            if wanted:
-                raise RuntimeError(f"CMT_KERNELS asks for {wanted} of {op}: {reason}")
+    _resolve(op)
     return _resolved[op][1]
 
 
@@ -78,12 +87,13 @@ def table() -> dict[str, str]:
 def use(name: str) -> Iterator[None]:
     """Force a backend inside a `with`: `use("reference")` or `use("attention:triton")`."""
     global _forced
-    before, kept = _forced, dict(_resolved)
+    before, kept = _forced, {op: list(chosen) for op, chosen in _resolved.items()}
     _forced = name
-    _resolved.clear()
+    for chosen in _resolved.values():
+        chosen.clear()
     try:
         yield
     finally:
         _forced = before
-        _resolved.clear()
-        _resolved.update(kept)
+        for op, chosen in _resolved.items():
+            chosen[:] = kept[op]

@@ -1,6 +1,7 @@
 """adamw_ema over torch's fused AdamW kernel: one pass for moments and parameters, one more per EMA track."""
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 
 @torch.no_grad()
@@ -11,7 +12,7 @@ def adamw_ema(
     norm = torch.linalg.vector_norm(g)
     if max_norm > 0:
         g.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-    torch.optim.adamw.adamw(
+    adamw(
         [p], [g], [m], [v], [], [torch.tensor(float(step - 1), device=p.device)], fused=True, foreach=False,
         amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
     )

@@ -1,0 +1,79 @@
+"""`python -m bench report`: writes the README's tables from bench/results, between its `<!-- table: NAME -->` marks."""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+RESULTS = Path("bench/results/cpu")
+ROWS = {
+    "teacher": "pre-trained, ODE solver", "pre": "pre-trained, used as a few-step generator", "mid": "mid-training",
+    "post": "mid- and post-training", "control": "control: post-training only, same images",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No arguments: the marks in the README say which tables."""
+
+
+def run(_: argparse.Namespace) -> int:
+    """Rewrite the tables in place."""
+    readme = Path("README.md")
+    text = readme.read_text("utf-8")
+    for name in re.findall(r"<!-- table: ([\w-]+) -->", text):
+        kind, _, recipe = name.partition("-")
+        body = {"seeds": seeds, "search": search}[kind](recipe)
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
+    readme.write_text(text, "utf-8")
+    return 0
+
+
+def span(values: list[float], digits: int = 2) -> str:
+    """All seeds of one cell."""
+    return " / ".join(f"{v:.{digits}f}" for v in values)
+
+
+def seeds(recipe: str) -> str:
+    """The table of one recipe over its seeds."""
+    data = json.loads((RESULTS / f"{recipe}-seeds.json").read_text())
+    rows, steps = data["seeds"], list(data["seeds"][0]["stages"]["post"])
+    head = "".join(f" Fréchet, {k} step{'s' * (k != '1')} | accuracy, {k} |" for k in steps)
+    lines = [f"| {recipe}: weights | images |{head}", "|---|---|" + "---|---|" * len(steps)]
+    images = data["images"] | {"teacher": data["images"]["pre"]}
+    images["post"] += images["mid"]
+    for stage, title in ROWS.items():
+        cells = []
+        for k in steps:
+            found = [r["stages"][stage].get(k) for r in rows]
+            cells += [span([f[key] for f in found], 2 + (key == "accuracy")) if all(found) else "" for key in ("frechet", "accuracy")]
+        if stage == "teacher":
+            k = next(iter(rows[0]["stages"]["teacher"]))
+            cells[:2] = [span([r["stages"]["teacher"][k]["frechet"] for r in rows]) + f" ({k} steps)",
+                         span([r["stages"]["teacher"][k]["accuracy"] for r in rows], 3)]
+        lines.append(f"| {title} | {images[stage]:,} | " + " | ".join(cells) + " |")
+    ratio = [span([r["stages"]["post"][k]["frechet"] / r["stages"]["control"][k]["frechet"] for r in rows]) for k in steps]
+    lines.append("| final over control | | " + " | ".join(f"{r} | " for r in ratio) + "|")
+    drift = [span([r["stages"]["post"][k]["frechet"] / r["stages"]["mid"][k]["frechet"] for r in rows]) for k in steps]
+    lines.append("| final over mid-training | | " + " | ".join(f"{r} | " for r in drift) + "|")
+    total = [sum(s["train_s"] + s["eval_s"] for s in r["seconds"].values()) for r in rows]
+    e = data["environment"]
+    lines.append(
+        f"\nSeeds {', '.join(str(r['seed']) for r in rows)}; {data['samples']:,} samples; features `{rows[0]['extractor']}`; "
+        f"all four stages in {span(total, 0)} s; {e['cpu']}, {e['threads']} threads, torch {e['torch']}; commit {data['commit']}, {data['date']}.\n"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def search(recipe: str) -> str:
+    """The control's search."""
+    data = json.loads((RESULTS / f"{recipe}-search.json").read_text())
+    done = sorted((t for t in data["trials"] if "steps" in t), key=lambda t: t["steps"]["1"]["frechet"] * t["steps"]["2"]["frechet"])
+    lines = [f"| {recipe}: control's settings (seed {data['seed']}) | Fréchet, 1 step | accuracy | Fréchet, 2 steps | accuracy |", "|---|---|---|---|---|"]
+    for t in done:
+        one, two = t["steps"]["1"], t["steps"]["2"]
+        name = " ".join(s.removeprefix("control.").removeprefix("objective.") for s in t["set"])
+        lines.append(f"| {name} | {one['frechet']:.2f} | {one['accuracy']:.3f} | {two['frechet']:.2f} | {two['accuracy']:.3f} |")
+    lines += [f"| {' '.join(t['set'])} | {t['failed']} | | | |" for t in data["trials"] if "failed" in t]
+    return "\n".join(lines) + "\n"

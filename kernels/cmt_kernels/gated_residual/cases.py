@@ -1,0 +1,43 @@
+"""Cases of gated_residual."""
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+
+DTYPES = LOW
+GRADS = ("x", "branch", "gate", "bias")
+
+
+@dataclass(frozen=True)
+class Case(BaseCase):
+    B: int
+    T: int
+    D: int
+    bias: bool = True
+    k: int | None = None
+
+
+CASES = tuple(Case(8, 5, 24, True, k) for k in tangent_rows(8)) + (
+    Case(5, 77, 72, False), Case(5, 77, 72, False, 1), Case(5, 77, 72, True, 5),
+)
+BENCH = tuple(Case(8, 256, 768, True, k) for k in (None, 2, 8))
+
+
+def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+    draw = Draw(dtype, device)
+    return {
+        "x": draw.dual(case.k, case.B, case.T, case.D),
+        "branch": draw.dual(case.k, case.B, case.T, case.D),
+        "gate": draw.dual(case.k, case.B, case.D, std=0.5),
+        "bias": draw.normal(case.D) if case.bias else None,
+    }
+
+
+def nbytes(case: Case, itemsize: int) -> int:
+    return ((case.B + (case.k or 0)) * (3 * case.T + 1) + case.bias) * case.D * itemsize
+
+
+def flops(case: Case) -> int:
+    return ((2 + case.bias) * case.B + 4 * (case.k or 0)) * case.T * case.D
