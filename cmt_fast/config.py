@@ -121,7 +121,26 @@ def dump(run: Run) -> dict:
 
 def digest(run: Run) -> str:
     """sha256 of the resolved run, without what does not change its numbers (device, tensorboard)."""
-    tree = {k: v for k, v in dump(run).items() if k not in ("device", "tensorboard")}
+    return _sha({k: v for k, v in dump(run).items() if k not in ("device", "tensorboard")})
+
+
+def stage_facts(run: Run, name: str) -> dict:
+    """All of a run that a stage's weights depend on: data, model, path, seed, its own settings and its ancestors'."""
+    tree = dump(run)
+    facts = {k: tree[k] for k in ("data", "model", "path", "sigma_data", "seed")}
+    queue = [name]
+    while queue:
+        stage = facts[queue[0]] = tree[queue.pop(0)]
+        queue += [p for p in (stage["start"], stage["teacher"]) if p and p not in facts]
+    return facts
+
+
+def stage_digest(run: Run, name: str) -> str:
+    """sha256 of `stage_facts`: equal digests mean equal weights."""
+    return _sha(stage_facts(run, name))
+
+
+def _sha(tree: dict) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

@@ -165,7 +165,7 @@ def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool
         stage = work.run.stage(name)
         about = {
             "stage": name, "nimg": step * stage.batch, "done": last, "recipe": work.run.name,
-            "config": config.digest(work.run), "parent": lineage, "wall": wall,
+            "config": config.stage_digest(work.run, name), "parent": lineage, "wall": wall,
         }
         checkpoint.save(work.folder / name, step, engine.state(), about)
     distributed.barrier()

@@ -91,16 +91,25 @@ class Workspace:
         return out
 
     def claim(self) -> None:
-        """Create the folder and write run.json, or raise ConfigError when it holds another run's configuration."""
+        """Create the folder and write run.json; stages not begun may have changed since it was last written.
+
+        Raises ConfigError when a stage that has begun was trained with other settings, its own or its ancestors'.
+        """
         file = self.folder / RUN_FILE
         if file.is_file():
             stored = stored_run(self.folder)
-            if config.digest(stored) != config.digest(self.run):
-                differs = config.changed(config.dump(stored), config.dump(self.run))
-                raise ConfigError(
-                    f"--out: {self.folder} holds a run of another configuration ({'; '.join(differs[:3])}); choose another folder"
-                )
-            return
+            for name in STAGES:
+                if not checkpoint.steps(self.folder / name) or stored.stage(name) is None:
+                    continue
+                mine = config.stage_facts(self.run, name) if self.run.stage(name) else {name: None}
+                differs = config.changed(config.stage_facts(stored, name), mine)
+                if differs:
+                    raise ConfigError(
+                        f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
+                        "choose another folder"
+                    )
+            if config.dump(stored) == config.dump(self.run):
+                return
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {
