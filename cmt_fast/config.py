@@ -130,7 +130,8 @@ def stage_facts(run: Run, name: str) -> dict:
     facts = {k: tree[k] for k in ("data", "model", "path", "sigma_data", "seed")}
     queue = [name]
     while queue:
-        stage = facts[queue[0]] = tree[queue.pop(0)]
+        stage = facts[queue[0]] = tree[queue[0]]
+        queue.pop(0)
         queue += [p for p in (stage["start"], stage["teacher"]) if p and p not in facts]
     return facts
 
