@@ -3,6 +3,7 @@
 matplotlib is imported inside `svg` only, without pyplot: no global figure, no display, no state left behind.
 Equal data give equal bytes: fixed hash salt, no date, text as text.
 """
+
 from __future__ import annotations
 
 import io
@@ -11,33 +12,37 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cmt_fast.config import ConfigError
-
 Points = Sequence[tuple[float, float]]
 
-BLUE, GREEN, ORANGE, PURPLE, GREY, BLACK = "#0072b2", "#009e73", "#d55e00", "#9a4f8c", "#777777", "#222222"  # Okabe & Ito
+# Okabe & Ito
+BLUE, GREEN, ORANGE, PURPLE, GREY, BLACK = "#0072b2", "#009e73", "#d55e00", "#9a4f8c", "#777777", "#222222"
 COLORS = {"pre": GREY, "mid": BLUE, "post": GREEN, "control": ORANGE}
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, BLACK, "#b8860b")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, BLACK, "#b8860b", "#56b4e9", "#a0522d", GREY)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "cmt", "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.linewidth": 0.8,
-    "axes.grid": True, "grid.color": "#e3e3e3", "grid.linewidth": 0.6, "lines.linewidth": 1.6, "lines.markersize": 4,
-    "legend.fontsize": 8, "legend.frameon": False, "xtick.color": "#444444", "ytick.color": "#444444",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cmt",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
 }
-
-
-def require() -> None:
-    """Raises ConfigError where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib") from None
 
 
 def svg(title: str, draw: Callable[[Any], None], width: float = 4.6, height: float = 3.0) -> str:
     """`draw(axes)` as an <svg> element. width, height: inches at 72 units each; the page scales it."""
-    require()
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -55,7 +60,7 @@ def svg(title: str, draw: Callable[[Any], None], width: float = 4.6, height: flo
 
 def _slim(text: str, title: str) -> str:
     """Without prolog, metadata, comments and the names of groups nothing refers to."""
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r'<g id="[\w.]+_\d+">', "<g>", text)
     text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)
@@ -74,6 +79,14 @@ def _images(axes) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
+def _ticks(axis, values: Sequence[float]) -> None:
+    """Plain numbers at these values and nowhere else."""
+    from matplotlib.ticker import NullLocator
+
+    axis.set_minor_locator(NullLocator())
+    axis.set_ticks(list(values), labels=[f"{value:g}" for value in values])
+
+
 def _log(axis, values: Sequence[float]) -> None:
     """A log axis whose labels are plain numbers: 1, 2, 5 of each decade where there are few, else its powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -88,9 +101,10 @@ def _log(axis, values: Sequence[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _legend(axes, **options: Any) -> None:
+def _legend(axes, columns: int = 1) -> None:
+    """Below the axes, where it hides nothing."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(**options)
+        axes.figure.legend(loc="outside lower left", ncols=columns)
 
 
 # ---------------------------------------------------------------------------------------------- the run's figures
@@ -101,6 +115,7 @@ def quality(steps: str, curves: dict[str, Points], teacher: tuple[str, float] | 
 
     curves: stage -> (student images, distance); `post` goes on where `mid` ends. teacher: label and its distance.
     """
+
     def draw(axes) -> None:
         values = [d for points in curves.values() for _, d in points if d > 0]
         axes.set_yscale("log")
@@ -112,30 +127,37 @@ def quality(steps: str, curves: dict[str, Points], teacher: tuple[str, float] | 
             if not joined:
                 continue
             x, y = zip(*joined)
-            label = {"mid": "mid-training", "post": "then post-training", "control": "control, without mid-training"}[stage]
+            label = {"mid": "mid-training", "post": "then post-training", "control": "control, without"}[stage]
             axes.plot(x, y, color=COLORS[stage], linestyle="--" if stage == "control" else "-")
             own = list(zip(*points))
-            axes.plot(own[0], own[1], color=COLORS[stage], marker=MARKERS[list(COLORS).index(stage)],
-                      linestyle="--" if stage == "control" else "-", label=label)
+            axes.plot(
+                own[0],
+                own[1],
+                color=COLORS[stage],
+                marker=MARKERS[list(COLORS).index(stage)],
+                linestyle="--" if stage == "control" else "-",
+                label=label,
+            )
         _log(axes.yaxis, values)
         _images(axes)
         axes.set_xlim(left=0)
         axes.set_xlabel("student images")
         axes.set_ylabel("Fréchet distance")
-        _legend(axes, loc="best")
+        _legend(axes, 2)
 
-    return svg(f"{steps}: Fréchet distance", draw)
+    return svg(f"{steps}: Fréchet distance", draw, 4.6, 3.3)
 
 
 def loss(stage: str, curve: Points, lr: Points) -> str:
     """Training loss of one stage against its images; the learning rate as a thin line on its own axis."""
+
     def draw(axes) -> None:
         x, y = zip(*curve)
         if min(y) > 0:
             axes.set_yscale("log")
             _log(axes.yaxis, y)
         second = axes.twinx()
-        second.plot(*zip(*lr), color=GREY, linewidth=0.9, linestyle=":")
+        second.plot(*zip(*lr), color=GREY, linewidth=1.2, linestyle=":")
         second.set_ylim(bottom=0)
         second.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
         second.tick_params(labelsize=7)
@@ -156,36 +178,33 @@ def loss(stage: str, curve: Points, lr: Points) -> str:
 
 
 def solver_order(solver: dict[str, Any]) -> str:
-    """Error of the solver against network calls by order, log-log; dashed: the slope -order through the last point."""
+    """Error of the solver against network calls by order, log-log; dashed: the fitted slope through the last point."""
+
     def draw(axes) -> None:
         for i, (order, rms) in enumerate(solver["rms"].items()):
             nfe, slope = solver["nfe"], solver["slopes"][order]
             axes.loglog(nfe, rms, color=CYCLE[i], marker=MARKERS[i], label=f"order {order}: slope {slope:.2f}")
-            guide = [rms[-1] * (nfe[-1] / n) ** float(order) for n in nfe]
+            guide = [rms[-1] * (nfe[-1] / n) ** slope for n in nfe]
             axes.loglog(nfe, guide, color=CYCLE[i], linestyle="--", linewidth=0.8)
-        _log(axes.xaxis, solver["nfe"])
-        _log(axes.yaxis, [e for rms in solver["rms"].values() for e in rms])
+        _ticks(axes.xaxis, solver["nfe"])
         axes.set_xlabel("network calls")
         axes.set_ylabel("error at the end point, RMS")
         _legend(axes)
 
-    return svg("Solver error and its order", draw, 4.8, 3.4)
+    return svg("Solver error and its order", draw, 4.6, 3.8)
 
 
-def bias(rows: dict[str, dict[str, Any]]) -> str:
-    """Mean squared gradient error of each objective against what is swept, log-log, with the measured slopes."""
+def bias(title: str, rows: dict[str, dict[str, Any]], key: str) -> str:
+    """`mse` or `bias` of every target against what is swept, log-log, with the fitted slopes."""
+
     def draw(axes) -> None:
-        values = []
         for i, (name, row) in enumerate(rows.items()):
-            kept = [(x, y) for x, y in zip(row["x"], row["mse"]) if x > 0 and y > 0]
-            if not kept:
-                continue
-            values += [y for _, y in kept]
-            label = f"{name}: slope {row['slope_mse']:.2f} in {row['swept']}"
-            axes.loglog(*zip(*kept), color=CYCLE[i % len(CYCLE)], marker=MARKERS[i % len(MARKERS)], label=label)
-        _log(axes.yaxis, values)
-        axes.set_xlabel("what is swept (see the table)")
-        axes.set_ylabel("squared error")
+            kept = [(x, y) for x, y in zip(row["x"], row[key]) if x > 0 and y > 0]
+            if kept:
+                label = f"{name}: slope {row['slope_' + key]:.2f}"
+                style = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)]}
+                axes.loglog(*zip(*kept), label=label, **style)
+        axes.set_xlabel(", ".join(dict.fromkeys(row["swept"] for row in rows.values())))
         _legend(axes)
 
-    return svg("Gradient bias", draw, 4.8, 3.4)
+    return svg(title, draw, 4.6, 3.4 + 0.16 * len(rows))

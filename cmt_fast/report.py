@@ -1,25 +1,27 @@
 """A run as one page: RUN/report.html (self-contained) and RUN/report.md, with and without mid-training side by side.
 
-Networks are judged once: figures stay in RUN/<stage>/figures.json under the checksum of the EMA weights, the
-judge's settings and the sampler, and are taken from there while those are the same.
+This file gathers the facts, `templates.sections` says them. Networks are judged once: figures stay in
+RUN/<stage>/figures.json under the checksum of the EMA weights, the judge's settings and the sampler, and are
+taken from there while those are the same.
 """
+
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from cmt_fast import checkpoint, config, log, plots, stages, templates
+from cmt_fast import checkpoint, config, log, stages, templates
 from cmt_fast.config import ConfigError
 from cmt_fast.schema import Stage
-from cmt_fast.templates import Group, Picture, Section, Table, png
+from cmt_fast.templates import sections
 from cmt_fast.workspace import RUN_FILE, Workspace, stored_run
 
 FIGURES = "figures.json"
+Curve = list[tuple[int, float]]  # (student images, Fréchet distance)
 
 
 class Stand(NamedTuple):
@@ -41,10 +43,20 @@ class Stand(NamedTuple):
     @property
     def objective(self) -> str:
         """What it trains on, the anchor too."""
-        anchor = f" + {self.stage.anchor.objective.kind}" if self.stage.anchor else ""
-        return self.stage.objective.kind + anchor
+        return self.stage.objective.kind + (f" + {self.stage.anchor.objective.kind}" if self.stage.anchor else "")
+
+    @property
+    def path(self) -> tuple[str, int]:
+        """The stages behind its weights as `pre → mid → post`, and the images of those after pre-training."""
+        names, nimg, node = [], 0, self.manifest
+        while node:
+            names.insert(0, node["stage"])
+            nimg += node["nimg"] if node["stage"] != "pre" else 0
+            node = node.get("parent")
+        return " → ".join(names), nimg
 
     def kind(self, kind: str) -> list[dict[str, Any]]:
+        """Its rows of one kind in metrics.jsonl."""
         return [row for row in self.rows if row["kind"] == kind]
 
 
@@ -56,9 +68,13 @@ class Judged(NamedTuple):
 
 
 def write(folder: Path) -> dict[str, Any]:
-    """Judge what is finished and write the report. Returns figures and paths; raises ConfigError with nothing to report."""
+    """Judge what is finished and write the report. Returns figures and paths.
+
+    Raises ConfigError when `folder` is no run, holds no finished stage, or matplotlib is not installed.
+    """
     run = stored_run(folder)
-    plots.require()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
     about = json.loads((folder / RUN_FILE).read_text("utf-8"))
     work = Workspace(run, folder, Path(about["parents"]) if about.get("parents") else None)
     stands = {name: stand(work, name) for name in stages.names(run)}
@@ -67,29 +83,32 @@ def write(folder: Path) -> dict[str, Any]:
         states = "; ".join(f"{name}: {s.state}" for name, s in stands.items())
         raise ConfigError(f"RUN: {str(folder)!r} holds no finished stage to report on ({states})")
     judged = {name: judge(work, s) for name, s in done.items()}
-    reached = reach_rows(work, stands)
-    tables = [quality_table(work, done, judged, k) for k in run.eval.steps]
-    sections = [
-        head(work, stands, judged), quality(work, stands, tables), curves(work, stands, judged, reached),
-        training(stands), samples(stands), *([theory(folder)] if run.data.kind == "gmm" else []),
-        surroundings(work, about),
+    curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in run.eval.steps}
+    reached = [row for k, lines in curves.items() for row in reach_rows(k, lines, done)]
+    tables = [sections.quality_table(work, done, judged, k) for k in run.eval.steps]
+    page = [
+        sections.head(work, stands, judged),
+        sections.quality(work, tables),
+        sections.curves(work, judged, curves, reached),
+        sections.training(stands),
+        sections.samples(stands),
+        *([sections.theory(theory(folder))] if run.data.kind == "gmm" else []),
+        sections.surroundings(work, about),
     ]
-    sections = [s for s in sections if s.groups]
+    page = [section for section in page if section.groups]
     html, markdown = folder / "report.html", folder / "report.md"
-    templates.write_pictures(folder / "report", sections)
-    checkpoint.write_text(html, templates.html(run.name, sections))
-    checkpoint.write_text(markdown, templates.markdown(run.name, sections))
-    templates.show(summary(tables, run.eval.steps, work.space.name))
+    templates.write_pictures(folder / "report", page)
+    checkpoint.write_text(html, templates.html(run.name, page))
+    checkpoint.write_text(markdown, templates.markdown(run.name, page))
+    templates.show(sections.summary(tables, run.eval.steps, work.space.name))
     if reached:
-        templates.show(reach_table(reached))
+        templates.show(sections.reach_table(reached))
     log.say(str(html))
+    figures = {name: j._asdict() for name, j in judged.items()}
     return {
-        "run": run.name, "extractor": work.space.name, "quality": {name: j._asdict() for name, j in judged.items()},
-        "reach": reached, "html": html, "markdown": markdown,
-    }
-
-
-# ---------------------------------------------------------------------------------------------- what is on disk
+        "run": run.name, "extractor": work.space.name, "quality": figures, "reach": reached, "html": html,
+        "markdown": markdown,
+    }  # fmt: skip
 
 
 def stand(work: Workspace, name: str) -> Stand:
@@ -103,15 +122,16 @@ def stand(work: Workspace, name: str) -> Stand:
         found, state = None, "damaged: none of its checkpoints is whole"
     if found:
         manifest, done = found.manifest, bool(found.manifest.get("done"))
-        seconds = (found.folder / "manifest.json").stat().st_mtime
-        when = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        state = f"finished {when}" if done else f"unfinished: {manifest['nimg']:,} of {stage.images_nimg:,} images"
+        written = (found.folder / "manifest.json").stat().st_mtime
+        when = datetime.datetime.fromtimestamp(written, datetime.timezone.utc)
+        state = f"unfinished: {manifest['nimg']:,} of {stage.images_nimg:,} images"
+        state = f"finished {when:%Y-%m-%d %H:%M} UTC" if done else state
     grids = sorted((folder / "grids").glob("[0-9]*.png"))
     return Stand(name, stage, log.read(folder / log.METRICS), manifest, done, state, grids)
 
 
 def judge(work: Workspace, s: Stand) -> Judged:
-    """The figures of a finished stage, from its figures.json where that still holds; the pre-trained one also by solver."""
+    """Figures of a finished stage, from its figures.json where that still holds; of `pre` by the solver too."""
     run, file, settings = work.run, work.folder / s.name / FIGURES, config.dump(work.run)
     key = {k: settings[k] for k in ("data", "path", "sigma_data", "eval", "sampler")}
     key |= {"ema": s.ema, "extractor": work.space.name}
@@ -140,31 +160,19 @@ def judge(work: Workspace, s: Stand) -> Judged:
     return judged
 
 
-def path_of(manifest: dict[str, Any]) -> tuple[str, int]:
-    """The stages behind a checkpoint as `pre → mid → post`, and the images trained on along it after pre-training."""
-    names, nimg, node = [], 0, manifest
-    while node:
-        names.insert(0, node["stage"])
-        nimg += node["nimg"] if node["stage"] != "pre" else 0
-        node = node.get("parent")
-    return " → ".join(names), nimg
-
-
-def points(stands: dict[str, Stand], name: str, k: int) -> list[tuple[int, float]]:
-    """(student images along the path, Fréchet distance) at the evaluations of a stage."""
-    if name not in stands:
-        return []
+def points(stands: dict[str, Stand], name: str, k: int) -> Curve:
+    """Distance at the evaluations of a student's stage against the images along its path, parents' images first."""
     before, parent = 0, stands[name].stage.start
     while parent in stands and parent != "pre":
         manifest = stands[parent].manifest
         before += manifest["nimg"] if manifest else 0
         parent = stands[parent].stage.start
     rows = ((before + row["nimg"], row["steps"].get(str(k))) for row in stands[name].kind("eval"))
-    return [(nimg, figures["frechet"]) for nimg, figures in rows if figures]
+    return [(nimg, figures["frechet"]) for nimg, figures in rows if figures and name != "pre"]
 
 
-def reach(curve: list[tuple[int, float]], target: float) -> float | None:
-    """Images at which a curve first is at `target` or below, log distance interpolated between points; None: never."""
+def reach(curve: Curve, target: float) -> float | None:
+    """Images at which a curve first is at `target` or below, log distance interpolated between; None: never."""
     before = None
     for nimg, distance in curve:
         if distance <= target:
@@ -176,16 +184,31 @@ def reach(curve: list[tuple[int, float]], target: float) -> float | None:
     return None
 
 
-def reach_rows(work: Workspace, stands: dict[str, Stand]) -> list[dict[str, Any]]:
-    """For each k, what finished mid- and post-training end at, and the images at which the control is that good."""
+def reach_rows(k: int, lines: dict[str, Curve], done: dict[str, Stand]) -> list[dict[str, Any]]:
+    """What finished mid- and post-training end at in k steps, and the images at which the control is that good."""
     out = []
-    for k in work.run.eval.steps:
-        control = points(stands, "control", k)
-        for name in ("mid", "post"):
-            own = points(stands, name, k) if control and stands[name].done else []
-            if own:
-                out.append({
-                    "steps": k, "stage": name, "nimg": own[-1][0], "frechet": own[-1][1],
-                    "control_nimg": reach(control, own[-1][1]), "control_first": control[0][0], "control_last": control[-1][0],
-                })
+    for name in ("mid", "post"):
+        if name in done and name in lines and "control" in lines:
+            nimg, distance = lines[name][-1]
+            control = lines["control"]
+            row = {
+                "steps": k,
+                "stage": name,
+                "nimg": nimg,
+                "frechet": distance,
+                "control_nimg": reach(control, distance),
+            }
+            out.append({**row, "control_first": control[0][0], "control_last": control[-1][0]})
     return out
+
+
+def theory(folder: Path) -> dict[str, Any]:
+    """Solver order and gradient bias, measured once and kept in RUN/theory.json."""
+    from cmt_fast import theory as bench
+
+    file = folder / "theory.json"
+    if not file.is_file():
+        log.say("measuring solver order and gradient bias")
+        checkpoint.write_text(file, json.dumps(bench.measure(), indent=1))
+    figures = json.loads(file.read_text("utf-8"))
+    return {**figures, "text": bench.as_text(figures)}

@@ -2,6 +2,7 @@
 
 A page is a list of sections of tables and pictures; the templates beside this file know nothing of training.
 """
+
 from __future__ import annotations
 
 import base64
