@@ -146,6 +146,7 @@ def train(args: argparse.Namespace) -> None:
                 work.weights(parent)
     if args.dry_run:
         return _dry_run(work, names)
+    work.compare()
     if distributed.rank() == 0:
         _ops()
     loop.train(work, names)

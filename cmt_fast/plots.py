@@ -201,7 +201,7 @@ def bias(title: str, rows: dict[str, dict[str, Any]], key: str) -> str:
         for i, (name, row) in enumerate(rows.items()):
             kept = [(x, y) for x, y in zip(row["x"], row[key]) if x > 0 and y > 0]
             if kept:
-                label = f"{name}: slope {row['slope_' + key]:.2f}"
+                label = f"{name}: slope {round(row['slope_' + key], 2) + 0.0:.2f}"
                 style = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)]}
                 axes.loglog(*zip(*kept), label=label, **style)
         axes.set_xlabel(", ".join(dict.fromkeys(row["swept"] for row in rows.values())))

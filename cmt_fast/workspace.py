@@ -90,33 +90,38 @@ class Workspace:
             out[str(k)] = self.judge(samples, self.setting.labels(torch.arange(n)))
         return out
 
-    def claim(self) -> None:
-        """Create the folder and write run.json; stages not begun may have changed since it was last written.
+    def compare(self) -> Run | None:
+        """The run stored in the folder, if any; stages not begun may differ from it.
 
         Raises ConfigError when a stage that has begun was trained with other settings, its own or its ancestors'.
         """
-        file = self.folder / RUN_FILE
-        if file.is_file():
-            stored = stored_run(self.folder)
-            for name in STAGES:
-                if not checkpoint.steps(self.folder / name) or stored.stage(name) is None:
-                    continue
-                mine = config.stage_facts(self.run, name) if self.run.stage(name) else {name: None}
-                differs = config.changed(config.stage_facts(stored, name), mine)
-                if differs:
-                    raise ConfigError(
-                        f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
-                        "choose another folder"
-                    )
-            if config.dump(stored) == config.dump(self.run):
-                return
+        if not (self.folder / RUN_FILE).is_file():
+            return None
+        stored = stored_run(self.folder)
+        for name in STAGES:
+            if not checkpoint.steps(self.folder / name) or stored.stage(name) is None:
+                continue
+            mine = config.stage_facts(self.run, name) if self.run.stage(name) else {name: None}
+            differs = config.changed(config.stage_facts(stored, name), mine)
+            if differs:
+                raise ConfigError(
+                    f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
+                    "choose another folder"
+                )
+        return stored
+
+    def claim(self) -> None:
+        """Create the folder and write run.json. Raises ConfigError as `compare` does."""
+        stored = self.compare()
+        if stored and config.dump(stored) == config.dump(self.run):
+            return
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {
                 "digest": config.digest(self.run), "run": config.dump(self.run), "environment": environment(),
                 "ops": cmt_kernels.table(), "parents": str(self.parents) if self.parents != self.folder else None,
             }
-            checkpoint.write_text(file, json.dumps(about, indent=1))
+            checkpoint.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

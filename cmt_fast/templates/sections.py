@@ -83,13 +83,13 @@ def quality_table(work: Workspace, done: dict[str, Stand], judged: dict[str, Jud
     for title, path, nimg, figures in entries:
         form = lambda c: ".1%" if c == "accuracy" else ".4g"
         cells = [number(figures[c], form(c)) if figures else "not finite" for c in columns]
-        rows.append([title, path, f"{nimg:,}", *cells])
+        rows.append([title, *cells, f"{nimg:,}", path])
     a, b = (next((e for e in entries if e[0] == name), None) for name in ("post", "control"))
     share = lambda x, y: number(x / y, ".3g") if y else DASH
     both = bool(a and b and a[3] and b[3])
     if a and b and a[3] and b[3]:
-        rows.append([RATIO, "", share(a[2], b[2]), *(share(a[3][c], b[3][c]) for c in columns)])
-    return Table(steps_text(k), ["network", "path", "student images", *columns.values()], rows, left=2, strong=both)
+        rows.append([RATIO, *(share(a[3][c], b[3][c]) for c in columns), share(a[2], b[2]), ""])
+    return Table(steps_text(k), ["network", *columns.values(), "student images", "path"], rows, strong=both)
 
 
 def summary(tables: list[Table], steps: tuple[int, ...], extractor: str) -> Table:
@@ -98,7 +98,7 @@ def summary(tables: list[Table], steps: tuple[int, ...], extractor: str) -> Tabl
     shown = [i for i, title in enumerate(names) if title in ("Fréchet", "accuracy")]
     columns = ["network", "student images", *(f"{names[i]} @{k}" for k in steps for i in shown)]
     rows = []
-    for title, _, nimg, *_ in tables[0].rows:
+    for title, *_, nimg, _ in tables[0].rows:
         found = [next((row for row in t.rows if row[0] == title), [DASH] * len(names)) for t in tables]
         rows.append([title, nimg, *(row[i] for row in found for i in shown)])
     return Table(f"Fréchet: {extractor}; @k: in k steps", columns, rows)
@@ -115,7 +115,7 @@ def quality(work: Workspace, tables: list[Table]) -> Section:
     groups = [Group([*tables], wide=True)]
     if run.control:
         tree = config.dump(run)
-        rows = differences(tree["post"], tree["control"])
+        rows = [row for row in differences(tree["post"], tree["control"]) if not row[0].endswith("_every_nimg")]
         note = "The control is a recipe of its own, not post-training with one thing left out."
         groups.append(Group([Table("Settings that differ", ["key", "post", "control"], rows, note, TEXT)], wide=True))
     return Section("Quality, with and without mid-training", [text], groups)
@@ -171,8 +171,8 @@ def curves(
     if reached:
         groups.append(Group([reach_table(reached)], wide=True))
     text = (
-        f"Judged during training on {run.eval.n_during:,} samples (the teacher on {run.eval.n:,}). Post-training goes on "
-        "from the images of mid-training."
+        f"Judged during training on {run.eval.n_during:,} samples (the teacher on {run.eval.n:,}). "
+        "Post-training goes on from the images of mid-training."
     )
     return Section("Quality by images", [text], groups)
 
@@ -221,32 +221,23 @@ def samples(stands: dict[str, Stand]) -> Section:
 
 def theory(figures: dict[str, Any]) -> Section:
     """Solver order and gradient bias on a Gaussian mixture."""
-    solver, bias, two = figures["solver"], figures["bias"], ".2f"
+    solver, bias = figures["solver"], figures["bias"]
+    two = lambda slope: f"{round(slope, 2) + 0.0:.2f}"  # no -0.00
     errors = [[str(n), *(f"{rms[i]:.3g}" for rms in solver["rms"].values())] for i, n in enumerate(solver["nfe"])]
-    errors.append(["slope", *(number(solver["slopes"][order], two) for order in solver["rms"])])
-    rows = [
-        [name, r["swept"], r["expected"], number(r["slope_mse"], two), number(r["slope_bias"], two)]
-        for name, r in bias.items()
-    ]
+    errors.append(["slope", *(two(solver["slopes"][order]) for order in solver["rms"])])
+    rows = [[name, r["swept"], r["expected"], two(r["slope_mse"]), two(r["slope_bias"])] for name, r in bias.items()]
     columns = ["target", "swept", "expected slopes", "slope of MSE", "slope of B"]
-    drawn = [Picture("Error at the end of the path; dashed: fitted slopes.", "solver.svg", plots.solver_order(solver))]
-    for key, title in (("mse", "MSE of the target"), ("bias", "B, the gradient's bias")):
-        drawn.append(Picture(f"{title}, by what is swept.", f"{key}.svg", plots.bias(title, bias, key)))
-    text = (
-        "Measured on a Gaussian mixture whose denoiser and flow map are known; slopes are fitted in log-log. MSE: squared "
-        "error of the regression target. B: squared bias of the gradient that it gives."
-    )
-    groups = [
-        Group([*drawn]),
-        Group(
-            [
-                Table(
-                    "Solver error (RMS)", ["network calls", *(f"order {o}" for o in solver["rms"])], errors, strong=True
-                )
-            ]
-        ),
-        Group([Table("Gradient bias", columns, rows, left=3)], wide=True),
+    table = Table("Solver error (RMS)", ["network calls", *(f"order {o}" for o in solver["rms"])], errors, strong=True)
+    order = Picture("Error at the end of the path; dashed: fitted slopes.", "solver.svg", plots.solver_order(solver))
+    drawn = [
+        Picture(f"{title}, by what is swept.", f"{key}.svg", plots.bias(title, bias, key))
+        for key, title in (("mse", "MSE of the target"), ("bias", "B, the gradient's bias"))
     ]
+    text = (
+        "Measured on a Gaussian mixture whose denoiser and flow map are known; slopes are fitted in log-log. MSE: the "
+        "regression target's squared error. B: squared bias of the gradient that it gives."
+    )
+    groups = [Group([order, table]), Group([*drawn]), Group([Table("Gradient bias", columns, rows, left=3)], wide=True)]
     return Section("Theory, where the answer is known", [text], groups, "All figures as text", figures["text"])
 
 

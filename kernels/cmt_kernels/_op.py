@@ -43,7 +43,7 @@ def _wanted(op: str) -> str | None:
         key, _, name = part.strip().rpartition(":")
         if key and key not in OPS:
             raise ValueError(f"CMT_KERNELS names the op {key!r}; the ops are {', '.join(OPS)}")
-        if name and name not in ORDER:
+        if part and name not in ORDER:
             raise ValueError(f"CMT_KERNELS names the backend {name!r}; the backends are {', '.join(ORDER)}")
         if name and key in ("", op):
             wanted = name
