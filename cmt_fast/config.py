@@ -22,6 +22,9 @@ from cmt_fast.schema import Run
 class ConfigError(ValueError):
     """What a user typed is wrong: one line that names the key, what it was and what is valid."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.split()))
+
 
 
 class _Loader(yaml.SafeLoader):
@@ -161,6 +164,7 @@ def changed(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def nearest(name: str, valid) -> str:
+    """The end of an error line: "; did you mean ...?" or nothing."""
     close = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 

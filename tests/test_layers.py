@@ -90,6 +90,6 @@ def test_importing_the_package_is_light():
     import subprocess
     import sys
 
-    code = "import sys, cmt_fast.cli; print([m for m in ('sklearn', 'matplotlib', 'triton', 'deepspeed', 'nvidia.dali', 'pynvml', 'torchvision', 'tensorboard') if m in sys.modules])"
+    code = "import sys, cmt_fast.cli; print([m for m in ('sklearn', 'matplotlib', 'triton', 'deepspeed', 'nvidia.dali', 'torchvision', 'tensorboard') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

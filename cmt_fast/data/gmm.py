@@ -17,6 +17,8 @@ from cmt_fast.paths import Path, column
 from cmt_fast.schema import Gmm
 from cmt_fast.solvers import rollout, table
 
+_STAGE = 2**32 - 1  # of no training stage: the order of rows and their noise must not depend on what the rows are
+
 
 def means(config: Gmm, dtype: torch.dtype = torch.float32) -> Tensor:
     """(K, 2): components evenly on a circle of `radius`."""
@@ -27,7 +29,7 @@ def means(config: Gmm, dtype: torch.dtype = torch.float32) -> Tensor:
 def load(config: Gmm) -> Dataset:
     """x: (n, 2), no labels; the same rows for the same config."""
     ids = torch.arange(config.n)
-    random = rng.Random(0, 0, 0)
+    random = rng.Random(0, _STAGE, 0)
     component = random.integers(rng.DATA, ids, config.components)
     x = means(config)[component] + config.std * random.normal(rng.NOISE, ids, (2,))
     return Dataset(x, None, 0)
@@ -56,7 +58,7 @@ class Exact:
     def __call__(self, x: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """D(x, t) on VE, v(x, t) on linear flow: what a perfectly pre-trained network gives. (B, 2).
 
-        The velocity is alpha' D + sigma' E[eps | x_t] with E[eps | x_t] = sigma (x - alpha m) / v: finite at sigma = 0 too.
+        The velocity is alpha' D + sigma' E[eps | x_t], E[eps | x_t] = sigma (x - alpha m) / v: finite at sigma = 0 too.
         """
         if self.path.name == "ve":
             return self.denoised(x, t)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -98,7 +99,7 @@ def show(table: Table) -> None:
     """A table on the terminal: drawn by rich, or as aligned plain text where there is none."""
     console = Console()
     if console.is_terminal:
-        drawn = RichTable(title=Text(table.title), title_justify="left")
+        drawn = RichTable(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for i, title in enumerate(table.head):
             drawn.add_column(Text(title), justify="left" if i < table.left else "right")
         for row in table.rows:

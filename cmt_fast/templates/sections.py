@@ -70,9 +70,9 @@ def quality_table(work: Workspace, done: dict[str, Stand], judged: dict[str, Jud
     n = str(sampler.teacher_steps)
     entries: list[tuple[str, str, int, dict | None]] = []
     if "pre" in done:
-        entries.append((f"teacher, {sampler.solver}, {steps_text(n)}", "pre", 0, judged["pre"].solver[n]))
+        entries.append((f"teacher, {steps_text(n)}", "pre", 0, judged["pre"].solver[n]))
     for name, s in done.items():
-        title = "pre-trained as it is" if name == "pre" else name
+        title = "pre-trained" if name == "pre" else name
         entries.append((title, *s.path, judged[name].few[str(k)]))
     columns = {
         "frechet": f"Fréchet, {work.space.name}",
@@ -96,7 +96,7 @@ def summary(tables: list[Table], steps: tuple[int, ...], extractor: str) -> Tabl
     """The quality tables as one for the terminal: distance and accuracy by number of steps."""
     names = [title.partition(",")[0] for title in tables[0].head]
     shown = [i for i, title in enumerate(names) if title in ("Fréchet", "accuracy")]
-    columns = ["network", "student images", *(f"{names[i]} @{k}" for k in steps for i in shown)]
+    columns = ["network", "images", *(f"{names[i]} @{k}" for k in steps for i in shown)]
     rows = []
     for title, *_, nimg, _ in tables[0].rows:
         found = [next((row for row in t.rows if row[0] == title), [DASH] * len(names)) for t in tables]
@@ -110,7 +110,8 @@ def quality(work: Workspace, tables: list[Table]) -> Section:
     text = (
         f"Each network draws {e.n:,} samples with its EMA weights, from the same noise and labels (seed {e.seed}). "
         "Student images: what was trained on after pre-training, added up along the path. Lower distances are better. "
-        "The teacher is the pre-trained network through the ODE solver; as it is, it takes the few steps of the others."
+        f"The teacher is the pre-trained network through the ODE solver ({run.sampler.solver}); the row pre-trained is "
+        "the same network as a generator of few steps."
     )
     groups = [Group([*tables], wide=True)]
     if run.control:
