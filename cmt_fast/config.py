@@ -19,6 +19,10 @@ from pydantic import TypeAdapter, ValidationError
 from cmt_fast.schema import Run
 
 
+# keys of a stage that change no weight
+WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg")
+
+
 class ConfigError(ValueError):
     """What a user typed is wrong: one line that names the key, what it was and what is valid."""
 
@@ -128,13 +132,16 @@ def digest(run: Run) -> str:
 
 
 def stage_facts(run: Run, name: str) -> dict:
-    """All of a run that a stage's weights depend on: data, model, path, seed, its own settings and its ancestors'."""
+    """All of a run that a stage's weights depend on: data, model, path, seed, its own settings and its ancestors'.
+
+    How often it is looked at or saved is not in it: that may change while a stage is under way.
+    """
     tree = dump(run)
     facts = {k: tree[k] for k in ("data", "model", "path", "sigma_data", "seed")}
     queue = [name]
     while queue:
-        stage = facts[queue[0]] = tree[queue[0]]
-        queue.pop(0)
+        stage = {k: v for k, v in tree[queue[0]].items() if k not in WATCHING}
+        facts[queue.pop(0)] = stage
         queue += [p for p in (stage["start"], stage["teacher"]) if p and p not in facts]
     return facts
 
