@@ -61,10 +61,14 @@ class Stand(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Figures of one network by number of steps, as a few-step generator and by the solver; None: not finite."""
+    """Figures of one network by number of steps, as a few-step generator and by the solver; None: not finite.
+
+    during: those by the solver on as many samples as are judged in training, to be drawn beside those curves.
+    """
 
     few: dict[str, dict[str, float] | None]
     solver: dict[str, dict[str, float] | None]
+    during: dict[str, dict[str, float] | None]
 
 
 def write(folder: Path) -> dict[str, Any]:
@@ -139,22 +143,22 @@ def judge(work: Workspace, s: Stand) -> Judged:
         try:
             stored = json.loads(known.read_text("utf-8"))
             if stored["key"] == key:
-                return Judged(stored["few"], stored["solver"])
+                return Judged(*(stored[kind] for kind in Judged._fields))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     log.say(f"judging {s.name}: {run.eval.n:,} samples at {', '.join(map(str, run.eval.steps))} steps")
     net = work.network(s.name)
 
-    def figures(k: int, solver: bool) -> dict[str, float] | None:
+    def figures(k: int, n: int, solver: bool) -> dict[str, float] | None:
         try:
-            out = work.evaluate(net, (k,), run.eval.n, solver=solver)[str(k)]
+            out = work.evaluate(net, (k,), n, solver=solver)[str(k)]
         except FloatingPointError:
             return None
         return out if all(map(math.isfinite, out.values())) else None
 
-    few = {str(k): figures(k, False) for k in run.eval.steps}
-    n = run.sampler.teacher_steps
-    judged = Judged(few, {str(n): figures(n, True)} if s.name == "pre" else {})
+    few = {str(k): figures(k, run.eval.n, False) for k in run.eval.steps}
+    long = (run.sampler.teacher_steps,) if s.name == "pre" else ()
+    judged = Judged(few, *({str(k): figures(k, n, True) for k in long} for n in (run.eval.n, run.eval.n_during)))
     file.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(file, json.dumps({"key": key, **judged._asdict()}, indent=1))
     return judged

@@ -54,7 +54,7 @@ def grid(path: Path, steps: int, t_max: float, t_min: float, shift: float = 1.0)
 
 
 def dpmpp_coefficients(path: Path, t: float, s: float, order: int, r0: float = 1.0, r1: float = 1.0) -> tuple:
-    """DPM-Solver++ multistep update t -> s in data prediction (Lu et al. 2022), h the step in lambda = log(alpha/sigma).
+    """DPM-Solver++ multistep update t -> s in data prediction (Lu et al. 2022); h: step of lambda = log(alpha/sigma).
 
     r0, r1: earlier steps over h. x <- (sigma_s/sigma_t) x - alpha_s (p1 D0 + p2 D1 + p3 D2) with
     divided differences of the denoised predictions; p1 = e^-h - 1, p2 = p1/h + 1, p3 = p2/h - 1/2.
@@ -143,7 +143,7 @@ def table(
 
 @torch.no_grad()
 def rollout(net: Net, path: Path, plan: Table, x: Tensor, labels: Tensor | None = None, dense: bool = True) -> Tensor:
-    """Integrate from x (B, ...) at plan.times[0]. Returns all nodes (N + 1, B, ...), or with dense=False the last (B, ...).
+    """Integrate from x (B, ...) at plan.times[0]. Returns all nodes (N + 1, B, ...), or the last (B, ...) if not dense.
 
     On linear flow a data-prediction table reads D = z - t v off the network's velocity.
     """

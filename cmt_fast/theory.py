@@ -118,7 +118,7 @@ def solve(net: Exact, x: Tensor, t: Tensor, steps: int, order: int = 3) -> Tenso
 
 
 def psi(net: Exact, x: Tensor, t: Tensor) -> Tensor:
-    """The oracle Psi_{t->T_MIN}, order 3 at the resolution of ORACLE_STEPS; rows sorted by t share a step count. (B, 2)."""
+    """The oracle Psi_{t->T_MIN} at the resolution of ORACLE_STEPS. Rows sorted by t, t (B,), cost least. (B, 2)."""
     parts = []
     for xs, ts in zip(x.split(CHUNK), t.split(CHUNK)):
         share = math.log(float(ts.max()) / T_MIN) / math.log(T_MAX / T_MIN)
@@ -181,14 +181,15 @@ def _bias(net: Exact, path: Path, samples: int, seed: int, clock: float) -> dict
 
     def row(name: str, swept: str, values: tuple, target_of: Callable[[Any], Tensor], expected: str) -> None:
         x = [float(v) if swept == "eps" else 1 / v for v in values]
-        mse, bias = (list(column) for column in zip(*(figures(target_of(v)) for v in values)))
+        mse, bias = map(list, zip(*(figures(target_of(v)) for v in values)))
         rows[name] = {
             "swept": swept, "x": x, "mse": mse, "bias": bias, "slope_mse": slope(x, mse), "slope_bias": slope(x, bias),
             "expected": expected,
         }
         _say(f"{name}, {time.perf_counter() - clock:.0f} s")
 
-    row("CT, exact init", "1/q", CT_Q, lambda q: psi(net, *data_point(q)), "MSE 2; B 4, hidden here by the noise of E, whose slope is 2")
+    hidden = "MSE 2; B 4, but 2 where the noise of E hides it, as here"
+    row("CT, exact init", "1/q", CT_Q, lambda q: psi(net, *data_point(q)), hidden)
     row("CD-Euler, exact init", "1/q", EULER_Q, lambda q: psi(net, *stepped(q, "euler")), "MSE 4, B 4")
     row("CD-Heun, exact init", "1/q", HEUN_Q, lambda q: psi(net, *stepped(q, "heun")), "MSE 6 to 7, B 6 to 7")
 
@@ -207,8 +208,8 @@ def _bias(net: Exact, path: Path, samples: int, seed: int, clock: float) -> dict
         x, at = data_point(q)
         return net(x, at, at, None)
 
-    row("diffusion init, D", "1/q", CT_Q, denoised, "plateau: 0")
-    row("no init, zero", "1/q", CT_Q, lambda q: torch.zeros_like(target), "plateau: 0")
+    row("diffusion init, D", "1/q", CT_Q, denoised, "no slope, a plateau")
+    row("no init, zero", "1/q", CT_Q, lambda q: torch.zeros_like(target), "no slope, a plateau")
     return rows
 
 

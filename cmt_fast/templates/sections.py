@@ -162,7 +162,7 @@ def curves(
 ) -> Section:
     """Fréchet distance against student images, one panel per number of steps."""
     run, figures, n = work.run, [], work.run.sampler.teacher_steps
-    teacher = judged["pre"].solver[str(n)] if "pre" in judged else None
+    teacher = judged["pre"].during[str(n)] if "pre" in judged else None
     level = (f"teacher, {steps_text(n)}", teacher["frechet"]) if teacher else None
     for k, stages in lines.items():
         if stages:
@@ -172,7 +172,8 @@ def curves(
     if reached:
         groups.append(Group([reach_table(reached)], wide=True))
     text = (
-        f"Judged during training on {run.eval.n_during:,} samples (the teacher on {run.eval.n:,}). "
+        f"Judged during training, the dotted line too, on {run.eval.n_during:,} samples; the tables above are on "
+        f"{run.eval.n:,}, and distances fall with the number of samples. "
         "Post-training goes on from the images of mid-training."
     )
     return Section("Quality by images", [text], groups)

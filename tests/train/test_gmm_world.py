@@ -1,4 +1,4 @@
-"""A world with a known answer: on a Gaussian mixture every objective is at rest at the closed-form network, and not elsewhere.
+"""A world with a known answer: on a Gaussian mixture each objective is at rest at the closed-form net, nowhere else.
 
 `Net` is a known function plus theta . phi. With one copy of theta a row, the gradient of each row's loss is read off
 at once, and "zero" is judged against its own spread.
@@ -13,18 +13,28 @@ import torch
 from cmt_kernels import Dual
 from torch import Tensor
 
-from cmt_fast import theory
+from cmt_fast import rng, theory
+from cmt_fast.data import Loader
 from cmt_fast.data.gmm import Exact, load, means
 from cmt_fast.objectives import ROWS, Batch, Points, World
-from cmt_fast.paths import Path, column
+from cmt_fast.paths import (
+    Path,
+    column,
+    linear_to_trig,
+    linear_to_ve,
+    trig_to_linear,
+    trig_to_ve,
+    ve_to_linear,
+    ve_to_trig,
+)
 from cmt_fast.rng import Random
 from cmt_fast.schema import CmtCm, CmtMf, Denoise, Ecd, Ect, Flow, Gmm, MeanFlow, Trajectories
 from cmt_fast.solvers import dpmpp_coefficients
 from cmt_fast.trajectories import Pool
 
-MIXTURE = Gmm(n=6000)
+MIXTURE = Gmm(n=20000)
 VE, LINEAR = Path("ve"), Path("linear")
-OFF = 0.3  # a theta that is not the answer
+OFF = 1.0  # a theta that is not the answer
 
 
 # ------------------------------------------------------------------------------------------ the known functions
@@ -113,14 +123,24 @@ def batch() -> Batch:
 
 
 def trajectories(path: Path, solver: str, nfe: int) -> Points:
-    """1024 points of the exact teacher's trajectories, in float64."""
-    t_max, t_min = (80.0, 0.002) if path.name == "ve" else (1.0, 0.0)
-    config = Trajectories(solver=solver, nfe=nfe, t_max=t_max, t_min=t_min, pool_steps=nfe, per_trajectory=16)
+    """1024 points of 1024 trajectories of the exact teacher, in float64."""
+    t_max, t_min, each = (80.0, 0.002, nfe) if path.name == "ve" else (1.0, 0.0, 16)
+    config = Trajectories(solver=solver, nfe=nfe, t_max=t_max, t_min=t_min, pool_steps=each, per_trajectory=16)
     pool = Pool(Exact(MIXTURE, path), path, config, (2,), 0, 1024, 0, 0, torch.device("cpu"))
     return Points(*(a if a is None else a.double() for a in pool.draw(0, torch.arange(1024))))
 
 
 # ------------------------------------------------------------------------------------------ the world itself
+
+
+def test_rows_and_their_noise_are_drawn_apart() -> None:
+    """The first batches, by seed 0, have all components and noise that knows nothing of the rows' own spread."""
+    data, ids = load(MIXTURE), torch.arange(20000)
+    first, _ = Loader(data, 0, torch.device("cpu")).rows(ids[:600])
+    assert float(first.mean(0).norm()) < 4 * 0.75 / math.sqrt(600)
+    _, eps = VE.point(data.x, torch.ones(20000), Random(0, 0, 0).key(rng.NOISE), ids)
+    nearest = means(MIXTURE)[torch.cdist(data.x, means(MIXTURE)).argmin(1)]
+    assert abs(float(((data.x - nearest) * eps).mean())) < 4 * 0.25 / math.sqrt(40000)
 
 
 @pytest.mark.parametrize("path, t", [(VE, 0.7), (VE, 80.0), (LINEAR, 1.0), (LINEAR, 0.4), (LINEAR, 0.0)])
@@ -146,6 +166,35 @@ def test_flow_map_of_one_gaussian(path: Path, t: float, r: float) -> None:
     torch.testing.assert_close(mapped, centre[1] + spread[1] / spread[0] * (x - centre[0]), atol=2e-5, rtol=0)
 
 
+def test_conversions_between_paths_go_round_and_agree() -> None:
+    x, t = torch.randn(7, 2).double(), torch.tensor([0.002, 0.05, 0.4, 0.9, 2.0, 11.0, 80.0]).double()
+    linear, trig = ve_to_linear(x, t), ve_to_trig(x, t, 0.6)
+    torch.testing.assert_close(linear_to_ve(*linear), (x, t))
+    torch.testing.assert_close(trig_to_ve(*trig, 0.6), (x, t))
+    torch.testing.assert_close(linear_to_trig(*linear, 0.6), trig)
+    torch.testing.assert_close(trig_to_linear(*trig, 0.6), linear)
+    noise = (torch.randn(7, 2).double(), torch.ones(7).double())  # t = 1, where VE has no time
+    torch.testing.assert_close(trig_to_linear(*linear_to_trig(*noise, 0.6), 0.6), noise)
+
+
+def test_denoiser_and_velocity_agree_across_paths() -> None:
+    """The same D at converted points, and dz/ds, dx'/dtheta by the chain rule from dx/dt."""
+    x, t = torch.randn(6, 2).double(), torch.tensor([0.01, 0.2, 0.7, 1.5, 8.0, 60.0]).double()
+    d = Exact(MIXTURE, VE).denoised(x, t)
+    slope = VE.velocity(x, d, t)
+    torch.testing.assert_close(slope, (x - d) / t[:, None])
+    for path, convert in ((LINEAR, ve_to_linear), (Path("trig"), ve_to_trig)):
+        y, s = convert(x, t)
+        net = Exact(MIXTURE, path)
+        torch.testing.assert_close(net.denoised(y, s), d)
+        torch.testing.assert_close(path.denoised(y, net(y, s), s), d)
+        torch.testing.assert_close(path.velocity(y, d, s), net(y, s))
+        h = 1e-5 * t
+        ahead, behind = (convert(x + (e * h)[:, None] * slope, t + e * h) for e in (1, -1))
+        chain = (ahead[0] - behind[0]) / (ahead[1] - behind[1])[:, None]
+        torch.testing.assert_close(chain, net(y, s), rtol=1e-5, atol=1e-6)
+
+
 def test_row_coefficients_are_the_tables() -> None:
     ratio = torch.tensor([0.3, 0.515669, 0.97], dtype=torch.float64)
     for order in (1, 2, 3):
@@ -159,7 +208,7 @@ def test_average_velocity_obeys_the_identity() -> None:
     r, t = torch.rand(2, 300, generator=g, dtype=torch.float64).sort(0).values
     z, v = torch.randn(300, 2, generator=g, dtype=torch.float64), Exact(MIXTURE, LINEAR)
     u = Net(average_velocity, 300, 0.0)(Dual(z, v(z, t)), Dual(t, torch.ones_like(t)), Dual(r, torch.zeros_like(r)))
-    torch.testing.assert_close(u.value, v(z, t) - column(t - r, z) * u.tangent, atol=2e-5, rtol=0)
+    torch.testing.assert_close(u.value, v(z, t) - column(t - r, z) * u.tangent, atol=2e-4, rtol=0)
     assert torch.equal(average_velocity(z, t, t), v(z, t))
 
 
@@ -169,7 +218,8 @@ SAMPLED = {
     "denoise": (VE, Denoise(), Exact(MIXTURE, VE)),
     "flow": (LINEAR, Flow(), Exact(MIXTURE, LINEAR)),
     "ect": (VE, Ect(q=4096, distance="squared_l2"), consistency),
-    "meanflow": (LINEAR, MeanFlow(ratio=0.5, p=0.0), average_velocity),  # p > 0 weighs rows by their own residual
+    # p = 0: for p > 0 a row's weight depends on its residual, which moves the point of rest
+    "meanflow": (LINEAR, MeanFlow(ratio=0.5, p=0.0), average_velocity),
 }
 
 
@@ -193,12 +243,13 @@ def test_meanflow_rejects_the_velocity() -> None:
 
 @pytest.mark.parametrize("distance", ["squared_l2", "pseudo_huber"])
 def test_ecd_is_at_rest_at_the_answer(distance: str) -> None:
-    """Its target has no noise but an error of the teacher's step: Heun's is far below Euler's, and both below a wrong net's."""
+    """Up to the error of the teacher's step: Heun's is far below Euler's, and both are below a wrong net's."""
+    few = Batch(batch().x_0[:3000], None, torch.arange(3000), None)
     config = {step: Ecd(q=16, k=0, distance=distance, step=step) for step in ("euler", "heun")}
     at = world(VE, Exact(MIXTURE, VE))
-    heun, euler = (size(gradients("ecd", consistency, batch(), config[step], at)) for step in ("heun", "euler"))
-    wrong = size(gradients("ecd", Exact(MIXTURE, VE), batch(), config["heun"], at))
-    off = size(gradients("ecd", consistency, batch(), config["heun"], at, OFF))
+    heun, euler = (size(gradients("ecd", consistency, few, config[step], at)) for step in ("heun", "euler"))
+    wrong = size(gradients("ecd", Exact(MIXTURE, VE), few, config["heun"], at))
+    off = size(gradients("ecd", consistency, few, config["heun"], at, OFF))
     assert heun < euler / 10 and heun < wrong / 200 and heun < off / 200
 
 
@@ -222,12 +273,34 @@ def test_cmt_mf_is_at_rest_at_the_answer() -> None:
     assert grad(average_velocity, "heun", 256, OFF) > 0.1 and grad(Exact(MIXTURE, LINEAR), "heun", 256) > 0.05
 
 
+def test_target_is_the_average_velocity_of_a_linear_ode() -> None:
+    """One Gaussian (v linear in z): the target's error falls with the square of Heun's steps."""
+    one = Gmm(components=1, radius=0.7, std=0.3)
+
+    def average(z: Tensor, t: Tensor, r: Tensor, labels, drop) -> Tensor:
+        spread = lambda u: torch.sqrt((1 - u) ** 2 * one.std**2 + u**2)
+        mu = z.new_tensor([one.radius, 0.0])
+        at = lambda u: column(1 - u, z) * mu
+        z_r = at(r) + column(spread(r) / spread(t), z) * (z - at(t))
+        return (z - z_r) / column(t - r, z)
+
+    def error(nfe: int) -> float:
+        config = Trajectories(solver="heun", nfe=nfe, t_max=1.0, t_min=0.0)
+        pool = Pool(Exact(one, LINEAR), LINEAR, config, (2,), 0, 512, 0, 1, torch.device("cpu"))
+        points = pool.draw(0, torch.arange(512))
+        return float(ROWS["cmt_mf"].function(average, points, CmtMf(), world(LINEAR))[0].mean().sqrt())
+
+    assert error(128) < 2e-3 and 3.3 < error(64) / error(128) < 5.5
+
+
 # ------------------------------------------------------------------------------------------ the theory's slopes
 
 
 @functools.cache
 def figures() -> dict:
-    return theory.measure(samples=2000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theory, "ORACLE_STEPS", 600)
+        return theory.measure(samples=2000)
 
 
 @pytest.mark.parametrize("order, expected", [("1", 1), ("2", 2), ("3", 2)])
@@ -239,7 +312,8 @@ def test_solver_slope(order: str, expected: int) -> None:
     "start, mse, bias",
     [
         ("CT, exact", 2, 2), ("CD-Euler", 4, 4), ("CD-Heun", 6.5, 6.5), ("CMT init, order 1", 2, 2),
-        ("CMT init, order 2", 4, 4), ("CMT init, order 3", 4, 4), ("Psi +", 1, 1), ("diffusion", 0, 0), ("no init", 0, 0),
+        ("CMT init, order 2", 4, 4), ("CMT init, order 3", 4, 4), ("Psi +", 1, 1), ("diffusion", 0, 0),
+        ("no init", 0, 0),
     ],
 )
 def test_bias_slope(start: str, mse: float, bias: float) -> None:
@@ -257,8 +331,9 @@ def test_mid_training_starts_far_below_diffusion() -> None:
     assert bias["no init, zero"] > diffusion
 
 
-def test_bias_of_ct_is_of_fourth_order_without_the_noise_of_its_mean() -> None:
+def test_bias_of_ct_is_of_fourth_order_without_the_noise_of_its_mean(monkeypatch) -> None:
     """x_r and its mirror image in E[x_r | x_t], the Euler step, average the first-order noise away: B ~ (1/q)^4."""
+    monkeypatch.setattr(theory, "ORACLE_STEPS", 600)
     net, d = Exact(theory.MIXTURE, VE), theory.draw(1000, 0)
     target = theory.psi(net, d.x_t, d.t)
     weight = torch.cos(d.x_t / column(1 + d.t, d.x_t)).prod(1) * d.t / (1 + d.t)

@@ -81,6 +81,7 @@ def test_figures_are_the_judge_s(run):
     work = Workspace(report.stored_run(folder), folder)
     assert out["quality"]["post"]["few"]["2"] == work.evaluate(work.network("post"), (2,), 200)["2"]
     assert out["quality"]["pre"]["solver"]["16"] == work.evaluate(work.network("pre"), (16,), 200, solver=True)["16"]
+    assert out["quality"]["pre"]["during"]["16"] == work.evaluate(work.network("pre"), (16,), 100, solver=True)["16"]
     stored = json.loads((folder / "post" / "figures.json").read_text())
     assert stored["few"] == out["quality"]["post"]["few"]
     assert (

@@ -1,0 +1,46 @@
+"""The README's commands exist and mean what they say; its file tree names files that are there."""
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cmt_fast import config
+from cmt_fast.cli import parser
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.S)
+LINES = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", [x for x in LINES if x.startswith("cmt ")])
+def test_commands_parse(line):
+    args, rest = parser().parse_known_args(shlex.split(line)[1:])
+    assert not [r for r in rest if "=" not in r]
+    if args.command == "train":
+        config.load(args.recipe, [*args.overrides, *rest])
+
+
+@pytest.mark.parametrize("target", [x.split()[1] for x in LINES if x.startswith("make ")])
+def test_make_targets_exist(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M)
+
+
+def test_the_file_tree_names_files_that_are_there():
+    tree = TEXT.split("## Where things are")[1].split("```")[1]
+    folder = ""
+    for line in tree.strip().splitlines():
+        first = line.split("  ")[0] if not line.startswith("  ") else ""
+        folder = first.split()[0] if first else folder
+        for name in re.findall(r"[\w/]+\.py\b", line):
+            root = ROOT / folder
+            assert (root / name).exists() or list(root.rglob(name)), f"{name} is not under {folder}"
+
+
+def test_tables_are_generated_not_typed():
+    for mark in re.findall(r"<!-- table: ([\w-]+) -->", TEXT):
+        kind, _, recipe = mark.partition("-")
+        assert (ROOT / "bench" / "results" / "cpu" / f"{recipe}-{kind}.json").is_file(), mark
