@@ -28,7 +28,8 @@ def meanflow(net, batch: Batch, config: MeanFlow, world: World) -> tuple[Tensor,
     guide = guidance_mask(batch, t, config)
     with torch.no_grad():
         null = None if guide is None else net(z, t, t, batch.labels, torch.ones_like(guide))
-        cond = None if guide is None or not config.kappa else net(z[:k], t[:k], t[:k], batch.labels[:k], batch.drop[:k])
+        drop = None if batch.drop is None else batch.drop[:k]
+        cond = None if guide is None or not config.kappa else net(z[:k], t[:k], t[:k], batch.labels[:k], drop)
         head = v[:k] if guide is None else _guided(v[:k], cond, null[:k], guide[:k], config)
     u = net(
         Dual(z, head.to(z.dtype)), Dual(t, torch.ones_like(t[:k])), Dual(r, torch.zeros_like(r[:k])),

@@ -13,20 +13,11 @@ import torch
 from cmt_kernels import Dual
 from torch import Tensor
 
-from cmt_fast import rng, theory
+from cmt_fast import paths, rng, theory
 from cmt_fast.data import Loader
 from cmt_fast.data.gmm import Exact, load, means
 from cmt_fast.objectives import ROWS, Batch, Points, World
-from cmt_fast.paths import (
-    Path,
-    column,
-    linear_to_trig,
-    linear_to_ve,
-    trig_to_linear,
-    trig_to_ve,
-    ve_to_linear,
-    ve_to_trig,
-)
+from cmt_fast.paths import Path, column
 from cmt_fast.rng import Random
 from cmt_fast.schema import CmtCm, CmtMf, Denoise, Ecd, Ect, Flow, Gmm, MeanFlow, Trajectories
 from cmt_fast.solvers import dpmpp_coefficients
@@ -168,13 +159,13 @@ def test_flow_map_of_one_gaussian(path: Path, t: float, r: float) -> None:
 
 def test_conversions_between_paths_go_round_and_agree() -> None:
     x, t = torch.randn(7, 2).double(), torch.tensor([0.002, 0.05, 0.4, 0.9, 2.0, 11.0, 80.0]).double()
-    linear, trig = ve_to_linear(x, t), ve_to_trig(x, t, 0.6)
-    torch.testing.assert_close(linear_to_ve(*linear), (x, t))
-    torch.testing.assert_close(trig_to_ve(*trig, 0.6), (x, t))
-    torch.testing.assert_close(linear_to_trig(*linear, 0.6), trig)
-    torch.testing.assert_close(trig_to_linear(*trig, 0.6), linear)
+    linear, trig = paths.ve_to_linear(x, t), paths.ve_to_trig(x, t, 0.6)
+    torch.testing.assert_close(paths.linear_to_ve(*linear), (x, t))
+    torch.testing.assert_close(paths.trig_to_ve(*trig, 0.6), (x, t))
+    torch.testing.assert_close(paths.linear_to_trig(*linear, 0.6), trig)
+    torch.testing.assert_close(paths.trig_to_linear(*trig, 0.6), linear)
     noise = (torch.randn(7, 2).double(), torch.ones(7).double())  # t = 1, where VE has no time
-    torch.testing.assert_close(trig_to_linear(*linear_to_trig(*noise, 0.6), 0.6), noise)
+    torch.testing.assert_close(paths.trig_to_linear(*paths.linear_to_trig(*noise, 0.6), 0.6), noise)
 
 
 def test_denoiser_and_velocity_agree_across_paths() -> None:
@@ -183,7 +174,7 @@ def test_denoiser_and_velocity_agree_across_paths() -> None:
     d = Exact(MIXTURE, VE).denoised(x, t)
     slope = VE.velocity(x, d, t)
     torch.testing.assert_close(slope, (x - d) / t[:, None])
-    for path, convert in ((LINEAR, ve_to_linear), (Path("trig"), ve_to_trig)):
+    for path, convert in ((LINEAR, paths.ve_to_linear), (Path("trig"), paths.ve_to_trig)):
         y, s = convert(x, t)
         net = Exact(MIXTURE, path)
         torch.testing.assert_close(net.denoised(y, s), d)
@@ -228,6 +219,14 @@ def test_sampled_objective_is_at_rest_at_the_answer(kind: str) -> None:
     path, config, known = SAMPLED[kind]
     assert errors(gradients(kind, known, batch(), config, world(path))) < 4
     assert errors(gradients(kind, known, batch(), config, world(path), OFF)) > 10
+
+
+def test_denoise_weight() -> None:
+    """lambda(t) = (t^2 + s^2) / (t s)^2, seen where D misses by one in each of two coordinates; and its times."""
+    loss, _ = ROWS["denoise"].function(lambda *_: batch().x_0 + 1, batch(), Denoise(mean=-0.8, std=1.4), world(VE))
+    t = torch.exp(-0.8 + 1.4 * Random(0, 0, 0).gauss(rng.TIME, batch().sample)).double()
+    torch.testing.assert_close(loss, 2 * (t**2 + 0.25) / (0.5 * t) ** 2)
+    assert abs(float(t.log().mean()) + 0.8) < 0.05 and abs(float(t.log().std()) - 1.4) < 0.05
 
 
 def test_ect_rejects_the_posterior_mean() -> None:

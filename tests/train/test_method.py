@@ -56,7 +56,7 @@ def test_order_ladder(nfe: int, order: int, ladder: str) -> None:
 
 
 def test_linear_table_is_the_same_solver() -> None:
-    """A step of DPM-Solver++ on linear flow is VE's in the scaled state z = x / (1 + sigma); the last, to 0, gives D."""
+    """A step of DPM-Solver++ on linear flow is VE's in the scaled state x / (1 + sigma); the last, to 0, gives D."""
     t, s = 0.7, 0.45
     for order in (1, 2, 3):
         ve = dpmpp_coefficients(VE, t / (1 - t), s / (1 - s), order, 1.3, 0.8)
@@ -109,8 +109,8 @@ def test_paper_batch_is_step_major() -> None:
     assert torch.equal(points.r, full(128, 0.002, torch.float32))
     random, ids = Random(3, 1, 5), torch.arange(8)
     noise, labels = 80 * random.normal(rng.START, ids, (2, 3)), random.integers(rng.START_LABEL, ids, 10)
-    assert torch.equal(points.labels, labels.repeat(16)) and points.drop is None
     level = labels.float().repeat(16).view(-1, 1, 1)
+    assert torch.equal(points.labels, labels.repeat(16)) and points.drop is None
     exact = lambda t: level + t.view(-1, 1, 1) / 80 * (noise.repeat(16, 1, 1) - level)
     torch.testing.assert_close(points.x, exact(points.t), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(points.x_r, exact(points.r), rtol=1e-4, atol=1e-4)
@@ -226,11 +226,10 @@ def student(x: Tensor, t: Tensor, r=None, labels=None, drop=None) -> Tensor:
 
 def data(n: int = 64) -> tuple[Batch, World, Tensor, Tensor, Tensor]:
     """A batch, its world (ECT's times with the defaults), and t, x_t, eps of it, by hand."""
-    ids, random = torch.arange(n), Random(5, 2, 7)
-    x_0, labels = torch.randn(n, 2, 3, dtype=torch.float64), ids % 10
+    ids, random, x_0 = torch.arange(n), Random(5, 2, 7), torch.randn(n, 2, 3, dtype=torch.float64)
     t = torch.exp(-1.1 + 2.0 * random.gauss(rng.TIME, ids)).double()
     eps = random.normal(rng.NOISE, ids, (2, 3)).double()
-    batch = Batch(x_0, labels, ids, torch.zeros(n, dtype=torch.bool))
+    batch = Batch(x_0, ids % 10, ids, torch.zeros(n, dtype=torch.bool))
     return batch, World(VE, random), t, x_0 + t.view(-1, 1, 1) * eps, eps
 
 
@@ -349,7 +348,7 @@ def test_guided_target_by_hand_with_one_label_mask(omega: float, kappa: float) -
         assert bool(mask.all()) or torch.equal(mask, drop[: len(mask)])
 
 
-# ------------------------------------------------------------------------------------------ 8. few-step samplers
+# ------------------------------------------------------------------------------------------ 8. samplers, wrapper
 
 
 def recorded(calls: list, f):
@@ -386,9 +385,6 @@ def test_jumps_are_uniform() -> None:
     out = sample_jumps(recorded(calls, u), z, 2, None)
     assert [c[1:] for c in calls] == [(1.0, 0.0), (1.0, 0.5), (0.5, 0.0)]
     torch.testing.assert_close(out, half - 0.5 * u(half, full(5, 0.5)))
-
-
-# ------------------------------------------------------------------------------------------ preconditioning
 
 
 def test_edm_preconditioning() -> None:
