@@ -40,6 +40,15 @@ def mean_(x: Tensor) -> Tensor:
     return x
 
 
+def largest(n: int) -> int:
+    """The largest n of all ranks, the same on each."""
+    if size() == 1:
+        return n
+    x = torch.tensor(n, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return int(x)
+
+
 def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
     """Equal shards (n, ...) of all ranks joined along `dim`, in rank order."""
     if size() == 1:

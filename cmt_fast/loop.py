@@ -66,7 +66,7 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
             scalars["grad_norm"] = engine.step(lr)
             for key, value in (("loss", loss.detach()), *scalars.items()):
                 sums[key] = sums[key] + value if key in sums else value
-            n, last = step + 1, step + 1 == plan.total
+            n, last, stop = step + 1, step + 1 == plan.total, 0
             if n % plan.log_every == 0 or last:
                 wall["train_s"] += time.perf_counter() - clock
                 count = n - (n - 1) // plan.log_every * plan.log_every
@@ -80,15 +80,14 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
                 clock = time.perf_counter()
                 _watch(work, name, stage, engine, plan, n, last, log)
                 wall["eval_s"] += time.perf_counter() - clock
-            if n % plan.checkpoint_every == 0 or last or asked:
-                if asked and n % plan.log_every and not last:
-                    continue  # a stop waits for the row that is being summed
+                clock = time.perf_counter()
+                stop = distributed.largest(asked[0] if asked else 0)
+            if n % plan.checkpoint_every == 0 or last or stop:
                 log.commit()
                 _save(work, name, engine, n, last, lineage, wall)
-                if asked and not last:
-                    raise Stopped(128 + asked[0])
-            if n % plan.log_every == 0:
                 clock = time.perf_counter()
+                if stop and not last:
+                    raise Stopped(128 + stop)
     finally:
         log.close()
 

@@ -35,7 +35,7 @@ class Schedule(NamedTuple):
 def schedule(stage: Stage) -> Schedule:
     """Lengths in steps, rounded up; checkpoints fall on log rows, so a restart repeats whole rows."""
     total = -(-stage.images_nimg // stage.batch)
-    log_every = max(1, total // 50)
+    log_every = max(1, min(total // 50, 50))  # a stop waits for a row, so rows are never far apart
     steps = lambda nimg: -(-nimg // stage.batch)
     every = lambda nimg: log_every * max(1, round(steps(nimg) / log_every)) if nimg else 0
     return Schedule(
