@@ -1,4 +1,5 @@
 """Packages of CMT-Fast: the trainer `cmt_fast` and, from its own source root, the ops `cmt_kernels`."""
+
 from setuptools import find_packages, setup
 
 setup(

@@ -1,4 +1,5 @@
 """Measurements: `python -m bench`. What every bench shares: the clock, the machine's name and roof, the result file."""
+
 from __future__ import annotations
 
 import json
@@ -31,8 +32,11 @@ def about(device: str) -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     return {
-        "device": device_name(device), "threads": torch.get_num_threads() if device == "cpu" else None,
-        "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit or None,
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit or None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -50,6 +54,7 @@ def save(kind: str, device: str, results: dict[str, Any], path: Path | None = No
 def clock(device: str) -> Callable[[Callable[[], Any]], float]:
     """A function that times one call in ms. On a GPU: events, after a write that empties the L2 cache."""
     if device != "cuda":
+
         def seconds(call: Callable[[], Any]) -> float:
             start = time.perf_counter()
             call()

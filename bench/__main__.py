@@ -1,4 +1,5 @@
 """`python -m bench WHAT ...`: a bench is a module with `add_arguments(parser)` and `run(arguments) -> exit status`."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """Times of every op, backend and case, each checked against float64 first: no number for a wrong answer."""
+
 from __future__ import annotations
 
 import argparse
@@ -69,8 +70,11 @@ def measure(op: str, case: Any, dtype: torch.dtype, arguments: argparse.Namespac
     calls = {name: lambda f=functions[name], x=kwargs[name]: f(**x) for name in kwargs}
     times = interleave(calls, device, arguments.seconds)
     shared = {
-        "op": op, "case": case.id, "dtype": str(dtype).removeprefix("torch."),
-        "nbytes": module.nbytes(case, dtype.itemsize), "flops": module.flops(case),
+        "op": op,
+        "case": case.id,
+        "dtype": str(dtype).removeprefix("torch."),
+        "nbytes": module.nbytes(case, dtype.itemsize),
+        "flops": module.flops(case),
     }
     return [
         shared | {"backend": name, "error": relative, "wrong": wrong or None} | times.get(name, {})
@@ -99,8 +103,10 @@ def run(arguments: argparse.Namespace) -> int:
     results = about(arguments.device) | {"roof": roof(arguments.device, dtype), "rows": []}
     print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}, {results['date']}")
     print(f"roof: memory {results['roof']['gb_s']:.1f} GB/s, matmul {results['roof']['gflop_s']:.1f} GFLOP/s")
-    print(f"{'op':17} {'case':40} {'dtype':8} {'backend':9} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} "
-          f"{'GB/s':>8} {'GFLOP/s':>9} {'roof':>6} {'error':>9}")
+    print(
+        f"{'op':17} {'case':40} {'dtype':8} {'backend':9} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} "
+        f"{'GB/s':>8} {'GFLOP/s':>9} {'roof':>6} {'error':>9}"
+    )
     for op in [arguments.op] if arguments.op else OPS:
         for case in cases_of(op).BENCH:
             own = dtype if dtype in cases_of(op).DTYPES else torch.float32

@@ -1,4 +1,5 @@
 """`python -m bench report`: writes the README's tables from bench/results, between its `<!-- table: NAME -->` marks."""
+
 from __future__ import annotations
 
 import argparse
@@ -8,8 +9,11 @@ from pathlib import Path
 
 RESULTS = Path("bench/results/cpu")
 ROWS = {
-    "teacher": "pre-trained, ODE solver", "pre": "pre-trained, used as a few-step generator", "mid": "mid-training",
-    "post": "mid- and post-training", "control": "control: post-training only, same images",
+    "teacher": "pre-trained, ODE solver",
+    "pre": "pre-trained, used as a few-step generator",
+    "mid": "mid-training",
+    "post": "mid- and post-training",
+    "control": "control: post-training only, same images",
 }
 
 
@@ -47,13 +51,20 @@ def seeds(recipe: str) -> str:
         cells = []
         for k in steps:
             found = [r["stages"][stage].get(k) for r in rows]
-            cells += [span([f[key] for f in found], 2 + (key == "accuracy")) if all(found) else "" for key in ("frechet", "accuracy")]
+            cells += [
+                span([f[key] for f in found], 2 + (key == "accuracy")) if all(found) else ""
+                for key in ("frechet", "accuracy")
+            ]
         if stage == "teacher":
             k = next(iter(rows[0]["stages"]["teacher"]))
-            cells[:2] = [span([r["stages"]["teacher"][k]["frechet"] for r in rows]) + f" ({k} steps)",
-                         span([r["stages"]["teacher"][k]["accuracy"] for r in rows], 3)]
+            cells[:2] = [
+                span([r["stages"]["teacher"][k]["frechet"] for r in rows]) + f" ({k} steps)",
+                span([r["stages"]["teacher"][k]["accuracy"] for r in rows], 3),
+            ]
         lines.append(f"| {title} | {images[stage]:,} | " + " | ".join(cells) + " |")
-    ratio = [span([r["stages"]["post"][k]["frechet"] / r["stages"]["control"][k]["frechet"] for r in rows]) for k in steps]
+    ratio = [
+        span([r["stages"]["post"][k]["frechet"] / r["stages"]["control"][k]["frechet"] for r in rows]) for k in steps
+    ]
     lines.append("| final over control | | " + " | ".join(f"{r} | " for r in ratio) + "|")
     drift = [span([r["stages"]["post"][k]["frechet"] / r["stages"]["mid"][k]["frechet"] for r in rows]) for k in steps]
     lines.append("| final over mid-training | | " + " | ".join(f"{r} | " for r in drift) + "|")
@@ -61,7 +72,8 @@ def seeds(recipe: str) -> str:
     e = data["environment"]
     lines.append(
         f"\nSeeds {', '.join(str(r['seed']) for r in rows)}; {data['samples']:,} samples; features `{rows[0]['extractor']}`; "
-        f"all four stages in {span(total, 0)} s; {e['cpu']}, {e['threads']} threads, torch {e['torch']}; commit {data['commit']}, {data['date']}.\n"
+        f"all four stages in {span(total, 0)} s; {e['cpu']}, {e['threads']} threads, torch {e['torch']}; "
+        f"commit {data['commit']}, {data['date']}.\n"
     )
     return "\n".join(lines) + "\n"
 
@@ -69,11 +81,19 @@ def seeds(recipe: str) -> str:
 def search(recipe: str) -> str:
     """The control's search."""
     data = json.loads((RESULTS / f"{recipe}-search.json").read_text())
-    done = sorted((t for t in data["trials"] if "steps" in t), key=lambda t: t["steps"]["1"]["frechet"] * t["steps"]["2"]["frechet"])
-    lines = [f"| {recipe}: control's settings (seed {data['seed']}) | Fréchet, 1 step | accuracy | Fréchet, 2 steps | accuracy |", "|---|---|---|---|---|"]
+    done = sorted(
+        (t for t in data["trials"] if "steps" in t),
+        key=lambda t: t["steps"]["1"]["frechet"] * t["steps"]["2"]["frechet"],
+    )
+    lines = [
+        f"| {recipe}: control's settings (seed {data['seed']}) | Fréchet, 1 step | accuracy | Fréchet, 2 steps | accuracy |",
+        "|---|---|---|---|---|",
+    ]
     for t in done:
         one, two = t["steps"]["1"], t["steps"]["2"]
         name = " ".join(s.removeprefix("control.").removeprefix("objective.") for s in t["set"])
-        lines.append(f"| {name} | {one['frechet']:.2f} | {one['accuracy']:.3f} | {two['frechet']:.2f} | {two['accuracy']:.3f} |")
+        lines.append(
+            f"| {name} | {one['frechet']:.2f} | {one['accuracy']:.3f} | {two['frechet']:.2f} | {two['accuracy']:.3f} |"
+        )
     lines += [f"| {' '.join(t['set'])} | {t['failed']} | | | |" for t in data["trials"] if "failed" in t]
     return "\n".join(lines) + "\n"

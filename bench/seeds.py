@@ -3,6 +3,7 @@
 Each seed is a run of its own; the table holds every stage's distances and accuracies, the ratios of the run to its
 control, and the seconds. Nothing is chosen: the seeds are those asked for.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,9 +29,14 @@ def run(args: argparse.Namespace) -> int:
     rows = [measure(args.recipe, int(seed), args.out / f"{args.recipe}-{seed}") for seed in args.seeds.split(",")]
     recipe = config.load(args.recipe)
     about = {
-        "recipe": args.recipe, "digest": config.digest(recipe), "commit": commit(), "date": date.today().isoformat(),
-        "environment": environment(), "samples": recipe.eval.n,
-        "images": {n: recipe.stage(n).images_nimg for n in stages.names(recipe)}, "seeds": rows,
+        "recipe": args.recipe,
+        "digest": config.digest(recipe),
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "environment": environment(),
+        "samples": recipe.eval.n,
+        "images": {n: recipe.stage(n).images_nimg for n in stages.names(recipe)},
+        "seeds": rows,
     }
     path = args.json or Path("bench/results/cpu") / f"{args.recipe}-seeds.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +61,8 @@ def measure(recipe: str, seed: int, out: Path) -> dict:
         row["seconds"][name] = checkpoint.complete(out / name).manifest["wall"]
         row["curve"][name] = [
             {"nimg": r["nimg"], **{k: v["frechet"] for k, v in r["steps"].items()}}
-            for r in log.read(out / name / log.METRICS) if r["kind"] == "eval"
+            for r in log.read(out / name / log.METRICS)
+            if r["kind"] == "eval"
         ]
     row["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return row

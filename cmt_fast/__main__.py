@@ -1,4 +1,5 @@
 """`python -m cmt_fast` and `torchrun -m cmt_fast`: the `cmt` command."""
+
 import sys
 
 from cmt_fast.cli import main

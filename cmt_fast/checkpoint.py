@@ -5,6 +5,7 @@
 Written to a temporary folder, every file synced, then renamed: a folder with its final name is whole, or
 its checksums say that it is not, and the one before it is used.
 """
+
 from __future__ import annotations
 
 import json
@@ -153,4 +154,3 @@ def write_text(path: Path, text: str) -> None:
     temporary.write_text(text, "utf-8")
     sync(temporary)
     os.replace(temporary, path)
-

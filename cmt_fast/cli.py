@@ -1,4 +1,5 @@
 """The `cmt` command: parse, build, call. What a user got wrong is one line on stderr and exit code 2."""
+
 from __future__ import annotations
 
 import argparse
@@ -12,7 +13,19 @@ import numpy as np
 import torch
 import yaml
 
-from cmt_fast import __version__, checkpoint, config, distributed, loop, pictures, posthoc, report, search, stages, theory
+from cmt_fast import (
+    __version__,
+    checkpoint,
+    config,
+    distributed,
+    loop,
+    pictures,
+    posthoc,
+    report,
+    search,
+    stages,
+    theory,
+)
 from cmt_fast import workspace as ws
 from cmt_fast.config import ConfigError
 from cmt_fast.schema import STAGES
@@ -42,8 +55,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="a.b=value")
     p.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     p.add_argument("--stages", help="comma-separated (default: all the recipe has)")
-    p.add_argument("--from", dest="parents", type=Path, metavar="RUN", help="take stages not trained here from another run")
-    p.add_argument("--dry-run", action="store_true", help="print the resolved run, the op table and the cost; write nothing")
+    p.add_argument(
+        "--from", dest="parents", type=Path, metavar="RUN", help="take stages not trained here from another run"
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="print the resolved run, the op table and the cost; write nothing"
+    )
 
     p = command("sample", sample, "samples of a trained stage as .npz, as a picture, or both")
     p.add_argument("stage", metavar="RUN/STAGE")
@@ -69,11 +86,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("recipe")
     p.add_argument("stage", metavar="STAGE", choices=STAGES)
     p.add_argument("overrides", nargs="*", metavar="a.b=value")
-    p.add_argument("--grid", action="append", required=True, metavar="a.b=v1,v2 [c=v1,v2]", help="crossed; repeat to add grids")
+    p.add_argument(
+        "--grid", action="append", required=True, metavar="a.b=v1,v2 [c=v1,v2]", help="crossed; repeat to add grids"
+    )
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--record", type=Path, help="where the table is written (default: OUT/search.json)")
 
-    p = command("theory", run_theory, "solver order and gradient bias on a Gaussian mixture, against the paper's slopes")
+    p = command(
+        "theory", run_theory, "solver order and gradient bias on a Gaussian mixture, against the paper's slopes"
+    )
     p.add_argument("--json", type=Path, help="write the figures here too")
 
     p = command("recipes", recipes, "the recipes that come with the package: ls, show, copy, validate")
@@ -132,7 +153,9 @@ def train(args: argparse.Namespace) -> None:
     names = args.stages.split(",") if args.stages else have
     for name in names:
         if name not in have:
-            raise ConfigError(f"--stages: {name!r} is not valid; this recipe has {', '.join(have)}{config.nearest(name, have)}")
+            raise ConfigError(
+                f"--stages: {name!r} is not valid; this recipe has {', '.join(have)}{config.nearest(name, have)}"
+            )
     if args.parents:
         ws.stored_run(args.parents)
     distributed.start(ws.device(run.device))
@@ -179,16 +202,22 @@ def sample(args: argparse.Namespace) -> None:
         if path and not path.parent.is_dir():
             raise ConfigError(f"--{'out' if path is args.out else 'grid'}: the folder of {str(path)!r} does not exist")
     net = work.network(stage)
-    images = _checked(lambda: work.setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch))
+    images = _checked(
+        lambda: work.setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch)
+    )
     labels = work.setting.labels(torch.arange(args.n))
     if args.out:
         with open(args.out, "wb") as file:
-            np.savez(file, images=images.numpy(), labels=(torch.zeros(args.n) if labels is None else labels).long().numpy())
+            np.savez(
+                file, images=images.numpy(), labels=(torch.zeros(args.n) if labels is None else labels).long().numpy()
+            )
         print(f"{args.out}: {args.n} samples of {args.stage}, {args.steps} steps, seed {args.seed}")
     if args.grid:
         shown = images if images.ndim == 2 else images[:100]
         rows = [shown] if images.ndim == 2 else shown.split(10)
-        pictures.grid([(f"{args.steps} step{'s' * (args.steps > 1)}" if i == 0 else "", r) for i, r in enumerate(rows)], args.grid)
+        pictures.grid(
+            [(f"{args.steps} step{'s' * (args.steps > 1)}" if i == 0 else "", r) for i, r in enumerate(rows)], args.grid
+        )
         print(f"{args.grid}: a picture of them")
 
 
@@ -241,13 +270,17 @@ def recipes(args: argparse.Namespace) -> None:
         return
     names = list(known) if args.all else args.names
     if not names or (args.action == "copy" and len(names) != 2):
-        raise ConfigError(f"cmt recipes {args.action}: needs {'a recipe and a file to write' if args.action == 'copy' else 'a recipe'}")
+        raise ConfigError(
+            f"cmt recipes {args.action}: needs {'a recipe and a file to write' if args.action == 'copy' else 'a recipe'}"
+        )
     if args.action == "show":
         print(config.recipe_text(names[0]), end="")
     elif args.action == "copy":
         text, target = config.recipe_text(names[0]), Path(names[1])
         if target.exists() or not target.parent.is_dir():
-            raise ConfigError(f"cmt recipes copy: {names[1]!r} {'exists' if target.exists() else 'is in no folder that exists'}")
+            raise ConfigError(
+                f"cmt recipes copy: {names[1]!r} {'exists' if target.exists() else 'is in no folder that exists'}"
+            )
         target.write_text(text, "utf-8")
         print(f"{target}: a copy of {names[0]}")
     else:

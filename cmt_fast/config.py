@@ -2,6 +2,7 @@
 
 A wrong key or value raises ConfigError: the key, what it was, what is valid, the nearest name.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -18,7 +19,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from cmt_fast.schema import Run
 
-
 # keys of a stage that change no weight
 WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg")
 
@@ -28,7 +28,6 @@ class ConfigError(ValueError):
 
     def __init__(self, text: str) -> None:
         super().__init__(" ".join(text.split()))
-
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,7 +59,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 def parse_yaml(text: str, source: str) -> Any:
     """YAML to plain Python. Raises ConfigError naming `source` and the line."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+        return yaml.load(text, _Loader)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -116,7 +115,7 @@ def _override(tree: dict, text: str) -> None:
         if child is None:
             child = node[name] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"{'.'.join(parents[: i + 1])}: is {child!r}, it has no key {parents[i + 1:] + [last]}")
+            raise ConfigError(f"{'.'.join(parents[: i + 1])}: is {child!r}, it has no key {parents[i + 1 :] + [last]}")
         node = child
     node[last] = parse_yaml(raw, f"override {key}")
 
@@ -198,17 +197,36 @@ def _plain(hint):
     while get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     members = [a for a in get_args(hint) if a not in (type(None), Ellipsis)] or [hint]
-    members = [m for a in members for m in (_plain(a) if isinstance(_plain(a), tuple) else (_plain(a),))] \
-        if get_args(hint) else members
+    members = (
+        [m for a in members for m in (_plain(a) if isinstance(_plain(a), tuple) else (_plain(a),))]
+        if get_args(hint)
+        else members
+    )
     return members[0] if len(members) == 1 else tuple(members)
 
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     loc, kind, given = first["loc"], first["type"], first.get("input")
-    tags = {"digits", "gmm", "npz", "dit", "mlp", "denoise", "flow", "cmt_cm", "cmt_mf", "ect", "ecd", "meanflow",
-            "constant", "power"}
-    key = ".".join(str(p) for i, p in enumerate(loc) if not (p in tags and i and not isinstance(loc[i - 1], int | None)))
+    tags = {
+        "digits",
+        "gmm",
+        "npz",
+        "dit",
+        "mlp",
+        "denoise",
+        "flow",
+        "cmt_cm",
+        "cmt_mf",
+        "ect",
+        "ecd",
+        "meanflow",
+        "constant",
+        "power",
+    }
+    key = ".".join(
+        str(p) for i, p in enumerate(loc) if not (p in tags and i and not isinstance(loc[i - 1], int | None))
+    )
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         valid = _fields(Run, loc[:-1])
         return f"{key}: unknown key; valid are {', '.join(valid)}{nearest(loc[-1], valid)}"

@@ -1,4 +1,5 @@
 """The few collective calls, each the identity on one process. Ranks come from torchrun's environment."""
+
 from __future__ import annotations
 
 import os

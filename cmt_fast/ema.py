@@ -1,4 +1,5 @@
 """EMA profiles, and the reconstruction of a profile that was not tracked (Karras et al. 2024, EDM2, sec. 3 and app. C)."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -3,6 +3,7 @@
 Parameters, gradients, moments and EMAs are flat fp32 buffers, the module's parameters views into one
 of them: one kernel call updates all, one call sums over ranks, and a checkpoint is a few tensors.
 """
+
 from __future__ import annotations
 
 import copy
@@ -44,7 +45,18 @@ class LocalEngine:
         self.step_count += 1
         betas = [ema.beta(profile, self.step_count) for profile in s.ema]
         norm = adamw_ema(
-            self.p, self.g, self.m, self.v, self.emas, betas, self.step_count, lr, s.betas, s.eps, s.weight_decay, s.clip
+            self.p,
+            self.g,
+            self.m,
+            self.v,
+            self.emas,
+            betas,
+            self.step_count,
+            lr,
+            s.betas,
+            s.eps,
+            s.weight_decay,
+            s.clip,
         )
         self.g.zero_()
         return norm
@@ -110,7 +122,9 @@ def load_named(net: nn.Module, weights: dict[str, Tensor]) -> None:
         )
     for name, p in own.items():
         if p.shape != weights[name].shape:
-            raise ValueError(f"checkpoint does not fit the model: {name} is {tuple(weights[name].shape)}, not {tuple(p.shape)}")
+            raise ValueError(
+                f"checkpoint does not fit the model: {name} is {tuple(weights[name].shape)}, not {tuple(p.shape)}"
+            )
         p.copy_(weights[name])
 
 

@@ -1,4 +1,5 @@
 """Metrics as JSON lines, always; progress as a rich bar on a terminal and plain lines elsewhere; TensorBoard as an extra."""
+
 from __future__ import annotations
 
 import json
@@ -46,8 +47,12 @@ class Log:
         self.console = Console(stderr=False)
         if not quiet and self.console.is_terminal:
             self.progress = Progress(
-                TextColumn("{task.description:>10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=self.console,
+                TextColumn("{task.description:>10}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=self.console,
             )
             self.task = self.progress.add_task(title, total=total, completed=step, note="")
             self.progress.start()

@@ -4,6 +4,7 @@ A stage starts from the EMA of the stage before, draws rows of data or points of
 trajectories, and takes optimizer steps; every step's numbers are a function of (seed, stage, step), so a
 killed run that is started again ends with the same weights, EMA and metrics as one that was not.
 """
+
 from __future__ import annotations
 
 import signal
@@ -109,7 +110,10 @@ class Source:
             assert stage.trajectories is not None
             teacher = guided(net, stage.trajectories.guidance)
             self.pool = stages.pool(run, name, teacher, work.data.shape, work.data.classes, work.device)
-        wanted = any(getattr(o, "distance", "") == "features" for o in (stage.objective, getattr(stage.anchor, "objective", None)))
+        wanted = any(
+            getattr(o, "distance", "") == "features"
+            for o in (stage.objective, getattr(stage.anchor, "objective", None))
+        )
         self.features = getattr(work.space, "differentiable", None) if wanted else None
 
     def loss(self, engine: LocalEngine, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -154,8 +158,12 @@ def _parent(work: Workspace, stage: Stage, engine: LocalEngine, fresh: bool) -> 
     if fresh:
         engine.start_from(weights)
     return {
-        "stage": stage.start, "step": manifest["step"], "nimg": manifest["nimg"], "config": manifest["config"],
-        "ema": manifest["files"]["ema-0.safetensors"]["xxh3_128"], "parent": manifest["parent"],
+        "stage": stage.start,
+        "step": manifest["step"],
+        "nimg": manifest["nimg"],
+        "config": manifest["config"],
+        "ema": manifest["files"]["ema-0.safetensors"]["xxh3_128"],
+        "parent": manifest["parent"],
     }
 
 
@@ -163,21 +171,30 @@ def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool
     if distributed.rank() == 0:
         stage = work.run.stage(name)
         about = {
-            "stage": name, "nimg": step * stage.batch, "done": last, "recipe": work.run.name,
-            "config": config.stage_digest(work.run, name), "parent": lineage, "wall": wall,
+            "stage": name,
+            "nimg": step * stage.batch,
+            "done": last,
+            "recipe": work.run.name,
+            "config": config.stage_digest(work.run, name),
+            "parent": lineage,
+            "wall": wall,
         }
         checkpoint.save(work.folder / name, step, engine.state(), about)
     distributed.barrier()
 
 
-def _watch(work: Workspace, name: str, stage: Stage, engine, plan: stages.Schedule, n: int, last: bool, log: Log) -> None:
+def _watch(
+    work: Workspace, name: str, stage: Stage, engine, plan: stages.Schedule, n: int, last: bool, log: Log
+) -> None:
     """What is looked at during training, on rank 0: figures, pictures, EMA snapshots."""
     due = lambda every: every and (n % every == 0 or last)
     if distributed.rank() == 0:
         net = None
         if due(plan.eval_every):
             net = engine.average()
-            log.row("eval", n, n * stage.batch, {"steps": work.evaluate(net, work.run.eval.steps, work.run.eval.n_during)})
+            log.row(
+                "eval", n, n * stage.batch, {"steps": work.evaluate(net, work.run.eval.steps, work.run.eval.n_during)}
+            )
         if due(plan.grid_every) or last:
             draw_grid(work, net or engine.average(), name, n)
         if due(plan.snapshot_every):

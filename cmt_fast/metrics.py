@@ -3,6 +3,7 @@
 The distance is never called FID: that name belongs to one Inception network. Which features were used,
 and their hash, stands beside every figure.
 """
+
 from __future__ import annotations
 
 from pathlib import Path

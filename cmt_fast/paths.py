@@ -4,6 +4,7 @@ VE (EDM): alpha = 1, sigma = t.  Linear flow: alpha = 1 - t, sigma = t, t in [0,
 TrigFlow (sCM): alpha = cos t, sigma = sigma_data sin t, t in [0, pi/2].
 Conversions are named a_to_b and return the state and the time on path b.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -1,4 +1,5 @@
 """Sample grids as PNG files, without torchvision."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -23,7 +24,9 @@ def grid(rows: list[tuple[str, Tensor]], path: Path, zoom: int | None = None) ->
         for x, image in enumerate(images):
             pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
             tile = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-            canvas.paste(tile.resize((w * zoom, h * zoom), Image.Resampling.NEAREST), (margin + x * (w * zoom + gap), top))
+            canvas.paste(
+                tile.resize((w * zoom, h * zoom), Image.Resampling.NEAREST), (margin + x * (w * zoom + gap), top)
+            )
     _save(canvas, path)
 
 

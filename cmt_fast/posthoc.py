@@ -1,4 +1,5 @@
 """Post-hoc EMA: rebuild any power-function profile from a stage's snapshots (Karras et al. 2024, EDM2, sec. 3.2)."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -21,7 +22,8 @@ def reconstruct(stage_dir: Path, sigma_rel: float | None, out: Path | None) -> N
         raise ConfigError(f"--out: {str(out)!r} is not valid; it names a .safetensors file in a folder that exists")
     found = [
         checkpoint.verify(checkpoint.folder_of(track, step))
-        for track in sorted((stage_dir / "snapshots").glob("ema-*")) for step in checkpoint.steps(track)
+        for track in sorted((stage_dir / "snapshots").glob("ema-*"))
+        for step in checkpoint.steps(track)
     ]
     if not found:
         raise ConfigError(f"{stage_dir}: has no snapshots; set ema to power profiles and snapshot_every_nimg")

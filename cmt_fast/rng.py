@@ -1,4 +1,5 @@
 """Randomness as a function of (seed, stage, step, sample, stream): restarts and world size change nothing."""
+
 from __future__ import annotations
 
 from typing import NamedTuple

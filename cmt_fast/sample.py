@@ -1,4 +1,5 @@
 """Samples of a network: labels, starting noise and sampler as a function of (seed, index), so sets compare one to one."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -59,9 +60,7 @@ class Setting:
     def generate(self, net: Callable, steps: int, n: int, seed: int, solver: bool = False, batch: int = 1000) -> Tensor:
         """Samples 0..n-1 in data units, float32. (n, ...) on the CPU."""
         draw = self.solve if solver else self.few_steps
-        parts = [
-            draw(net, steps, seed, index.to(self.device)).float().cpu() for index in torch.arange(n).split(batch)
-        ]
+        parts = [draw(net, steps, seed, index.to(self.device)).float().cpu() for index in torch.arange(n).split(batch)]
         return torch.cat(parts)
 
 

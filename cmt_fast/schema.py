@@ -2,9 +2,10 @@
 
 Every number a run depends on is here or in its recipe; the resolved form and its hash are saved with the run.
 """
+
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -19,6 +20,7 @@ Natural = Annotated[int, Field(ge=0)]
 
 
 # ---------------------------------------------------------------------------------------------- data and model
+
 
 @_schema
 class Digits:
@@ -46,7 +48,7 @@ class Npz:
     kind: Literal["npz"] = "npz"
 
 
-Data = Annotated[Union[Digits, Gmm, Npz], Field(discriminator="kind")]
+Data = Annotated[Digits | Gmm | Npz, Field(discriminator="kind")]
 
 
 @_schema
@@ -72,7 +74,7 @@ class Mlp:
     depth: Count = 3
 
 
-Model = Annotated[Union[Dit, Mlp], Field(discriminator="kind")]
+Model = Annotated[Dit | Mlp, Field(discriminator="kind")]
 
 # ---------------------------------------------------------------------------------------------- objectives
 
@@ -163,7 +165,7 @@ class MeanFlow:
     guide_t_max: Fraction = 1.0
 
 
-Objective = Annotated[Union[Denoise, Flow, CmtCm, CmtMf, Ect, Ecd, MeanFlow], Field(discriminator="kind")]
+Objective = Annotated[Denoise | Flow | CmtCm | CmtMf | Ect | Ecd | MeanFlow, Field(discriminator="kind")]
 
 # ---------------------------------------------------------------------------------------------- stages
 
@@ -189,7 +191,7 @@ class Trajectories:
 class Anchor:
     """Keeps a share of each post-training batch on the mid-training loss; `post_weight` scales the post loss beside it."""
 
-    objective: Annotated[Union[CmtCm, CmtMf], Field(discriminator="kind")]
+    objective: Annotated[CmtCm | CmtMf, Field(discriminator="kind")]
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     post_weight: Positive = 1.0
 
@@ -210,7 +212,7 @@ class PowerEma:
     kind: Literal["power"] = "power"
 
 
-Ema = Annotated[Union[ConstantEma, PowerEma], Field(discriminator="kind")]
+Ema = Annotated[ConstantEma | PowerEma, Field(discriminator="kind")]
 
 
 @_schema
@@ -245,9 +247,7 @@ class Stage:
 class Sampler:
     """Few-step sampling. `mid_times`: the times of a consistency model after the first, by number of steps."""
 
-    mid_times: dict[int, tuple[Positive, ...]] = Field(
-        default_factory=lambda: {2: (0.821,), 4: (5.0, 1.5, 0.4)}
-    )
+    mid_times: dict[int, tuple[Positive, ...]] = Field(default_factory=lambda: {2: (0.821,), 4: (5.0, 1.5, 0.4)})
     solver: Literal["dpmpp", "euler", "heun", "jump"] = "dpmpp"
     order: Annotated[int, Field(ge=1, le=3)] = 2
     t_max: Positive = 80.0

@@ -3,6 +3,7 @@
 The stages before it are trained once in OUT/base; each trial is a run of its own that takes them from there. A
 trial's figures are those of its final EMA. Nothing is chosen here: the table is sorted, a person (or a recipe) picks.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -62,7 +63,10 @@ def run(recipe: str, stage: str, overrides: list[str], grids: list[str], out: Pa
         row: dict = {"set": choice, "digest": config.digest(work.run)}
         try:
             loop.train(work, [stage])
-            row |= {"steps": work.evaluate(work.network(stage), work.run.eval.steps, work.run.eval.n), "extractor": work.space.name}
+            row |= {
+                "steps": work.evaluate(work.network(stage), work.run.eval.steps, work.run.eval.n),
+                "extractor": work.space.name,
+            }
         except FloatingPointError as error:
             row["failed"] = str(error)
         rows.append(row)
@@ -83,11 +87,19 @@ def _before(work: Workspace, stage: str) -> list[str]:
     return [name for name in stages.names(work.run) if name in wanted]
 
 
-def _write(path: Path, recipe: str, stage: str, overrides: list[str], grids: list[str], base: Workspace, rows: list) -> None:
+def _write(
+    path: Path, recipe: str, stage: str, overrides: list[str], grids: list[str], base: Workspace, rows: list
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {
-        "recipe": recipe, "stage": stage, "overrides": overrides, "grids": grids, "seed": base.run.seed,
-        "samples": base.run.eval.n, "environment": environment(), "trials": rows,
+        "recipe": recipe,
+        "stage": stage,
+        "overrides": overrides,
+        "grids": grids,
+        "seed": base.run.seed,
+        "samples": base.run.eval.n,
+        "environment": environment(),
+        "trials": rows,
     }
     checkpoint.write_text(path, json.dumps(about, indent=1) + "\n")
 
@@ -101,7 +113,9 @@ def _show(rows: list[dict]) -> None:
         table.add_column(f"accuracy, {k}", justify="right")
     product = lambda row: _product(r["frechet"] for r in row["steps"].values())
     for row in sorted(done, key=product):
-        cells = [c for r in row["steps"].values() for c in (f"{r['frechet']:.3f}", f"{r.get('accuracy', float('nan')):.3f}")]
+        cells = [
+            c for r in row["steps"].values() for c in (f"{r['frechet']:.3f}", f"{r.get('accuracy', float('nan')):.3f}")
+        ]
         table.add_row(" ".join(row["set"]), *cells)
     for row in rows:
         if "failed" in row:

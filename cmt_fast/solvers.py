@@ -4,6 +4,7 @@ A row of a table says where the network is called and which linear combination o
 newest predictions follows: x <- c0 x + c1 m0 + c2 m1 + c3 m2 (`cmt_kernels.solver_step`). Tables are
 in data prediction on VE and for DPM-Solver++, in velocity for Euler, Heun and MeanFlow jumps on linear flow.
 """
+
 from __future__ import annotations
 
 import math
@@ -99,9 +100,7 @@ def ve_heun(ratio):
     return c, -c
 
 
-def table(
-    path: Path, solver: str, nfe: int, t_max: float, t_min: float, order: int = 3, shift: float = 1.0
-) -> Table:
+def table(path: Path, solver: str, nfe: int, t_max: float, t_min: float, order: int = 3, shift: float = 1.0) -> Table:
     """The solver's rows for `nfe` network calls. DPM-Solver++ climbs and ends by the ladder 1, 2, .., order, .., 2, 1.
 
     Raises ValueError for an odd nfe of Heun, times that are not the path's and a solver that the path does not have.
@@ -202,8 +201,9 @@ def guided(net, scale: float) -> Net:
 
 
 @torch.no_grad()
-def sample_consistency(net: Net, x: Tensor, t_max: float, mid_times: tuple[float, ...], noises: list[Tensor],
-                       labels: Tensor | None) -> Tensor:
+def sample_consistency(
+    net: Net, x: Tensor, t_max: float, mid_times: tuple[float, ...], noises: list[Tensor], labels: Tensor | None
+) -> Tensor:
     """Multistep consistency sampling (Song et al. 2023): x_0 = f(x, t_max); x_0 = f(x_0 + t z, t) for each mid time.
 
     x: (B, ...) noise of std t_max; noises: one (B, ...) per mid time. Returns (B, ...).
@@ -219,7 +219,3 @@ def sample_consistency(net: Net, x: Tensor, t_max: float, mid_times: tuple[float
 def sample_jumps(net: Net, z: Tensor, steps: int, labels: Tensor | None) -> Tensor:
     """MeanFlow sampling: z_r = z_t - (t - r) u(z_t, r, t) on the uniform grid 1 -> 0. z: (B, ...) -> (B, ...)."""
     return rollout(net, Path("linear"), table(Path("linear"), "jump", steps, 1.0, 0.0), z, labels, dense=False)
-
-
-
-

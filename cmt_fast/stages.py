@@ -1,4 +1,5 @@
 """A stage is a row of data: this page says which rows make sense, and how long each is in steps."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -39,9 +40,14 @@ def schedule(stage: Stage) -> Schedule:
     steps = lambda nimg: -(-nimg // stage.batch)
     every = lambda nimg: log_every * max(1, round(steps(nimg) / log_every)) if nimg else 0
     return Schedule(
-        total, stage.batch, steps(stage.warmup_nimg), log_every,
+        total,
+        stage.batch,
+        steps(stage.warmup_nimg),
+        log_every,
         every(stage.checkpoint_every_nimg) or log_every * max(1, total // (4 * log_every)),
-        every(stage.snapshot_every_nimg), every(stage.eval_every_nimg), every(stage.grid_every_nimg),
+        every(stage.snapshot_every_nimg),
+        every(stage.eval_every_nimg),
+        every(stage.grid_every_nimg),
     )
 
 
@@ -73,27 +79,43 @@ def check(run: Run, shape: tuple[int, ...], classes: int) -> None:
 
 def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], classes: int) -> None:
     needs = ROWS[stage.objective.kind]
-    kinds = [("objective", stage.objective.kind)] + ([("anchor.objective", stage.anchor.objective.kind)] if stage.anchor else [])
+    kinds = [("objective", stage.objective.kind)] + (
+        [("anchor.objective", stage.anchor.objective.kind)] if stage.anchor else []
+    )
     for key, kind in kinds:
         if ROWS[kind].path != run.path:
-            valid = ", ".join(k for k, row in ROWS.items() if row.path == run.path and (key == "objective" or "cmt" in k))
-            raise ConfigError(f"{name}.{key}.kind: {kind!r} is for the path {ROWS[kind].path!r}, this run's is {run.path!r}; valid are {valid}")
+            valid = ", ".join(
+                k for k, row in ROWS.items() if row.path == run.path and (key == "objective" or "cmt" in k)
+            )
+            raise ConfigError(
+                f"{name}.{key}.kind: {kind!r} is for the path {ROWS[kind].path!r}, this run's is {run.path!r}; valid are {valid}"
+            )
     for key in ("start", "teacher"):
         parent = getattr(stage, key)
         earlier = [s for s in STAGES[: INDEX[name]] if s != "control"]
         if parent and parent not in earlier:
-            raise ConfigError(f"{name}.{key}: {parent!r} does not come before {name}; valid are {', '.join(earlier) or 'none'}")
+            raise ConfigError(
+                f"{name}.{key}: {parent!r} does not come before {name}; valid are {', '.join(earlier) or 'none'}"
+            )
     points = trajectory_rows(stage)
     if points and not stage.trajectories:
-        raise ConfigError(f"{name}.trajectories: is missing, {' and '.join(k for _, k in kinds)} draw from the teacher's trajectories")
+        raise ConfigError(
+            f"{name}.trajectories: is missing, {' and '.join(k for _, k in kinds)} draw from the teacher's trajectories"
+        )
     if (points or needs.teacher) and not stage.teacher:
         raise ConfigError(f"{name}.teacher: is missing; it names the stage whose network is the teacher")
     if not rows(stage)[0] or (stage.anchor and not rows(stage)[1]):
-        raise ConfigError(f"{name}.anchor.share: {stage.anchor and stage.anchor.share} leaves no row of the batch of {stage.batch} to one side")
-    if (stage.label_dropout or stage.teacher_guidance != 1 or (stage.trajectories and stage.trajectories.guidance != 1)) and not classes:
+        raise ConfigError(
+            f"{name}.anchor.share: {stage.anchor and stage.anchor.share} leaves no row of the batch of {stage.batch} to one side"
+        )
+    if (
+        stage.label_dropout or stage.teacher_guidance != 1 or (stage.trajectories and stage.trajectories.guidance != 1)
+    ) and not classes:
         raise ConfigError(f"{name}: label_dropout and guidance need class labels, and this data has none")
     if getattr(stage.objective, "distance", "") == "features" and (not classes or len(shape) == 1):
-        raise ConfigError(f"{name}.objective.distance: 'features' needs labelled images to train the feature network on")
+        raise ConfigError(
+            f"{name}.objective.distance: 'features' needs labelled images to train the feature network on"
+        )
     if stage.trajectories and points:
         t = stage.trajectories
         _as_config_error(
@@ -107,8 +129,15 @@ def pool(run: Run, name: str, teacher, shape: tuple[int, ...], classes: int, dev
     stage = run.stage(name)
     assert stage is not None and stage.trajectories is not None
     return Pool(
-        teacher, Path(run.path, run.sigma_data), stage.trajectories, shape, classes, trajectory_rows(stage),
-        run.seed, INDEX[name], device,
+        teacher,
+        Path(run.path, run.sigma_data),
+        stage.trajectories,
+        shape,
+        classes,
+        trajectory_rows(stage),
+        run.seed,
+        INDEX[name],
+        device,
     )
 
 
@@ -119,4 +148,6 @@ def _as_config_error(key: str, call) -> None:
         raise
     except ValueError as error:
         text = str(error)
-        raise ConfigError(text if text.startswith(key) else f"{key}.{text}" if ":" in text.split(" ")[0] else f"{key}: {text}") from None
+        raise ConfigError(
+            text if text.startswith(key) else f"{key}.{text}" if ":" in text.split(" ")[0] else f"{key}: {text}"
+        ) from None

@@ -4,6 +4,7 @@ A round is `pool_steps` student steps (one in mode "paper"). Its trajectories ar
 their points shuffled, and each step takes the next rows. Everything is a function of (seed, stage,
 round), so a restarted run makes the same pool again and nothing of it is stored.
 """
+
 from __future__ import annotations
 
 import torch
@@ -26,12 +27,27 @@ class Pool:
     """
 
     def __init__(
-        self, teacher: Net, path: Path, config: Trajectories, shape: tuple[int, ...], classes: int, rows: int,
-        seed: int, stage: int, device: torch.device,
+        self,
+        teacher: Net,
+        path: Path,
+        config: Trajectories,
+        shape: tuple[int, ...],
+        classes: int,
+        rows: int,
+        seed: int,
+        stage: int,
+        device: torch.device,
     ) -> None:
         """rows: student rows a step over all ranks. Raises ValueError where the numbers do not divide."""
         self.teacher, self.path, self.config = teacher, path, config
-        self.shape, self.classes, self.rows, self.seed, self.stage, self.device = shape, classes, rows, seed, stage, device
+        self.shape, self.classes, self.rows, self.seed, self.stage, self.device = (
+            shape,
+            classes,
+            rows,
+            seed,
+            stage,
+            device,
+        )
         self.plan = table(path, config.solver, config.nfe, config.t_max, config.t_min, config.order, config.shift)
         self.nodes = len(self.plan.times)
         self.pairs = path.name == "linear"
@@ -70,7 +86,9 @@ class Pool:
         self._labels = None if labels is None else distributed.gather_rows(labels)
         n = self.count * self.each
         shuffled = self.config.mode == "pool"
-        self._order = random.permutation(rng.SHUFFLE, n, self.device) if shuffled else torch.arange(n, device=self.device)
+        self._order = (
+            random.permutation(rng.SHUFFLE, n, self.device) if shuffled else torch.arange(n, device=self.device)
+        )
         if not torch.isfinite(self._states).all():
             raise FloatingPointError(f"the teacher's trajectories of round {index} are not finite")
         self._round = index

@@ -1,8 +1,9 @@
 """A run's folder and what lives around it: data, device, networks in and out of it, the judge.
 
-    RUN/run.json      resolved recipe, its hash, op table, environment
-    RUN/<stage>/      metrics.jsonl, checkpoints/, snapshots/, grids/
+RUN/run.json      resolved recipe, its hash, op table, environment
+RUN/<stage>/      metrics.jsonl, checkpoints/, snapshots/, grids/
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -118,8 +119,11 @@ class Workspace:
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {
-                "digest": config.digest(self.run), "run": config.dump(self.run), "environment": environment(),
-                "ops": cmt_kernels.table(), "parents": str(self.parents) if self.parents != self.folder else None,
+                "digest": config.digest(self.run),
+                "run": config.dump(self.run),
+                "environment": environment(),
+                "ops": cmt_kernels.table(),
+                "parents": str(self.parents) if self.parents != self.folder else None,
             }
             checkpoint.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))
 
@@ -153,14 +157,16 @@ def open_stage(text: str) -> tuple[Workspace, str]:
     """`RUN/stage` as typed. Raises ConfigError naming what is valid."""
     path = Path(text)
     if path.name not in STAGES:
-        raise ConfigError(f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{config.nearest(path.name, STAGES)}")
+        raise ConfigError(
+            f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{config.nearest(path.name, STAGES)}"
+        )
     run = stored_run(path.parent)
     about = json.loads((path.parent / RUN_FILE).read_text("utf-8"))
     return Workspace(run, path.parent, Path(about["parents"]) if about.get("parents") else None), path.name
 
 
 def device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one. Raises ConfigError for a device that is not there."""
+    """ "auto" is CUDA where there is one. Raises ConfigError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -181,9 +187,15 @@ def environment() -> dict[str, str | int]:
     """What a figure depends on besides the recipe."""
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
-        "cmt_fast": __version__, "torch": torch.__version__, "python": platform.python_version(),
-        "cuda": torch.version.cuda or "none", "gpu": accelerator, "cpu": _cpu(), "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(), "processes": distributed.size(),
+        "cmt_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda or "none",
+        "gpu": accelerator,
+        "cpu": _cpu(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "processes": distributed.size(),
     }
 
 

@@ -1,4 +1,5 @@
 """Every test starts from the same seed on one thread; `gpu` tests are skipped without a CUDA device."""
+
 from collections.abc import Iterator
 
 import pytest

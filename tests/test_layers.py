@@ -1,4 +1,5 @@
 """Who may import whom: the arrows of the house, read off the sources."""
+
 from __future__ import annotations
 
 import ast
@@ -13,19 +14,37 @@ ids = lambda p: str(p.relative_to(ROOT))
 
 # module -> what of cmt_fast it may import; a folder's entry holds for every file in it
 MAY = {
-    "schema": set(), "rng": set(), "distributed": set(), "checkpoint": set(), "log": set(), "pictures": set(),
-    "paths": set(), "config": {"schema"}, "ema": {"schema"}, "solvers": {"paths"},
+    "schema": set(),
+    "rng": set(),
+    "distributed": set(),
+    "checkpoint": set(),
+    "log": set(),
+    "pictures": set(),
+    "paths": set(),
+    "config": {"schema"},
+    "ema": {"schema"},
+    "solvers": {"paths"},
     "objectives": {"objectives", "paths", "rng", "schema", "solvers"},
     "models": {"models", "paths", "schema"},
     "data": {"data", "paths", "rng", "schema", "solvers"},
     "trajectories": {"distributed", "objectives", "paths", "rng", "schema", "solvers"},
-    "sample": {"paths", "rng", "schema", "solvers"}, "metrics": {"data"},
-    "engine": {"distributed", "ema", "schema"}, "posthoc": {"checkpoint", "config", "ema"},
+    "sample": {"paths", "rng", "schema", "solvers"},
+    "metrics": {"data"},
+    "engine": {"distributed", "ema", "schema"},
+    "posthoc": {"checkpoint", "config", "ema"},
     "plots": set(),
 }
 # heavy packages and the one module each may be imported in
-DOORS = {"deepspeed": "engine", "nvidia": "data/dali", "pynvml": "accounting", "sklearn": "data/digits", "PIL": "pictures",
-         "matplotlib": "plots", "tensorboard": "log", "triton": "*/triton"}
+DOORS = {
+    "deepspeed": "engine",
+    "nvidia": "data/dali",
+    "pynvml": "accounting",
+    "sklearn": "data/digits",
+    "PIL": "pictures",
+    "matplotlib": "plots",
+    "tensorboard": "log",
+    "triton": "*/triton",
+}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -81,7 +100,11 @@ def test_public_functions_have_docstrings(path):
     if path.name in ("reference.py", "torch.py", "cases.py") and "kernels" in path.parts:
         return  # a backend's docstring is the public function's
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and path.name != "cli.py":
+        if (
+            isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            and not node.name.startswith("_")
+            and path.name != "cli.py"
+        ):
             short = isinstance(node, ast.FunctionDef) and len(node.body) == 1
             assert short or ast.get_docstring(node), f"{ids(path)}: {node.name} has no docstring"
 
@@ -90,6 +113,7 @@ def test_importing_the_package_is_light():
     import subprocess
     import sys
 
-    code = "import sys, cmt_fast.cli; print([m for m in ('sklearn', 'matplotlib', 'triton', 'deepspeed', 'nvidia.dali', 'torchvision', 'tensorboard') if m in sys.modules])"
+    heavy = ("sklearn", "matplotlib", "triton", "deepspeed", "nvidia.dali", "torchvision", "tensorboard")
+    code = f"import sys, cmt_fast.cli; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

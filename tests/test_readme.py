@@ -1,4 +1,5 @@
 """The README's commands exist and mean what they say; its file tree names files that are there."""
+
 from __future__ import annotations
 
 import re

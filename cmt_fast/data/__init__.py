@@ -3,6 +3,7 @@
 A Dataset is a few tensors and facts; which rows a step takes is `perm(seed, epoch)[position]`, a function of
 the step alone, so a restart reads the same rows.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

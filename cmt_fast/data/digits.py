@@ -1,4 +1,5 @@
 """scikit-learn's handwritten digits (UCI optical recognition): 1,797 grey images of 8 x 8, ten classes."""
+
 from __future__ import annotations
 
 import torch
@@ -12,7 +13,9 @@ def load(config: Digits) -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError("data.kind: 'digits' reads scikit-learn, which is not installed: pip install scikit-learn") from None
+        raise ValueError(
+            "data.kind: 'digits' reads scikit-learn, which is not installed: pip install scikit-learn"
+        ) from None
     bunch = load_digits()
     x = torch.from_numpy(bunch.images).float().div_(8.0).sub_(1.0)[:, None]
     return Dataset(x, torch.from_numpy(bunch.target).long(), 10)

@@ -4,6 +4,7 @@ For p_0 = sum_k w_k N(mu_k, s^2 I) and x_t = alpha x_0 + sigma eps the posterior
 
     E[x_0 | x_t] = sum_k p(k | x_t) (mu_k + alpha s^2 / (alpha^2 s^2 + sigma^2) (x_t - alpha mu_k)).
 """
+
 from __future__ import annotations
 
 import math

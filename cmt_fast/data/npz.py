@@ -1,4 +1,5 @@
 """Images of one's own in a NumPy .npz file: `images` (N, C, H, W) and optionally `labels` (N,)."""
+
 from __future__ import annotations
 
 import zipfile

@@ -1,4 +1,5 @@
 """From a recipe's model to the network that training and sampling call."""
+
 from __future__ import annotations
 
 from torch import nn
@@ -21,8 +22,16 @@ def build(model: Model, path: str, sigma_data: float, shape: tuple[int, ...], cl
             given or preset for given, preset in zip((model.width, model.depth, model.heads), dit.SIZES[model.size])
         )
         net: nn.Module = dit.DiT(
-            shape[0], shape[1], classes, width=width, depth=depth, heads=heads, patch=model.patch,
-            two_times=two_times, qk_norm=model.qk_norm, rope=model.rope,
+            shape[0],
+            shape[1],
+            classes,
+            width=width,
+            depth=depth,
+            heads=heads,
+            patch=model.patch,
+            two_times=two_times,
+            qk_norm=model.qk_norm,
+            rope=model.rope,
         )
     else:
         if len(shape) != 1:

@@ -1,4 +1,5 @@
 """The diffusion transformer (Peebles & Xie 2023) with adaLN-zero, one or two times, for Tensor | Dual."""
+
 from __future__ import annotations
 
 import torch
@@ -23,9 +24,7 @@ class Block(nn.Module):
         self.proj = Linear(width, width)
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width)
-        self.q_weight, self.k_weight = (
-            nn.Parameter(torch.ones(width // heads)) if normed else None for _ in range(2)
-        )
+        self.q_weight, self.k_weight = (nn.Parameter(torch.ones(width // heads)) if normed else None for _ in range(2))
 
     def forward(self, x: Tensor | Dual, c: Tensor | Dual, cos: Tensor | None, sin: Tensor | None) -> Tensor | Dual:
         modulation = self.modulation(c)
@@ -45,8 +44,18 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self, channels: int, side: int, classes: int, *, width: int, depth: int, heads: int, patch: int = 2,
-        two_times: bool = False, qk_norm: bool = False, rope: bool = False,
+        self,
+        channels: int,
+        side: int,
+        classes: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int = 2,
+        two_times: bool = False,
+        qk_norm: bool = False,
+        rope: bool = False,
     ) -> None:
         super().__init__()
         if side % patch:
@@ -67,7 +76,11 @@ class DiT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(
-        self, x: Tensor | Dual, t: Tensor | Dual, r: Tensor | Dual | None = None, labels: Tensor | None = None,
+        self,
+        x: Tensor | Dual,
+        t: Tensor | Dual,
+        r: Tensor | Dual | None = None,
+        labels: Tensor | None = None,
         drop: Tensor | None = None,
     ) -> Tensor | Dual:
         h = add(self.embed(linear_map(self._patchify, x)), self.position)

@@ -1,4 +1,5 @@
 """Parameter-owning modules over the ops. Each consumes the tangent in its own `__call__`: ZeRO and FSDP gather there."""
+
 from __future__ import annotations
 
 import math

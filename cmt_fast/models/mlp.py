@@ -1,4 +1,5 @@
 """A residual MLP for vectors, conditioned on times and labels like the DiT, for Tensor | Dual."""
+
 from __future__ import annotations
 
 import torch
@@ -24,7 +25,11 @@ class Mlp(nn.Module):
         self.final = Linear(width, dim, zero=True)
 
     def forward(
-        self, x: Tensor | Dual, t: Tensor | Dual, r: Tensor | Dual | None = None, labels: Tensor | None = None,
+        self,
+        x: Tensor | Dual,
+        t: Tensor | Dual,
+        r: Tensor | Dual | None = None,
+        labels: Tensor | None = None,
         drop: Tensor | None = None,
     ) -> Tensor | Dual:
         h = linear_map(lambda y: y.unsqueeze(1), self.embed(x))  # (B, 1, width)

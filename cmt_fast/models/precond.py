@@ -3,6 +3,7 @@
 `net(x, t, r, labels, drop)` is D(x, t) on VE (a denoiser, and the consistency function of the student)
 and u(x, r, t) on linear flow (a velocity at r = t, an average velocity at r < t).
 """
+
 from __future__ import annotations
 
 import torch
@@ -15,7 +16,7 @@ from cmt_fast.paths import column
 class Denoiser(nn.Module):
     """EDM preconditioning (Karras et al. 2022, table 1), input and output in fp32 or wider.
 
-        D = c_skip x + c_out F(c_in x, ln(t)/4),  c_skip = s^2/(t^2 + s^2), c_out = t s/sqrt(t^2 + s^2), c_in = 1/sqrt(t^2 + s^2)
+    D = c_skip x + c_out F(c_in x, ln(t)/4),  c_skip = s^2/(t^2 + s^2), c_out = t s/sqrt(t^2 + s^2), c_in = 1/sqrt(t^2 + s^2)
     """
 
     def __init__(self, net: nn.Module, sigma_data: float = 0.5) -> None:
@@ -40,7 +41,11 @@ class AverageVelocity(nn.Module):
         self.net = net
 
     def forward(
-        self, x: Tensor | Dual, t: Tensor | Dual, r: Tensor | Dual | None = None, labels: Tensor | None = None,
+        self,
+        x: Tensor | Dual,
+        t: Tensor | Dual,
+        r: Tensor | Dual | None = None,
+        labels: Tensor | None = None,
         drop: Tensor | None = None,
     ) -> Tensor | Dual:
         """x: (B, ...); t, r: (B,) in [0, 1] -> (B, ...), the value in fp32 or wider."""

@@ -2,6 +2,7 @@
 
 Every objective is `f(net, batch, config, world) -> (loss (B,) unreduced, {name: (B,) or scalar})`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

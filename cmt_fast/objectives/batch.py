@@ -1,4 +1,5 @@
 """What an objective is given: rows of data or points of trajectories, and the world around them."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """Consistency mid-training (arXiv 2509.24526): regress points of the teacher's trajectory to where it leads."""
+
 from __future__ import annotations
 
 from torch import Tensor

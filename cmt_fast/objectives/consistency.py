@@ -1,4 +1,5 @@
 """Consistency tuning from data (ECT, Geng et al. 2024) and by distillation (ECD): the post-training of VE models."""
+
 from __future__ import annotations
 
 import torch
@@ -55,7 +56,7 @@ def _loss(net, batch: Batch, config: Ect | Ecd, world: World, t: Tensor, r: Tens
 
 
 def _weight(name: str, t: Tensor, r: Tensor, world: World) -> Tensor:
-    """"inverse_step" 1/(t - r), "snr" 1/t^2 + 1/s^2 = 1/c_out^2 (EDM2 form), "one". (B,)."""
+    """ "inverse_step" 1/(t - r), "snr" 1/t^2 + 1/s^2 = 1/c_out^2 (EDM2 form), "one". (B,)."""
     if name == "inverse_step":
         return 1 / (t - r)
     if name == "snr":

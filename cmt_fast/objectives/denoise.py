@@ -1,4 +1,5 @@
 """EDM denoising (Karras et al. 2022, eq. 3 and table 1), the pre-training of VE models."""
+
 from __future__ import annotations
 
 import torch

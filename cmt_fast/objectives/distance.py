@@ -1,4 +1,5 @@
 """Distances between images: those of `cmt_kernels.consistency_loss`, or squared l2 in a frozen network's features."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -7,9 +8,7 @@ from cmt_kernels import consistency_loss
 from torch import Tensor
 
 
-def distance(
-    x: Tensor, target: Tensor, name: str, c: float, features: Callable[[Tensor], Tensor] | None
-) -> Tensor:
+def distance(x: Tensor, target: Tensor, name: str, c: float, features: Callable[[Tensor], Tensor] | None) -> Tensor:
     """x, target: (B, ...) -> (B,), gradient to x only. Raises ValueError for "features" without a feature network."""
     if name != "features":
         return consistency_loss(x, target, name, c)

@@ -1,4 +1,5 @@
 """Flow matching on the linear path (Lipman et al. 2023; SiT), the pre-training of MeanFlow models."""
+
 from __future__ import annotations
 
 import torch

@@ -3,6 +3,7 @@
 Rows with r != t come first and their count is fixed, so tangents are carried only where they are
 multiplied by something: `net` gets Duals of `k` rows and returns one.
 """
+
 from __future__ import annotations
 
 import torch
@@ -31,10 +32,17 @@ def meanflow(net, batch: Batch, config: MeanFlow, world: World) -> tuple[Tensor,
         drop = None if batch.drop is None else batch.drop[:k]
         cond = None if guide is None or not config.kappa else net(z[:k], t[:k], t[:k], batch.labels[:k], drop)
         head = v[:k] if guide is None else _guided(v[:k], cond, null[:k], guide[:k], config)
-    u = net(
-        Dual(z, head.to(z.dtype)), Dual(t, torch.ones_like(t[:k])), Dual(r, torch.zeros_like(r[:k])),
-        batch.labels, batch.drop,
-    ) if k else net(z, t, r, batch.labels, batch.drop)
+    u = (
+        net(
+            Dual(z, head.to(z.dtype)),
+            Dual(t, torch.ones_like(t[:k])),
+            Dual(r, torch.zeros_like(r[:k])),
+            batch.labels,
+            batch.drop,
+        )
+        if k
+        else net(z, t, r, batch.labels, batch.drop)
+    )
     tail = v[k:] if guide is None else _guided(v[k:], value(u)[k:].detach(), null[k:], guide[k:], config)
     loss, squared = meanflow_loss(u, torch.cat((head, tail)), t, r, config.p, config.c)
     return loss, {"mse": squared / batch.x_0[0].numel()}

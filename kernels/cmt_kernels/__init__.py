@@ -3,6 +3,7 @@
 One folder per op: formula and shapes in its `__init__`, plain torch in `reference.py`, inputs in
 `cases.py`. `_op.py` chooses the backend.
 """
+
 from cmt_kernels._op import OPS, available, table, use
 from cmt_kernels.adamw_ema import adamw_ema
 from cmt_kernels.attention import attention
@@ -21,7 +22,23 @@ from cmt_kernels.solver_step import solver_step
 from cmt_kernels.time_embedding import time_embedding
 
 __all__ = [
-    "OPS", "Dual", "adamw_ema", "attention", "available", "consistency_loss", "gated_residual", "gelu",
-    "label_embedding", "linear", "meanflow_loss", "modulated_norm", "path_point", "qk_norm", "silu",
-    "solver_step", "table", "time_embedding", "use",
+    "OPS",
+    "Dual",
+    "adamw_ema",
+    "attention",
+    "available",
+    "consistency_loss",
+    "gated_residual",
+    "gelu",
+    "label_embedding",
+    "linear",
+    "meanflow_loss",
+    "modulated_norm",
+    "path_point",
+    "qk_norm",
+    "silu",
+    "solver_step",
+    "table",
+    "time_embedding",
+    "use",
 ]

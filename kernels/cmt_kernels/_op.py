@@ -5,6 +5,7 @@ resolves once per process, to the first backend that exists and can run here. `C
 (or `CMT_KERNELS=attention:triton,gelu:reference`) and `with use("reference"):` force one; what is
 forced and cannot run raises and says why: there is no silent fallback.
 """
+
 from __future__ import annotations
 
 import contextlib

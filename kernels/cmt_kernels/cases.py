@@ -10,6 +10,7 @@ An op's `cases.py` holds
 * `nbytes(case, itemsize)`: every input read once and every output written once; `flops(case)`: 2 a multiply-add,
   1 an elementary function.
 """
+
 from __future__ import annotations
 
 import importlib

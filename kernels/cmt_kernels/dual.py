@@ -11,6 +11,7 @@ and a module's `forward` is written once.
 The value of a dual forward is bitwise the value of the plain forward: the ops compute it by the
 same call, and the tangent beside it.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -4,6 +4,7 @@ The key is (seed, stage), the counter (block, sample, step, stream): a sample's 
 nothing else, so batch splits, world size and restarts do not change it, and a GPU kernel can draw
 the same numbers in place. Plain torch integers: the same bits on every device.
 """
+
 from __future__ import annotations
 
 import math

@@ -2,6 +2,7 @@
 
 Independent of the reference backend: no fused torch function, no tangent rule, Philox in Python integers.
 """
+
 from __future__ import annotations
 
 import math
@@ -57,7 +58,11 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None)
 
 
 def qk_norm(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     eps: float = 1e-6,
 ) -> Tensor:
     q, k, v = qkv.unbind(2)
@@ -117,9 +122,7 @@ def consistency_loss(prediction: Tensor, target: Tensor, distance: str, c: float
     return {"squared_l2": l, "l2": torch.sqrt(l + 1e-16), "pseudo_huber": torch.sqrt(l + c**2) - c}[distance]
 
 
-def meanflow_loss(
-    u: Tensor | Dual, v: Tensor, t: Tensor, r: Tensor, p: float, c: float
-) -> tuple[Tensor, Tensor]:
+def meanflow_loss(u: Tensor | Dual, v: Tensor, t: Tensor, r: Tensor, p: float, c: float) -> tuple[Tensor, Tensor]:
     u, u_dot = u if isinstance(u, Dual) else (u, u[:0])
     losses, errors = [], []
     for i in range(len(u)):
@@ -131,8 +134,18 @@ def meanflow_loss(
 
 
 def adamw_ema(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, emas: list[Tensor], ema_betas: list[float], step: int, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float, max_norm: float,
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    emas: list[Tensor],
+    ema_betas: list[float],
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    max_norm: float,
 ) -> Tensor:
     norm = torch.sqrt((g * g).sum())
     g = g * min(1.0, max_norm / (norm.item() + 1e-6)) if max_norm else g

@@ -1,4 +1,5 @@
 """The dispatch: what is forced runs or raises, what is not forced is the first that can run."""
+
 from __future__ import annotations
 
 import os
@@ -37,9 +38,15 @@ def test_forced_backend_that_is_missing_raises(op: str) -> None:
         assert op in str(caught.value) and missing(op) in str(caught.value)
 
 
-@pytest.mark.parametrize("spelling, culprit", [
-    ("attnetion:reference", "attnetion"), ("cuda", "cuda"), ("attention:cuda", "cuda"), ("reference,silu:fast", "fast"),
-])
+@pytest.mark.parametrize(
+    "spelling, culprit",
+    [
+        ("attnetion:reference", "attnetion"),
+        ("cuda", "cuda"),
+        ("attention:cuda", "cuda"),
+        ("reference,silu:fast", "fast"),
+    ],
+)
 def test_unknown_names_raise(spelling: str, culprit: str) -> None:
     with use(spelling), pytest.raises(ValueError, match=culprit):
         silu(X)

@@ -1,4 +1,5 @@
 """Dual arguments: the value is the plain forward, bit for bit and buffer for buffer; the tangent is torch.func.jvp."""
+
 from __future__ import annotations
 
 from itertools import combinations
@@ -23,8 +24,10 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 DUAL_CASES = [
     pytest.param(op, device, case, id=f"{op}-{device}-{case.id}", marks=[pytest.mark.gpu] * (device == "cuda"))
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    for op in OPS if op != "meanflow_loss"
-    for case in cases_of(op).CASES if dual_arguments(cases_of(op).inputs(case))
+    for op in OPS
+    if op != "meanflow_loss"
+    for case in cases_of(op).CASES
+    if dual_arguments(cases_of(op).inputs(case))
 ]
 DUAL_OPS = sorted({p.values[0] for p in DUAL_CASES})
 every_dual_case = pytest.mark.parametrize("op, device, case", DUAL_CASES)

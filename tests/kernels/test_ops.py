@@ -4,6 +4,7 @@ One rule of accuracy and no tolerances: against float64, a backend errs at most 
 reference backend) at the same dtype, plus twice the rounding of the exact answer (`allowed`). The reference itself must
 give the formula by hand in float64, and half the digits of the dtype in a lower precision.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -32,12 +33,16 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 IMPLEMENTATIONS = [
     pytest.param(op, name, device, id=f"{op}-{name}-{device}", marks=[pytest.mark.gpu] * (device == "cuda"))
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available() for op in OPS for name in backends_on(op, device)
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    for op in OPS
+    for name in backends_on(op, device)
 ]
 OP_CASES = [pytest.param(op, case, id=f"{op}-{case.id}") for op in OPS for case in cases_of(op).CASES]
 EVERY_CASE = [
     pytest.param(*i.values, case, layout, id=f"{i.id}-{case.id}-{layout}", marks=i.marks)
-    for i in IMPLEMENTATIONS for case in cases_of(i.values[0]).CASES for layout in LAYOUTS
+    for i in IMPLEMENTATIONS
+    for case in cases_of(i.values[0]).CASES
+    for layout in LAYOUTS
     if not (mutated(i.values[0]) and layout == "strided")  # buffers changed in place are flat
 ]
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

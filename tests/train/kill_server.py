@@ -3,6 +3,7 @@
 Reads one line a child: a number of seconds, after which the child gets SIGKILL, or `end` to let it finish. Answers
 `killed`, `done` or `failed`.
 """
+
 import json
 import os
 import signal

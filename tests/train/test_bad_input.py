@@ -1,4 +1,5 @@
 """Bad input: one line that names the key, what it was and what is valid; exit code 2; nothing on disk changes."""
+
 from __future__ import annotations
 
 import os
@@ -61,7 +62,10 @@ CASES = [
     (["train", "digits", "mid.teacher=null"], ["mid.teacher", "missing"]),
     (["train", "digits", "mid.trajectories=null"], ["mid.trajectories", "missing", "cmt_cm"]),
     (["train", "digits", "mid.trajectories.mode=paper", "mid.batch=100"], ["mid.batch", "100", "16"]),
-    (["train", "digits", "mid.trajectories.solver=heun", "mid.trajectories.nfe=15"], ["mid.trajectories", "nfe 15", "even"]),
+    (
+        ["train", "digits", "mid.trajectories.solver=heun", "mid.trajectories.nfe=15"],
+        ["mid.trajectories", "nfe 15", "even"],
+    ),
     (["train", "digits", "mid.trajectories.solver=jump"], ["mid.trajectories", "jump", "ve"]),
     (["train", "gmm", "mid.trajectories.guidance=2"], ["mid", "guidance", "class labels"]),
     (["train", "digits", "eval.steps=[1, 3]"], ["sampler.mid_times", "3 steps", "1, 2, 4"]),
@@ -98,7 +102,11 @@ CASES = [
 
 
 def tree(folder) -> dict[str, int]:
-    return {os.path.join(root, f): os.stat(os.path.join(root, f)).st_mtime_ns for root, _, files in os.walk(folder) for f in files}
+    return {
+        os.path.join(root, f): os.stat(os.path.join(root, f)).st_mtime_ns
+        for root, _, files in os.walk(folder)
+        for f in files
+    }
 
 
 @pytest.mark.parametrize("arguments, words", CASES, ids=[" ".join(a for a in c[0] if a not in SHRUNK) for c in CASES])
@@ -110,7 +118,9 @@ def test_one_line_and_nothing_changes(arguments, words, world, monkeypatch, caps
     assert out == "" and err.count("\n") == 1 and err.startswith("cmt: "), err
     for word in words:
         assert word in err, err
-    assert {k: v for k, v in tree(world).items() if not k.endswith(".lock")} == {k: v for k, v in before.items() if not k.endswith(".lock")}
+    assert {k: v for k, v in tree(world).items() if not k.endswith(".lock")} == {
+        k: v for k, v in before.items() if not k.endswith(".lock")
+    }
 
 
 def test_exit_code_of_the_process(tmp_path):

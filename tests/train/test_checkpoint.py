@@ -1,4 +1,5 @@
 """Checkpoints: damage of any kind is found, the one before is used, a full disk leaves the old one."""
+
 from __future__ import annotations
 
 import json
@@ -17,7 +18,9 @@ def stage(tmp_path):
     """A stage with checkpoints at steps 1 and 2."""
     for step in (1, 2):
         tensors = {"w": torch.randn(40, 5), "b": torch.randn(3)}
-        checkpoint.save(tmp_path, step, {"model": tensors, "ema-0": {"w": tensors["w"] * 2}}, {"nimg": step, "done": False})
+        checkpoint.save(
+            tmp_path, step, {"model": tensors, "ema-0": {"w": tensors["w"] * 2}}, {"nimg": step, "done": False}
+        )
     return tmp_path
 
 
@@ -57,8 +60,11 @@ def test_other_damage(stage, damage):
     file = folder / "model.safetensors"
     good = file.read_bytes()
     {
-        "truncate": lambda: file.write_bytes(good[:-7]), "empty": lambda: file.write_bytes(b""), "missing": file.unlink,
-        "trailing": lambda: file.write_bytes(good + b"x"), "no manifest": (folder / "manifest.json").unlink,
+        "truncate": lambda: file.write_bytes(good[:-7]),
+        "empty": lambda: file.write_bytes(b""),
+        "missing": file.unlink,
+        "trailing": lambda: file.write_bytes(good + b"x"),
+        "no manifest": (folder / "manifest.json").unlink,
         "swapped": lambda: shutil.copy(folder / "ema-0.safetensors", file),
         "not json": lambda: (folder / "manifest.json").write_text("[1, 2"),
     }[damage]()

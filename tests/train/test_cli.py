@@ -1,4 +1,5 @@
 """The command line end to end on a tiny run: train, resume, sample, eval, report, torchrun, signals."""
+
 from __future__ import annotations
 
 import json
@@ -44,7 +45,22 @@ def test_the_same_command_again_does_nothing(run):
 
 @pytest.mark.parametrize("more", [[], ["--solver"]], ids=["few-step", "solver"])
 def test_sample_writes_what_it_says(run, more):
-    done = cmt("sample", "run/post", "--steps", "2", "--n", "40", "--seed", "3", "--out", "x.npz", "--grid", "x.png", *more, cwd=run)
+    done = cmt(
+        "sample",
+        "run/post",
+        "--steps",
+        "2",
+        "--n",
+        "40",
+        "--seed",
+        "3",
+        "--out",
+        "x.npz",
+        "--grid",
+        "x.png",
+        *more,
+        cwd=run,
+    )
     assert done.returncode == 0, done.stderr
     file = np.load(run / "x.npz")
     assert file["images"].shape == (40, 1, 8, 8) and file["images"].dtype == np.float32
@@ -101,10 +117,24 @@ def test_post_hoc_ema(tmp_path):
 def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
     long = [*TINY, "--stages", "pre,mid"]
     assert cmt("train", *long, "--out", "one", cwd=tmp_path).returncode == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613", "-m", "cmt_fast"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29613",
+        "-m",
+        "cmt_fast",
+    ]
     done = subprocess.run(
-        [*command, "train", *long, "--out", "two"], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+        [*command, "train", *long, "--out", "two"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for stage in ("pre", "mid"):
@@ -115,7 +145,18 @@ def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_and_its_exit_code(tmp_path, number):
-    command = [sys.executable, "-m", "cmt_fast", "train", *TINY, "pre.images_nimg=320000", "--stages", "pre", "--out", "run"]
+    command = [
+        sys.executable,
+        "-m",
+        "cmt_fast",
+        "train",
+        *TINY,
+        "pre.images_nimg=320000",
+        "--stages",
+        "pre",
+        "--out",
+        "run",
+    ]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics_file = tmp_path / "run" / "pre" / "metrics.jsonl"
     deadline = time.time() + 60

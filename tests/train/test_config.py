@@ -1,4 +1,5 @@
 """The schema: recipes are valid, a round trip changes nothing, YAML's traps are closed."""
+
 from __future__ import annotations
 
 import pytest
@@ -62,9 +63,14 @@ def test_any_override_is_a_run_or_one_line(text):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(["seed", "pre.lr", "post.batch", "mid.objective", "model.size", "sampler.mid_times", "eval.steps", "pre.ema"]),
-    st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                 lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=4), s, max_size=3), max_leaves=5),
+    st.sampled_from(
+        ["seed", "pre.lr", "post.batch", "mid.objective", "model.size", "sampler.mid_times", "eval.steps", "pre.ema"]
+    ),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=4), s, max_size=3),
+        max_leaves=5,
+    ),
 )
 def test_any_value_is_a_run_or_one_line(key, value):
     tree = config.parse_yaml(config.recipe_text("digits"), "digits")

@@ -1,4 +1,5 @@
 """The engine's flat buffers, EMA profiles and their post-hoc reconstruction, data order, metrics."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -129,7 +130,9 @@ def test_frechet_of_known_gaussians():
     c, d = (r @ r.T for r in roots)
     cross = torch.linalg.eigvals(c @ d).real.clamp(min=0).sqrt().sum()
     want = c.trace() + d.trace() - 2 * cross
-    assert metrics.frechet(metrics.Moments(a.mean, c), metrics.Moments(a.mean, d)) == pytest.approx(float(want), rel=1e-9)
+    assert metrics.frechet(metrics.Moments(a.mean, c), metrics.Moments(a.mean, d)) == pytest.approx(
+        float(want), rel=1e-9
+    )
 
 
 def test_sliced_wasserstein_of_a_shift():

@@ -1,4 +1,5 @@
 """The networks as Duals: value, tangent, gradients and memory against the one-pass func.jvp."""
+
 from __future__ import annotations
 
 import pytest
@@ -43,7 +44,10 @@ def arguments(k: int | None = None):
 
 
 NETS = {
-    "plain": {}, "qk_norm": {"qk_norm": True}, "rope": {"rope": True}, "both": {"qk_norm": True, "rope": True},
+    "plain": {},
+    "qk_norm": {"qk_norm": True},
+    "rope": {"rope": True},
+    "both": {"qk_norm": True, "rope": True},
     "patch 4": {"patch": 4},
 }
 
@@ -85,7 +89,9 @@ def one_pass(net, batch: Batch, config: MeanFlow, world: World) -> torch.Tensor:
     z, v = world.path.point(batch.x_0, t, world.random.key(rng.NOISE), batch.sample)
     with sdpa_kernel(SDPBackend.MATH):
         u, du = torch.func.jvp(
-            lambda z, t, r: net(z, t, r, batch.labels, batch.drop), (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r))
+            lambda z, t, r: net(z, t, r, batch.labels, batch.drop),
+            (z, t, r),
+            (v, torch.ones_like(t), torch.zeros_like(r)),
         )
     target = (v - (t - r).view(-1, 1, 1, 1) * du).detach()
     squared = (u - target).square().flatten(1).sum(1)

@@ -1,4 +1,5 @@
 """A killed run that is started again ends bit-equal to one that was left alone: weights, every EMA, moments, metrics."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +21,8 @@ KILLS = 20
 LONG = [
     *(f"{s}.images_nimg={32 * 400}" for s in ("pre", "mid", "post", "control")),
     *(f"{s}.checkpoint_every_nimg={32 * 8}" for s in ("pre", "mid", "post", "control")),
-    "pre.ema=[{kind: constant, beta: 0.99}, {kind: power, sigma_rel: 0.1}]", "mid.eval_every_nimg=4000",
+    "pre.ema=[{kind: constant, beta: 0.99}, {kind: power, sigma_rel: 0.1}]",
+    "mid.eval_every_nimg=4000",
     "eval.n_during=50",
 ]
 
@@ -56,8 +58,16 @@ def test_sigkill_at_random_moments(stage, undisturbed, tmp_path):
         shutil.copytree(undisturbed / parent, out / parent)
     (tmp_path / "config.json").write_text(json.dumps(config.dump(run)))
     server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("kill_server.py")), str(tmp_path / "config.json"), str(out), stage],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [
+            sys.executable,
+            str(Path(__file__).with_name("kill_server.py")),
+            str(tmp_path / "config.json"),
+            str(out),
+            stage,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert server.stdin and server.stdout and server.stdout.readline().strip() == "ready"
 

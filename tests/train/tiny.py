@@ -1,4 +1,5 @@
 """A run of a few seconds over the real data: what the tests train."""
+
 from __future__ import annotations
 
 import json
@@ -11,11 +12,23 @@ from cmt_fast import config
 from cmt_fast.schema import Run
 
 SMALL = [
-    "model.width=16", "model.depth=1", "model.heads=2", "eval.n=200", "eval.n_during=100",
-    "pre.images_nimg=640", "pre.batch=32", "pre.warmup_nimg=64",
-    "mid.images_nimg=640", "mid.batch=32", "mid.trajectories.pool_steps=4", "mid.warmup_nimg=0",
-    "post.images_nimg=640", "post.batch=32", "post.trajectories.pool_steps=4",
-    "control.images_nimg=1280", "control.batch=32",
+    "model.width=16",
+    "model.depth=1",
+    "model.heads=2",
+    "eval.n=200",
+    "eval.n_during=100",
+    "pre.images_nimg=640",
+    "pre.batch=32",
+    "pre.warmup_nimg=64",
+    "mid.images_nimg=640",
+    "mid.batch=32",
+    "mid.trajectories.pool_steps=4",
+    "mid.warmup_nimg=0",
+    "post.images_nimg=640",
+    "post.batch=32",
+    "post.trajectories.pool_steps=4",
+    "control.images_nimg=1280",
+    "control.batch=32",
 ]
 NO_EVAL = [f"{s}.eval_every_nimg=null" for s in ("mid", "post", "control")]
 

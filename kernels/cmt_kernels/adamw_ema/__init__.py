@@ -1,18 +1,29 @@
 """adamw_ema: AdamW (Loshchilov & Hutter 2019) with gradient clipping and any number of EMA tracks, in place.
 
-    g <- g min(1, max_norm / |g|)
-    m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
-    p <- (1 - lr wd) p - lr (m / (1 - b1^n)) / (sqrt(v / (1 - b2^n)) + eps)
-    e <- e + (1 - beta_e) (p - e)         for each track
+g <- g min(1, max_norm / |g|)
+m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
+p <- (1 - lr wd) p - lr (m / (1 - b1^n)) / (sqrt(v / (1 - b2^n)) + eps)
+e <- e + (1 - beta_e) (p - e)         for each track
 """
+
 from torch import Tensor
 
 from cmt_kernels._op import backend
 
 
 def adamw_ema(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, emas: list[Tensor], ema_betas: list[float], step: int, lr: float,
-    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, max_norm: float = 0.0,
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    emas: list[Tensor],
+    ema_betas: list[float],
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_norm: float = 0.0,
 ) -> Tensor:
     """p, g, m, v and each EMA track: (P,) flat, the same dtype, changed in place; step counts from 1.
 

@@ -1,4 +1,5 @@
 """Cases of adamw_ema."""
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,11 @@ class Case(BaseCase):
 
 
 CASES = (
-    Case(72), Case(1001, 0, 1), Case(1001, 2, 3, 1.0), Case(1001, 1, 100, 0.0, 0.1), Case(1001, 3, 5, 1.0, 0.01),
+    Case(72),
+    Case(1001, 0, 1),
+    Case(1001, 2, 3, 1.0),
+    Case(1001, 1, 100, 0.0, 0.1),
+    Case(1001, 3, 5, 1.0, 0.01),
     Case(77, 1, 2, 1e6),
 )
 BENCH = (Case(2**22, 1), Case(2**22, 1, 1000, 1.0, 0.01), Case(2**22, 2, 1000, 1.0, 0.01))
@@ -32,10 +37,18 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     draw = Draw(dtype, device)
     p = draw.normal(case.P)
     return {
-        "p": p, "g": draw.normal(case.P), "m": draw.normal(case.P, std=0.3), "v": draw.uniform(case.P, low=0.01),
+        "p": p,
+        "g": draw.normal(case.P),
+        "m": draw.normal(case.P, std=0.3),
+        "v": draw.uniform(case.P, low=0.01),
         "emas": [p + draw.normal(case.P, std=0.1) for _ in range(case.emas)],
-        "ema_betas": [0.9, 0.999, 0.9999][: case.emas], "step": case.step, "lr": 1e-3, "betas": (0.9, 0.99),
-        "eps": 1e-8, "weight_decay": case.decay, "max_norm": case.clip,
+        "ema_betas": [0.9, 0.999, 0.9999][: case.emas],
+        "step": case.step,
+        "lr": 1e-3,
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "weight_decay": case.decay,
+        "max_norm": case.clip,
     }
 
 

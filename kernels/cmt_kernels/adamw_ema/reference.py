@@ -1,12 +1,23 @@
 """adamw_ema in plain torch."""
+
 import torch
 from torch import Tensor
 
 
 @torch.no_grad()
 def adamw_ema(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, emas: list[Tensor], ema_betas: list[float], step: int, lr: float,
-    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, max_norm: float = 0.0,
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    emas: list[Tensor],
+    ema_betas: list[float],
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_norm: float = 0.0,
 ) -> Tensor:
     norm = torch.linalg.vector_norm(g)
     if max_norm > 0:

@@ -1,8 +1,9 @@
 """attention: softmax(Q K^T / sqrt(d)) V over packed qkv, no mask, no dropout.
 
-    S = c Q K^T,  S. = c (Q. K^T + Q K.^T),  P = softmax S,  mu_i = sum_j P_ij S._ij
-    O = P V,      O. = (P S.) V + P V. - diag(mu) O
+S = c Q K^T,  S. = c (Q. K^T + Q K.^T),  P = softmax S,  mu_i = sum_j P_ij S._ij
+O = P V,      O. = (P S.) V + P V. - diag(mu) O
 """
+
 from torch import Tensor
 
 from cmt_kernels._op import backend

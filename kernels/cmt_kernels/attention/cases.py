@@ -1,4 +1,5 @@
 """Cases of attention."""
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ class Case(BaseCase):
 
 
 CASES = tuple(Case(8, 7, 2, 8, k) for k in tangent_rows(8)) + (
-    Case(5, 77, 2, 36), Case(5, 77, 1, 72, 1), Case(3, 33, 2, 64, 3),
+    Case(5, 77, 2, 36),
+    Case(5, 77, 1, 72, 1),
+    Case(3, 33, 2, 64, 3),
 )
 BENCH = tuple(Case(8, 256, 12, 64, k) for k in (None, 2, 8))
 

@@ -1,4 +1,5 @@
 """attention in plain torch: scaled_dot_product_attention for the value, explicit matrices for the tangent."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,5 @@
 """Cases of consistency_loss."""
+
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ class Case(BaseCase):
 
 
 CASES = tuple(Case(5, (3, 7, 11), distance) for distance in ("squared_l2", "l2", "pseudo_huber")) + (
-    Case(5, (4, 8, 8), "pseudo_huber", 1.0), Case(1, (77,), "l2"),
+    Case(5, (4, 8, 8), "pseudo_huber", 1.0),
+    Case(1, (77,), "l2"),
 )
 BENCH = (Case(8, (4, 32, 32)), Case(8, (768, 16, 16)))
 

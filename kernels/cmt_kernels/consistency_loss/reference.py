@@ -1,4 +1,5 @@
 """consistency_loss in plain torch."""
+
 import torch
 from torch import Tensor
 

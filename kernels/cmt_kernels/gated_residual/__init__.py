@@ -1,8 +1,9 @@
 """gated_residual: the adaLN-zero seam of a DiT block (Peebles & Xie 2023).
 
-    y  = x + gate (branch + bias)
-    y. = x. + gate. (branch + bias) + gate branch.
+y  = x + gate (branch + bias)
+y. = x. + gate. (branch + bias) + gate branch.
 """
+
 from torch import Tensor
 
 from cmt_kernels._op import backend

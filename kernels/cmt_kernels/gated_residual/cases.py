@@ -1,4 +1,5 @@
 """Cases of gated_residual."""
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ class Case(BaseCase):
 
 
 CASES = tuple(Case(8, 5, 24, True, k) for k in tangent_rows(8)) + (
-    Case(5, 77, 72, False), Case(5, 77, 72, False, 1), Case(5, 77, 72, True, 5),
+    Case(5, 77, 72, False),
+    Case(5, 77, 72, False, 1),
+    Case(5, 77, 72, True, 5),
 )
 BENCH = tuple(Case(8, 256, 768, True, k) for k in (None, 2, 8))
 

@@ -1,4 +1,5 @@
 """gated_residual in plain torch."""
+
 import torch
 from torch import Tensor
 

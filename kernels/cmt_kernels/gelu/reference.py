@@ -1,4 +1,5 @@
 """gelu in plain torch."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,5 @@
 """label_embedding: rows of a table, the last of them the null class; drops labels for classifier-free guidance."""
+
 from torch import Tensor
 
 from cmt_kernels._op import backend

@@ -1,4 +1,5 @@
 """Cases of label_embedding."""
+
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,4 +1,5 @@
 """linear: y = x W^T + b, y. = x. W^T. Weights are constants of the tangent; biases drop out of it."""
+
 from torch import Tensor
 
 from cmt_kernels._op import backend

@@ -1,4 +1,5 @@
 """Cases of linear."""
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,9 @@ class Case(BaseCase):
 
 
 CASES = tuple(Case(8, 5, 24, 16, True, k) for k in tangent_rows(8)) + (
-    Case(5, 77, 72, 40, False), Case(5, 77, 72, 40, False, 1), Case(5, None, 72, 432, True, 5),
+    Case(5, 77, 72, 40, False),
+    Case(5, 77, 72, 40, False, 1),
+    Case(5, None, 72, 432, True, 5),
 )
 BENCH = tuple(Case(8, 256, 768, 3072, True, k) for k in (None, 2, 8)) + (Case(8, None, 768, 4608, True, 2),)
 

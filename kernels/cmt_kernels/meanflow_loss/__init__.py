@@ -1,8 +1,9 @@
 """meanflow_loss: the MeanFlow regression with adaptive weight (Geng et al. 2025, MeanFlow, eq. 10-11 and sec. 4).
 
-    target = v - (t - r) du/dt (stop-grad; rows without a tangent have r = t and target v)
-    l = sum (u - target)^2,  loss = l / sg[(l + c)^p]
+target = v - (t - r) du/dt (stop-grad; rows without a tangent have r = t and target v)
+l = sum (u - target)^2,  loss = l / sg[(l + c)^p]
 """
+
 from torch import Tensor
 
 from cmt_kernels._op import backend

@@ -1,4 +1,5 @@
 """Cases of meanflow_loss."""
+
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,9 @@ class Case(BaseCase):
 
 
 CASES = tuple(Case(8, (4, 3, 3), 1.0, k) for k in tangent_rows(8)) + (
-    Case(5, (3, 7, 11), 0.5, 1), Case(5, (77,), 0.0, 5), Case(5, (3, 7, 11), 0.75),
+    Case(5, (3, 7, 11), 0.5, 1),
+    Case(5, (77,), 0.0, 5),
+    Case(5, (3, 7, 11), 0.75),
 )
 BENCH = tuple(Case(8, (4, 32, 32), 1.0, k) for k in (None, 2, 8)) + (Case(8, (768, 16, 16), 1.0, 2),)
 
@@ -31,8 +34,12 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     t, fraction = draw.uniform(case.B, low=0.1), draw.uniform(case.B)
     fraction[case.k or 0 :] = 1
     return {
-        "u": draw.dual(case.k, case.B, *case.shape), "v": draw.normal(case.B, *case.shape),
-        "t": t, "r": t * fraction, "p": case.p, "c": 1e-2,
+        "u": draw.dual(case.k, case.B, *case.shape),
+        "v": draw.normal(case.B, *case.shape),
+        "t": t,
+        "r": t * fraction,
+        "p": case.p,
+        "c": 1e-2,
     }
 
 

@@ -1,4 +1,5 @@
 """meanflow_loss in plain torch."""
+
 import torch
 from torch import Tensor
 

@@ -1,9 +1,10 @@
 """modulated_norm: LayerNorm without affine, then adaLN scale and shift (Peebles & Xie 2023, DiT).
 
-    r = 1/sqrt(var + eps),  xh = (x - mean) r,  y = xh (1 + scale) + shift          (over the last dim)
-    xh. = r (x. - mean(x.) - xh mean(xh x.))
-    y.  = xh. (1 + scale) + xh scale. + shift.
+r = 1/sqrt(var + eps),  xh = (x - mean) r,  y = xh (1 + scale) + shift          (over the last dim)
+xh. = r (x. - mean(x.) - xh mean(xh x.))
+y.  = xh. (1 + scale) + xh scale. + shift.
 """
+
 from torch import Tensor
 
 from cmt_kernels._op import backend

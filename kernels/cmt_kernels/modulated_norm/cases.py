@@ -1,4 +1,5 @@
 """Cases of modulated_norm."""
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,10 @@ class Case(BaseCase):
 
 
 CASES = tuple(Case(8, 5, 24, k) for k in tangent_rows(8)) + (
-    Case(5, 77, 72), Case(5, 77, 72, 1), Case(5, 77, 72, 5), Case(3, 1, 1152, 2),
+    Case(5, 77, 72),
+    Case(5, 77, 72, 1),
+    Case(5, 77, 72, 5),
+    Case(3, 1, 1152, 2),
 )
 BENCH = tuple(Case(8, 256, 768, k) for k in (None, 2, 8))
 

@@ -1,4 +1,5 @@
 """modulated_norm in plain torch."""
+
 import torch
 from torch import Tensor
 

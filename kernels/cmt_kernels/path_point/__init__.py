@@ -4,6 +4,7 @@
 
 VE (EDM): alpha = 1, sigma = t, so v = eps. Linear flow: alpha = 1 - t, sigma = t, so v = eps - x_0.
 """
+
 from torch import Tensor
 
 from cmt_kernels._op import backend

@@ -1,4 +1,5 @@
 """Cases of path_point."""
+
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,11 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     one = torch.ones_like(t)
     alpha, alpha_dot = (one, 0 * one) if case.path == "edm" else (1 - t, -one)
     return {
-        "x_0": draw.normal(case.B, *case.shape), "alpha": alpha, "sigma": t, "alpha_dot": alpha_dot, "sigma_dot": one,
+        "x_0": draw.normal(case.B, *case.shape),
+        "alpha": alpha,
+        "sigma": t,
+        "alpha_dot": alpha_dot,
+        "sigma_dot": one,
         "key": Key(seed=2**40 + 3, stage=1, step=50_000, stream=2),
         "sample": 1_000_000 + torch.arange(case.B, device=device),
     }

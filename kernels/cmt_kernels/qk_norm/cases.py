@@ -1,4 +1,5 @@
 """Cases of qk_norm."""
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,11 @@ class Case(BaseCase):
 
 
 CASES = tuple(Case(8, 5, 2, 8, True, True, k) for k in tangent_rows(8)) + (
-    Case(5, 77, 2, 36), Case(5, 77, 1, 72, True, True, 1), Case(5, 77, 2, 36, True, False, 2),
-    Case(5, 77, 2, 36, False, True, 5), Case(5, 7, 2, 8, False, False, 1),
+    Case(5, 77, 2, 36),
+    Case(5, 77, 1, 72, True, True, 1),
+    Case(5, 77, 2, 36, True, False, 2),
+    Case(5, 77, 2, 36, False, True, 5),
+    Case(5, 7, 2, 8, False, False, 1),
 )
 BENCH = tuple(Case(8, 256, 12, 64, True, True, k) for k in (None, 2, 8))
 

@@ -1,4 +1,5 @@
 """qk_norm in plain torch."""
+
 import torch
 from torch import Tensor
 
@@ -6,8 +7,12 @@ from cmt_kernels.dual import Dual, value
 
 
 def qk_norm(
-    qkv: Tensor | Dual, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
-    cos: Tensor | None = None, sin: Tensor | None = None, eps: float = 1e-6,
+    qkv: Tensor | Dual,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor | Dual:
     if q_weight is None and cos is None:
         return qkv

@@ -1,4 +1,5 @@
 """silu: y = x sigmoid(x), y. = sigmoid(x) (1 + x (1 - sigmoid(x))) x. (the adaLN conditioning)."""
+
 from torch import Tensor
 
 from cmt_kernels._op import backend

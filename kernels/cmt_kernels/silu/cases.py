@@ -1,4 +1,5 @@
 """Cases of silu."""
+
 from dataclasses import dataclass
 from typing import Any
 

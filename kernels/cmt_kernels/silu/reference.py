@@ -1,4 +1,5 @@
 """silu in plain torch."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -4,6 +4,7 @@
 
 DPM-Solver++ of orders 1-3, Euler and Heun are rows of one coefficient table (cmt_fast/solvers.py).
 """
+
 from torch import Tensor
 
 from cmt_kernels._op import backend

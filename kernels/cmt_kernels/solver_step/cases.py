@@ -1,4 +1,5 @@
 """Cases of solver_step."""
+
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,5 @@
 """solver_step in plain torch."""
+
 from torch import Tensor
 
 

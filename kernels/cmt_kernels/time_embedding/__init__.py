@@ -1,7 +1,8 @@
 """time_embedding: sinusoidal features of a time (Vaswani et al. 2017), always in fp32 or wider, times not scaled by 1000.
 
-    y = [cos(w t), sin(w t)],  y. = [-w sin(w t), w cos(w t)] t.,  w geometric from 1/4 to max_frequency
+y = [cos(w t), sin(w t)],  y. = [-w sin(w t), w cos(w t)] t.,  w geometric from 1/4 to max_frequency
 """
+
 from torch import Tensor
 
 from cmt_kernels._op import backend

@@ -1,4 +1,5 @@
 """Cases of time_embedding."""
+
 from dataclasses import dataclass
 from typing import Any
 

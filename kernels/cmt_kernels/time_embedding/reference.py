@@ -1,4 +1,5 @@
 """time_embedding in plain torch."""
+
 import math
 
 import torch
