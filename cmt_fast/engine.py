@@ -118,7 +118,8 @@ def load_named(net: nn.Module, weights: dict[str, Tensor]) -> None:
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or extra:
         raise ValueError(
-            f"checkpoint does not fit the model: {len(missing)} keys missing{_first(missing)}, {len(extra)} unknown{_first(extra)}"
+            f"checkpoint does not fit the model: {len(missing)} keys missing{_first(missing)}, "
+            f"{len(extra)} unknown{_first(extra)}"
         )
     for name, p in own.items():
         if p.shape != weights[name].shape:
