@@ -13,7 +13,7 @@ import time
 import torch
 from torch import Tensor
 
-from cmt_fast import checkpoint, config, distributed, pictures, rng, stages
+from cmt_fast import checkpoint, config, distributed, pictures, rng, stages, trajectories
 from cmt_fast.data import Loader
 from cmt_fast.engine import LocalEngine, named
 from cmt_fast.log import Log, say
@@ -250,6 +250,6 @@ def cost(run: Run, name: str) -> dict[str, float]:
     points = stages.trajectory_rows(stage)
     if points and stage.trajectories:
         t = stage.trajectories
-        each = t.per_trajectory if run.path == "linear" else t.nfe // (2 if t.solver == "heun" else 1)
+        each = trajectories.drawn(t, run.path, t.nfe // (2 if t.solver == "heun" else 1))
         forwards += points * t.nfe / each * (1 if t.guidance == 1 else 2)
     return {"steps": plan.total, "images": plan.total * stage.batch, "forwards": plan.total * forwards}

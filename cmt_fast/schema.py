@@ -172,7 +172,10 @@ Objective = Annotated[Denoise | Flow | CmtCm | CmtMf | Ect | Ecd | MeanFlow, Fie
 
 @_schema
 class Trajectories:
-    """The teacher's rollouts. `pool`: shuffled points of many trajectories, `paper`: batch // nfe of them, all points."""
+    """The teacher's rollouts. `pool`: shuffled points of many trajectories, `paper`: batch // nfe of them, all points.
+
+    `per_trajectory`: points (consistency models, at most all) or pairs (flow maps) drawn from each in mode pool.
+    """
 
     solver: Literal["dpmpp", "euler", "heun", "jump"] = "dpmpp"
     order: Annotated[int, Field(ge=1, le=3)] = 3

@@ -21,9 +21,10 @@ from cmt_fast.solvers import Net, rollout, table
 class Pool:
     """Points of trajectories from x_T ~ prior with uniformly random labels: no data is read.
 
-    For consistency models a trajectory gives its `nfe` nodes, each with the endpoint; for flow maps
-    `per_trajectory` random pairs i < j of its nodes. Mode "paper" is the published layout: batch // nfe
-    trajectories, all points of each, step-major.
+    For consistency models a trajectory gives `per_trajectory` of its nodes, evenly spaced from a random first one,
+    each with the endpoint; for flow maps as many random pairs i < j of its nodes. Fewer points a trajectory mean more
+    trajectories, so more starting noises seen. Mode "paper" is the published layout: batch // nfe trajectories, all
+    points of each, step-major.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Pool:
         self.pairs = path.name == "linear"
         paper = config.mode == "paper"
         self.steps = 1 if paper else config.pool_steps
-        self.each = config.per_trajectory if self.pairs else self.nodes - 1
+        self.each = drawn(config, path.name, self.nodes - 1)
         self.count, rest = divmod(rows * self.steps, self.each)
         if rest or not self.count:
             raise ValueError(
@@ -101,19 +102,34 @@ class Pool:
         slot = self._order[rows + offset * self.rows]
         if self.pairs:
             i, j = self._pair(index, slot)
-        else:  # slot = node * count + trajectory: step-major
-            i = slot // self.count
+        else:
+            i = self._node(index, slot)
             j = torch.full_like(i, self.nodes - 1)
         trajectory = slot % self.count
         times = torch.tensor(self.plan.times, dtype=self._states.dtype, device=self.device)
         labels = None if self._labels is None else self._labels[trajectory]
         return Points(self._states[i, trajectory], times[i], self._states[j, trajectory], times[j], labels, None)
 
+    def _node(self, index: int, slot: Tensor) -> Tensor:
+        """Every (nodes - 1)/each-th node from a random first; all nodes in order, step-major, when all are drawn."""
+        points, i = self.nodes - 1, slot // self.count
+        if self.each == points:
+            return i
+        first = Random(self.seed, self.stage, index).integers(rng.PAIR, slot % self.count, points)
+        return (first + i * points // self.each) % points
+
     def _pair(self, index: int, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Uniform over the nodes' pairs i < j (node 0 is noise)."""
         i, j = torch.triu_indices(self.nodes, self.nodes, offset=1, device=self.device)
         pick = Random(self.seed, self.stage, index).integers(rng.PAIR, slot, len(i))
         return i[pick], j[pick]
+
+
+def drawn(config: Trajectories, path: str, points: int) -> int:
+    """Points or pairs drawn from each trajectory of `points` steps."""
+    if path == "linear":
+        return config.per_trajectory
+    return points if config.mode == "paper" else min(config.per_trajectory, points)
 
 
 def _split(labels: Tensor | None, size: int, n: int) -> list[Tensor | None]:
