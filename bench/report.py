@@ -79,19 +79,19 @@ def seeds(recipe: str) -> str:
 
 
 def search(recipe: str) -> str:
-    """The control's search."""
+    """One search, best product of distances first."""
     data = json.loads((RESULTS / f"{recipe}-search.json").read_text())
     done = sorted(
         (t for t in data["trials"] if "steps" in t),
         key=lambda t: t["steps"]["1"]["frechet"] * t["steps"]["2"]["frechet"],
     )
     lines = [
-        f"| {recipe}: control's settings (seed {data['seed']}) | Fréchet, 1 step | accuracy | Fréchet, 2 steps | accuracy |",
+        f"| {data['recipe']}: settings of {data['stage']} (seed {data['seed']}) | Fréchet, 1 step | accuracy | Fréchet, 2 steps | accuracy |",
         "|---|---|---|---|---|",
     ]
     for t in done:
         one, two = t["steps"]["1"], t["steps"]["2"]
-        name = " ".join(s.removeprefix("control.").removeprefix("objective.") for s in t["set"])
+        name = " ".join(s.removeprefix(f"{data['stage']}.").removeprefix("objective.") for s in t["set"])
         lines.append(
             f"| {name} | {one['frechet']:.2f} | {one['accuracy']:.3f} | {two['frechet']:.2f} | {two['accuracy']:.3f} |"
         )
