@@ -85,8 +85,9 @@ def search(recipe: str) -> str:
         (t for t in data["trials"] if "steps" in t),
         key=lambda t: t["steps"]["1"]["frechet"] * t["steps"]["2"]["frechet"],
     )
+    title = f"{data['recipe']}: settings of {data['stage']} (seed {data['seed']})"
     lines = [
-        f"| {data['recipe']}: settings of {data['stage']} (seed {data['seed']}) | Fréchet, 1 step | accuracy | Fréchet, 2 steps | accuracy |",
+        f"| {title} | Fréchet, 1 step | accuracy | Fréchet, 2 steps | accuracy |",
         "|---|---|---|---|---|",
     ]
     for t in done:
