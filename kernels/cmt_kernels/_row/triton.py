@@ -23,10 +23,10 @@ ROWS = 4  # of a program of a forward
 SUMMED_ROWS = 16  # of a program that leaves partial column sums
 
 
-def cut(columns: int) -> tuple[int, int]:
-    """(BLOCK, warps): the power of two that covers a row, and a warp for every 512 of it."""
+def cut(columns: int, each: int = 512) -> tuple[int, int]:
+    """(BLOCK, warps): the power of two that covers a row, and a warp for every `each` columns of it."""
     block = max(triton.next_power_of_2(columns), 16)
-    return block, min(max(block // 512, 1), 16)
+    return block, min(max(block // each, 1), 16)
 
 
 def chunks(rows: int, each: int) -> int:

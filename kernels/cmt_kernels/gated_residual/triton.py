@@ -11,6 +11,8 @@ from cmt_kernels._row.triton import ROWS, SUMMED_ROWS, WIDTHS, among, checked, c
 from cmt_kernels.dual import Dual, rows, tangent, value
 from cmt_kernels.gate import Gate
 
+COLUMNS = 256  # of a warp: with 512, as where rows are summed, ptxas spills a few bytes on sm_100
+
 
 @triton.jit
 def _forward(
@@ -95,7 +97,7 @@ def _residual(
     b, t, d = x.shape
     x, branch, gate, bias, *dots = checked("gated_residual", x, branch, gate, bias, x_dot, branch_dot, gate_dot)
     y, y_dot = torch.empty_like(x), x.new_empty(k, t, d)
-    block, warps = cut(d)
+    block, warps = cut(d, COLUMNS)
     if x.numel():
         tangents = dots if k else (None, None, None)
         _forward[(b * chunks(t, ROWS),)](
@@ -119,7 +121,7 @@ def _residual_backward(dy: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | 
     dy, branch, gate, bias = checked("gated_residual", dy, branch, gate, bias)
     runs = chunks(t, SUMMED_ROWS)
     dbranch, sums = torch.empty_like(branch), branch.new_empty(b, runs, 2, d, dtype=torch.float32)
-    block, warps = cut(d)
+    block, warps = cut(d, COLUMNS)
     if branch.numel():
         _backward[(b * runs,)](
             *(dy, branch, gate, bias, dbranch, sums, t, d, block, SUMMED_ROWS), num_warps=warps, enable_fp_fusion=False
@@ -165,7 +167,7 @@ def gates() -> list[Gate]:
     found = []
     inputs, dots = {"branch": "x", "gate": "x", "bias": "x"}, ("x_dot", "branch_dot", "gate_dot", "y_dot")
     for d in WIDTHS:
-        block, warps = cut(d)
+        block, warps = cut(d, COLUMNS)
         sizes = {"D": d, "BLOCK": block}
         forward = inputs | dict.fromkeys(("x", *dots, "y"), "x")
         found += variants(f"forward D{d}", _forward, forward, ("T", "k"), sizes | {"ROWS": ROWS}, warps, dots)
