@@ -171,20 +171,20 @@ def train(args: argparse.Namespace) -> None:
         return _dry_run(work, names)
     work.compare()
     if distributed.rank() == 0:
-        _ops()
+        _ops(work.device.type)
     loop.train(work, names)
     if distributed.rank() == 0:
         report.write(out)
 
 
-def _ops() -> None:
-    print("ops: " + ", ".join(f"{op} {name}" for op, name in cmt_kernels.table().items()))
+def _ops(device: str) -> None:
+    print("ops: " + ", ".join(f"{op} {name}" for op, name in cmt_kernels.table(device).items()))
 
 
 def _dry_run(work: ws.Workspace, names: list[str]) -> None:
     print(yaml.safe_dump(config.dump(work.run), sort_keys=False).rstrip())
     print(f"digest: {config.digest(work.run)}")
-    _ops()
+    _ops(work.device.type)
     parameters = sum(p.numel() for p in work.build().parameters())
     print(f"network: {parameters:,} parameters; device {work.device}; {len(work.data.x):,} rows of {work.data.shape}")
     for name in names:

@@ -122,7 +122,7 @@ class Workspace:
                 "digest": config.digest(self.run),
                 "run": config.dump(self.run),
                 "environment": environment(),
-                "ops": cmt_kernels.table(),
+                "ops": cmt_kernels.table(self.device.type),
                 "parents": str(self.parents) if self.parents != self.folder else None,
             }
             checkpoint.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))

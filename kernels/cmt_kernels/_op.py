@@ -1,9 +1,16 @@
 """The dispatch: which implementation of an op runs. All of it is on this page.
 
-A backend is a module `cmt_kernels/<op>/<backend>.py` with a function of the op's own name. Each op
-resolves once per process, to the first backend that exists and can run here. `CMT_KERNELS=reference`
-(or `CMT_KERNELS=attention:triton,gelu:reference`) and `with use("reference"):` force one; what is
-forced and cannot run raises and says why: there is no silent fallback.
+A backend is a module `cmt_kernels/<op>/<backend>.py` with a function of the op's own name. Each op resolves once per
+process and kind of device (that of its first tensor), to the first backend that exists, can run there and does not lose
+there. `CMT_KERNELS=reference` (or `CMT_KERNELS=attention:triton,gelu:reference`) and `with use("reference"):` force
+one; what is forced and cannot run raises and says why: there is no silent fallback.
+
+A backend may say more about itself; `device` is "cpu", "cuda" or "other":
+
+* `unavailable() -> str | None` or `unavailable(device) -> str | None`: why it cannot run. That Triton is installed and
+  that a tensor is where Triton or a native kernel could run is known here already;
+* `loses(device) -> str | None`: the measurement, in bench/results, in which another backend beat it. It then comes last
+  in `available` and runs only when it is asked for.
 """
 
 from __future__ import annotations
@@ -11,30 +18,49 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from cmt_kernels.dual import Dual, value
 
 ORDER = ("native", "triton", "torch", "reference")
+DEVICES = ("cpu", "cuda", "other")
 OPS = tuple(sorted(p.parent.name for p in Path(__file__).parent.glob("*/reference.py")))
 
-_resolved: dict[str, list] = {op: [] for op in OPS}  # op -> [name, function], empty until the op first runs
+# device -> op -> [name, function], empty until the op first runs there
+_resolved: dict[str, dict[str, list]] = {device: {op: [] for op in OPS} for device in DEVICES}
 _forced: str | None = os.environ.get("CMT_KERNELS") or None
 
 
-def _exists(op: str, name: str) -> bool:
-    return importlib.util.find_spec(f"cmt_kernels.{op}.{name}") is not None
+def _misplaced(name: str, device: str) -> str | None:
+    """Why no op has this backend on this device, whatever its module says."""
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if name == "triton" and device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"Triton kernels do not run on {device} tensors (on a CPU: only under TRITON_INTERPRET=1)"
+    if name == "native" and device == "other":
+        return "native kernels run on cpu and cuda tensors"
+    return None
 
 
-def _load(op: str, name: str) -> tuple[Callable | None, str]:
-    """The backend's function, or None and the reason. A module may define `unavailable() -> str | None`."""
-    if not _exists(op, name):
-        return None, f"there is no {name} backend of {op}"
+def _load(op: str, name: str, device: str) -> tuple[Callable | None, str, bool]:
+    """(the backend's function, "", does it lose) or (None, the reason why it cannot run, False)."""
+    if importlib.util.find_spec(f"cmt_kernels.{op}.{name}") is None:
+        return None, f"there is no {name} backend of {op}", False
+    reason = _misplaced(name, device)
+    if reason:
+        return None, reason, False
     module = importlib.import_module(f"cmt_kernels.{op}.{name}")
-    reason = getattr(module, "unavailable", lambda: None)()
-    return (None, reason) if reason else (getattr(module, op), "")
+    unavailable = getattr(module, "unavailable", lambda: None)
+    reason = unavailable(device) if inspect.signature(unavailable).parameters else unavailable()
+    if reason:
+        return None, reason, False
+    return getattr(module, op), "", bool(getattr(module, "loses", lambda device: None)(device))
 
 
 def _wanted(op: str) -> str | None:
@@ -51,50 +77,65 @@ def _wanted(op: str) -> str | None:
     return wanted
 
 
-@torch.compiler.assume_constant_result
-def _resolve(op: str) -> None:
-    """Fill `_resolved[op]` if it is empty. torch.compile cannot trace an import, so it runs this while it traces."""
-    if _resolved[op]:
+def _resolve(op: str, device: str) -> None:
+    """Fill `_resolved[device][op]` if it is empty."""
+    if _resolved[device][op]:
         return
-    wanted = _wanted(op)
-    for name in (wanted,) if wanted else ORDER:
-        function, reason = _load(op, name)
-        if function is not None:
-            _resolved[op] += (name, function)
-            break
-        if wanted:
-            raise RuntimeError(f"CMT_KERNELS asks for {wanted} of {op}: {reason}")
+    name = _wanted(op) or available(op, device)[0]
+    function, reason, _ = _load(op, name, device)
+    if function is None:
+        raise RuntimeError(f"CMT_KERNELS asks for {name} of {op}: {reason}")
+    _resolved[device][op] += (name, function)
 
 
-def backend(op: str) -> Callable:
-    """The function that runs for `op` on this machine. Raises RuntimeError if a forced backend cannot run."""
-    _resolve(op)
-    return _resolved[op][1]
+# torch.compile cannot trace an import, so it runs this while it traces. What torch.compiler.assume_constant_result
+# sets; that imports all of torch._dynamo, and Triton with it.
+_resolve._dynamo_marked_constant = True
 
 
-def available(op: str) -> list[str]:
-    """Names of the backends of `op` that can run here, fastest first."""
-    return [name for name in ORDER if _load(op, name)[0] is not None]
+def _kind(device: str | None) -> str:
+    """The kind of device meant: by default a GPU where there is one."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device if device in DEVICES else "other"
 
 
-def table() -> dict[str, str]:
-    """op -> backend that runs here; printed at the start of a run and stored with it."""
+def backend(op: str, x: Tensor | Dual | None = None) -> Callable:
+    """The function that runs for `op` where the tensor x is; by default on this machine's GPU or else its CPU.
+
+    Raises RuntimeError if a forced backend cannot run.
+    """
+    device = _kind(None if x is None else value(x).device.type)
+    _resolve(op, device)
+    return _resolved[device][op][1]
+
+
+def available(op: str, device: str | None = None) -> list[str]:
+    """Names of the backends of `op` that can run on a device, fastest first: the first is what runs unforced."""
+    can_run = {name: _load(op, name, _kind(device)) for name in ORDER}
+    return sorted((name for name in ORDER if can_run[name][0] is not None), key=lambda name: can_run[name][2])
+
+
+def table(device: str | None = None) -> dict[str, str]:
+    """op -> backend that runs on a device; printed at the start of a run and stored with it."""
+    device = _kind(device)
     for op in OPS:
-        backend(op)
-    return {op: _resolved[op][0] for op in OPS}
+        _resolve(op, device)
+    return {op: _resolved[device][op][0] for op in OPS}
 
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Force a backend inside a `with`: `use("reference")` or `use("attention:triton")`."""
     global _forced
-    before, kept = _forced, {op: list(chosen) for op, chosen in _resolved.items()}
+    chosen = [chosen for ops in _resolved.values() for chosen in ops.values()]
+    before, kept = _forced, [list(c) for c in chosen]
     _forced = name
-    for chosen in _resolved.values():
-        chosen.clear()
+    for c in chosen:
+        c.clear()
     try:
         yield
     finally:
         _forced = before
-        for op, chosen in _resolved.items():
-            chosen[:] = kept[op]
+        for c, k in zip(chosen, kept):
+            c[:] = k

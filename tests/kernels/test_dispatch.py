@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cmt_kernels import OPS, _op, available, silu, table, use
-from cmt_kernels._op import ORDER, backend
+from cmt_kernels._op import DEVICES, ORDER, backend
 
 X = torch.randn(2, 3)
 
@@ -24,10 +26,78 @@ def run_python(code: str, kernels: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
-def test_table_covers_every_op_with_what_can_run() -> None:
-    assert set(table()) == set(OPS) and len(OPS) == 14
-    for op, name in table().items():
-        assert name == available(op)[0] and "reference" in available(op)
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Give silu a native backend that returns zeros, with what is said about it."""
+    if importlib.util.find_spec("cmt_kernels.silu.native"):
+        pytest.skip("silu has a native backend")
+    monkeypatch.setattr(_op, "_resolved", {device: {op: [] for op in OPS} for device in DEVICES})
+    monkeypatch.setattr(
+        sys.modules["cmt_kernels.silu"], "__path__", [*sys.modules["cmt_kernels.silu"].__path__, str(tmp_path)]
+    )
+
+    def planted(more: str = "") -> None:
+        (tmp_path / "native.py").write_text(f"def silu(x):\n    return x * 0\n{more}\n")
+        importlib.invalidate_caches()
+
+    yield planted
+    sys.modules.pop("cmt_kernels.silu.native", None)
+
+
+@pytest.mark.parametrize("device", [None, *DEVICES])
+def test_table_covers_every_op_with_what_can_run(device: str | None) -> None:
+    assert set(table(device)) == set(OPS) and len(OPS) == 14
+    for op, name in table(device).items():
+        assert name == available(op, device)[0] and "reference" in available(op, device)
+
+
+def test_the_device_is_that_of_the_tensor(plant: Callable) -> None:
+    plant()
+    assert table("cpu")["silu"] == table("cuda")["silu"] == "native" and "native" not in available("silu", "other")
+    assert not silu(X).count_nonzero()
+    elsewhere = silu(X.to("meta"))
+    assert elsewhere.device.type == "meta" and _op._resolved["other"]["silu"][0] != "native"
+    with use("silu:native"), pytest.raises(RuntimeError, match="native of silu: native kernels run on"):
+        silu(X.to("meta"))
+
+
+def test_a_backend_may_be_unavailable_on_one_device(plant: Callable) -> None:
+    plant("def unavailable(device):\n    return 'built without CUDA' if device == 'cuda' else None")
+    assert available("silu", "cpu")[0] == "native" and "native" not in available("silu", "cuda")
+    with use("native"), pytest.raises(RuntimeError, match="native of silu: built without CUDA"):
+        _op._resolve("silu", "cuda")
+
+
+def test_a_reason_without_a_device(plant: Callable) -> None:
+    plant("def unavailable():\n    return 'no compiler'")
+    assert "native" not in available("silu", "cpu") + available("silu", "cuda")
+
+
+def test_a_loser_is_avoided_but_can_be_asked_for(plant: Callable) -> None:
+    plant("def loses(device):\n    return 'bench/results/cpu/a.json' if device == 'cpu' else None")
+    assert available("silu", "cpu")[-2:] == ["reference", "native"] and available("silu", "cuda")[0] == "native"
+    assert table("cpu")["silu"] != "native" == table("cuda")["silu"]
+    assert silu(X).count_nonzero()
+    with use("silu:native"):
+        assert not silu(X).count_nonzero()
+
+
+def test_the_choice_is_made_again_in_compiled_code(plant: Callable) -> None:
+    plant()
+    torch._dynamo.reset()
+    compiled = torch.compile(silu, fullgraph=True, backend="eager")
+    assert not compiled(X).count_nonzero()
+    with use("reference"):
+        assert torch.equal(compiled(X), silu(X)) and compiled(X).count_nonzero()
+    assert not compiled(X).count_nonzero()
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET" in _op._misplaced("triton", "cpu") and _op._misplaced("triton", "cuda") is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _op._misplaced("triton", "cpu") is None and _op._misplaced("triton", "other")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -66,7 +136,7 @@ def test_use_forces_one_op_or_all_and_restores() -> None:
 
 
 def test_use_leaves_nothing_behind_for_ops_that_had_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_op, "_resolved", {op: [] for op in OPS})
+    monkeypatch.setattr(_op, "_resolved", {device: {op: [] for op in OPS} for device in DEVICES})
     with use(missing("silu")):
         pass
     assert backend("silu")(X).shape == X.shape

@@ -29,4 +29,4 @@ def adamw_ema(
 
     max_norm 0 does not clip. Returns the gradient's norm before clipping, a scalar tensor.
     """
-    return backend("adamw_ema")(p, g, m, v, emas, ema_betas, step, lr, betas, eps, weight_decay, max_norm)
+    return backend("adamw_ema", p)(p, g, m, v, emas, ema_betas, step, lr, betas, eps, weight_decay, max_norm)

@@ -12,4 +12,4 @@ from cmt_kernels.dual import Dual
 
 def attention(qkv: Tensor | Dual) -> Tensor | Dual:
     """qkv: (B, T, 3, H, d) packed -> (B, T, H d), dtype of qkv; the scale c is 1/sqrt(d)."""
-    return backend("attention")(qkv)
+    return backend("attention", qkv)(qkv)

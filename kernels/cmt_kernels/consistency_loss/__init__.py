@@ -15,4 +15,4 @@ def consistency_loss(prediction: Tensor, target: Tensor, distance: str = "pseudo
 
     Raises ValueError for an unknown distance.
     """
-    return backend("consistency_loss")(prediction, target, distance, c)
+    return backend("consistency_loss", prediction)(prediction, target, distance, c)

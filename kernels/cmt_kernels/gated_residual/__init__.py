@@ -14,4 +14,4 @@ def gated_residual(
     x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor | Dual, bias: Tensor | None = None
 ) -> Tensor | Dual:
     """x, branch: (B, T, D); gate: (B, D); bias: (D,), deferred from the branch's linear -> (B, T, D), dtype of x."""
-    return backend("gated_residual")(x, branch, gate, bias)
+    return backend("gated_residual", x)(x, branch, gate, bias)

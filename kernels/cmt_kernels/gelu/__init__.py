@@ -12,4 +12,4 @@ from cmt_kernels.dual import Dual
 
 def gelu(x: Tensor | Dual, bias: Tensor | None = None) -> Tensor | Dual:
     """x: (..., D); bias: (D,) added first -> (..., D), dtype of x."""
-    return backend("gelu")(x, bias)
+    return backend("gelu", x)(x, bias)

@@ -10,4 +10,4 @@ def label_embedding(labels: Tensor, table: Tensor, drop: Tensor | None = None) -
 
     Returns (B, D). Labels do not depend on time, so there is no tangent. One `drop` mask serves every copy of a batch.
     """
-    return backend("label_embedding")(labels, table, drop)
+    return backend("label_embedding", labels)(labels, table, drop)

@@ -8,4 +8,4 @@ from cmt_kernels.dual import Dual
 
 def linear(x: Tensor | Dual, weight: Tensor, bias: Tensor | None = None) -> Tensor | Dual:
     """x: (..., D); weight: (E, D); bias: (E,) -> (..., E). Follows autocast as F.linear does."""
-    return backend("linear")(x, weight, bias)
+    return backend("linear", x)(x, weight, bias)

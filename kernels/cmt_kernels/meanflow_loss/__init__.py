@@ -17,4 +17,4 @@ def meanflow_loss(
 
     Returns (loss (B,) with gradient, l (B,) detached, the plain squared error).
     """
-    return backend("meanflow_loss")(u, v, t, r, p, c)
+    return backend("meanflow_loss", u)(u, v, t, r, p, c)

@@ -13,4 +13,4 @@ from cmt_kernels.dual import Dual
 
 def modulated_norm(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
     """x: (B, T, D); shift, scale: (B, D) -> (B, T, D), in the dtype of x."""
-    return backend("modulated_norm")(x, shift, scale, eps)
+    return backend("modulated_norm", x)(x, shift, scale, eps)

@@ -18,4 +18,4 @@ def path_point(
 
     Returns (x_t, v), each (B, ...) in the dtype of x_0.
     """
-    return backend("path_point")(x_0, alpha, sigma, alpha_dot, sigma_dot, key, sample)
+    return backend("path_point", x_0)(x_0, alpha, sigma, alpha_dot, sigma_dot, key, sample)

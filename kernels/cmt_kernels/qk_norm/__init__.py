@@ -22,4 +22,4 @@ def qk_norm(
 
     Returns the same shape and dtype.
     """
-    return backend("qk_norm")(qkv, q_weight, k_weight, cos, sin, eps)
+    return backend("qk_norm", qkv)(qkv, q_weight, k_weight, cos, sin, eps)

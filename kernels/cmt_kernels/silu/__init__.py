@@ -8,4 +8,4 @@ from cmt_kernels.dual import Dual
 
 def silu(x: Tensor | Dual) -> Tensor | Dual:
     """x: (...) -> (...), dtype of x."""
-    return backend("silu")(x)
+    return backend("silu", x)(x)

@@ -15,4 +15,4 @@ def solver_step(x: Tensor, m0: Tensor, m1: Tensor | None, m2: Tensor | None, coe
 
     m1 or m2 may be None where its coefficient is zero.
     """
-    return backend("solver_step")(x, m0, m1, m2, coefficients)
+    return backend("solver_step", x)(x, m0, m1, m2, coefficients)

@@ -15,4 +15,4 @@ def time_embedding(t: Tensor | Dual, dim: int, max_frequency: float = 32.0) -> T
     The dim/2 angular frequencies are geometric from 1/4 to `max_frequency`: a tangent grows with the highest
     frequency, which is why it is small and the usual factor of 1000 is absent.
     """
-    return backend("time_embedding")(t, dim, max_frequency)
+    return backend("time_embedding", t)(t, dim, max_frequency)

@@ -1,0 +1,53 @@
+"""Gates without a GPU: every variant of every Triton kernel compiles to code without spills or local memory."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+from cmt_kernels.gate import Gate
+
+from bench import gates
+
+pytestmark = pytest.mark.skipif(gates.missing() is not None, reason=f"no gates: {gates.missing()}")
+if importlib.util.find_spec("triton"):
+    from tests.kernels import spilling_kernel
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[gates.Row]:
+    return gates.triton_rows(gates.gated_ops())
+
+
+@pytest.mark.parametrize("op", gates.gated_ops())
+def test_kernels_fit(op: str, rows: list[gates.Row]) -> None:
+    own = [row for row in rows if row["op"] == op]
+    assert len(own) == len(gates.ARCHITECTURES) * len(gates.gates(op)) > 0
+    wrong = [gates.line(row) for row in own if gates.wrong(row)]
+    assert not wrong, "\n".join(wrong)
+
+
+def planted(num_warps: int, instruction: str | None = None) -> Gate:
+    signature = {"x": "*fp32", "y": "*fp32"}
+    return Gate("planted", spilling_kernel.table, signature, {"N": 128}, num_warps, instruction=instruction)
+
+
+def test_a_spill_is_caught() -> None:
+    """A table of 128 x 128 sums: 512 registers a thread with one warp, 64 with eight."""
+    row = gates.measure("planted", planted(num_warps=1), 90)
+    assert row["spill_bytes"] > 0 and row["local_bytes"] > 0 and "spills" in gates.wrong(row), row
+    assert "WRONG: spills" in gates.line(row)
+    row = gates.measure("planted", planted(num_warps=8), 90)
+    assert gates.wrong(row) == "" and 64 < row["registers"] < 255, row
+
+
+def test_a_missing_instruction_is_caught() -> None:
+    row = gates.measure("planted", planted(8, "HGMMA"), 90)
+    assert row["found"] is False and gates.wrong(row) == "no HGMMA"
+    assert gates.wrong(gates.measure("planted", planted(8, "FFMA"), 90)) == ""
+    assert gates.measure("planted", planted(8, "HGMMA"), 80)["instruction"] is None
+
+
+def test_arguments_of_a_gate_are_those_of_its_kernel() -> None:
+    with pytest.raises(ValueError, match="N"):
+        gates.compile_gate(Gate("short", spilling_kernel.table, {"x": "*fp32", "y": "*fp32"}, {}), 90)
