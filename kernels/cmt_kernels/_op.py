@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-ORDER = ("native", "triton", "torch", "reference")
+ORDER = ("native", "triton", "torch", "apex", "reference")
 OPS = tuple(sorted(p.parent.name for p in Path(__file__).parent.glob("*/reference.py")))
 
 _resolved: dict[str, list] = {op: [] for op in OPS}  # op -> [name, function], empty until the op first runs
