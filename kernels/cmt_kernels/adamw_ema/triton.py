@@ -128,9 +128,7 @@ def _launch(
     n, g = p.numel(), g.contiguous()
     parts = max(min(PARTS, triton.cdiv(n, NORM_BLOCK)), 1)
     partial, norm = p.new_empty(parts), p.new_empty(())
-    norm_kernel[(parts,)](
-        g, partial, n, ROUNDS=triton.cdiv(n, parts * NORM_BLOCK), BLOCK=NORM_BLOCK, num_warps=8
-    )
+    norm_kernel[(parts,)](g, partial, n, ROUNDS=triton.cdiv(n, parts * NORM_BLOCK), BLOCK=NORM_BLOCK, num_warps=8)
     tracks = [*emas[:TRACKS], *[None] * (TRACKS - len(emas))]
     weights = [1 - beta for beta in ema_betas[:TRACKS]] + [0.0] * (TRACKS - len(emas))
     update_kernel[(max(triton.cdiv(n, BLOCK), 1),)](

@@ -78,9 +78,7 @@ def distance_kernel(
 
 
 @torch.library.custom_op("cmt::triton_consistency_loss", mutates_args=())
-def _launch(
-    prediction: Tensor, target: Tensor, distance: str, c: float, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
+def _launch(prediction: Tensor, target: Tensor, distance: str, c: float, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """(loss (B,), gradient (B, ...), or gradient (0,) when none is wanted)."""
     prediction, target = prediction.contiguous(), target.contiguous()
     rows = len(prediction)

@@ -30,13 +30,13 @@ def unavailable() -> str | None:
 
 
 @triton.jit
-def residual(u, v, u_dot, dt, has_tangent, row, i, k, n, wide: tl.constexpr):
-    """e = u - (v - (t - r) u.) of values i of one image; rows past k have no tangent."""
+def residual(u, v, u_dot, dt, row, i, n, n_dot, wide: tl.constexpr):
+    """e = u - (v - (t - r) u.) of values i of one image; its first n_dot values (n or 0) have a tangent."""
     at = row * n + i
     inside = i < n
     target = tl.load(v + at, mask=inside, other=0.0).to(wide)
     if u_dot is not None:
-        target -= dt * tl.load(u_dot + at, mask=inside & has_tangent, other=0.0).to(wide)
+        target -= dt * tl.load(u_dot + at, mask=i < n_dot, other=0.0).to(wide)
     return tl.load(u + at, mask=inside, other=0.0).to(wide) - target
 
 
@@ -62,11 +62,12 @@ def loss_kernel(
     row = tl.program_id(0).to(tl.int64)
     dt = tl.load(t + row).to(tl.float64) - tl.load(r + row).to(tl.float64)
     dt = dt.to(wide)
+    n_dot = tl.where(row < k, n, 0)
     lane = tl.arange(0, BLOCK)
-    first = residual(u, v, u_dot, dt, row < k, row, lane, k, n, wide)
+    first = residual(u, v, u_dot, dt, row, lane, n, n_dot, wide)
     total = first * first
     for j in range(1, ROUNDS):
-        e = residual(u, v, u_dot, dt, row < k, row, j * BLOCK + lane, k, n, wide)
+        e = residual(u, v, u_dot, dt, row, j * BLOCK + lane, n, n_dot, wide)
         total += e * e
     error = tl.sum(total, axis=0).to(tl.float64)
     if P == 0.0:
@@ -82,7 +83,7 @@ def loss_kernel(
         tl.store(du + row * n + lane, scale * first, mask=lane < n)
         for j in range(1, ROUNDS):
             i = j * BLOCK + lane
-            e = residual(u, v, u_dot, dt, row < k, row, i, k, n, wide)
+            e = residual(u, v, u_dot, dt, row, i, n, n_dot, wide)
             tl.store(du + row * n + i, scale * e, mask=i < n)
 
 
