@@ -1,7 +1,8 @@
 """The Triton kernels of the solver, the path, the losses and the optimizer, in Triton's interpreter on the CPU.
 
 Triton reads TRITON_INTERPRET when it is imported, so this file runs itself in a process of its own: without the
-variable it is one test that does so, with it the tests below. The rule of accuracy is that of test_ops.py.
+variable it is one test that does so, with it the tests below. The rule of accuracy is that of test_ops.py. The lower
+precision here is float16: the interpreter truncates where a GPU rounds to bfloat16.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ def test_in_the_interpreter() -> None:
 CASES = [pytest.param(op, case, id=f"{op}-{case.id}") for op in SMALL for case in cases_of(op).CASES]
 
 
+def dtypes(op: str) -> tuple[torch.dtype, ...]:
+    return (torch.float32,) if op == "adamw_ema" else (torch.float32, torch.float16)
+
+
 def triton(op: str, inputs: dict[str, Any]) -> list[Tensor]:
     return outputs(op, implementation(op, "triton"), inputs)
 
@@ -62,7 +67,7 @@ def exactly(op: str, inputs: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("op, case", CASES)
 def test_forward(op: str, case: Any) -> None:
     module = cases_of(op)
-    for dtype in module.DTYPES:
+    for dtype in dtypes(op):
         exact, plain = exactly(op, module.inputs(case, dtype)), reference(op, module.inputs(case, dtype))
         for layout in ("contiguous", "misaligned" if mutated(op) else "strided"):
             assert_accurate(triton(op, map_tensors(LAYOUTS[layout], module.inputs(case, dtype))), plain, exact)
@@ -72,7 +77,7 @@ def test_forward(op: str, case: Any) -> None:
 @pytest.mark.parametrize("op, case", [p for p in CASES if p.values[0] in LOSSES])
 def test_gradient(op: str, case: Any) -> None:
     module = cases_of(op)
-    for dtype in module.DTYPES:
+    for dtype in dtypes(op):
         inputs = module.inputs(case, dtype)
         exact, plain = (gradients(op, partial(reference, op), x) for x in (wide(inputs), inputs))
         for layout in ("contiguous", "strided"):

@@ -1,7 +1,7 @@
 """consistency_loss in Triton: distance and gradient in one launch, one program an image.
 
-As meanflow_loss: the first walk sums (prediction - target)^2, the second writes the gradient, the first chunk stays in
-registers, and the per-row scalars are in float64. The backward multiplies by the gradient that arrives.
+As meanflow_loss: the first walk sums (prediction - target)^2 in float64, the second writes the gradient, the first chunk
+stays in registers. The backward multiplies by the gradient that arrives.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def distance_kernel(
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     first = difference(prediction, target, row, lane, n, wide)
-    total = first * first
+    total = first.to(tl.float64) * first.to(tl.float64)
     for j in range(1, ROUNDS):
         e = difference(prediction, target, row, j * BLOCK + lane, n, wide)
-        total += e * e
-    error = tl.sum(total, axis=0).to(tl.float64)
+        total += e.to(tl.float64) * e.to(tl.float64)
+    error = tl.sum(total, axis=0)
     if DISTANCE == "squared_l2":
         distance = error
         slope = error * 0 + 2

@@ -2,8 +2,8 @@
 
 The weight needs the whole image's error, so a program walks its image twice: once to sum, once to write
 du = 2 w e. The first chunk stays in registers; a longer image is read again, from L2. The backward multiplies du by
-the gradient that arrives and reads nothing else; the rows of the tangents are read in the same launch. The per-row
-scalars (error, weight, loss) are in float64: a few operations an image.
+the gradient that arrives and reads nothing else; the rows of the tangents are read in the same launch. Squares are
+summed in float64, two operations for at least eight bytes read, and the per-row scalars (error, weight, loss) are too.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def loss_kernel(
     n_dot = tl.where(row < k, n, 0)
     lane = tl.arange(0, BLOCK)
     first = residual(u, v, u_dot, dt, row, lane, n, n_dot, wide)
-    total = first * first
+    total = first.to(tl.float64) * first.to(tl.float64)
     for j in range(1, ROUNDS):
         e = residual(u, v, u_dot, dt, row, j * BLOCK + lane, n, n_dot, wide)
-        total += e * e
-    error = tl.sum(total, axis=0).to(tl.float64)
+        total += e.to(tl.float64) * e.to(tl.float64)
+    error = tl.sum(total, axis=0)
     if P == 0.0:
         weight = error * 0 + 1
     elif P == 1.0:
