@@ -7,6 +7,7 @@ in data prediction on VE and for DPM-Solver++, in velocity for Euler, Heun and M
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -140,6 +141,14 @@ def table(path: Path, solver: str, nfe: int, t_max: float, t_min: float, order: 
     return Table(times, tuple(rows), prediction)
 
 
+@functools.lru_cache(maxsize=64)
+def _on(plan: Table, device: torch.device) -> tuple[Tensor, ...]:
+    """The coefficients of every row, (4,) float64 each, copied to the device once: a step copies nothing, and a rollout
+    that has run can be captured in a CUDA graph."""
+    with torch.inference_mode(False):
+        return torch.tensor([row.coefficients for row in plan.rows], dtype=torch.float64, device=device).unbind()
+
+
 @torch.no_grad()
 def rollout(net: Net, path: Path, plan: Table, x: Tensor, labels: Tensor | None = None, dense: bool = True) -> Tensor:
     """Integrate from x (B, ...) at plan.times[0]. Returns all nodes (N + 1, B, ...), or the last (B, ...) if not dense.
@@ -147,14 +156,14 @@ def rollout(net: Net, path: Path, plan: Table, x: Tensor, labels: Tensor | None 
     On linear flow a data-prediction table reads D = z - t v off the network's velocity.
     """
     nodes, history = [x], []
-    for row in plan.rows:
+    for row, coefficients in zip(plan.rows, _on(plan, x.device)):
         t, r = (torch.full((x.shape[0],), u, dtype=x.dtype, device=x.device) for u in (row.t, row.r))
         m = net(x, t, r, labels)
         if plan.prediction == "data" and path.name == "linear":
             m = x - row.t * m
         history = [m, *history][:3]
         m1, m2 = (history[i] if len(history) > i and row.coefficients[i + 1] else None for i in (1, 2))
-        x = solver_step(x, m, m1, m2, torch.tensor(row.coefficients, dtype=torch.float64))
+        x = solver_step(x, m, m1, m2, coefficients)
         if row.node and dense:
             nodes.append(x)
     return torch.stack(nodes) if dense else x

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cmt_kernels.dual import Dual, value
 
-ORDER = ("native", "triton", "torch", "reference")
+ORDER = ("native", "triton", "torch", "apex", "reference")
 DEVICES = ("cpu", "cuda", "other")
 OPS = tuple(sorted(p.parent.name for p in Path(__file__).parent.glob("*/reference.py")))
 

@@ -1,0 +1,211 @@
+"""adamw_ema in Triton: a pass for the gradient's norm, then one for clip, moments, parameters and every EMA track.
+
+The norm stays on the device: the first launch leaves partial sums of squares, every program of the second adds them up
+itself (at most PARTS numbers, from L2) and program 0 writes the result. Nothing waits for the host, the order of every
+sum is fixed, and step and lr reach the kernel only inside float arguments, so no step compiles anything.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cmt_kernels.gate import Gate
+
+BLOCK = 2048  # parameters a program of the update
+NORM_BLOCK = 4096  # gradients a program of the norm takes at a time
+PARTS = 512  # most programs of the norm
+TRACKS = 4  # EMA tracks in the update's launch; more of them cost a pass each
+SCALARS = ["b2", "one_b1", "one_b2", "decay", "size", "root", "eps", "max_norm", "w0", "w1", "w2", "w3"]
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot run here, or None."""
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "there is neither a CUDA device nor TRITON_INTERPRET=1"
+
+
+@triton.jit
+def norm_kernel(g, partial, n, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+    """partial[program_id(0)] = the sum of g^2 over ROUNDS blocks, a grid apart from each other."""
+    pid = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in range(ROUNDS):
+        i = (j * tl.num_programs(0) + pid).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(g + i, mask=i < n, other=0.0)
+        total += x * x
+    tl.store(partial + pid, tl.sum(total, axis=0))
+
+
+@triton.jit
+def follow(e, i, inside, p, weight):
+    """e <- e + weight (p - e) for one EMA track."""
+    old = tl.load(e + i, mask=inside)
+    tl.store(e + i, old + weight * (p - old), mask=inside)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def update_kernel(
+    p,
+    g,
+    m,
+    v,
+    e0,
+    e1,
+    e2,
+    e3,
+    partial,
+    norm,
+    n,
+    parts,
+    b2,
+    one_b1,
+    one_b2,
+    decay,
+    size,
+    root,
+    eps,
+    max_norm,
+    w0,
+    w1,
+    w2,
+    w3,
+    CLIP: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """decay = 1 - lr wd, size = lr / (1 - b1^n), root = sqrt(1 - b2^n); tracks that are not there are None."""
+    lane = tl.arange(0, PARTS)
+    length = tl.sqrt_rn(tl.sum(tl.load(partial + lane, mask=lane < parts, other=0.0), axis=0))
+    if tl.program_id(0) == 0:
+        tl.store(norm, length)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    x = tl.load(g + i, mask=inside)
+    if CLIP:
+        ratio = tl.div_rn(max_norm, length + 1e-6)
+        x *= tl.where(ratio > 1.0, 1.0, ratio)  # a norm that is NaN stays NaN
+    first = tl.load(m + i, mask=inside)
+    first += one_b1 * (x - first)
+    second = tl.load(v + i, mask=inside, other=0.0) * b2 + one_b2 * x * x
+    denominator = tl.div_rn(tl.sqrt_rn(second), root) + eps
+    y = tl.load(p + i, mask=inside) * decay
+    y -= size * tl.div_rn(first, denominator)
+    tl.store(m + i, first, mask=inside)
+    tl.store(v + i, second, mask=inside)
+    tl.store(p + i, y, mask=inside)
+    if e0 is not None:
+        follow(e0, i, inside, y, w0)
+    if e1 is not None:
+        follow(e1, i, inside, y, w1)
+    if e2 is not None:
+        follow(e2, i, inside, y, w2)
+    if e3 is not None:
+        follow(e3, i, inside, y, w3)
+
+
+@torch.library.custom_op("cmt::triton_adamw_ema", mutates_args=("p", "m", "v", "emas"))
+def _launch(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    emas: list[Tensor],
+    ema_betas: list[float],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    max_norm: float,
+) -> Tensor:
+    n, g = p.numel(), g.contiguous()
+    parts = max(min(PARTS, triton.cdiv(n, NORM_BLOCK)), 1)
+    partial, norm = p.new_empty(parts), p.new_empty(())
+    norm_kernel[(parts,)](g, partial, n, ROUNDS=triton.cdiv(n, parts * NORM_BLOCK), BLOCK=NORM_BLOCK, num_warps=8)
+    tracks = [*emas[:TRACKS], *[None] * (TRACKS - len(emas))]
+    weights = [1 - beta for beta in ema_betas[:TRACKS]] + [0.0] * (TRACKS - len(emas))
+    update_kernel[(max(triton.cdiv(n, BLOCK), 1),)](
+        p,
+        g,
+        m,
+        v,
+        *tracks,
+        partial,
+        norm,
+        n,
+        parts,
+        beta2,
+        1 - beta1,
+        1 - beta2,
+        1 - lr * weight_decay,
+        lr / (1 - beta1**step),
+        (1 - beta2**step) ** 0.5,
+        eps,
+        max_norm,
+        *weights,
+        CLIP=max_norm > 0,
+        PARTS=triton.next_power_of_2(parts),
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+    for e, beta in zip(emas[TRACKS:], ema_betas[TRACKS:]):
+        e.lerp_(p, 1 - beta)
+    return norm
+
+
+@_launch.register_fake
+def _(p, g, m, v, emas, ema_betas, step, lr, beta1, beta2, eps, weight_decay, max_norm):
+    return p.new_empty(())
+
+
+@torch.no_grad()
+def adamw_ema(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    emas: list[Tensor],
+    ema_betas: list[float],
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_norm: float = 0.0,
+) -> Tensor:
+    """As the public function, for contiguous float32 buffers only; g is left as it was."""
+    for x in (p, g, m, v, *emas):
+        if x.dtype != torch.float32 or x.shape != p.shape or not (x.is_contiguous() or x is g):
+            raise ValueError("adamw_ema in Triton takes contiguous float32 buffers of one length")
+    assert len(emas) == len(ema_betas), "adamw_ema: one beta a track"
+    return _launch(p, g, m, v, list(emas), list(ema_betas), step, lr, *betas, eps, weight_decay, max_norm)
+
+
+def gates() -> list[Gate]:
+    """The norm over 2^22 and 675 M parameters; the update with 0 to 4 tracks, with and without clipping."""
+    floats = dict.fromkeys(SCALARS, "fp32")
+    rows = [
+        Gate(
+            f"norm-rounds{rounds}",
+            norm_kernel,
+            {"g": "*fp32", "partial": "*fp32", "n": "i32:16"},
+            {"ROUNDS": rounds, "BLOCK": NORM_BLOCK},
+            num_warps=8,
+        )
+        for rounds in (2, 323)
+    ]
+    for tracks, clip in ((0, False), (1, False), (1, True), (2, True), (3, True), (4, True)):
+        given = {f"e{i}": "*fp32" for i in range(tracks)}
+        missing = {f"e{i}": None for i in range(tracks, TRACKS)}
+        pointers = dict.fromkeys(("p", "g", "m", "v", "partial", "norm"), "*fp32")
+        signature = pointers | given | {"n": "i32:16", "parts": "i32:16"} | floats
+        constexprs = {"CLIP": clip, "PARTS": PARTS, "BLOCK": BLOCK} | missing
+        rows.append(Gate(f"update-emas{tracks}" + "-clip" * clip, update_kernel, signature, constexprs, num_warps=8))
+    return rows
