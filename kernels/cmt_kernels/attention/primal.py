@@ -135,7 +135,7 @@ def order(t: int, h: int, d: int, dtype: torch.dtype, device: torch.device) -> l
         here, label = machine(device), f"T{t}-d{d}-{str(dtype).removeprefix('torch.')}"
         kept = _read().get(here, {}).get(label)
         if kept is None:
-            if torch.cuda.is_current_stream_capturing():
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return ["triton"]  # nothing can be timed inside a graph; not remembered
             names, report = measure(t, h, d, dtype, device)
             kept = {"order": names, "report": report}

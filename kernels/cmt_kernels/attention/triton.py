@@ -60,7 +60,12 @@ def tiles(kernel: str, d: int, dtype: torch.dtype) -> dict[str, int]:
     """
     if dtype == torch.float32:
         return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1}
-    return {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
+    narrow = d <= 80
+    return {
+        "forward": {"BM": 128, "BN": 64 if narrow else 32, "num_warps": 8, "num_stages": 3},
+        "backward_q": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
+        "backward_kv": {"BM": 64, "BN": 64, "num_warps": 4 if narrow else 8, "num_stages": 2},
+    }[kernel]
 
 
 def _aligned(d: int, *tensors: Tensor) -> bool:
