@@ -2,6 +2,9 @@
 
 S = c Q K^T,  S. = c (Q. K^T + Q K.^T),  P = softmax S,  mu_i = sum_j P_ij S._ij
 O = P V,      O. = (P S.) V + P V. - diag(mu) O
+
+On a CUDA device a plain call under `no_grad` goes to the fastest library by measurement (primal.py), whose value is not
+bitwise a Dual's. In grad mode, and everywhere under `CMT_ATTENTION=triton`, it is.
 """
 
 from torch import Tensor

@@ -1,0 +1,173 @@
+"""Which library computes a plain attention whose value owes nothing to a tangent: measured, not guessed.
+
+Torch's fused backends, flash-attn where it is installed, and our kernel differ by factors that depend on T, the head
+dim and the card. `measured` times those that run and are accurate once per (T, d, dtype, device), remembers the order
+in this process and in `~/.cache/cmt_fast/attention.json` under the device's name and the versions, and calls the first.
+
+Their values differ in the last bits. A Dual always takes our kernel, and its value must be bitwise the plain one, so in
+grad mode a plain call takes ours too; only under `no_grad` (teachers, samplers) is the measured one called. Whoever
+wants one set of bits everywhere, or across machines, sets `CMT_ATTENTION=triton`; another name forces that library for
+every plain call, with its own autograd, and gives the bitwise promise up.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cmt_kernels.attention.reference import attention as reference
+from cmt_kernels.cases import allowed, error
+
+TOKENS = 2**15  # tokens of a timed batch
+ROUNDS = 20
+
+_remembered: dict[tuple, list[str]] = {}  # (T, d, dtype, device index) -> accurate libraries, fastest first
+
+
+def _sdpa(backend: SDPBackend, qkv: Tensor) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _flash(module: str, qkv: Tensor) -> Tensor:
+    """flash-attn of any version: (B, T, H, d) each in, the output alone or first of a tuple out."""
+    out = importlib.import_module(module).flash_attn_func(*qkv.unbind(2))
+    return (out[0] if isinstance(out, tuple) else out).flatten(2)
+
+
+def _triton(qkv: Tensor) -> Tensor:
+    return torch.ops.cmt.attention(qkv)[0]
+
+
+LIBRARIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "triton": _triton,
+    "sdpa_flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+    "sdpa_efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+    "flash_attn_2": partial(_flash, "flash_attn"),
+    "flash_attn_3": partial(_flash, "flash_attn_interface"),
+    "flash_attn_4": partial(_flash, "flash_attn.cute"),
+}
+
+
+def forced() -> str | None:
+    """The library that `CMT_ATTENTION` names, None if it is not set. Raises ValueError for a name that is none."""
+    name = os.environ.get("CMT_ATTENTION") or None
+    if name and name not in LIBRARIES:
+        raise ValueError(f"CMT_ATTENTION names {name!r}; the choices are {', '.join(LIBRARIES)}")
+    return name
+
+
+def cache_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmt_fast" / "attention.json"
+
+
+def machine(device: torch.device) -> str:
+    """What an order of libraries is true for: the card and every version that could change it."""
+    versions = [f"torch {torch.__version__}"]
+    for package in ("triton", "flash_attn", "flash_attn_interface"):
+        if importlib.util.find_spec(package) is not None:
+            versions.append(f"{package} {getattr(importlib.import_module(package), '__version__', 'unknown')}")
+    return ", ".join([torch.cuda.get_device_name(device), *versions])
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def measure(
+    t: int, h: int, d: int, dtype: torch.dtype, device: torch.device, milliseconds: Callable = _milliseconds
+) -> tuple[list[str], dict[str, float | str]]:
+    """The libraries that run and err no more than the op's rule allows, fastest first; and each one's median or fault.
+
+    Inputs are (B, T, 3, H, d) with about 2^15 tokens, random; libraries take turns, so that a clock's drift is shared.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(max(1, TOKENS // t), t, 3, h, d, generator=generator, device=device).to(dtype)
+    few = qkv[: max(1, min(len(qkv), 2**24 // (h * t * t)))]
+    exact, yardstick = reference(few.double()), reference(few)
+    report: dict[str, float | str] = {}
+    times: dict[str, list[float]] = {}
+    for name, library in LIBRARIES.items():
+        try:
+            wrong = error(library(few), exact)
+            library(qkv)
+        except Exception as fault:  # a library that cannot run here is no candidate; why is kept in the report
+            report[name] = f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else ''}"
+            continue
+        if wrong <= allowed(yardstick, exact):
+            times[name] = []
+        else:
+            report[name] = f"errs by {wrong:.1e}, more than {allowed(yardstick, exact):.1e}"
+    for _ in range(ROUNDS):
+        for name, seen in times.items():
+            seen.append(milliseconds(lambda library=LIBRARIES[name]: library(qkv)))
+    medians = {name: statistics.median(seen) for name, seen in times.items()}
+    return sorted(medians, key=medians.__getitem__), report | medians
+
+
+def _read() -> dict:
+    try:
+        return json.loads(cache_file().read_text())
+    except (OSError, ValueError):  # no cache yet, or one that cannot be read: measure again
+        return {}
+
+
+def order(t: int, h: int, d: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Libraries fit for this call, fastest first: from memory, from the cache, or measured now."""
+    key = (t, d, dtype, device.index)
+    if key not in _remembered:
+        here, label = machine(device), f"T{t}-d{d}-{str(dtype).removeprefix('torch.')}"
+        kept = _read().get(here, {}).get(label)
+        if kept is None:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                return ["triton"]  # nothing can be timed inside a graph; not remembered
+            names, report = measure(t, h, d, dtype, device)
+            kept = {"order": names, "report": report}
+            everything = _read()
+            everything.setdefault(here, {})[label] = kept
+            path = cache_file()
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                scratch = path.with_suffix(f".{os.getpid()}")
+                scratch.write_text(json.dumps(everything, indent=1))
+                scratch.replace(path)
+            except OSError:
+                pass  # a home that cannot be written: remembered in this process alone
+        _remembered[key] = kept["order"] or ["triton"]
+    return _remembered[key]
+
+
+def table() -> dict[str, str]:
+    """(T, d, dtype, device) -> library of the calls measured so far, to be stored with a run."""
+    return {
+        f"T{t} d{d} {str(dtype).removeprefix('torch.')} cuda:{i}": x[0] for (t, d, dtype, i), x in _remembered.items()
+    }
+
+
+@torch.library.custom_op("cmt::attention_measured", mutates_args=())
+def measured(qkv: Tensor) -> Tensor:
+    """qkv: (B, T, 3, H, d) on a CUDA device -> (B, T, H d), by the fastest library; no gradient."""
+    _, t, _, h, d = qkv.shape
+    return LIBRARIES[order(t, h, d, qkv.dtype, qkv.device)[0]](qkv).contiguous()
+
+
+@measured.register_fake
+def _(qkv: Tensor) -> Tensor:
+    b, t, _, h, d = qkv.shape
+    return qkv.new_empty(b, t, h * d)
