@@ -25,31 +25,31 @@ def record() -> dict:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
+devices: tuple[str, ...] = ()  # device types that the loaded library has kernels for
+
+
 @functools.cache
 def unavailable() -> str | None:
     """Why no native op can run here, or None. Loads the library."""
+    global devices
     if not LIBRARY.exists():
         return f"the native extension is not built ({record().get('line', BUILD)})"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as failure:
         return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {failure}"
-    if torch.cuda.is_available() and "cuda" not in devices():
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    devices = tuple(device for device in ("cpu", "cuda") if has("cmt::gelu", device.upper()))
+    if torch.cuda.is_available() and "cuda" not in devices:
         return f"this machine has a GPU and the native extension has no CUDA kernels ({record().get('line', BUILD)})"
     return None
-
-
-def devices() -> tuple[str, ...]:
-    """Device types that the loaded library has kernels for."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return tuple(device for device in ("cpu", "cuda") if has("cmt::gelu", device.upper()))
 
 
 def covers(x: Tensor, op: str) -> bool:
     """Whether the kernels compute with x: float32 and bfloat16. False for float64, the dtype of the tests' oracle, where
     a native op is its reference by definition. Raises TypeError for another dtype and RuntimeError for another device.
     """
-    if x.device.type not in devices() and x.device.type != "meta":
+    if x.device.type not in devices:
         raise RuntimeError(f"{op}: the native extension has no kernels for {x.device.type} ({record().get('line', BUILD)})")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise TypeError(f"{op}: the native kernels take float32 and bfloat16, not {x.dtype}; CMT_KERNELS={op}:reference")
