@@ -47,9 +47,11 @@ CMT_FN void tangent_row(const ModulatedNorm& a, int64_t row, const Vec (&xh)[N],
   }
 }
 
+// The blocks a multiprocessor must hold leave 128 registers a thread, 168 for the widest rows: none spills.
+//
 // Rows [first, last): with tangents or without, two instances, so that plain rows do not pay registers for tangents.
 template <class T, int N, bool kDual>
-__global__ void __launch_bounds__(32 * kWarps, 4) norm_kernel(ModulatedNorm a, int64_t first, int64_t last, bool whole) {
+__global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_kernel(ModulatedNorm a, int64_t first, int64_t last, bool whole) {
   int64_t row = first + blockIdx.x * int64_t(kWarps) + threadIdx.y;
   if (row >= last) return;
   int64_t b = row / a.T;
@@ -107,7 +109,7 @@ CMT_FN void write_sums(const Vec (&sums)[N], float* shared, float* out, int D) {
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(32 * kWarps, 4) norm_backward_kernel(ModulatedNormBackward a, bool whole) {
+__global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_backward_kernel(ModulatedNormBackward a, bool whole) {
   extern __shared__ float shared[];  // (kWarps, 256 N)
   int64_t b = blockIdx.x / a.chunks, from = blockIdx.x % a.chunks * a.chunk_rows;
   int64_t to = from + a.chunk_rows < a.T ? from + a.chunk_rows : a.T;

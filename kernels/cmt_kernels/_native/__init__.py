@@ -29,8 +29,8 @@ devices: tuple[str, ...] = ()  # device types that the loaded library has kernel
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why no native op can run here, or None. Loads the library."""
+def _load() -> str | None:
+    """Load the library and fill `devices`; or why it cannot be."""
     global devices
     if not LIBRARY.exists():
         return f"the native extension is not built ({record().get('line', BUILD)})"
@@ -40,9 +40,19 @@ def unavailable() -> str | None:
         return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {failure}"
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     devices = tuple(device for device in ("cpu", "cuda") if has("cmt::gelu", device.upper()))
-    if torch.cuda.is_available() and "cuda" not in devices:
-        return f"this machine has a GPU and the native extension has no CUDA kernels ({record().get('line', BUILD)})"
     return None
+
+
+def unavailable(device: str | None = None) -> str | None:
+    """Why no native op can run on tensors of this kind of device, or None. Loads the library.
+
+    By default the device of the machine: where there is a GPU, a library without CUDA kernels is none.
+    """
+    reason = _load()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if reason or device in devices:
+        return reason
+    return f"the native extension has no kernels for {device} ({record().get('line', BUILD)})"
 
 
 def covers(x: Tensor, op: str) -> bool:
@@ -50,9 +60,13 @@ def covers(x: Tensor, op: str) -> bool:
     a native op is its reference by definition. Raises TypeError for another dtype and RuntimeError for another device.
     """
     if x.device.type not in devices:
-        raise RuntimeError(f"{op}: the native extension has no kernels for {x.device.type} ({record().get('line', BUILD)})")
+        raise RuntimeError(
+            f"{op}: the native extension has no kernels for {x.device.type} ({record().get('line', BUILD)})"
+        )
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise TypeError(f"{op}: the native kernels take float32 and bfloat16, not {x.dtype}; CMT_KERNELS={op}:reference")
+        raise TypeError(
+            f"{op}: the native kernels take float32 and bfloat16, not {x.dtype}; CMT_KERNELS={op}:reference"
+        )
     return x.dtype != torch.float64
 
 

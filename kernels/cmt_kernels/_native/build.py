@@ -70,10 +70,16 @@ def wants_cuda() -> tuple[bool, str]:
     return False, "no nvcc"
 
 
-def nvcc_command(source: Path, arch: str | None = None) -> list[str]:
-    """The command that compiles one .cu, for one architecture or all of them, less its `-o`."""
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ([arch] if arch else architectures())]
+def nvcc_command(source: Path) -> list[str]:
+    """The command that compiles one .cu for every architecture, less its `-o`."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()]
     return [nvcc() or "nvcc", *NVCC_FLAGS, *targets, "-c", str(source)]
+
+
+def cubin_command(source: Path, arch: str, output: Path) -> list[str]:
+    """The command that compiles the device code of one .cu for one architecture, and prints what its kernels use."""
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    return [nvcc() or "nvcc", *NVCC_FLAGS, target, "-Xptxas", "-v", "-cubin", str(source), "-o", str(output)]
 
 
 def commands(torch: Path, cuda: bool) -> dict[str, list[str]]:
@@ -92,12 +98,17 @@ def commands(torch: Path, cuda: bool) -> dict[str, list[str]]:
     return todo
 
 
-def compile_one(name: str, command: list[str]) -> Path:
+def digest(command: list[str], source: Path) -> str:
+    """Changes when the command, the source or any header of csrc does."""
     headers = [p for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh")]
-    digest = hashlib.sha256(repr(command).encode())
-    for path in [*headers, Path(command[-1])]:
-        digest.update(path.read_bytes())
-    target = OBJECTS / f"{name}-{digest.hexdigest()[:16]}.o"
+    total = hashlib.sha256(repr(command).encode())
+    for path in [*headers, source]:
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def compile_one(name: str, command: list[str]) -> Path:
+    target = OBJECTS / f"{name}-{digest(command, Path(command[-1]))}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}")
         run([*command, "-o", str(partial)])
@@ -154,4 +165,4 @@ def build(into: Path = HERE) -> tuple[bool, str]:
 if __name__ == "__main__":
     built, line = build()
     print(line)
-    sys.exit(0 if built or not os.environ.get("CMT_CUDA") == "1" else 1)
+    sys.exit(0 if built or os.environ.get("CMT_CUDA") != "1" else 1)

@@ -47,5 +47,5 @@ def _backward_fake(grad, branch, gate, bias):
     return branch.new_empty(branch.shape), branch.new_empty(gate.shape), dbias
 
 
-if not unavailable():
+if not unavailable("cpu"):
     _native.register("gated_residual", _fake, _setup_context, _backward, _backward_fake)

@@ -38,5 +38,5 @@ def _backward_fake(grad, x, bias):
     return x.new_empty(x.shape), x.new_empty(0 if bias is None else x.shape[-1], dtype=torch.float32)
 
 
-if not unavailable():
+if not unavailable("cpu"):
     _native.register("gelu", _fake, _setup_context, _backward, _backward_fake)

@@ -42,5 +42,5 @@ def _backward_fake(grad, x, scale, stats):
     return x.new_empty(x.shape), x.new_empty(scale.shape), x.new_empty(scale.shape)
 
 
-if not unavailable():
+if not unavailable("cpu"):
     _native.register("modulated_norm", _fake, _setup_context, _backward, _backward_fake)

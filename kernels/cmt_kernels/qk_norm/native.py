@@ -51,5 +51,5 @@ def _backward_fake(grad, qkv, q_weight, k_weight, cos, sin, eps):
     return qkv.new_empty(qkv.shape), *(qkv.new_empty(d, dtype=torch.float32) for _ in range(2))
 
 
-if not unavailable():
+if not unavailable("cpu"):
     _native.register("qk_norm", _fake, _setup_context, _backward, _backward_fake)
