@@ -49,7 +49,8 @@ def run(op: str, inputs: dict[str, Any]) -> list[Tensor]:
 
 
 def arguments(op: str, requires_grad: bool) -> tuple:
-    """The arguments of torch.ops.cmt.<op>, for opcheck."""
+    """The arguments of torch.ops.cmt.<op>, for opcheck; its native.py imported, where shapes and gradient are registered."""
+    implementation(op, "native")
     draw = lambda *shape: torch.randn(shape, requires_grad=requires_grad)
     tangent = lambda *shape: torch.randn(shape)
     return {
@@ -73,11 +74,11 @@ def test_opcheck_of_the_backward(op: str) -> None:
     x = arguments(op, False)
     y, *rest = getattr(torch.ops.cmt, op)(*x)
     saved = {
-        "gelu": (x[0], x[1]),
-        "modulated_norm": (x[0], x[2], rest[-1]),
-        "gated_residual": (x[1], x[2], x[3]),
-        "qk_norm": (*x[:5], x[6]),
-    }[op]
+        "gelu": lambda: (x[0], x[1]),
+        "modulated_norm": lambda: (x[0], x[2], rest[-1]),
+        "gated_residual": lambda: (x[1], x[2], x[3]),
+        "qk_norm": lambda: (*x[:5], x[6]),
+    }[op]()
     torch.library.opcheck(getattr(torch.ops.cmt, f"{op}_backward").default, (torch.randn_like(y), *saved))
 
 

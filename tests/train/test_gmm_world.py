@@ -3,6 +3,7 @@
 `Net` is a known function plus theta . phi. With one copy of theta a row, the gradient of each row's loss is read off
 at once, and "zero" is judged against its own spread.
 """
+
 from __future__ import annotations
 
 import functools
@@ -310,8 +311,14 @@ def test_solver_slope(order: str, expected: int) -> None:
 @pytest.mark.parametrize(
     "start, mse, bias",
     [
-        ("CT, exact", 2, 2), ("CD-Euler", 4, 4), ("CD-Heun", 6.5, 6.5), ("CMT init, order 1", 2, 2),
-        ("CMT init, order 2", 4, 4), ("CMT init, order 3", 4, 4), ("Psi +", 1, 1), ("diffusion", 0, 0),
+        ("CT, exact", 2, 2),
+        ("CD-Euler", 4, 4),
+        ("CD-Heun", 6.5, 6.5),
+        ("CMT init, order 1", 2, 2),
+        ("CMT init, order 2", 4, 4),
+        ("CMT init, order 3", 4, 4),
+        ("Psi +", 1, 1),
+        ("diffusion", 0, 0),
         ("no init", 0, 0),
     ],
 )

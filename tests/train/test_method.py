@@ -1,4 +1,5 @@
 """The method, number by number: solver grid, batches of trajectories, objectives and samplers as published."""
+
 from __future__ import annotations
 
 import math
@@ -22,8 +23,25 @@ from cmt_fast.trajectories import Pool
 
 VE, LINEAR = Path("ve"), Path("linear")
 CPU = torch.device("cpu")
-SIXTEEN = [80, 41.2535, 21.2732, 10.9699, 5.65685, 2.91707, 1.50424, 0.77569, 0.4, 0.20627, 0.10637, 0.05485, 0.02828,
-           0.01459, 0.00752, 0.00388, 0.002]
+SIXTEEN = [
+    80,
+    41.2535,
+    21.2732,
+    10.9699,
+    5.65685,
+    2.91707,
+    1.50424,
+    0.77569,
+    0.4,
+    0.20627,
+    0.10637,
+    0.05485,
+    0.02828,
+    0.01459,
+    0.00752,
+    0.00388,
+    0.002,
+]
 
 
 def full(n: int, value: float, dtype=torch.float64) -> Tensor:
@@ -74,8 +92,13 @@ def test_linear_grid_is_shifted_and_labels_are_true_times() -> None:
 
 @pytest.mark.parametrize(
     "path, solver, nfe, t_max, t_min, key",
-    [(VE, "heun", 5, 80, 0.002, "nfe"), (VE, "jump", 4, 80, 0.002, "jump"), (VE, "dpmpp", 4, 80, 0, "t_min"),
-     (VE, "euler", 4, 0.002, 80, "t_min"), (LINEAR, "euler", 4, 80, 0.002, "t_max")],
+    [
+        (VE, "heun", 5, 80, 0.002, "nfe"),
+        (VE, "jump", 4, 80, 0.002, "jump"),
+        (VE, "dpmpp", 4, 80, 0, "t_min"),
+        (VE, "euler", 4, 0.002, 80, "t_min"),
+        (LINEAR, "euler", 4, 80, 0.002, "t_max"),
+    ],
 )
 def test_tables_that_do_not_exist(path: Path, solver: str, nfe: int, t_max: float, t_min: float, key: str) -> None:
     with pytest.raises(ValueError, match=key):
