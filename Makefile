@@ -2,13 +2,17 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
+# The native ops: CUDA where nvcc is found, which takes minutes; demo and test leave it out on a machine without a GPU driver.
+# `make native CMT_CUDA=1` builds it anywhere.
+export CMT_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),,0)
 
-demo: .venv/demo ; $(BIN)/cmt train digits --out runs/digits
-test: .venv/dev ; $(BIN)/python -m pytest -q
-bench: .venv/dev ; $(BIN)/python -m bench ops
+demo: .venv/demo ; $(BIN)/python -m cmt_kernels._native.build && $(BIN)/cmt train digits --out runs/digits
+test: native ; $(BIN)/python -m pytest -q
+bench: native ; $(BIN)/python -m bench ops
 gpu: ; $(PYTHON) -m pytest -q -m gpu tests && $(PYTHON) -m bench ops --device cuda
 lint: .venv/dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
 .venv/bin/python: ; $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q "$(TORCH)"
 .venv/%: .venv/bin/python pyproject.toml ; $(BIN)/python -m pip install -q -e ".[$*]" && touch $@
-.PHONY: demo test bench gpu lint format
+native: .venv/dev ; $(BIN)/python -m cmt_kernels._native.build
+.PHONY: demo test bench gpu lint format native

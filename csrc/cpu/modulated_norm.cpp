@@ -1,0 +1,121 @@
+// modulated_norm on a CPU: a row stays in the first cache through its passes (mean, variance, result).
+#include "../kernels.h"
+#include "../row_math.h"
+
+namespace cmt::CMT_ISA {
+namespace {
+
+template <class T>
+const T* row_of(const Rows& m, int64_t b) {
+  return m.data ? static_cast<const T*>(m.data) + b * m.stride : nullptr;
+}
+
+template <class T>
+void tangent_row(const ModulatedNorm& a, int64_t row, float mean, float r) {
+  int64_t b = row / a.T, D = a.D;
+  auto x = static_cast<const T*>(a.x) + row * D;
+  auto x_dot = a.x_dot ? static_cast<const T*>(a.x_dot) + row * D : nullptr;
+  auto y_dot = static_cast<T*>(a.y_dot) + row * D;
+  auto scale = row_of<T>(a.scale, b), scale_dot = row_of<T>(a.scale_dot, b), shift_dot = row_of<T>(a.shift_dot, b);
+  V s1{}, s2{};
+  if (x_dot)
+    columns(D, [&](int64_t i, int64_t n) {
+      V v = load(x_dot + i, n);
+      s1 += v;
+      s2 += normalised(load(x + i, n), mean, r) * v;
+    });
+  float m1 = sum(s1) / D, m2 = sum(s2) / D;
+  columns(D, [&](int64_t i, int64_t n) {
+    V xh = normalised(load(x + i, n), mean, r), along{};
+    if (shift_dot) along = load(shift_dot + i, n);
+    if (scale_dot) along = mad(xh, load(scale_dot + i, n), along);
+    if (x_dot) along = mad(normalise_along(load(x_dot + i, n), xh, r, m1, m2), 1.0f + load(scale + i, n), along);
+    store(y_dot + i, along, n);
+  });
+}
+
+template <class T>
+void forward(const ModulatedNorm& a, const Context& context) {
+  parallel(context, a.B * a.T, grain_of(a.D), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t b = row / a.T, D = a.D;
+      auto x = static_cast<const T*>(a.x) + row * D;
+      auto y = static_cast<T*>(a.y) + row * D;
+      auto shift = row_of<T>(a.shift, b), scale = row_of<T>(a.scale, b);
+      V total{};
+      columns(D, [&](int64_t i, int64_t n) { total += load(x + i, n); });
+      float mean = sum(total) / D;
+      V squares{};
+      columns(D, [&](int64_t i, int64_t n) {
+        V centred = first(load(x + i, n) - mean, n);
+        squares += centred * centred;
+      });
+      float r = rsqrt_of(sum(squares) / D + a.eps);
+      a.stats[2 * row] = mean;
+      a.stats[2 * row + 1] = r;
+      columns(D, [&](int64_t i, int64_t n) {
+        store(y + i, modulated(normalised(load(x + i, n), mean, r), load(scale + i, n), load(shift + i, n)), n);
+      });
+      if (b < a.k) tangent_row<T>(a, row, mean, r);
+    }
+  });
+}
+
+template <class T>
+void backward_row(const ModulatedNormBackward& a, int64_t row, float* dshift, float* dscale) {
+  int64_t D = a.D;
+  auto x = static_cast<const T*>(a.x) + row * D, grad = static_cast<const T*>(a.grad) + row * D;
+  auto scale = row_of<T>(a.scale, row / a.T);
+  auto dx = static_cast<T*>(a.dx) + row * D;
+  float mean = a.stats[2 * row], r = a.stats[2 * row + 1];
+  V s1{}, s2{};
+  columns(D, [&](int64_t i, int64_t n) {
+    V g = load(grad + i, n), xh = normalised(load(x + i, n), mean, r), w = g * (1.0f + load(scale + i, n));
+    s1 += w;
+    s2 += w * xh;
+    store(dshift + i, load(dshift + i, n) + g, n);
+    store(dscale + i, load(dscale + i, n) + g * xh, n);
+  });
+  float m1 = sum(s1) / D, m2 = sum(s2) / D;
+  columns(D, [&](int64_t i, int64_t n) {
+    V xh = normalised(load(x + i, n), mean, r), w = load(grad + i, n) * (1.0f + load(scale + i, n));
+    store(dx + i, normalise_along(w, xh, r, m1, m2), n);
+  });
+}
+
+template <class T>
+void backward(const ModulatedNormBackward& a, const Context& context) {
+  int64_t D = a.D;
+  parallel(context, a.B * a.chunks, 1 + grain_of(D) / (a.chunk_rows + 1), [=](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t b = task / a.chunks, from = task % a.chunks * a.chunk_rows;
+      int64_t to = from + a.chunk_rows < a.T ? from + a.chunk_rows : a.T;
+      float* sums = a.partials + task * 2 * D;
+      std::memset(sums, 0, 2 * D * sizeof(float));
+      for (int64_t t = from; t < to; ++t) backward_row<T>(a, b * a.T + t, sums, sums + D);
+    }
+  });
+  for (int64_t b = 0; b < a.B; ++b) {
+    const float* sums = a.partials + b * a.chunks * 2 * D;
+    columns(D, [&](int64_t i, int64_t n) {
+      V shift{}, scale{};
+      for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+        shift += load(sums + chunk * 2 * D + i, n);
+        scale += load(sums + chunk * 2 * D + D + i, n);
+      }
+      store(static_cast<T*>(a.dshift) + b * D + i, shift, n);
+      store(static_cast<T*>(a.dscale) + b * D + i, scale, n);
+    });
+  }
+}
+
+}  // namespace
+
+void modulated_norm(const ModulatedNorm& a, const Context& context) {
+  a.bf16 ? forward<bf16>(a, context) : forward<float>(a, context);
+}
+void modulated_norm_backward(const ModulatedNormBackward& a, const Context& context) {
+  a.bf16 ? backward<bf16>(a, context) : backward<float>(a, context);
+}
+
+}  // namespace cmt::CMT_ISA

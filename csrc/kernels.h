@@ -1,0 +1,130 @@
+// What the C++ ops hand to a backend: raw pointers, sizes, a stream or a way to run in parallel. No torch in here.
+//
+// A pointer may be null where a schema says `?`. Activations are bf16 or fp32 (`bf16`) and contiguous; the modulation
+// vectors (B, D) are of the same dtype with a row stride; biases, weights, angles, statistics and sums are fp32.
+// `partials` is scratch of `chunks` partial column sums: a chunk is a run of `chunk_rows` rows, whatever the number of
+// threads or multiprocessors, so the sums have the same bits everywhere on one machine.
+#pragma once
+#include <cstdint>
+
+namespace cmt {
+
+struct Context {
+  void* stream;                                                                               // CUDA
+  void (*parallel)(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void*);  // CPU
+};
+
+struct Rows {  // (B, D) with a row stride, in the dtype of the activations
+  const void* data;
+  int64_t stride;
+};
+
+struct Gelu {
+  const void *x, *x_dot;
+  const float* bias;
+  void *y, *y_dot;
+  int64_t rows, rows_dot, D;
+  bool bf16;
+};
+struct GeluBackward {
+  const void *grad, *x;
+  const float* bias;
+  void* dx;
+  float *dbias, *partials;  // (D), (chunks, D)
+  int64_t rows, D, chunk_rows, chunks;
+  bool bf16;
+};
+
+struct ModulatedNorm {
+  const void *x, *x_dot;
+  Rows shift, scale, shift_dot, scale_dot;
+  void *y, *y_dot;
+  float* stats;  // (B, T, 2): mean, r
+  int64_t B, T, D, k;
+  float eps;
+  bool bf16;
+};
+struct ModulatedNormBackward {
+  const void *grad, *x;
+  Rows scale;
+  const float* stats;
+  void *dx, *dshift, *dscale;  // (B, T, D), (B, D), (B, D)
+  float* partials;             // (B, chunks, 2, D)
+  int64_t B, T, D, chunk_rows, chunks;
+  bool bf16;
+};
+
+struct GatedResidual {
+  const void *x, *branch, *x_dot, *branch_dot;
+  Rows gate, gate_dot;
+  const float* bias;
+  void *y, *y_dot;
+  int64_t B, T, D, k;
+  bool bf16;
+};
+struct GatedResidualBackward {
+  const void *grad, *branch;
+  Rows gate;
+  const float* bias;
+  void *dbranch, *dgate;  // (B, T, D), (B, D)
+  float *dbias, *partials;  // (D), (B, chunks, 2, D)
+  int64_t B, T, D, chunk_rows, chunks;
+  bool bf16;
+};
+
+struct QkNorm {
+  const void *qkv, *qkv_dot;
+  const float *q_weight, *k_weight, *cos, *sin;
+  void *y, *y_dot;
+  int64_t B, T, H, d, k;
+  float eps;
+  bool bf16;
+};
+struct QkNormBackward {
+  const void *grad, *qkv;
+  const float *q_weight, *k_weight, *cos, *sin;
+  void* dqkv;
+  float *dq_weight, *dk_weight, *partials;  // (d), (d), (chunks, 3, d): the third is room for a head
+  int64_t B, T, H, d, chunk_rows, chunks;
+  float eps;
+  bool bf16;
+};
+
+struct Backend {
+  const char* name;
+  void (*gelu)(const Gelu&, const Context&);
+  void (*gelu_backward)(const GeluBackward&, const Context&);
+  void (*modulated_norm)(const ModulatedNorm&, const Context&);
+  void (*modulated_norm_backward)(const ModulatedNormBackward&, const Context&);
+  void (*gated_residual)(const GatedResidual&, const Context&);
+  void (*gated_residual_backward)(const GatedResidualBackward&, const Context&);
+  void (*qk_norm)(const QkNorm&, const Context&);
+  void (*qk_norm_backward)(const QkNormBackward&, const Context&);
+};
+
+#define CMT_BACKEND(ns)                                                         \
+  namespace ns {                                                                \
+  void gelu(const Gelu&, const Context&);                                       \
+  void gelu_backward(const GeluBackward&, const Context&);                      \
+  void modulated_norm(const ModulatedNorm&, const Context&);                    \
+  void modulated_norm_backward(const ModulatedNormBackward&, const Context&);   \
+  void gated_residual(const GatedResidual&, const Context&);                    \
+  void gated_residual_backward(const GatedResidualBackward&, const Context&);   \
+  void qk_norm(const QkNorm&, const Context&);                                  \
+  void qk_norm_backward(const QkNormBackward&, const Context&);                 \
+  constexpr Backend backend{#ns,                                                \
+                            gelu,           gelu_backward,                      \
+                            modulated_norm, modulated_norm_backward,            \
+                            gated_residual, gated_residual_backward,            \
+                            qk_norm,        qk_norm_backward};                  \
+  }
+
+CMT_BACKEND(cpu_base)
+#ifdef __x86_64__
+CMT_BACKEND(cpu_v3)
+CMT_BACKEND(cpu_v4)
+#endif
+CMT_BACKEND(cuda)
+#undef CMT_BACKEND
+
+}  // namespace cmt

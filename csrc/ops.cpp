@@ -1,0 +1,241 @@
+// The native ops: every schema on this screen, and below it how each one's tensors reach a backend.
+//
+// `*_dot` are tangents of the first k rows; the results named y_dot have k rows, 0 when there is no tangent. A gradient
+// of something absent has no elements. The CPU key is always there, the CUDA key where the build has its kernels.
+#include "tensors.h"
+
+STABLE_TORCH_LIBRARY(cmt, m) {
+  m.def("gelu(Tensor x, Tensor? bias, Tensor? x_dot) -> (Tensor y, Tensor y_dot)");
+  m.def("gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor dx, Tensor dbias)");
+  m.def(
+      "modulated_norm(Tensor x, Tensor shift, Tensor scale, Tensor? x_dot, Tensor? shift_dot, Tensor? scale_dot, "
+      "float eps) -> (Tensor y, Tensor y_dot, Tensor stats)");
+  m.def(
+      "modulated_norm_backward(Tensor grad, Tensor x, Tensor scale, Tensor stats) "
+      "-> (Tensor dx, Tensor dshift, Tensor dscale)");
+  m.def(
+      "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? bias, Tensor? x_dot, Tensor? branch_dot, "
+      "Tensor? gate_dot) -> (Tensor y, Tensor y_dot)");
+  m.def(
+      "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? bias) "
+      "-> (Tensor dbranch, Tensor dgate, Tensor dbias)");
+  m.def(
+      "qk_norm(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor? qkv_dot, float eps) "
+      "-> (Tensor y, Tensor y_dot)");
+  m.def(
+      "qk_norm_backward(Tensor grad, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
+      "float eps) -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)");
+}
+
+namespace cmt {
+namespace {
+
+using torch::stable::contiguous;
+using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+constexpr int64_t kChunks = 256;  // at most this many partial sums of one column, of chunks of at least 32 rows
+
+Tensor tangent_like(const Tensor& x, int64_t k) {
+  Shape shape = shape_of(x);
+  shape[0] = k;
+  return empty(x, shape);
+}
+
+Two gelu_op(const Tensor& x_in, const Maybe& bias_in, const Maybe& x_dot_in) {
+  const char* op = "gelu";
+  bool half = is_bf16(x_in, op);
+  STD_TORCH_CHECK(x_in.dim() >= 1, op, ": x must have a dimension");
+  int64_t D = x_in.size(x_in.dim() - 1), k = tangent_rows({&x_dot_in}, x_in.size(0), op);
+  Tensor x = contiguous(x_in);
+  Maybe bias = parameter(bias_in, x, {D}, op, "bias"), x_dot = activation(x_dot_in, x, k, op, "the tangent of x");
+  Tensor y = empty(x, shape_of(x)), y_dot = tangent_like(x, k);
+  if (x.numel()) {
+    Place place(x);
+    place.backend->gelu({x.const_data_ptr(), pointer(x_dot), floats(bias), y.mutable_data_ptr(),
+                         y_dot.mutable_data_ptr(), x.numel() / D, y_dot.numel() / D, D, half},
+                        place.context);
+  }
+  return {y, y_dot};
+}
+
+Two gelu_backward_op(const Tensor& grad_in, const Tensor& x_in, const Maybe& bias_in) {
+  const char* op = "gelu_backward";
+  bool half = is_bf16(x_in, op);
+  int64_t D = x_in.size(x_in.dim() - 1);
+  Tensor x = contiguous(x_in), grad = *activation(grad_in, x, x.size(0), op, "grad");
+  Maybe bias = parameter(bias_in, x, {D}, op, "bias");
+  int64_t n = D ? x.numel() / D : 0;
+  Chunks chunks(n, kChunks);
+  Tensor dx = empty(x, shape_of(x)), dbias = empty_floats(x, {bias ? D : 0});
+  Tensor partials = empty_floats(x, {bias ? chunks.count : 0, D});
+  if (D) {
+    Place place(x);
+    place.backend->gelu_backward({grad.const_data_ptr(), x.const_data_ptr(), floats(bias), dx.mutable_data_ptr(),
+                                  floats(dbias), floats(partials), n, D, chunks.rows, chunks.count, half},
+                                 place.context);
+  }
+  return {dx, dbias};
+}
+
+Three modulated_norm_op(const Tensor& x_in, const Tensor& shift_in, const Tensor& scale_in, const Maybe& x_dot_in,
+                        const Maybe& shift_dot_in, const Maybe& scale_dot_in, double eps) {
+  const char* op = "modulated_norm";
+  bool half = is_bf16(x_in, op);
+  STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
+  int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2);
+  int64_t k = tangent_rows({&x_dot_in, &shift_dot_in, &scale_dot_in}, B, op);
+  Tensor x = contiguous(x_in);
+  Maybe x_dot = activation(x_dot_in, x, k, op, "the tangent of x");
+  Maybe shift = modulation(shift_in, x, B, op, "shift"), scale = modulation(scale_in, x, B, op, "scale");
+  Maybe shift_dot = modulation(shift_dot_in, x, k, op, "the tangent of shift");
+  Maybe scale_dot = modulation(scale_dot_in, x, k, op, "the tangent of scale");
+  Tensor y = empty(x, {B, T, D}), y_dot = empty(x, {k, T, D}), stats = empty_floats(x, {B, T, 2});
+  if (x.numel()) {
+    Place place(x);
+    place.backend->modulated_norm(
+        {x.const_data_ptr(), pointer(x_dot), rows(shift), rows(scale), rows(shift_dot), rows(scale_dot),
+         y.mutable_data_ptr(), y_dot.mutable_data_ptr(), floats(stats), B, T, D, k, float(eps), half},
+        place.context);
+  }
+  return {y, y_dot, stats};
+}
+
+Three modulated_norm_backward_op(const Tensor& grad_in, const Tensor& x_in, const Tensor& scale_in,
+                                 const Tensor& stats_in) {
+  const char* op = "modulated_norm_backward";
+  bool half = is_bf16(x_in, op);
+  STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
+  int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2);
+  Tensor x = contiguous(x_in), grad = *activation(grad_in, x, B, op, "grad");
+  Maybe scale = modulation(scale_in, x, B, op, "scale"), stats = parameter(stats_in, x, {B, T, 2}, op, "stats");
+  Chunks chunks(T, kChunks);
+  Tensor dx = empty(x, {B, T, D}), dshift = empty(x, {B, D}), dscale = empty(x, {B, D});
+  Tensor partials = empty_floats(x, {B, chunks.count, 2, D});
+  if (B && D) {
+    Place place(x);
+    place.backend->modulated_norm_backward(
+        {grad.const_data_ptr(), x.const_data_ptr(), rows(scale), floats(stats), dx.mutable_data_ptr(),
+         dshift.mutable_data_ptr(), dscale.mutable_data_ptr(), floats(partials), B, T, D, chunks.rows, chunks.count,
+         half},
+        place.context);
+  }
+  return {dx, dshift, dscale};
+}
+
+Two gated_residual_op(const Tensor& x_in, const Tensor& branch_in, const Tensor& gate_in, const Maybe& bias_in,
+                      const Maybe& x_dot_in, const Maybe& branch_dot_in, const Maybe& gate_dot_in) {
+  const char* op = "gated_residual";
+  bool half = is_bf16(x_in, op);
+  STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
+  int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2);
+  int64_t k = tangent_rows({&x_dot_in, &branch_dot_in, &gate_dot_in}, B, op);
+  Tensor x = contiguous(x_in), branch = *activation(branch_in, x, B, op, "branch");
+  Maybe gate = modulation(gate_in, x, B, op, "gate"), bias = parameter(bias_in, x, {D}, op, "bias");
+  Maybe x_dot = activation(x_dot_in, x, k, op, "the tangent of x");
+  Maybe branch_dot = activation(branch_dot_in, x, k, op, "the tangent of branch");
+  Maybe gate_dot = modulation(gate_dot_in, x, k, op, "the tangent of gate");
+  Tensor y = empty(x, {B, T, D}), y_dot = empty(x, {k, T, D});
+  if (x.numel()) {
+    Place place(x);
+    place.backend->gated_residual(
+        {x.const_data_ptr(), branch.const_data_ptr(), pointer(x_dot), pointer(branch_dot), rows(gate), rows(gate_dot),
+         floats(bias), y.mutable_data_ptr(), y_dot.mutable_data_ptr(), B, T, D, k, half},
+        place.context);
+  }
+  return {y, y_dot};
+}
+
+Three gated_residual_backward_op(const Tensor& grad_in, const Tensor& branch_in, const Tensor& gate_in,
+                                 const Maybe& bias_in) {
+  const char* op = "gated_residual_backward";
+  bool half = is_bf16(branch_in, op);
+  STD_TORCH_CHECK(branch_in.dim() == 3, op, ": branch must be (B, T, D)");
+  int64_t B = branch_in.size(0), T = branch_in.size(1), D = branch_in.size(2);
+  Tensor branch = contiguous(branch_in), grad = *activation(grad_in, branch, B, op, "grad");
+  Maybe gate = modulation(gate_in, branch, B, op, "gate"), bias = parameter(bias_in, branch, {D}, op, "bias");
+  Chunks chunks(T, kChunks);
+  Tensor dbranch = empty(branch, {B, T, D}), dgate = empty(branch, {B, D});
+  Tensor dbias = empty_floats(branch, {bias ? D : 0}), partials = empty_floats(branch, {B, chunks.count, 2, D});
+  if (D) {
+    Place place(branch);
+    place.backend->gated_residual_backward(
+        {grad.const_data_ptr(), branch.const_data_ptr(), rows(gate), floats(bias), dbranch.mutable_data_ptr(),
+         dgate.mutable_data_ptr(), floats(dbias), floats(partials), B, T, D, chunks.rows, chunks.count, half},
+        place.context);
+  }
+  return {dbranch, dgate, dbias};
+}
+
+struct Heads {  // (B, T, 3, H, d) and the tables of its norm and its rotation
+  Heads(const Tensor& qkv_in, const Maybe& q_in, const Maybe& k_in, const Maybe& cos_in, const Maybe& sin_in,
+        const char* op)
+      : half(is_bf16(qkv_in, op)), qkv(contiguous(qkv_in)) {
+    STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3, op, ": qkv must be (B, T, 3, H, d)");
+    STD_TORCH_CHECK(q_in.has_value() == k_in.has_value(), op, ": q_weight and k_weight come together");
+    STD_TORCH_CHECK(cos_in.has_value() == sin_in.has_value(), op, ": cos and sin come together");
+    B = qkv.size(0), T = qkv.size(1), H = qkv.size(3), d = qkv.size(4);
+    STD_TORCH_CHECK(!cos_in || d % 2 == 0, op, ": RoPE needs an even head dim");
+    q_weight = parameter(q_in, qkv, {d}, op, "q_weight"), k_weight = parameter(k_in, qkv, {d}, op, "k_weight");
+    cos = parameter(cos_in, qkv, {T, d / 2}, op, "cos"), sin = parameter(sin_in, qkv, {T, d / 2}, op, "sin");
+  }
+  bool half;
+  Tensor qkv;
+  Maybe q_weight, k_weight, cos, sin;
+  int64_t B, T, H, d;
+};
+
+Two qk_norm_op(const Tensor& qkv, const Maybe& q_weight, const Maybe& k_weight, const Maybe& cos, const Maybe& sin,
+               const Maybe& qkv_dot_in, double eps) {
+  const char* op = "qk_norm";
+  Heads x(qkv, q_weight, k_weight, cos, sin, op);
+  int64_t k = tangent_rows({&qkv_dot_in}, x.B, op);
+  Maybe qkv_dot = activation(qkv_dot_in, x.qkv, k, op, "the tangent of qkv");
+  Tensor y = empty(x.qkv, shape_of(x.qkv)), y_dot = tangent_like(x.qkv, k);
+  if (y.numel()) {
+    Place place(x.qkv);
+    place.backend->qk_norm({x.qkv.const_data_ptr(), pointer(qkv_dot), floats(x.q_weight), floats(x.k_weight),
+                            floats(x.cos), floats(x.sin), y.mutable_data_ptr(), y_dot.mutable_data_ptr(), x.B, x.T,
+                            x.H, x.d, k, float(eps), x.half},
+                           place.context);
+  }
+  return {y, y_dot};
+}
+
+Three qk_norm_backward_op(const Tensor& grad_in, const Tensor& qkv, const Maybe& q_weight, const Maybe& k_weight,
+                          const Maybe& cos, const Maybe& sin, double eps) {
+  const char* op = "qk_norm_backward";
+  Heads x(qkv, q_weight, k_weight, cos, sin, op);
+  Tensor grad = *activation(grad_in, x.qkv, x.B, op, "grad");
+  Chunks chunks(x.B * x.T, kChunks);
+  Tensor dqkv = empty(x.qkv, shape_of(x.qkv)), partials = empty_floats(x.qkv, {chunks.count, 3, x.d});
+  Tensor dq = empty_floats(x.qkv, {x.q_weight ? x.d : 0}), dk = empty_floats(x.qkv, {x.q_weight ? x.d : 0});
+  if (x.d) {
+    Place place(x.qkv);
+    place.backend->qk_norm_backward(
+        {grad.const_data_ptr(), x.qkv.const_data_ptr(), floats(x.q_weight), floats(x.k_weight), floats(x.cos),
+         floats(x.sin), dqkv.mutable_data_ptr(), floats(dq), floats(dk), floats(partials), x.B, x.T, x.H, x.d,
+         chunks.rows, chunks.count, float(eps), x.half},
+        place.context);
+  }
+  return {dqkv, dq, dk};
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("gelu", TORCH_BOX(&gelu_op));
+  m.impl("gelu_backward", TORCH_BOX(&gelu_backward_op));
+  m.impl("modulated_norm", TORCH_BOX(&modulated_norm_op));
+  m.impl("modulated_norm_backward", TORCH_BOX(&modulated_norm_backward_op));
+  m.impl("gated_residual", TORCH_BOX(&gated_residual_op));
+  m.impl("gated_residual_backward", TORCH_BOX(&gated_residual_backward_op));
+  m.impl("qk_norm", TORCH_BOX(&qk_norm_op));
+  m.impl("qk_norm_backward", TORCH_BOX(&qk_norm_backward_op));
+}
+
+}  // namespace
+}  // namespace cmt
+
+STABLE_TORCH_LIBRARY_IMPL(cmt, CPU, m) { cmt::implement(m); }
+#ifdef CMT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(cmt, CUDA, m) { cmt::implement(m); }
+#endif

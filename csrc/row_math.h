@@ -1,0 +1,74 @@
+// The arithmetic of the native ops, once: the CPU instantiates it with a vector of floats, CUDA with one float.
+//
+// Everything is fp32 whatever is stored. Compilers must not contract a*b+c by themselves (-ffp-contract=off,
+// --fmad=false): where it is wanted it says `mad`, so that a value has the same bits in every kernel that computes it,
+// with tangents beside it or not.
+#pragma once
+
+#ifdef __CUDACC__
+#define CMT_FN static __device__ __forceinline__
+#else
+#define CMT_FN static inline __attribute__((always_inline))
+#include "cpu/vector.h"
+#endif
+
+namespace cmt {
+
+#ifdef __CUDACC__
+CMT_FN float mad(float a, float b, float c) { return fmaf(a, b, c); }
+CMT_FN float exponential(float x) { return expf(x); }
+CMT_FN float reciprocal(float x) { return __fdividef(1.0f, x); }
+CMT_FN float rsqrt_of(float x) { return rsqrtf(x); }
+#endif
+
+// gelu, tanh form: y = x p with p = (1 + tanh u) / 2 = 1 / (1 + e), e = exp(-2u), u = sqrt(2/pi) (x + c x^3).
+constexpr float kSqrt2OverPi = 0.7978845608028654f;
+constexpr float kCubic = 0.044715f;
+
+template <class F>
+CMT_FN F gelu_e(F x) {
+  return exponential(x * mad(x * x, F{} + -2.0f * kSqrt2OverPi * kCubic, F{} + -2.0f * kSqrt2OverPi));
+}
+template <class F>
+CMT_FN F gelu_of(F x) {
+  return x * reciprocal(1.0f + gelu_e(x));
+}
+// dy/dx = p + 2 x p (1 - p) du/dx; 1 - p is e p, which does not cancel.
+template <class F>
+CMT_FN F gelu_slope(F x) {
+  F e = gelu_e(x);
+  F p = reciprocal(1.0f + e);
+  F du = mad(x * x, F{} + 3.0f * kSqrt2OverPi * kCubic, F{} + kSqrt2OverPi);
+  return mad(2.0f * x * du, e * p * p, p);
+}
+
+// modulated_norm: xh = (x - mean) r, y = xh (1 + scale) + shift.
+template <class F>
+CMT_FN F normalised(F x, float mean, float r) {
+  return (x - mean) * r;
+}
+template <class F>
+CMT_FN F modulated(F xh, F scale, F shift) {
+  return mad(xh, 1.0f + scale, shift);
+}
+// The Jacobian of x -> xh is symmetric: the same line is the tangent (v = x_dot) and the backward (v = w = dy (1 + scale)).
+// mean_v, mean_xh_v: means over the row.
+template <class F>
+CMT_FN F normalise_along(F v, F xh, float r, float mean_v, float mean_xh_v) {
+  return r * (v - mean_v - xh * mean_xh_v);
+}
+
+// qk_norm: xh = x r, y = w xh; the same Jacobian without the mean.
+template <class F>
+CMT_FN F rms_along(F v, F xh, float r, float mean_xh_v) {
+  return r * (v - xh * mean_xh_v);
+}
+// RoPE turns (a, b) by the angle; its transpose turns back.
+template <class F>
+CMT_FN void rotate(F& a, F& b, F cos, F sin) {
+  F turned = a * cos - b * sin;
+  b = b * cos + a * sin;
+  a = turned;
+}
+
+}  // namespace cmt

@@ -1,0 +1,95 @@
+"""The native extension: one library of `torch.ops.cmt.*`, built from csrc by `build.py`, loaded when an op asks for it.
+
+It holds CPU kernels for every instruction set of the build (chosen when the first op runs; `CMT_ISA` forces one) and,
+where nvcc was found, CUDA kernels. It links against torch's stable ABI and no Python, so a library built beside one
+torch or Python loads beside another.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+LIBRARY, RECORD = FOLDER / "cmt_native.so", FOLDER / "build.json"
+BUILD = "`python -m cmt_kernels._native.build` builds it"
+
+
+def record() -> dict:
+    """What the last build wrote: `line`, what was built and why; `cpu` and `cuda`, instruction sets and architectures."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+devices: tuple[str, ...] = ()  # device types that the loaded library has kernels for
+
+
+@functools.cache
+def _load() -> str | None:
+    """Load the library and fill `devices`; or why it cannot be."""
+    global devices
+    if not LIBRARY.exists():
+        return f"the native extension is not built ({record().get('line', BUILD)})"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as failure:
+        return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {failure}"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    devices = tuple(device for device in ("cpu", "cuda") if has("cmt::gelu", device.upper()))
+    return None
+
+
+def unavailable(device: str | None = None) -> str | None:
+    """Why no native op can run on tensors of this kind of device, or None. Loads the library.
+
+    By default the device of the machine: where there is a GPU, a library without CUDA kernels is none.
+    """
+    reason = _load()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if reason or device in devices:
+        return reason
+    return f"the native extension has no kernels for {device} ({record().get('line', BUILD)})"
+
+
+def covers(x: Tensor, op: str) -> bool:
+    """Whether the kernels compute with x: float32 and bfloat16. False for float64, the dtype of the tests' oracle, where
+    a native op is its reference by definition. Raises TypeError for another dtype and RuntimeError for another device.
+    """
+    if x.device.type not in devices:
+        raise RuntimeError(
+            f"{op}: the native extension has no kernels for {x.device.type} ({record().get('line', BUILD)})"
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise TypeError(
+            f"{op}: the native kernels take float32 and bfloat16, not {x.dtype}; CMT_KERNELS={op}:reference"
+        )
+    return x.dtype != torch.float64
+
+
+def wide(parameter: Tensor | None) -> Tensor | None:
+    """A parameter as the kernels read it, in float32: master weights are, and a cast goes through autograd."""
+    return None if parameter is None else parameter.float()
+
+
+def like(m: Tensor | None, x: Tensor) -> Tensor | None:
+    """A modulation vector, a branch or a tangent in the dtype of x, as the reference casts them."""
+    return None if m is None else m.to(x.dtype)
+
+
+def register(name: str, fake: Callable, setup_context: Callable, backward: Callable, backward_fake: Callable) -> None:
+    """Shapes and gradient of `cmt::<name>`; `cmt::<name>_backward` has no gradient and says so."""
+
+    def no_context(ctx, inputs, output) -> None:
+        pass
+
+    def no_second(ctx, *grads):
+        raise NotImplementedError(f"cmt::{name} has no second derivative; CMT_KERNELS={name}:reference has")
+
+    torch.library.register_fake(f"cmt::{name}", fake)
+    torch.library.register_autograd(f"cmt::{name}", backward, setup_context=setup_context)
+    torch.library.register_fake(f"cmt::{name}_backward", backward_fake)
+    torch.library.register_autograd(f"cmt::{name}_backward", no_second, setup_context=no_context)

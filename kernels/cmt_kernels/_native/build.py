@@ -1,0 +1,168 @@
+"""`python -m cmt_kernels._native.build` compiles csrc into one library beside this file, and says what it built and why.
+
+It needs torch's headers, not torch itself: where torch cannot be found (a build in isolation), or there is no C++
+compiler, it builds nothing, says so, and the ops run on their other backends. setup.py loads this file by its path.
+
+    CMT_CUDA=1/0     CUDA kernels or none; unset: where nvcc is found (whether a GPU is visible has nothing to do with it)
+    CMT_CUDA_ARCHS   default 80,90a,100a
+    CXX, NVCC        the compilers
+
+On x86-64 the CPU kernels are compiled for the baseline, v3 (AVX2) and v4 (AVX-512), and the processor chooses when they
+run: the library may be carried to another machine. Objects are kept in build/native under a hash of all they come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[2] / "csrc"
+OBJECTS = CSRC.parent / "build" / "native"
+LIBRARY, RECORD = "cmt_native.so", "build.json"
+
+ISAS = {"base": (4, []), "v3": (8, ["-march=x86-64-v3"]), "v4": (16, ["-march=x86-64-v4", "-mprefer-vector-width=512"])}
+ARCHS = "80,90a,100a"
+# -ffp-contract=off and --fmad=false: the same bits from the same formula in every kernel (csrc/row_math.h)
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-attributes"]
+CPU_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-unused-function"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11: loads beside any later torch
+
+
+class Failed(Exception):
+    """Nothing was built, and why."""
+
+
+def compiler() -> str | None:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def nvcc() -> str | None:
+    return shutil.which(os.environ.get("NVCC") or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def architectures() -> list[str]:
+    return [arch for arch in os.environ.get("CMT_CUDA_ARCHS", ARCHS).split(",") if arch]
+
+
+def wants_cuda() -> tuple[bool, str]:
+    """Whether CUDA kernels are built, and why."""
+    asked = os.environ.get("CMT_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise Failed(f"CMT_CUDA is {asked!r}; it may be 0, 1 or unset")
+    if asked == "0":
+        return False, "CMT_CUDA=0"
+    if nvcc():
+        return True, "CMT_CUDA=1" if asked else "nvcc found"
+    if asked:
+        raise Failed("CMT_CUDA=1, and there is no nvcc")
+    return False, "no nvcc"
+
+
+def nvcc_command(source: Path) -> list[str]:
+    """The command that compiles one .cu for every architecture, less its `-o`."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()]
+    return [nvcc() or "nvcc", *NVCC_FLAGS, *targets, "-c", str(source)]
+
+
+def cubin_command(source: Path, arch: str, output: Path) -> list[str]:
+    """The command that compiles the device code of one .cu for one architecture, and prints what its kernels use."""
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    return [nvcc() or "nvcc", *NVCC_FLAGS, target, "-Xptxas", "-v", "-cubin", str(source), "-o", str(output)]
+
+
+def commands(torch: Path, cuda: bool) -> dict[str, list[str]]:
+    """Object name -> the command that makes it, less its `-o`."""
+    cxx = [compiler(), *CXX_FLAGS]
+    with_cuda = ["-DCMT_WITH_CUDA"] if cuda else []
+    include = ["-isystem", str(torch / "include"), TORCH_TARGET]
+    todo = {"ops": [*cxx, "-O1", *include, *with_cuda, "-c", str(CSRC / "ops.cpp")]}
+    for isa in ISAS if platform.machine() in ("x86_64", "AMD64") else ("base",):
+        lanes, flags = ISAS[isa]
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            defines = [f"-DCMT_ISA=cpu_{isa}", f"-DCMT_LANES={lanes}"]
+            todo[f"{source.stem}-{isa}"] = [*cxx, *CPU_FLAGS, *flags, *defines, "-c", str(source)]
+    if cuda:
+        todo |= {f"{source.stem}-cuda": nvcc_command(source) for source in sorted((CSRC / "cuda").glob("*.cu"))}
+    return todo
+
+
+def digest(command: list[str], source: Path) -> str:
+    """Changes when the command, the source or any header of csrc does."""
+    headers = [p for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh")]
+    total = hashlib.sha256(repr(command).encode())
+    for path in [*headers, source]:
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def compile_one(name: str, command: list[str]) -> Path:
+    target = OBJECTS / f"{name}-{digest(command, Path(command[-1]))}.o"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        run([*command, "-o", str(partial)])
+        partial.rename(target)
+    return target
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Failed(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def compile_all(into: Path) -> str:
+    if sys.platform != "linux":
+        raise Failed(f"it is written for Linux, not {sys.platform}")
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        raise Failed("torch is not here to build against; with torch installed, `python -m cmt_kernels._native.build`")
+    if not compiler():
+        raise Failed("no C++ compiler")
+    if not CSRC.is_dir():
+        raise Failed(f"no sources in {CSRC}")
+    torch = Path(next(iter(found.submodule_search_locations)))
+    cuda, why = wants_cuda()
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    todo = commands(torch, cuda)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, todo, todo.values()))
+    into.mkdir(parents=True, exist_ok=True)
+    partial = into / f"{LIBRARY}.{os.getpid()}"
+    linker = [nvcc(), "-shared", "-cudart", "static"] if cuda else [compiler(), "-shared"]
+    libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    run([*linker, *map(str, objects), *libraries, "-o", str(partial)])
+    partial.rename(into / LIBRARY)  # a process that has the old one mapped keeps it
+    isas = [name.removeprefix("gelu-") for name in todo if name.startswith("gelu-") and name != "gelu-cuda"]
+    archs = "CUDA sm_" + " sm_".join(architectures()) if cuda else "no CUDA"
+    return f"CPU {' '.join(isas)}; {archs} ({why})"
+
+
+def build(into: Path = HERE) -> tuple[bool, str]:
+    """Build `cmt_native.so` into a folder, and `build.json` beside it. (whether it was built, the line that says it)."""
+    start = time.monotonic()
+    try:
+        built, line = True, f"built: {compile_all(into)}"
+    except Failed as failure:
+        built, line = False, f"not built: {failure}"
+        (into / LIBRARY).unlink(missing_ok=True)  # an older library would not be what its sources say
+    into.mkdir(parents=True, exist_ok=True)
+    (into / RECORD).write_text(json.dumps({"line": line.split("\n")[0]}) + "\n")
+    return built, f"native ops {line} in {time.monotonic() - start:.0f} s"
+
+
+if __name__ == "__main__":
+    built, line = build()
+    print(line)
+    sys.exit(0 if built or os.environ.get("CMT_CUDA") != "1" else 1)
