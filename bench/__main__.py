@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import ops, report, seeds
+from bench import dual, ops, report, seeds
 
-BENCHES = {"ops": ops, "report": report, "seeds": seeds}
+BENCHES = {"dual": dual, "ops": ops, "report": report, "seeds": seeds}
 
 
 def main() -> int:
