@@ -2,13 +2,18 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
+# `make gpu`, or part by part gpu-tests gpu-calibrate gpu-ops gpu-step gpu-train: nothing is installed, PYTHON must have torch.
+DEVICE ?= cuda
+GPU = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m bench gpu --device $(DEVICE) $(if $(TINY),--tiny)
 
 demo: .venv/demo ; $(BIN)/cmt train digits --out runs/digits
 test: .venv/dev ; $(BIN)/python -m pytest -q
 bench: .venv/dev ; $(BIN)/python -m bench ops
-gpu: ; $(PYTHON) -m pytest -q -m gpu tests && $(PYTHON) -m bench ops --device cuda
+gpu: ; $(GPU)
+gpu-dry: ; $(MAKE) gpu DEVICE=cpu TINY=1
+gpu-%: ; $(GPU) $*
 lint: .venv/dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
 .venv/bin/python: ; $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q "$(TORCH)"
 .venv/%: .venv/bin/python pyproject.toml ; $(BIN)/python -m pip install -q -e ".[$*]" && touch $@
-.PHONY: demo test bench gpu lint format
+.PHONY: demo test bench gpu gpu-dry lint format
