@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
-# `make gpu`, or part by part gpu-tests gpu-calibrate gpu-ops gpu-step gpu-train: nothing is installed, PYTHON must have torch.
+# `make gpu`, or part by part gpu-tests gpu-calibrate gpu-ops gpu-step gpu-step-xl1024 gpu-train: nothing is installed, PYTHON must have torch.
 DEVICE ?= cuda
 GPU = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m bench gpu --device $(DEVICE) $(if $(TINY),--tiny)
 

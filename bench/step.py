@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="time compiled steps too"
     )
-    parser.add_argument("--tiny", action="store_true", help="a dry run: width 64, depth 2, 16 tokens, 8 rows")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a dry run: width 64, depth 2, 16 tokens, 8 rows; compiles MF alone"
+    )
     parser.add_argument("--json", type=Path, help="where to write; default bench/results/<device>/<date>-step.json")
 
 
@@ -101,7 +103,9 @@ def measure(name: str, shape: dict[str, int], arguments: argparse.Namespace, roo
     device, rows, tokens = arguments.device, shape["batch"], shape["tokens"]
     flops = step_flops(name, *forward_flops(shape["width"], shape["depth"], tokens, name != "ECT"), rows)
     out = []
-    for how in ["eager", "compiled"] if arguments.compile else ["eager"]:
+    compiles = arguments.compile and (name == "MF" or not arguments.tiny)
+    for how in ["eager", "compiled"] if compiles else ["eager"]:
+        step = net = None  # frees the one before
         row: dict[str, Any] = {"objective": name, "how": how, **shape, "gflop_image": flops * 1e-9}
         out.append(row)
         try:
@@ -128,7 +132,6 @@ def measure(name: str, shape: dict[str, int], arguments: argparse.Namespace, roo
             "mfu_measured": flops * images_per_s / roof,
             "peak_gb": torch.cuda.max_memory_allocated() * 1e-9 if device == "cuda" else None,
         }
-        del step, net
     return out
 
 
@@ -172,5 +175,6 @@ def run(arguments: argparse.Namespace) -> int:
             for row in measure(name, shape, arguments, roof):
                 results["rows"].append(row)
                 print(line(row), flush=True)
-    print("written to", save("step", arguments.device, results, arguments.json))
+    kind = f"step-{shapes[0]['size'].lower()}{shapes[0]['tokens']}" if len(shapes) == 1 else "step"
+    print("written to", save(kind, arguments.device, results, arguments.json))
     return int(any("cannot" in row for row in results["rows"]))
