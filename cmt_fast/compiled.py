@@ -43,8 +43,8 @@ def guard(engine: Any, loss: Callable[[], Any], name: str = "compile") -> None:
             with torch.set_grad_enabled(grad):
                 got = engine(*arguments)
         except Exception as error:  # Dynamo, Inductor and the C++ compiler each have their own
-            first = str(error).strip().partition("\n")[0]
-            raise CompileError(f"{name}: torch.compile failed: {type(error).__name__}: {first}") from error
+            head = " ".join(str(error).strip().splitlines()[:2])  # Dynamo puts the cause in its second line
+            raise CompileError(f"{name}: torch.compile failed: {type(error).__name__}: {head}") from error
         with torch.no_grad():
             plain = engine.eager(*arguments)
             with use("reference"):
