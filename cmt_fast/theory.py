@@ -12,7 +12,6 @@ Here f = f_init + c_out(t) W phi, phi_j = cos(w_j . (c_in x, ln(t)/4) + b_j) / 8
 Psi ends at t = .002, like the solver's trajectories. All in float64; E is a mean over the same samples everywhere,
 which leaves a Monte-Carlo floor of about E||e||^2 / samples in B.
 """
-
 from __future__ import annotations
 
 import math
@@ -184,12 +183,7 @@ def _bias(net: Exact, path: Path, samples: int, seed: int, clock: float) -> dict
         x = [float(v) if swept == "eps" else 1 / v for v in values]
         mse, bias = map(list, zip(*(figures(target_of(v)) for v in values)))
         rows[name] = {
-            "swept": swept,
-            "x": x,
-            "mse": mse,
-            "bias": bias,
-            "slope_mse": slope(x, mse),
-            "slope_bias": slope(x, bias),
+            "swept": swept, "x": x, "mse": mse, "bias": bias, "slope_mse": slope(x, mse), "slope_bias": slope(x, bias),
             "expected": expected,
         }
         _say(f"{name}, {time.perf_counter() - clock:.0f} s")
@@ -202,10 +196,7 @@ def _bias(net: Exact, path: Path, samples: int, seed: int, clock: float) -> dict
     x_r, r = data_point(FINE_Q)
     for order in (1, 2, 3):
         row(
-            f"CMT init, order {order}, q = {FINE_Q}",
-            "1/N",
-            CMT_N,
-            lambda n, k=order: solve(net, x_r, r, n, k),
+            f"CMT init, order {order}, q = {FINE_Q}", "1/N", CMT_N, lambda n, k=order: solve(net, x_r, r, n, k),
             f"MSE {2 * min(order, 2)}, B {2 * min(order, 2)}",
         )
     exact = psi(net, x_r, r)
