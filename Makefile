@@ -5,14 +5,19 @@ BIN = .venv/bin
 # The native ops: CUDA where nvcc is found, which takes minutes; demo and test leave it out on a machine without a GPU driver.
 # `make native CMT_CUDA=1` builds it anywhere.
 export CMT_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),,0)
+# `make gpu`, or part by part gpu-tests gpu-calibrate gpu-ops gpu-step gpu-step-xl1024 gpu-train: nothing is installed, PYTHON must have torch.
+DEVICE ?= cuda
+GPU = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m bench gpu --device $(DEVICE) $(if $(TINY),--tiny)
 
 demo: .venv/demo ; $(BIN)/python -m cmt_kernels._native.build && $(BIN)/cmt train digits --out runs/digits
 test: native ; $(BIN)/python -m pytest -q
 bench: native ; $(BIN)/python -m bench ops
-gpu: ; $(PYTHON) -m pytest -q -m gpu tests && $(PYTHON) -m bench ops --device cuda
+gpu: ; $(GPU)
+gpu-dry: ; $(MAKE) gpu DEVICE=cpu TINY=1
+gpu-%: ; $(GPU) $*
 lint: .venv/dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
 .venv/bin/python: ; $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q "$(TORCH)"
 .venv/%: .venv/bin/python pyproject.toml ; $(BIN)/python -m pip install -q -e ".[$*]" && touch $@
 native: .venv/dev ; $(BIN)/python -m cmt_kernels._native.build
-.PHONY: demo test bench gpu lint format native
+.PHONY: demo test bench gpu gpu-dry lint format native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -42,8 +43,11 @@ def about(device: str) -> dict[str, Any]:
 
 
 def save(kind: str, device: str, results: dict[str, Any], path: Path | None = None) -> Path:
-    """Write results as JSON, to bench/results/<device>/<date>-<kind>.json unless a path is given."""
-    if path is None:
+    """Write results as JSON: to the path given, else $OUT/<kind>.json where OUT is set, else
+    bench/results/<device>/<date>-<kind>.json."""
+    if path is None and os.environ.get("OUT"):
+        path = Path(os.environ["OUT"]) / f"{kind}.json"
+    elif path is None:
         slug = "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", results["device"].lower()).strip("-")
         path = ROOT / "bench" / "results" / slug / f"{results['date'][:16].replace(':', '')}-{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,10 +80,10 @@ def clock(device: str) -> Callable[[Callable[[], Any]], float]:
     return events
 
 
-def interleave(
+def turns(
     calls: dict[str, Callable[[], Any]], device: str, seconds: float, least: int = 5, most: int = 500
-) -> dict[str, dict[str, float]]:
-    """Time the calls in turns, so that a drift of the machine meets all of them: p20, p50, p80 in ms of each."""
+) -> dict[str, list[float]]:
+    """Time the calls in turns, so that a drift of the machine meets all of them: ms of each turn of each call."""
     measure = clock(device)
     for call in calls.values():
         measure(call), measure(call)
@@ -90,9 +94,21 @@ def interleave(
             break
         for name, call in calls.items():
             times[name].append(measure(call))
+    return times
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """p20, p50, p80."""
     p = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    quantiles = {name: torch.quantile(torch.tensor(t, dtype=torch.float64), p).tolist() for name, t in times.items()}
-    return {name: dict(zip(("p20_ms", "p50_ms", "p80_ms"), q)) for name, q in quantiles.items()}
+    return tuple(torch.quantile(torch.tensor(values, dtype=torch.float64), p).tolist())
+
+
+def interleave(
+    calls: dict[str, Callable[[], Any]], device: str, seconds: float, least: int = 5, most: int = 500
+) -> dict[str, dict[str, float]]:
+    """p20, p50, p80 in ms of each call, timed in turns."""
+    times = turns(calls, device, seconds, least, most)
+    return {name: dict(zip(("p20_ms", "p50_ms", "p80_ms"), quantiles(t))) for name, t in times.items()}
 
 
 def roof(device: str, dtype: torch.dtype) -> dict[str, float]:

@@ -1,22 +1,37 @@
-"""`python -m bench WHAT ...`: a bench is a module with `add_arguments(parser)` and `run(arguments) -> exit status`."""
+"""`python -m bench WHAT ...`: a bench is a module with `add_arguments(parser)` and `run(arguments) -> exit status`.
+
+Only the bench that is asked for is imported: the ops are measured on machines that lack what the trainer needs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 
-from bench import gates, ops, report, seeds
-
-BENCHES = {"gates": gates, "ops": ops, "report": report, "seeds": seeds}
+BENCHES = {
+    "calibrate": "what this machine does at its best: ceilings, linears, attention, norms, optimizers",
+    "dual": "what a tangent costs, beside the plain forward and torch.func.jvp",
+    "gates": "registers, spills and shared memory of every kernel, compiled without a GPU",
+    "gpu": "all that a machine with a GPU is for, in parts",
+    "ops": "times of every op, backend and case",
+    "report": "write the README's tables from bench/results",
+    "seeds": "a recipe over several seeds",
+    "step": "whole training steps, eager and compiled",
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measurements; JSON goes to bench/results.")
     what = parser.add_subparsers(dest="what", required=True)
-    for name, module in BENCHES.items():
-        module.add_arguments(what.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__))
+    asked = next((a for a in sys.argv[1:] if a in BENCHES), None)
+    module = importlib.import_module(f"bench.{asked}") if asked else None
+    for name, text in BENCHES.items():
+        sub = what.add_parser(name, help=text, description=module.__doc__ if name == asked else text)
+        if name == asked:
+            module.add_arguments(sub)
     arguments = parser.parse_args()
-    return BENCHES[arguments.what].run(arguments)
+    return module.run(arguments)
 
 
 if __name__ == "__main__":

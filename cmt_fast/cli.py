@@ -27,6 +27,7 @@ from cmt_fast import (
     theory,
 )
 from cmt_fast import workspace as ws
+from cmt_fast.compiled import CompileError
 from cmt_fast.config import ConfigError
 from cmt_fast.schema import STAGES
 
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     except loop.Stopped as stopped:
         print("cmt: stopped; a checkpoint is on disk, the same command goes on from it", file=sys.stderr)
         return int(stopped.code or 1)
-    except (FloatingPointError, OSError) as error:
+    except (CompileError, FloatingPointError, OSError) as error:
         print(f"cmt: {error}", file=sys.stderr)
         return 1
     finally:
@@ -189,7 +190,8 @@ def _dry_run(work: ws.Workspace, names: list[str]) -> None:
     print(f"network: {parameters:,} parameters; device {work.device}; {len(work.data.x):,} rows of {work.data.shape}")
     for name in names:
         c = loop.cost(work.run, name)
-        print(f"{name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards")
+        how = " (compiled)" if work.run.stage(name).compile else ""
+        print(f"{name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards{how}")
 
 
 def sample(args: argparse.Namespace) -> None:

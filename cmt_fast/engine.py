@@ -13,6 +13,7 @@ from cmt_kernels import adamw_ema
 from torch import Tensor, nn
 
 from cmt_fast import distributed, ema
+from cmt_fast.compiled import compile_network
 from cmt_fast.schema import Stage
 
 
@@ -28,11 +29,20 @@ class LocalEngine:
         self.emas = [self.p.clone() for _ in stage.ema]
         bind(net, self.p)
         bind(net, self.g, grad=True)
+        self.forward = compile_network(net) if stage.compile else net
 
     def __call__(self, *args):
         """The module's forward; each call has an autocast of its own, so no cached cast outlives a no-grad pass."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
+        with self._autocast():
+            return self.forward(*args)
+
+    def eager(self, *args):
+        """The same forward, never compiled."""
+        with self._autocast():
             return self.net(*args)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16")
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of a scalar loss."""

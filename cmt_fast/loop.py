@@ -13,7 +13,7 @@ import time
 import torch
 from torch import Tensor
 
-from cmt_fast import checkpoint, config, distributed, pictures, rng, stages, trajectories
+from cmt_fast import checkpoint, compiled, config, distributed, pictures, rng, stages, trajectories
 from cmt_fast.data import Loader
 from cmt_fast.engine import LocalEngine, named
 from cmt_fast.log import Log, say
@@ -58,6 +58,8 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
     log = Log(folder, engine.step_count, plan.total, name, distributed.rank() > 0, run.tensorboard)
     try:
         source = Source(work, name, stage)
+        if stage.compile:
+            compiled.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         sums: dict[str, Tensor] = {}
         clock = time.perf_counter()
         for step in range(engine.step_count, plan.total):

@@ -53,7 +53,10 @@ Data = Annotated[Digits | Gmm | Npz, Field(discriminator="kind")]
 
 @_schema
 class Dit:
-    """Diffusion transformer. `size` sets width, depth and heads; each may be set by itself."""
+    """Diffusion transformer. `size` sets width, depth and heads; each may be set by itself.
+
+    `checkpoint_activations`: blocks keep their input alone and run again in the backward pass: less memory, more time.
+    """
 
     kind: Literal["dit"] = "dit"
     size: Literal["tiny", "S", "B", "L", "XL"] = "tiny"
@@ -63,6 +66,7 @@ class Dit:
     heads: Count | None = None
     qk_norm: bool = False
     rope: bool = False
+    checkpoint_activations: bool = False
 
 
 @_schema
@@ -240,6 +244,7 @@ class Stage:
     clip: Annotated[float, Field(ge=0)] = 1.0
     ema: Annotated[tuple[Ema, ...], Field(min_length=1)] = (ConstantEma(),)
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False  # torch.compile of the network; rounds differently, so it belongs to the facts of a stage
     checkpoint_every_nimg: Count | None = None
     snapshot_every_nimg: Count | None = None
     eval_every_nimg: Count | None = None

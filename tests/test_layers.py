@@ -30,7 +30,8 @@ MAY = {
     "trajectories": {"distributed", "objectives", "paths", "rng", "schema", "solvers"},
     "sample": {"paths", "rng", "schema", "solvers"},
     "metrics": {"data"},
-    "engine": {"distributed", "ema", "schema"},
+    "compiled": set(),
+    "engine": {"compiled", "distributed", "ema", "schema"},
     "posthoc": {"checkpoint", "config", "ema"},
     "plots": set(),
 }

@@ -32,6 +32,7 @@ def build(model: Model, path: str, sigma_data: float, shape: tuple[int, ...], cl
             two_times=two_times,
             qk_norm=model.qk_norm,
             rope=model.rope,
+            checkpoint_activations=model.checkpoint_activations,
         )
     else:
         if len(shape) != 1:

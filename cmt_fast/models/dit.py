@@ -7,7 +7,7 @@ from cmt_kernels import Dual, attention, gated_residual, gelu, modulated_norm, q
 from cmt_kernels.dual import add, linear_map
 from torch import Tensor, nn
 
-from cmt_fast.models.layers import LabelEmbedder, Linear, TimeEmbedder
+from cmt_fast.models.layers import LabelEmbedder, Linear, TimeEmbedder, recomputed
 
 # size: width, depth, heads
 SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -56,8 +56,10 @@ class DiT(nn.Module):
         two_times: bool = False,
         qk_norm: bool = False,
         rope: bool = False,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
+        self.checkpoint_activations = checkpoint_activations
         if side % patch:
             raise ValueError(f"model.patch: {patch} does not divide the image side {side}")
         if width % heads or (width // heads) % 4:
@@ -91,10 +93,15 @@ class DiT(nn.Module):
             c = add(c, self.label(labels, drop))
         c = silu(c)
         for block in self.blocks:
-            h = block(h, c, self.cos, self.sin)
+            h = self._block(block, h, c)
         modulation = self.final_modulation(c)
         shift, scale = (linear_map(lambda m, i=i: m.chunk(2, dim=-1)[i], modulation) for i in range(2))
         return linear_map(self._unpatchify, self.final(modulated_norm(h, shift, scale)))
+
+    def _block(self, block: Block, x: Tensor | Dual, c: Tensor | Dual) -> Tensor | Dual:
+        """One block, run again in the backward pass where activations are not to be kept."""
+        run = lambda x, c: block(x, c, self.cos, self.sin)
+        return recomputed(run, x, c) if self.checkpoint_activations and torch.is_grad_enabled() else run(x, c)
 
     def _patchify(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T, C p p)."""

@@ -1,12 +1,18 @@
-"""Parameter-owning modules over the ops. Each consumes the tangent in its own `__call__`: ZeRO and FSDP gather there."""
+"""Parameter-owning modules over the ops. Each consumes the tangent in its own `__call__`: ZeRO and FSDP gather there.
+
+Also here: how a block forgets its activations.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from cmt_kernels import Dual, label_embedding, linear, silu, time_embedding
+from cmt_kernels.dual import tangent, value
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Linear(nn.Linear):
@@ -55,3 +61,35 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         return label_embedding(labels, self.table, drop)
+
+
+def recomputed(block: Callable, *xs: Tensor | Dual) -> Tensor | Dual:
+    """block(*xs), one Tensor | Dual, keeping for the backward pass only the values of xs and running the block again there.
+
+    Tangents save nothing and no gradient reads them, so only values run again. Under torch.compile the whole block
+    is marked for it, and the tangents that nothing reads are dropped from the graph of the backward pass.
+    """
+    values, tangents = [value(x) for x in xs], [tangent(x) for x in xs if isinstance(x, Dual)]
+    dual = [isinstance(x, Dual) for x in xs]
+
+    def whole(*ys: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        dots = iter(ys[len(dual) :])
+        y = block(*(Dual(y, next(dots)) if has else y for y, has in zip(ys, dual)))
+        return (y.value, y.tangent) if isinstance(y, Dual) else y
+
+    if torch.compiler.is_compiling():
+        y = checkpoint(whole, *values, *tangents, use_reentrant=False, preserve_rng_state=False)
+        return Dual(*y) if isinstance(y, tuple) else y
+    pending, found = [tangents], []
+
+    def run(*ys: Tensor) -> Tensor:
+        if not pending:  # the backward pass: values alone
+            return block(*ys)
+        y = whole(*ys, *pending.pop())
+        if not isinstance(y, tuple):
+            return y
+        found.append(y[1])
+        return y[0]
+
+    y = checkpoint(run, *values, use_reentrant=False, preserve_rng_state=False)
+    return Dual(y, found.pop()) if found else y

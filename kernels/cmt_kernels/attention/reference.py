@@ -6,6 +6,8 @@ from torch import Tensor
 
 from cmt_kernels.dual import Dual, value
 
+IN_CACHE = 2**19  # elements of T x T matrices that a CPU core works on at a time
+
 
 def attention(qkv: Tensor | Dual) -> Tensor | Dual:
     q, k, v = value(qkv).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d)
@@ -14,12 +16,22 @@ def attention(qkv: Tensor | Dual) -> Tensor | Dual:
     if not isinstance(qkv, Dual):
         return y
     with torch.no_grad():
-        n = len(qkv.tangent)
-        q, k, v, o = q[:n], k[:n], v[:n], o[:n]
-        q_dot, k_dot, v_dot = qkv.tangent.permute(2, 0, 3, 1, 4).unbind(0)
-        c = q.shape[-1] ** -0.5
-        p = torch.softmax(c * (q @ k.transpose(-1, -2)), dim=-1)
-        ps_dot = p * (c * (q_dot @ k.transpose(-1, -2) + q @ k_dot.transpose(-1, -2)))
-        mu = ps_dot.sum(-1, keepdim=True)
-        o_dot = ps_dot @ v + p @ v_dot - mu * o
+        n, t, _, heads, _ = qkv.tangent.shape
+        whole = n == 0 or not qkv.tangent.is_cpu or torch.compiler.is_compiling()
+        rows = n if whole else max(1, IN_CACHE // (heads * t * t))
+        parts = zip(*(x.split(rows) for x in (qkv.value[:n].detach(), qkv.tangent, o[:n].detach()))) if n else []
+        tangents = [_tangent(*part) for part in parts]
+        o_dot = tangents[0] if len(tangents) == 1 else torch.cat(tangents) if tangents else torch.zeros_like(o[:0])
         return Dual(y, o_dot.transpose(1, 2).flatten(2))
+
+
+def _tangent(qkv: Tensor, qkv_dot: Tensor, o: Tensor) -> Tensor:
+    """qkv, qkv_dot: (n, T, 3, H, d); o: (n, H, T, d) -> (n, H, T, d). S. is one product: [Q. Q] [K K.]^T."""
+    (q, k, v), (q_dot, k_dot, v_dot) = (x.permute(2, 0, 3, 1, 4) for x in (qkv, qkv_dot))
+    d = q.shape[-1]
+    both_q = torch.cat((q_dot, q), dim=-1) * d**-0.5  # (n, H, T, 2 d)
+    both_k = torch.cat((k.mT, k_dot.mT), dim=-2)  # (n, H, 2 d, T)
+    p = torch.softmax(both_q[..., d:] @ both_k[..., :d, :], dim=-1)
+    ps_dot = (both_q @ both_k).mul_(p)
+    o_dot = (p @ v_dot).flatten(0, 1).baddbmm_(ps_dot.flatten(0, 1), v.flatten(0, 1)).view_as(o)
+    return o_dot.sub_(ps_dot.sum(-1, keepdim=True) * o)

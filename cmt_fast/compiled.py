@@ -1,0 +1,88 @@
+"""A stage under torch.compile: the network as one graph of static shapes, and the guard that runs before the first step.
+
+What is compiled is the module's forward, values and tangents, with its backward; noise, loss and optimizer
+stay as they are. Compilers have dropped tangents without a word, so a compiled stage does not begin until its
+network has given, on the stage's own first batch, what the eager one gives.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cmt_kernels import Dual, use
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAMES = ("value", "tangent")
+
+
+class CompileError(RuntimeError):
+    """The network does not compile, or computes something else when compiled: one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.split()))
+
+
+def compile_network(net: nn.Module, backend: str = "inductor") -> Callable:
+    """The module's forward as one graph: no graph breaks, static shapes, compiled anew for each kind of call."""
+    return torch.compile(net, fullgraph=True, dynamic=False, backend=backend)
+
+
+def guard(engine: Any, loss: Callable[[], Any], name: str = "compile") -> None:
+    """Compare the compiled network with the eager one in every kind of call that `loss()`, one real batch, makes of it.
+
+    Against float64 and plain torch, the compiled value and tangent may err by twice what the eager ones do, plus twice
+    what rounding the exact answer to their dtype costs. Raises CompileError otherwise; the stage has changed nothing.
+    """
+    exact = copy.deepcopy(engine.net).double()
+    for grad, arguments in _calls(engine, loss):
+        try:
+            with torch.set_grad_enabled(grad):
+                got = engine(*arguments)
+        except Exception as error:  # Dynamo, Inductor and the C++ compiler each have their own
+            head = " ".join(str(error).strip().splitlines()[:2])  # Dynamo puts the cause in its second line
+            raise CompileError(f"{name}: torch.compile failed: {type(error).__name__}: {head}") from error
+        with torch.no_grad():
+            plain = engine.eager(*arguments)
+            with use("reference"):
+                truth = exact(*tree_map(lambda x: x.double() if _is_real(x) else x, arguments))
+        if isinstance(got, Dual) != isinstance(plain, Dual):
+            raise CompileError(f"{name}: the compiled network lost its tangent; train this stage without compile")
+        for what, y, eager, wanted in zip(NAMES, tree_leaves(got), tree_leaves(plain), tree_leaves(truth)):
+            error, limit = distance(y, wanted), 2 * (distance(eager, wanted) + distance(wanted.to(eager.dtype), wanted))
+            if not error <= limit:
+                raise CompileError(
+                    f"{name}: the compiled network's {what} errs by {error:.1e}, eager's by {distance(eager, wanted):.1e} "
+                    f"(relative to float64); train this stage without compile"
+                )
+
+
+def distance(y: Tensor, exact: Tensor) -> float:
+    """|y - exact| / |exact| over all elements, in float64; 0 where both are 0."""
+    error, size = (float(torch.linalg.vector_norm(x.double())) for x in (y.detach().double() - exact.double(), exact))
+    return error / size if size else error
+
+
+def _calls(engine: Any, loss: Callable[[], Any]) -> list[tuple[bool, tuple]]:
+    """(with gradients, arguments) of one call of each kind that `loss()` makes of the engine."""
+    kinds: dict[str, tuple[bool, tuple]] = {}
+
+    def record(*arguments: Any) -> Any:
+        grad = torch.is_grad_enabled()
+        leaves = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in tree_leaves(list(arguments))]
+        kinds.setdefault(str((grad, [type(x) for x in arguments], leaves)), (grad, arguments))
+        return engine.net(*arguments)
+
+    forward, engine.forward = engine.forward, record
+    try:
+        loss()
+    finally:
+        engine.forward = forward
+    return list(kinds.values())
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
