@@ -105,7 +105,8 @@ def planted(monkeypatch, wrong) -> None:
 
 
 def _unresolved() -> dict:
-    return {op: [] for op in importlib.import_module("cmt_kernels._op").OPS}
+    dispatch = importlib.import_module("cmt_kernels._op")
+    return {device: {op: [] for op in dispatch.OPS} for device in dispatch.DEVICES}
 
 
 @pytest.mark.parametrize(
