@@ -143,7 +143,7 @@ def test_use_leaves_nothing_behind_for_ops_that_had_not_run(monkeypatch: pytest.
 
 
 def test_later_parts_win() -> None:
-    with use(f"{missing('silu')},silu:reference"):
+    with use("apex,silu:reference"):  # a backend of adamw_ema alone
         assert backend("silu")(X).shape == X.shape
         with pytest.raises(RuntimeError, match="gelu"):
             backend("gelu")
