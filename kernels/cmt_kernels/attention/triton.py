@@ -55,19 +55,20 @@ def columns(d: int, dtype: torch.dtype) -> tuple[int, int]:
     return first, rest
 
 
-def tiles(kernel: str, d: int, dtype: torch.dtype) -> dict[str, int]:
+def tiles(kernel: str, d: int, dtype: torch.dtype, t: int) -> dict[str, int]:
     """Block of queries and of keys, warps and stages of one kernel ("forward", "backward_q", "backward_kv").
 
     One row for plain and dual forward: the value must not depend on which of them runs. Chosen by registers alone, so
-    that nothing of `gates` spills on sm_80, sm_90 or sm_100; none has been timed. At head dim 128 it is sm_80 that
-    wants 16 keys a block in the dual forward (32 spill 8 bytes there, and none on sm_90).
+    that nothing of `gates` spills on sm_80, sm_90 or sm_100; none has been timed. At head dim 128, and at 72 and 80
+    where T needs masks, it is sm_80 that wants fewer keys a block in the dual forward.
     """
     if dtype == torch.float32:
-        return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
+        return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 2}
+    wide = 64 if d <= 64 or (d <= 80 and t % 64 == 0) else 32 if d <= 96 else 16
     return {
-        "forward": {"BM": 128, "BN": 64 if d <= 80 else 32 if d <= 96 else 16, "num_warps": 8, "num_stages": 3},
+        "forward": {"BM": 128, "BN": wide, "num_warps": 8, "num_stages": 3},
         "backward_q": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
-        "backward_kv": {"BM": 32 if 80 < d <= 96 else 64, "BN": 64, "num_warps": 4 if d <= 80 else 8, "num_stages": 2},
+        "backward_kv": {"BM": 32 if 80 < d <= 96 else 64, "BN": 64, "num_warps": 4 if d <= 64 else 8, "num_stages": 2},
     }[kernel]
 
 
@@ -96,7 +97,7 @@ def _launch(name: str, count: int, d: int, dtype: torch.dtype, arguments: dict) 
     from cmt_kernels.attention import triton_kernels
 
     d0, d1 = columns(d, dtype)
-    tile = tiles(name, d, dtype)
+    tile = tiles(name, d, dtype, arguments["T"])
     block = tile["BN" if name == "backward_kv" else "BM"]
     grid = (-(-arguments["T"] // block) * count,)
     if grid[0]:
@@ -205,7 +206,7 @@ def gates() -> list[Gate]:
         for name, dual in (("forward", False), ("forward", True), ("backward_q", None), ("backward_kv", None)):
             if dual and dtype == torch.float32 and d == 128:
                 continue
-            tile = tiles(name, d, dtype)
+            tile = tiles(name, d, dtype, t)
             constexprs = {"T": t, "H": h, "d": d, "S_T": 3 * h * d, "S_3": h * d, "S_H": d, "S_D": 1}
             constexprs |= {"ALIGNED": True, "D0": d0, "D1": d1, "BM": tile["BM"], "BN": tile["BN"]}
             if name == "forward":
