@@ -10,7 +10,8 @@ DEVICE ?= cuda
 GPU = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m bench gpu --device $(DEVICE) $(if $(TINY),--tiny)
 
 demo: .venv/demo ; $(BIN)/python -m cmt_kernels._native.build && $(BIN)/cmt train digits --out runs/digits
-test: native ; $(BIN)/python -m pytest -q
+# one test process a core, one thread each
+test: native ; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 bench: native ; $(BIN)/python -m bench ops
 gpu: ; $(GPU)
 gpu-dry: ; $(MAKE) gpu DEVICE=cpu TINY=1

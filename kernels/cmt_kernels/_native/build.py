@@ -44,15 +44,18 @@ class Failed(Exception):
 
 
 def compiler() -> str | None:
+    """The C++ compiler: CXX, or the first of g++, c++ and clang++ that is there."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     return next(filter(None, map(shutil.which, names)), None)
 
 
 def nvcc() -> str | None:
+    """NVCC, nvcc on the path or that of /usr/local/cuda; None without one."""
     return shutil.which(os.environ.get("NVCC") or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def architectures() -> list[str]:
+    """The GPU architectures to build for, as nvcc writes them."""
     return [arch for arch in os.environ.get("CMT_CUDA_ARCHS", ARCHS).split(",") if arch]
 
 
@@ -108,6 +111,7 @@ def digest(command: list[str], source: Path) -> str:
 
 
 def compile_one(name: str, command: list[str]) -> Path:
+    """The object of one source: compiled, or kept from a build of the same command, source and headers."""
     target = OBJECTS / f"{name}-{digest(command, Path(command[-1]))}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}")
@@ -117,12 +121,14 @@ def compile_one(name: str, command: list[str]) -> Path:
 
 
 def run(command: list[str]) -> None:
+    """Run a compiler. Raises Failed with its words where it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise Failed(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
 def compile_all(into: Path) -> str:
+    """Compile and link everything into a folder; what was built. Raises Failed where it cannot be."""
     if sys.platform != "linux":
         raise Failed(f"it is written for Linux, not {sys.platform}")
     found = importlib.util.find_spec("torch")
