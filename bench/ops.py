@@ -18,9 +18,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op", nargs="?", choices=OPS, help="one op; all of them if absent")
+    parser.add_argument("op", nargs="*", help=f"of {', '.join(OPS)}; all of them if absent")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--dtype", choices=[*DTYPES, "both"], help="default bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--batch", type=int, help="rows per call instead of the 8 of the cases; k scales with it")
     parser.add_argument("--compile", action="store_true", help="time the reference under torch.compile too")
     parser.add_argument("--seconds", type=float, default=0.5, help="time spent on one case, at least 5 rounds")
@@ -99,20 +99,24 @@ def line(row: dict[str, Any], roofs: dict[str, float]) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table, write the JSON; 1 if a check failed."""
-    dtype = DTYPES[arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")]
-    results = about(arguments.device) | {"roof": roof(arguments.device, dtype), "rows": []}
+    for op in arguments.op:
+        if op not in OPS:
+            raise SystemExit(f"ops: {op!r} is not valid; valid are {', '.join(OPS)}")
+    chosen = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
+    dtypes = list(DTYPES.values()) if chosen == "both" else [DTYPES[chosen]]
+    results = about(arguments.device) | {"roof": roof(arguments.device, dtypes[0]), "rows": []}
     print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}, {results['date']}")
     print(f"roof: memory {results['roof']['gb_s']:.1f} GB/s, matmul {results['roof']['gflop_s']:.1f} GFLOP/s")
     print(
         f"{'op':17} {'case':40} {'dtype':8} {'backend':9} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} "
         f"{'GB/s':>8} {'GFLOP/s':>9} {'roof':>6} {'error':>9}"
     )
-    for op in [arguments.op] if arguments.op else OPS:
-        for case in cases_of(op).BENCH:
-            own = dtype if dtype in cases_of(op).DTYPES else torch.float32
-            rows = measure(op, resize(case, arguments.batch), own, arguments)
-            results["rows"] += rows
-            for row in rows:
-                print(line(row, results["roof"]), flush=True)
+    for op in arguments.op or OPS:
+        for own in dict.fromkeys(d if d in cases_of(op).DTYPES else torch.float32 for d in dtypes):
+            for case in cases_of(op).BENCH:
+                rows = measure(op, resize(case, arguments.batch), own, arguments)
+                results["rows"] += rows
+                for row in rows:
+                    print(line(row, results["roof"]), flush=True)
     print("written to", save("ops", arguments.device, results, arguments.json))
     return int(any(row["wrong"] for row in results["rows"]))

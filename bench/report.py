@@ -27,7 +27,7 @@ def run(_: argparse.Namespace) -> int:
     text = readme.read_text("utf-8")
     for name in re.findall(r"<!-- table: ([\w-]+) -->", text):
         kind, _, recipe = name.partition("-")
-        body = {"seeds": seeds, "search": search}[kind](recipe)
+        body = {"seeds": seeds, "search": search, "dual": dual, "ops": ops}[kind](recipe)
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
     readme.write_text(text, "utf-8")
@@ -97,4 +97,45 @@ def search(recipe: str) -> str:
             f"| {name} | {one['frechet']:.2f} | {one['accuracy']:.3f} | {two['frechet']:.2f} | {two['accuracy']:.3f} |"
         )
     lines += [f"| {' '.join(t['set'])} | {t['failed']} | | | |" for t in data["trials"] if "failed" in t]
+    return "\n".join(lines) + "\n"
+
+
+def dual(_: str) -> str:
+    """What a tangent costs: the ratios of `python -m bench dual`, each dtype a column."""
+    data = json.loads((RESULTS / "dual.json").read_text())
+    kinds = {dtype: result for dtype, result in data["dtypes"].items() if not result["wrong"]}
+    lines = [f"| ratio | {' | '.join(kinds)} | target |", "|---|" + "---|" * len(kinds) + "---|"]
+    for name, first in next(iter(kinds.values()))["ratios"].items():
+        cells = []
+        for result in kinds.values():
+            r = result["ratios"][name]
+            spread = "" if "bytes" in name else f" ({r['p20']:.2f} to {r['p80']:.2f})"
+            cells.append(f"{r['p50']:.2f}{spread}{'' if r['met'] is None else ', met' if r['met'] else ', **missed**'}")
+        target = "" if first["target"] is None else f"{first['bound']} {first['target']}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {target} |")
+    shape, turns = data["shape"], ", ".join(f"{r['turns']} turns in {dtype}" for dtype, r in kinds.items())
+    lines.append(
+        f"\nDiT of width {shape['width']}, depth {shape['depth']}, T = {shape['tokens']}, batch {shape['batch']}; medians "
+        f"(p20 to p80) of ratios turn by turn, {turns}; {data['device']}, {data['threads']} threads, torch {data['torch']}; "
+        f"commit {data['commit']}, {data['date'][:10]}.\n"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def ops(_: str) -> str:
+    """Each op and case: time of plain torch, of torch.compile and of ours, and who is fastest."""
+    data = json.loads((RESULTS / "ops.json").read_text())
+    lines = ["| op, case | reference, ms | compiled | native | fastest |", "|---|---|---|---|---|"]
+    cases: dict[tuple, dict] = {}
+    for row in data["rows"]:
+        cases.setdefault((row["op"], row["case"], row["dtype"]), {})[row["backend"]] = row
+    for (op, case, dtype), rows in cases.items():
+        if "native" not in rows:
+            continue
+        timed = {name: row["p50_ms"] for name, row in rows.items() if not row["wrong"]}
+        cells = [f"{timed[n]:.3f}" if n in timed else "no time" for n in ("reference", "compiled", "native")]
+        lines.append(f"| {op} {case} {dtype} | {' | '.join(cells)} | {min(timed, key=timed.__getitem__)} |")
+    lines.append(
+        f"\n{data['device']}, {data['threads']} threads, torch {data['torch']}; commit {data['commit']}, {data['date'][:10]}.\n"
+    )
     return "\n".join(lines) + "\n"
