@@ -233,3 +233,22 @@ def test_nothing_to_do(op: str) -> None:
         inputs |= {"cos": inputs["cos"][:0], "sin": inputs["sin"][:0]}
     *_, last = run(op, inputs)
     assert last.count_nonzero() == 0
+
+
+@built
+@each_op
+@each_dtype
+def test_where_the_compiler_fuses_better_it_does(op: str, dtype: torch.dtype) -> None:
+    """A compiled call of a beaten op in bfloat16 is plain torch; every other holds the native op."""
+    seen: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    with use(f"{op}:native"):
+        call = torch.compile(lambda inputs: outputs(op, implementation(op, "native"), inputs), backend=keep)
+        call(big(op, dtype))
+    beaten = op in _native.FUSED and dtype == torch.bfloat16
+    assert any(f"cmt.{op}" in target for target in seen) != beaten, seen
