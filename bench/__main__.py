@@ -15,6 +15,7 @@ BENCHES = {
     "gates": "registers, spills and shared memory of every kernel, compiled without a GPU",
     "gpu": "all that a machine with a GPU is for, in parts",
     "ops": "times of every op, backend and case",
+    "predict": "what a GPU's ceilings allow each op: predicted, for machines without one",
     "report": "write the README's tables from bench/results",
     "seeds": "a recipe over several seeds",
     "step": "whole training steps, eager and compiled",

@@ -27,7 +27,7 @@ def run(_: argparse.Namespace) -> int:
     text = readme.read_text("utf-8")
     for name in re.findall(r"<!-- table: ([\w-]+) -->", text):
         kind, _, recipe = name.partition("-")
-        body = {"seeds": seeds, "search": search, "dual": dual, "ops": ops}[kind](recipe)
+        body = {"seeds": seeds, "search": search, "dual": dual, "ops": ops, "predicted": predicted}[kind](recipe)
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
     readme.write_text(text, "utf-8")
@@ -138,4 +138,19 @@ def ops(_: str) -> str:
     lines.append(
         f"\n{data['device']}, {data['threads']} threads, torch {data['torch']}; commit {data['commit']}, {data['date'][:10]}.\n"
     )
+    return "\n".join(lines) + "\n"
+
+
+def predicted(_: str) -> str:
+    """The least time that a GPU's ceilings allow the ops that have kernels of ours, from `python -m bench predict`."""
+    data = json.loads((RESULTS.parent / "predicted" / "ops.json").read_text())
+    cards = list(data["ceilings"])
+    lines = [
+        f"| op, case | {' | '.join(f'{card}, at least us (predicted)' for card in cards)} | roof |",
+        "|---|" + "---|" * (len(cards) + 1),
+    ]
+    for row in data["rows"]:
+        if row["op"] in ("attention", "modulated_norm", "gated_residual", "qk_norm", "gelu", "adamw_ema"):
+            cells = " | ".join(f"{row[card]['us']:.1f}" for card in cards)
+            lines.append(f"| {row['op']} {row['case']} {row['dtype']} | {cells} | {row[cards[0]]['roof']} |")
     return "\n".join(lines) + "\n"
