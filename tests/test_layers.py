@@ -23,6 +23,7 @@ MAY = {
     "paths": set(),
     "config": {"schema"},
     "ema": {"schema"},
+    "facts": {"schema"},
     "solvers": {"paths"},
     "objectives": {"objectives", "paths", "rng", "schema", "solvers"},
     "models": {"models", "paths", "schema"},

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from cmt_fast import config, plots
+from cmt_fast.facts import Curve, Judged, Stand
 from cmt_fast.templates import Group, Picture, Section, Table, png
 from cmt_fast.workspace import Workspace
-
-if TYPE_CHECKING:
-    from cmt_fast.report import Curve, Judged, Stand
 
 DASH, RATIO = "–", "post / control"
 DATA = {"digits": "8 x 8 handwritten digits", "gmm": "points of a 2-D Gaussian mixture", "npz": "images of a file"}
