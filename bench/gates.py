@@ -118,14 +118,14 @@ def _measure(op: str, name: str, arch: int) -> Row:
     return measure(op, next(gate for gate in gates(op) if gate.name == name), arch)
 
 
-def triton_rows(ops: list[str], jobs: int = 2) -> list[Row]:
+def triton_rows(ops: list[str], jobs: int = 2, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Row]:
     """Rows of the Triton kernels of these ops, in the order of their gates. Processes: kernels do not pickle, so each
     worker finds its gate by name."""
-    todo = [(op, gate.name, arch) for op in ops for gate in gates(op) for arch in ARCHITECTURES]
+    todo = [(op, gate.name, arch) for op in ops for gate in gates(op) for arch in architectures]
     if jobs < 2 or not todo:
         return [_measure(*row) for row in todo]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_measure, *zip(*todo), chunksize=len(ARCHITECTURES)))
+        return list(pool.map(_measure, *zip(*todo), chunksize=len(architectures)))
 
 
 def cuda_rows() -> list[Row]:
