@@ -17,10 +17,14 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from cmt_fast import schema
 from cmt_fast.schema import Run
 
 # keys of a stage that change no weight
 WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg")
+
+# the tags of all unions, which pydantic puts between the keys of an error's place
+_KINDS = {kind for part in vars(schema).values() if isinstance(kind := getattr(part, "kind", None), str)}
 
 
 class ConfigError(ValueError):
@@ -208,24 +212,8 @@ def _plain(hint):
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     loc, kind, given = first["loc"], first["type"], first.get("input")
-    tags = {
-        "digits",
-        "gmm",
-        "npz",
-        "dit",
-        "mlp",
-        "denoise",
-        "flow",
-        "cmt_cm",
-        "cmt_mf",
-        "ect",
-        "ecd",
-        "meanflow",
-        "constant",
-        "power",
-    }
     key = ".".join(
-        str(p) for i, p in enumerate(loc) if not (p in tags and i and not isinstance(loc[i - 1], int | None))
+        str(p) for i, p in enumerate(loc) if not (p in _KINDS and i and not isinstance(loc[i - 1], int | None))
     )
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         valid = _fields(Run, loc[:-1])

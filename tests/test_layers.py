@@ -14,7 +14,7 @@ ids = lambda p: str(p.relative_to(ROOT))
 
 # module -> what of cmt_fast it may import; a folder's entry holds for every file in it
 MAY = {
-    "schema": set(),
+    "schema": {"schema"},
     "rng": set(),
     "distributed": set(),
     "checkpoint": set(),
@@ -105,7 +105,7 @@ def test_public_functions_have_docstrings(path):
         if (
             isinstance(node, (ast.FunctionDef, ast.ClassDef))
             and not node.name.startswith("_")
-            and path.name != "cli.py"
+            and path.parent.name != "cli"
         ):
             short = isinstance(node, ast.FunctionDef) and len(node.body) == 1
             assert short or ast.get_docstring(node), f"{ids(path)}: {node.name} has no docstring"

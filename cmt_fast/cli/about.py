@@ -1,0 +1,58 @@
+"""`cmt recipes` and `cmt doctor`: what comes with the package, what the machine has."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import cmt_kernels
+
+from cmt_fast import config
+from cmt_fast import workspace as ws
+from cmt_fast.cli.parser import Command
+from cmt_fast.config import ConfigError
+
+
+def add(command: Command) -> None:
+    """Declare these commands."""
+    p = command("recipes", recipes, "the recipes that come with the package: ls, show, copy, validate")
+    p.add_argument("action", choices=("ls", "show", "copy", "validate"))
+    p.add_argument("names", nargs="*", metavar="RECIPE", help="`copy` takes a recipe and a file to write")
+    p.add_argument("--all", action="store_true", help="validate every recipe of the package")
+
+    command("doctor", doctor, "what this machine has: versions, devices, ops")
+
+
+def recipes(args: argparse.Namespace) -> None:
+    known = config.recipes()
+    if args.action == "ls":
+        for name, path in known.items():
+            print(f"{name:12s} {path.read_text('utf-8').splitlines()[0].lstrip('# ')}")
+        return
+    names = list(known) if args.all else args.names
+    if not names or (args.action == "copy" and len(names) != 2):
+        raise ConfigError(
+            f"cmt recipes {args.action}: needs {'a recipe and a file to write' if args.action == 'copy' else 'a recipe'}"
+        )
+    if args.action == "show":
+        print(config.recipe_text(names[0]), end="")
+    elif args.action == "copy":
+        text, target = config.recipe_text(names[0]), Path(names[1])
+        if target.exists() or not target.parent.is_dir():
+            raise ConfigError(
+                f"cmt recipes copy: {names[1]!r} {'exists' if target.exists() else 'is in no folder that exists'}"
+            )
+        target.write_text(text, "utf-8")
+        print(f"{target}: a copy of {names[0]}")
+    else:
+        for name in names:
+            work = ws.Workspace(config.load(name), Path("."))
+            print(f"{name}: valid, {config.digest(work.run)[:12]}")
+
+
+def doctor(args: argparse.Namespace) -> None:
+    for key, value in ws.environment().items():
+        print(f"{key:10s} {value}")
+    for op in cmt_kernels.OPS:
+        print(f"op {op:18s} {' > '.join(cmt_kernels.available(op))}")
+    print(f"recipes    {', '.join(config.recipes())}")

@@ -1,0 +1,109 @@
+"""`cmt sample`, `cmt eval`, `cmt report` and `cmt theory`: what looks at weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cmt_fast import pictures, report, theory
+from cmt_fast import workspace as ws
+from cmt_fast.cli.parser import Command
+from cmt_fast.config import ConfigError
+
+
+def add(command: Command) -> None:
+    """Declare these commands."""
+    p = command("sample", sample, "samples of a trained stage as .npz, as a picture, or both")
+    p.add_argument("stage", metavar="RUN/STAGE")
+    p.add_argument("--steps", type=int, default=1, help="network calls (default: 1)")
+    p.add_argument("--n", type=int, default=64)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
+    p.add_argument("--out", type=Path, help="images (N, C, H, W) float32 in data units, labels (N,)")
+    p.add_argument("--grid", type=Path, help="a PNG of the first samples")
+
+    p = command("eval", evaluate, "Fréchet distance, class accuracy and sliced Wasserstein of a trained stage")
+    p.add_argument("stage", metavar="RUN/STAGE")
+    p.add_argument("--steps", default="1,2", help="comma-separated numbers of network calls (default: 1,2)")
+    p.add_argument("--n", type=int, help="samples (default: the recipe's)")
+    p.add_argument("--seed", type=int, help="seed of the noise (default: the recipe's)")
+    p.add_argument("--solver", action="store_true")
+    p.add_argument("--json", action="store_true")
+
+    p = command("report", make_report, "write RUN/report.html and RUN/report.md")
+    p.add_argument("run", type=Path, metavar="RUN")
+
+    p = command(
+        "theory", run_theory, "solver order and gradient bias on a Gaussian mixture, against the paper's slopes"
+    )
+    p.add_argument("--json", type=Path, help="write the figures here too")
+
+
+def sample(args: argparse.Namespace) -> None:
+    work, stage = ws.open_stage(args.stage)
+    if args.steps < 1 or args.n < 1:
+        raise ConfigError(f"--{'steps' if args.steps < 1 else 'n'}: must be at least 1")
+    if not args.out and not args.grid:
+        raise ConfigError("cmt sample: nothing to write; give --out FILE.npz, --grid FILE.png or both")
+    for path in (args.out, args.grid):
+        if path and not path.parent.is_dir():
+            raise ConfigError(f"--{'out' if path is args.out else 'grid'}: the folder of {str(path)!r} does not exist")
+    net = work.network(stage)
+    images = _checked(
+        lambda: work.setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch)
+    )
+    labels = work.setting.labels(torch.arange(args.n))
+    if args.out:
+        with open(args.out, "wb") as file:
+            np.savez(
+                file, images=images.numpy(), labels=(torch.zeros(args.n) if labels is None else labels).long().numpy()
+            )
+        print(f"{args.out}: {args.n} samples of {args.stage}, {args.steps} steps, seed {args.seed}")
+    if args.grid:
+        shown = images if images.ndim == 2 else images[:100]
+        rows = [shown] if images.ndim == 2 else shown.split(10)
+        pictures.grid(
+            [(f"{args.steps} step{'s' * (args.steps > 1)}" if i == 0 else "", r) for i, r in enumerate(rows)], args.grid
+        )
+        print(f"{args.grid}: a picture of them")
+
+
+def _checked(call):
+    try:
+        return call()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    work, stage = ws.open_stage(args.stage)
+    try:
+        steps = tuple(int(s) for s in args.steps.split(","))
+    except ValueError:
+        raise ConfigError(f"--steps: {args.steps!r} is not a list of numbers like 1,2") from None
+    if min(steps) < 1 or (args.n is not None and args.n < 2):
+        raise ConfigError("--steps and --n: must be at least 1 and 2")
+    net, n = work.network(stage), args.n or work.run.eval.n
+    figures = _checked(lambda: work.evaluate(net, steps, n, args.solver, args.seed))
+    out = {"stage": args.stage, "n": n, "extractor": work.space.name, "solver": args.solver, "steps": figures}
+    if args.json:
+        print(json.dumps(out, indent=1))
+        return
+    print(f"{args.stage}: {n} samples, features {work.space.name}")
+    for k, row in figures.items():
+        print(f"{k:>4} steps  " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()))
+
+
+def make_report(args: argparse.Namespace) -> None:
+    report.write(args.run)
+
+
+def run_theory(args: argparse.Namespace) -> None:
+    figures = theory.measure()
+    print(theory.as_text(figures))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))

@@ -1,0 +1,98 @@
+"""`cmt train` and `cmt search`: what changes weights."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import cmt_kernels
+import yaml
+
+from cmt_fast import config, distributed, loop, report, search, stages
+from cmt_fast import workspace as ws
+from cmt_fast.cli.parser import Command
+from cmt_fast.config import ConfigError
+from cmt_fast.schema import STAGES
+
+
+def add(command: Command) -> None:
+    """Declare these commands."""
+    p = command("train", train, "train the stages of a recipe; the same command again goes on where it stopped")
+    p.add_argument("recipe", nargs="?", default="digits", help="name or YAML file (default: digits)")
+    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    p.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
+    p.add_argument("--stages", help="comma-separated (default: all the recipe has)")
+    p.add_argument(
+        "--from", dest="parents", type=Path, metavar="RUN", help="take stages not trained here from another run"
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="print the resolved run, the op table and the cost; write nothing"
+    )
+
+    p = command("search", run_search, "train one stage over a grid of settings and record the figures")
+    p.add_argument("recipe")
+    p.add_argument("stage", metavar="STAGE", choices=STAGES)
+    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    p.add_argument(
+        "--grid", action="append", required=True, metavar="a.b=v1,v2 [c=v1,v2]", help="crossed; repeat to add grids"
+    )
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--record", type=Path, help="where the table is written (default: OUT/search.json)")
+
+
+def _resolve(recipe: str, overrides: list[str]):
+    if "=" in recipe and not Path(recipe).is_file():  # `cmt train post.lr=1e-3` means digits
+        recipe, overrides = "digits", [recipe, *overrides]
+    return config.load(recipe, overrides)
+
+
+def train(args: argparse.Namespace) -> None:
+    run = _resolve(args.recipe, args.overrides)
+    out = args.out or Path("runs") / re.sub(r"[^\w.-]+", "-", run.name)
+    have = stages.names(run)
+    names = args.stages.split(",") if args.stages else have
+    for name in names:
+        if name not in have:
+            raise ConfigError(
+                f"--stages: {name!r} is not valid; this recipe has {', '.join(have)}{config.nearest(name, have)}"
+            )
+    if args.parents:
+        ws.stored_run(args.parents)
+    distributed.start(ws.device(run.device))
+    work = ws.Workspace(run, out, args.parents)
+    names = [name for name in have if name in names]
+    for i, name in enumerate(names):
+        stage = run.stage(name)
+        for key in ("start", "teacher"):
+            parent = getattr(stage, key)
+            if parent and parent not in names[:i]:
+                work.weights(parent)
+    if args.dry_run:
+        return _dry_run(work, names)
+    work.compare()
+    if distributed.rank() == 0:
+        _ops(work.device.type)
+    loop.train(work, names)
+    if distributed.rank() == 0:
+        report.write(out)
+
+
+def _ops(device: str) -> None:
+    print("ops: " + ", ".join(f"{op} {name}" for op, name in cmt_kernels.table(device).items()))
+
+
+def _dry_run(work: ws.Workspace, names: list[str]) -> None:
+    print(yaml.safe_dump(config.dump(work.run), sort_keys=False).rstrip())
+    print(f"digest: {config.digest(work.run)}")
+    _ops(work.device.type)
+    parameters = sum(p.numel() for p in work.build().parameters())
+    print(f"network: {parameters:,} parameters; device {work.device}; {len(work.data.x):,} rows of {work.data.shape}")
+    for name in names:
+        c = loop.cost(work.run, name)
+        how = " (compiled)" if work.run.stage(name).compile else ""
+        print(f"{name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards{how}")
+
+
+def run_search(args: argparse.Namespace) -> None:
+    search.run(args.recipe, args.stage, args.overrides, args.grid, args.out, args.record)

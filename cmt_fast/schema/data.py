@@ -1,0 +1,38 @@
+"""What a run may be trained on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cmt_fast.schema.numbers import Count, Positive, schema
+
+
+@schema
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, scaled to [-1, 1], ten classes."""
+
+    kind: Literal["digits"] = "digits"
+
+
+@schema
+class Gmm:
+    """A 2-D Gaussian mixture on a circle: denoiser, velocity and flow map are known in closed form."""
+
+    kind: Literal["gmm"] = "gmm"
+    components: Count = 6
+    radius: Positive = 1.0
+    std: Positive = 0.25
+    n: Count = 20000
+
+
+@schema
+class Npz:
+    """A file of one's own: `images` (N, C, H, W), float32 in [-1, 1] or uint8, and optionally `labels` (N,)."""
+
+    path: str
+    kind: Literal["npz"] = "npz"
+
+
+Data = Annotated[Digits | Gmm | Npz, Field(discriminator="kind")]
