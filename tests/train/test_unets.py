@@ -168,7 +168,7 @@ LENGTHS = [
 
 def tiny(kind: str, *more: str):
     """The digits recipe on a U-Net with dropout, six steps a stage."""
-    pools = [f"{s}.trajectories.{k}" for s in ("mid", "post") for k in ("pool_steps=3", "nfe=4")]
+    pools = [f"{s}.trajectories.{k}" for s in ("mid", "post") for k in ("pool_steps=2", "nfe=4")]
     return config.load(
         "digits", [RECIPES[kind], *LENGTHS, *pools, *NO_EVAL, "control=null", "sampler.teacher_steps=2", *more]
     )
