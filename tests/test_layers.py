@@ -27,6 +27,7 @@ MAY = {
     "solvers": {"paths"},
     "objectives": {"objectives", "paths", "rng", "schema", "solvers"},
     "models": {"models", "paths", "schema"},
+    "convert": {"convert", "models"},
     "data": {"data", "paths", "rng", "schema", "solvers"},
     "trajectories": {"distributed", "objectives", "paths", "rng", "schema", "solvers"},
     "sample": {"paths", "rng", "schema", "solvers"},
