@@ -86,6 +86,10 @@ def test_dropout_is_a_function_of_seed_stage_step_and_sample(model):
     assert torch.allclose(call(seeds[2:], slice(2, None)), call(seeds)[2:])  # another process's half of the batch
     other = rng.Random(0, 1, 3).seeds(rng.DROPOUT, torch.arange(B), net.dropouts)
     assert not torch.allclose(call(other), call(seeds))
+    for block in range(net.dropouts):  # each block has its own
+        changed = seeds.clone()
+        changed[:, block] = other[:, block]
+        assert not torch.equal(call(changed), call(seeds)), block
     ids = torch.arange(2000)
     seeds = rng.Random(0, 1, 2).seeds(rng.DROPOUT, ids, 2)
     kept = [dropout(torch.ones(2000, 50), seeds[:, i], 0.2) > 0 for i in (0, 1)]
@@ -172,6 +176,22 @@ def tiny(kind: str, *more: str):
     return config.load(
         "digits", [RECIPES[kind], *LENGTHS, *pools, *NO_EVAL, "control=null", "sampler.teacher_steps=2", *more]
     )
+
+
+def test_a_training_step_drops_the_same_in_all_its_calls(tmp_path):
+    work = Workspace(
+        tiny("edm", "post.start=pre", "post.teacher=null", "post.anchor=null", "post.trajectories=null"), tmp_path
+    )
+    stage = work.run.stage("post")
+    engine = LocalEngine(perturbed(work.build()), stage, CPU)
+    source, asked, forward = loop.Source(work, "post", stage), [], engine.forward
+    engine.forward = lambda *args: (asked.append(args[5]), forward(*args))[1]
+    first, again, later = (source.loss(engine, step)[0] for step in (0, 0, 1))
+    assert torch.equal(first, again) and len(asked) == 6  # ECT calls at r and at t
+    assert all(torch.equal(x, asked[0]) for x in asked[:4]) and not torch.equal(asked[4], asked[0])
+    assert torch.equal(asked[4], asked[5]) and asked[0].shape == (8, engine.net.dropouts, 2)
+    engine.forward, engine.net.dropouts = forward, 0
+    assert not torch.allclose(source.loss(engine, 0)[0], first)  # the loss has the dropout in it
 
 
 @pytest.mark.parametrize("kind", RECIPES)
