@@ -97,6 +97,7 @@ def _write(
         "overrides": overrides,
         "grids": grids,
         "seed": base.run.seed,
+        "images": {name: base.run.stage(name).images_nimg for name in stages.names(base.run)},
         "samples": base.run.eval.n,
         "environment": environment(),
         "trials": rows,

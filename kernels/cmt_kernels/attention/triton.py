@@ -8,9 +8,6 @@ Of a plain call under `no_grad` (a teacher's rollout, a sampler) `primal` may ch
 grad mode it never does unless `CMT_ATTENTION` says so: there the value of a Dual must be bitwise the plain value.
 """
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
@@ -20,15 +17,6 @@ from cmt_kernels.gate import Gate
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WIDEST = 256
-
-
-def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
-    return None
 
 
 def attention(qkv: Tensor | Dual) -> Tensor | Dual:
@@ -192,8 +180,8 @@ _dual.register_autograd(_gradient, setup_context=_save)
 def gates() -> list[Gate]:
     """Every kernel in bf16 and fp32 at the head dims of real runs, for T = 256, and for a T that needs masks.
 
-    One is left out, because it spills (208 bytes of stack on sm_90): the dual forward in float32 at head dim 128, where
-    a thread holds a row of q and of its tangent, 256 numbers. It runs, slowly.
+    One is left out, because it spills at every tile (300 bytes on sm_90 at the best): the dual forward in float32 at head
+    dim 128, where a thread holds a row of q and of its tangent, 256 numbers. It runs, slowly.
     """
     from cmt_kernels.attention import triton_kernels
 

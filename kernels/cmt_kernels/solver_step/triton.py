@@ -5,8 +5,6 @@ Coefficients stay on the device, so a step is capturable in a CUDA graph; a row 
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -15,13 +13,6 @@ from torch import Tensor
 from cmt_kernels.gate import Gate
 
 BLOCK = 1024
-
-
-def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return "there is neither a CUDA device nor TRITON_INTERPRET=1"
 
 
 @triton.jit
