@@ -27,10 +27,20 @@ class Denoiser(nn.Module):
         self, x: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None
     ) -> Tensor:
         """x: (B, ...), t: (B,) > 0; r is not read -> (B, ...) in the dtype of x."""
-        total = t.square() + self.sigma_data**2
-        c_skip, c_out, c_in = self.sigma_data**2 / total, t * self.sigma_data * total.rsqrt(), total.rsqrt()
-        f = self.net(column(c_in, x) * x, t.log() / 4, None, labels, drop)
+        c_skip, c_out, c_in = self.scalings(t)
+        f = self.raw(column(c_in, x) * x, t, r, labels, drop)
         return column(c_skip, x) * x + column(c_out, x) * f.to(x.dtype)
+
+    def scalings(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in at times t, shaped like t."""
+        total = t.square() + self.sigma_data**2
+        return self.sigma_data**2 / total, t * self.sigma_data * total.rsqrt(), total.rsqrt()
+
+    def raw(
+        self, x_in: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None
+    ) -> Tensor:
+        """F of the scaled input x_in = c_in x, in the network's own dtype: what a fused solver step takes."""
+        return self.net(x_in, t.log() / 4, None, labels, drop)
 
 
 class AverageVelocity(nn.Module):
