@@ -1,4 +1,4 @@
-"""Times of every op, backend, other library (libraries.py) and case, checked against float64 first: no number for a wrong answer."""
+"""Times of every op, backend, other library and case, each checked against float64 first: no number for a wrong answer."""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ MAY = {
     "sample": {"paths", "rng", "schema", "solvers"},
     "metrics": {"data"},
     "compiled": set(),
-    "engine": {"compiled", "distributed", "ema", "schema"},
+    "engine": {"compiled", "distributed", "ema", "optimizer", "schema"},
+    "optimizer": {"schema"},
     "posthoc": {"checkpoint", "config", "ema"},
     "plots": set(),
 }
