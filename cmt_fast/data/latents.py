@@ -39,7 +39,7 @@ Side = Annotated[int, Field(ge=1, le=1 << 20)]
 class Shard:
     """One file of rows."""
 
-    file: Annotated[str, Field(pattern=r"\Ashard-[0-9]{5}\.bin\Z")]
+    file: Annotated[str, Field(pattern=r"^shard-[0-9]{5}\.bin$")]
     rows: Count
 
 
