@@ -14,7 +14,12 @@ from cmt_fast.templates import Group, Picture, Section, Table, png
 from cmt_fast.workspace import Workspace
 
 DASH, RATIO = "–", "post / control"
-DATA = {"digits": "8 x 8 handwritten digits", "gmm": "points of a 2-D Gaussian mixture", "npz": "images of a file"}
+DATA = {
+    "digits": "8 x 8 handwritten digits",
+    "gmm": "points of a 2-D Gaussian mixture",
+    "npz": "images of a file",
+    "latents": "rows of a store",
+}
 TEXT = 99  # every column is text
 
 
@@ -34,7 +39,7 @@ def head(work: Workspace, stands: dict[str, Stand], judged: dict[str, Judged]) -
     parameters = sum(p.numel() for p in work.build().parameters())
     kinds = {name: s.objective for name, s in stands.items()}
     what = (
-        f"A network ({run.model.kind}, {parameters:,} parameters) for {DATA[run.data.kind]} ({len(work.data.x):,} of "
+        f"A network ({run.model.kind}, {parameters:,} parameters) for {DATA[run.data.kind]} ({work.data.n:,} of "
         f"{shape}): pre-trained as a diffusion model ({kinds['pre']}, path {run.path}), mid-trained ({kinds['mid']}) "
         f"and post-trained ({kinds['post']}) into a generator of {' or '.join(map(str, run.eval.steps))} steps"
     )
