@@ -6,7 +6,7 @@ import pickletools
 import re
 from typing import Any, BinaryIO
 
-MAX_OPCODES = 4_000_000  # EDM2-XXL has about 60,000
+MAX_OPCODES = 4_000_000  # a layer takes about 150, the largest networks have some hundred of them
 MAX_TEXT = 16 << 20  # one string; the longest in real files is a module's source
 
 # what picklers of protocol 2 and later write for modules, arrays and plain data
