@@ -36,4 +36,23 @@ class Mlp:
     depth: Count = 3
 
 
-Model = Annotated[Dit | Mlp, Field(discriminator="kind")]
+@schema
+class Edm2:
+    """EDM2's U-Net. `size` sets the width; ImageNet-512's and ImageNet-64's networks differ in their data alone.
+
+    `dropout`: by default the published one of the size, 0.1 from M upwards. `multipliers`: of the width, level by level,
+    `attention`: the sides that have it. `checkpoint_activations` as in a dit.
+    """
+
+    kind: Literal["edm2"] = "edm2"
+    size: Literal["XS", "S", "M", "L", "XL", "XXL"] = "S"
+    width: Count | None = None
+    multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 3, 4)
+    blocks: Count = 3
+    attention: tuple[Count, ...] = (16, 8)
+    head: Count = 64
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    checkpoint_activations: bool = False
+
+
+Model = Annotated[Dit | Mlp | Edm2, Field(discriminator="kind")]
