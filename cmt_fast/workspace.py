@@ -71,7 +71,7 @@ class Workspace:
         """The frozen network of a finished stage, EMA weights, in fp32."""
         net = self.build().to(self.device)
         load_named(net, self.weights(name)[0])
-        return net.requires_grad_(False).eval()
+        return models.fold(net.requires_grad_(False).eval())
 
     @functools.cached_property
     def space(self) -> metrics.Extractor:

@@ -40,6 +40,37 @@ def edm2(theirs: Weights) -> Weights:
     )
 
 
+def edm(theirs: Weights) -> Weights:
+    """EDM's `EDMPrecond` over DDPM++ or ADM (NVlabs/edm): `model: {kind: edm, preset: ...}` on path ve.
+
+    All tensors as they are; the resampling filters, which are constants here, are checked and left out. NCSN++ is refused.
+    """
+    block = {"norm0": "norm1", "conv0": "conv1", "norm1": "norm2", "conv1": "conv2", "norm2": "norm3"}
+    block |= {x: x for x in ("affine", "skip", "qkv", "proj")}
+    kept = {}
+    for name, tensor in theirs.items():
+        if not name.endswith(".resample_filter"):
+            kept[name] = tensor
+        elif tensor.shape[-1] != 2:
+            raise ValueError(
+                f"{name!r}: a resampling filter of {tensor.shape[-1]} taps is NCSN++'s, which is not built"
+            )
+    return _renamed(
+        kept,
+        [
+            (r"model\.map_layer([01])\.(\w+)", lambda m: f"net.layer{int(m[1]) + 1}.{m[2]}"),
+            (r"model\.map_(label|augment)\.(\w+)", lambda m: f"net.{m[1]}.{m[2]}"),
+            (r"model\.enc\.\d+x\d+_conv\.(\w+)", lambda m: f"net.conv.{m[1]}"),
+            (r"model\.(?:dec\.\d+x\d+_aux|out)_norm\.(\w+)", lambda m: f"net.out_norm.{m[1]}"),
+            (r"model\.(?:dec\.\d+x\d+_aux|out)_conv\.(\w+)", lambda m: f"net.out.{m[1]}"),
+            (
+                rf"model\.(enc|dec)\.(\d+x\d+_(?:block\d+|down|up|in\d))\.({'|'.join(block)})\.(weight|bias)",
+                lambda m: f"net.{m[1]}oder.{m[2]}.{block[m[3]]}.{m[4]}",
+            ),
+        ],
+    )
+
+
 _WAVE = {"freqs": "frequency", "phases": "phase"}
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from cmt_fast.models import dit, edm2, mlp
+from cmt_fast.models import dit, edm, edm2, mlp
 from cmt_fast.models.precond import AverageVelocity, Denoiser
-from cmt_fast.schema import Dit, Edm2, Mlp, Model
+from cmt_fast.schema import Dit, Edm, Edm2, Mlp, Model
 
 
 def build(model: Model, path: str, sigma_data: float, shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -24,7 +24,8 @@ def build(model: Model, path: str, sigma_data: float, shape: tuple[int, ...], cl
     elif isinstance(model, Dit):
         net = _dit(model, shape, classes, two_times)
     else:
-        net = _edm2(model, shape, classes, two_times)
+        make = _edm2 if isinstance(model, Edm2) else _edm
+        net = make(model, shape, classes if model.conditional else 0, two_times)
     return AverageVelocity(net) if two_times else Denoiser(net, sigma_data)
 
 
@@ -69,4 +70,17 @@ def _edm2(model: Edm2, shape: tuple[int, ...], classes: int, two_times: bool) ->
         dropout=dropout if model.dropout is None else model.dropout,
         two_times=two_times,
         checkpoint_activations=model.checkpoint_activations,
+    )
+
+
+def _edm(model: Edm, shape: tuple[int, ...], classes: int, two_times: bool) -> nn.Module:
+    given = {k: getattr(model, k) for k in ("width", "multipliers", "blocks", "attention", "augment", "dropout")}
+    options = edm.PRESETS[model.preset] | {k: v for k, v in given.items() if v is not None}
+    return edm.Edm(
+        shape[0],
+        shape[1],
+        classes,
+        two_times=two_times,
+        checkpoint_activations=model.checkpoint_activations,
+        **options,
     )
