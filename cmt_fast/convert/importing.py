@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cmt_fast import checkpoint, config
 from cmt_fast.config import ConfigError
-from cmt_fast.convert import families
+from cmt_fast.convert import families, fitting
 from cmt_fast.convert.files import Source
 from cmt_fast.convert.opcodes import shown
 from cmt_fast.workspace import Workspace
@@ -62,8 +62,9 @@ def compare(source: Source, work: Workspace) -> Parity:
         else:
             weights[name] = tensor.to(own[name].dtype).contiguous()
     missing = sorted(own.keys() - theirs.keys())
-    notes = [*source.notes, *_numbers(source, weights), *families.normalisation(source, family, work.data)]
-    against, hints = families.conflicts(source, family, work), families.suggestions(source, family, work)
+    asks = family.asks(source)
+    notes = [*source.notes, *_numbers(source, weights), *fitting.normalisation(asks, work.data)]
+    against, hints = fitting.conflicts(source, family, asks, work), fitting.suggestions(asks, work)
     return Parity(family.name, weights, skipped, missing, shapes, against, notes, hints)
 
 
