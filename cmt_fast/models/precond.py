@@ -47,6 +47,43 @@ class Denoiser(nn.Module):
         return (d, self.net.log_variance(c_noise)) if uncertainty else d
 
 
+class NoiseDenoiser(nn.Module):
+    """D = x - t eps(x/sqrt(1 + t^2), n(t)) on VE, for a network that predicts the noise of DDPM's steps n = 0..999.
+
+    n(t) is the step of noise t, t_n = sqrt((1 - a_n)/a_n), a_n the product of 1 - beta with beta from 1e-4 to 0.02 (Ho et
+    al. 2020), linear in ln t between steps and constant outside of [0.01, 157].
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.dropouts = getattr(net, "dropouts", 0)
+        kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+        self.register_buffer("log_noise", ((1 - kept) / kept).sqrt().log(), persistent=False)
+
+    def step_of(self, t: Tensor) -> Tensor:
+        """t: (B,) > 0 -> n(t) (B,) in [0, 999]."""
+        x, table = t.double().log(), self.log_noise.double()
+        i = torch.searchsorted(table, x).clamp(1, 999)
+        n = i - 1 + (x - table[i - 1]) / (table[i] - table[i - 1])
+        return n.clamp(0, 999).to(t.dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        r: Tensor | None = None,
+        labels: Tensor | None = None,
+        drop: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> Tensor:
+        """x: (B, ...), t: (B,) > 0; r is not read; seeds as in a Denoiser -> (B, ...) in the dtype of x."""
+        c_in = torch.rsqrt(1 + t.square())
+        more = [] if seeds is None else [seeds]
+        eps = self.net(column(c_in, x) * x, self.step_of(t), None, labels, drop, *more)
+        return x - column(t, x) * eps.to(x.dtype)
+
+
 class AverageVelocity(nn.Module):
     """u(z, r, t) on linear flow; r = None means r = t, the instantaneous velocity. Takes and gives Tensor | Dual."""
 
