@@ -84,7 +84,11 @@ def test_arrows(path):
         assert inner <= MAY[room(path)], f"{ids(path)} imports {sorted(inner - MAY[room(path)])}"
 
 
-@pytest.mark.parametrize("path", OURS, ids=ids)
+# what diffusers runs to load an exported stage: nothing of ours imports it
+STANDALONE = ROOT / "cmt_fast/convert/pipeline.py"
+
+
+@pytest.mark.parametrize("path", [p for p in OURS if p != STANDALONE], ids=ids)
 def test_heavy_packages_have_one_door_and_are_imported_late(path):
     for module, at_import in imports(path):
         package = module.split(".")[0]
