@@ -56,6 +56,7 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
         wall = dict(found.manifest["wall"])
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, engine.step_count, plan.total, name, distributed.rank() > 0, run.tensorboard)
+    source = None
     try:
         source = Source(work, name, stage)
         if stage.compile:
@@ -93,6 +94,8 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
                     raise Stopped(128 + stop)
     finally:
         log.close()
+        if source:
+            source.close()
 
 
 class Source:
@@ -104,7 +107,10 @@ class Source:
         self.own, self.anchored = stages.rows(stage)
         self.total = stages.schedule(stage).total
         self.draws_data = ROWS[stage.objective.kind].draws == "data"
-        self.loader = Loader(work.data, run.seed, work.device) if self.draws_data else None
+        self.loader = Loader(work.data, run.seed, work.device, stride=self.own) if self.draws_data else None
+        if self.loader:
+            mine = slice(distributed.rank(), None, distributed.size())
+            self.positions = torch.arange(self.own, device=self.loader.place)[mine]
         net = work.network(stage.teacher) if stage.teacher else None
         self.teacher = guided(net, stage.teacher_guidance) if net else None
         self.pool = None
@@ -117,6 +123,11 @@ class Source:
             for o in (stage.objective, getattr(stage.anchor, "objective", None))
         )
         self.features = getattr(work.space, "differentiable", None) if wanted else None
+
+    def close(self) -> None:
+        """End what reads in the background."""
+        if self.loader:
+            self.loader.close()
 
     def loss(self, engine: LocalEngine, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to differentiate, averaged over this rank's rows, and the scalars to log."""
@@ -139,7 +150,7 @@ class Source:
 
     def _data(self, random: rng.Random, step: int, rows: Tensor) -> Batch:
         assert self.loader is not None
-        x_0, labels = self.loader.rows(rows + step * self.own)
+        x_0, labels = self.loader.rows(self.positions + step * self.own)
         return Batch(x_0, labels, rows, self._drop(random, labels, rows))
 
     def _points(self, random: rng.Random, step: int, rows: Tensor, sample: Tensor):

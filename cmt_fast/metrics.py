@@ -6,6 +6,7 @@ and their hash, stands beside every figure.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cmt_fast.data import Dataset
+from cmt_fast.data import Rows, in_memory
 
 
 class Extractor(Protocol):
@@ -67,8 +68,9 @@ class Classifier(nn.Module):
         return self.body(x.flatten(1))
 
 
-def train_classifier(data: Dataset, seed: int = 0, epochs: int = 40, batch: int = 128) -> Classifier:
+def train_classifier(data: Rows, seed: int = 0, epochs: int = 40, batch: int = 128) -> Classifier:
     """AdamW 3e-3 with linear decay on all rows, cross-entropy, from `seed`; leaves the global generator as it was."""
+    data = in_memory(data)
     assert data.labels is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -85,12 +87,12 @@ def train_classifier(data: Dataset, seed: int = 0, epochs: int = 40, batch: int 
     return net.eval().requires_grad_(False)
 
 
-def extractor(data: Dataset, cache: Path) -> Extractor:
+def extractor(data: Rows, cache: Path) -> Extractor:
     """The run's feature space: the classifier for labelled images (kept in `cache`), else the data themselves."""
-    if data.labels is None or data.x.ndim == 2:
+    if data.labels is None or len(data.shape) == 1:
         return Identity()
     file = cache / "extractor.safetensors"
-    net = Classifier(data.x[0].numel(), data.classes)
+    net = Classifier(math.prod(data.shape), data.classes)
     if file.is_file():
         net.load_state_dict(load_file(file))
         net.eval().requires_grad_(False)
@@ -149,8 +151,8 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 128, seed: int = 
 class Judge:
     """Compares samples with the real data; holds what of the real data is reused."""
 
-    def __init__(self, data: Dataset, features: Extractor) -> None:
-        self.real, self.space = data.x.cpu(), features
+    def __init__(self, data: Rows, features: Extractor) -> None:
+        self.real, self.space = in_memory(data).x.cpu(), features
         self.reference = moments(features.features(self.real))
 
     def __call__(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:

@@ -87,7 +87,7 @@ def _dry_run(work: ws.Workspace, names: list[str]) -> None:
     print(f"digest: {config.digest(work.run)}")
     _ops(work.device.type)
     parameters = sum(p.numel() for p in work.build().parameters())
-    print(f"network: {parameters:,} parameters; device {work.device}; {len(work.data.x):,} rows of {work.data.shape}")
+    print(f"network: {parameters:,} parameters; device {work.device}; {work.data.n:,} rows of {work.data.shape}")
     for name in names:
         c = loop.cost(work.run, name)
         how = " (compiled)" if work.run.stage(name).compile else ""

@@ -34,7 +34,7 @@ def head(work: Workspace, stands: dict[str, Stand], judged: dict[str, Judged]) -
     parameters = sum(p.numel() for p in work.build().parameters())
     kinds = {name: s.objective for name, s in stands.items()}
     what = (
-        f"A network ({run.model.kind}, {parameters:,} parameters) for {DATA[run.data.kind]} ({len(work.data.x):,} of "
+        f"A network ({run.model.kind}, {parameters:,} parameters) for {DATA[run.data.kind]} ({work.data.n:,} of "
         f"{shape}): pre-trained as a diffusion model ({kinds['pre']}, path {run.path}), mid-trained ({kinds['mid']}) "
         f"and post-trained ({kinds['post']}) into a generator of {' or '.join(map(str, run.eval.steps))} steps"
     )

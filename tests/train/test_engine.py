@@ -109,11 +109,11 @@ def test_schedule_and_learning_rate():
 
 
 def test_each_epoch_reads_every_row_once_in_a_new_order():
-    rows = Loader(data.load(Digits()), 0, CPU)
-    n, orders = rows.n, []
+    digits = data.load(Digits())
+    rows, n, orders = Loader(digits, 0, CPU), digits.n, []
     for epoch in range(2):
         x, labels = rows.rows(torch.arange(epoch * n, (epoch + 1) * n))
-        assert torch.equal(x.flatten(1).sum(1).sort().values, rows.x.flatten(1).sum(1).sort().values)
+        assert torch.equal(x.flatten(1).sum(1).sort().values, digits.x.flatten(1).sum(1).sort().values)
         orders.append(labels)
     assert not torch.equal(*orders)
     x, _ = rows.rows(torch.arange(n - 3, n + 3))
