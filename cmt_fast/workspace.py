@@ -19,7 +19,7 @@ import cmt_kernels
 import torch
 from torch import Tensor, nn
 
-from cmt_fast import __version__, checkpoint, config, distributed, metrics, models, stages
+from cmt_fast import __version__, checkpoint, config, distributed, log, metrics, models, stages
 from cmt_fast import data as datasets
 from cmt_fast.config import ConfigError
 from cmt_fast.engine import load_named
@@ -79,16 +79,42 @@ class Workspace:
 
     @functools.cached_property
     def judge(self) -> metrics.Judge:
-        return metrics.Judge(self.data, self.space)
+        return self.open_judge()
 
-    def evaluate(self, net, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None) -> dict:
-        """{steps: {"frechet", "sliced_wasserstein", "accuracy"}} of n samples each."""
-        e, out = self.run.eval, {}
+    def open_judge(self, rows: bool = False) -> metrics.Judge:
+        """What `eval` asks for; rows: with precision and recall. Raises ConfigError naming the key that is missing."""
+        return metrics.open_judge(self.data, self.run.eval, lambda: self.space, self.device, self._decoder, rows)
+
+    def _decoder(self):
+        from cmt_fast.codec import Codec
+
+        codec = Codec.open(self.run.eval.codec, self.device)
+        return lambda latents: codec.decode(latents.to(self.device))
+
+    def evaluate(
+        self, net, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None,
+        judge: metrics.Judge | None = None, quiet: bool = False,
+    ) -> dict:  # fmt: skip
+        """{steps: {"frechet", "sliced_wasserstein", "accuracy", ...}} of n samples each; every rank must call it.
+
+        Batches go round the ranks, so the world's size changes the order of sums and nothing else. Raises
+        FloatingPointError, on every rank, when samples are not finite.
+        """
+        e, out, judge = self.run.eval, {}, judge or self.judge
+        seed = e.seed if seed is None else seed
         for k in steps:
-            samples = self.setting.generate(net, k, n, e.seed if seed is None else seed, solver, e.batch)
-            if not torch.isfinite(samples).all():
+            tally, broken = judge.tally(), False
+            with log.counting(f"{k} step{'s' * (k > 1)}", n, self.folder, quiet) as advance:
+                for i, index in enumerate(torch.arange(n).split(e.batch)):
+                    if i % distributed.size() == distributed.rank() and not broken:
+                        samples = self.setting.draw(net, k, seed, index, solver)
+                        broken = not bool(torch.isfinite(samples).all())
+                        if not broken:
+                            tally.add(samples, self.setting.labels(index))
+                    advance(len(index))
+            if distributed.largest(int(broken)):
                 raise FloatingPointError(f"samples of {k} steps are not finite")
-            out[str(k)] = self.judge(samples, self.setting.labels(torch.arange(n)))
+            out[str(k)] = tally.figures()
         return out
 
     def compare(self) -> Run | None:
@@ -153,16 +179,22 @@ def stored_run(folder: Path) -> Run:
         raise ConfigError(f"RUN: {file} cannot be read ({error})") from None
 
 
-def open_stage(text: str) -> tuple[Workspace, str]:
-    """`RUN/stage` as typed. Raises ConfigError naming what is valid."""
+def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, str]:
+    """`RUN/stage` as typed; evaluation: keys of `eval` that differ from the run's. Raises ConfigError naming what is valid."""
     path = Path(text)
     if path.name not in STAGES:
         raise ConfigError(
             f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{config.nearest(path.name, STAGES)}"
         )
-    run = stored_run(path.parent)
+    run = judged_by(stored_run(path.parent), evaluation or {})
     about = json.loads((path.parent / RUN_FILE).read_text("utf-8"))
     return Workspace(run, path.parent, Path(about["parents"]) if about.get("parents") else None), path.name
+
+
+def judged_by(run: Run, evaluation: dict) -> Run:
+    """The run with other keys of `eval`. Raises ConfigError for values that are not valid."""
+    tree = config.dump(run)
+    return config.build({**tree, "eval": {**tree["eval"], **evaluation}}) if evaluation else run
 
 
 def device(name: str) -> torch.device:

@@ -30,7 +30,7 @@ MAY = {
     "data": {"data", "paths", "rng", "schema", "solvers"},
     "trajectories": {"distributed", "objectives", "paths", "rng", "schema", "solvers"},
     "sample": {"paths", "rng", "schema", "solvers"},
-    "metrics": {"data"},
+    "metrics": {"config", "convert", "data", "distributed", "metrics", "schema"},
     "compiled": set(),
     "engine": {"compiled", "distributed", "ema", "schema"},
     "posthoc": {"checkpoint", "config", "ema"},
@@ -46,6 +46,7 @@ DOORS = {
     "matplotlib": "plots",
     "tensorboard": "log",
     "triton": "*/triton",
+    "torch_fidelity": "metrics/inception",
 }
 
 
