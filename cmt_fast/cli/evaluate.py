@@ -26,7 +26,7 @@ def add(command: Command) -> None:
     p.add_argument("--metric", help="frechet, fid or fd_dinov2 (default: the recipe's, as for all below)")
     p.add_argument("--reference", help="statistics: own .npz or .safetensors, ADM's or EDM's .npz, EDM2's .pkl")
     p.add_argument("--weights", help="file of the extractor's weights: .pth, .pt or .safetensors")
-    p.add_argument("--codec", help="the VAE that decodes latents: a folder or an id")
+    p.add_argument("--vae", metavar="FOLDER_OR_ID", help="the autoencoder (default: the one that the store names)")
     p.add_argument("--batch", type=int, help="samples at a time")
     p.add_argument("--precision-recall", action="store_true", help="Kynkäänniemi et al. 2019, 3 neighbours")
     p.add_argument("--make-reference", type=Path, metavar="FILE", help="write the data set's statistics and stop")
@@ -43,7 +43,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ConfigError(f"--steps: {args.steps!r} is not a list of numbers like 1,2") from None
     if min(steps) < 1 or (args.n is not None and args.n < 2):
         raise ConfigError("--steps and --n: must be at least 1 and 2")
-    keys = ("metric", "reference", "weights", "codec", "batch")
+    keys = ("metric", "reference", "weights", "vae", "batch")
     given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     if args.make_reference:
         return _make_reference(args, given)

@@ -141,28 +141,26 @@ class Tally:
 
 
 def open_judge(
-    data: Rows, config: Eval, space: Callable[[], Extractor], device: torch.device, codec: Callable[[], Decode],
+    data: Rows, config: Eval, space: Callable[[], Extractor], device: torch.device, decode: Callable[[], Decode] | None,
     rows: bool = False,
 ) -> Judge:  # fmt: skip
-    """The judge that `config` asks for. space: the run's own features, for metric "frechet"; codec: opens the decoder.
+    """The judge that `config` asks for. space: the run's own features, for metric "frechet"; decode: opens the decoder of
+    data that are latents.
 
-    Raises ConfigError when a key that the metric needs is missing.
+    Raises ConfigError when a key that the metric needs is missing, or rows are no images and there is no decoder.
     """
     file = Path(config.reference) if config.reference else None
     if config.metric == "frechet":
         return Judge(data, space(), file, rows=rows)
     if config.weights is None:
         raise ConfigError(f"eval.weights: is missing; {config.metric} needs the file of its extractor's weights")
-    images = len(data.shape) == 3 and data.shape[0] in (1, 3)
-    if not images and config.codec is None:
-        raise ConfigError(
-            f"eval.codec: is missing; {config.metric} looks at images, and rows of {data.shape} must be decoded"
-        )
+    if decode is None and (len(data.shape) != 3 or data.shape[0] not in (1, 3)):
+        raise ConfigError(f"eval.metric: {config.metric} looks at images, and rows of this data are {data.shape}")
     from cmt_fast.metrics.dinov2 import DinoV2
     from cmt_fast.metrics.inception import Inception
 
     network = {"fid": Inception, "fd_dinov2": DinoV2}[config.metric](Path(config.weights), device)
-    return Judge(data, network, file, config.metric, codec() if config.codec else None, rows)
+    return Judge(data, network, file, config.metric, decode() if decode else None, rows)
 
 
 def make_reference(judge: Judge, n: int | None, batch: int, keep: int, advance: Callable[[int], None]) -> Reference:
@@ -177,7 +175,7 @@ def make_reference(judge: Judge, n: int | None, batch: int, keep: int, advance: 
     chosen[torch.arange(min(keep, n)) * n // max(1, min(keep, n))] = keep > 0
     for i, place in enumerate(torch.arange(n).split(batch)):
         if i % distributed.size() == distributed.rank():
-            features = judge.space.features(judge.look(data.rows(index[place], None)[0]))
+            features = judge.space.features(judge.look(data.rows(index[place])[0]))
             stream.add(features)
             kept.append(features[chosen[place].to(features.device)].cpu())
         advance(len(place))

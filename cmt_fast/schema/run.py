@@ -30,7 +30,7 @@ class Eval:
     """What is judged: steps of the sampler, number of samples, their seed; and in which features, against what.
 
     metric: "frechet" in the features of a small classifier or of the data themselves; "fid" and "fd_dinov2" need
-    `weights`, a file of their network's, and `reference`, a file of statistics; `codec` turns latents into images.
+    `weights`, a file of their network's, and `reference`, a file of statistics; `vae` decodes latents (default: the autoencoder that the store names).
     """
 
     steps: tuple[Count, ...] = (1, 2)
@@ -41,7 +41,7 @@ class Eval:
     metric: Literal["frechet", "fid", "fd_dinov2"] = "frechet"
     reference: str | None = None
     weights: str | None = None
-    codec: str | None = None
+    vae: str | None = None
 
 
 @schema

@@ -382,10 +382,10 @@ def test_what_the_metrics_need_is_named(run, tmp_path, capsys):
         assert cli.main(["eval", f"{run}/pre", *arguments]) == 2
         err = capsys.readouterr().err
         assert text in err.replace("'kid'", '"kid"') and err.count("\n") == 1, err
-    with pytest.raises(ConfigError, match="eval.codec: is missing; fid looks at images, and rows of .4, 8, 8. must be"):
+    with pytest.raises(ConfigError, match="eval.metric: fid looks at images, and rows of this data are .4, 8, 8."):
         latents = data.Dataset(torch.zeros(3, 4, 8, 8), None, 0)
         evaluation = schema.Eval(metric="fid", weights="w.pth")
-        metrics.open_judge(latents, evaluation, metrics.Identity, CPU, lambda: None)
+        metrics.open_judge(latents, evaluation, metrics.Identity, CPU, None)
 
 
 def test_latents_are_decoded_before_they_are_judged():
