@@ -69,11 +69,13 @@ class LocalEngine:
             s.clip,
         )
         self.g.zero_()
+        constrain(self.net)
         return norm
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take a parent's weights: student and every EMA track start there."""
         load_named(self.net, weights)
+        constrain(self.net)
         for e in self.emas:
             e.copy_(self.p)
 
@@ -115,16 +117,29 @@ def bind(net: nn.Module, buffer: Tensor, grad: bool = False) -> None:
             p.data = part.view(p.shape)
 
 
+def constrain(net: nn.Module) -> None:
+    """Let every module that holds its weights to a condition, EDM2's unit length, restore it after a change."""
+    for module in net.modules():
+        if hasattr(module, "constrain"):
+            module.constrain()
+
+
+def constants(net: nn.Module) -> dict[str, Tensor]:
+    """What a network has drawn once and keeps: its persistent buffers, by name; no optimizer or EMA touches them."""
+    parameters = dict(net.named_parameters())
+    return {name: x for name, x in net.state_dict().items() if name not in parameters}
+
+
 def named(net: nn.Module, buffer: Tensor) -> dict[str, Tensor]:
-    """The buffer (P,) as tensors by parameter name."""
+    """The buffer (P,) as tensors by parameter name, and the network's constants."""
     parts = buffer.split([p.numel() for p in net.parameters()])
-    return {name: part.view(p.shape) for (name, p), part in zip(net.named_parameters(), parts)}
+    return {name: part.view(p.shape) for (name, p), part in zip(net.named_parameters(), parts)} | constants(net)
 
 
 @torch.no_grad()
 def load_named(net: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy weights by name. Raises ValueError when names or shapes differ, naming the first that does."""
-    own = dict(net.named_parameters())
+    own = dict(net.named_parameters()) | constants(net)
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or extra:
         raise ValueError(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 
 import torch
+from cmt_kernels import dual
 from torch import Tensor
 
 from cmt_fast import checkpoint, compiled, config, distributed, pictures, rng, stages, trajectories
@@ -136,14 +138,16 @@ class Source:
         mine = slice(distributed.rank(), None, distributed.size())
         rows = torch.arange(self.own, device=self.work.device)[mine]
         drawn = self._data(random, step, rows) if self.draws_data else self._points(random, step, rows, rows)
-        loss, scalars = ROWS[self.stage.objective.kind].function(engine, drawn, self.stage.objective, world)
+        net = _dropping(engine, random, rows)
+        loss, scalars = ROWS[self.stage.objective.kind].function(net, drawn, self.stage.objective, world)
         scalars = {k: v.mean() for k, v in scalars.items()}
         anchor = self.stage.anchor
         if anchor is None:
             return loss.mean(), scalars
         rows = torch.arange(self.anchored, device=self.work.device)[mine]
         points = self._points(random, step, rows, rows + self.own)
-        held, _ = ROWS[anchor.objective.kind].function(engine, points, anchor.objective, world)
+        net = _dropping(engine, random, rows + self.own)
+        held, _ = ROWS[anchor.objective.kind].function(net, points, anchor.objective, world)
         scalars |= {"post_loss": loss.detach().mean(), "anchor_loss": held.detach().mean()}
         share = self.anchored / self.stage.batch
         return (1 - share) * anchor.post_weight * loss.mean() + share * held.mean(), scalars
@@ -161,6 +165,17 @@ class Source:
     def _drop(self, random: rng.Random, labels: Tensor | None, sample: Tensor) -> Tensor | None:
         """One mask a batch, for every copy of it."""
         return None if labels is None else random.uniform(rng.DROP, sample) < self.stage.label_dropout
+
+
+def _dropping(engine: LocalEngine, random: rng.Random, sample: Tensor) -> Callable:
+    """The engine; of a network with dropout, with seeds for these rows (B,): every call of a step drops the same."""
+    n = getattr(engine.net, "dropouts", 0)
+    if not n:
+        return engine
+    seeds = random.seeds(rng.DROPOUT, sample, n)
+    return lambda x, t, r=None, labels=None, drop=None, _=None, *more: engine(
+        x, t, r, labels, drop, seeds[: len(dual.value(x))], *more
+    )
 
 
 def _parent(work: Workspace, stage: Stage, engine: LocalEngine, fresh: bool) -> dict | None:

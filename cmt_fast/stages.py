@@ -116,6 +116,10 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
         raise ConfigError(
             f"{name}.objective.distance: 'features' needs labelled images to train the feature network on"
         )
+    if getattr(stage.objective, "uncertainty", False) and run.model.kind != "edm2":
+        raise ConfigError(
+            f"{name}.objective.uncertainty: needs a model of kind edm2, and this run's is {run.model.kind}"
+        )
     if stage.trajectories and points:
         t = stage.trajectories
         _as_config_error(

@@ -72,7 +72,7 @@ class Workspace:
         """The frozen network of a finished stage, EMA weights, in fp32."""
         net = self.build().to(self.device)
         load_named(net, self.weights(name)[0])
-        return net.requires_grad_(False).eval()
+        return models.fold(net.requires_grad_(False).eval())
 
     def codec(self, source: str | None = None) -> Codec:
         """The autoencoder of this run's latents, from `source` or from where the store says that it was.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from cmt_kernels import Dual, label_embedding, linear, silu, time_embedding
+from cmt_kernels import Dual, conv2d, group_norm, label_embedding, linear, silu, time_embedding
 from cmt_kernels.dual import tangent, value
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +29,28 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor | Dual) -> Tensor | Dual:
         return linear(x, self.weight, self.bias)
+
+
+class Conv(nn.Conv2d):
+    """y = W * x + b with the size kept, for Tensor | Dual. x: (B, C, H, W) -> (B, E, H, W); kernel odd."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor | Dual) -> Tensor | Dual:
+        return conv2d(x, self.weight, self.bias)
+
+
+class GroupNorm(nn.Module):
+    """x: (B, C, H, W) -> the same, mean 0 and variance 1 in groups of at least 4 channels, at most 32 groups."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = min(32, channels // 4), eps
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor | Dual) -> Tensor | Dual:
+        return group_norm(x, self.weight, self.bias, self.groups, self.eps)
 
 
 class TimeEmbedder(nn.Module):
