@@ -7,6 +7,7 @@ and a figure says whose reference it is against.
 from __future__ import annotations
 
 import math
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmt_fast.config import ConfigError
@@ -136,19 +137,20 @@ def _safetensors(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], d
 
 
 def _edm2(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    from cmt_fast.convert import pickles
+    from cmt_fast.convert import sandbox
 
     try:
-        with open(path, "rb") as file:
-            tensors, about = pickles.read(file, path.stat().st_size)
-    except (OSError, ValueError) as error:
+        with tempfile.TemporaryDirectory(prefix="cmt-reference-") as folder:
+            about = sandbox.read(path, Path(folder))
+            tensors = load_file(Path(folder) / sandbox.RESULTS[0])
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"eval.reference: {str(path)!r} is no file of EDM2's statistics ({error})") from None
     parts = [m for m in WIDTHS if {f"{m}.mu", f"{m}.sigma"} <= tensors.keys()]
     if metric not in parts:
         raise ConfigError(f"eval.reference: {str(path)!r} holds no {metric}; it holds {', '.join(parts) or 'none'}")
     n = about.get("num_images") if isinstance(about, dict) else None
     facts = {"source": "EDM2", "n": n if isinstance(n, int) else None}
-    return {key: np.array(tensors[f"{metric}.{key}"].array) for key in ("mu", "sigma")}, facts
+    return {key: tensors[f"{metric}.{key}"] for key in ("mu", "sigma")}, facts
 
 
 def _checked(path: Path, mu: Any, sigma: Any) -> tuple[Tensor, Tensor]:

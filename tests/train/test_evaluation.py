@@ -70,7 +70,6 @@ def test_adm_and_edm_files(tmp_path, narrow):
 
 
 def test_edm2_files_go_through_the_reader_that_runs_nothing(tmp_path, narrow):
-    pytest.importorskip("cmt_fast.convert")
     parts = {"mu": narrow.mean.numpy(), "sigma": narrow.covariance.numpy()}
     (tmp_path / "img.pkl").write_bytes(pickle.dumps({"num_images": 1281167, "fid": parts}))
     found = reference.read(tmp_path / "img.pkl", "fid")
