@@ -23,6 +23,7 @@ from cmt_fast import __version__, checkpoint, config, distributed, log, metrics,
 from cmt_fast import data as datasets
 from cmt_fast.codec import Codec
 from cmt_fast.config import ConfigError
+from cmt_fast.data.latents import Index
 from cmt_fast.engine import load_named
 from cmt_fast.paths import Path as ForwardPath
 from cmt_fast.sample import Setting
@@ -74,13 +75,19 @@ class Workspace:
         load_named(net, self.weights(name)[0])
         return models.fold(net.requires_grad_(False).eval())
 
+    @property
+    def latents(self) -> Index | None:
+        """What the store says of its latents; None where rows are no latents."""
+        index = None if isinstance(self.data, datasets.Dataset) else getattr(self.data, "index", None)
+        return index if index is not None and index.kind != "pixels" else None
+
     def codec(self, source: str | None = None) -> Codec:
         """The autoencoder of this run's latents, from `source` or from where the store says that it was.
 
         Raises ConfigError when the data are no latents, or it is not there or not the one that made them.
         """
-        index = getattr(self.data, "index", None)
-        if index is None or index.kind == "pixels":
+        index = self.latents
+        if index is None:
             raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
         if not (source or index.vae):
             raise ConfigError("--vae: is missing, and the store does not say which autoencoder made it")
@@ -98,8 +105,8 @@ class Workspace:
 
     def visible(self, x: Tensor) -> tuple[Tensor, str]:
         """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
-        index = getattr(self.data, "index", None)
-        if index is None or index.kind == "pixels":
+        index = self.latents
+        if index is None:
             return x, ""
         if isinstance(self._decoder, Codec):
             return self._decoder.decode(x), ""
@@ -118,9 +125,7 @@ class Workspace:
 
     def open_judge(self, rows: bool = False) -> metrics.Judge:
         """What `eval` asks for; rows: with precision and recall. Raises ConfigError naming the key that is missing."""
-        index, decode = getattr(self.data, "index", None), None
-        if index is not None and index.kind != "pixels":
-            decode = lambda: self.codec(self.run.eval.vae).decode
+        decode = (lambda: self.codec(self.run.eval.vae).decode) if self.latents else None
         return metrics.open_judge(self.data, self.run.eval, lambda: self.space, self.device, decode, rows)
 
     def evaluate(

@@ -30,7 +30,8 @@ class Eval:
     """What is judged: steps of the sampler, number of samples, their seed; and in which features, against what.
 
     metric: "frechet" in the features of a small classifier or of the data themselves; "fid" and "fd_dinov2" need
-    `weights`, a file of their network's, and `reference`, a file of statistics; `vae` decodes latents (default: the autoencoder that the store names).
+    `weights`, a file of their network's, and `reference`, a file of statistics; `vae` decodes latents.
+    Without `vae` that is the autoencoder that the store names.
     """
 
     steps: tuple[Count, ...] = (1, 2)
