@@ -9,7 +9,9 @@ from cmt_kernels import philox
 from torch import Tensor
 
 # What a number is drawn for. A stream is never used for two things.
-NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA, LATENT, DROPOUT = range(14)
+NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA, LATENT, DROPOUT = (
+    range(14)
+)
 
 
 class Random(NamedTuple):

@@ -33,7 +33,8 @@ MAY = {
     "sample": {"paths", "rng", "schema", "solvers"},
     "metrics": {"config", "convert", "data", "distributed", "metrics", "schema"},
     "compiled": set(),
-    "engine": {"compiled", "distributed", "ema", "schema"},
+    "engine": {"compiled", "distributed", "ema", "optimizer", "schema"},
+    "optimizer": {"schema"},
     "posthoc": {"checkpoint", "config", "ema"},
     "plots": set(),
 }

@@ -52,5 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
         distributed.stop()
 
 
-def _subparsers():
-    return next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices.values()
+def _subparsers(root: argparse.ArgumentParser | None = None):
+    """Every command's parser, and those of its actions."""
+    for group in (root or parser())._actions:
+        if isinstance(group, argparse._SubParsersAction):
+            for inner in group.choices.values():
+                yield inner
+                yield from _subparsers(inner)

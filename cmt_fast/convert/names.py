@@ -8,9 +8,13 @@ tensor that is missing, raise ValueError.
 
 from __future__ import annotations
 
+import math
 import re
 
+import torch
 from torch import Tensor
+
+from cmt_fast.models.dit import positions
 
 Weights = dict[str, Tensor]
 
@@ -69,6 +73,117 @@ def edm(theirs: Weights) -> Weights:
             ),
         ],
     )
+
+
+def dit(theirs: Weights) -> Weights:
+    """DiT (facebookresearch/DiT): `model: {kind: dit, size: ..., patch: ..., embeddings: dit, precondition: ddpm}`, path ve.
+
+    The channels of the learned variance, which no ODE reads, are left out.
+    """
+    return _transformer(theirs)
+
+
+def sit(theirs: Weights) -> Weights:
+    """SiT (willisma/SiT): `model: {kind: dit, size: ..., patch: ..., embeddings: dit}` on path linear.
+
+    Its time runs from noise to data and its velocity with it. Both are turned round in the weights: waves of 1 - t are a
+    rotation of waves of t, which the first layer of the time embedding takes in, and the last layer changes its sign. The
+    embedding of t - r starts at 0, so that u(z, r, t) is the velocity at t, whatever r. The learned variance is left out.
+    """
+    return _one_time(_transformer(_reversed(theirs)))
+
+
+def repa(theirs: Weights) -> Weights:
+    """REPA's SiT (sihyun-yu/REPA), whose time is ours, as `sit`. The projectors, which only its training reads, go."""
+    return _one_time(_transformer({k: v for k, v in theirs.items() if not k.startswith("projectors.")}))
+
+
+def meanflow(theirs: Weights) -> Weights:
+    """MeanFlow's SiT of two times (zhuyu-cs/MeanFlow): model and path as for `sit`; times are ours."""
+    return _transformer(theirs)
+
+
+def lightningdit(theirs: Weights) -> Weights:
+    """LightningDiT (hustvl/LightningDiT): `model: {kind: dit, size: ..., patch: ..., embeddings: dit, mlp: swiglu, norm: rms,
+    rope: true}` on path linear, times and duration as in `sit`.
+
+    It turns neighbours in a head, ours turns halves: queries, keys and their norms change their order inside each head.
+    """
+    theirs = dict(theirs)
+    waves = theirs.pop("feat_rope.freqs_cos", None)
+    theirs.pop("feat_rope.freqs_sin", None)
+    if waves is not None:
+        head = waves.shape[-1]
+        halves = torch.cat((torch.arange(0, head, 2), torch.arange(1, head, 2)))
+        for name, x in theirs.items():
+            if ".attn.qkv." in name:
+                qkv = x.unflatten(0, (3, -1, head))
+                theirs[name] = torch.cat((qkv[:2, :, halves], qkv[2:])).flatten(0, 2)
+            elif ".attn.q_norm." in name or ".attn.k_norm." in name:
+                theirs[name] = x[halves]
+    return _one_time(_transformer(_reversed(theirs)))
+
+
+def _transformer(theirs: Weights) -> Weights:
+    """Patches, heads and final rows of DiT and its kin, whose names they share."""
+    theirs = dict(theirs)
+    position, patches = theirs.pop("pos_embed", None), theirs.get("x_embedder.proj.weight")
+    if patches is None:
+        raise ValueError("'x_embedder.proj.weight' is missing: this is no DiT")
+    width, channels, patch = patches.shape[:3]
+    if position is not None:
+        ours = positions(math.isqrt(position.shape[1]), width, columns_first=True)
+        if not torch.allclose(position[0].float().cpu(), ours, atol=1e-4):
+            raise ValueError("'pos_embed' is not the fixed position embedding of DiT")
+    theirs["x_embedder.proj.weight"] = patches.flatten(1)
+    for end in ("weight", "bias"):
+        rows = theirs[f"final_layer.linear.{end}"].unflatten(0, (patch, patch, -1))[:, :, :channels]
+        theirs[f"final_layer.linear.{end}"] = rows.movedim(2, 0).flatten(0, 2)
+    layer = {"attn.qkv": "qkv", "attn.proj": "proj", "adaLN_modulation.1": "modulation"}
+    layer |= {"mlp.fc1": "fc1", "mlp.fc2": "fc2", "mlp.w12": "fc1", "mlp.w3": "fc2", "norm1": "norm1", "norm2": "norm2"}
+    final = {"linear": "final", "adaLN_modulation.1": "final_modulation", "norm_final": "final_norm"}
+    time, part = {"t": "time", "r": "duration"}, {"0": "hidden", "2": "out"}
+    return _renamed(
+        theirs,
+        [
+            (r"x_embedder\.proj\.(\w+)", lambda m: f"net.embed.{m[1]}"),
+            (r"([tr])_embedder\.mlp\.([02])\.(\w+)", lambda m: f"net.{time[m[1]]}.{part[m[2]]}.{m[3]}"),
+            (r"y_embedder\.embedding_table\.weight", lambda m: "net.label.table"),
+            (r"blocks\.(\d+)\.attn\.([qk])_norm\.weight", lambda m: f"net.blocks.{m[1]}.{m[2]}_weight"),
+            (
+                rf"blocks\.(\d+)\.({'|'.join(map(re.escape, layer))})\.(weight|bias)",
+                lambda m: f"net.blocks.{m[1]}.{layer[m[2]]}.{m[3]}",
+            ),
+            (
+                rf"final_layer\.({'|'.join(map(re.escape, final))})\.(weight|bias)",
+                lambda m: f"net.{final[m[1]]}.{m[2]}",
+            ),
+        ],
+    )
+
+
+def _reversed(theirs: Weights) -> Weights:
+    """The network at time 1 - t with its output negated, as weights of a network at time t.
+
+    cos(w (1 - t)) = cos w cos wt + sin w sin wt, sin(w (1 - t)) = sin w cos wt - cos w sin wt; in float64.
+    """
+    theirs = dict(theirs)
+    for end in ("weight", "bias"):
+        theirs[f"final_layer.linear.{end}"] = -theirs[f"final_layer.linear.{end}"]
+    w = theirs["t_embedder.mlp.0.weight"]
+    n = w.shape[1] // 2
+    frequency = torch.exp(-math.log(1e4) * torch.arange(n, dtype=torch.float32) / n).double().to(w.device)
+    (a, b), cos, sin = w.double().split(n, dim=1), frequency.cos(), frequency.sin()
+    theirs["t_embedder.mlp.0.weight"] = torch.cat((a * cos + b * sin, a * sin - b * cos), dim=1).to(w.dtype)
+    return theirs
+
+
+def _one_time(ours: Weights) -> Weights:
+    """A network of one time as one of two: its embedding of t - r is the time's, with a last layer of zeros."""
+    for part in ("hidden.weight", "hidden.bias", "out.weight", "out.bias"):
+        x = ours[f"net.time.{part}"]
+        ours[f"net.duration.{part}"] = torch.zeros_like(x) if part.startswith("out") else x.clone()
+    return ours
 
 
 _WAVE = {"freqs": "frequency", "phases": "phase"}

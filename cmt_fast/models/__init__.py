@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from cmt_fast.models import dit, edm, edm2, mlp
-from cmt_fast.models.precond import AverageVelocity, Denoiser
+from cmt_fast.models.precond import AverageVelocity, Denoiser, NoiseDenoiser
 from cmt_fast.schema import Dit, Edm, Edm2, Mlp, Model
 
 
@@ -23,6 +23,10 @@ def build(model: Model, path: str, sigma_data: float, shape: tuple[int, ...], cl
         raise ValueError(f"model.kind: a {model.kind} needs square images, the data has the shape {shape}")
     elif isinstance(model, Dit):
         net = _dit(model, shape, classes, two_times)
+        if model.precondition == "ddpm":
+            if two_times:
+                raise ValueError("model.precondition: 'ddpm' is for the path 've', this run's is 'linear'")
+            return NoiseDenoiser(net)
     else:
         make = _edm2 if isinstance(model, Edm2) else _edm
         net = make(model, shape, classes if model.conditional else 0, two_times)
@@ -52,6 +56,9 @@ def _dit(model: Dit, shape: tuple[int, ...], classes: int, two_times: bool) -> n
         two_times=two_times,
         qk_norm=model.qk_norm,
         rope=model.rope,
+        mlp=model.mlp,
+        norm=model.norm,
+        embeddings=model.embeddings,
         checkpoint_activations=model.checkpoint_activations,
     )
 

@@ -13,6 +13,9 @@ from cmt_fast.schema.numbers import Count, Natural, schema
 class Dit:
     """Diffusion transformer. `size` sets width, depth and heads; each may be set by itself.
 
+    `embeddings` dit: times and positions as in the published DiT, SiT, REPA and MeanFlow networks, which load into it; with
+    `mlp: swiglu, norm: rms, rope: true` LightningDiT's do. `precondition` ddpm (path ve): the network predicts the noise of
+    DDPM's 1000 variance-preserving steps, as DiT does; edm: EDM's preconditioning.
     `checkpoint_activations`: blocks keep their input alone and run again in the backward pass: less memory, more time.
     """
 
@@ -24,6 +27,10 @@ class Dit:
     heads: Count | None = None
     qk_norm: bool = False
     rope: bool = False
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    norm: Literal["layer", "rms"] = "layer"
+    embeddings: Literal["cmt", "dit"] = "cmt"
+    precondition: Literal["edm", "ddpm"] = "edm"
     checkpoint_activations: bool = False
 
 
