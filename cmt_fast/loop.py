@@ -214,15 +214,14 @@ def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool
 def _watch(
     work: Workspace, name: str, stage: Stage, engine, plan: stages.Schedule, n: int, last: bool, log: Log
 ) -> None:
-    """What is looked at during training, on rank 0: figures, pictures, EMA snapshots."""
+    """What is looked at during training: figures by all ranks together, pictures and EMA snapshots by rank 0."""
     due = lambda every: every and (n % every == 0 or last)
+    net = None
+    if due(plan.eval_every):
+        net = engine.average()
+        figures = work.evaluate(net, work.run.eval.steps, work.run.eval.n_during, quiet=True)
+        log.row("eval", n, n * stage.batch, {"steps": figures})
     if distributed.rank() == 0:
-        net = None
-        if due(plan.eval_every):
-            net = engine.average()
-            log.row(
-                "eval", n, n * stage.batch, {"steps": work.evaluate(net, work.run.eval.steps, work.run.eval.n_during)}
-            )
         if due(plan.grid_every) or last:
             draw_grid(work, net or engine.average(), name, n)
         if due(plan.snapshot_every):

@@ -65,7 +65,7 @@ def run(recipe: str, stage: str, overrides: list[str], grids: list[str], out: Pa
             loop.train(work, [stage])
             row |= {
                 "steps": work.evaluate(work.network(stage), work.run.eval.steps, work.run.eval.n),
-                "extractor": work.space.name,
+                "extractor": work.judge.name,
             }
         except FloatingPointError as error:
             row["failed"] = str(error)

@@ -31,7 +31,7 @@ MAY = {
     "data": {"checkpoint", "codec", "config", "data", "distributed", "paths", "pictures", "rng", "schema", "solvers"},
     "trajectories": {"distributed", "objectives", "paths", "rng", "schema", "solvers"},
     "sample": {"paths", "rng", "schema", "solvers"},
-    "metrics": {"data"},
+    "metrics": {"config", "convert", "data", "distributed", "metrics", "schema"},
     "compiled": set(),
     "engine": {"compiled", "distributed", "ema", "optimizer", "schema"},
     "optimizer": {"schema"},
@@ -49,6 +49,7 @@ DOORS = {
     "matplotlib": "plots",
     "tensorboard": "log",
     "triton": "*/triton",
+    "torch_fidelity": "metrics/inception",
 }
 
 

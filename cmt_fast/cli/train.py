@@ -74,8 +74,7 @@ def train(args: argparse.Namespace) -> None:
     if distributed.rank() == 0:
         _ops(work.device.type)
     loop.train(work, names)
-    if distributed.rank() == 0:
-        report.write(out)
+    report.write(out)
 
 
 def _ops(device: str) -> None:

@@ -27,13 +27,22 @@ class Sampler:
 
 @schema
 class Eval:
-    """What is judged: steps of the sampler, number of samples, their seed."""
+    """What is judged: steps of the sampler, number of samples, their seed; and in which features, against what.
+
+    metric: "frechet" in the features of a small classifier or of the data themselves; "fid" and "fd_dinov2" need
+    `weights`, a file of their network's, and `reference`, a file of statistics; `vae` decodes latents.
+    Without `vae` that is the autoencoder that the store names.
+    """
 
     steps: tuple[Count, ...] = (1, 2)
     n: Annotated[int, Field(ge=2)] = 4000
     n_during: Annotated[int, Field(ge=2)] = 2000
     seed: Natural = 1234
     batch: Count = 1000
+    metric: Literal["frechet", "fid", "fd_dinov2"] = "frechet"
+    reference: str | None = None
+    weights: str | None = None
+    vae: str | None = None
 
 
 @schema

@@ -78,7 +78,7 @@ def quality_table(work: Workspace, done: dict[str, Stand], judged: dict[str, Jud
         title = "pre-trained" if name == "pre" else name
         entries.append((title, *s.path, judged[name].few[str(k)]))
     columns = {
-        "frechet": f"Fréchet, {work.space.name}",
+        "frechet": f"{distance_title(work)}, {work.judge.name}",
         "accuracy": "accuracy",
         "sliced_wasserstein": "sliced Wasserstein",
     }
@@ -98,13 +98,19 @@ def quality_table(work: Workspace, done: dict[str, Stand], judged: dict[str, Jud
 def summary(tables: list[Table], steps: tuple[int, ...], extractor: str) -> Table:
     """The quality tables as one for the terminal: distance and accuracy by number of steps."""
     names = [title.partition(",")[0] for title in tables[0].head]
-    shown = [i for i, title in enumerate(names) if title in ("Fréchet", "accuracy")]
+    shown = [i for i, title in enumerate(names) if title in ("Fréchet", "FID", "FD-DINOv2", "accuracy")]
     columns = ["network", "images", *(f"{names[i]} @{k}" for k in steps for i in shown)]
     rows = []
     for title, *_, nimg, _ in tables[0].rows:
         found = [next((row for row in t.rows if row[0] == title), [DASH] * len(names)) for t in tables]
         rows.append([title, nimg, *(row[i] for row in found for i in shown)])
-    return Table(f"Fréchet: {extractor}; @k: in k steps", columns, rows)
+    return Table(f"{names[shown[0]]}: {extractor}; @k: in k steps", columns, rows)
+
+
+def distance_title(work: Workspace) -> str:
+    """FID and FD-DINOv2 where the figures follow those protocols, Fréchet where they do not."""
+    name = work.judge.title(work.run.eval.n)
+    return "Fréchet" if name.startswith("frechet") else name
 
 
 def quality(work: Workspace, tables: list[Table]) -> Section:

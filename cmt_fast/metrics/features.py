@@ -1,14 +1,14 @@
-"""Judging samples: Fréchet distance in a named feature space, class accuracy, sliced Wasserstein distance.
+"""Feature spaces that need no weights from elsewhere: the data themselves, and a small classifier trained on them.
 
-The distance is never called FID: that name belongs to one Inception network. Which features were used,
-and their hash, stands beside every figure.
+Inception (FID) and DINOv2 (FD-DINOv2) have files of their own beside this one.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,16 @@ from cmt_fast.data import Rows, in_memory
 
 
 class Extractor(Protocol):
-    """A feature space: its name with a hash, features (N, F) of images (N, ...), and class predictions if it has them."""
+    """A feature space. name: network, hash of its weights, resize rule; what is stored with statistics and compared.
+
+    images: whether it looks at pixels (B, 1 or 3, H, W) in [-1, 1], else at rows as the data set has them.
+    short: what the Fréchet distance in it is called on 50,000 samples, where `published` weights are used.
+    """
 
     name: str
+    images: bool
+    short: str
+    published: bool
 
     def features(self, x: Tensor) -> Tensor: ...
 
@@ -32,7 +39,7 @@ class Extractor(Protocol):
 class Identity:
     """The data themselves as features, for vectors."""
 
-    name = "identity"
+    name, images, short, published = "identity", False, "", False
 
     def features(self, x: Tensor) -> Tensor:
         return x.flatten(1)
@@ -46,6 +53,8 @@ class Classifier(nn.Module):
 
     Small on purpose: seconds on a CPU, the same weights every time on one machine, stored with its hash.
     """
+
+    images, short, published = False, "", False
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
@@ -99,7 +108,7 @@ def extractor(data: Rows, cache: Path) -> Extractor:
     else:
         net = train_classifier(data)
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
+        temporary = file.with_suffix(f".tmp-{os.getpid()}")  # every rank may be at it
         save_file(net.state_dict(), temporary)
         temporary.replace(file)
     digest = xxhash.xxh3_128()
@@ -107,61 +116,3 @@ def extractor(data: Rows, cache: Path) -> Extractor:
         digest.update(tensor.numpy().tobytes())
     net.name = f"classifier-64-32@{digest.hexdigest()[:12]}"
     return net
-
-
-class Moments(NamedTuple):
-    """Mean (F,) and covariance (F, F) of features, float64."""
-
-    mean: Tensor
-    covariance: Tensor
-
-
-def moments(features: Tensor) -> Moments:
-    """features: (N, F), N >= 2."""
-    f = features.double()
-    return Moments(f.mean(0), torch.cov(f.T).reshape(f.shape[1], f.shape[1]))
-
-
-def frechet(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), float64, by symmetric eigenvalues.
-
-    tr (C_a C_b)^1/2 is the sum of square roots of the eigenvalues of C_a^1/2 C_b C_a^1/2, which is symmetric.
-    """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return max(float(distance), 0.0)
-
-
-def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 128, seed: int = 0) -> float:
-    """2-Wasserstein distance averaged over random directions (Bonneel et al. 2015). a: (N, ...), b: (M, ...).
-
-    Both sets are compared at the quantiles of the smaller one.
-    """
-    a, b = a.flatten(1).double(), b.flatten(1).double()
-    g = torch.Generator().manual_seed(seed)
-    d = F.normalize(torch.randn(a.shape[1], directions, generator=g, dtype=torch.float64), dim=0)
-    n = min(len(a), len(b))
-    q = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    pa, pb = (torch.quantile(x @ d, q, dim=0) for x in (a, b))
-    return float((pa - pb).square().mean().sqrt())
-
-
-class Judge:
-    """Compares samples with the real data; holds what of the real data is reused."""
-
-    def __init__(self, data: Rows, features: Extractor) -> None:
-        self.real, self.space = in_memory(data).x.cpu(), features
-        self.reference = moments(features.features(self.real))
-
-    def __call__(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
-        """samples: (n, ...), labels (n,) they were asked for -> frechet, sliced_wasserstein, and accuracy with labels."""
-        out = {
-            "frechet": frechet(moments(self.space.features(samples)), self.reference),
-            "sliced_wasserstein": sliced_wasserstein(samples, self.real),
-        }
-        predicted = self.space.classes(samples)
-        if predicted is not None and labels is not None:
-            out["accuracy"] = float((predicted == labels).double().mean())
-        return out
