@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cmt_fast import checkpoint, compiled, config, distributed, pictures, rng, stages, trajectories
-from cmt_fast.data import Loader
+from cmt_fast.data import loader
 from cmt_fast.engine import LocalEngine, named
 from cmt_fast.log import Log, say
 from cmt_fast.objectives import ROWS, Batch, World
@@ -107,7 +107,7 @@ class Source:
         self.own, self.anchored = stages.rows(stage)
         self.total = stages.schedule(stage).total
         self.draws_data = ROWS[stage.objective.kind].draws == "data"
-        self.loader = Loader(work.data, run.seed, work.device, stride=self.own) if self.draws_data else None
+        self.loader = loader(run.loader, work.data, run.seed, work.device, self.own) if self.draws_data else None
         if self.loader:
             mine = slice(distributed.rank(), None, distributed.size())
             self.positions = torch.arange(self.own, device=self.loader.place)[mine]

@@ -68,6 +68,7 @@ def train(args: argparse.Namespace) -> None:
             parent = getattr(stage, key)
             if parent and parent not in names[:i]:
                 work.weights(parent)
+    work.check_loader()
     if args.dry_run:
         return _dry_run(work, names)
     work.compare()
