@@ -9,7 +9,7 @@ from cmt_kernels import philox
 from torch import Tensor
 
 # What a number is drawn for. A stream is never used for two things.
-NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA = range(12)
+NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA, LATENT = range(13)
 SHARDS = 40
 
 

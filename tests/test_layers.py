@@ -27,7 +27,8 @@ MAY = {
     "solvers": {"paths"},
     "objectives": {"objectives", "paths", "rng", "schema", "solvers"},
     "models": {"models", "paths", "schema"},
-    "data": {"data", "paths", "rng", "schema", "solvers"},
+    "codec": {"config"},
+    "data": {"checkpoint", "codec", "config", "data", "distributed", "paths", "pictures", "rng", "schema", "solvers"},
     "trajectories": {"distributed", "objectives", "paths", "rng", "schema", "solvers"},
     "sample": {"paths", "rng", "schema", "solvers"},
     "metrics": {"data"},
@@ -38,6 +39,7 @@ MAY = {
 }
 # heavy packages and the one module each may be imported in
 DOORS = {
+    "diffusers": "codec",
     "deepspeed": "engine",
     "nvidia": "data/dali",
     "pynvml": "accounting",

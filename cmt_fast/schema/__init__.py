@@ -3,7 +3,7 @@
 Every number a run depends on is here or in its recipe; the resolved form and its hash are saved with the run.
 """
 
-from cmt_fast.schema.data import Data, Digits, Gmm, Npz
+from cmt_fast.schema.data import Data, Digits, Gmm, Latents, Npz
 from cmt_fast.schema.model import Dit, Mlp, Model
 from cmt_fast.schema.objective import CmtCm, CmtMf, Denoise, Distance, Ecd, Ect, Flow, MeanFlow, Objective
 from cmt_fast.schema.run import Dali, Eval, Feed, Run, Sampler, Torch

@@ -14,7 +14,12 @@ from cmt_fast.templates import Group, Picture, Section, Table, png
 from cmt_fast.workspace import Workspace
 
 DASH, RATIO = "–", "post / control"
-DATA = {"digits": "8 x 8 handwritten digits", "gmm": "points of a 2-D Gaussian mixture", "npz": "images of a file"}
+DATA = {
+    "digits": "8 x 8 handwritten digits",
+    "gmm": "points of a 2-D Gaussian mixture",
+    "npz": "images of a file",
+    "latents": "rows of a store",
+}
 TEXT = 99  # every column is text
 
 
