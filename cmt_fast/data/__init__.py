@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import torch
+import xxhash
 from torch import Tensor
 
 from cmt_fast.rng import DATA, Random
@@ -22,12 +23,16 @@ class Rows(Protocol):
 
     rows: index (B,) int64 -> x (B, *shape) float32 in data units, labels (B,) or None. Rows that are distributions
     (latents with a standard deviation) are drawn from: draw (B,) int64 says which draw of each row, None takes means.
+    facts: what tells these rows, in this order, from others; a checkpoint keeps it.
     """
 
     n: int
     shape: tuple[int, ...]
     classes: int
     labels: Tensor | None
+
+    @property
+    def facts(self) -> dict[str, int | str]: ...
 
     def rows(self, index: Tensor, draw: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]: ...
 
@@ -60,6 +65,14 @@ class Dataset(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Shape of one row."""
         return tuple(self.x.shape[1:])
+
+    @property
+    def facts(self) -> dict[str, int | str]:
+        """As Rows."""
+        state = xxhash.xxh3_128()
+        for part in (self.x, self.labels):
+            state.update(b"" if part is None else part.cpu().contiguous().numpy())
+        return {"rows": self.n, "xxh3_128": state.hexdigest()}
 
     def rows(self, index: Tensor, draw: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]:
         """As Rows; rows are points, so `draw` and `seed` change nothing."""

@@ -10,6 +10,7 @@ place, without an error, when the batch or the number of shards is another.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ class _Read:
     """What the external source calls: step `iteration` -> its rows as they are stored, a function of its number."""
 
     def __init__(self, order: Order, first: Tensor, stride: int, split: bool) -> None:
-        self.order, self.first, self.stride, self.split = order, first, stride, split
+        self.order = Order(order.data, order.seed)  # one of its own: it is ahead, in another epoch at times
+        self.first, self.stride, self.split = first, stride, split
 
     def __call__(self, iteration: int) -> Any:
         index, _ = self.order(self.first + iteration * self.stride)
@@ -90,30 +92,34 @@ class _Read:
 
 
 class _Feed:
-    """A pipeline from one position on."""
+    """A pipeline from one position on. left: steps it still has, None where there is no end."""
+
+    left: int | None = None
 
     def __init__(self, batch: int, device: torch.device, config: Dali) -> None:
         from nvidia.dali import Pipeline
 
-        self.device = device
-        gpu = device.type == "cuda"
-        self.left: int | None = None  # steps it still has; None: no end
+        self.gpu = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.gpu else None
         self.pipeline = Pipeline(
             batch_size=batch,
             num_threads=config.threads,
-            device_id=(device.index or 0) if gpu else None,
+            device_id=(device.index or 0) if self.gpu else None,
             prefetch_queue_depth=config.prefetch,
             py_num_workers=max(config.workers, 1),
             py_start_method="spawn",  # a process that holds CUDA or threads must not be forked
         )
 
-    def run(self) -> list[Tensor]:
-        """The outputs of the next step: dense tensors of our own, on the device where DALI has put them there."""
+    def own(self, part: Any) -> Tensor:
+        """A tensor of our own with what DALI has put out, where it has put it: its buffers are used again."""
         from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        out = [to_torch_tensor(part.as_tensor(), copy=True) for part in self.pipeline.run(stream)]
-        self.left = None if self.left is None else self.left - 1
+        if self.stream is None:
+            return to_torch_tensor(part.as_tensor(), copy=True)
+        with torch.cuda.stream(self.stream):  # waits for the copy alone, not for the steps that are under way
+            out = to_torch_tensor(part.as_tensor(), copy=True)
+        self.stream.synchronize()
+        out.record_stream(torch.cuda.current_stream(out.device))
         return out
 
 
@@ -129,21 +135,24 @@ class _Store(_Feed):
         read = _Read(order, position, stride, parallel)
         with self.pipeline:
             rows = fn.external_source(source=read, batch=True, parallel=parallel, **ahead)
-            self.pipeline.set_outputs(rows.gpu() if device.type == "cuda" else rows)
+            self.pipeline.set_outputs(rows.gpu() if self.gpu else rows)
         self.pipeline.build()
 
     def next(self) -> Tensor:
         """The stored rows of the next step."""
         try:
-            return self.run()[0]
-        except Exception as error:  # processes raise no class of their own, only a text with a traceback in it
-            if isinstance(error, ValueError) or not str(error):
+            (rows,) = self.pipeline.run()
+        except DatasetError:
+            raise
+        except Exception as error:  # processes raise a class of DALI's with a traceback as its text
+            if "DatasetError" not in str(error):
                 raise
-            raise DatasetError(f"data.path: {_reason(error)}") from None
+            raise DatasetError(_reason(error)) from None
+        return self.own(rows)
 
 
 class _Shards(_Feed):
-    """Rows and labels of WebDataset shards, read by DALI in the order that index files name."""
+    """Rows of WebDataset shards, read by DALI in the order that index files name. Bytes are checked before they leave."""
 
     def __init__(self, order: Order, position: Tensor, stride: int, device: torch.device, config: Dali) -> None:
         from nvidia.dali import fn, types
@@ -158,33 +167,32 @@ class _Shards(_Feed):
         with tempfile.TemporaryDirectory(prefix="cmt-index-") as folder:
             archives, indices = _write_indices(data, index, epoch, Path(folder))
             with self.pipeline:
-                found = fn.readers.webdataset(
+                files = fn.readers.webdataset(
                     paths=archives,
                     index_paths=indices,
-                    ext=["npy", "cls"] if data.digits else ["npy"],
+                    ext=["npy"],
                     missing_component_behavior="error",
                     prefetch_queue_depth=config.prefetch,
                 )
-                files, *labels = found if data.digits else [found]
+                files = files[0] if isinstance(files, (list, tuple)) else files
                 dtype = {"float16": types.FLOAT16, "float32": types.FLOAT, "uint8": types.UINT8}[data.index.dtype]
                 rows = fn.reinterpret(files[HEADER:], dtype=dtype, shape=list(data.index.shape))
-                self.pipeline.set_outputs(rows.gpu() if device.type == "cuda" else rows, *labels)
+                self.pipeline.set_outputs(rows, *([rows.gpu()] if self.gpu else []))
             self._guarded(self.pipeline.build)
 
     def next(self) -> Tensor:
-        """The stored rows of the next step, their labels checked."""
-        rows, *labels = self._guarded(self.run)
-        index = self.coming.pop(0)
-        if labels:
-            self.data.check_labels(index, labels[0])
-        return rows
+        """The stored rows of the next step."""
+        outputs = self._guarded(self.pipeline.run)
+        self.data.check_rows(self.coming.pop(0), outputs[0].as_array())
+        self.left = len(self.coming)
+        return self.own(outputs[-1])
 
-    def _guarded(self, call) -> Any:
+    def _guarded(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except RuntimeError as error:
             self.data.check()  # names the archive when it is not what it was
-            raise DatasetError(f"data.path: {self.data.folder}: DALI cannot read it ({_reason(error)})") from None
+            raise DatasetError(f"{self.data.folder}: DALI cannot read it ({_reason(error)})") from None
 
 
 def _write_indices(data: Shards, index: Tensor, epoch: Tensor, folder: Path) -> tuple[list[str], list[str]]:
@@ -206,8 +214,8 @@ def _write_indices(data: Shards, index: Tensor, epoch: Tensor, folder: Path) -> 
 
 
 def _reason(error: Exception) -> str:
-    """The one line that says why, out of DALI's report: what an operator encountered, or a traceback's end."""
+    """The one line that says why, out of DALI's report: what an operator encountered, or the end of a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "encountered:" in lines:
         return lines[lines.index("encountered:") + 1]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1])
+    return next((line.partition("Error: ")[2] for line in lines if "DatasetError: " in line), lines[-1])
