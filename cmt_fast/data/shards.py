@@ -110,8 +110,8 @@ def npy_header(index: Index) -> bytes:
     return b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text
 
 
-def export(store: Store, out: Path, per_shard: int, seed: int, tell: Callable[[int], None]) -> None:
-    """Copy a store into shards of `per_shard` rows; tell(rows written). Raises DatasetError for damaged rows.
+def export(store: Store, out: Path, per_shard: int, seed: int, tell: Callable[[int, int], None]) -> None:
+    """Copy a store into shards of `per_shard` rows; tell(rows written, rows). Raises DatasetError for damaged rows.
 
     Everything is written to OUT.part, which gets its name at the end. Mirror images, where the store holds them, stay
     behind the others, in the same order.
@@ -132,7 +132,7 @@ def export(store: Store, out: Path, per_shard: int, seed: int, tell: Callable[[i
         path = part / f"shard-{i:05d}.tar"
         checksums[first : first + len(rows)] = _write_shard(store, path, rows, mine, first)
         shards.append({"file": path.name, "rows": len(rows)})
-        tell(len(rows))
+        tell(first + len(rows), index.rows)
     files = {CHECKSUMS: _write_array(part / CHECKSUMS, checksums)}
     if labels is not None:
         files[LABELS] = _write_array(part / LABELS, labels.astype("<i8"))
