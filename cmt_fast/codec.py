@@ -5,6 +5,7 @@ diffusers is imported here alone, when a Codec is opened. Nothing is downloaded 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,23 +63,25 @@ class Codec:
             from diffusers import AutoencoderKL
         except ImportError:
             raise ConfigError("vae: is read by diffusers, which is not installed: pip install diffusers") from None
-        sub = "vae" if (Path(source) / "vae" / "config.json").is_file() else None
-        if Path(source).is_dir() and not (Path(source) / (sub or "") / "config.json").is_file():
-            raise ConfigError(f"vae: {source!r} holds no config.json, it is no autoencoder's folder")
+        folder = Path(source) / "vae" if (Path(source) / "vae" / "config.json").is_file() else Path(source)
+        if not (folder / "config.json").is_file() and (folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
+            raise ConfigError(f"vae: {source!r} is no autoencoder's folder, it has no config.json, and no hub id")
+        local = folder.is_dir()
         try:
             vae = AutoencoderKL.from_pretrained(
-                source,
-                subfolder=sub,
+                str(folder) if local else source,
                 torch_dtype=dtype,
                 use_safetensors=True,
-                local_files_only=not download,
+                local_files_only=local or not download,
                 low_cpu_mem_usage=False,
             )
         except Exception as error:  # diffusers and the hub raise whatever their backends do
-            what = "cannot be had" if download else "is no folder and has no local copy (--download fetches it)"
-            what = "cannot be read" if Path(source).is_dir() else what
+            if not local and not download:
+                raise ConfigError(
+                    f"vae: {source!r} has no copy on this machine (`cmt data encode --download` fetches it)"
+                ) from None
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConfigError(f"vae: {source!r} {what}: {lines[0][:160]}") from None
+            raise ConfigError(f"vae: {source!r} cannot be read: {lines[0][:160]}") from None
         return cls(vae.to(device), source, normalisation)
 
     @property

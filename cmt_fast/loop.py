@@ -230,7 +230,10 @@ def draw_grid(work: Workspace, net, name: str, step: int) -> None:
     teacher = net if name == "pre" else work.network("pre")
     title = f"solver, {run.sampler.teacher_steps}" if name == "pre" else f"teacher, {run.sampler.teacher_steps}"
     rows.append((title, work.setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)))
-    pictures.grid(rows, work.folder / name / "grids" / f"{step:08d}.png")
+    seen = [(title, *work.visible(x)) for title, x in rows]
+    pictures.grid(
+        [(f"{title}\n{note}", x) for title, x, note in seen], work.folder / name / "grids" / f"{step:08d}.png"
+    )
 
 
 def _finite(x: float) -> bool:

@@ -89,10 +89,15 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """size x size from the middle, as ADM, DiT and EDM2 crop: halved by boxes while twice too large, then bicubic."""
+    """size x size from the middle, as ADM, DiT and EDM2 crop: halved by boxes while twice too large, then bicubic.
+
+    Raises BrokenImage for one so narrow that it would grow beyond memory.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
+    if max(image.size) * scale * size > 1 << 27:
+        raise BrokenImage(f"is too narrow to be cut square ({image.width} x {image.height})")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

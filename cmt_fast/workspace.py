@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cmt_fast import __version__, checkpoint, config, distributed, metrics, models, stages
 from cmt_fast import data as datasets
+from cmt_fast.codec import Codec
 from cmt_fast.config import ConfigError
 from cmt_fast.engine import load_named
 from cmt_fast.paths import Path as ForwardPath
@@ -79,6 +80,40 @@ class Workspace:
         net = self.build().to(self.device)
         load_named(net, self.weights(name)[0])
         return net.requires_grad_(False).eval()
+
+    def codec(self, source: str | None = None) -> Codec:
+        """The autoencoder of this run's latents, from `source` or from where the store says that it was.
+
+        Raises ConfigError when the data are no latents, or it is not there or not the one that made them.
+        """
+        index = getattr(self.data, "index", None)
+        if index is None or index.kind == "pixels":
+            raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
+        if not (source or index.vae):
+            raise ConfigError("--vae: is missing, and the store does not say which autoencoder made it")
+        found = Codec.open(source or index.vae, self.device, self.data.normalisation)
+        if index.vae_xxh3_128 and found.digest != index.vae_xxh3_128:
+            raise ConfigError(f"--vae: {found.name!r} is not the autoencoder that made the latents, its weights differ")
+        return found
+
+    @functools.cached_property
+    def _decoder(self) -> Codec | str:
+        try:
+            return self.codec()
+        except ConfigError as error:
+            return str(error)
+
+    def visible(self, x: Tensor) -> tuple[Tensor, str]:
+        """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
+        index = getattr(self.data, "index", None)
+        if index is None or index.kind == "pixels":
+            return x, ""
+        if isinstance(self._decoder, Codec):
+            return self._decoder.decode(x), ""
+        channels = 3 if x.shape[1] >= 3 else 1
+        n = self.data.normalisation
+        std = torch.tensor([n.scale * a / b for a, b in zip(index.std, n.std)])[:channels].view(-1, 1, 1)
+        return x[:, :channels] / (3 * std), f"latents, {channels} of {x.shape[1]}"
 
     @functools.cached_property
     def space(self) -> metrics.Extractor:

@@ -25,6 +25,8 @@ def add(command: Command) -> None:
     p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
     p.add_argument("--out", type=Path, help="images (N, C, H, W) float32 in data units, labels (N,)")
     p.add_argument("--grid", type=Path, help="a PNG of the first samples")
+    p.add_argument("--decode", action="store_true", help="latents: write images (N, 3, H, W) uint8 instead")
+    p.add_argument("--vae", metavar="FOLDER_OR_ID", help="the autoencoder (default: the one that the store names)")
 
     p = command("eval", evaluate, "Fréchet distance, class accuracy and sliced Wasserstein of a trained stage")
     p.add_argument("stage", metavar="RUN/STAGE")
@@ -52,24 +54,32 @@ def sample(args: argparse.Namespace) -> None:
     for path in (args.out, args.grid):
         if path and not path.parent.is_dir():
             raise ConfigError(f"--{'out' if path is args.out else 'grid'}: the folder of {str(path)!r} does not exist")
+    if args.vae and not args.decode:
+        raise ConfigError("--vae: goes with --decode")
+    codec = work.codec(args.vae) if args.decode else None
     net = work.network(stage)
     images = _checked(
         lambda: work.setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch)
     )
     labels = work.setting.labels(torch.arange(args.n))
+    if codec:  # bytes as soon as they are decoded: fp32 images of thousands of latents would not fit
+        images = torch.cat([_bytes(codec.decode(part)) for part in images.split(64)])
     if args.out:
+        numbers = (torch.zeros(args.n) if labels is None else labels).long().numpy()
         with open(args.out, "wb") as file:
-            np.savez(
-                file, images=images.numpy(), labels=(torch.zeros(args.n) if labels is None else labels).long().numpy()
-            )
+            np.savez(file, images=images.numpy(), labels=numbers)
         print(f"{args.out}: {args.n} samples of {args.stage}, {args.steps} steps, seed {args.seed}")
     if args.grid:
         shown = images if images.ndim == 2 else images[:100]
+        shown, note = (shown / 127.5 - 1, "") if codec else work.visible(shown)
         rows = [shown] if images.ndim == 2 else shown.split(10)
-        pictures.grid(
-            [(f"{args.steps} step{'s' * (args.steps > 1)}" if i == 0 else "", r) for i, r in enumerate(rows)], args.grid
-        )
-        print(f"{args.grid}: a picture of them")
+        title = f"{args.steps} step{'s' * (args.steps > 1)}\n{note}"
+        pictures.grid([(title if i == 0 else "", r) for i, r in enumerate(rows)], args.grid)
+        print(f"{args.grid}: a picture of them{f' ({note} channels, the autoencoder is not at hand)' if note else ''}")
+
+
+def _bytes(images: torch.Tensor) -> torch.Tensor:
+    return ((images + 1) * 127.5).round().byte()
 
 
 def _checked(call):

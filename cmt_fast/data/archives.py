@@ -118,6 +118,10 @@ class Archive:
             raise DatasetError(f"{self.path}: {name!r} appears twice")
         self._sizes[name] = size
 
+    def size(self, name: str) -> int:
+        """Declared bytes of a member."""
+        return self._sizes[name]
+
     def read(self, name: str) -> bytes:
         """The bytes of a member: as many as declared. Raises DatasetError."""
         if name not in self._sizes:

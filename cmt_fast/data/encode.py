@@ -8,6 +8,7 @@ killed before or on how many ranks there are.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -111,9 +112,8 @@ def encode(
             chunk, mirror = work[k]
             if writer.record(k, keys[k]) is None:
                 with writer.shard(k, layout, keys[k]) as rows:
-                    _fill(
-                        rows, source, chunk, mirror, codec, settings, skip_broken, pool, lambda n: tell(done + n, total)
-                    )
+                    told = functools.partial(_told, tell, done, total)
+                    _fill(rows, source, chunk, mirror, codec, settings, skip_broken, pool, told)
             done += len(chunk)
             tell(done, total)
         distributed.barrier()
@@ -126,6 +126,10 @@ def encode(
         return writer.finish(layout, keys, facts)
 
 
+def _told(tell: Callable[[int, int], None], before: int, total: int, n: int) -> None:
+    tell(before + n, total)
+
+
 def _fill(
     rows: Rows, source: Path, chunk: list[Picture], mirror: bool, codec: Codec, settings: Settings,
     skip_broken: bool, pool: ThreadPoolExecutor, tell: Callable[[int], None],
@@ -135,7 +139,7 @@ def _fill(
         if isinstance(found, np.ndarray):
             batch.append((picture, found))
         elif skip_broken:
-            rows.notes.append((text(picture.name), found))
+            rows.notes += [] if mirror else [(text(picture.name), found)]
         else:
             raise DatasetError(f"{source / picture.name}: {found} (--broken skip leaves such images out)")
         if len(batch) == settings.batch or (done == len(chunk) and batch):
