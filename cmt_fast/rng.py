@@ -10,7 +10,7 @@ from torch import Tensor
 
 # What a number is drawn for. A stream is never used for two things.
 NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA, LATENT = range(13)
-SHARDS = 40
+SHARDS, EXPORT = range(40, 42)
 
 
 class Random(NamedTuple):

@@ -49,13 +49,6 @@ class Workspace:
         self.path = ForwardPath(run.path, run.sigma_data)
         self.setting = Setting(self.path, run.sampler, self.data.shape, self.data.classes, self.device)
 
-    def check_loader(self) -> None:
-        """Raises ConfigError when the run's loader cannot feed its data here; only training asks."""
-        try:
-            datasets.check_loader(self.run.loader, self.data)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
     def build(self) -> nn.Module:
         """A fresh network, initialised from the run's seed."""
         with torch.random.fork_rng(devices=[]):

@@ -183,7 +183,7 @@ class Loader:
 
 
 def check_loader(config: Feed, data: Rows) -> None:
-    """Raises ValueError naming the key when this loader cannot feed this data here."""
+    """Raises ConfigError when this loader cannot feed this data here; only training asks."""
     if config.kind == "dali":
         from cmt_fast.data import dali
 

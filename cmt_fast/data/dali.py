@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cmt_fast.config import ConfigError
 from cmt_fast.data import Dataset, Loader, Order, Rows
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.shards import HEADER, Shards
 from cmt_fast.schema import Dali
 
-SPAN = 2**16  # rows of a pipeline over shards; then the next one is started, with index files of its own
+SPAN, EPOCHS = 2**16, 8  # rows and epochs of a pipeline over shards; half-way the next is made, with its index files
 
 
 def version() -> str | None:
@@ -35,11 +37,11 @@ def version() -> str | None:
 
 
 def check(data: Rows) -> None:
-    """Raises ValueError when DALI is not installed, or the data are in memory, where there is nothing to feed."""
+    """Raises ConfigError when DALI is not installed, or the data are in memory, where there is nothing to feed."""
     if isinstance(data, Dataset):
-        raise ValueError("loader.kind: 'dali' feeds data on disk, these are in memory; valid is torch")
+        raise ConfigError("loader.kind: 'dali' feeds data on disk, these are in memory; valid is torch")
     if version() is None:
-        raise ValueError(
+        raise ConfigError(
             "loader.kind: 'dali' needs NVIDIA DALI, which is not installed: "
             "pip install nvidia-dali-cuda130, or nvidia-dali-cuda120 beside a torch for CUDA 12"
         )
@@ -49,41 +51,53 @@ class DaliLoader(Loader):
     """As Loader, for data on disk. The step asked for last is kept: a guard before training asks for it twice."""
 
     def __init__(self, data: Rows, seed: int, device: torch.device, stride: int, config: Dali) -> None:
-        """stride: rows a step over all ranks, how far positions advance. Raises ValueError as `check` does."""
+        """stride: rows a step over all ranks, how far positions advance. Raises ConfigError as `check` does."""
         check(data)
         self.data, self.seed, self.device, self.stride, self.config = data, seed, device, stride, config
         self.order, self.stored = Order(data, seed), True
         self._feed: _Store | _Shards | None = None
         self._position, self._held = torch.empty(0, dtype=torch.int64), None
+        self._thread = ThreadPoolExecutor(1, "pipeline")
+        self._coming: tuple[Tensor, Future] | None = None
 
     def rows(self, position: Tensor) -> tuple[Tensor, Tensor | None]:
         """position: (B,) int64, counted from the start of training -> x (B, ...), labels (B,) or None.
 
-        Positions that do not follow on those before start the pipeline anew. Raises ValueError when rows are damaged.
+        Positions that do not follow on those before start the pipeline anew. Raises DatasetError when rows are damaged.
         """
         position = position.cpu()
         if self._held is None or not torch.equal(position, self._position):
-            feed, self._feed, self._held = self._feed, None, None  # an error leaves nothing behind
-            if feed is None or feed.left == 0 or not torch.equal(position, self._position + self.stride):
-                feed = (_Shards if isinstance(self.data, Shards) else _Store)(
-                    self.order, position, self.stride, self.device, self.config
-                )
+            feed = self._feed if torch.equal(position, self._position + self.stride) else None
+            self._feed = self._held = None  # an error leaves nothing behind
+            if feed is None or feed.left == 0:
+                feed = self._next(position)
             self._held, self._position, self._feed = feed.next(), position, feed
+            if self._coming is None and 2 * feed.left < feed.steps:
+                after = position + (feed.left + 1) * self.stride
+                self._coming = after, self._thread.submit(self._start, after)
         index, epoch = self.order(position)
         labels = None if self.data.labels is None else self.data.labels[index].to(self.device)
         return self.data.finish(self._held, index.to(self.device), epoch.to(self.device), self.seed), labels
 
+    def _start(self, position: Tensor) -> _Store | _Shards:
+        kind = _Shards if isinstance(self.data, Shards) else _Store
+        return kind(Order(self.data, self.seed), position, self.stride, self.device, self.config)
+
+    def _next(self, position: Tensor) -> _Store | _Shards:
+        coming, self._coming = self._coming, None
+        return coming[1].result() if coming and torch.equal(coming[0], position) else self._start(position)
+
     def close(self) -> None:
         """End the pipeline, its threads and processes."""
-        self._feed = self._held = None
+        self._thread.shutdown(cancel_futures=True)
+        self._feed = self._held = self._coming = None
 
 
 class _Read:
     """What the external source calls: step `iteration` -> its rows as they are stored, a function of its number."""
 
     def __init__(self, order: Order, first: Tensor, stride: int, split: bool) -> None:
-        self.order = Order(order.data, order.seed)  # one of its own: it is ahead, in another epoch at times
-        self.first, self.stride, self.split = first, stride, split
+        self.order, self.first, self.stride, self.split = order, first, stride, split
 
     def __call__(self, iteration: int) -> Any:
         index, _ = self.order(self.first + iteration * self.stride)
@@ -92,9 +106,9 @@ class _Read:
 
 
 class _Feed:
-    """A pipeline from one position on. left: steps it still has, None where there is no end."""
+    """A pipeline of so many steps from one position on; left: those it still has. Its order is its own, as it is ahead."""
 
-    left: int | None = None
+    steps = left = 2**62
 
     def __init__(self, batch: int, device: torch.device, config: Dali) -> None:
         from nvidia.dali import Pipeline
@@ -161,7 +175,7 @@ class _Shards(_Feed):
         data = order.data
         assert isinstance(data, Shards)
         self.data = data
-        self.left = max(1, min(SPAN // len(position), -(-data.n // stride)))
+        self.steps = self.left = max(1, min(SPAN // len(position), EPOCHS * -(-data.n // stride)))
         index, epoch = order((position + torch.arange(self.left)[:, None] * stride).flatten())
         self.coming = list(index.split(len(position)))
         with tempfile.TemporaryDirectory(prefix="cmt-index-") as folder:

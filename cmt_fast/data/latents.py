@@ -144,7 +144,7 @@ class Store:
         if size != wanted:
             what = f"has {size:,} bytes, not {wanted:,}" if size >= 0 else "is missing"
             raise DatasetError(f"{path}: {what}")
-        return np.memmap(path, np.uint8, "r", shape=(shard.rows, self.index.stride))
+        return mapped(path, wanted).reshape(shard.rows, self.index.stride)
 
     def _numbers(self, name: str, dtype: str) -> np.ndarray:
         path = self.folder / name
@@ -298,6 +298,14 @@ def write_index(folder: Path, facts: dict[str, Any]) -> None:
     body = TypeAdapter(Index).dump_python(index, mode="json")
     body["xxh3_128"] = xxhash.xxh3_128_hexdigest(checkpoint.canonical(body))
     checkpoint.write_text(folder / INDEX, json.dumps(body, indent=1, sort_keys=True) + "\n")
+
+
+def mapped(path: Path, size: int) -> np.ndarray:
+    """The first `size` bytes of a file, read when they are touched.
+
+    Keeps no file open, as np.memmap does: ImageNet has more shards than a process may have open files, often 1,024.
+    """
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
 
 
 def opened(folder: Path, flip: bool = False, normalisation: Normalisation | None = None) -> Store:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cmt_fast import checkpoint, rng
 from cmt_fast.data.archives import DatasetError
-from cmt_fast.data.latents import CHECKSUMS, LABELS, Index, Shard, Store, write_index
+from cmt_fast.data.latents import CHECKSUMS, LABELS, Index, Shard, Store, mapped, write_index
 
 BLOCK = 512  # of a tar archive
 RECORD = 10240  # an archive ends on a multiple of it
@@ -64,7 +64,7 @@ class Shards(Store):
         if size != wanted:
             what = f"has {size:,} bytes, not {wanted:,}" if size >= 0 else "is missing"
             raise DatasetError(f"{path}: {what}")
-        rows = np.memmap(path, np.uint8, "r", shape=(shard.rows, self.sample))
+        rows = mapped(path, used).reshape(shard.rows, self.sample)
         if rows[0, BLOCK : BLOCK + HEADER].tobytes() != npy_header(self.index):
             raise DatasetError(f"{path}: its first row is no {self.index.dtype} array of the shape {self.index.shape}")
         return rows[:, BLOCK + HEADER : BLOCK + HEADER + self.index.stride]
@@ -119,8 +119,10 @@ def export(store: Store, out: Path, per_shard: int, seed: int, tell: Callable[[i
     index, part = store.index, out.with_name(out.name + ".part")
     if out.exists() or not out.parent.is_dir():
         raise DatasetError(f"{out}: {'exists' if out.exists() else 'its folder does not exist'}")
+    if index.rows > per_shard * 99_999:
+        raise DatasetError(f"--shard-rows: {per_shard} makes more than 99,999 shards of {index.rows:,} rows")
     base = index.rows // 2 if index.flips else index.rows
-    order = rng.Random(seed, 0, 0).permutation(rng.SHARDS, base)
+    order = rng.Random(seed, 0, 0).permutation(rng.EXPORT, base)
     order = torch.cat((order, order + base)) if index.flips else order
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -139,7 +141,7 @@ def export(store: Store, out: Path, per_shard: int, seed: int, tell: Callable[[i
     write_index(part, {**TypeAdapter(Index).dump_python(index, mode="json"), "shards": shards, "files": files})
     made = Shards(part, index.flips)
     for i, rows in enumerate(torch.arange(index.rows).split(per_shard)):
-        made.archive(i).with_suffix(".idx").write_text(made.index_file(rows, labels=True), "ascii")
+        checkpoint.write_text(made.archive(i).with_suffix(".idx"), made.index_file(rows, labels=True))
     checkpoint.sync(part)
     os.rename(part, out)
     checkpoint.sync(out.parent)

@@ -18,6 +18,7 @@ def make_store(
     mean, std = dice.standard_normal((n, *shape)), np.abs(dice.standard_normal((n, *shape)))
     rows = np.concatenate((mean, std), 1).astype(dtype)
     labels = [int(y) for y in dice.integers(classes, size=n)] if classes else [None] * n
+    labels = labels[: n // 2] * 2 if flips else labels
     layout = Layout("mean+std", dtype, (2 * shape[0], *shape[1:]))
     writer = Writer(out)
     writer.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import sys
@@ -12,7 +13,7 @@ import torch
 from cmt_fast import checkpoint, loop, rng
 from cmt_fast.cli import main
 from cmt_fast.config import ConfigError
-from cmt_fast.data import Loader
+from cmt_fast.data import Loader, dali
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.dali import DaliLoader
 from cmt_fast.data.latents import opened
@@ -50,7 +51,8 @@ def equal(one, two) -> bool:
 
 
 @pytest.mark.parametrize("form", ["store", "shards"])
-def test_same_rows_in_the_same_order_over_two_epochs(form, folder):
+def test_same_rows_in_the_same_order_over_two_epochs(form, folder, monkeypatch):
+    monkeypatch.setattr(dali, "EPOCHS", 1)  # one pipeline over shards takes over from another
     data = opened(folder / form)
     wanted = batches(Loader(data, 3, CPU, BATCH), range(STEPS))
     found = batches(DaliLoader(data, 3, CPU, BATCH, Dali()), range(STEPS))
@@ -118,6 +120,12 @@ def test_an_epoch_takes_one_shard_after_another(folder):
     assert not torch.equal(orders[0], orders[2])
     visited = {tuple(data.shard_of(data.order(rng.Random(0, 0, e))).unique_consecutive().tolist()) for e in range(20)}
     assert len(visited) > 10
+
+
+def test_an_open_store_holds_no_files_open(folder):
+    before = len(os.listdir("/proc/self/fd"))
+    held = [opened(folder / form) for form in ("store", "shards")]
+    assert len(os.listdir("/proc/self/fd")) == before and len(held[1].index.shards) == 5
 
 
 def test_others_read_the_shards(folder):
