@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import random
 import shutil
@@ -10,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from bench import loader as bench_loader
 from cmt_fast import checkpoint, loop, rng
 from cmt_fast.cli import main
 from cmt_fast.config import ConfigError
@@ -202,6 +205,41 @@ def test_processes_read_the_same_rows_and_report_damage(folder, tmp_path):
         loader.rows(torch.arange(BATCH) + good * BATCH)
     assert "\n" not in str(caught.value)
     loader.close()
+
+
+def test_the_command_that_writes_shards(folder, tmp_path, capsys):
+    store, out = str(folder / "store"), str(tmp_path / "out")
+    for arguments, words in (
+        ([store, out, "--shard-rows", "0"], "--shard-rows: 0 is not at least 1"),
+        ([str(tmp_path), out], "has no index.json"),
+        ([store, str(tmp_path)], "exists"),
+        ([store, str(tmp_path / "no" / "out")], "its folder does not exist"),
+    ):
+        assert main(["data", "shards", *arguments]) == 2
+        error = capsys.readouterr()[1]
+        assert words in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert main(["data", "shards", store, out, "--shard-rows", "24"]) == 0
+    assert sorted(os.listdir(out)) == sorted(os.listdir(folder / "shards"))
+    for name in os.listdir(out):  # the same bytes again
+        assert (tmp_path / "out" / name).read_bytes() == (folder / "shards" / name).read_bytes(), name
+    assert main(["data", "verify", out]) == 0
+    spoil(tmp_path / "out" / "shard-00001.tar", 700)
+    assert main(["data", "verify", out]) == 2
+    assert "shard-00001.tar: row 0 (row 24 of the store) is damaged" in capsys.readouterr()[1]
+
+
+def test_the_bench_runs(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    bench_loader.add_arguments(parser)
+    assert (
+        bench_loader.run(parser.parse_args(["--tiny", "--device", "cpu", "--json", str(tmp_path / "loader.json")])) == 0
+    )
+    found = json.loads((tmp_path / "loader.json").read_text())
+    assert found["needs"]["predicted"] is True and found["dali"] and found["tiny"]
+    for pixels in (256, 512):
+        rows = {row["loader"]: row for row in found["rows"] if row["pixels"] == pixels}
+        assert len(rows) == 9 and all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in rows.values())
+    assert "PREDICTED" in capsys.readouterr()[0]
 
 
 # ------------------------------------------------------------------------------------------------ training
