@@ -117,7 +117,7 @@ def test_importing_the_package_is_light():
     import subprocess
     import sys
 
-    heavy = ("sklearn", "matplotlib", "triton", "deepspeed", "nvidia.dali", "torchvision", "tensorboard")
+    heavy = ("diffusers", "sklearn", "matplotlib", "triton", "deepspeed", "nvidia.dali", "torchvision", "tensorboard")
     code = f"import sys, cmt_fast.cli; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
