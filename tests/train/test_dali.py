@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -297,6 +298,19 @@ def test_a_checkpoint_of_other_rows_or_another_batch_is_refused(folder, tmp_path
         loop.train(Workspace(run_of(path, "dali", "pre.batch=16"), out), ["pre"])
     assert sorted(p.name for p in begun.iterdir()) == before
     loop.train(Workspace(run_of(path, "dali"), out), ["pre"])  # the shards it began on, exported again
+
+
+def test_another_file_of_the_same_name_is_refused(tmp_path):
+    path, images = tmp_path / "images.npz", torch.rand(40, 1, 8, 8).numpy()
+    np.savez(path, images=images)
+    more = [*LATENTS, "model.patch=2", f"data={{kind: npz, path: {path}}}", "loader.kind=torch"]
+    work = lambda: Workspace(tiny("digits-mf", *more), tmp_path / "run")
+    work().claim()
+    with pytest.raises(loop.Stopped):
+        loop.train_stage(work(), "pre", [15])
+    np.savez(path, images=1 - images)
+    with pytest.raises(ConfigError, match="data: pre has begun on other rows .*xxh3_128"):
+        loop.train(work(), ["pre"])
 
 
 def test_asked_for_by_name_and_not_there(folder, tmp_path, monkeypatch, capsys):
