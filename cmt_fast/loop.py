@@ -16,7 +16,7 @@ from cmt_kernels import dual
 from torch import Tensor
 
 from cmt_fast import checkpoint, compiled, config, distributed, pictures, rng, stages, trajectories
-from cmt_fast.data import Loader
+from cmt_fast.data import loader
 from cmt_fast.engine import LocalEngine, named
 from cmt_fast.log import Log, say
 from cmt_fast.objectives import ROWS, Batch, World
@@ -50,6 +50,9 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
         if distributed.rank() == 0:
             say(f"{name:>8} done ({found.manifest['nimg']} images)")
         return
+    differs = config.changed(found.manifest.get("data", work.data.facts), work.data.facts) if found else []
+    if differs:
+        raise config.ConfigError(f"data: {name} has begun on other rows ({'; '.join(differs)}); choose another --out")
     engine = LocalEngine(work.build(), stage, work.device)
     lineage = _parent(work, stage, engine, found is None)
     wall = {"train_s": 0.0, "eval_s": 0.0}
@@ -109,7 +112,7 @@ class Source:
         self.own, self.anchored = stages.rows(stage)
         self.total = stages.schedule(stage).total
         self.draws_data = ROWS[stage.objective.kind].draws == "data"
-        self.loader = Loader(work.data, run.seed, work.device, stride=self.own) if self.draws_data else None
+        self.loader = loader(run.loader, work.data, run.seed, work.device, self.own) if self.draws_data else None
         if self.loader:
             mine = slice(distributed.rank(), None, distributed.size())
             self.positions = torch.arange(self.own, device=self.loader.place)[mine]
@@ -204,6 +207,7 @@ def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool
             "done": last,
             "recipe": work.run.name,
             "config": config.stage_digest(work.run, name),
+            "data": work.data.facts,
             "parent": lineage,
             "wall": wall,
         }

@@ -9,9 +9,8 @@ from cmt_kernels import philox
 from torch import Tensor
 
 # What a number is drawn for. A stream is never used for two things.
-NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA, LATENT, DROPOUT = (
-    range(14)
-)
+NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA = range(12)
+LATENT, DROPOUT, SHARDS, EXPORT = 12, 13, 40, 41
 
 
 class Random(NamedTuple):

@@ -11,6 +11,7 @@ from cmt_fast import config, log
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
+from cmt_fast.data import dali
 
 
 def add(command: Command) -> None:
@@ -63,6 +64,7 @@ def doctor(args: argparse.Namespace) -> None:
         return print(f"{args.heartbeat}: alive {age:.0f} s ago")
     for key, value in ws.environment().items():
         print(f"{key:10s} {value}")
+    print(f"dali       {dali.version() or 'not installed'}")
     for op in cmt_kernels.OPS:
         print(f"op {op:18s} {' > '.join(cmt_kernels.available(op))}")
     print(f"recipes    {', '.join(config.recipes())}")

@@ -16,6 +16,7 @@ from cmt_fast.cli.parser import Command, Parser
 from cmt_fast.config import ConfigError
 from cmt_fast.data import encode as encoding
 from cmt_fast.data import foreign, latents
+from cmt_fast.data import shards as webdataset
 from cmt_fast.data.writing import ROWS
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
@@ -71,6 +72,12 @@ def add(command: Command) -> None:
     p.add_argument("--statistics", choices=("mean", "mean+std"), default="mean", help="format npy: what the arrays are")
     p.add_argument("--flip", action="store_true", help="format lightningdit: keep the mirror images too")
     p.add_argument("--shard-rows", type=int, default=ROWS)
+
+    p = action("shards", shards, "a store as WebDataset shards, which are a store too: tar archives in a random order")
+    p.add_argument("store", type=Path, metavar="STORE")
+    p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    p.add_argument("--shard-rows", type=int, default=ROWS)
+    p.add_argument("--seed", type=int, default=0, help="of the order of rows")
 
     for name, call, text in (
         ("verify", verify, "every row of a store against its checksum"),
@@ -136,6 +143,14 @@ def convert(args: argparse.Namespace) -> None:
     _about(args.out, index)
 
 
+def shards(args: argparse.Namespace) -> None:
+    _positive(args, "shard_rows")
+    store = latents.opened(args.store, latents.read_index(args.store).flips)
+    with _progress("shards") as tell:
+        webdataset.export(store, args.out, args.shard_rows, args.seed, tell)
+    _about(args.out, latents.read_index(args.out))
+
+
 def _about(out: Path, index: latents.Index) -> None:
     size = index.rows * index.stride
     print(
@@ -149,7 +164,7 @@ def _about(out: Path, index: latents.Index) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    store = latents.Store(args.store)
+    store = latents.opened(args.store)
     done = 0
     with _progress("verify") as tell:
 
@@ -166,7 +181,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def stats(args: argparse.Namespace) -> None:
-    store = latents.Store(args.store)
+    store = latents.opened(args.store)
     index, found = store.index, store.statistics()
     _about(args.store, index)
     print(

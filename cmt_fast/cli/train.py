@@ -13,6 +13,7 @@ from cmt_fast import config, distributed, loop, report, search, stages
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
+from cmt_fast.data import check_loader
 from cmt_fast.schema import STAGES
 
 
@@ -68,6 +69,7 @@ def train(args: argparse.Namespace) -> None:
             parent = getattr(stage, key)
             if parent and parent not in names[:i]:
                 work.weights(parent)
+    check_loader(run.loader, work.data)
     if args.dry_run:
         return _dry_run(work, names)
     work.compare()

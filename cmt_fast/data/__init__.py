@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cmt_fast.rng import DATA, Random
-from cmt_fast.schema import Data
+from cmt_fast.schema import Data, Feed
 
 
 class Rows(Protocol):
@@ -22,12 +22,16 @@ class Rows(Protocol):
 
     rows: index (B,) int64 -> x (B, *shape) float32 in data units, labels (B,) or None. Rows that are distributions
     (latents with a standard deviation) are drawn from: draw (B,) int64 says which draw of each row, None takes means.
+    facts: what tells these rows, in this order, from others; a checkpoint keeps it.
     """
 
     n: int
     shape: tuple[int, ...]
     classes: int
     labels: Tensor | None
+
+    @property
+    def facts(self) -> dict[str, int | str]: ...
 
     def rows(self, index: Tensor, draw: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]: ...
 
@@ -45,11 +49,15 @@ class Stored(Rows, Protocol):
 
 
 class Dataset(NamedTuple):
-    """In memory. x: (N, ...) float32 in data units; labels: (N,) int64 or None; classes: 0 without labels."""
+    """In memory. x: (N, ...) float32 in data units; labels: (N,) int64 or None; classes: 0 without labels.
+
+    checksum: of the file they came from, empty where the recipe alone says what they are.
+    """
 
     x: Tensor
     labels: Tensor | None
     classes: int
+    checksum: str = ""
 
     @property
     def n(self) -> int:
@@ -60,6 +68,11 @@ class Dataset(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Shape of one row."""
         return tuple(self.x.shape[1:])
+
+    @property
+    def facts(self) -> dict[str, int | str]:
+        """As Rows."""
+        return {"rows": self.n} | ({"xxh3_128": self.checksum} if self.checksum else {})
 
     def rows(self, index: Tensor, draw: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]:
         """As Rows; rows are points, so `draw` and `seed` change nothing."""
@@ -84,8 +97,33 @@ def in_memory(data: Rows, limit: int = 10_000) -> Dataset:
     return Dataset(torch.cat([x for x, _ in parts]), labels, data.classes)
 
 
+class Order:
+    """Which row each position is: every epoch a permutation, global over ranks, a function of (seed, epoch) alone.
+
+    It is uniform over all rows, unless the data set has `order(random) -> (n,)` of its own, as archives have.
+    """
+
+    def __init__(self, data: Rows, seed: int, device: torch.device | str = "cpu") -> None:
+        self.data, self.seed, self.device = data, seed, device
+        self._epochs: dict[int, Tensor] = {}
+
+    def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """position: (B,) int64, counted from the start of training -> row of the data set, epoch; (B,) both."""
+        epoch, place = position // self.data.n, position % self.data.n
+        wanted = epoch.unique().tolist()
+        self._epochs = {e: self._epochs[e] if e in self._epochs else self._permutation(e) for e in wanted}
+        index = torch.empty_like(position)
+        for e in wanted:
+            index[epoch == e] = self._epochs[e][place[epoch == e]]
+        return index, epoch
+
+    def _permutation(self, epoch: int) -> Tensor:
+        random, own = Random(self.seed, 0, epoch), getattr(self.data, "order", None)
+        return own(random).to(self.device) if own else random.permutation(DATA, self.data.n, self.device)
+
+
 class Loader:
-    """Rows of a data set by position: each epoch a new permutation, global over ranks.
+    """Rows of a data set by position.
 
     Data in memory move to the device once. Data on disk are read by a background thread, which reads ahead for the
     next steps when it is told that positions advance by `stride` a step, and end in pinned memory where there is a GPU.
@@ -94,9 +132,9 @@ class Loader:
     AHEAD = 3  # steps
 
     def __init__(self, data: Rows, seed: int, device: torch.device, stride: int = 0) -> None:
-        self.n, self.seed, self.device, self.stride = data.n, seed, device, stride
+        self.seed, self.device, self.stride = seed, device, stride
         self.data, self.stored = data, not isinstance(data, Dataset)
-        self._epochs: dict[int, Tensor] = {}
+        self.order = Order(data, seed, self.place)
         if isinstance(data, Dataset):
             self.data = Dataset(
                 data.x.to(device), None if data.labels is None else data.labels.to(device), data.classes
@@ -115,17 +153,7 @@ class Loader:
 
         Raises ValueError when stored rows are damaged.
         """
-        return self._from_disk(position.cpu()) if self.stored else self.data.rows(*self._order(position), self.seed)
-
-    def _order(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """position (B,) -> row of the data set, epoch; (B,) both."""
-        epoch, place = position // self.n, position % self.n
-        wanted = epoch.unique().tolist()
-        self._epochs = {e: self._epochs[e] if e in self._epochs else self._permutation(e) for e in wanted}
-        index = torch.empty_like(position)
-        for e in wanted:
-            index[epoch == e] = self._epochs[e][place[epoch == e]]
-        return index, epoch
+        return self._from_disk(position.cpu()) if self.stored else self.data.rows(*self.order(position), self.seed)
 
     def _from_disk(self, position: Tensor) -> tuple[Tensor, Tensor | None]:
         name = lambda p: (int(p[0]), int(p[-1]), len(p))
@@ -142,7 +170,7 @@ class Loader:
 
     def _read(self, position: Tensor) -> tuple[Tensor | None, ...]:
         """On the thread, which alone touches the epochs' permutations."""
-        index, epoch = self._order(position)
+        index, epoch = self.order(position)
         labels = None if self.data.labels is None else self.data.labels[index]
         out = (self.data.read(index), labels, index, epoch)
         pin = self.device.type == "cuda"
@@ -153,5 +181,19 @@ class Loader:
         if self.stored:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _permutation(self, epoch: int) -> Tensor:
-        return Random(self.seed, 0, epoch).permutation(DATA, self.n, self.place)
+
+def check_loader(config: Feed, data: Rows) -> None:
+    """Raises ConfigError when this loader cannot feed this data here; only training asks."""
+    if config.kind == "dali":
+        from cmt_fast.data import dali
+
+        dali.check(data)
+
+
+def loader(config: Feed, data: Rows, seed: int, device: torch.device, stride: int) -> Loader:
+    """The loader a recipe names; whichever it is, the rows are the same. stride: rows a step over all ranks."""
+    if config.kind == "dali":
+        from cmt_fast.data import dali
+
+        return dali.DaliLoader(data, seed, device, stride, config)
+    return Loader(data, seed, device, stride)

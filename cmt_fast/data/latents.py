@@ -11,6 +11,7 @@ each row in each epoch. The index is untrusted: its numbers must fit the files b
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -39,7 +40,7 @@ Side = Annotated[int, Field(ge=1, le=1 << 20)]
 class Shard:
     """One file of rows."""
 
-    file: Annotated[str, Field(pattern=r"^shard-[0-9]{5}\.bin$")]
+    file: Annotated[str, Field(pattern=r"^shard-[0-9]{5}\.(bin|tar)$")]
     rows: Count
 
 
@@ -124,6 +125,14 @@ class Store:
         self._starts = np.cumsum([0, *(s.rows for s in index.shards)])
         self._maps = [self._map(s) for s in index.shards]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """To other processes goes where the rows are, not the rows."""
+        return {**self.__dict__, "_maps": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._maps = [self._map(s) for s in self.index.shards]
+
     @property
     def _rows(self) -> int:
         """Rows on disk that are in use, n or half of it."""
@@ -135,7 +144,7 @@ class Store:
         if size != wanted:
             what = f"has {size:,} bytes, not {wanted:,}" if size >= 0 else "is missing"
             raise DatasetError(f"{path}: {what}")
-        return np.memmap(path, np.uint8, "r", shape=(shard.rows, self.index.stride))
+        return mapped(path, wanted).reshape(shard.rows, self.index.stride)
 
     def _numbers(self, name: str, dtype: str) -> np.ndarray:
         path = self.folder / name
@@ -148,6 +157,12 @@ class Store:
         if found.dtype != np.dtype(dtype) or found.shape != (self.index.rows,):
             raise DatasetError(f"{path}: holds {found.dtype} {found.shape}, not {dtype} ({self.index.rows},)")
         return found
+
+    @functools.cached_property
+    def facts(self) -> dict[str, int | str]:
+        """As data.Rows: the index names every row's checksum through the file that holds them."""
+        about = xxhash.xxh3_128_hexdigest((self.folder / INDEX).read_bytes())
+        return {"rows": self.n, "shards": len(self.index.shards), "xxh3_128": about}
 
     def place(self, row: int) -> tuple[int, int]:
         """Shard and row in it of a stored row."""
@@ -285,15 +300,32 @@ def write_index(folder: Path, facts: dict[str, Any]) -> None:
     checkpoint.write_text(folder / INDEX, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
+def mapped(path: Path, size: int) -> np.ndarray:
+    """The first `size` bytes of a file, read when they are touched.
+
+    Keeps no file open, as np.memmap does: ImageNet has more shards than a process may have open files, often 1,024.
+    """
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+
+
+def opened(folder: Path, flip: bool = False, normalisation: Normalisation | None = None) -> Store:
+    """The store in a folder, its rows in plain files or in WebDataset shards. Raises DatasetError as Store does."""
+    if read_index(folder).shards[0].file.endswith(".tar"):
+        from cmt_fast.data.shards import Shards
+
+        return Shards(folder, flip, normalisation)
+    return Store(folder, flip, normalisation)
+
+
 def load(config: Latents) -> Store:
     """The store a recipe names. Raises DatasetError naming the key or file."""
     if (config.mean is None) != (config.std is None):
         raise DatasetError(f"data.{'mean' if config.mean is None else 'std'}: is missing, mean and std go together")
     if not Path(config.path).is_dir():
         raise DatasetError(f"data.path: {config.path!r} is no folder")
-    store = Store(Path(config.path), config.flip)
+    store = opened(Path(config.path), config.flip)
     if config.mean is not None and config.std is not None:
-        return Store(Path(config.path), config.flip, Normalisation(config.mean, config.std, config.scale))
+        return opened(Path(config.path), config.flip, Normalisation(config.mean, config.std, config.scale))
     if store.index.kind != "pixels":
         store.normalisation = store.normalisation._replace(scale=config.scale)
     return store

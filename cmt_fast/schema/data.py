@@ -37,7 +37,7 @@ class Npz:
 
 @schema
 class Latents:
-    """A store made by `cmt data encode` or `cmt data import`: latents, or 8-bit images in [-1, 1].
+    """A store made by `cmt data encode`, `import` or `shards`: latents, or 8-bit images in [-1, 1].
 
     flip: mirror images are rows too. z = scale (x - mean) / std: a channel's own mean and std over the data unless given
     here, as public checkpoints need (Stable Diffusion: mean 0, std 1, scale 0.18215).

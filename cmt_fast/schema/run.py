@@ -46,6 +46,29 @@ class Eval:
 
 
 @schema
+class Torch:
+    """Rows by plain torch: in memory on the device, or read ahead from disk by a thread."""
+
+    kind: Literal["torch"] = "torch"
+
+
+@schema
+class Dali:
+    """The same rows by NVIDIA DALI. threads: of its pipeline; prefetch: steps it runs ahead.
+
+    workers: processes that read a latent store; 0 reads it in this one. WebDataset shards are read by DALI itself.
+    """
+
+    kind: Literal["dali"] = "dali"
+    threads: Count = 4
+    prefetch: Count = 2
+    workers: Natural = 0
+
+
+Feed = Annotated[Torch | Dali, Field(discriminator="kind")]
+
+
+@schema
 class Run:
     """One complete run: data, model, path, the three stages and the control."""
 
@@ -63,6 +86,7 @@ class Run:
     sigma_data: Positive = 0.5
     device: str = "auto"
     engine: Literal["local"] = "local"
+    loader: Feed = Field(default_factory=Torch)
     tensorboard: bool = False
 
     def stage(self, name: str) -> Stage | None:
