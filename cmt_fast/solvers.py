@@ -206,6 +206,15 @@ def guided(net, scale: float) -> Net:
     return run
 
 
+def autoguided(net: Net, guide: Net, scale: float) -> Net:
+    """Autoguidance (Karras et al. 2024): guide + scale (net - guide), `guide` a weaker network of any size."""
+
+    def run(x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        return torch.lerp(guide(x, t, r, labels), net(x, t, r, labels), scale)
+
+    return run
+
+
 # ---------------------------------------------------------------------------------------------- few-step samplers
 
 
