@@ -93,7 +93,7 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
     finally:
         log.close()
     file = folder / FILE
-    save_latent_network(net, file, {"nimg": str(total * f.batch), "recipe": run.name})
+    save_latent_network(net, file, {"nimg": total * f.batch, "recipe": run.name})
     say(f"{file}: xxh3_128 {checkpoint.checksum(file)}")
     return file
 

@@ -10,6 +10,7 @@ train-features`. They run in fp32 outside the stage's autocast.
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from cmt_fast.models.vgg import CONVOLUTIONS, LatentVgg, PixelVgg, Vgg
 from cmt_fast.rng import Random
 from cmt_fast.schema import Perceptual
 
-KIND = "cmt_fast latent features, format 1"
+KIND = "cmt_fast latent features 1"
 
 
 class Distance:
@@ -91,11 +92,11 @@ def checksums(config: Perceptual) -> dict[str, str]:
     return found
 
 
-def save_latent_network(net: LatentVgg, file: Path, about: dict[str, str]) -> None:
+def save_latent_network(net: LatentVgg, file: Path, about: dict) -> None:
     """Write what `latent_network` reads, whole or not at all."""
     first = net.stages[0][0]
     size = {"channels": first.in_channels, "width": first.out_channels, "classes": net.head.out_features}
-    metadata = {"kind": KIND, **{key: str(value) for key, value in size.items()}, **about}
+    metadata = {KIND: json.dumps({**size, **about})}  # one key: several are written in no fixed order
     temporary = file.with_name(f".tmp-{file.name}")
     save_file({k: v.detach().contiguous() for k, v in net.state_dict().items()}, temporary, metadata)
     sync(temporary)
@@ -106,9 +107,10 @@ def latent_network(file: Path) -> LatentVgg:
     """The classifier of latents as `cmt train-features` wrote it. Raises ConfigError for any other file."""
     try:
         with safe_open(file, "pt") as opened:
-            about = opened.metadata() or {}
-        if about.get("kind") != KIND:
+            found = (opened.metadata() or {}).get(KIND)
+        if found is None:
             raise ConfigError(f"perceptual.weights: {file} was not written by cmt train-features")
+        about = json.loads(found)
         net = LatentVgg(*(int(about[key]) for key in ("channels", "classes", "width")))
         net.load_state_dict(load_file(file))
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:

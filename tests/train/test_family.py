@@ -15,7 +15,7 @@ from cmt_fast.models.precond import Denoiser
 from cmt_fast.objectives import ROWS, Batch, World
 from cmt_fast.objectives.continuous import warm_up
 from cmt_fast.objectives.meanflow import draw_times
-from cmt_fast.paths import Path, column
+from cmt_fast.paths import column
 from cmt_fast.rng import Random
 from cmt_fast.schema import Dit, Ecd, Gmm, IMeanFlow, MeanFlow, Mlp, Scd, Sct
 from cmt_fast.solvers import autoguided
