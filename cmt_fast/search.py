@@ -81,7 +81,7 @@ def _before(work: Workspace, stage: str) -> list[str]:
     while queue:
         s = work.run.stage(queue.pop())
         assert s is not None
-        more = {p for p in (s.start, s.teacher) if p} - wanted
+        more = {p for p in s.networks().values() if "/" not in p} - wanted
         wanted |= more
         queue += more
     return [name for name in stages.names(work.run) if name in wanted]

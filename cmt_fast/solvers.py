@@ -169,10 +169,7 @@ def rollout(net: Net, path: Path, plan: Table, x: Tensor, labels: Tensor | None 
     A network that knows its own preconditioning (`raw`, `scalings`) is called on its scaled input, and guidance,
     preconditioning, update, the write into the trajectory and the next scaled input are one `solver_step`.
     """
-    call, scale = (net.network, net.scale) if isinstance(net, Guided) else (net, 1.0)
-    scalings, raw = getattr(call, "scalings", None), getattr(call, "raw", call)
-    if isinstance(net, Guided):
-        raw = functools.partial(both, raw)
+    raw, scalings, scale = getattr(net, "raw", net), getattr(net, "scalings", None), getattr(net, "scale", 1.0)
     table = _coefficients(plan, path, scale, scalings)
     nodes = x.new_empty((len(plan.times) if dense else 0, *x.shape))
     reached, history, x_in = 0, [], float(table[-1, -1]) * x  # c_in of the first call stands in the last row
@@ -225,16 +222,39 @@ class Guided(NamedTuple):
     scale: float
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
-        conditional, null = both(self.network, x, t, r, labels).chunk(2)
+        conditional, null = self._both(self.network, x, t, r, labels).chunk(2)
         return torch.lerp(null, conditional, self.scale)
 
+    def raw(self, x_in: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        """The network's raw outputs with labels and without: (B, ...) -> (2B, ...)."""
+        return self._both(getattr(self.network, "raw", self.network), x_in, t, r, labels)
 
-def both(network: Callable, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
-    """The network with its labels and without: (B, ...) -> (2B, ...), conditional rows first."""
-    if labels is None:
-        raise ValueError("guidance needs class labels, and this data has none")
-    drop = torch.cat((torch.zeros_like(labels), torch.ones_like(labels))).bool()
-    return network(*(torch.cat((a, a)) for a in (x, t, r, labels)), drop)
+    @property
+    def scalings(self) -> Callable | None:
+        """The network's preconditioning, None where it is its own prediction."""
+        return getattr(self.network, "scalings", None)
+
+    @staticmethod
+    def _both(call: Callable, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            raise ValueError("guidance needs class labels, and this data has none")
+        drop = torch.cat((torch.zeros_like(labels), torch.ones_like(labels))).bool()
+        return call(*(torch.cat((a, a)) for a in (x, t, r, labels)), drop)
+
+
+class Autoguided(NamedTuple):
+    """Autoguidance (Karras et al. 2024): D = D_guide + scale (D_network - D_guide), `guide` a weaker network of any size."""
+
+    network: Net
+    guide: Net
+    scale: float
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        return torch.lerp(self.guide(x, t, r, labels), self.network(x, t, r, labels), self.scale)
+
+    def raw(self, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        """Both predictions, (B, ...) -> (2B, ...): the two may be preconditioned differently, so neither is raw."""
+        return torch.cat((self.network(x, t, r, labels), self.guide(x, t, r, labels)))
 
 
 def guided(net, scale: float) -> Net:

@@ -37,6 +37,9 @@ MAY = {
     "optimizer": {"schema"},
     "posthoc": {"checkpoint", "config", "ema"},
     "plots": set(),
+    "augment": {"rng"},
+    "perceptual": {"augment", "checkpoint", "config", "models", "rng", "schema"},
+    "classifier": {"checkpoint", "config", "data", "distributed", "log", "models", "perceptual", "schema"},
 }
 # heavy packages and the one module each may be imported in
 DOORS = {

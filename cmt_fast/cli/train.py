@@ -65,10 +65,10 @@ def train(args: argparse.Namespace) -> None:
     names = [name for name in have if name in names]
     for i, name in enumerate(names):
         stage = run.stage(name)
-        for key in ("start", "teacher"):
-            parent = getattr(stage, key)
-            if parent and parent not in names[:i]:
+        for parent in stage.networks().values():
+            if "/" not in parent and parent not in names[:i]:
                 work.weights(parent)
+        work.others(stage)
     check_loader(run.loader, work.data)
     if args.dry_run:
         return _dry_run(work, names)
