@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from cmt_fast import checkpoint, compiled, config, distributed, pictures, rng, stages, trajectories
+from cmt_fast import engine as engines
 from cmt_fast.data import Loader
-from cmt_fast.engine import LocalEngine, named
+from cmt_fast.engine import Engine
 from cmt_fast.log import Log, say
 from cmt_fast.objectives import ROWS, Batch, World
 from cmt_fast.schema import PowerEma, Run, Stage
 from cmt_fast.solvers import guided
 from cmt_fast.workspace import Workspace
+
+LOOK_S = 5.0  # seconds between looks for a signal: torchrun gives its processes 30 to save and end
 
 
 class Stopped(SystemExit):
@@ -41,53 +44,57 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
     stage = run.stage(name)
     assert stage is not None
     plan = stages.schedule(stage)
-    if stage.batch % distributed.size():
-        raise config.ConfigError(f"{name}.batch: {stage.batch} does not divide over {distributed.size()} processes")
+    passes = stages.passes(run, name, distributed.size())
     found = checkpoint.latest(folder)
     if found and found.manifest.get("done"):
         if distributed.rank() == 0:
             say(f"{name:>8} done ({found.manifest['nimg']} images)")
         return
-    engine = LocalEngine(work.build(), stage, work.device)
+    engine = engines.build(run, work.build(), stage, work.device, passes, work.sizing(name))
     lineage = _parent(work, stage, engine, found is None)
     wall = {"train_s": 0.0, "eval_s": 0.0}
     if found:
-        engine.load({f: found.tensors(f) for f in engine.state()}, found.manifest["step"])
+        engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
         wall = dict(found.manifest["wall"])
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, engine.step_count, plan.total, name, distributed.rank() > 0, run.tensorboard)
     try:
-        source = Source(work, name, stage)
+        source = Source(work, name, stage, engine)
         if stage.compile:
             compiled.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
-        sums: dict[str, Tensor] = {}
-        clock = time.perf_counter()
+        sums = _resumed(found)
+        look_every, clock = 1, time.perf_counter()
         for step in range(engine.step_count, plan.total):
-            loss, scalars = source.loss(engine, step)
-            engine.backward(loss)
+            for part in range(passes):
+                loss, scalars = source.loss(engine, step, part)
+                engine.backward(loss)
+                for key, value in (("loss", loss.detach()), *scalars.items()):
+                    sums[key] = sums.get(key, 0.0) + value.double() / passes
             lr = plan.lr(stage, step)
-            scalars["grad_norm"] = engine.step(lr)
-            for key, value in (("loss", loss.detach()), *scalars.items()):
-                sums[key] = sums[key] + value if key in sums else value
-            n, last, stop = step + 1, step + 1 == plan.total, 0
-            if n % plan.log_every == 0 or last:
+            sums["grad_norm"] = sums.get("grad_norm", 0.0) + engine.step(lr).double()
+            n, last = step + 1, step + 1 == plan.total
+            row = n % plan.log_every == 0 or last
+            # a look costs a collective call and waits for the device: every row, and every LOOK_S between
+            stop = distributed.largest(asked[0] if asked else 0) if row or n % look_every == 0 else 0
+            if row or stop:
                 wall["train_s"] += time.perf_counter() - clock
+                clock = time.perf_counter()
+            if row:
                 count = n - (n - 1) // plan.log_every * plan.log_every
-                means = {k: float(distributed.mean_(v.clone().double()) / count) for k, v in sums.items()}
+                means = {k: float(distributed.mean_(v.clone()) / count) for k, v in sums.items()}
                 sums = {}
                 if not all(map(_finite, means.values())):
                     raise FloatingPointError(f"{name}: loss {means['loss']} at step {n}; the last checkpoint is sound")
                 speed = n * stage.batch / wall["train_s"]
                 log.row("train", n, n * stage.batch, {**means, "lr": lr}, {**wall, "images_per_s": speed})
                 log.advance(n, f"loss {means['loss']:.4g}  {speed:.0f} img/s")
-                clock = time.perf_counter()
+                look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
                 _watch(work, name, stage, engine, plan, n, last, log)
                 wall["eval_s"] += time.perf_counter() - clock
                 clock = time.perf_counter()
-                stop = distributed.largest(asked[0] if asked else 0)
             if n % plan.checkpoint_every == 0 or last or stop:
                 log.commit()
-                _save(work, name, engine, n, last, lineage, wall)
+                _save(work, name, engine, n, last, lineage, wall, sums)
                 clock = time.perf_counter()
                 if stop and not last:
                     raise Stopped(128 + stop)
@@ -98,14 +105,14 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
 class Source:
     """Where a stage's rows come from, and its loss: the objective on its rows plus the anchor on the others."""
 
-    def __init__(self, work: Workspace, name: str, stage: Stage) -> None:
+    def __init__(self, work: Workspace, name: str, stage: Stage, engine: Engine) -> None:
         run, self.stage, self.work, self.index = work.run, stage, work, stages.INDEX[name]
         self.seed, self.path = run.seed, work.path
         self.own, self.anchored = stages.rows(stage)
         self.total = stages.schedule(stage).total
         self.draws_data = ROWS[stage.objective.kind].draws == "data"
         self.loader = Loader(work.data, run.seed, work.device) if self.draws_data else None
-        net = work.network(stage.teacher) if stage.teacher else None
+        net = engine.frozen(work.network(stage.teacher)) if stage.teacher else None
         self.teacher = guided(net, stage.teacher_guidance) if net else None
         self.pool = None
         if stages.trajectory_rows(stage):
@@ -118,11 +125,11 @@ class Source:
         )
         self.features = getattr(work.space, "differentiable", None) if wanted else None
 
-    def loss(self, engine: LocalEngine, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to differentiate, averaged over this rank's rows, and the scalars to log."""
+    def loss(self, engine: Engine, step: int, part: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to differentiate in pass `part` of a step, averaged over its rows, and the scalars to log."""
         random = rng.Random(self.seed, self.index, step)
         world = World(self.path, random, self.teacher, step / self.total, self.features)
-        mine = slice(distributed.rank(), None, distributed.size())
+        mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * engine.passes)
         rows = torch.arange(self.own, device=self.work.device)[mine]
         drawn = self._data(random, step, rows) if self.draws_data else self._points(random, step, rows, rows)
         loss, scalars = ROWS[self.stage.objective.kind].function(engine, drawn, self.stage.objective, world)
@@ -152,7 +159,7 @@ class Source:
         return None if labels is None else random.uniform(rng.DROP, sample) < self.stage.label_dropout
 
 
-def _parent(work: Workspace, stage: Stage, engine: LocalEngine, fresh: bool) -> dict | None:
+def _parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict | None:
     """Start from the parent stage's EMA, and say in the lineage which file that was."""
     if stage.start is None:
         return None
@@ -169,42 +176,62 @@ def _parent(work: Workspace, stage: Stage, engine: LocalEngine, fresh: bool) -> 
     }
 
 
-def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool, lineage, wall) -> None:
-    if distributed.rank() == 0:
-        stage = work.run.stage(name)
-        about = {
-            "stage": name,
-            "nimg": step * stage.batch,
-            "done": last,
-            "recipe": work.run.name,
-            "config": config.stage_digest(work.run, name),
-            "parent": lineage,
-            "wall": wall,
-        }
-        checkpoint.save(work.folder / name, step, engine.state(), about)
-    distributed.barrier()
+def _resumed(found: checkpoint.Checkpoint | None) -> dict[str, Tensor]:
+    """The sums of a row of metrics that a stop cut in two: this rank's own, or the mean if ranks are other than then."""
+    row = found.manifest.get("row") if found else None
+    if not row:
+        return {}
+    ranks, mine = row["sums"], distributed.rank()
+    sums = ranks[mine] if len(ranks) == distributed.size() else [sum(s) / len(ranks) for s in zip(*ranks)]
+    return {k: torch.tensor(v, dtype=torch.float64) for k, v in zip(row["keys"], sums)}
+
+
+def _save(work: Workspace, name: str, engine: Engine, step: int, last: bool, lineage, wall, sums) -> None:
+    """A checkpoint, written by rank 0; all ranks take part in gathering it. Raises OSError on all if the disk refuses."""
+    stage = work.run.stage(name)
+    ranks = distributed.every_rank([float(v) for v in sums.values()])
+    about = {
+        "stage": name,
+        "nimg": step * stage.batch,
+        "done": last,
+        "recipe": work.run.name,
+        "config": config.stage_digest(work.run, name),
+        "parent": lineage,
+        "wall": wall,
+        "row": {"keys": list(sums), "sums": ranks} if sums else None,
+    }
+    refused: OSError | None = None
+    try:
+        checkpoint.save(work.folder / name, step, engine.state(), about, write=distributed.rank() == 0)
+    except OSError as error:
+        refused = error
+    if distributed.largest(int(refused is not None)):
+        raise refused or OSError("the process that writes could not write the checkpoint")
 
 
 def _watch(
-    work: Workspace, name: str, stage: Stage, engine, plan: stages.Schedule, n: int, last: bool, log: Log
+    work: Workspace, name: str, stage: Stage, engine: Engine, plan: stages.Schedule, n: int, last: bool, log: Log
 ) -> None:
-    """What is looked at during training, on rank 0: figures, pictures, EMA snapshots."""
+    """What is looked at during training: figures, pictures, EMA snapshots. All ranks give the network, rank 0 looks."""
     due = lambda every: every and (n % every == 0 or last)
-    if distributed.rank() == 0:
-        net = None
-        if due(plan.eval_every):
-            net = engine.average()
+    first = distributed.rank() == 0
+    if due(plan.eval_every) or due(plan.grid_every) or last:
+        net = engine.average()
+        if first and due(plan.eval_every):
             log.row(
                 "eval", n, n * stage.batch, {"steps": work.evaluate(net, work.run.eval.steps, work.run.eval.n_during)}
             )
-        if due(plan.grid_every) or last:
-            draw_grid(work, net or engine.average(), name, n)
-        if due(plan.snapshot_every):
-            powers = [(i, p) for i, p in enumerate(stage.ema) if isinstance(p, PowerEma)]
-            for i, profile in powers:
-                tensors = named(engine.net, engine.emas[i])
-                about = {"stage": name, "sigma_rel": profile.sigma_rel, "done": False}
-                checkpoint.save(work.folder / name / "snapshots" / f"ema-{i}", n, {"ema": tensors}, about, keep=1000)
+        if first and (due(plan.grid_every) or last):
+            draw_grid(work, net, name, n)
+    if due(plan.snapshot_every):
+        for i, profile in enumerate(stage.ema):
+            if isinstance(profile, PowerEma):
+                tensors, about = (
+                    engine.state()[f"ema-{i}"],
+                    {"stage": name, "sigma_rel": profile.sigma_rel, "done": False},
+                )
+                folder = work.folder / name / "snapshots" / f"ema-{i}"
+                checkpoint.save(folder, n, {"ema": tensors}, about, keep=1000, write=first)
     distributed.barrier()
 
 

@@ -12,14 +12,14 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import cmt_kernels
 import torch
 from torch import Tensor, nn
 
-from cmt_fast import __version__, checkpoint, config, distributed, metrics, models, stages
+from cmt_fast import __version__, checkpoint, config, distributed, engine, metrics, models, stages
 from cmt_fast import data as datasets
 from cmt_fast.config import ConfigError
 from cmt_fast.engine import load_named
@@ -59,19 +59,35 @@ class Workspace:
         own = self.folder / name
         return own if checkpoint.steps(own) else self.parents / name
 
-    def weights(self, name: str) -> tuple[dict[str, Tensor], dict]:
+    def weights(self, name: str) -> tuple[Mapping[str, Tensor], dict]:
         """The hand-over of a finished stage: its first EMA track and its manifest. Raises ConfigError if not there."""
         try:
             found = checkpoint.complete(self.stage_dir(name))
         except checkpoint.CheckpointError as error:
             raise ConfigError(f"{name}: {error}; train it first") from None
-        return found.tensors("ema-0"), found.manifest
+        return found.stream("ema-0"), found.manifest
 
     def network(self, name: str) -> nn.Module:
         """The frozen network of a finished stage, EMA weights, in fp32."""
         net = self.build().to(self.device)
         load_named(net, self.weights(name)[0])
         return net.requires_grad_(False).eval()
+
+    def sizing(self, name: str) -> engine.Choice:
+        """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it."""
+        run, stage = self.run, self.run.stage(name)
+        assert stage is not None
+        teacher = self.parameters if stage.teacher else 0
+        bf16, tracks, processes = stage.precision == "bf16", len(stage.ema), distributed.size()
+        memory = engine.sizing.memory_bytes(self.device)
+        return engine.choose(
+            run.engine, run.zero_stage, run.zero_teacher, self.parameters, teacher, processes, tracks, bf16, memory
+        )
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Parameters of the network."""
+        return sum(p.numel() for p in self.build().parameters())
 
     @functools.cached_property
     def space(self) -> metrics.Extractor:

@@ -59,7 +59,7 @@ def train(args: argparse.Namespace) -> None:
             )
     if args.parents:
         ws.stored_run(args.parents)
-    distributed.start(ws.device(run.device))
+    distributed.start(ws.device(run.device), run.timeout_s)
     work = ws.Workspace(run, out, args.parents)
     names = [name for name in have if name in names]
     for i, name in enumerate(names):

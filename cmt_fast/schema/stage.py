@@ -62,11 +62,15 @@ Ema = Annotated[ConstantEma | PowerEma, Field(discriminator="kind")]
 
 @schema
 class Stage:
-    """One stage of training, as data. Lengths are in student images; `start` and `teacher` name earlier stages."""
+    """One stage of training, as data. Lengths are in student images; `start` and `teacher` name earlier stages.
+
+    `micro_batch`: rows of one forward and backward of one process; a step makes as many as its batch needs (default: one).
+    """
 
     objective: Objective
     images_nimg: Count
     batch: Count = 128
+    micro_batch: Count | None = None
     start: Literal["pre", "mid", "post"] | None = None
     teacher: Literal["pre", "mid", "post"] | None = None
     trajectories: Trajectories | None = None

@@ -7,6 +7,7 @@ of them: one kernel call updates all, one call sums over ranks, and a checkpoint
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from cmt_kernels import adamw_ema
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 
 from cmt_fast import distributed, ema
 from cmt_fast.compiled import compile_network
+from cmt_fast.engine.buffers import bind, constrain, flat, load_named, named
 from cmt_fast.schema import Stage
 
 
 class LocalEngine:
     """One module trained by AdamW. `engine(...)` is the module's forward in the stage's precision."""
 
-    def __init__(self, net: nn.Module, stage: Stage, device: torch.device) -> None:
-        self.net, self.stage, self.device = net.to(device), stage, device
+    def __init__(self, net: nn.Module, stage: Stage, device: torch.device, passes: int = 1) -> None:
+        """passes: forwards and backwards that make up one step, each on its share of the rows."""
+        self.net, self.stage, self.device, self.passes = net.to(device), stage, device, passes
         self.step_count = 0
         self.p = flat(net)
         self.g = torch.zeros_like(self.p)
@@ -45,11 +48,11 @@ class LocalEngine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16")
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a scalar loss."""
-        loss.backward()
+        """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""
+        (loss if self.passes == 1 else loss / self.passes).backward()
 
     def step(self, lr: float) -> Tensor:
-        """Clip, AdamW, EMAs; gradients are averaged over ranks and then zeroed. Returns their norm before clipping."""
+        """Clip, AdamW, EMAs, constraints; gradients are averaged over ranks, then zeroed. Returns their norm before clipping."""
         distributed.mean_(self.g)
         s = self.stage
         self.step_count += 1
@@ -69,9 +72,10 @@ class LocalEngine:
             s.clip,
         )
         self.g.zero_()
+        constrain(self.net)
         return norm
 
-    def start_from(self, weights: dict[str, Tensor]) -> None:
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Take a parent's weights: student and every EMA track start there."""
         load_named(self.net, weights)
         for e in self.emas:
@@ -86,58 +90,27 @@ class LocalEngine:
         bind(net, self.emas[index])
         return net.eval()
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Everything a restart needs, file name -> named tensors."""
-        tracks = {f"ema-{i}": named(self.net, e) for i, e in enumerate(self.emas)}
-        return {"model": named(self.net, self.p), **tracks, "optimizer": {"m": self.m, "v": self.v}}
+    def copy(self) -> nn.Module:
+        """A module of its own with the student's present weights."""
+        return copy.deepcopy(self.net)
 
-    def load(self, state: dict[str, dict[str, Tensor]], step: int) -> None:
+    def frozen(self, net: nn.Module) -> nn.Module:
+        """A teacher is held whole."""
+        return net
+
+    def state(self) -> dict[str, Mapping[str, Tensor]]:
+        """Everything a restart needs, file name -> named tensors; the optimizer's are `m.NAME` and `v.NAME`."""
+        tracks = {f"ema-{i}": named(self.net, e) for i, e in enumerate(self.emas)}
+        moments = {f"{k}.{n}": x for k in "mv" for n, x in named(self.net, getattr(self, k)).items()}
+        return {"model": named(self.net, self.p), **tracks, "optimizer": moments}
+
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Restore what `state` gave after `step` steps."""
         load_named(self.net, state["model"])
         for i, e in enumerate(self.emas):
-            e.copy_(torch.cat([state[f"ema-{i}"][name].reshape(-1) for name, _ in self.net.named_parameters()]))
-        self.m.copy_(state["optimizer"]["m"])
-        self.v.copy_(state["optimizer"]["v"])
+            for name, part in named(self.net, e).items():
+                part.copy_(state[f"ema-{i}"][name])
+        for kind, buffer in (("m", self.m), ("v", self.v)):
+            for name, part in named(self.net, buffer).items():
+                part.copy_(state["optimizer"][f"{kind}.{name}"])
         self.step_count = step
-
-
-def flat(net: nn.Module) -> Tensor:
-    """All parameters in one fp32 vector, in named order. (P,)."""
-    return torch.cat([p.detach().float().reshape(-1) for p in net.parameters()])
-
-
-def bind(net: nn.Module, buffer: Tensor, grad: bool = False) -> None:
-    """Make the parameters (or, with `grad`, their gradients) views into `buffer` (P,)."""
-    for p, part in zip(net.parameters(), buffer.split([p.numel() for p in net.parameters()])):
-        if grad:
-            p.grad = part.view(p.shape)
-        else:
-            p.data = part.view(p.shape)
-
-
-def named(net: nn.Module, buffer: Tensor) -> dict[str, Tensor]:
-    """The buffer (P,) as tensors by parameter name."""
-    parts = buffer.split([p.numel() for p in net.parameters()])
-    return {name: part.view(p.shape) for (name, p), part in zip(net.named_parameters(), parts)}
-
-
-@torch.no_grad()
-def load_named(net: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy weights by name. Raises ValueError when names or shapes differ, naming the first that does."""
-    own = dict(net.named_parameters())
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or extra:
-        raise ValueError(
-            f"checkpoint does not fit the model: {len(missing)} keys missing{_first(missing)}, "
-            f"{len(extra)} unknown{_first(extra)}"
-        )
-    for name, p in own.items():
-        if p.shape != weights[name].shape:
-            raise ValueError(
-                f"checkpoint does not fit the model: {name} is {tuple(weights[name].shape)}, not {tuple(p.shape)}"
-            )
-        p.copy_(weights[name])
-
-
-def _first(names: list[str]) -> str:
-    return f" (first: {names[0]})" if names else ""
