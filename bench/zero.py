@@ -2,8 +2,8 @@
 
 Every setting (engine, ZeRO stage, number of CPU processes) trains the same 50 steps of denoising, of CMT and of
 MeanFlow on digits in fp32; the figure is the largest relative difference of the loss from the local engine's on one
-process, over all steps. Then each setting's checkpoint in the middle of the denoising run is loaded by every other
-one, written again and compared bit by bit, and trained to the end.
+process, over all steps. With --exchange the checkpoint in the middle of a short run of each setting is loaded by every
+setting, written again and compared bit by bit, and trained to the end.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
+import signal
+import socket
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
+
+import torch
 
 from cmt_fast import checkpoint, config, distributed, loop, stages, workspace
 from cmt_fast import engine as engines
 from cmt_fast.workspace import Workspace
 
-STEPS, BATCH = 50, 32
+STEPS, SHORT, BATCH = 50, 8, 32  # steps of the curves, and of the runs whose checkpoints are exchanged
 SMALL = ["model.width=32", "model.depth=2", "model.heads=2"]
 # what is compared: recipe, stage
 CASES = {"denoise": ("digits", "pre"), "cmt": ("digits", "mid"), "meanflow": ("digits-mf", "control")}
@@ -58,32 +63,68 @@ def small(stage: str, steps: int = STEPS) -> list[str]:
     return [*SMALL, *length, *quiet, *more, f"{stage}.batch={BATCH}"]
 
 
-def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Do jobs one after the other in one group of processes. Raises RuntimeError with the end of what they said."""
-    plan = folder / f"jobs-{processes}-{len(list(folder.glob('jobs-*')))}.json"
-    plan.write_text(json.dumps(jobs))
-    group = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *group, "-m", "bench", "zero", "--worker", str(plan)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+def launch(processes: int, work: Callable[[], None], folder: Path) -> None:
+    """Call `work` in a group of forked processes, as a launcher would start them; what they say goes to FOLDER/*.log.
+
+    The caller must not have run a backward pass: autograd does not survive a fork. Raises RuntimeError when one fails.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [folder / f"group-{port}-{rank}.log" for rank in range(processes)]
+    children = {}
+    for rank, log in enumerate(logs):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        environment = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        child = os.fork()
+        if not child:
+            _child(work, environment, log)
+        children[child] = rank
+    failed = []
+    while children:
+        child, status = os.wait()
+        rank = children.pop(child)
+        if status:
+            failed.append(rank)
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    if failed:
+        raise RuntimeError(f"rank {failed[0]} of {processes} failed: {logs[failed[0]].read_text()[-4000:]}")
 
 
-def work(plan: Path) -> int:
-    """What one process of a group does."""
-    import torch
-
-    torch.set_num_threads(1)
-    distributed.start(torch.device("cpu"), timeout_s=300)
-    for job in json.loads(plan.read_text()):
-        space = Workspace(config.load(job["recipe"], job["overrides"]), Path(job["out"]), Path(job["parents"]))
-        if job["do"] == "train":
-            loop.train(space, [job["stage"]])
-        else:
-            again(space, job["stage"])
+def _child(work: Callable[[], None], environment: dict[str, Any], log: Path) -> NoReturn:
+    code = 1
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.environ.update({key: str(value) for key, value in environment.items()})
+        torch.set_num_threads(1)
+        distributed.start(torch.device("cpu"), timeout_s=300)
+        work()
         distributed.barrier()
-    distributed.stop()
-    return 0
+        distributed.stop()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def do(jobs: list[dict[str, Any]]) -> Callable[[], None]:
+    """A group's work: train each job's stage, or load its checkpoint and write it again."""
+
+    def work() -> None:
+        for job in jobs:
+            space = Workspace(config.load(job["recipe"], job["overrides"]), Path(job["out"]), Path(job["parents"]))
+            if job["do"] == "train":
+                loop.train(space, [job["stage"]])
+            else:
+                again(space, job["stage"])
+
+    return work
 
 
 def again(space: Workspace, name: str) -> None:
@@ -108,21 +149,21 @@ def relative(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / abs(y) for x, y in zip(a, b))
 
 
-def curves(folder: Path, every: list[Setting], cases: dict[str, tuple[str, str]], more: tuple[str, ...] = ()) -> dict:
+def curves(folder: Path, every: list[Setting], cases: dict[str, tuple[str, str]], steps: int = STEPS) -> dict:
     """{case: {setting: largest relative difference from local on one process}}; leaves the runs in `folder`."""
     base = folder / "base"
     for recipe in {recipe for recipe, stage in cases.values() if stage != "pre"}:
-        run = ["device=cpu", *small("pre"), "pre.checkpoint_every_nimg=null", *more]
+        run = ["device=cpu", *small("pre", steps)]
         job = {"do": "train", "recipe": recipe, "stage": "pre", "overrides": run}
-        launch(1, [job | {"out": str(base / recipe), "parents": str(base / recipe)}], folder)
+        launch(1, do([job | {"out": str(base / recipe), "parents": str(base / recipe)}]), folder)
     for n in sorted({s.processes for s in every}):
         jobs = []
         for setting in (s for s in every if s.processes == n):
             for case, (recipe, stage) in cases.items():
-                text = [*setting.overrides, *small("pre"), *(small(stage) if stage != "pre" else []), *more]
+                text = [*setting.overrides, *small("pre", steps), *small(stage, steps)]
                 out = {"out": str(folder / setting.name / case), "parents": str(base / recipe)}
                 jobs.append({"do": "train", "recipe": recipe, "stage": stage, "overrides": text, **out})
-        launch(n, jobs, folder)
+        launch(n, do(jobs), folder)
     table: dict[str, dict[str, float]] = {}
     for case, (_, stage) in cases.items():
         truth = losses(folder / every[0].name / case / stage)
@@ -130,49 +171,37 @@ def curves(folder: Path, every: list[Setting], cases: dict[str, tuple[str, str]]
     return table
 
 
-def exchange(folder: Path, every: list[Setting], pairs: list[tuple[Setting, Setting]]) -> dict[str, dict]:
+def exchange(folder: Path, pairs: list[tuple[Setting, Setting]], steps: int = STEPS) -> dict[str, dict]:
     """Load the checkpoint in the middle of `curves`' denoising runs into other settings.
 
-    {"a to b": {"equal": bits after writing it again, "loss": largest relative difference of the second half from a's}}.
+    {"a to b": {"equal": bits after writing it again, "loss": largest relative difference of the second half from a's,
+    "end_equal": bits at the end}}.
     """
+    half, table = steps // 2, {}
     where = lambda a, b: folder / "exchange" / f"{a.name}-to-{b.name}"
     for n in sorted({b.processes for _, b in pairs}):
         jobs = []
         for a, b in (p for p in pairs if p[1].processes == n):
-            source, out = folder / a.name / "denoise", where(a, b)
-            shutil.copytree(
-                source / "pre" / "checkpoints" / f"step-{STEPS // 2:08d}",
-                out / "pre" / "checkpoints" / f"step-{STEPS // 2:08d}",
-            )
-            shutil.copy(source / "pre" / "metrics.jsonl", out / "pre")
-            job = {
-                "recipe": "digits",
-                "stage": "pre",
-                "overrides": [*b.overrides, *small("pre")],
-                "out": str(out),
-                "parents": str(out),
-            }
+            source, out = folder / a.name / "denoise" / "pre", where(a, b)
+            shutil.copytree(checkpoint.folder_of(source, half), checkpoint.folder_of(out / "pre", half))
+            shutil.copy(source / "metrics.jsonl", out / "pre")
+            place = {"recipe": "digits", "stage": "pre", "out": str(out), "parents": str(out)}
+            job = place | {"overrides": [*b.overrides, *small("pre", steps)]}
             jobs += [{"do": "again", **job}, {"do": "train", **job}]
-        launch(n, jobs, folder)
-    table = {}
+        launch(n, do(jobs), folder)
+    files = lambda stage, step: checkpoint.verify(checkpoint.folder_of(stage, step)).manifest["files"]
     for a, b in pairs:
-        files = [
-            checkpoint.verify(checkpoint.folder_of(f, STEPS // 2)).manifest["files"]
-            for f in (folder / a.name / "denoise" / "pre", where(a, b) / "again")
-        ]
-        ends = [losses(f / "pre")[STEPS // 2 :] for f in (where(a, b), folder / a.name / "denoise")]
-        final = [checkpoint.complete(f / "pre").manifest["files"] for f in (where(a, b), folder / a.name / "denoise")]
+        source, out = folder / a.name / "denoise" / "pre", where(a, b)
         table[f"{a.name} to {b.name}"] = {
-            "equal": files[0] == files[1],
-            "loss": relative(*ends),
-            "end_equal": final[0] == final[1],
+            "equal": files(source, half) == files(out / "again", half),
+            "loss": relative(losses(out / "pre")[half:], losses(source)[half:]),
+            "end_equal": files(source, steps) == files(out / "pre", steps),
         }
     return table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The bench's own."""
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worlds", default="2,4", help="numbers of processes (default: 2,4)")
     parser.add_argument("--cases", default=",".join(CASES), help="what is trained")
     parser.add_argument("--exchange", action="store_true", help="load every setting's checkpoint into every other")
@@ -182,17 +211,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print both tables."""
-    if arguments.worker:
-        return work(arguments.worker)
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="zero-"))
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # noqa: F401  once, before the forks
+
     every = settings([int(n) for n in arguments.worlds.split(",")])
+    figures: dict[str, Any] = {"steps": STEPS, "batch": BATCH, "model": SMALL}
     try:
-        figures: dict[str, Any] = {"curves": curves(folder, every, {k: CASES[k] for k in arguments.cases.split(",")})}
+        figures["curves"] = curves(folder, every, {k: CASES[k] for k in arguments.cases.split(",") if k})
         for case, row in figures["curves"].items():
-            print(f"{case:>9}: " + "  ".join(f"{name} {error:.1e}" for name, error in row.items()))
+            print(f"{case:>9}: " + "  ".join(f"{name} {error:.1e}" for name, error in row.items()), flush=True)
         if arguments.exchange:
-            figures["exchange"] = exchange(folder, every, [(a, b) for a in every for b in every])
+            short = folder / "short"
+            short.mkdir()
+            curves(short, every, {"denoise": CASES["denoise"]}, SHORT)
+            figures["exchange"] = exchange(short, [(a, b) for a in every for b in every], SHORT)
             for name, row in figures["exchange"].items():
                 print(f"{name:>18}: equal {row['equal']}  loss {row['loss']:.1e}  end equal {row['end_equal']}")
     finally:

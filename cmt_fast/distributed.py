@@ -14,17 +14,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_timeout: timedelta | None = None  # of this process's group, once it has one
+
 
 def start(device: torch.device, timeout_s: float = 1800.0) -> None:
     """Join the launcher's process group, if this process was started by one. timeout_s: of a collective call."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group(_backend(device), timeout=timedelta(seconds=timeout_s))
+        global _timeout
+        _timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(_backend(device), timeout=_timeout)
 
 
 def alone(device: torch.device) -> None:
     """A process group of this process alone, where there is none: some libraries do not go without."""
     if not dist.is_initialized():
         dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def same_timeout(*groups: dist.ProcessGroup) -> None:
+    """Give groups that a library made the timeout of the default one: they come with torch's, which may be longer."""
+    timeout = _timeout
+    if timeout is not None:
+        for group in groups:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _backend(device: torch.device) -> str:

@@ -50,7 +50,11 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
         if distributed.rank() == 0:
             say(f"{name:>8} done ({found.manifest['nimg']} images)")
         return
-    engine = engines.build(run, work.build(), stage, work.device, passes, work.sizing(name))
+    choice = work.sizing(name)
+    if run.engine != "local" and distributed.rank() == 0:
+        for line in choice.lines(work.parameters, distributed.size()):
+            say(f"{name:>8} {line}")
+    engine = engines.build(run, work.build(), stage, work.device, passes, choice)
     lineage = _parent(work, stage, engine, found is None)
     wall = {"train_s": 0.0, "eval_s": 0.0}
     if found:
@@ -198,6 +202,7 @@ def _save(work: Workspace, name: str, engine: Engine, step: int, last: bool, lin
         "config": config.stage_digest(work.run, name),
         "parent": lineage,
         "wall": wall,
+        "engine": {"kind": work.run.engine, "stage": work.sizing(name).stage, "processes": distributed.size()},
         "row": {"keys": list(sums), "sums": ranks} if sums else None,
     }
     refused: OSError | None = None

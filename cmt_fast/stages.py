@@ -81,9 +81,8 @@ def passes(run: Run, name: str, processes: int) -> int:
         )
     ratio = getattr(stage.objective, "ratio", None)
     if ratio is not None and round(ratio * (own // shards)) * shards != round(ratio * own):
-        raise ConfigError(
-            f"{name}.objective.ratio: {ratio} of {own} rows are {round(ratio * own)} rows with tangents, which do not divide {where}"
-        )
+        with_tangents = f"{ratio} of {own} rows are {round(ratio * own)} rows with tangents"
+        raise ConfigError(f"{name}.objective.ratio: {with_tangents}, which do not divide {where}")
     return count
 
 

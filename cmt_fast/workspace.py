@@ -74,15 +74,24 @@ class Workspace:
         return net.requires_grad_(False).eval()
 
     def sizing(self, name: str) -> engine.Choice:
-        """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it."""
+        """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it.
+
+        Raises ConfigError where the engine cannot be had or cannot do what the stage asks for.
+        """
         run, stage = self.run, self.run.stage(name)
         assert stage is not None
         teacher = self.parameters if stage.teacher else 0
         bf16, tracks, processes = stage.precision == "bf16", len(stage.ema), distributed.size()
         memory = engine.sizing.memory_bytes(self.device)
-        return engine.choose(
+        choice = engine.choose(
             run.engine, run.zero_stage, run.zero_teacher, self.parameters, teacher, processes, tracks, bf16, memory
         )
+        try:
+            engine.check(run, stage, choice)
+        except ValueError as error:
+            text = str(error)
+            raise ConfigError(f"{name}.{text}" if text.startswith("compile") else text) from None
+        return choice
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -139,6 +148,7 @@ class Workspace:
                 "run": config.dump(self.run),
                 "environment": environment(),
                 "ops": cmt_kernels.table(self.device.type),
+                "engine": {name: self.sizing(name)._asdict() for name in stages.names(self.run)},
                 "parents": str(self.parents) if self.parents != self.folder else None,
             }
             checkpoint.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))

@@ -32,13 +32,13 @@ MAY = {
     "sample": {"paths", "rng", "schema", "solvers"},
     "metrics": {"data"},
     "compiled": set(),
-    "engine": {"compiled", "distributed", "ema", "schema"},
+    "engine": {"checkpoint", "compiled", "distributed", "ema", "engine", "schema"},
     "posthoc": {"checkpoint", "config", "ema"},
     "plots": set(),
 }
 # heavy packages and the one module each may be imported in
 DOORS = {
-    "deepspeed": "engine",
+    "deepspeed": "engine/zero",
     "nvidia": "data/dali",
     "pynvml": "accounting",
     "sklearn": "data/digits",

@@ -68,8 +68,11 @@ def train(args: argparse.Namespace) -> None:
             parent = getattr(stage, key)
             if parent and parent not in names[:i]:
                 work.weights(parent)
+    for name in names:  # what cannot be done is said before the first stage begins
+        stages.passes(run, name, distributed.size())
+        work.sizing(name)
     if args.dry_run:
-        return _dry_run(work, names)
+        return _dry_run(work, names) if distributed.rank() == 0 else None
     work.compare()
     if distributed.rank() == 0:
         _ops(work.device.type)
@@ -86,12 +89,19 @@ def _dry_run(work: ws.Workspace, names: list[str]) -> None:
     print(yaml.safe_dump(config.dump(work.run), sort_keys=False).rstrip())
     print(f"digest: {config.digest(work.run)}")
     _ops(work.device.type)
-    parameters = sum(p.numel() for p in work.build().parameters())
-    print(f"network: {parameters:,} parameters; device {work.device}; {len(work.data.x):,} rows of {work.data.shape}")
+    print(
+        f"network: {work.parameters:,} parameters; device {work.device}; {len(work.data.x):,} rows of {work.data.shape}"
+    )
     for name in names:
         c = loop.cost(work.run, name)
         how = " (compiled)" if work.run.stage(name).compile else ""
         print(f"{name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards{how}")
+        n = distributed.size()
+        parts = stages.passes(work.run, name, n)
+        rows = f"{work.run.stage(name).batch // (n * parts)} rows x {parts} pass{'es' * (parts > 1)} x {n} process{'es' * (n > 1)}"
+        print(
+            "\n".join(f"{'':>8}  {line}" for line in [*work.sizing(name).lines(work.parameters, n), f"a step: {rows}"])
+        )
 
 
 def run_search(args: argparse.Namespace) -> None:

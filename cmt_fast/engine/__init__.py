@@ -8,6 +8,7 @@ between two checkpoints.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -59,8 +60,18 @@ class Engine(Protocol):
         """Restore what `state` of any engine on any number of processes gave after `step` steps."""
 
 
+def check(run: Run, stage: Stage, choice: Choice) -> None:
+    """Raises ValueError where the engine of a run cannot be had, or cannot do what a stage asks for."""
+    if run.engine == "local":
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("engine: 'zero' needs DeepSpeed; pip install 'cmt-fast[zero]'")
+    if stage.compile and choice.stage == 3:
+        raise ValueError("compile: ZeRO stage 3 gathers weights inside the network, which is no single graph")
+
+
 def build(run: Run, net: nn.Module, stage: Stage, device: torch.device, passes: int, choice: Choice) -> Engine:
-    """The engine a run asks for. Raises ConfigError where it cannot be had."""
+    """The engine a run asks for, as `choose` sized it and `check` let it pass."""
     if run.engine == "local":
         return LocalEngine(net, stage, device, passes)
     from cmt_fast.engine.zero import ZeroEngine
@@ -68,4 +79,4 @@ def build(run: Run, net: nn.Module, stage: Stage, device: torch.device, passes: 
     return ZeroEngine(net, stage, device, passes, choice)
 
 
-__all__ = ["Choice", "Engine", "LocalEngine", "build", "choose", "load_named", "named"]
+__all__ = ["Choice", "Engine", "LocalEngine", "build", "check", "choose", "load_named", "named"]

@@ -44,7 +44,8 @@ class Choice(NamedTuple):
         return [
             f"engine: {name}; {self.why}",
             f"memory: {gb(self.state_bytes)} states{teacher if self.teacher_bytes else ''} a process of "
-            f"{gb(self.memory_bytes)}, {parameters:,} parameters on {processes} process{'es' * (processes > 1)}; activations come on top",
+            f"{gb(self.memory_bytes)}, {parameters:,} parameters on {processes} process{'es' * (processes > 1)}; "
+            "activations come on top",
         ]
 
 
@@ -101,7 +102,7 @@ def choose(
         tried.append(f"stage {s}{' with a sharded teacher' * sharded} needs {gb(need)}")
         if need <= limit:
             break
-    verdict = "of the" if need <= limit else "more than the"
+    verdict = "within the" if need <= limit else "more than the"
     return choice._replace(why=f"{rule}{', '.join(tried)}, {verdict} {gb(limit)} that states may take")
 
 
