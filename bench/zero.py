@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -63,10 +64,11 @@ def small(stage: str, steps: int = STEPS) -> list[str]:
     return [*SMALL, *length, *quiet, *more, f"{stage}.batch={BATCH}"]
 
 
-def launch(processes: int, work: Callable[[], None], folder: Path) -> None:
+def launch(processes: int, work: Callable[[], Any], folder: Path, timeout_s: float = 300) -> None:
     """Call `work` in a group of forked processes, as a launcher would start them; what they say goes to FOLDER/*.log.
 
-    The caller must not have run a backward pass: autograd does not survive a fork. Raises RuntimeError when one fails.
+    The caller must not have run a backward pass: autograd does not survive a fork. Raises Failed when one fails; the
+    others have ten seconds to see it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -78,21 +80,36 @@ def launch(processes: int, work: Callable[[], None], folder: Path) -> None:
         environment = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         child = os.fork()
         if not child:
-            _child(work, environment, log)
+            _child(work, environment, log, timeout_s)
         children[child] = rank
-    failed = []
+    codes: dict[int, int] = {}
+    deadline = float("inf")
     while children:
-        child, status = os.wait()
-        rank = children.pop(child)
-        if status:
-            failed.append(rank)
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            codes[children.pop(child)] = os.waitstatus_to_exitcode(status)
+            if status and deadline == float("inf"):
+                deadline = time.monotonic() + 10
+        elif time.monotonic() > deadline:
             for other in children:
                 os.kill(other, signal.SIGKILL)
-    if failed:
-        raise RuntimeError(f"rank {failed[0]} of {processes} failed: {logs[failed[0]].read_text()[-4000:]}")
+            deadline = float("inf")
+        else:
+            time.sleep(0.02)
+    if any(codes.values()):
+        raise Failed(codes, {rank: log.read_text() for rank, log in enumerate(logs)})
 
 
-def _child(work: Callable[[], None], environment: dict[str, Any], log: Path) -> NoReturn:
+class Failed(RuntimeError):
+    """A process of a group ended with an error. codes: exit code by rank, negative for a signal; logs: what each said."""
+
+    def __init__(self, codes: dict[int, int], logs: dict[int, str]) -> None:
+        first = next(rank for rank, code in codes.items() if code)
+        super().__init__(f"rank {first} of {len(logs)} failed: {logs[first][-4000:]}")
+        self.codes, self.logs = codes, logs
+
+
+def _child(work: Callable[[], Any], environment: dict[str, Any], log: Path, timeout_s: float) -> NoReturn:
     code = 1
     try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT)
@@ -100,11 +117,11 @@ def _child(work: Callable[[], None], environment: dict[str, Any], log: Path) -> 
         os.dup2(out, 2)
         os.environ.update({key: str(value) for key, value in environment.items()})
         torch.set_num_threads(1)
-        distributed.start(torch.device("cpu"), timeout_s=300)
-        work()
-        distributed.barrier()
+        distributed.start(torch.device("cpu"), timeout_s)
+        code = work() or 0  # an exit code, as the command's, which leaves the group itself
+        if distributed.size() > 1:
+            distributed.barrier()
         distributed.stop()
-        code = 0
     except BaseException:
         traceback.print_exc()
     finally:
@@ -215,6 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # noqa: F401  once, before the forks
+    import torch._dynamo  # noqa: F401
 
     every = settings([int(n) for n in arguments.worlds.split(",")])
     figures: dict[str, Any] = {"steps": STEPS, "batch": BATCH, "model": SMALL}

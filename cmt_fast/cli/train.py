@@ -96,12 +96,14 @@ def _dry_run(work: ws.Workspace, names: list[str]) -> None:
         c = loop.cost(work.run, name)
         how = " (compiled)" if work.run.stage(name).compile else ""
         print(f"{name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards{how}")
-        n = distributed.size()
-        parts = stages.passes(work.run, name, n)
-        rows = f"{work.run.stage(name).batch // (n * parts)} rows x {parts} pass{'es' * (parts > 1)} x {n} process{'es' * (n > 1)}"
-        print(
-            "\n".join(f"{'':>8}  {line}" for line in [*work.sizing(name).lines(work.parameters, n), f"a step: {rows}"])
-        )
+        for line in [*work.sizing(name).lines(work.parameters, distributed.size()), _step(work, name)]:
+            print(f"{'':>8}  {line}")
+
+
+def _step(work: ws.Workspace, name: str) -> str:
+    batch, n = work.run.stage(name).batch, distributed.size()
+    parts = stages.passes(work.run, name, n)
+    return f"a step: {batch} rows = {n} process{'es' * (n > 1)} x {parts} pass{'es' * (parts > 1)} x {batch // (n * parts)}"
 
 
 def run_search(args: argparse.Namespace) -> None:

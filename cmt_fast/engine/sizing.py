@@ -1,17 +1,15 @@
 """How many bytes a process holds under each ZeRO stage, and the rule that chooses the stage.
 
-Bytes a parameter on each of N processes, T EMA tracks. Optimizer state is m, v and the tracks, 8 + 4 T, fp32 always.
+Bytes a parameter on each of N processes, T EMA tracks; optimizer state is m, v and the tracks, 8 + 4 T.
 
-    stage   fp32                                  bf16
-    local   4 + 4 + (8 + 4 T)                     the same, computing under autocast: + 2 for the cast weights
-    0       as local, + 4 for the joined gradient
-    1       4 + 4 + (4 + 8 + 4 T) / N             2 + 2 + 4 + (4 + 8 + 4 T) / N
-    2       4 + (4 + 4 + 8 + 4 T) / N             2 + (4 + 4 + 8 + 4 T) / N
-    3       (4 + 4 + 4 + 8 + 4 T) / N             (2 + 4 + 4 + 8 + 4 T) / N
+    local   4 + 4 + (8 + 4 T)            weights, gradients, optimizer state
+    0       4 + 4 + (8 + 4 T) + 4        DeepSpeed's gradients, joined for the optimizer
+    1       4 + 4 + (4 + 8 + 4 T) / N    a rank's weights a second time: what its optimizer steps
+    2       4 + (4 + 4 + 8 + 4 T) / N
+    3       (4 + 4 + 4 + 8 + 4 T) / N
 
-The first term is the weights the forward reads, the second their gradients; the 4 in front of 8 + 4 T are the masters.
-Stage 1 in bf16 sums gradients in a whole fp32 buffer beside the bf16 ones. Buckets of communication (at most 0.5e9
-elements) and activations come on top; the rule leaves them the rest of the memory.
+bf16 adds 2 up to stage 2: autocast's copies of the weights, kept until the backward. Buckets of communication (at most
+0.5e9 elements) and activations come on top; the rule leaves them the rest of the memory.
 """
 
 from __future__ import annotations
@@ -51,15 +49,14 @@ class Choice(NamedTuple):
 
 def state_bytes(stage: int | None, parameters: int, processes: int, tracks: int, bf16: bool) -> int:
     """Bytes of weights, gradients, optimizer state and EMA tracks on one process: the table above."""
-    moments = 8 + 4 * tracks
-    if stage in (None, 0):
-        each = 8.0 + moments + (2 if bf16 else 0) + (4 if stage == 0 else 0)
-    elif stage == 1:
-        each = 8 + (4 + moments) / processes
-    elif stage == 2:
-        each = (2 if bf16 else 4) + (8 + moments) / processes
-    else:
-        each = ((2 if bf16 else 4) + 8 + moments) / processes
+    moments, cast = 8 + 4 * tracks, 2 if bf16 else 0
+    each = {
+        None: 8 + moments + cast,
+        0: 12 + moments + cast,
+        1: 8 + (4 + moments) / processes + cast,
+        2: 4 + (8 + moments) / processes + cast,
+        3: (12 + moments) / processes,
+    }[stage]
     return int(each * parameters)
 
 

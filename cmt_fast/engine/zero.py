@@ -3,11 +3,13 @@
 DeepSpeed hosts an optimizer of the client's (`zero_allow_untested_optimizer`): stages 1 to 3 hand it the flat fp32
 partition of this rank with its reduced, clipped gradient, so `adamw_ema` runs once a partition and the EMA tracks are
 sharded like the moments. Stage 0 hands it the module's parameters: there the op clips too, over one flat buffer.
-What DeepSpeed keeps for itself is the gradient's norm, the upcast of gradients and the rounding of masters to bf16:
-the op's own clipping and its norm are not used in stages 1 to 3, and those passes over memory stay separate.
+What DeepSpeed keeps for itself in stages 1 to 3 is the gradient's norm and its clipping, two passes over the gradient
+that the op would have made one, and a copy of the partition beside the weights.
 
-bf16: stages 1 to 3 hold bf16 weights and fp32 masters in the partition; stage 0 holds fp32 weights. Either way the
-forward runs under the local engine's autocast, and gradients are summed over ranks in fp32.
+bf16 is the local engine's autocast over fp32 weights, which are the masters, and gradients are summed in fp32.
+DeepSpeed's own bf16 mode is not used: it casts the whole module, and the time embedding, which stays in fp32 because
+its tangent grows with its highest frequency, then meets bf16 weights and fails. The price is 2 bytes a parameter in
+stages 1 and 2, and weights that travel between ranks as fp32.
 """
 
 from __future__ import annotations
@@ -41,36 +43,26 @@ class ZeroEngine:
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         self.keys = ["m", "v", *(f"ema-{i}" for i in range(len(stage.ema)))]
         self.frame = buffers.frame(net)
-        bf16 = stage.precision == "bf16" and self.level > 0
-        start = {name: p.detach().clone() for name, p in self.parameters.items()} if bf16 else None
-        kept = dict(net.named_buffers())
         if self.level == 0:
             self.whole = buffers.flat(net)
             buffers.bind(net, self.whole)
         self.optimizer = AdamWEma(net.parameters(), self)
         self.ds, *_ = _deepspeed(device).initialize(
-            model=_Autocast(net, device, stage.precision == "bf16"), optimizer=self.optimizer, config=self._config(bf16)
+            model=_Autocast(net, device, stage.precision == "bf16"), optimizer=self.optimizer, config=self._config()
         )
         distributed.same_timeout(self.ds.data_parallel_group, self.ds.seq_data_parallel_group)
-        for name, buffer in kept.items():  # DeepSpeed casts buffers with the weights; positions and angles stay fp32
-            owner, _, last = name.rpartition(".")
-            net.get_submodule(owner)._buffers[last] = buffer
         self.partitions = self._partitions()
         for p in self.partitions:
             self.optimizer.allocate(p)
-        if start is not None:
-            self.start_from(start)
         self.forward = compile_network(self.ds.module) if stage.compile else self.ds
 
-    def _config(self, bf16: bool) -> dict[str, Any]:
+    def _config(self) -> dict[str, Any]:
         return {
             "train_micro_batch_size_per_gpu": 1,  # the loop cuts batches into passes; DeepSpeed only counts them
             "gradient_accumulation_steps": self.passes,
             "gradient_clipping": self.stage.clip if self.level else 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": self.level},
-            "communication_data_type": "fp32",
-            **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
         }
 
     def _partitions(self) -> list[Tensor]:
@@ -100,15 +92,11 @@ class ZeroEngine:
         self.step_count += 1
         self.optimizer.lr = lr
         self.ds.step()
-        if self.level == 0:
-            norm = self.optimizer.norm
-        elif getattr(self.ds.optimizer, "overflow", False):
-            norm = float("nan")  # DeepSpeed left the step out; the loop ends the run at its next row
-        else:
-            norm = self.ds.get_global_grad_norm()
+        norm = self.optimizer.norm if self.level == 0 else self.ds.get_global_grad_norm()
         if buffers.constrained(self.frame):
             self._constrain()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed's -1 is a norm that is not finite
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Take a parent's weights: student and every EMA track start there."""
@@ -132,7 +120,8 @@ class ZeroEngine:
             return net
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
         sharded, *_ = _deepspeed(self.device).initialize(model=net, config=config)
-        return sharded.eval()
+        sharded.module.eval()
+        return sharded
 
     def state(self) -> dict[str, Mapping[str, Tensor]]:
         """Everything a restart needs, file name -> full tensors by name, gathered one by one as they are asked for."""
@@ -200,8 +189,7 @@ class ZeroEngine:
         if self.level < 3:
             p.copy_(value.view(p.shape))
             return
-        held = p.ds_tensor.view(-1)
-        held[: part[2].stop - part[2].start] = value[part[2]].to(held.dtype)
+        p.ds_tensor.view(-1)[: part[2].stop - part[2].start] = value[part[2]]
         if p.data.numel() == p.ds_numel:  # small parameters stay gathered
             p.data.copy_(value.view(p.data.shape))
 
