@@ -24,7 +24,7 @@ from cmt_fast.models.vgg import LatentVgg, PixelVgg
 from cmt_fast.rng import Random
 from cmt_fast.schema import Perceptual
 from cmt_fast.workspace import Workspace
-from tests.train.tiny import metrics, tiny
+from tests.train.tiny import metrics, source_of, tiny
 
 CPU = torch.device("cpu")
 RANDOM = Random(5, 1, 2)
@@ -260,7 +260,7 @@ def test_mid_training_with_latent_features(trained: Path, tmp_path: Path) -> Non
     loop.train(work, ["pre", "mid"])
     found = checkpoint.complete(tmp_path / "run" / "mid").manifest
     assert found["others"] == {"perceptual": {"weights": checkpoint.checksum(file)}}
-    source = loop.Source(work, "mid", work.run.mid)
+    source = source_of(work, "mid")
     with torch.no_grad():
         before, after = (float(source.loss(work.network(name), 0)[0]) for name in ("pre", "mid"))
     assert after < 0.9 * before
