@@ -93,7 +93,7 @@ def test_rollouts_are_autoguided_where_asked(world: Path, tmp_path: Path) -> Non
     guide = f"mid.autoguidance={{network: {world}/weak/pre, scale: 2.0, trajectories: true}}"
     run = tiny("digits", guide)
     work = Workspace(run, tmp_path / "run", world / "ve")
-    pool, plain = (source_of(work, "mid").pool for r in (run, tiny()))
+    pool, plain = (source_of(work, "mid", r.mid).pool for r in (run, tiny()))
     a, b = (p.draw(0, torch.arange(32)) for p in (pool, plain))
     assert torch.equal(a.x[a.t > 79], b.x[b.t > 79]) and not torch.allclose(a.x_r, b.x_r, atol=1e-3)
 
