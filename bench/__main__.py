@@ -14,11 +14,13 @@ BENCHES = {
     "dual": "what a tangent costs, beside the plain forward and torch.func.jvp",
     "gates": "registers, spills and shared memory of every kernel, compiled without a GPU",
     "gpu": "all that a machine with a GPU is for, in parts",
+    "loader": "rows a second of every loader, against what a training step takes",
     "ops": "times of every op, backend and case",
     "predict": "what a GPU's ceilings allow each op: predicted, for machines without one",
     "report": "write the README's tables from bench/results",
     "seeds": "a recipe over several seeds",
     "step": "whole training steps, eager and compiled",
+    "zero": "loss curves and checkpoints of every ZeRO stage beside the local engine's, on CPU processes",
 }
 
 

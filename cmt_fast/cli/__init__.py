@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from cmt_fast import __version__, checkpoint, config, distributed, loop
-from cmt_fast.cli import about, ckpt, judge, train
+from cmt_fast.cli import about, ckpt, data, evaluate, features, judge, train
 from cmt_fast.cli.parser import Parser
 from cmt_fast.compiled import CompileError
 from cmt_fast.config import ConfigError
@@ -16,6 +16,9 @@ def parser() -> argparse.ArgumentParser:
     """All commands, each declared in the module that runs it."""
     root = Parser(prog="cmt", description="Consistency Mid-Training: from a diffusion model to one or two steps.")
     root.add_argument("--version", action="version", version=f"cmt-fast {__version__}")
+    root.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it; LOCAL_RANK says it too
     commands = root.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
 
     def command(name: str, call, text: str) -> argparse.ArgumentParser:
@@ -23,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(call=call)
         return p
 
-    for module in (train, judge, ckpt, about):
+    for module in (train, features, judge, evaluate, ckpt, data, about):
         module.add(command)
     return root
 
@@ -48,9 +51,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (CompileError, FloatingPointError, OSError) as error:
         print(f"cmt: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        text = distributed.lost(error)
+        if text is None:
+            raise
+        print(f"cmt: {text}", file=sys.stderr)
+        return 1
     finally:
         distributed.stop()
 
 
-def _subparsers():
-    return next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices.values()
+def _subparsers(root: argparse.ArgumentParser | None = None):
+    """Every command's parser, and those of its actions."""
+    for group in (root or parser())._actions:
+        if isinstance(group, argparse._SubParsersAction):
+            for inner in group.choices.values():
+                yield inner
+                yield from _subparsers(inner)
