@@ -20,6 +20,7 @@ from cmt_fast.objectives import Batch, World
 from cmt_fast.objectives.denoise import denoise
 from cmt_fast.paths import Path
 from cmt_fast.schema import ConstantEma, Denoise, Dit, Edm, Edm2, Stage
+from cmt_fast.source import Source
 from cmt_fast.workspace import Workspace
 from tests.train.test_models import perturbed
 from tests.train.tiny import NO_EVAL
@@ -184,7 +185,7 @@ def test_a_training_step_drops_the_same_in_all_its_calls(tmp_path):
     )
     stage = work.run.stage("post")
     engine = LocalEngine(perturbed(work.build()), stage, CPU)
-    source, asked, forward = loop.Source(work, "post", stage), [], engine.forward
+    source, asked, forward = Source(work, "post", stage, engine), [], engine.forward
     engine.forward = lambda *args: (asked.append(args[5]), forward(*args))[1]
     first, again, later = (source.loss(engine, step)[0] for step in (0, 0, 1))
     assert torch.equal(first, again) and len(asked) == 6  # ECT calls at r and at t
