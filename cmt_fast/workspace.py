@@ -74,13 +74,19 @@ class Workspace:
         load_named(net, self.weights(name)[0])
         return net.requires_grad_(False).eval()
 
+    @property
+    def _latents(self):
+        """The index of the store where this run's data are latents, else None."""
+        index = self.data.index if self.run.data.kind == "latents" else None
+        return index if index and index.kind != "pixels" else None
+
     def codec(self, source: str | None = None) -> Codec:
         """The autoencoder of this run's latents, from `source` or from where the store says that it was.
 
         Raises ConfigError when the data are no latents, or it is not there or not the one that made them.
         """
-        index = getattr(self.data, "index", None)
-        if index is None or index.kind == "pixels":
+        index = self._latents
+        if index is None:
             raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
         if not (source or index.vae):
             raise ConfigError("--vae: is missing, and the store does not say which autoencoder made it")
@@ -98,8 +104,8 @@ class Workspace:
 
     def visible(self, x: Tensor) -> tuple[Tensor, str]:
         """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
-        index = getattr(self.data, "index", None)
-        if index is None or index.kind == "pixels":
+        index = self._latents
+        if index is None:
             return x, ""
         if isinstance(self._decoder, Codec):
             return self._decoder.decode(x), ""
