@@ -48,9 +48,6 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
         if distributed.rank() == 0:
             say(f"{name:>8} done ({found.manifest['nimg']} images)")
         return
-    differs = config.changed(found.manifest.get("data", work.data.facts), work.data.facts) if found else []
-    if differs:
-        raise config.ConfigError(f"data: {name} has begun on other rows ({'; '.join(differs)}); choose another --out")
     engine = LocalEngine(work.build(), stage, work.device)
     lineage = _parent(work, stage, engine, found is None)
     wall = {"train_s": 0.0, "eval_s": 0.0}
@@ -192,7 +189,6 @@ def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool
             "done": last,
             "recipe": work.run.name,
             "config": config.stage_digest(work.run, name),
-            "data": work.data.facts,
             "parent": lineage,
             "wall": wall,
         }

@@ -74,13 +74,19 @@ class Workspace:
         load_named(net, self.weights(name)[0])
         return net.requires_grad_(False).eval()
 
+    @property
+    def _latents(self):
+        """The index of the store where this run's data are latents, else None."""
+        index = self.data.index if self.run.data.kind == "latents" else None
+        return index if index and index.kind != "pixels" else None
+
     def codec(self, source: str | None = None) -> Codec:
         """The autoencoder of this run's latents, from `source` or from where the store says that it was.
 
         Raises ConfigError when the data are no latents, or it is not there or not the one that made them.
         """
-        index = getattr(self.data, "index", None)
-        if index is None or index.kind == "pixels":
+        index = self._latents
+        if index is None:
             raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
         if not (source or index.vae):
             raise ConfigError("--vae: is missing, and the store does not say which autoencoder made it")
@@ -98,8 +104,8 @@ class Workspace:
 
     def visible(self, x: Tensor) -> tuple[Tensor, str]:
         """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
-        index = getattr(self.data, "index", None)
-        if index is None or index.kind == "pixels":
+        index = self._latents
+        if index is None:
             return x, ""
         if isinstance(self._decoder, Codec):
             return self._decoder.decode(x), ""
@@ -129,7 +135,8 @@ class Workspace:
     def compare(self) -> Run | None:
         """The run stored in the folder, if any; stages not begun may differ from it.
 
-        Raises ConfigError when a stage that has begun was trained with other settings, its own or its ancestors'.
+        Raises ConfigError when a stage that has begun was trained with other settings, its own or its ancestors', or on
+        other rows.
         """
         if not (self.folder / RUN_FILE).is_file():
             return None
@@ -144,18 +151,26 @@ class Workspace:
                     f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
                     "choose another folder"
                 )
+            rows = config.changed(_about(self.folder).get("data") or self.data.facts, self.data.facts)
+            if rows:
+                raise ConfigError(f"data: {self.folder / name} was trained on other rows ({'; '.join(rows)})")
         return stored
 
     def claim(self) -> None:
         """Create the folder and write run.json. Raises ConfigError as `compare` does."""
         stored = self.compare()
-        if stored and config.dump(stored) == config.dump(self.run):
+        if (
+            stored
+            and config.dump(stored) == config.dump(self.run)
+            and _about(self.folder).get("data") == self.data.facts
+        ):
             return
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {
                 "digest": config.digest(self.run),
                 "run": config.dump(self.run),
+                "data": self.data.facts,
                 "environment": environment(),
                 "ops": cmt_kernels.table(self.device.type),
                 "parents": str(self.parents) if self.parents != self.folder else None,
@@ -177,6 +192,11 @@ class Workspace:
             yield
 
 
+def _about(folder: Path) -> dict:
+    """run.json of a run."""
+    return json.loads((folder / RUN_FILE).read_text("utf-8"))
+
+
 def stored_run(folder: Path) -> Run:
     """The resolved run of a folder. Raises ConfigError naming the folder."""
     file = folder / RUN_FILE
@@ -196,7 +216,7 @@ def open_stage(text: str) -> tuple[Workspace, str]:
             f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{config.nearest(path.name, STAGES)}"
         )
     run = stored_run(path.parent)
-    about = json.loads((path.parent / RUN_FILE).read_text("utf-8"))
+    about = _about(path.parent)
     return Workspace(run, path.parent, Path(about["parents"]) if about.get("parents") else None), path.name
 
 

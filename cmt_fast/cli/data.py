@@ -111,6 +111,15 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     yield line
 
 
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("cmt: stopped; the same command goes on from the last whole shard", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def _positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) < 1:
@@ -119,12 +128,14 @@ def _positive(args: argparse.Namespace, *names: str) -> None:
 
 def encode(args: argparse.Namespace) -> None:
     _positive(args, "size", "batch", "workers", "shard_rows")
+    if not args.source.is_dir():
+        raise ConfigError(f"IMAGES: {str(args.source)!r} is no folder")
     device = ws.device(args.device)
     distributed.start(device)
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
     vae = codec.Codec.open(args.vae, device, dtype=PRECISIONS[precision], download=args.download)
     settings = encoding.Settings(args.size, args.statistics, DTYPES[args.dtype], precision, args.batch, args.flip)
-    with _progress("encode") as tell:
+    with _progress("encode") as tell, _stoppable():
         index = encoding.encode(
             args.source, args.out, vae, settings, shard_rows=args.shard_rows, skip_broken=args.broken == "skip",
             workers=args.workers, tell=tell,

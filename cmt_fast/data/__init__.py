@@ -22,7 +22,7 @@ class Rows(Protocol):
 
     rows: index (B,) int64 -> x (B, *shape) float32 in data units, labels (B,) or None. Rows that are distributions
     (latents with a standard deviation) are drawn from: draw (B,) int64 says which draw of each row, None takes means.
-    facts: what tells these rows, in this order, from others; a checkpoint keeps it.
+    facts: what tells these rows, in this order, from others; a run keeps it.
     """
 
     n: int
