@@ -70,6 +70,19 @@ def test_same_rows_in_the_same_order_over_two_epochs(form, folder, monkeypatch):
     assert not equal(batches(Loader(data, 4, CPU, BATCH), range(STEPS)), found)  # another seed
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["store", "shards"])
+def test_same_rows_on_a_gpu_while_it_works(form, folder):
+    data, device = opened(folder / form), torch.device("cuda", 0)
+    wanted = batches(Loader(data, 3, device, BATCH), range(STEPS))
+    loader, found, busy = DaliLoader(data, 3, device, BATCH, Dali()), [], torch.randn(2048, 2048, device=device)
+    for step in range(STEPS):
+        found.append(loader.rows(torch.arange(BATCH) + step * BATCH))
+        busy = busy @ busy / 50  # the stream is behind when the next rows come
+    loader.close()
+    assert found[0][0].is_cuda and equal(wanted, found)
+
+
 @pytest.mark.parametrize("form", ["store", "shards"])
 def test_goes_on_exactly_at_twenty_random_steps(form, folder):
     data, dice = opened(folder / form), random.Random(form)
