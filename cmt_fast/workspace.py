@@ -150,18 +150,28 @@ class Workspace:
                     f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
                     "choose another folder"
                 )
+            if _about(self.folder).get("data") != self._data:
+                raise ConfigError(
+                    f"data.path: is not the store that {self.folder / name} was trained on; its index differs"
+                )
         return stored
+
+    @property
+    def _data(self) -> str | None:
+        """What tells a store from another at the same path; data in memory are told by the recipe."""
+        return getattr(self.data, "digest", None)
 
     def claim(self) -> None:
         """Create the folder and write run.json. Raises ConfigError as `compare` does."""
         stored = self.compare()
-        if stored and config.dump(stored) == config.dump(self.run):
+        if stored and config.dump(stored) == config.dump(self.run) and _about(self.folder).get("data") == self._data:
             return
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {
                 "digest": config.digest(self.run),
                 "run": config.dump(self.run),
+                "data": self._data,
                 "environment": environment(),
                 "ops": cmt_kernels.table(self.device.type),
                 "parents": str(self.parents) if self.parents != self.folder else None,
@@ -183,6 +193,11 @@ class Workspace:
             yield
 
 
+def _about(folder: Path) -> dict:
+    """run.json of a run."""
+    return json.loads((folder / RUN_FILE).read_text("utf-8"))
+
+
 def stored_run(folder: Path) -> Run:
     """The resolved run of a folder. Raises ConfigError naming the folder."""
     file = folder / RUN_FILE
@@ -202,7 +217,7 @@ def open_stage(text: str) -> tuple[Workspace, str]:
             f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{config.nearest(path.name, STAGES)}"
         )
     run = stored_run(path.parent)
-    about = json.loads((path.parent / RUN_FILE).read_text("utf-8"))
+    about = _about(path.parent)
     return Workspace(run, path.parent, Path(about["parents"]) if about.get("parents") else None), path.name
 
 

@@ -27,12 +27,14 @@ from cmt_fast import checkpoint, rng
 from cmt_fast.codec import Normalisation
 from cmt_fast.data.archives import DatasetError, array, parse
 from cmt_fast.schema import Latents
-from cmt_fast.schema.numbers import Count, Natural, Positive, schema
+from cmt_fast.schema.numbers import Count, Natural, schema
 
 INDEX, LABELS, CHECKSUMS = "index.json", "labels.npy", "checksums.npy"
 FORMAT = 1
 INDEX_BYTES = 64 << 20
 Side = Annotated[int, Field(ge=1, le=1 << 20)]
+Mean = Annotated[float, Field(ge=-1e6, le=1e6)]
+Std = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 @schema
@@ -58,8 +60,8 @@ class Index:
     flips: bool
     classes: Natural
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[Positive, ...]
+    mean: tuple[Mean, ...]
+    std: tuple[Std, ...]
     vae: str
     vae_xxh3_128: str
     crop: str
@@ -148,6 +150,11 @@ class Store:
         if found.dtype != np.dtype(dtype) or found.shape != (self.index.rows,):
             raise DatasetError(f"{path}: holds {found.dtype} {found.shape}, not {dtype} ({self.index.rows},)")
         return found
+
+    @property
+    def digest(self) -> str:
+        """xxh3_128 of the index, which has the checksum of all checksums: another store, another digest."""
+        return checkpoint.checksum(self.folder / INDEX)
 
     def place(self, row: int) -> tuple[int, int]:
         """Shard and row in it of a stored row."""
