@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmt_fast.config import ConfigError
 
@@ -45,7 +45,8 @@ class Codec:
     ) -> None:  # fmt: skip
         """normalisation: of the latents that `decode` is given; default: the one in the autoencoder's own settings."""
         self.digest = _digest(vae)  # before weights are rounded to dtype
-        self.vae, self.name = vae.eval().requires_grad_(False).to(device, dtype), name
+        self.vae, self.name = vae.eval().requires_grad_(False), name
+        nn.Module.to(vae, device, dtype)  # diffusers' own warns of layers to be kept in fp32, and has none here
         self.channels = int(vae.config.latent_channels)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.normalisation = normalisation or _own(vae.config, self.channels)
@@ -85,7 +86,7 @@ class Codec:
                 ) from None
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"vae: {source!r} cannot be read: {lines[0][:160]}") from None
-        return cls(vae.float(), source, device, normalisation, dtype)
+        return cls(vae, source, device, normalisation, dtype)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,9 @@ class Workspace:
                 )
             rows = config.changed(_about(self.folder).get("data") or self.data.facts, self.data.facts)
             if rows:
-                raise ConfigError(f"data: {self.folder / name} was trained on other rows ({'; '.join(rows)})")
+                raise ConfigError(
+                    f"data: these are not the rows that {self.folder / name} was trained on ({'; '.join(rows)})"
+                )
         return stored
 
     def claim(self) -> None:

@@ -174,6 +174,8 @@ class Loader:
         labels = None if self.data.labels is None else self.data.labels[index]
         out = (self.data.read(index), labels, index, epoch)
         pin = self.device.type == "cuda"
+        if pin:
+            torch.cuda.set_device(self.device)  # a thread begins on device 0, whichever is the process's
         return tuple(x.pin_memory() if pin and x is not None else x for x in out)
 
     def close(self) -> None:
