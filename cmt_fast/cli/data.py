@@ -71,6 +71,9 @@ def add(command: Command) -> None:
     )
     p.add_argument("--statistics", choices=("mean", "mean+std"), default="mean", help="format npy: what the arrays are")
     p.add_argument("--flip", action="store_true", help="format lightningdit: keep the mirror images too")
+    p.add_argument(
+        "--factor", type=float, default=1.0, help="what latents were multiplied with (DiT's: 0.18215); taken out"
+    )
     p.add_argument("--shard-rows", type=int, default=ROWS)
 
     p = action("shards", shards, "a store as WebDataset shards, which are a store too: tar archives in a random order")
@@ -146,10 +149,12 @@ def encode(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     _positive(args, "shard_rows")
+    if not 1e-6 <= args.factor <= 1e6 or (args.factor != 1 and args.format == "edm"):
+        raise ConfigError(f"--factor: {args.factor} is not valid; it is a positive number, of latents alone")
     with _progress("import") as tell:
         index = foreign.convert(
             args.source, args.out, args.format, dtype=DTYPES[args.dtype], kind=args.statistics, flip=args.flip,
-            shard_rows=args.shard_rows, tell=tell,
+            shard_rows=args.shard_rows, factor=args.factor, tell=tell,
         )  # fmt: skip
     _about(args.out, index)
 

@@ -89,6 +89,7 @@ CASES = [
     (["data", "encode", "run", "out", "--vae", "v", "--size", "0"], ["--size", "at least 1"]),
     (["data", "import", "text.npz", "out", "--format", "edm2"], ["text.npz", "no zip"]),
     (["data", "import", "text.npz", "out", "--format", "edm3"], ["--format", "edm3", "did you mean edm"]),
+    (["data", "import", "flat.npz", "out", "--format", "npy", "--factor", "nan"], ["--factor", "nan", "positive"]),
     (["data", "import", "flat.npz", "out", "--format", "edm2"], ["flat.npz", "(2, 8)"]),
     (["sample", "run/pre", "--decode", "--out", "x.npz"], ["--decode", "digits", "no latents"]),
     (["sample", "run/pre", "--vae", "v", "--out", "x.npz"], ["--vae", "--decode"]),
