@@ -42,7 +42,8 @@ class Workspace:
         try:
             self.data = datasets.load(run.data)
             stages.check(run, self.data.shape, self.data.classes)
-            self.build()
+            with torch.device("meta"):  # whether it can be built, without its memory
+                self.build()
         except ConfigError:
             raise
         except ValueError as error:
