@@ -42,13 +42,16 @@ class Parity(NamedTuple):
         return not (self.missing or self.shapes or self.conflicts)
 
 
-def compare(source: Source, work: Workspace) -> Parity:
-    """How the file fits the network that the recipe builds. Raises ConfigError for a file of no known family."""
+def compare(source: Source, work: Workspace, wanted: str | None = None) -> Parity:
+    """How the file fits the network that the recipe builds. wanted: its family, where names do not tell.
+
+    Raises ConfigError for a file of no known family.
+    """
     net = work.build()
     own = net.state_dict()
-    family = families.find(source, own)
+    family = families.find(source, own, work.run.path, wanted)
     try:
-        theirs, skipped = family.rename(source.tensors)
+        theirs, skipped = family.rename(_wide(source.tensors))
     except ValueError as error:
         raise ConfigError(
             f"FILE: {str(source.path)!r} looks like {family.name}, but {shown(str(error), 200)}"
@@ -63,9 +66,15 @@ def compare(source: Source, work: Workspace) -> Parity:
             weights[name] = tensor.to(own[name].dtype).contiguous()
     missing = sorted(own.keys() - theirs.keys())
     asks = family.asks(source)
-    notes = [*source.notes, *_numbers(source, weights), *fitting.normalisation(asks, work.data)]
+    notes = [*source.notes, *_numbers(source, weights), *asks.notes, *fitting.doubts(asks, work)]
+    notes += fitting.normalisation(asks, work.data)
     against, hints = fitting.conflicts(source, family, asks, work), fitting.suggestions(asks, work)
     return Parity(family.name, weights, skipped, missing, shapes, against, notes, hints)
+
+
+def _wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Halves as fp32, which is exact, before a map computes with them."""
+    return {k: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for k, t in tensors.items()}
 
 
 def _numbers(source: Source, weights: dict[str, Tensor]) -> list[str]:
