@@ -10,15 +10,18 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from cmt_fast.config import ConfigError, nearest
 from cmt_fast.convert import names
 from cmt_fast.convert.files import Source
 from cmt_fast.convert.opcodes import shown
-from cmt_fast.models import dit
+from cmt_fast.models import dit, edm, edm2
+from cmt_fast.schema import Dit, Edm, Edm2, Mlp, Model
 
 Weights = dict[str, Tensor]
+KINDS: dict[str, Any] = {"dit": Dit, "edm2": Edm2, "edm": Edm, "mlp": Mlp}
 
 
 class Asks(NamedTuple):
@@ -88,10 +91,15 @@ def _unet_asks(source: Source, kind: str, conv: Tensor, defaults: dict[str, Any]
     }
     sigma = _number(given.get("sigma_data", state.get("sigma_data")))
     side, channels, classes = (_whole(given.get(k)) for k in ("img_resolution", "img_channels", "label_dim"))
-    encoder = (source.about.get("encoder") or {}).get("state") or {}
+    return Asks(model, side, channels, classes, sigma, _affine((source.about.get("encoder") or {}).get("state") or {}))
+
+
+def _affine(encoder: dict[str, Any]) -> tuple[list[float], list[float]] | None:
+    """scale and bias of EDM2's StabilityVAEEncoder, if they are that."""
     scale, bias = encoder.get("scale"), encoder.get("bias")
-    affine = (scale, bias) if isinstance(scale, list) and isinstance(bias, list) and all(scale) else None
-    return Asks(model, side, channels, classes, sigma, affine)
+    if not (isinstance(scale, list) and isinstance(bias, list) and len(scale) == len(bias)):
+        return None
+    return (scale, bias) if all(isinstance(x, float) for x in scale + bias) and all(scale) else None
 
 
 def _first_convolution(source: Source, start: str) -> Tensor:
@@ -123,9 +131,28 @@ def _edm_asks(source: Source) -> Asks:
 
 
 def _own_asks(source: Source) -> Asks:
-    """A file of `cmt ckpt export` holds the whole run it comes from."""
-    run = (source.about.get("cmt") or {}).get("run") or {}
-    return Asks(dict(run.get("model") or {}), sigma_data=_number(run.get("sigma_data")))
+    """A file of `cmt ckpt export` holds the whole run it comes from. Raises ConfigError when that is not one."""
+    run = (source.about.get("cmt") or {}).get("run")
+    if run is None:
+        return Asks({})
+    try:
+        model, sigma = TypeAdapter(Model).validate_python(run["model"]), _number(run["sigma_data"])
+    except (ValidationError, KeyError, TypeError):
+        raise ConfigError(f"FILE: {str(source.path)!r}: the run in its metadata is not of this version") from None
+    unread = ("size", "preset", "dropout", "checkpoint_activations")  # said by other keys, or no matter for the weights
+    return Asks({k: v for k, v in built(model).items() if k not in unread}, sigma_data=sigma)
+
+
+def built(model: Any) -> dict[str, Any]:
+    """The numbers that a recipe's model is built with: its preset's, or those given."""
+    given = {k: v for k, v in vars(model).items() if v is not None and not k.startswith("_")}
+    if isinstance(model, Edm2):
+        return {"width": edm2.SIZES[model.size][0], **given}
+    if isinstance(model, Edm):
+        return {**edm.PRESETS[model.preset], **given}
+    if isinstance(model, Dit):
+        return {**dict(zip(("width", "depth", "heads"), dit.SIZES[model.size])), **given}
+    return given
 
 
 def _transformer_asks(source: Source, **more) -> Asks:

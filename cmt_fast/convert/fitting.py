@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cmt_fast.convert.families import Asks, Family
+from cmt_fast.convert.families import KINDS, Asks, Family, built
 from cmt_fast.convert.files import Source
 from cmt_fast.models import dit, edm, edm2
-from cmt_fast.schema import Dit, Edm, Edm2, Model
 from cmt_fast.workspace import Workspace
 
 
@@ -44,10 +43,11 @@ def suggestions(asks: Asks, work: Workspace) -> list[str]:
     run, out = work.run, []
     wanted = _wanted(asks)
     kind = wanted.pop("kind", run.model.kind)
-    have = built(run.model) if kind == run.model.kind else {}
+    have = built(run.model if kind == run.model.kind else KINDS[kind]())
     if kind != run.model.kind:
         out.append(f"model.kind={kind}")
-    if kind == "edm" and (adm := wanted.pop("adm")) != have.get("adm"):
+    adm = wanted.pop("adm", None)
+    if adm is not None and adm != have.get("adm"):
         preset = _preset(adm, wanted.get("multipliers"))
         out.append(f"model.preset={preset}")
         have = edm.PRESETS[preset]
@@ -82,18 +82,6 @@ def doubts(asks: Asks, work: Workspace) -> list[str]:
     if asks.model.get("kind") == "dit" and asks.model.get("heads") is None:
         return [f"the number of heads is not in the file; the recipe's {built(work.run.model).get('heads')} are taken"]
     return []
-
-
-def built(model: Model) -> dict[str, Any]:
-    """The numbers that a recipe's model is built with: its preset's, or those given."""
-    given = {k: v for k, v in vars(model).items() if v is not None and not k.startswith("_")}
-    if isinstance(model, Edm2):
-        return {"width": edm2.SIZES[model.size][0], **given}
-    if isinstance(model, Edm):
-        return {**edm.PRESETS[model.preset], **given}
-    if isinstance(model, Dit):
-        return {**dict(zip(("width", "depth", "heads"), dit.SIZES[model.size])), **given}
-    return given
 
 
 def _preset(adm: bool, multipliers: tuple[int, ...] | None) -> str:

@@ -127,7 +127,7 @@ def lineage(source: Source, parity: Parity) -> dict[str, Any]:
         "nimg": 0,
         "config": None,
         "ema": source.sha256,
-        "parent": about["cmt"].get("lineage") if about.get("cmt") else None,
+        "parent": _chain((about.get("cmt") or {}).get("lineage")),
         "file": source.path.name,
         "sha256": source.sha256,
         "family": parity.family,
@@ -139,6 +139,19 @@ def lineage(source: Source, parity: Parity) -> dict[str, Any]:
         "encoder": about.get("encoder"),
         "skipped": sorted(parity.skipped),
     }
+
+
+def _chain(node: Any, depth: int = 0) -> dict[str, Any] | None:
+    """The lineage in a file of ours, which anybody may have written: numbers and short text, by the keys that are read."""
+    if not isinstance(node, dict) or depth > 20:
+        return None
+    number = lambda key: v if type(v := node.get(key)) is int and v >= 0 else 0
+    word = lambda key: shown(v) if isinstance(v := node.get(key), str) else None
+    out: dict[str, Any] = {"stage": word("stage") or "import", "step": number("step"), "nimg": number("nimg")}
+    out |= {"config": word("config"), "ema": word("ema") or ""}
+    if "file" in node:
+        out |= {key: word(key) or "" for key in ("file", "sha256", "family", "kind", "entry")}
+    return {**out, "parent": _chain(node.get("parent"), depth + 1)}
 
 
 def text(source: Source, parity: Parity) -> str:
