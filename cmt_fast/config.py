@@ -130,28 +130,30 @@ def dump(run: Run) -> dict:
 
 
 def digest(run: Run) -> str:
-    """sha256 of the resolved run, without what does not change its numbers (device, tensorboard)."""
-    return _sha({k: v for k, v in dump(run).items() if k not in ("device", "tensorboard")})
+    """sha256 of the resolved run, without what does not change its numbers (device, loader, tensorboard)."""
+    return _sha({k: v for k, v in dump(run).items() if k not in ("device", "loader", "tensorboard")})
 
 
 def stage_facts(run: Run, name: str) -> dict:
     """All of a run that a stage's weights depend on: data, model, path, seed, its own settings and its ancestors'.
 
-    How often it is looked at or saved is not in it: that may change while a stage is under way.
+    Of what lies outside the run only the name is in it; its checksums are in the stage's manifest. How often it is
+    looked at or saved is not in it: that may change while a stage is under way.
     """
     tree = dump(run)
     facts = {k: tree[k] for k in ("data", "model", "path", "sigma_data", "seed")}
     queue = [name]
     while queue:
-        stage = {k: v for k, v in tree[queue[0]].items() if k not in WATCHING}
-        facts[queue.pop(0)] = stage
-        queue += [p for p in (stage["start"], stage["teacher"]) if p and p not in facts]
+        member = queue.pop(0)
+        facts[member] = {k: v for k, v in tree[member].items() if k not in WATCHING}
+        parents = run.stage(member).networks().values()
+        queue += [p for p in parents if "/" not in p and p not in facts]
     return facts
 
 
-def stage_digest(run: Run, name: str) -> str:
-    """sha256 of `stage_facts`: equal digests mean equal weights."""
-    return _sha(stage_facts(run, name))
+def stage_digest(run: Run, name: str, others: dict | None = None) -> str:
+    """sha256 of `stage_facts` and of what the stage reads outside its run: equal digests mean equal weights."""
+    return _sha(stage_facts(run, name) | ({"others": others} if others else {}))
 
 
 def _sha(tree: dict) -> str:

@@ -12,7 +12,7 @@ import torch
 from cmt_kernels import adamw_ema
 from torch import Tensor, nn
 
-from cmt_fast import distributed, ema
+from cmt_fast import distributed, ema, optimizer
 from cmt_fast.compiled import compile_network
 from cmt_fast.schema import Stage
 
@@ -49,24 +49,14 @@ class LocalEngine:
         loss.backward()
 
     def step(self, lr: float) -> Tensor:
-        """Clip, AdamW, EMAs; gradients are averaged over ranks and then zeroed. Returns their norm before clipping."""
+        """Clip, AdamW or RAdam, EMAs; gradients are averaged over ranks and then zeroed. Returns their norm before clipping."""
         distributed.mean_(self.g)
         s = self.stage
         self.step_count += 1
         betas = [ema.beta(profile, self.step_count) for profile in s.ema]
+        lr, eps, decay = optimizer.settings(s, self.step_count, lr)
         norm = adamw_ema(
-            self.p,
-            self.g,
-            self.m,
-            self.v,
-            self.emas,
-            betas,
-            self.step_count,
-            lr,
-            s.betas,
-            s.eps,
-            s.weight_decay,
-            s.clip,
+            self.p, self.g, self.m, self.v, self.emas, betas, self.step_count, lr, s.betas, eps, decay, s.clip
         )
         self.g.zero_()
         constrain(self.net)

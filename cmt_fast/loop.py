@@ -15,13 +15,14 @@ import torch
 from cmt_kernels import dual
 from torch import Tensor
 
-from cmt_fast import checkpoint, compiled, config, distributed, pictures, rng, stages, trajectories
-from cmt_fast.data import Loader
+from cmt_fast import checkpoint, compiled, config, distributed, perceptual, pictures, rng, stages, trajectories
+from cmt_fast.data import loader
 from cmt_fast.engine import LocalEngine, named
 from cmt_fast.log import Log, say
 from cmt_fast.objectives import ROWS, Batch, World
+from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.schema import PowerEma, Run, Stage
-from cmt_fast.solvers import guided
+from cmt_fast.solvers import Autoguided, guided
 from cmt_fast.workspace import Workspace
 
 
@@ -50,14 +51,22 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
         if distributed.rank() == 0:
             say(f"{name:>8} done ({found.manifest['nimg']} images)")
         return
+    differs = config.changed(found.manifest.get("data", work.data.facts), work.data.facts) if found else []
+    if differs:
+        raise config.ConfigError(f"data: {name} has begun on other rows ({'; '.join(differs)}); choose another --out")
     engine = LocalEngine(work.build(), stage, work.device)
     lineage = _parent(work, stage, engine, found is None)
+    others = work.others(stage)
     wall = {"train_s": 0.0, "eval_s": 0.0}
     if found:
+        moved = config.changed(found.manifest.get("others", {}), others)
+        if moved:
+            raise config.ConfigError(f"{name}.{moved[0]}: has changed since this stage began; start it in a new folder")
         engine.load({f: found.tensors(f) for f in engine.state()}, found.manifest["step"])
         wall = dict(found.manifest["wall"])
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, engine.step_count, plan.total, name, distributed.rank() > 0, run.tensorboard)
+    source = None
     try:
         source = Source(work, name, stage)
         if stage.compile:
@@ -89,12 +98,14 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
                 stop = distributed.largest(asked[0] if asked else 0)
             if n % plan.checkpoint_every == 0 or last or stop:
                 log.commit()
-                _save(work, name, engine, n, last, lineage, wall)
+                _save(work, name, engine, n, last, lineage, others, wall)
                 clock = time.perf_counter()
                 if stop and not last:
                     raise Stopped(128 + stop)
     finally:
         log.close()
+        if source:
+            source.close()
 
 
 class Source:
@@ -106,24 +117,35 @@ class Source:
         self.own, self.anchored = stages.rows(stage)
         self.total = stages.schedule(stage).total
         self.draws_data = ROWS[stage.objective.kind].draws == "data"
-        self.loader = Loader(work.data, run.seed, work.device) if self.draws_data else None
+        self.loader = loader(run.loader, work.data, run.seed, work.device, self.own) if self.draws_data else None
+        if self.loader:
+            mine = slice(distributed.rank(), None, distributed.size())
+            self.positions = torch.arange(self.own, device=self.loader.place)[mine]
         net = work.network(stage.teacher) if stage.teacher else None
-        self.teacher = guided(net, stage.teacher_guidance) if net else None
+        guide = stage.autoguidance
+        weaker = Autoguided(net, work.network(guide.network), guide.scale) if net and guide else None
+        self.teacher = weaker or guided(net, stage.teacher_guidance) if net else None
         self.pool = None
         if stages.trajectory_rows(stage):
             assert stage.trajectories is not None
-            teacher = guided(net, stage.trajectories.guidance)
+            rolled = weaker if guide and guide.trajectories else None
+            teacher = rolled or guided(net, stage.trajectories.guidance)
             self.pool = stages.pool(run, name, teacher, work.data.shape, work.data.classes, work.device)
-        wanted = any(
-            getattr(o, "distance", "") == "features"
-            for o in (stage.objective, getattr(stage.anchor, "objective", None))
-        )
-        self.features = getattr(work.space, "differentiable", None) if wanted else None
+        wanted = stage.distances()
+        self.features = getattr(work.space, "differentiable", None) if "features" in wanted else None
+        named = sorted(wanted & set(PERCEPTUAL))
+        self.perceptual = perceptual.load(stage.perceptual, named[0], work.data.shape, work.device) if named else None
+
+    def close(self) -> None:
+        """End what reads in the background."""
+        if self.loader:
+            self.loader.close()
 
     def loss(self, engine: LocalEngine, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to differentiate, averaged over this rank's rows, and the scalars to log."""
         random = rng.Random(self.seed, self.index, step)
-        world = World(self.path, random, self.teacher, step / self.total, self.features)
+        nimg = step * self.stage.batch
+        world = World(self.path, random, self.teacher, step / self.total, self.features, nimg, self.perceptual)
         mine = slice(distributed.rank(), None, distributed.size())
         rows = torch.arange(self.own, device=self.work.device)[mine]
         drawn = self._data(random, step, rows) if self.draws_data else self._points(random, step, rows, rows)
@@ -143,13 +165,13 @@ class Source:
 
     def _data(self, random: rng.Random, step: int, rows: Tensor) -> Batch:
         assert self.loader is not None
-        x_0, labels = self.loader.rows(rows + step * self.own)
+        x_0, labels = self.loader.rows(self.positions + step * self.own)
         return Batch(x_0, labels, rows, self._drop(random, labels, rows))
 
     def _points(self, random: rng.Random, step: int, rows: Tensor, sample: Tensor):
         assert self.pool is not None
         points = self.pool.draw(step, rows)
-        return points._replace(drop=self._drop(random, points.labels, sample))
+        return points._replace(drop=self._drop(random, points.labels, sample), sample=sample)
 
     def _drop(self, random: rng.Random, labels: Tensor | None, sample: Tensor) -> Tensor | None:
         """One mask a batch, for every copy of it."""
@@ -184,7 +206,7 @@ def _parent(work: Workspace, stage: Stage, engine: LocalEngine, fresh: bool) -> 
     }
 
 
-def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool, lineage, wall) -> None:
+def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool, lineage, others, wall) -> None:
     if distributed.rank() == 0:
         stage = work.run.stage(name)
         about = {
@@ -192,8 +214,10 @@ def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool
             "nimg": step * stage.batch,
             "done": last,
             "recipe": work.run.name,
-            "config": config.stage_digest(work.run, name),
+            "config": config.stage_digest(work.run, name, others),
+            "data": work.data.facts,
             "parent": lineage,
+            "others": others,
             "wall": wall,
         }
         checkpoint.save(work.folder / name, step, engine.state(), about)
@@ -203,15 +227,14 @@ def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool
 def _watch(
     work: Workspace, name: str, stage: Stage, engine, plan: stages.Schedule, n: int, last: bool, log: Log
 ) -> None:
-    """What is looked at during training, on rank 0: figures, pictures, EMA snapshots."""
+    """What is looked at during training: figures by all ranks together, pictures and EMA snapshots by rank 0."""
     due = lambda every: every and (n % every == 0 or last)
+    net = None
+    if due(plan.eval_every):
+        net = engine.average()
+        figures = work.evaluate(net, work.run.eval.steps, work.run.eval.n_during, quiet=True)
+        log.row("eval", n, n * stage.batch, {"steps": figures})
     if distributed.rank() == 0:
-        net = None
-        if due(plan.eval_every):
-            net = engine.average()
-            log.row(
-                "eval", n, n * stage.batch, {"steps": work.evaluate(net, work.run.eval.steps, work.run.eval.n_during)}
-            )
         if due(plan.grid_every) or last:
             draw_grid(work, net or engine.average(), name, n)
         if due(plan.snapshot_every):
@@ -227,10 +250,17 @@ def draw_grid(work: Workspace, net, name: str, step: int) -> None:
     """The same noise through 1, 2 and many steps: RUN/stage/grids/step.png."""
     run, n = work.run, 10 if len(work.data.shape) == 3 else 1500
     rows = [(f"{k} step{'s' * (k > 1)}", work.setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
-    teacher = net if name == "pre" else work.network("pre")
-    title = f"solver, {run.sampler.teacher_steps}" if name == "pre" else f"teacher, {run.sampler.teacher_steps}"
-    rows.append((title, work.setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)))
-    pictures.grid(rows, work.folder / name / "grids" / f"{step:08d}.png")
+    stage = run.stage(name)
+    before = "pre" if checkpoint.steps(work.stage_dir("pre")) else None
+    named = stage.teacher or before if name != "pre" else None
+    if named or name == "pre":
+        teacher, title = (work.network(named), "teacher") if named else (net, "solver")
+        drawn = work.setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)
+        rows.append((f"{title}, {run.sampler.teacher_steps}", drawn))
+    seen = [(title, *work.visible(x)) for title, x in rows]
+    pictures.grid(
+        [(f"{title}\n{note}", x) for title, x, note in seen], work.folder / name / "grids" / f"{step:08d}.png"
+    )
 
 
 def _finite(x: float) -> bool:
@@ -253,20 +283,27 @@ class _signals:
 
 
 def cost(run: Run, name: str) -> dict[str, float]:
-    """Images, steps and network forwards of a stage (backward counted as two): what --dry-run prints."""
+    """Images, steps and network forwards of a stage (backward counted as two): what --dry-run prints.
+
+    A forward is one whatever the network's size: a small teacher's or guide's is counted like the student's.
+    """
     stage = run.stage(name)
     assert stage is not None
     plan, (own, anchored) = stages.schedule(stage), stages.rows(stage)
     needs = ROWS[stage.objective.kind]
     forwards = own * needs.forwards + anchored * 3.0
     o = stage.objective
-    if o.kind == "meanflow":
-        forwards += own * o.ratio
-    if o.kind == "ecd":
-        forwards += own * (2 if o.step == "heun" else 1) * (1 if stage.teacher_guidance == 1 else 2)
+    if o.kind in ("meanflow", "imeanflow"):
+        forwards += own * o.ratio * (1 if o.kind == "meanflow" else 2)
+        if (o.omega, o.kappa) != (1.0, 0.0):
+            forwards += own * (1 + (o.ratio if o.kappa and o.kind == "meanflow" else 0))
+    if needs.teacher:
+        calls = 2 if o.kind == "ecd" and o.step == "heun" else 1
+        forwards += own * calls * (1 if stage.teacher_guidance == 1 and not stage.autoguidance else 2)
     points = stages.trajectory_rows(stage)
     if points and stage.trajectories:
         t = stage.trajectories
         each = trajectories.drawn(t, run.path, t.nfe // (2 if t.solver == "heun" else 1))
-        forwards += points * t.nfe / each * (1 if t.guidance == 1 else 2)
+        alone = t.guidance == 1 and not (stage.autoguidance and stage.autoguidance.trajectories)
+        forwards += points * t.nfe / each * (1 if alone else 2)
     return {"steps": plan.total, "images": plan.total * stage.batch, "forwards": plan.total * forwards}

@@ -9,7 +9,9 @@ from cmt_kernels import philox
 from torch import Tensor
 
 # What a number is drawn for. A stream is never used for two things.
-NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA, DROPOUT = range(13)
+NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA = range(12)
+LATENT, DROPOUT, SHARDS, EXPORT = 12, 13, 40, 41
+AUGMENT, AUGMENT_GAUSS, AUGMENT_NOISE = range(20, 23)
 
 
 class Random(NamedTuple):

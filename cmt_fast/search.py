@@ -65,7 +65,7 @@ def run(recipe: str, stage: str, overrides: list[str], grids: list[str], out: Pa
             loop.train(work, [stage])
             row |= {
                 "steps": work.evaluate(work.network(stage), work.run.eval.steps, work.run.eval.n),
-                "extractor": work.space.name,
+                "extractor": work.judge.name,
             }
         except FloatingPointError as error:
             row["failed"] = str(error)
@@ -81,7 +81,7 @@ def _before(work: Workspace, stage: str) -> list[str]:
     while queue:
         s = work.run.stage(queue.pop())
         assert s is not None
-        more = {p for p in (s.start, s.teacher) if p} - wanted
+        more = {p for p in s.networks().values() if "/" not in p} - wanted
         wanted |= more
         queue += more
     return [name for name in stages.names(work.run) if name in wanted]
@@ -97,6 +97,7 @@ def _write(
         "overrides": overrides,
         "grids": grids,
         "seed": base.run.seed,
+        "images": {name: base.run.stage(name).images_nimg for name in stages.names(base.run)},
         "samples": base.run.eval.n,
         "environment": environment(),
         "trials": rows,

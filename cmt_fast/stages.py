@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cmt_fast import sample
-from cmt_fast.config import ConfigError
+from cmt_fast.config import ConfigError, nearest
 from cmt_fast.objectives import ROWS
+from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.paths import Path
 from cmt_fast.schema import STAGES, Run, Stage
 from cmt_fast.solvers import table
@@ -28,9 +29,13 @@ class Schedule(NamedTuple):
     grid_every: int
 
     def lr(self, stage: Stage, step: int) -> float:
-        """Learning rate of step `step`, from 0: linear warm-up, then constant or linear to zero at the end."""
+        """Learning rate of step `step`, from 0: linear warm-up times the stage's schedule."""
         scale = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return stage.lr * scale * (1 - step / self.total if stage.lr_schedule == "linear" else 1.0)
+        if stage.lr_schedule == "linear":
+            scale *= 1 - step / self.total
+        elif stage.lr_schedule == "inverse_sqrt":
+            scale /= max(step * self.batch / stage.lr_knee_nimg, 1.0) ** 0.5
+        return stage.lr * scale
 
 
 def schedule(stage: Stage) -> Schedule:
@@ -90,13 +95,13 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
             raise ConfigError(
                 f"{name}.{key}.kind: {kind!r} is for the path {ROWS[kind].path!r}, this run's is {run.path!r}; valid are {valid}"
             )
-    for key in ("start", "teacher"):
-        parent = getattr(stage, key)
-        earlier = [s for s in STAGES[: INDEX[name]] if s != "control"]
-        if parent and parent not in earlier:
-            raise ConfigError(
-                f"{name}.{key}: {parent!r} does not come before {name}; valid are {', '.join(earlier) or 'none'}"
-            )
+    _check_networks(name, stage)
+    _check_perceptual(name, stage, shape)
+    if (stage.lr_schedule == "inverse_sqrt") != bool(stage.lr_knee_nimg):
+        raise ConfigError(
+            f"{name}.lr_knee_nimg: {stage.lr_knee_nimg} with lr_schedule {stage.lr_schedule!r}; "
+            "inverse_sqrt needs the images at which it begins to fall, the others take none"
+        )
     points = trajectory_rows(stage)
     if points and not stage.trajectories:
         raise ConfigError(
@@ -126,6 +131,61 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
             f"{name}.trajectories", lambda: table(Path(run.path), t.solver, t.nfe, t.t_max, t.t_min, t.order, t.shift)
         )
         _as_config_error(name, lambda: pool(run, name, None, shape, classes, "cpu"))
+
+
+def _check_networks(name: str, stage: Stage) -> None:
+    """The stages it names come before it, or are of another run; what guides has something to guide, once."""
+    earlier = [s for s in STAGES[: INDEX[name]] if s != "control"]
+    for key, parent in stage.networks().items():
+        valid, last = earlier, parent
+        if "/" in parent and key != "start":
+            valid, last = list(STAGES), parent.rpartition("/")[2]
+        if last in valid:
+            continue
+        hint = nearest(last, valid)
+        if "/" in parent and key != "start":
+            raise ConfigError(f"{name}.{key}: {parent!r} does not end in a stage; valid are {', '.join(valid)}{hint}")
+        wrong = f"does not come before {name}" if parent in STAGES else "is no stage"
+        other = "" if key == "start" else "; of another run RUN/STAGE"
+        raise ConfigError(f"{name}.{key}: {parent!r} {wrong}; valid are {', '.join(valid) or 'none'}{other}{hint}")
+    guide = stage.autoguidance
+    if guide is None:
+        return
+    rollouts = guide.trajectories and trajectory_rows(stage)
+    if not (ROWS[stage.objective.kind].teacher or rollouts):
+        raise ConfigError(
+            f"{name}.autoguidance: guides nothing here, {stage.objective.kind} takes no step of a teacher"
+        )
+    if stage.teacher_guidance != 1:
+        raise ConfigError(f"{name}.teacher_guidance: {stage.teacher_guidance} beside autoguidance; only one may guide")
+    if rollouts and stage.trajectories and stage.trajectories.guidance != 1:
+        raise ConfigError(
+            f"{name}.trajectories.guidance: {stage.trajectories.guidance} beside autoguidance.trajectories; only one may guide"
+        )
+
+
+def _check_perceptual(name: str, stage: Stage, shape: tuple[int, ...]) -> None:
+    """A distance of features has its network and images that fit it."""
+    wanted = sorted(stage.distances() & set(PERCEPTUAL))
+    if not wanted and stage.perceptual:
+        raise ConfigError(
+            f"{name}.perceptual: no distance of this stage reads it; those that do are {', '.join(PERCEPTUAL)}"
+        )
+    if len(wanted) > 1:
+        raise ConfigError(
+            f"{name}.anchor.objective.distance: {' and '.join(wanted)} in one stage; there is one network"
+        )
+    if wanted and not stage.perceptual:
+        raise ConfigError(
+            f"{name}.perceptual.weights: is missing, the distance {wanted[0]!r} reads its network from there"
+        )
+    if not wanted:
+        return
+    if len(shape) != 3:
+        raise ConfigError(f"{name}.objective.distance: {wanted[0]!r} needs images, the data has the shape {shape}")
+    if wanted == ["lpips"] and (shape[0] not in (1, 3) or min(shape[1:]) < 16):
+        fit = "images of 1 or 3 channels and 16 pixels or more"
+        raise ConfigError(f"{name}.objective.distance: 'lpips' needs {fit}, the data has the shape {shape}")
 
 
 def pool(run: Run, name: str, teacher, shape: tuple[int, ...], classes: int, device) -> Pool:

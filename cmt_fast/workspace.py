@@ -19,13 +19,15 @@ import cmt_kernels
 import torch
 from torch import Tensor, nn
 
-from cmt_fast import __version__, checkpoint, config, distributed, metrics, models, stages
+from cmt_fast import __version__, checkpoint, config, distributed, log, metrics, models, perceptual, stages
 from cmt_fast import data as datasets
+from cmt_fast.codec import Codec
 from cmt_fast.config import ConfigError
+from cmt_fast.data.latents import Index
 from cmt_fast.engine import load_named
 from cmt_fast.paths import Path as ForwardPath
 from cmt_fast.sample import Setting
-from cmt_fast.schema import STAGES, Run
+from cmt_fast.schema import STAGES, Run, Stage
 
 RUN_FILE = "run.json"
 
@@ -55,23 +57,100 @@ class Workspace:
             return models.build(self.run.model, self.run.path, self.run.sigma_data, self.data.shape, self.data.classes)
 
     def stage_dir(self, name: str) -> Path:
-        """Where a stage lives: in this run, or where its parents are."""
-        own = self.folder / name
-        return own if checkpoint.steps(own) else self.parents / name
+        """Where a stage lives: in this run, or where its parents are; RUN/STAGE in the other run."""
+        folder, parents = self.folder, self.parents
+        if "/" in name:
+            folder, name = Path(name).parent, Path(name).name
+            parents = _parents(folder) or folder
+        return folder / name if checkpoint.steps(folder / name) else parents / name
 
-    def weights(self, name: str) -> tuple[dict[str, Tensor], dict]:
-        """The hand-over of a finished stage: its first EMA track and its manifest. Raises ConfigError if not there."""
+    def finished(self, name: str) -> checkpoint.Checkpoint:
+        """The last checkpoint of a finished stage. Raises ConfigError if it is not there, or another run's does not fit."""
+        if "/" in name:
+            fits(self, name)
         try:
-            found = checkpoint.complete(self.stage_dir(name))
+            return checkpoint.complete(self.stage_dir(name))
         except checkpoint.CheckpointError as error:
             raise ConfigError(f"{name}: {error}; train it first") from None
+
+    def weights(self, name: str) -> tuple[dict[str, Tensor], dict]:
+        """The hand-over of a finished stage: its first EMA track and its manifest. Raises ConfigError as `finished`."""
+        found = self.finished(name)
         return found.tensors("ema-0"), found.manifest
 
     def network(self, name: str) -> nn.Module:
-        """The frozen network of a finished stage, EMA weights, in fp32."""
-        net = self.build().to(self.device)
-        load_named(net, self.weights(name)[0])
+        """The frozen network of a finished stage of this run or, as RUN/STAGE, of another; EMA weights, in fp32.
+
+        Raises ConfigError when weights and network differ in a name or shape.
+        """
+        weights, run = self.weights(name)[0], stored_run(Path(name).parent) if "/" in name else self.run
+        try:
+            with torch.random.fork_rng(devices=[]):
+                net = models.build(run.model, run.path, run.sigma_data, self.data.shape, self.data.classes)
+            load_named(net.to(self.device), weights)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
         return models.fold(net.requires_grad_(False).eval())
+
+    @property
+    def latents(self) -> Index | None:
+        """What the store says of its latents; None where rows are no latents."""
+        index = None if isinstance(self.data, datasets.Dataset) else getattr(self.data, "index", None)
+        return index if index is not None and index.kind != "pixels" else None
+
+    def codec(self, source: str | None = None) -> Codec:
+        """The autoencoder of this run's latents, from `source` or from where the store says that it was.
+
+        Raises ConfigError when the data are no latents, or it is not there or not the one that made them.
+        """
+        index = self.latents
+        if index is None:
+            raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
+        if not (source or index.vae):
+            raise ConfigError("--vae: is missing, and the store does not say which autoencoder made it")
+        found = Codec.open(source or index.vae, self.device, self.data.normalisation)
+        if index.vae_xxh3_128 and found.digest != index.vae_xxh3_128:
+            raise ConfigError(f"--vae: {found.name!r} is not the autoencoder that made the latents, its weights differ")
+        return found
+
+    @functools.cached_property
+    def _decoder(self) -> Codec | str:
+        try:
+            return self.codec()
+        except ConfigError as error:
+            return str(error)
+
+    def visible(self, x: Tensor) -> tuple[Tensor, str]:
+        """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
+        index = self.latents
+        if index is None:
+            return x, ""
+        if isinstance(self._decoder, Codec):
+            return self._decoder.decode(x), ""
+        channels = 3 if x.shape[1] >= 3 else 1
+        n = self.data.normalisation
+        std = torch.tensor([n.scale * a / b for a, b in zip(index.std, n.std)])[:channels].view(-1, 1, 1)
+        return x[:, :channels] / (3 * std), f"latents, {channels} of {x.shape[1]}"
+
+    def others(self, stage: Stage) -> dict[str, dict]:
+        """What a stage reads outside this run, by key, with checksums: networks of other runs, the perceptual network's.
+
+        Raises ConfigError for what is not there or does not fit.
+        """
+        found: dict[str, dict] = {}
+        for key, name in stage.networks().items():
+            if "/" in name:
+                m = self.finished(name).manifest
+                found[key] = {"stage": name, "config": m["config"], "ema": m["files"]["ema-0.safetensors"]["xxh3_128"]}
+        if stage.perceptual:
+            found["perceptual"] = perceptual.checksums(stage.perceptual)
+        return found
+
+    def rows(self) -> dict:
+        """What another run's network must have been trained on to be read here: shape, classes, normalisation."""
+        own = {"shape": self.data.shape, "classes": self.data.classes}
+        own |= {"normalisation": getattr(self.data, "normalisation", None)}
+        return json.loads(json.dumps(own))
 
     @functools.cached_property
     def space(self) -> metrics.Extractor:
@@ -79,16 +158,37 @@ class Workspace:
 
     @functools.cached_property
     def judge(self) -> metrics.Judge:
-        return metrics.Judge(self.data, self.space)
+        return self.open_judge()
 
-    def evaluate(self, net, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None) -> dict:
-        """{steps: {"frechet", "sliced_wasserstein", "accuracy"}} of n samples each."""
-        e, out = self.run.eval, {}
+    def open_judge(self, rows: bool = False) -> metrics.Judge:
+        """What `eval` asks for; rows: with precision and recall. Raises ConfigError naming the key that is missing."""
+        decode = (lambda: self.codec(self.run.eval.vae).decode) if self.latents else None
+        return metrics.open_judge(self.data, self.run.eval, lambda: self.space, self.device, decode, rows)
+
+    def evaluate(
+        self, net, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None,
+        judge: metrics.Judge | None = None, quiet: bool = False,
+    ) -> dict:  # fmt: skip
+        """{steps: {"frechet", "sliced_wasserstein", "accuracy", ...}} of n samples each; every rank must call it.
+
+        Batches go round the ranks, so the world's size changes the order of sums and nothing else. Raises
+        FloatingPointError, on every rank, when samples are not finite.
+        """
+        e, out, judge = self.run.eval, {}, judge or self.judge
+        seed = e.seed if seed is None else seed
         for k in steps:
-            samples = self.setting.generate(net, k, n, e.seed if seed is None else seed, solver, e.batch)
-            if not torch.isfinite(samples).all():
+            tally, broken = judge.tally(), False
+            with log.counting(f"{k} step{'s' * (k > 1)}", n, self.folder, quiet) as advance:
+                for i, index in enumerate(torch.arange(n).split(e.batch)):
+                    if i % distributed.size() == distributed.rank() and not broken:
+                        samples = self.setting.draw(net, k, seed, index, solver)
+                        broken = not bool(torch.isfinite(samples).all())
+                        if not broken:
+                            tally.add(samples, self.setting.labels(index))
+                    advance(len(index))
+            if distributed.largest(int(broken)):
                 raise FloatingPointError(f"samples of {k} steps are not finite")
-            out[str(k)] = self.judge(samples, self.setting.labels(torch.arange(n)))
+            out[str(k)] = tally.figures()
         return out
 
     def compare(self) -> Run | None:
@@ -121,6 +221,7 @@ class Workspace:
             about = {
                 "digest": config.digest(self.run),
                 "run": config.dump(self.run),
+                "rows": self.rows(),
                 "environment": environment(),
                 "ops": cmt_kernels.table(self.device.type),
                 "parents": str(self.parents) if self.parents != self.folder else None,
@@ -153,16 +254,46 @@ def stored_run(folder: Path) -> Run:
         raise ConfigError(f"RUN: {file} cannot be read ({error})") from None
 
 
-def open_stage(text: str) -> tuple[Workspace, str]:
-    """`RUN/stage` as typed. Raises ConfigError naming what is valid."""
+def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, str]:
+    """`RUN/stage` as typed; evaluation: keys of `eval` that differ from the run's. Raises ConfigError naming what is valid."""
     path = Path(text)
     if path.name not in STAGES:
         raise ConfigError(
             f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{config.nearest(path.name, STAGES)}"
         )
-    run = stored_run(path.parent)
-    about = json.loads((path.parent / RUN_FILE).read_text("utf-8"))
-    return Workspace(run, path.parent, Path(about["parents"]) if about.get("parents") else None), path.name
+    run = judged_by(stored_run(path.parent), evaluation or {})
+    return Workspace(run, path.parent, _parents(path.parent)), path.name
+
+
+def _parents(folder: Path) -> Path | None:
+    """Where the stages are that a stored run did not train itself."""
+    stored_run(folder)
+    parents = json.loads((folder / RUN_FILE).read_text("utf-8")).get("parents")
+    return Path(parents) if parents else None
+
+
+def fits(work: Workspace, name: str) -> None:
+    """Raises ConfigError unless the network RUN/STAGE means the same thing here: path, scale of the data, rows.
+
+    Its size may be another. A run whose rows are not on record must have the same data in its recipe.
+    """
+    folder, mine = Path(name).parent, work.run
+    other = stored_run(folder)
+    pairs = [(key, getattr(other, key), getattr(mine, key)) for key in ("path", "sigma_data")]
+    stored = json.loads((folder / RUN_FILE).read_text("utf-8")).get("rows")
+    if stored is None:
+        pairs.append(("data", config.dump(other)["data"], config.dump(mine)["data"]))
+    else:
+        pairs += [(key, stored.get(key), value) for key, value in work.rows().items()]
+    for key, theirs, ours in pairs:
+        if theirs != ours:
+            raise ConfigError(f"{name}: its {key} is {theirs}, this run's is {ours}; its network cannot be read here")
+
+
+def judged_by(run: Run, evaluation: dict) -> Run:
+    """The run with other keys of `eval`. Raises ConfigError for values that are not valid."""
+    tree = config.dump(run)
+    return config.build({**tree, "eval": {**tree["eval"], **evaluation}}) if evaluation else run
 
 
 def device(name: str) -> torch.device:

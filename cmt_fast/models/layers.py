@@ -123,8 +123,8 @@ def recomputed(block: Callable, *xs: Tensor | Dual) -> Tensor | Dual:
     """block(*xs), one Tensor | Dual, keeping for the backward pass only the values of xs and running the block again there.
 
     Tangents save nothing and no gradient reads them, so only values run again. Under torch.compile the whole block
-    is marked for it, and the tangents that nothing reads are dropped from the graph of the backward pass; not those of a
-    fused op, native or Triton, which gives value and tangent at once: these are computed again.
+    is marked for it, and the tangents that nothing reads are dropped from the graph of the backward pass, those of fused
+    ops by `cmt_kernels.graph`.
     """
     values, tangents = [value(x) for x in xs], [tangent(x) for x in xs if isinstance(x, Dual)]
     dual = [isinstance(x, Dual) for x in xs]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 from cmt_kernels import Dual
+from cmt_kernels.dual import head, rows, tangent, value
 from torch import Tensor, nn
 
 from cmt_fast.paths import column
 
 
 class Denoiser(nn.Module):
-    """EDM preconditioning (Karras et al. 2022, table 1), input and output in fp32 or wider.
+    """EDM preconditioning (Karras et al. 2022, table 1), input and output in fp32 or wider, for Tensor | Dual.
 
     D = c_skip x + c_out F(c_in x, ln(t)/4),  c_skip = s^2/(t^2 + s^2), c_out = t s/sqrt(t^2 + s^2), c_in = 1/sqrt(t^2 + s^2)
     """
@@ -27,24 +28,68 @@ class Denoiser(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        t: Tensor,
-        r: Tensor | None = None,
+        x: Tensor | Dual,
+        t: Tensor | Dual,
+        r: Tensor | Dual | None = None,
         labels: Tensor | None = None,
         drop: Tensor | None = None,
         seeds: Tensor | None = None,
         uncertainty: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | Dual | tuple[Tensor, Tensor]:
         """x: (B, ...), t: (B,) > 0; r is not read; seeds: (B, dropouts, 2) of a training step -> (B, ...) in the dtype of x.
 
-        With `uncertainty` also the network's log variance u(t) (B,), which EDM2's networks have.
+        A plain argument is a constant. With `uncertainty` also the network's log variance u(t) (B,), which EDM2's have.
         """
+        x_v, t_v = value(x), value(t)
+        c_skip, c_out, c_in = self.scalings(t_v)
+        scaled, c_noise = column(c_in, x_v) * x_v, t_v.log() / 4
+        if isinstance(x, Dual) or isinstance(t, Dual):
+            scaled, c_noise = self._inputs(x, t, scaled, c_noise)
+        f = self._network(scaled, c_noise, labels, drop, seeds)
+        d = column(c_skip, x_v) * x_v + column(c_out, x_v) * value(f).to(x_v.dtype)
+        if uncertainty:
+            return d, self.net.log_variance(c_noise)
+        return Dual(d, self._tangent(x, t, f)) if isinstance(f, Dual) else d
+
+    def scalings(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in at times t, shaped like t."""
         total = t.square() + self.sigma_data**2
-        c_skip, c_out, c_in = self.sigma_data**2 / total, t * self.sigma_data * total.rsqrt(), total.rsqrt()
-        c_noise = t.log() / 4
-        f = self.net(column(c_in, x) * x, c_noise, None, labels, drop, *([] if seeds is None else [seeds]))
-        d = column(c_skip, x) * x + column(c_out, x) * f.to(x.dtype)
-        return (d, self.net.log_variance(c_noise)) if uncertainty else d
+        return self.sigma_data**2 / total, t * self.sigma_data * total.rsqrt(), total.rsqrt()
+
+    def raw(
+        self, x_in: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None
+    ) -> Tensor:
+        """F of the scaled input x_in = c_in x, in the network's own dtype: what a fused solver step takes."""
+        return self._network(x_in, t.log() / 4, labels, drop, None)
+
+    def _network(self, scaled, c_noise, labels: Tensor | None, drop: Tensor | None, seeds: Tensor | None):
+        return self.net(scaled, c_noise, None, labels, drop, *([] if seeds is None else [seeds]))
+
+    @torch.no_grad()
+    def _inputs(self, x: Tensor | Dual, t: Tensor | Dual, scaled: Tensor, c_noise: Tensor) -> tuple[Dual, Dual]:
+        """The network's inputs with their tangents: c_in' = -t c_in^3, c_noise' = 1/(4t)."""
+        x_v, t_v, x_dot, t_dot = self._head(x, t)
+        c_in = (t_v.square() + self.sigma_data**2).rsqrt()
+        change = column(c_in, x_v) * x_dot - column(t_v * c_in**3 * t_dot, x_v) * x_v
+        return Dual(scaled, change), Dual(c_noise, t_dot / (4 * t_v))
+
+    @torch.no_grad()
+    def _tangent(self, x: Tensor | Dual, t: Tensor | Dual, f: Dual) -> Tensor:
+        """dD = c_skip dx + c_skip' x dt + c_out dF + c_out' F dt; c_skip' = -2 t s^2 c_in^4, c_out' = s^3 c_in^3. (k, ...)."""
+        x_v, t_v, x_dot, t_dot = self._head(x, t)
+        s, c_in = self.sigma_data, (t_v.square() + self.sigma_data**2).rsqrt()
+        f_v, f_dot = f.value[: len(x_dot)].to(x_v.dtype), f.tangent.to(x_v.dtype)
+        skip, out = -2 * t_v * s**2 * c_in**4 * t_dot, s**3 * c_in**3 * t_dot
+        moved = column(s**2 * c_in**2, x_v) * x_dot + column(t_v * s * c_in, x_v) * f_dot
+        return moved + column(skip, x_v) * x_v + column(out, x_v) * f_v
+
+    @staticmethod
+    def _head(x: Tensor | Dual, t: Tensor | Dual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first k rows of x and t, and their tangents, zero where one is a constant."""
+        k = rows(x, t)
+        x_v, t_v = head(x, k), head(t, k)
+        x_dot, t_dot = tangent(x), tangent(t)
+        return x_v, t_v, *(torch.zeros_like(v) if d is None else d for v, d in ((x_v, x_dot), (t_v, t_dot)))
 
 
 class NoiseDenoiser(nn.Module):
@@ -78,10 +123,22 @@ class NoiseDenoiser(nn.Module):
         seeds: Tensor | None = None,
     ) -> Tensor:
         """x: (B, ...), t: (B,) > 0; r is not read; seeds as in a Denoiser -> (B, ...) in the dtype of x."""
-        c_in = torch.rsqrt(1 + t.square())
-        more = [] if seeds is None else [seeds]
-        eps = self.net(column(c_in, x) * x, self.step_of(t), None, labels, drop, *more)
-        return x - column(t, x) * eps.to(x.dtype)
+        _, c_out, c_in = self.scalings(t)
+        eps = self._network(column(c_in, x) * x, t, labels, drop, seeds)
+        return x + column(c_out, x) * eps.to(x.dtype)
+
+    def scalings(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in at times t, as a Denoiser's."""
+        return torch.ones_like(t), -t, torch.rsqrt(1 + t.square())
+
+    def raw(
+        self, x_in: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None
+    ) -> Tensor:
+        """The predicted noise for the scaled input, as a Denoiser's."""
+        return self._network(x_in, t, labels, drop, None)
+
+    def _network(self, scaled: Tensor, t: Tensor, labels: Tensor | None, drop: Tensor | None, seeds: Tensor | None):
+        return self.net(scaled, self.step_of(t), None, labels, drop, *([] if seeds is None else [seeds]))
 
 
 class AverageVelocity(nn.Module):

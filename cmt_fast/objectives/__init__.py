@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cmt_fast.objectives import cmt, consistency, denoise, flow, meanflow
+from cmt_fast.objectives import cmt, consistency, continuous, denoise, flow, meanflow
 from cmt_fast.objectives.batch import Batch, Points, World
 
 
@@ -32,5 +32,8 @@ ROWS = {
     "ect": Needs(consistency.ect, "ve", "data", forwards=4.0),
     "ecd": Needs(consistency.ecd, "ve", "data", teacher=True, forwards=4.0),
     "meanflow": Needs(meanflow.meanflow, "linear", "data", forwards=3.0),
+    "imeanflow": Needs(meanflow.improved, "linear", "data", forwards=3.0),
+    "sct": Needs(continuous.sct, "ve", "data", forwards=4.0),
+    "scd": Needs(continuous.scd, "ve", "data", teacher=True, forwards=4.0),
 }
 __all__ = ["ROWS", "Batch", "Needs", "Points", "World"]

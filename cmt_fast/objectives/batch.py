@@ -23,7 +23,8 @@ class Batch(NamedTuple):
 class Points(NamedTuple):
     """Points of teacher trajectories: state x at time t, and state x_r at the later node's own time r (r < t).
 
-    x, x_r: (B, ...); t, r: (B,); labels: (B,) | None; drop: (B,) bool | None. For consistency models r is the endpoint.
+    x, x_r: (B, ...); t, r: (B,); labels: (B,) | None; drop: (B,) bool | None; sample: (B,) global row ids | None. For
+    consistency models r is the endpoint.
     """
 
     x: Tensor
@@ -32,13 +33,19 @@ class Points(NamedTuple):
     r: Tensor
     labels: Tensor | None
     drop: Tensor | None
+    sample: Tensor | None = None
 
 
 class World(NamedTuple):
-    """path; random numbers of this step; teacher (guided, frozen) or None; progress in [0, 1); features for distances."""
+    """path; random numbers of this step; teacher (guided, frozen) or None; progress in [0, 1); features for distances.
+
+    nimg: student images seen before this step; perceptual: (x, target, random, sample (B,)) -> (B,).
+    """
 
     path: Path
     random: Random
     teacher: Callable | None = None
     progress: float = 0.0
     features: Callable[[Tensor], Tensor] | None = None
+    nimg: int = 0
+    perceptual: Callable[[Tensor, Tensor, Random, Tensor | None], Tensor] | None = None

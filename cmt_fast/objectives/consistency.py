@@ -51,7 +51,7 @@ def _loss(net, batch: Batch, config: Ect | Ecd, world: World, t: Tensor, r: Tens
         target = net(x_r, torch.where(zero, t, r), None, batch.labels, batch.drop)
         target = torch.where(column(zero, x_r).bool(), x_r, target)
     f = net(x_t, t, None, batch.labels, batch.drop)
-    loss = distance(f, target, config.distance, config.c, world.features) * _weight(config.weight, t, r, world)
+    loss = distance(f, target, config.distance, config.c, world, batch.sample) * _weight(config.weight, t, r, world)
     return loss, {"mse": (f.detach() - target).square().flatten(1).mean(1)}
 
 

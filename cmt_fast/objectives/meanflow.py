@@ -1,5 +1,7 @@
-"""MeanFlow (Geng et al. 2025): average velocities from the identity u = v - (t - r) du/dt, the post-training of flows.
+"""MeanFlow (Geng et al. 2025) and improved MeanFlow: average velocities from the identity u = v - (t - r) du/dt.
 
+Both regress u + (t - r) sg(du/dt) on the conditional (guided) v = eps - x_0. They differ in the direction that du/dt is
+taken along: the same v in MeanFlow, the network's own u(z, t, t), which has no noise of a single row, in the improved.
 Rows with r != t come first and their count is fixed, so tangents are carried only where they are
 multiplied by something: `net` gets Duals of `k` rows and returns one.
 """
@@ -14,15 +16,29 @@ from torch import Tensor
 from cmt_fast import rng
 from cmt_fast.objectives.batch import Batch, World
 from cmt_fast.paths import column
-from cmt_fast.schema import MeanFlow
+from cmt_fast.schema import IMeanFlow, MeanFlow
 
 
 def meanflow(net, batch: Batch, config: MeanFlow, world: World) -> tuple[Tensor, dict[str, Tensor]]:
-    """The adaptively weighted regression of u on sg[v - (t - r) du/dt]. Returns (B,).
+    """The adaptively weighted regression of u on sg[v - (t - r) du/dt], du/dt along v. Returns (B,).
 
     Guidance (MeanFlow, sec. 4.2 and appendix): v <- omega v + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null)
-    inside [guide_t_min, guide_t_max] on rows with labels. Rows with r = t reuse the training forward as u(z, t, t | c).
+    inside [guide_t_min, guide_t_max] on rows with labels, of effective scale omega / (1 - kappa). Rows with r = t
+    reuse the training forward as u(z, t, t | c).
     """
+    return _regress(net, batch, config, world, own=False)
+
+
+def improved(net, batch: Batch, config: IMeanFlow, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+    """Improved MeanFlow: ||u + (t - r) sg(du/dt) - v||^2, adaptively weighted, du/dt along u(z, t, t). Returns (B,).
+
+    Guidance enters v as in `meanflow`. There is no second head for v: u(z, t, t) is it, and the rows with r = t are its
+    loss. Guidance as an input of the network is not built.
+    """
+    return _regress(net, batch, config, world, own=True)
+
+
+def _regress(net, batch: Batch, config: MeanFlow | IMeanFlow, world: World, own: bool):
     k = tangent_rows(len(batch.x_0), config.ratio)
     t, r = draw_times(batch.sample, k, config, world, batch.x_0.dtype)
     z, v = world.path.point(batch.x_0, t, world.random.key(rng.NOISE), batch.sample)
@@ -30,11 +46,14 @@ def meanflow(net, batch: Batch, config: MeanFlow, world: World) -> tuple[Tensor,
     with torch.no_grad():
         null = None if guide is None else net(z, t, t, batch.labels, torch.ones_like(guide))
         drop = None if batch.drop is None else batch.drop[:k]
-        cond = None if guide is None or not config.kappa else net(z[:k], t[:k], t[:k], batch.labels[:k], drop)
+        labels = None if batch.labels is None else batch.labels[:k]
+        mixed = guide is not None and config.kappa
+        cond = net(z[:k], t[:k], t[:k], labels, drop) if k and (own or mixed) else None
         head = v[:k] if guide is None else _guided(v[:k], cond, null[:k], guide[:k], config)
+        direction = cond if own and k else head
     u = (
         net(
-            Dual(z, head.to(z.dtype)),
+            Dual(z, direction.to(z.dtype)),
             Dual(t, torch.ones_like(t[:k])),
             Dual(r, torch.zeros_like(r[:k])),
             batch.labels,
@@ -53,7 +72,9 @@ def tangent_rows(rows: int, ratio: float) -> int:
     return round(ratio * rows)
 
 
-def draw_times(sample: Tensor, k: int, config: MeanFlow, world: World, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def draw_times(
+    sample: Tensor, k: int, config: MeanFlow | IMeanFlow, world: World, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Two logit-normal draws a row, sorted to r <= t; rows from k on have r = t. (B,), (B,)."""
     a, b = (
         torch.sigmoid(config.mean + config.std * world.random.gauss(stream, sample)).to(dtype)
@@ -63,7 +84,7 @@ def draw_times(sample: Tensor, k: int, config: MeanFlow, world: World, dtype: to
     return torch.cat((t[:k], a[k:])), torch.cat((r[:k], a[k:]))
 
 
-def guidance_mask(batch: Batch, t: Tensor, config: MeanFlow) -> Tensor | None:
+def guidance_mask(batch: Batch, t: Tensor, config: MeanFlow | IMeanFlow) -> Tensor | None:
     """(B,) bool: rows whose target is guided; None when omega, kappa ask for none or there are no labels."""
     if (config.omega == 1.0 and config.kappa == 0.0) or batch.labels is None:
         return None
@@ -71,7 +92,7 @@ def guidance_mask(batch: Batch, t: Tensor, config: MeanFlow) -> Tensor | None:
     return kept & (t >= config.guide_t_min) & (t <= config.guide_t_max)
 
 
-def _guided(v: Tensor, cond: Tensor | None, null: Tensor, guide: Tensor, config: MeanFlow) -> Tensor:
+def _guided(v: Tensor, cond: Tensor | None, null: Tensor, guide: Tensor, config: MeanFlow | IMeanFlow) -> Tensor:
     """v of guided rows becomes omega v + kappa cond + (1 - omega - kappa) null. (k, ...)."""
     mixed = config.omega * v + (1 - config.omega - config.kappa) * null
     if cond is not None and config.kappa:

@@ -3,8 +3,31 @@
 Every number a run depends on is here or in its recipe; the resolved form and its hash are saved with the run.
 """
 
-from cmt_fast.schema.data import Data, Digits, Gmm, Npz
+from cmt_fast.schema.data import Data, Digits, Gmm, Latents, Npz
 from cmt_fast.schema.model import Dit, Edm, Edm2, Mlp, Model
-from cmt_fast.schema.objective import CmtCm, CmtMf, Denoise, Distance, Ecd, Ect, Flow, MeanFlow, Objective
-from cmt_fast.schema.run import Eval, Run, Sampler
-from cmt_fast.schema.stage import STAGES, Anchor, ConstantEma, Ema, PowerEma, Stage, Trajectories
+from cmt_fast.schema.objective import (
+    CmtCm,
+    CmtMf,
+    Denoise,
+    Distance,
+    Ecd,
+    Ect,
+    Flow,
+    IMeanFlow,
+    MeanFlow,
+    Objective,
+    Scd,
+    Sct,
+)
+from cmt_fast.schema.run import Dali, Eval, Features, Feed, Run, Sampler, Torch
+from cmt_fast.schema.stage import (
+    STAGES,
+    Anchor,
+    Autoguidance,
+    ConstantEma,
+    Ema,
+    Perceptual,
+    PowerEma,
+    Stage,
+    Trajectories,
+)

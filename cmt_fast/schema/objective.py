@@ -28,12 +28,16 @@ class Flow:
     std: Positive = 1.0
 
 
-Distance = Literal["squared_l2", "l2", "pseudo_huber", "features"]
+# the last three are of features: of the run's own classifier, of VGG16 on pixels, of a classifier of latents
+Distance = Literal["squared_l2", "l2", "pseudo_huber", "features", "lpips", "latent_lpips"]
 
 
 @schema
 class CmtCm:
-    """Consistency mid-training of a consistency function. `features`: squared l2 in a frozen network's features."""
+    """Consistency mid-training of a consistency function. `features`: squared l2 in a frozen network's features.
+
+    `lpips` and `latent_lpips` read their network from the stage's `perceptual.weights`.
+    """
 
     kind: Literal["cmt_cm"] = "cmt_cm"
     distance: Distance = "l2"
@@ -96,4 +100,50 @@ class MeanFlow:
     guide_t_max: Fraction = 1.0
 
 
-Objective = Annotated[Denoise | Flow | CmtCm | CmtMf | Ect | Ecd | MeanFlow, Field(discriminator="kind")]
+@schema
+class IMeanFlow:
+    """Improved MeanFlow: u + (t - r) sg(du/dt) regressed on v, the derivative along the model's own u(z, t, t)."""
+
+    kind: Literal["imeanflow"] = "imeanflow"
+    mean: float = -0.4
+    std: Positive = 1.0
+    ratio: Fraction = 0.5
+    p: NotNegative = 1.0
+    c: Positive = 0.01
+    omega: float = 1.0
+    kappa: float = 0.0
+    guide_t_min: Fraction = 0.0
+    guide_t_max: Fraction = 1.0
+
+
+@schema
+class Sct:
+    """Continuous-time consistency training in TrigFlow: ln t ~ N(mean, std^2), t = sigma_data tan(theta).
+
+    The derivative's share grows from 0 to 1 over `warmup_nimg`; the tangent g becomes g / (|g| + c), `c: null` leaves it
+    as it is. `weight`: of a row, 1 or 1/t.
+    """
+
+    kind: Literal["sct"] = "sct"
+    mean: float = -1.0
+    std: Positive = 1.4
+    warmup_nimg: Natural = 0
+    c: Positive | None = 0.1
+    weight: Literal["one", "inverse_t"] = "one"
+
+
+@schema
+class Scd:
+    """Continuous-time consistency distillation: `sct` along the teacher's ODE in place of the data's noise."""
+
+    kind: Literal["scd"] = "scd"
+    mean: float = -1.0
+    std: Positive = 1.4
+    warmup_nimg: Natural = 0
+    c: Positive | None = 0.1
+    weight: Literal["one", "inverse_t"] = "one"
+
+
+Objective = Annotated[
+    Denoise | Flow | CmtCm | CmtMf | Ect | Ecd | MeanFlow | IMeanFlow | Sct | Scd, Field(discriminator="kind")
+]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cmt_fast.schema.numbers import Count, Fraction, Natural, NotNegative, Positive, schema
-from cmt_fast.schema.objective import CmtCm, CmtMf, Objective
+from cmt_fast.schema.objective import CmtCm, CmtMf, Ecd, Ect, Objective
 
 STAGES = ("pre", "mid", "post", "control")
 
@@ -61,21 +61,54 @@ Ema = Annotated[ConstantEma | PowerEma, Field(discriminator="kind")]
 
 
 @schema
+class Autoguidance:
+    """Guidance of the teacher by a weaker network (Karras et al. 2024): D = D_guide + scale (D_teacher - D_guide).
+
+    `network`: RUN/STAGE or an earlier stage. `trajectories`: the rollouts too, not the teacher's own steps alone.
+    """
+
+    network: str
+    scale: Positive = 2.05
+    trajectories: bool = False
+
+
+@schema
+class Perceptual:
+    """The network behind the distances `lpips` and `latent_lpips`.
+
+    `weights`: for `latent_lpips` what `cmt train-features` wrote; for `lpips` a .safetensors or .pt file of VGG16, with
+    the linear heads in it or in `heads`. `augment`: `latent_lpips` compares randomly augmented copies.
+    """
+
+    weights: str
+    heads: str | None = None
+    augment: bool = True
+
+
+@schema
 class Stage:
-    """One stage of training, as data. Lengths are in student images; `start` and `teacher` name earlier stages."""
+    """One stage of training, as data. Lengths are in student images.
+
+    `start` names an earlier stage, `teacher` an earlier stage or one of another run as RUN/STAGE, of any size.
+    lr_schedule: "linear" to zero at the end, "inverse_sqrt" constant up to lr_knee_nimg and falling as 1/sqrt from there.
+    """
 
     objective: Objective
     images_nimg: Count
     batch: Count = 128
     start: Literal["pre", "mid", "post"] | None = None
-    teacher: Literal["pre", "mid", "post"] | None = None
+    teacher: str | None = None
+    autoguidance: Autoguidance | None = None
+    perceptual: Perceptual | None = None
     trajectories: Trajectories | None = None
     anchor: Anchor | None = None
     teacher_guidance: float = 1.0
     label_dropout: Fraction = 0.0
     lr: Positive = 1e-3
-    lr_schedule: Literal["constant", "linear"] = "linear"
+    lr_schedule: Literal["constant", "linear", "inverse_sqrt"] = "linear"
+    lr_knee_nimg: Natural = 0
     warmup_nimg: Natural = 0
+    optimizer: Literal["adamw", "radam"] = "adamw"
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0
@@ -87,3 +120,14 @@ class Stage:
     snapshot_every_nimg: Count | None = None
     eval_every_nimg: Count | None = None
     grid_every_nimg: Count | None = None
+
+    def networks(self) -> dict[str, str]:
+        """Key -> the stage whose network it names, as typed; of another run where there is a slash in it."""
+        guide = self.autoguidance.network if self.autoguidance else None
+        named = {"start": self.start, "teacher": self.teacher, "autoguidance.network": guide}
+        return {key: name for key, name in named.items() if name}
+
+    def distances(self) -> set[str]:
+        """The distances of its objective and its anchor."""
+        both = (self.objective, self.anchor.objective if self.anchor else None)
+        return {o.distance for o in both if isinstance(o, CmtCm | Ect | Ecd)}

@@ -160,10 +160,15 @@ def path_point(
     return x_t.view(x_0.shape), v.view(x_0.shape)
 
 
-def solver_step(x: Tensor, m0: Tensor, m1: Tensor | None, m2: Tensor | None, coefficients: Tensor) -> Tensor:
-    terms = [x, m0] + [m for m in (m1, m2) if m is not None]
-    c = coefficients.expand(len(x), 4)
-    return sum(c[:, i].view(-1, *[1] * (x.ndim - 1)) * term for i, term in enumerate(terms))
+def solver_step(
+    x: Tensor, f: Tensor, m1: Tensor | None, m2: Tensor | None, coefficients: Tensor, keep: bool
+) -> tuple[Tensor, ...]:
+    c_skip, c_out, w, c0, c1, c2, c3, c_in = coefficients.expand(len(x), 8).T.unflatten(1, (-1, *[1] * (x.ndim - 1)))
+    if len(f) > len(x):
+        f = (1 - w) * f[len(x) :] + w * f[: len(x)]
+    m0 = c_skip * x + c_out * f
+    y = c0 * x + c1 * m0 + (0 if m1 is None else c2 * m1) + (0 if m2 is None else c3 * m2)
+    return (y, m0, c_in * y) if keep else (y,)
 
 
 def consistency_loss(prediction: Tensor, target: Tensor, distance: str, c: float) -> Tensor:

@@ -1,0 +1,73 @@
+"""Continuous-time consistency models (Lu & Song 2024, sCM): training from data (sCT) and by distillation (sCD).
+
+The paper works in TrigFlow, x' = cos(theta) x_0 + sin(theta) z with z ~ N(0, s^2 I), where a network F gives the flow
+map's end f = cos(theta) x' - s sin(theta) F. Our network is the VE denoiser, and the two are the same function: with
+t = s tan(theta) and x = x' / cos(theta) the EDM coefficients are c_skip = cos^2, c_out = s sin, c_in = cos / s, so
+
+    D(x, t) = cos(theta) x' + s sin(theta) F_edm(x'/s, ln(t)/4),    F = -F_edm.
+
+What the loss needs of F is therefore read off D and one derivative of it, without ever dividing by sin(theta):
+
+    F - F^-                                 = -(D - D^-) / c_out
+    cos df/dtheta                           = sqrt(t^2 + s^2) dD/dt along dx/dt           (a tangent of that length)
+    -cos^2 (s F^- - dx'/dtheta)             = cos^2 (D^- - x_hat) / sin,    x_hat = x - t dx/dt
+    g = -cos^2 (s F^- - dx'/dtheta) - w cos sin (x' + s dF^-/dtheta)
+      = (1 - w) cos^2 (D^- - x_hat) / sin + w cos df/dtheta.
+
+x_hat is the clean row itself in sCT (dx/dt = eps) and the teacher's denoised image in sCD. The learned weighting of
+times e^w(t) is left out: after normalisation all rows have losses of one size. c_noise stays EDM's ln(t)/4, so that any
+VE network can start here; the paper's own c_noise = theta would be another network.
+"""
+
+from __future__ import annotations
+
+import torch
+from cmt_kernels import Dual
+from torch import Tensor
+
+from cmt_fast import rng
+from cmt_fast.objectives.batch import Batch, World
+from cmt_fast.paths import column
+from cmt_fast.schema import Scd, Sct
+
+
+def sct(net, batch: Batch, config: Sct, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+    """(1/D) ||F - F^- - g||^2 with the conditional dx/dt = eps of the data. Returns (B,)."""
+    t, x_t, eps = _draw(batch, config, world)
+    return _loss(net, batch, config, world, t, x_t, eps, batch.x_0)
+
+
+def scd(net, batch: Batch, config: Scd, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+    """(1/D) ||F - F^- - g||^2 with dx/dt = (x - D_teacher) / t of the (guided) teacher. Returns (B,)."""
+    t, x_t, _ = _draw(batch, config, world)
+    with torch.no_grad():
+        x_hat = world.teacher(x_t, t, t, batch.labels)
+    return _loss(net, batch, config, world, t, x_t, (x_t - x_hat) / column(t, x_t), x_hat)
+
+
+def warm_up(nimg: int, warmup_nimg: int) -> float:
+    """The share of the derivative's term in g: min(1, nimg / warmup_nimg)."""
+    return min(1.0, nimg / warmup_nimg) if warmup_nimg else 1.0
+
+
+def _draw(batch: Batch, config: Sct | Scd, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    t = torch.exp(config.mean + config.std * world.random.gauss(rng.TIME, batch.sample)).to(batch.x_0.dtype)
+    x_t, eps = world.path.point(batch.x_0, t, world.random.key(rng.NOISE), batch.sample)
+    return t, x_t, eps
+
+
+def _loss(net, batch: Batch, config: Sct | Scd, world: World, t: Tensor, x_t: Tensor, x_dot: Tensor, x_hat: Tensor):
+    length = torch.sqrt(t**2 + world.path.sigma_data**2)  # s / cos(theta)
+    sin, cos = t / length, world.path.sigma_data / length
+    along = Dual(x_t, column(length, x_t) * x_dot), Dual(t, length)
+    d = net(*along, None, batch.labels, batch.drop)
+    with torch.no_grad():
+        share = warm_up(world.nimg, config.warmup_nimg)
+        g = share * d.tangent + (1 - share) * column(cos**2 / sin, x_t) * (d.value - x_hat)
+        size = column(g.flatten(1).norm(dim=1), g)
+        if config.c is not None:
+            g = g / (size + config.c)
+    residual = (d.value - d.value.detach()) / column(world.path.sigma_data * sin, x_t) + g
+    loss = residual.square().flatten(1).mean(1)
+    weight = 1 / t if config.weight == "inverse_t" else torch.ones_like(t)
+    return weight * loss, {"mse": (d.value.detach() - x_hat).square().flatten(1).mean(1), "tangent": size.flatten()}
