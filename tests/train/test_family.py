@@ -17,8 +17,9 @@ from cmt_fast.objectives.continuous import warm_up
 from cmt_fast.objectives.meanflow import draw_times
 from cmt_fast.paths import column
 from cmt_fast.rng import Random
-from cmt_fast.schema import Dit, Ecd, Gmm, IMeanFlow, MeanFlow, Mlp, Scd, Sct
-from cmt_fast.solvers import autoguided
+from cmt_fast.sample import Setting
+from cmt_fast.schema import Dit, Ecd, Gmm, IMeanFlow, MeanFlow, Mlp, Sampler, Scd, Sct
+from cmt_fast.solvers import autoguided, grid
 from tests.train import test_gmm_world as gmm
 from tests.train.test_gmm_world import LINEAR, MIXTURE, OFF, VE, batch, errors, size
 
@@ -286,3 +287,18 @@ def test_autoguided_ecd_is_at_rest_at_the_guided_answer() -> None:
     rest, plain = (size(gradients("ecd", known(scale), rows, config, at)) for scale in (2.05, 1.0))
     off = size(gradients("ecd", known(2.05), rows, config, at, OFF))
     assert rest < plain / 300 and rest < off / 300
+
+
+# ------------------------------------------------------------------------------------------ two-step samplers
+
+
+def test_published_second_times() -> None:
+    """0.77569 of mid-training is node 7 of its 16 steps; after ECT 0.821; flow maps halve the way."""
+    assert grid(VE, 16, 80.0, 0.002)[7] == pytest.approx(0.77569, abs=5e-6)
+    assert Sampler().mid_times[2] == (0.821,)
+    seen: list[tuple[float, float]] = []
+    net = lambda x, t, r, labels: (seen.append((float(t[0]), float(r[0]))), torch.zeros_like(x))[1]
+    setting = Setting(VE, Sampler(mid_times={2: (1.526,)}), (2,), 0, torch.device("cpu"))
+    setting.few_steps(net, 2, 0, torch.arange(3))
+    Setting(LINEAR, Sampler(), (2,), 0, torch.device("cpu")).few_steps(net, 2, 0, torch.arange(3))
+    assert [t for t, _ in seen[:2]] == pytest.approx([80.0, 1.526]) and seen[2:] == [(1.0, 0.5), (0.5, 0.0)]
