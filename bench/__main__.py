@@ -14,6 +14,7 @@ BENCHES = {
     "dual": "what a tangent costs, beside the plain forward and torch.func.jvp",
     "gates": "registers, spills and shared memory of every kernel, compiled without a GPU",
     "gpu": "all that a machine with a GPU is for, in parts",
+    "loader": "rows a second of every loader, against what a training step takes",
     "ops": "times of every op, backend and case",
     "predict": "what a GPU's ceilings allow each op: predicted, for machines without one",
     "report": "write the README's tables from bench/results",

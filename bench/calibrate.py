@@ -25,7 +25,7 @@ SIZES = {
     "tiny": {"square": 64, "copy": 2**12, "rows": (64,), "widths": (64,), "heads": 8, "tokens": (16,), "d": (64, 72),
              "batch": 8, "parameters": 2**12},
 }  # fmt: skip
-PARTS = ("ceilings", "linears", "attention", "ops", "optimizers")
+PARTS = ("ceilings", "linears", "packed", "attention", "ops", "optimizers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +85,26 @@ def linears(b: Bench) -> Iterator[dict]:
                         F.linear(x, w, bias), approximate="tanh"
                     )
                 yield from b.rows("linears", calls, flops=2 * m * d_in * d_out)
+
+
+def packed(b: Bench) -> Iterator[dict]:
+    """A linear's value and tangent as two matmuls, as they are, or one over both: of tensors that lie side by side already
+    (the most that packing can win; its bias left to the next op) and of tensors that have to be put there."""
+    for d in b.size["widths"] if b.device == "cuda" or b.tiny else (384, 768):
+        for m in b.size["rows"] if b.device == "cuda" or b.tiny else (2048,):
+            for k in (m // 4, m):
+                for name, d_in, d_out in (("qkv", d, 3 * d), ("proj", d, d), ("fc1", d, 4 * d), ("fc2", 4 * d, d)):
+                    both, w, bias = b.normal(m + k, d_in), b.normal(d_out, d_in), b.normal(d_out)
+                    x, x_dot = both[:m], both[m:].clone()
+                    same = torch.equal(F.linear(both, w)[:m], F.linear(x, w))
+                    label = f"{name} D{d} M{m}+{k}"
+                    calls = {
+                        f"{label} two": lambda x=x, y=x_dot, w=w, bias=bias: (F.linear(x, w, bias), F.linear(y, w)),
+                        f"{label} one": lambda both=both, w=w: F.linear(both, w),
+                        f"{label} one, copied": lambda x=x, y=x_dot, w=w: F.linear(torch.cat((x, y)), w),
+                    }
+                    for row in b.rows("packed", calls, flops=2 * (m + k) * d_in * d_out):
+                        yield row | {"value_bits_equal": same}
 
 
 def attention(b: Bench) -> Iterator[dict]:
@@ -151,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
     b = Bench(arguments)
     results: dict[str, Any] = about(b.device) | {"dtype": str(b.dtype), "tiny": b.tiny, "rows": []}
     print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}, {results['date']}")
-    functions = dict(zip(PARTS, (ceilings, linears, attention, op_rows, optimizers)))
+    functions = dict(zip(PARTS, (ceilings, linears, packed, attention, op_rows, optimizers)))
     for part in arguments.part or PARTS:
         for row in functions[part](b):
             results["rows"].append(row)

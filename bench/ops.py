@@ -1,4 +1,4 @@
-"""Times of every op, backend and case, each checked against float64 first: no number for a wrong answer."""
+"""Times of every op, backend, other library and case, each checked against float64 first: no number for a wrong answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from cmt_kernels import OPS
 from cmt_kernels.cases import allowed, backends_on, cases_of, error, implementation, outputs, wide
 
-from bench import about, interleave, roof, save
+from bench import about, interleave, libraries, roof, save
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -62,6 +62,7 @@ def measure(op: str, case: Any, dtype: torch.dtype, arguments: argparse.Namespac
     """One row for each backend that can run, times only for those that pass the check."""
     module, device = cases_of(op), arguments.device
     functions = {name: implementation(op, name) for name in backends_on(op, device)}
+    functions |= libraries.of(op, module.inputs(case, dtype, device), device)
     if arguments.compile:
         torch._dynamo.reset()
         functions["compiled"] = torch.compile(implementation(op, "reference"), dynamic=False)
@@ -85,7 +86,7 @@ def measure(op: str, case: Any, dtype: torch.dtype, arguments: argparse.Namespac
 def line(row: dict[str, Any], roofs: dict[str, float]) -> str:
     """One line of the table. Roof: the time the nearer roof allows over the time taken; above 100% where a CPU has the
     data in its cache."""
-    label = f"{row['op']:17} {row['case']:40} {row['dtype']:8} {row['backend']:9}"
+    label = f"{row['op']:17} {row['case']:40} {row['dtype']:8} {row['backend']:14}"
     if row["wrong"]:
         return f"{label} no time: {row['wrong']}"
     p50 = row["p50_ms"]
@@ -108,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}, {results['date']}")
     print(f"roof: memory {results['roof']['gb_s']:.1f} GB/s, matmul {results['roof']['gflop_s']:.1f} GFLOP/s")
     print(
-        f"{'op':17} {'case':40} {'dtype':8} {'backend':9} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} "
+        f"{'op':17} {'case':40} {'dtype':8} {'backend':14} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} "
         f"{'GB/s':>8} {'GFLOP/s':>9} {'roof':>6} {'error':>9}"
     )
     for op in arguments.op or OPS:

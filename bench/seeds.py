@@ -51,7 +51,7 @@ def measure(recipe: str, seed: int, out: Path) -> dict:
     names = stages.names(work.run)
     loop.train(work, names)
     report.write(out)
-    row: dict = {"seed": seed, "extractor": work.space.name, "stages": {}, "seconds": {}, "curve": {}}
+    row: dict = {"seed": seed, "extractor": work.judge.name, "stages": {}, "seconds": {}, "curve": {}}
     steps, e = work.run.eval.steps, work.run.eval
     for name in names:
         net = work.network(name)

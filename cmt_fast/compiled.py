@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from cmt_kernels import Dual, use
+from cmt_kernels import graph as graph_passes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -27,8 +28,26 @@ class CompileError(RuntimeError):
 
 
 def compile_network(net: nn.Module, backend: str = "inductor") -> Callable:
-    """The module's forward as one graph: no graph breaks, static shapes, compiled anew for each kind of call."""
-    return torch.compile(net, fullgraph=True, dynamic=False, backend=backend)
+    """The module's forward as one graph: no graph breaks, static shapes, compiled anew for each kind of call.
+
+    Under Inductor, what activation checkpointing computes again is values alone (`cmt_kernels.graph`).
+    """
+    options = {"post_grad_custom_pre_pass": _dead_tangents()} if backend == "inductor" else None
+    return torch.compile(net, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+
+def _dead_tangents():
+    """`drop_dead_tangents` as Inductor takes it, with what its cache of compiled graphs must know."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class DeadTangents(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            graph_passes.drop_dead_tangents(graph)
+
+        def uuid(self) -> bytes:
+            return get_hash_for_files((graph_passes.__file__,))
+
+    return DeadTangents()
 
 
 def guard(engine: Any, loss: Callable[[], Any], name: str = "compile") -> None:

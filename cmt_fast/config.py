@@ -130,8 +130,8 @@ def dump(run: Run) -> dict:
 
 
 def digest(run: Run) -> str:
-    """sha256 of the resolved run, without what does not change its numbers (device, tensorboard)."""
-    return _sha({k: v for k, v in dump(run).items() if k not in ("device", "tensorboard")})
+    """sha256 of the resolved run, without what does not change its numbers (device, loader, tensorboard)."""
+    return _sha({k: v for k, v in dump(run).items() if k not in ("device", "loader", "tensorboard")})
 
 
 def stage_facts(run: Run, name: str) -> dict:

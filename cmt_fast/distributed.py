@@ -41,6 +41,31 @@ def mean_(x: Tensor) -> Tensor:
     return x
 
 
+def sum_(x: Tensor) -> Tensor:
+    """x added up over ranks, on the device that x is on; in place where it can be."""
+    if size() == 1:
+        return x
+    there = x.cuda() if dist.get_backend() == "nccl" else x.cpu()
+    dist.all_reduce(there)
+    return there.to(x.device)
+
+
+def gather_uneven(x: Tensor | None) -> Tensor:
+    """Shards (n_r, F) of ranks joined in rank order, on the CPU; n_r may differ, and be None for no rows at all."""
+    if size() == 1:
+        assert x is not None
+        return x
+    rows, width = (0, 0) if x is None else x.shape
+    most, width, double = largest(rows), largest(width), largest(int(x is not None and x.dtype == torch.float64))
+    place = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    mine = torch.zeros(most, width, dtype=torch.float64 if double else torch.float32, device=place)
+    if x is not None:
+        mine[:rows] = x
+    counts = gather_rows(torch.tensor([rows], device=place)).tolist()
+    parts = gather_rows(mine).split(most)
+    return torch.cat([part[:n] for part, n in zip(parts, counts)]).cpu()
+
+
 def largest(n: int) -> int:
     """The largest n of all ranks, the same on each."""
     if size() == 1:

@@ -12,7 +12,7 @@ import torch
 from cmt_kernels import adamw_ema
 from torch import Tensor, nn
 
-from cmt_fast import distributed, ema
+from cmt_fast import distributed, ema, optimizer
 from cmt_fast.compiled import compile_network
 from cmt_fast.schema import Stage
 
@@ -49,31 +49,23 @@ class LocalEngine:
         loss.backward()
 
     def step(self, lr: float) -> Tensor:
-        """Clip, AdamW, EMAs; gradients are averaged over ranks and then zeroed. Returns their norm before clipping."""
+        """Clip, AdamW or RAdam, EMAs; gradients are averaged over ranks and then zeroed. Returns their norm before clipping."""
         distributed.mean_(self.g)
         s = self.stage
         self.step_count += 1
         betas = [ema.beta(profile, self.step_count) for profile in s.ema]
+        lr, eps, decay = optimizer.settings(s, self.step_count, lr)
         norm = adamw_ema(
-            self.p,
-            self.g,
-            self.m,
-            self.v,
-            self.emas,
-            betas,
-            self.step_count,
-            lr,
-            s.betas,
-            s.eps,
-            s.weight_decay,
-            s.clip,
+            self.p, self.g, self.m, self.v, self.emas, betas, self.step_count, lr, s.betas, eps, decay, s.clip
         )
         self.g.zero_()
+        constrain(self.net)
         return norm
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take a parent's weights: student and every EMA track start there."""
         load_named(self.net, weights)
+        constrain(self.net)
         for e in self.emas:
             e.copy_(self.p)
 
@@ -115,16 +107,29 @@ def bind(net: nn.Module, buffer: Tensor, grad: bool = False) -> None:
             p.data = part.view(p.shape)
 
 
+def constrain(net: nn.Module) -> None:
+    """Let every module that holds its weights to a condition, EDM2's unit length, restore it after a change."""
+    for module in net.modules():
+        if hasattr(module, "constrain"):
+            module.constrain()
+
+
+def constants(net: nn.Module) -> dict[str, Tensor]:
+    """What a network has drawn once and keeps: its persistent buffers, by name; no optimizer or EMA touches them."""
+    parameters = dict(net.named_parameters())
+    return {name: x for name, x in net.state_dict().items() if name not in parameters}
+
+
 def named(net: nn.Module, buffer: Tensor) -> dict[str, Tensor]:
-    """The buffer (P,) as tensors by parameter name."""
+    """The buffer (P,) as tensors by parameter name, and the network's constants."""
     parts = buffer.split([p.numel() for p in net.parameters()])
-    return {name: part.view(p.shape) for (name, p), part in zip(net.named_parameters(), parts)}
+    return {name: part.view(p.shape) for (name, p), part in zip(net.named_parameters(), parts)} | constants(net)
 
 
 @torch.no_grad()
 def load_named(net: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy weights by name. Raises ValueError when names or shapes differ, naming the first that does."""
-    own = dict(net.named_parameters())
+    own = dict(net.named_parameters()) | constants(net)
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or extra:
         raise ValueError(

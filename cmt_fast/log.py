@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 METRICS = "metrics.jsonl"
+HEARTBEAT = "heartbeat"  # RUN/heartbeat: its time is when the run last did something
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -31,7 +35,7 @@ class Log:
 
     def __init__(self, folder: Path, step: int, total: int, title: str, quiet: bool, tensorboard: bool = False) -> None:
         """Opens the file for appending after `step`: rows past it belong to work that was lost and is done again."""
-        self.file = None
+        self.file, self.run = None, folder.parent
         self.total, self.title, self.quiet = total, title, quiet
         self.board = None
         if not quiet:
@@ -41,6 +45,7 @@ class Log:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
             os.replace(temporary, path)
             self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+            beat(self.run)
             if tensorboard:
                 self.board = _tensorboard(folder)
         self.progress = None
@@ -61,6 +66,7 @@ class Log:
     def row(self, kind: str, step: int, nimg: int, values: dict[str, Any], wall: dict[str, Any] | None = None) -> None:
         """Append one row and flush it to the system."""
         if self.file:
+            beat(self.run)
             self.file.write(json.dumps({"kind": kind, "step": step, "nimg": nimg, **values, "wall": wall or {}}) + "\n")
             self.file.flush()
         if self.board:
@@ -92,6 +98,51 @@ class Log:
             self.file.close()
         if self.board:
             self.board.close()
+
+
+def beat(run: Path) -> None:
+    """Say that the run is alive: the time of RUN/heartbeat is now. A folder that cannot be written is passed over."""
+    if run.is_dir():
+        with contextlib.suppress(OSError):
+            (run / HEARTBEAT).touch()
+
+
+def heartbeat(folder: Path) -> float | None:
+    """Seconds since a run in `folder`, or in a folder of it, last was alive; None if none ever was."""
+    times = [f.stat().st_mtime for f in (folder / HEARTBEAT, *folder.glob(f"*/{HEARTBEAT}")) if f.is_file()]
+    return max(0.0, time.time() - max(times)) if times else None
+
+
+@contextlib.contextmanager
+def counting(title: str, total: int, run: Path, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Inside: the function to call with how many more are done; a bar on stderr, or a line there every half minute.
+
+    Beats the run's heart. Prints nothing where `quiet`, and on ranks other than the first.
+    """
+    quiet = quiet or os.environ.get("RANK", "0") != "0"
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    shown = not quiet and console.is_terminal
+    task, done, said = bar.add_task(title, total=total), 0, time.monotonic()
+
+    def advance(more: int) -> None:
+        nonlocal done, said
+        done += more
+        if os.environ.get("RANK", "0") == "0":
+            beat(run)
+        bar.advance(task, more)
+        if not quiet and not shown and time.monotonic() - said > 30:
+            said = time.monotonic()
+            print(f"{title:>8} {done}/{total}", file=sys.stderr, flush=True)
+
+    if shown:
+        bar.start()
+    try:
+        yield advance
+    finally:
+        if shown:
+            bar.stop()
 
 
 def _tensorboard(folder: Path):

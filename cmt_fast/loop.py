@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 
 import torch
+from cmt_kernels import dual
 from torch import Tensor
 
 from cmt_fast import checkpoint, compiled, config, distributed, perceptual, pictures, rng, stages, trajectories
-from cmt_fast.data import Loader
+from cmt_fast.data import loader
 from cmt_fast.engine import LocalEngine, named
 from cmt_fast.log import Log, say
 from cmt_fast.objectives import ROWS, Batch, World
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.schema import PowerEma, Run, Stage
-from cmt_fast.solvers import autoguided, guided
+from cmt_fast.solvers import Autoguided, guided
 from cmt_fast.workspace import Workspace
 
 
@@ -49,6 +51,9 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
         if distributed.rank() == 0:
             say(f"{name:>8} done ({found.manifest['nimg']} images)")
         return
+    differs = config.changed(found.manifest.get("data", work.data.facts), work.data.facts) if found else []
+    if differs:
+        raise config.ConfigError(f"data: {name} has begun on other rows ({'; '.join(differs)}); choose another --out")
     engine = LocalEngine(work.build(), stage, work.device)
     lineage = _parent(work, stage, engine, found is None)
     others = work.others(stage)
@@ -61,6 +66,7 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
         wall = dict(found.manifest["wall"])
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, engine.step_count, plan.total, name, distributed.rank() > 0, run.tensorboard)
+    source = None
     try:
         source = Source(work, name, stage)
         if stage.compile:
@@ -98,6 +104,8 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
                     raise Stopped(128 + stop)
     finally:
         log.close()
+        if source:
+            source.close()
 
 
 class Source:
@@ -109,10 +117,13 @@ class Source:
         self.own, self.anchored = stages.rows(stage)
         self.total = stages.schedule(stage).total
         self.draws_data = ROWS[stage.objective.kind].draws == "data"
-        self.loader = Loader(work.data, run.seed, work.device) if self.draws_data else None
+        self.loader = loader(run.loader, work.data, run.seed, work.device, self.own) if self.draws_data else None
+        if self.loader:
+            mine = slice(distributed.rank(), None, distributed.size())
+            self.positions = torch.arange(self.own, device=self.loader.place)[mine]
         net = work.network(stage.teacher) if stage.teacher else None
         guide = stage.autoguidance
-        weaker = autoguided(net, work.network(guide.network), guide.scale) if net and guide else None
+        weaker = Autoguided(net, work.network(guide.network), guide.scale) if net and guide else None
         self.teacher = weaker or guided(net, stage.teacher_guidance) if net else None
         self.pool = None
         if stages.trajectory_rows(stage):
@@ -125,6 +136,11 @@ class Source:
         named = sorted(wanted & set(PERCEPTUAL))
         self.perceptual = perceptual.load(stage.perceptual, named[0], work.data.shape, work.device) if named else None
 
+    def close(self) -> None:
+        """End what reads in the background."""
+        if self.loader:
+            self.loader.close()
+
     def loss(self, engine: LocalEngine, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to differentiate, averaged over this rank's rows, and the scalars to log."""
         random = rng.Random(self.seed, self.index, step)
@@ -133,21 +149,23 @@ class Source:
         mine = slice(distributed.rank(), None, distributed.size())
         rows = torch.arange(self.own, device=self.work.device)[mine]
         drawn = self._data(random, step, rows) if self.draws_data else self._points(random, step, rows, rows)
-        loss, scalars = ROWS[self.stage.objective.kind].function(engine, drawn, self.stage.objective, world)
+        net = _dropping(engine, random, rows)
+        loss, scalars = ROWS[self.stage.objective.kind].function(net, drawn, self.stage.objective, world)
         scalars = {k: v.mean() for k, v in scalars.items()}
         anchor = self.stage.anchor
         if anchor is None:
             return loss.mean(), scalars
         rows = torch.arange(self.anchored, device=self.work.device)[mine]
         points = self._points(random, step, rows, rows + self.own)
-        held, _ = ROWS[anchor.objective.kind].function(engine, points, anchor.objective, world)
+        net = _dropping(engine, random, rows + self.own)
+        held, _ = ROWS[anchor.objective.kind].function(net, points, anchor.objective, world)
         scalars |= {"post_loss": loss.detach().mean(), "anchor_loss": held.detach().mean()}
         share = self.anchored / self.stage.batch
         return (1 - share) * anchor.post_weight * loss.mean() + share * held.mean(), scalars
 
     def _data(self, random: rng.Random, step: int, rows: Tensor) -> Batch:
         assert self.loader is not None
-        x_0, labels = self.loader.rows(rows + step * self.own)
+        x_0, labels = self.loader.rows(self.positions + step * self.own)
         return Batch(x_0, labels, rows, self._drop(random, labels, rows))
 
     def _points(self, random: rng.Random, step: int, rows: Tensor, sample: Tensor):
@@ -158,6 +176,17 @@ class Source:
     def _drop(self, random: rng.Random, labels: Tensor | None, sample: Tensor) -> Tensor | None:
         """One mask a batch, for every copy of it."""
         return None if labels is None else random.uniform(rng.DROP, sample) < self.stage.label_dropout
+
+
+def _dropping(engine: LocalEngine, random: rng.Random, sample: Tensor) -> Callable:
+    """The engine; of a network with dropout, with seeds for these rows (B,): every call of a step drops the same."""
+    n = getattr(engine.net, "dropouts", 0)
+    if not n:
+        return engine
+    seeds = random.seeds(rng.DROPOUT, sample, n)
+    return lambda x, t, r=None, labels=None, drop=None, _=None, *more: engine(
+        x, t, r, labels, drop, seeds[: len(dual.value(x))], *more
+    )
 
 
 def _parent(work: Workspace, stage: Stage, engine: LocalEngine, fresh: bool) -> dict | None:
@@ -186,6 +215,7 @@ def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool
             "done": last,
             "recipe": work.run.name,
             "config": config.stage_digest(work.run, name, others),
+            "data": work.data.facts,
             "parent": lineage,
             "others": others,
             "wall": wall,
@@ -197,15 +227,14 @@ def _save(work: Workspace, name: str, engine: LocalEngine, step: int, last: bool
 def _watch(
     work: Workspace, name: str, stage: Stage, engine, plan: stages.Schedule, n: int, last: bool, log: Log
 ) -> None:
-    """What is looked at during training, on rank 0: figures, pictures, EMA snapshots."""
+    """What is looked at during training: figures by all ranks together, pictures and EMA snapshots by rank 0."""
     due = lambda every: every and (n % every == 0 or last)
+    net = None
+    if due(plan.eval_every):
+        net = engine.average()
+        figures = work.evaluate(net, work.run.eval.steps, work.run.eval.n_during, quiet=True)
+        log.row("eval", n, n * stage.batch, {"steps": figures})
     if distributed.rank() == 0:
-        net = None
-        if due(plan.eval_every):
-            net = engine.average()
-            log.row(
-                "eval", n, n * stage.batch, {"steps": work.evaluate(net, work.run.eval.steps, work.run.eval.n_during)}
-            )
         if due(plan.grid_every) or last:
             draw_grid(work, net or engine.average(), name, n)
         if due(plan.snapshot_every):
@@ -228,7 +257,10 @@ def draw_grid(work: Workspace, net, name: str, step: int) -> None:
         teacher, title = (work.network(named), "teacher") if named else (net, "solver")
         drawn = work.setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)
         rows.append((f"{title}, {run.sampler.teacher_steps}", drawn))
-    pictures.grid(rows, work.folder / name / "grids" / f"{step:08d}.png")
+    seen = [(title, *work.visible(x)) for title, x in rows]
+    pictures.grid(
+        [(f"{title}\n{note}", x) for title, x, note in seen], work.folder / name / "grids" / f"{step:08d}.png"
+    )
 
 
 def _finite(x: float) -> bool:

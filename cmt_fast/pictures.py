@@ -1,11 +1,14 @@
-"""Sample grids as PNG files, without torchvision."""
+"""Pictures in and out, without torchvision: sample grids as PNG files, image files as pixels."""
 
 from __future__ import annotations
 
+import io
+import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
 
@@ -46,3 +49,61 @@ def _save(canvas: Image.Image, path: Path) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     canvas.save(temporary, format="PNG")
     temporary.replace(path)
+
+
+class BrokenImage(ValueError):
+    """An image that cannot be read, and why in a few words."""
+
+
+def read(data: bytes, most_pixels: int = 1 << 27) -> Image.Image:
+    """A JPEG, PNG or WebP file's bytes as an 8-bit RGB image, whatever the file's name says. Raises BrokenImage.
+
+    Orientation tags are not obeyed. What is transparent becomes white; 16-bit grey keeps its upper 8 bits.
+    """
+    if not data:
+        raise BrokenImage("is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a bomb is refused below by its header
+            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+            if image.width * image.height > most_pixels:
+                raise BrokenImage(f"would have {image.width} x {image.height} pixels, that is too many")
+            image.load()
+            return _rgb(image)
+    except BrokenImage:
+        raise
+    except UnidentifiedImageError:
+        raise BrokenImage("is no JPEG, PNG or WebP image") from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise BrokenImage(f"cannot be read ({str(error)[:80]})") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would cut it off at 255
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """size x size from the middle, as ADM, DiT and EDM2 crop: halved by boxes while twice too large, then bicubic.
+
+    Raises BrokenImage for one so narrow that it would grow beyond memory.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    if max(image.size) * scale * size > 1 << 27:
+        raise BrokenImage(f"is too narrow to be cut square ({image.width} x {image.height})")
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def pixels(image: Image.Image, mirror: bool = False) -> np.ndarray:
+    """An RGB image as (3, H, W) uint8."""
+    array = np.asarray(image)[:, ::-1] if mirror else np.asarray(image)
+    return np.ascontiguousarray(array.transpose(2, 0, 1))

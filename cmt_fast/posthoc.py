@@ -29,10 +29,12 @@ def reconstruct(stage_dir: Path, sigma_rel: float | None, out: Path | None) -> N
         raise ConfigError(f"{stage_dir}: has no snapshots; set ema to power profiles and snapshot_every_nimg")
     steps, widths = [f.manifest["step"] for f in found], [f.manifest["sigma_rel"] for f in found]
     weights = ema.reconstruction_weights(steps, widths, max(steps), sigma_rel)
-    total: dict[str, torch.Tensor] = {}
+    first, total, moved = found[0].tensors("ema"), {}, set()
     for weight, snapshot in zip(weights, found):
         for name, tensor in snapshot.tensors("ema").items():
             part = tensor.double() * float(weight)
             total[name] = total[name] + part if name in total else part
-    save_file({k: t.float() for k, t in total.items()}, out)
+            moved |= set() if torch.equal(tensor, first[name]) else {name}
+    # what never moved is no weight but a constant of the network, and the profile's weights do not sum to exactly 1
+    save_file({k: t.float() if k in moved else first[k] for k, t in total.items()}, out)
     print(f"{out}: sigma_rel {sigma_rel} at step {max(steps)} from {len(found)} snapshots")

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cmt_fast import checkpoint, config, log, stages, templates
+from cmt_fast import checkpoint, config, distributed, log, stages, templates
 from cmt_fast.config import ConfigError
 from cmt_fast.facts import Curve, Judged, Stand
 from cmt_fast.templates import sections
@@ -24,7 +24,7 @@ FIGURES = "figures.json"
 
 
 def write(folder: Path) -> dict[str, Any]:
-    """Judge what is finished and write the report. Returns figures and paths.
+    """Judge what is finished, on all ranks together, and write the report on the first. Returns figures and paths.
 
     Raises ConfigError when `folder` is no run, holds no finished stage, or matplotlib is not installed.
     """
@@ -39,6 +39,8 @@ def write(folder: Path) -> dict[str, Any]:
         states = "; ".join(f"{name}: {s.state}" for name, s in stands.items())
         raise ConfigError(f"RUN: {str(folder)!r} holds no finished stage to report on ({states})")
     judged = {name: judge(work, s) for name, s in done.items()}
+    if distributed.rank():
+        return {}
     curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in run.eval.steps}
     reached = [row for k, lines in curves.items() for row in reach_rows(k, lines, done)]
     tables = [sections.quality_table(work, done, judged, k) for k in run.eval.steps]
@@ -56,13 +58,13 @@ def write(folder: Path) -> dict[str, Any]:
     templates.write_pictures(folder / "report", page)
     checkpoint.write_text(html, templates.html(run.name, page))
     checkpoint.write_text(markdown, templates.markdown(run.name, page))
-    templates.show(sections.summary(tables, run.eval.steps, work.space.name))
+    templates.show(sections.summary(tables, run.eval.steps, work.judge.name))
     if reached:
         templates.show(sections.reach_table(reached))
     log.say(str(html))
     figures = {name: j._asdict() for name, j in judged.items()}
     return {
-        "run": run.name, "extractor": work.space.name, "quality": figures, "reach": reached, "html": html,
+        "run": run.name, "extractor": work.judge.name, "quality": figures, "reach": reached, "html": html,
         "markdown": markdown,
     }  # fmt: skip
 
@@ -90,7 +92,9 @@ def judge(work: Workspace, s: Stand) -> Judged:
     """Figures of a finished stage, from its figures.json where that still holds; of `pre` by the solver too."""
     run, file, settings = work.run, work.folder / s.name / FIGURES, config.dump(work.run)
     key = {k: settings[k] for k in ("data", "path", "sigma_data", "eval", "sampler")}
-    key |= {"ema": s.ema, "extractor": work.space.name}
+    key |= {"ema": s.ema, "extractor": work.judge.name}
+    if run.eval.reference:
+        key["reference"] = checkpoint.checksum(Path(run.eval.reference))
     for known in (file, work.stage_dir(s.name) / FIGURES):
         try:
             stored = json.loads(known.read_text("utf-8"))
@@ -98,7 +102,8 @@ def judge(work: Workspace, s: Stand) -> Judged:
                 return Judged(*(stored[kind] for kind in Judged._fields))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    log.say(f"judging {s.name}: {run.eval.n:,} samples at {', '.join(map(str, run.eval.steps))} steps")
+    if distributed.rank() == 0:
+        log.say(f"judging {s.name}: {run.eval.n:,} samples at {', '.join(map(str, run.eval.steps))} steps")
     net = work.network(s.name)
 
     def figures(k: int, n: int, solver: bool) -> dict[str, float] | None:
@@ -111,6 +116,9 @@ def judge(work: Workspace, s: Stand) -> Judged:
     few = {str(k): figures(k, run.eval.n, False) for k in run.eval.steps}
     long = (run.sampler.teacher_steps,) if s.name == "pre" else ()
     judged = Judged(few, *({str(k): figures(k, n, True) for k in long} for n in (run.eval.n, run.eval.n_during)))
+    distributed.barrier()  # no rank finds the file before all have looked for it
+    if distributed.rank():
+        return judged
     file.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(file, json.dumps({"key": key, **judged._asdict()}, indent=1))
     return judged

@@ -10,6 +10,7 @@ from torch import Tensor
 
 # What a number is drawn for. A stream is never used for two things.
 NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA = range(12)
+LATENT, DROPOUT, SHARDS, EXPORT = 12, 13, 40, 41
 AUGMENT, AUGMENT_GAUSS, AUGMENT_NOISE = range(20, 23)
 
 
@@ -38,6 +39,10 @@ class Random(NamedTuple):
     def integers(self, stream: int, sample: Tensor, n: int) -> Tensor:
         """Uniform integers in [0, n). sample: (B,) -> (B,) int64."""
         return (self.uniform(stream, sample) * n).to(torch.int64).clamp_(max=n - 1)
+
+    def seeds(self, stream: int, sample: Tensor, n: int) -> Tensor:
+        """n pairs of 32-bit integers a row. sample: (B,) -> (B, n, 2) int64."""
+        return philox.integers(self.key(stream), sample, -(-n // 2)).view(len(sample), -1, 2)[:, :n]
 
     def permutation(self, stream: int, n: int, device: torch.device | str = "cpu") -> Tensor:
         """A uniform permutation of 0..n-1. (n,) int64."""

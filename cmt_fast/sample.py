@@ -57,11 +57,14 @@ class Setting:
         return rollout(guided(net, c.guidance), self.path, plan, z, self.labels(index), dense=False)
 
     @torch.no_grad()
+    def draw(self, net: Callable, steps: int, seed: int, index: Tensor, solver: bool = False) -> Tensor:
+        """Samples `index` (n,) in data units, float32, on the device. (n, ...)."""
+        call = self.solve if solver else self.few_steps
+        return call(net, steps, seed, index.to(self.device)).float()
+
     def generate(self, net: Callable, steps: int, n: int, seed: int, solver: bool = False, batch: int = 1000) -> Tensor:
         """Samples 0..n-1 in data units, float32. (n, ...) on the CPU."""
-        draw = self.solve if solver else self.few_steps
-        parts = [draw(net, steps, seed, index.to(self.device)).float().cpu() for index in torch.arange(n).split(batch)]
-        return torch.cat(parts)
+        return torch.cat([self.draw(net, steps, seed, index, solver).cpu() for index in torch.arange(n).split(batch)])
 
 
 def check(config: Sampler, path: str, steps: tuple[int, ...]) -> None:

@@ -65,7 +65,7 @@ def run(recipe: str, stage: str, overrides: list[str], grids: list[str], out: Pa
             loop.train(work, [stage])
             row |= {
                 "steps": work.evaluate(work.network(stage), work.run.eval.steps, work.run.eval.n),
-                "extractor": work.space.name,
+                "extractor": work.judge.name,
             }
         except FloatingPointError as error:
             row["failed"] = str(error)
@@ -97,6 +97,7 @@ def _write(
         "overrides": overrides,
         "grids": grids,
         "seed": base.run.seed,
+        "images": {name: base.run.stage(name).images_nimg for name in stages.names(base.run)},
         "samples": base.run.eval.n,
         "environment": environment(),
         "trials": rows,

@@ -141,32 +141,56 @@ def table(path: Path, solver: str, nfe: int, t_max: float, t_min: float, order: 
     return Table(times, tuple(rows), prediction)
 
 
+def _coefficients(plan: Table, path: Path, scale: float, scalings: Callable | None) -> Tensor:
+    """(nfe, 8) float64: what `cmt_kernels.solver_step` multiplies by after each network call.
+
+    A data-prediction table on linear flow reads D = x - t v off the network's velocity v = c_skip x + c_out F.
+    """
+    t = torch.tensor([row.t for row in plan.rows], dtype=torch.float64)
+    c_skip, c_out, c_in = scalings(t) if scalings else (torch.zeros_like(t), *[torch.ones_like(t)] * 2)
+    if plan.prediction == "data" and path.name == "linear":
+        c_skip, c_out = 1 - t * c_skip, -t * c_out
+    multistep = torch.tensor([row.coefficients for row in plan.rows], dtype=torch.float64)
+    columns = (c_skip, c_out, torch.full_like(t, scale), *multistep.unbind(-1), c_in.roll(-1))
+    return torch.stack(columns, dim=-1)
+
+
 @functools.lru_cache(maxsize=64)
-def _on(plan: Table, device: torch.device) -> tuple[Tensor, ...]:
-    """The coefficients of every row, (4,) float64 each, copied to the device once: a step copies nothing, and a rollout
-    that has run can be captured in a CUDA graph."""
+def _on(device: torch.device, rows: tuple[tuple[float, ...], ...]) -> tuple[Tensor, ...]:
+    """These rows on a device, copied once: a step copies nothing, and a rollout that has run can be captured in a CUDA graph."""
     with torch.inference_mode(False):
-        return torch.tensor([row.coefficients for row in plan.rows], dtype=torch.float64, device=device).unbind()
+        return torch.tensor(rows, dtype=torch.float64, device=device).unbind()
 
 
 @torch.no_grad()
 def rollout(net: Net, path: Path, plan: Table, x: Tensor, labels: Tensor | None = None, dense: bool = True) -> Tensor:
     """Integrate from x (B, ...) at plan.times[0]. Returns all nodes (N + 1, B, ...), or the last (B, ...) if not dense.
 
-    On linear flow a data-prediction table reads D = z - t v off the network's velocity.
+    A network that knows its own preconditioning (`raw`, `scalings`) is called on its scaled input, and guidance,
+    preconditioning, update, the write into the trajectory and the next scaled input are one `solver_step`.
     """
-    nodes, history = [x], []
-    for row, coefficients in zip(plan.rows, _on(plan, x.device)):
+    raw, scalings, scale = getattr(net, "raw", net), getattr(net, "scalings", None), getattr(net, "scale", 1.0)
+    table = _coefficients(plan, path, scale, scalings)
+    nodes = x.new_empty((len(plan.times) if dense else 0, *x.shape))
+    reached, history, x_in = 0, [], float(table[-1, -1]) * x  # c_in of the first call stands in the last row
+    if dense:
+        nodes[0] = x
+    on_device = _on(x.device, tuple(map(tuple, table.tolist())))
+    for i, (row, coefficients) in enumerate(zip(plan.rows, on_device)):
         t, r = (torch.full((x.shape[0],), u, dtype=x.dtype, device=x.device) for u in (row.t, row.r))
-        m = net(x, t, r, labels)
-        if plan.prediction == "data" and path.name == "linear":
-            m = x - row.t * m
-        history = [m, *history][:3]
-        m1, m2 = (history[i] if len(history) > i and row.coefficients[i + 1] else None for i in (1, 2))
-        x = solver_step(x, m, m1, m2, coefficients)
-        if row.node and dense:
-            nodes.append(x)
-    return torch.stack(nodes) if dense else x
+        f = raw(x_in, t, r, labels)
+        m1, m2 = (history[j] if len(history) > j and row.coefficients[j + 2] else None for j in (0, 1))
+        reached += row.node
+        slot = nodes[reached] if row.node and dense else None
+        x, m0, x_in = solver_step(x, f, m1, m2, coefficients, i + 1 < plan.nfe, slot)
+        history = [m0, *history][:2]
+    return nodes if dense else x
+
+
+def update(coefficients: Tensor) -> Tensor:
+    """(..., 4) of an update -> (..., 8) of a `solver_step` whose f is the prediction itself."""
+    zero, one = torch.zeros_like(coefficients[..., :1]), torch.ones_like(coefficients[..., :1])
+    return torch.cat((zero, one, one, coefficients, one), dim=-1)
 
 
 @torch.no_grad()
@@ -178,41 +202,64 @@ def ve_step(net: Net, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None, me
     ratio = r / t
     zero = torch.zeros_like(ratio)
     d0 = net(x, t, t, labels)
-    y = solver_step(x, d0, None, None, torch.stack((*ve_euler(ratio), zero, zero), dim=-1))
+    y = solver_step(x, d0, None, None, update(torch.stack((*ve_euler(ratio), zero, zero), dim=-1)), keep=False)[0]
     if method == "euler":
         return y
     positive = ratio > 0
     c = [torch.where(positive, w, zero) for w in ve_heun(torch.where(positive, ratio, 1.0))]
     d1 = net(y, torch.where(positive, r, t), torch.where(positive, r, t), labels)
-    return solver_step(y, d1, d0, None, torch.stack((torch.ones_like(zero), *c, zero), dim=-1))
+    coefficients = update(torch.stack((torch.ones_like(zero), *c, zero), dim=-1))
+    return solver_step(y, d1, d0, None, coefficients, keep=False)[0]
+
+
+class Guided(NamedTuple):
+    """Classifier-free guidance: F = F_null + scale (F_cond - F_null) (Ho & Salimans 2022), both in one batch.
+
+    `network` also takes `drop` (B,) bool. Raises ValueError for data without labels.
+    """
+
+    network: Callable
+    scale: float
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        conditional, null = self._both(self.network, x, t, r, labels).chunk(2)
+        return torch.lerp(null, conditional, self.scale)
+
+    def raw(self, x_in: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        """The network's raw outputs with labels and without: (B, ...) -> (2B, ...)."""
+        return self._both(getattr(self.network, "raw", self.network), x_in, t, r, labels)
+
+    @property
+    def scalings(self) -> Callable | None:
+        """The network's preconditioning, None where it is its own prediction."""
+        return getattr(self.network, "scalings", None)
+
+    @staticmethod
+    def _both(call: Callable, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            raise ValueError("guidance needs class labels, and this data has none")
+        drop = torch.cat((torch.zeros_like(labels), torch.ones_like(labels))).bool()
+        return call(*(torch.cat((a, a)) for a in (x, t, r, labels)), drop)
+
+
+class Autoguided(NamedTuple):
+    """Autoguidance (Karras et al. 2024): D = D_guide + scale (D_network - D_guide), `guide` a weaker network of any size."""
+
+    network: Net
+    guide: Net
+    scale: float
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        return torch.lerp(self.guide(x, t, r, labels), self.network(x, t, r, labels), self.scale)
+
+    def raw(self, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        """Both predictions, (B, ...) -> (2B, ...): the two may be preconditioned differently, so neither is raw."""
+        return torch.cat((self.network(x, t, r, labels), self.guide(x, t, r, labels)))
 
 
 def guided(net, scale: float) -> Net:
-    """Classifier-free guidance: F = F_null + scale (F_cond - F_null) (Ho & Salimans 2022), both in one batch.
-
-    `net` also takes `drop` (B,) bool. A scale of 1 calls it once, unguided.
-    """
-    if scale == 1.0:
-        return net
-
-    def run(x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
-        if labels is None:
-            raise ValueError(f"guidance {scale} needs class labels, and this data has none")
-        drop = torch.cat((torch.zeros_like(labels), torch.ones_like(labels))).bool()
-        two = net(*(torch.cat((a, a)) for a in (x, t, r, labels)), drop)
-        conditional, null = two.chunk(2)
-        return torch.lerp(null, conditional, scale)
-
-    return run
-
-
-def autoguided(net: Net, guide: Net, scale: float) -> Net:
-    """Autoguidance (Karras et al. 2024): guide + scale (net - guide), `guide` a weaker network of any size."""
-
-    def run(x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
-        return torch.lerp(guide(x, t, r, labels), net(x, t, r, labels), scale)
-
-    return run
+    """The network under classifier-free guidance; itself at scale 1."""
+    return net if scale == 1.0 else Guided(net, scale)
 
 
 # ---------------------------------------------------------------------------------------------- few-step samplers

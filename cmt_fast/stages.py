@@ -29,9 +29,13 @@ class Schedule(NamedTuple):
     grid_every: int
 
     def lr(self, stage: Stage, step: int) -> float:
-        """Learning rate of step `step`, from 0: linear warm-up, then constant or linear to zero at the end."""
+        """Learning rate of step `step`, from 0: linear warm-up times the stage's schedule."""
         scale = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return stage.lr * scale * (1 - step / self.total if stage.lr_schedule == "linear" else 1.0)
+        if stage.lr_schedule == "linear":
+            scale *= 1 - step / self.total
+        elif stage.lr_schedule == "inverse_sqrt":
+            scale /= max(step * self.batch / stage.lr_knee_nimg, 1.0) ** 0.5
+        return stage.lr * scale
 
 
 def schedule(stage: Stage) -> Schedule:
@@ -93,6 +97,11 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
             )
     _check_networks(name, stage)
     _check_perceptual(name, stage, shape)
+    if (stage.lr_schedule == "inverse_sqrt") != bool(stage.lr_knee_nimg):
+        raise ConfigError(
+            f"{name}.lr_knee_nimg: {stage.lr_knee_nimg} with lr_schedule {stage.lr_schedule!r}; "
+            "inverse_sqrt needs the images at which it begins to fall, the others take none"
+        )
     points = trajectory_rows(stage)
     if points and not stage.trajectories:
         raise ConfigError(
@@ -111,6 +120,10 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
     if getattr(stage.objective, "distance", "") == "features" and (not classes or len(shape) == 1):
         raise ConfigError(
             f"{name}.objective.distance: 'features' needs labelled images to train the feature network on"
+        )
+    if getattr(stage.objective, "uncertainty", False) and run.model.kind != "edm2":
+        raise ConfigError(
+            f"{name}.objective.uncertainty: needs a model of kind edm2, and this run's is {run.model.kind}"
         )
     if stage.trajectories and points:
         t = stage.trajectories

@@ -31,7 +31,7 @@ from cmt_fast.objectives.consistency import earlier_time
 from cmt_fast.paths import Path, column
 from cmt_fast.rng import Random
 from cmt_fast.schema import Gmm
-from cmt_fast.solvers import rollout, table, ve_step
+from cmt_fast.solvers import rollout, table, update, ve_step
 
 # E||x_0||^2 = radius^2 + 2 std^2 = .298: modes that overlap, so that N = 32 steps are asymptotic.
 MIXTURE = Gmm(components=6, radius=0.416, std=0.25)
@@ -108,13 +108,14 @@ def coefficients(ratio: Tensor, order: int) -> Tensor:
 def solve(net: Exact, x: Tensor, t: Tensor, steps: int, order: int = 3) -> Tensor:
     """DPM-Solver++ from x (B, 2) at each row's own t (B,) to T_MIN on its own geometric grid. (B, 2)."""
     ratio = (T_MIN / t) ** (1 / steps)
-    ladder = [coefficients(ratio, k + 1) for k in range(order)]
+    ladder = [update(coefficients(ratio, k + 1)) for k in range(order)]
     history: list[Tensor] = []
     for i in range(steps):
         k = min(order, i + 1, steps - i)
         now = t * ratio**i
         history = [net(x, now, now, None), *history][:3]
-        x = solver_step(x, history[0], history[1] if k > 1 else None, history[2] if k > 2 else None, ladder[k - 1])
+        m1, m2 = (history[j] if k > j else None for j in (1, 2))
+        x = solver_step(x, history[0], m1, m2, ladder[k - 1], keep=False)[0]
     return x
 
 

@@ -19,9 +19,11 @@ import cmt_kernels
 import torch
 from torch import Tensor, nn
 
-from cmt_fast import __version__, checkpoint, config, distributed, metrics, models, perceptual, stages
+from cmt_fast import __version__, checkpoint, config, distributed, log, metrics, models, perceptual, stages
 from cmt_fast import data as datasets
+from cmt_fast.codec import Codec
 from cmt_fast.config import ConfigError
+from cmt_fast.data.latents import Index
 from cmt_fast.engine import load_named
 from cmt_fast.paths import Path as ForwardPath
 from cmt_fast.sample import Setting
@@ -88,7 +90,47 @@ class Workspace:
             load_named(net.to(self.device), weights)
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
-        return net.requires_grad_(False).eval()
+        return models.fold(net.requires_grad_(False).eval())
+
+    @property
+    def latents(self) -> Index | None:
+        """What the store says of its latents; None where rows are no latents."""
+        index = None if isinstance(self.data, datasets.Dataset) else getattr(self.data, "index", None)
+        return index if index is not None and index.kind != "pixels" else None
+
+    def codec(self, source: str | None = None) -> Codec:
+        """The autoencoder of this run's latents, from `source` or from where the store says that it was.
+
+        Raises ConfigError when the data are no latents, or it is not there or not the one that made them.
+        """
+        index = self.latents
+        if index is None:
+            raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
+        if not (source or index.vae):
+            raise ConfigError("--vae: is missing, and the store does not say which autoencoder made it")
+        found = Codec.open(source or index.vae, self.device, self.data.normalisation)
+        if index.vae_xxh3_128 and found.digest != index.vae_xxh3_128:
+            raise ConfigError(f"--vae: {found.name!r} is not the autoencoder that made the latents, its weights differ")
+        return found
+
+    @functools.cached_property
+    def _decoder(self) -> Codec | str:
+        try:
+            return self.codec()
+        except ConfigError as error:
+            return str(error)
+
+    def visible(self, x: Tensor) -> tuple[Tensor, str]:
+        """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
+        index = self.latents
+        if index is None:
+            return x, ""
+        if isinstance(self._decoder, Codec):
+            return self._decoder.decode(x), ""
+        channels = 3 if x.shape[1] >= 3 else 1
+        n = self.data.normalisation
+        std = torch.tensor([n.scale * a / b for a, b in zip(index.std, n.std)])[:channels].view(-1, 1, 1)
+        return x[:, :channels] / (3 * std), f"latents, {channels} of {x.shape[1]}"
 
     def others(self, stage: Stage) -> dict[str, dict]:
         """What a stage reads outside this run, by key, with checksums: networks of other runs, the perceptual network's.
@@ -116,16 +158,37 @@ class Workspace:
 
     @functools.cached_property
     def judge(self) -> metrics.Judge:
-        return metrics.Judge(self.data, self.space)
+        return self.open_judge()
 
-    def evaluate(self, net, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None) -> dict:
-        """{steps: {"frechet", "sliced_wasserstein", "accuracy"}} of n samples each."""
-        e, out = self.run.eval, {}
+    def open_judge(self, rows: bool = False) -> metrics.Judge:
+        """What `eval` asks for; rows: with precision and recall. Raises ConfigError naming the key that is missing."""
+        decode = (lambda: self.codec(self.run.eval.vae).decode) if self.latents else None
+        return metrics.open_judge(self.data, self.run.eval, lambda: self.space, self.device, decode, rows)
+
+    def evaluate(
+        self, net, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None,
+        judge: metrics.Judge | None = None, quiet: bool = False,
+    ) -> dict:  # fmt: skip
+        """{steps: {"frechet", "sliced_wasserstein", "accuracy", ...}} of n samples each; every rank must call it.
+
+        Batches go round the ranks, so the world's size changes the order of sums and nothing else. Raises
+        FloatingPointError, on every rank, when samples are not finite.
+        """
+        e, out, judge = self.run.eval, {}, judge or self.judge
+        seed = e.seed if seed is None else seed
         for k in steps:
-            samples = self.setting.generate(net, k, n, e.seed if seed is None else seed, solver, e.batch)
-            if not torch.isfinite(samples).all():
+            tally, broken = judge.tally(), False
+            with log.counting(f"{k} step{'s' * (k > 1)}", n, self.folder, quiet) as advance:
+                for i, index in enumerate(torch.arange(n).split(e.batch)):
+                    if i % distributed.size() == distributed.rank() and not broken:
+                        samples = self.setting.draw(net, k, seed, index, solver)
+                        broken = not bool(torch.isfinite(samples).all())
+                        if not broken:
+                            tally.add(samples, self.setting.labels(index))
+                    advance(len(index))
+            if distributed.largest(int(broken)):
                 raise FloatingPointError(f"samples of {k} steps are not finite")
-            out[str(k)] = self.judge(samples, self.setting.labels(torch.arange(n)))
+            out[str(k)] = tally.figures()
         return out
 
     def compare(self) -> Run | None:
@@ -191,14 +254,14 @@ def stored_run(folder: Path) -> Run:
         raise ConfigError(f"RUN: {file} cannot be read ({error})") from None
 
 
-def open_stage(text: str) -> tuple[Workspace, str]:
-    """`RUN/stage` as typed. Raises ConfigError naming what is valid."""
+def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, str]:
+    """`RUN/stage` as typed; evaluation: keys of `eval` that differ from the run's. Raises ConfigError naming what is valid."""
     path = Path(text)
     if path.name not in STAGES:
         raise ConfigError(
             f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{config.nearest(path.name, STAGES)}"
         )
-    run = stored_run(path.parent)
+    run = judged_by(stored_run(path.parent), evaluation or {})
     return Workspace(run, path.parent, _parents(path.parent)), path.name
 
 
@@ -225,6 +288,12 @@ def fits(work: Workspace, name: str) -> None:
     for key, theirs, ours in pairs:
         if theirs != ours:
             raise ConfigError(f"{name}: its {key} is {theirs}, this run's is {ours}; its network cannot be read here")
+
+
+def judged_by(run: Run, evaluation: dict) -> Run:
+    """The run with other keys of `eval`. Raises ConfigError for values that are not valid."""
+    tree = config.dump(run)
+    return config.build({**tree, "eval": {**tree["eval"], **evaluation}}) if evaluation else run
 
 
 def device(name: str) -> torch.device:

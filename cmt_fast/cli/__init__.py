@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from cmt_fast import __version__, checkpoint, config, distributed, loop
-from cmt_fast.cli import about, ckpt, features, judge, train
+from cmt_fast.cli import about, ckpt, data, evaluate, features, judge, train
 from cmt_fast.cli.parser import Parser
 from cmt_fast.compiled import CompileError
 from cmt_fast.config import ConfigError
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(call=call)
         return p
 
-    for module in (train, features, judge, ckpt, about):
+    for module in (train, features, judge, evaluate, ckpt, data, about):
         module.add(command)
     return root
 
@@ -52,5 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
         distributed.stop()
 
 
-def _subparsers():
-    return next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices.values()
+def _subparsers(root: argparse.ArgumentParser | None = None):
+    """Every command's parser, and those of its actions."""
+    for group in (root or parser())._actions:
+        if isinstance(group, argparse._SubParsersAction):
+            for inner in group.choices.values():
+                yield inner
+                yield from _subparsers(inner)

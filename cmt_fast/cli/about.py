@@ -7,10 +7,11 @@ from pathlib import Path
 
 import cmt_kernels
 
-from cmt_fast import config
+from cmt_fast import config, log
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
+from cmt_fast.data import dali
 
 
 def add(command: Command) -> None:
@@ -20,7 +21,11 @@ def add(command: Command) -> None:
     p.add_argument("names", nargs="*", metavar="RECIPE", help="`copy` takes a recipe and a file to write")
     p.add_argument("--all", action="store_true", help="validate every recipe of the package")
 
-    command("doctor", doctor, "what this machine has: versions, devices, ops")
+    p = command("doctor", doctor, "what this machine has: versions, devices, ops; whether a run is alive")
+    p.add_argument("--heartbeat", type=Path, metavar="RUN", help="only this: fail unless RUN, or a run in it, is alive")
+    p.add_argument(
+        "--older-than", type=float, default=900.0, metavar="S", help="a heartbeat older than S seconds fails"
+    )
 
 
 def recipes(args: argparse.Namespace) -> None:
@@ -51,8 +56,15 @@ def recipes(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
+    if args.heartbeat:
+        age = log.heartbeat(args.heartbeat)
+        if age is None or age > args.older_than:
+            ago = "has never been alive" if age is None else f"was alive {age:.0f} s ago"
+            raise OSError(f"{args.heartbeat}: {ago}, at most {args.older_than:.0f} s are allowed")
+        return print(f"{args.heartbeat}: alive {age:.0f} s ago")
     for key, value in ws.environment().items():
         print(f"{key:10s} {value}")
+    print(f"dali       {dali.version() or 'not installed'}")
     for op in cmt_kernels.OPS:
         print(f"op {op:18s} {' > '.join(cmt_kernels.available(op))}")
     print(f"recipes    {', '.join(config.recipes())}")

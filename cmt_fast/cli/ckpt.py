@@ -1,4 +1,4 @@
-"""`cmt ckpt`: the checkpoints of a run."""
+"""`cmt ckpt`: the checkpoints of a run; those of other projects in, ours out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cmt_fast import checkpoint, posthoc
+from cmt_fast import checkpoint, config, posthoc
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
@@ -14,16 +14,49 @@ from cmt_fast.config import ConfigError
 
 def add(command: Command) -> None:
     """Declare these commands."""
-    p = command("ckpt", ckpt, "list or verify the checkpoints of a run; reconstruct an EMA profile")
-    p.add_argument("action", choices=("ls", "verify", "reconstruct"))
-    p.add_argument("run", type=Path, metavar="RUN", help="a run (reconstruct: RUN/STAGE)")
-    p.add_argument("--sigma-rel", type=float, help="reconstruct: relative width of the profile")
-    p.add_argument("--out", type=Path, help="reconstruct: the .safetensors file to write")
+    p = command("ckpt", lambda args: None, "list, verify, import and export checkpoints; reconstruct an EMA profile")
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, call, text: str) -> argparse.ArgumentParser:
+        inner = actions.add_parser(name, help=text, description=text)
+        inner.set_defaults(call=call)
+        return inner
+
+    for name, text in (("ls", "list a run's checkpoints"), ("verify", "check them against their checksums")):
+        action(name, list_, text).add_argument("run", type=Path, metavar="RUN")
+
+    p = action("reconstruct", reconstruct, "an EMA of any width from a stage's snapshots")
+    p.add_argument("run", type=Path, metavar="RUN/STAGE")
+    p.add_argument("--sigma-rel", type=float, help="relative width of the profile")
+    p.add_argument("--out", type=Path, help="the .safetensors file to write")
+
+    p = action(
+        "import", import_, "a public checkpoint (EDM, EDM2, DiT, safetensors) becomes the finished stage pre of a run"
+    )
+    p.add_argument("file", type=Path, metavar="FILE", help="nothing in it is executed, whatever it is")
+    p.add_argument("overrides", nargs="*", metavar="a.b=value", help="of the recipe")
+    p.add_argument("--recipe", required=True, help="the recipe whose network the file must fit: a name or YAML file")
+    p.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder, for cmt train --from")
+    p.add_argument("--ema", metavar="KEY", help="which of the file's networks (default: its EMA, if it has one)")
+
+    p = action("export", export, "a stage's network as one file, or as a folder that diffusers loads")
+    p.add_argument("stage", metavar="RUN/STAGE")
+    p.add_argument(
+        "out", type=Path, metavar="OUT", help="a .safetensors file, or the pipeline's folder; must not exist"
+    )
+    p.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+    p.add_argument("--ema", type=int, default=0, metavar="I", help="which EMA of the stage (default: 0, the first)")
+    p.add_argument(
+        "--vae", type=Path, metavar="FOLDER", help="diffusers: the autoencoder's folder, copied into the pipeline"
+    )
+    p.add_argument("--license", metavar="ID", help="diffusers: the licence in the model card (default: unknown)")
 
 
-def ckpt(args: argparse.Namespace) -> None:
-    if args.action == "reconstruct":
-        return posthoc.reconstruct(args.run, args.sigma_rel, args.out)
+def reconstruct(args: argparse.Namespace) -> None:
+    posthoc.reconstruct(args.run, args.sigma_rel, args.out)
+
+
+def list_(args: argparse.Namespace) -> None:
     ws.stored_run(args.run)
     bad = 0
     for folder in sorted(args.run.glob("*/checkpoints/step-*")):
@@ -39,3 +72,30 @@ def ckpt(args: argparse.Namespace) -> None:
             print(f"cmt: {error}", file=sys.stderr)
     if bad:
         raise ConfigError(f"{args.run}: {bad} damaged checkpoints")
+
+
+def import_(args: argparse.Namespace) -> None:
+    from cmt_fast.convert import files, importing
+
+    run = config.load(args.recipe, args.overrides)
+    source = files.read(args.file, args.ema)
+    work = ws.Workspace(run, args.out)
+    parity = importing.compare(source, work)
+    print(importing.text(source, parity))
+    importing.write(source, parity, work)
+    print(f"{args.out / 'pre'}: finished; next: cmt train {args.recipe} --from {args.out} --stages mid,post")
+
+
+def export(args: argparse.Namespace) -> None:
+    from cmt_fast.convert import exporting
+
+    work, stage = ws.open_stage(args.stage)
+    found = exporting.collect(work, stage, args.ema)
+    if args.format == "safetensors":
+        for name in ("vae", "license"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name}: is for --format diffusers")
+        exporting.to_safetensors(found, args.out)
+    else:
+        exporting.to_diffusers(found, args.out, args.vae, args.license)
+    print(f"{args.out}: EMA {args.ema} of {args.stage}, {len(found.weights)} tensors")

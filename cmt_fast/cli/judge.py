@@ -1,4 +1,4 @@
-"""`cmt sample`, `cmt eval`, `cmt report` and `cmt theory`: what looks at weights."""
+"""`cmt sample`, `cmt report` and `cmt theory`: what looks at weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from cmt_fast import pictures, report, theory
 from cmt_fast import workspace as ws
-from cmt_fast.cli.parser import Command
+from cmt_fast.cli.parser import Command, checked
 from cmt_fast.config import ConfigError
 
 
@@ -25,14 +25,8 @@ def add(command: Command) -> None:
     p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
     p.add_argument("--out", type=Path, help="images (N, C, H, W) float32 in data units, labels (N,)")
     p.add_argument("--grid", type=Path, help="a PNG of the first samples")
-
-    p = command("eval", evaluate, "Fréchet distance, class accuracy and sliced Wasserstein of a trained stage")
-    p.add_argument("stage", metavar="RUN/STAGE")
-    p.add_argument("--steps", default="1,2", help="comma-separated numbers of network calls (default: 1,2)")
-    p.add_argument("--n", type=int, help="samples (default: the recipe's)")
-    p.add_argument("--seed", type=int, help="seed of the noise (default: the recipe's)")
-    p.add_argument("--solver", action="store_true")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--decode", action="store_true", help="latents: write images (N, 3, H, W) uint8 instead")
+    p.add_argument("--vae", metavar="FOLDER_OR_ID", help="the autoencoder (default: the one that the store names)")
 
     p = command("report", make_report, "write RUN/report.html and RUN/report.md")
     p.add_argument("run", type=Path, metavar="RUN")
@@ -52,50 +46,32 @@ def sample(args: argparse.Namespace) -> None:
     for path in (args.out, args.grid):
         if path and not path.parent.is_dir():
             raise ConfigError(f"--{'out' if path is args.out else 'grid'}: the folder of {str(path)!r} does not exist")
+    if args.vae and not args.decode:
+        raise ConfigError("--vae: goes with --decode")
+    codec = work.codec(args.vae) if args.decode else None
     net = work.network(stage)
-    images = _checked(
+    images = checked(
         lambda: work.setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch)
     )
     labels = work.setting.labels(torch.arange(args.n))
+    if codec:  # bytes as soon as they are decoded: fp32 images of thousands of latents would not fit
+        images = torch.cat([_bytes(codec.decode(part)) for part in images.split(64)])
     if args.out:
+        numbers = (torch.zeros(args.n) if labels is None else labels).long().numpy()
         with open(args.out, "wb") as file:
-            np.savez(
-                file, images=images.numpy(), labels=(torch.zeros(args.n) if labels is None else labels).long().numpy()
-            )
+            np.savez(file, images=images.numpy(), labels=numbers)
         print(f"{args.out}: {args.n} samples of {args.stage}, {args.steps} steps, seed {args.seed}")
     if args.grid:
         shown = images if images.ndim == 2 else images[:100]
+        shown, note = (shown / 127.5 - 1, "") if codec else work.visible(shown)
         rows = [shown] if images.ndim == 2 else shown.split(10)
-        pictures.grid(
-            [(f"{args.steps} step{'s' * (args.steps > 1)}" if i == 0 else "", r) for i, r in enumerate(rows)], args.grid
-        )
-        print(f"{args.grid}: a picture of them")
+        title = f"{args.steps} step{'s' * (args.steps > 1)}\n{note}"
+        pictures.grid([(title if i == 0 else "", r) for i, r in enumerate(rows)], args.grid)
+        print(f"{args.grid}: a picture of them{f' ({note} channels, the autoencoder is not at hand)' if note else ''}")
 
 
-def _checked(call):
-    try:
-        return call()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    work, stage = ws.open_stage(args.stage)
-    try:
-        steps = tuple(int(s) for s in args.steps.split(","))
-    except ValueError:
-        raise ConfigError(f"--steps: {args.steps!r} is not a list of numbers like 1,2") from None
-    if min(steps) < 1 or (args.n is not None and args.n < 2):
-        raise ConfigError("--steps and --n: must be at least 1 and 2")
-    net, n = work.network(stage), args.n or work.run.eval.n
-    figures = _checked(lambda: work.evaluate(net, steps, n, args.solver, args.seed))
-    out = {"stage": args.stage, "n": n, "extractor": work.space.name, "solver": args.solver, "steps": figures}
-    if args.json:
-        print(json.dumps(out, indent=1))
-        return
-    print(f"{args.stage}: {n} samples, features {work.space.name}")
-    for k, row in figures.items():
-        print(f"{k:>4} steps  " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()))
+def _bytes(images: torch.Tensor) -> torch.Tensor:
+    return ((images + 1) * 127.5).round().byte()
 
 
 def make_report(args: argparse.Namespace) -> None:

@@ -20,3 +20,11 @@ class Parser(argparse.ArgumentParser):
         match = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         hint = config.nearest(match[1], re.findall(r"[\w-]+", match[2])) if match else ""
         raise ConfigError(f"{self.prog}: {message}{hint}")
+
+
+def checked(call):
+    """What `call` returns; a ValueError in it is a user's error."""
+    try:
+        return call()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -13,6 +13,7 @@ from cmt_fast import config, distributed, loop, report, search, stages
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
+from cmt_fast.data import check_loader
 from cmt_fast.schema import STAGES
 
 
@@ -68,14 +69,14 @@ def train(args: argparse.Namespace) -> None:
             if "/" not in parent and parent not in names[:i]:
                 work.weights(parent)
         work.others(stage)
+    check_loader(run.loader, work.data)
     if args.dry_run:
         return _dry_run(work, names)
     work.compare()
     if distributed.rank() == 0:
         _ops(work.device.type)
     loop.train(work, names)
-    if distributed.rank() == 0:
-        report.write(out)
+    report.write(out)
 
 
 def _ops(device: str) -> None:
@@ -87,7 +88,7 @@ def _dry_run(work: ws.Workspace, names: list[str]) -> None:
     print(f"digest: {config.digest(work.run)}")
     _ops(work.device.type)
     parameters = sum(p.numel() for p in work.build().parameters())
-    print(f"network: {parameters:,} parameters; device {work.device}; {len(work.data.x):,} rows of {work.data.shape}")
+    print(f"network: {parameters:,} parameters; device {work.device}; {work.data.n:,} rows of {work.data.shape}")
     for name in names:
         c = loop.cost(work.run, name)
         how = " (compiled)" if work.run.stage(name).compile else ""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from cmt_fast import checkpoint
 from cmt_fast.data import Dataset
 from cmt_fast.schema import Npz
 
@@ -30,8 +32,9 @@ def load(config: Npz) -> Dataset:
     x = x / 127.5 - 1 if images.dtype == np.uint8 else x
     if not torch.isfinite(x).all():
         raise ValueError(f"data.path: images of {config.path!r} are not all finite")
+    checksum = checkpoint.checksum(Path(config.path))
     if labels is None:
-        return Dataset(x, None, 0)
+        return Dataset(x, None, 0, checksum)
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise ValueError(f"data.path: labels of {config.path!r} are {labels.dtype} {labels.shape}, not (N,) from 0")
-    return Dataset(x, torch.from_numpy(labels.astype(np.int64)), int(labels.max()) + 1)
+    return Dataset(x, torch.from_numpy(labels.astype(np.int64)), int(labels.max()) + 1, checksum)

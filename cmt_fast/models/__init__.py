@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from cmt_fast.models import dit, mlp
-from cmt_fast.models.precond import AverageVelocity, Denoiser
-from cmt_fast.schema import Dit, Model
+from cmt_fast.models import dit, edm, edm2, mlp
+from cmt_fast.models.precond import AverageVelocity, Denoiser, NoiseDenoiser
+from cmt_fast.schema import Dit, Edm, Edm2, Mlp, Model
 
 
 def build(model: Model, path: str, sigma_data: float, shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -15,27 +15,79 @@ def build(model: Model, path: str, sigma_data: float, shape: tuple[int, ...], cl
     Raises ValueError naming the key where model and data do not fit.
     """
     two_times = path == "linear"
-    if isinstance(model, Dit):
-        if len(shape) != 3 or shape[1] != shape[2]:
-            raise ValueError(f"model.kind: a dit needs square images, the data has the shape {shape}")
-        width, depth, heads = (
-            given or preset for given, preset in zip((model.width, model.depth, model.heads), dit.SIZES[model.size])
-        )
-        net: nn.Module = dit.DiT(
-            shape[0],
-            shape[1],
-            classes,
-            width=width,
-            depth=depth,
-            heads=heads,
-            patch=model.patch,
-            two_times=two_times,
-            qk_norm=model.qk_norm,
-            rope=model.rope,
-            checkpoint_activations=model.checkpoint_activations,
-        )
-    else:
+    if isinstance(model, Mlp):
         if len(shape) != 1:
             raise ValueError(f"model.kind: an mlp needs vectors, the data has the shape {shape}")
-        net = mlp.Mlp(shape[0], classes, width=model.width, depth=model.depth, two_times=two_times)
+        net: nn.Module = mlp.Mlp(shape[0], classes, width=model.width, depth=model.depth, two_times=two_times)
+    elif len(shape) != 3 or shape[1] != shape[2]:
+        raise ValueError(f"model.kind: a {model.kind} needs square images, the data has the shape {shape}")
+    elif isinstance(model, Dit):
+        net = _dit(model, shape, classes, two_times)
+        if model.precondition == "ddpm":
+            if two_times:
+                raise ValueError("model.precondition: 'ddpm' is for the path 've', this run's is 'linear'")
+            return NoiseDenoiser(net)
+    else:
+        make = _edm2 if isinstance(model, Edm2) else _edm
+        net = make(model, shape, classes if model.conditional else 0, two_times)
     return AverageVelocity(net) if two_times else Denoiser(net, sigma_data)
+
+
+def fold(net: nn.Module) -> nn.Module:
+    """Let a frozen network do once what each of its calls would repeat: the normalisation of EDM2's weights."""
+    for module in net.modules():
+        if hasattr(module, "fold"):
+            module.fold()
+    return net
+
+
+def _dit(model: Dit, shape: tuple[int, ...], classes: int, two_times: bool) -> nn.Module:
+    width, depth, heads = (
+        given or preset for given, preset in zip((model.width, model.depth, model.heads), dit.SIZES[model.size])
+    )
+    return dit.DiT(
+        shape[0],
+        shape[1],
+        classes,
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch=model.patch,
+        two_times=two_times,
+        qk_norm=model.qk_norm,
+        rope=model.rope,
+        mlp=model.mlp,
+        norm=model.norm,
+        embeddings=model.embeddings,
+        checkpoint_activations=model.checkpoint_activations,
+    )
+
+
+def _edm2(model: Edm2, shape: tuple[int, ...], classes: int, two_times: bool) -> nn.Module:
+    width, dropout = edm2.SIZES[model.size]
+    return edm2.Edm2(
+        shape[0],
+        shape[1],
+        classes,
+        width=model.width or width,
+        multipliers=model.multipliers,
+        blocks=model.blocks,
+        attention=model.attention,
+        head=model.head,
+        dropout=dropout if model.dropout is None else model.dropout,
+        two_times=two_times,
+        checkpoint_activations=model.checkpoint_activations,
+    )
+
+
+def _edm(model: Edm, shape: tuple[int, ...], classes: int, two_times: bool) -> nn.Module:
+    given = {k: getattr(model, k) for k in ("width", "multipliers", "blocks", "attention", "augment", "dropout")}
+    options = edm.PRESETS[model.preset] | {k: v for k, v in given.items() if v is not None}
+    return edm.Edm(
+        shape[0],
+        shape[1],
+        classes,
+        two_times=two_times,
+        checkpoint_activations=model.checkpoint_activations,
+        **options,
+    )

@@ -1,13 +1,17 @@
-"""The diffusion transformer (Peebles & Xie 2023) with adaLN-zero, one or two times, for Tensor | Dual."""
+"""The diffusion transformer (Peebles & Xie 2023) with adaLN-zero, one or two times, for Tensor | Dual.
+
+Its options also make the published networks: DiT, SiT and REPA's SiT (`embeddings="dit"`), MeanFlow's (the same with two
+times), LightningDiT (Yao et al. 2025: `embeddings="dit", mlp="swiglu", norm="rms", rope=True`).
+"""
 
 from __future__ import annotations
 
 import torch
-from cmt_kernels import Dual, attention, gated_residual, gelu, modulated_norm, qk_norm, silu
-from cmt_kernels.dual import add, linear_map
+from cmt_kernels import Dual, attention, gated_residual, gelu, qk_norm, silu
+from cmt_kernels.dual import add, linear_map, multiply
 from torch import Tensor, nn
 
-from cmt_fast.models.layers import LabelEmbedder, Linear, TimeEmbedder, recomputed
+from cmt_fast.models.layers import LabelEmbedder, LayerNorm, Linear, RmsNorm, TimeEmbedder, recomputed
 
 # size: width, depth, heads
 SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -16,14 +20,16 @@ SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024,
 class Block(nn.Module):
     """x: (B, T, D), c: (B, D) already through silu -> (B, T, D)."""
 
-    def __init__(self, width: int, heads: int, normed: bool) -> None:
+    def __init__(self, width: int, heads: int, normed: bool, mlp: str = "gelu", norm: str = "layer") -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.gated = heads, mlp == "swiglu"
+        hidden = 8 * width // 3 if self.gated else 4 * width
+        self.norm1, self.norm2 = (RmsNorm(width) if norm == "rms" else LayerNorm() for _ in range(2))
         self.modulation = Linear(width, 6 * width, zero=True)
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
+        self.fc1 = Linear(width, 2 * hidden if self.gated else hidden)
+        self.fc2 = Linear(hidden, width)
         self.q_weight, self.k_weight = (nn.Parameter(torch.ones(width // heads)) if normed else None for _ in range(2))
 
     def forward(self, x: Tensor | Dual, c: Tensor | Dual, cos: Tensor | None, sin: Tensor | None) -> Tensor | Dual:
@@ -31,15 +37,23 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
             linear_map(lambda m, i=i: m.chunk(6, dim=-1)[i], modulation) for i in range(6)
         )
-        qkv = linear_map(lambda y: y.unflatten(-1, (3, self.heads, -1)), self.qkv(modulated_norm(x, shift_a, scale_a)))
+        qkv = linear_map(lambda y: y.unflatten(-1, (3, self.heads, -1)), self.qkv(self.norm1(x, shift_a, scale_a)))
         x = gated_residual(x, self.proj(attention(qk_norm(qkv, self.q_weight, self.k_weight, cos, sin))), gate_a)
-        return gated_residual(x, self.fc2(gelu(self.fc1(modulated_norm(x, shift_m, scale_m)))), gate_m)
+        return gated_residual(x, self.fc2(self._activate(self.fc1(self.norm2(x, shift_m, scale_m)))), gate_m)
+
+    def _activate(self, h: Tensor | Dual) -> Tensor | Dual:
+        """gelu(h), or the gated silu(a) b of h = [a, b] (Shazeer 2020)."""
+        if not self.gated:
+            return gelu(h)
+        a, b = (linear_map(lambda y, i=i: y.chunk(2, dim=-1)[i], h) for i in range(2))
+        return multiply(silu(a), b)
 
 
 class DiT(nn.Module):
     """F(x, t, r, labels): x (B, C, H, W), t, r (B,) -> (B, C, H, W).
 
-    two_times adds an embedding of t - r (MeanFlow's average velocity); otherwise r is not read.
+    two_times adds an embedding of t - r (MeanFlow's average velocity); otherwise r is not read. embeddings: "cmt" for
+    times and positions as this project has them, "dit" as published (256 features of a time, columns before rows).
     Tangents of x, t and r must belong to the same first rows; a plain argument is a constant.
     """
 
@@ -56,9 +70,13 @@ class DiT(nn.Module):
         two_times: bool = False,
         qk_norm: bool = False,
         rope: bool = False,
+        mlp: str = "gelu",
+        norm: str = "layer",
+        embeddings: str = "cmt",
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
+        published = embeddings == "dit"
         self.checkpoint_activations = checkpoint_activations
         if side % patch:
             raise ValueError(f"model.patch: {patch} does not divide the image side {side}")
@@ -66,13 +84,14 @@ class DiT(nn.Module):
             raise ValueError(f"model.heads: {heads} heads of width {width} are not a multiple of 4 wide")
         self.patch, self.cells, self.channels = patch, side // patch, channels
         self.embed = Linear(channels * patch**2, width)
-        self.time = TimeEmbedder(width)
-        self.duration = TimeEmbedder(width) if two_times else None
+        self.time = TimeEmbedder(width, published=published)
+        self.duration = TimeEmbedder(width, published=published) if two_times else None
         self.label = LabelEmbedder(classes, width) if classes else None
-        self.blocks = nn.ModuleList(Block(width, heads, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, qk_norm, mlp, norm) for _ in range(depth))
+        self.final_norm = RmsNorm(width) if norm == "rms" else LayerNorm()
         self.final_modulation = Linear(width, 2 * width, zero=True)
         self.final = Linear(width, channels * patch**2, zero=True)
-        self.register_buffer("position", _sincos_2d(self.cells, width), persistent=False)
+        self.register_buffer("position", positions(self.cells, width, columns_first=published), persistent=False)
         cos, sin = _rope_2d(self.cells, width // heads) if rope else (None, None)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -96,7 +115,7 @@ class DiT(nn.Module):
             h = self._block(block, h, c)
         modulation = self.final_modulation(c)
         shift, scale = (linear_map(lambda m, i=i: m.chunk(2, dim=-1)[i], modulation) for i in range(2))
-        return linear_map(self._unpatchify, self.final(modulated_norm(h, shift, scale)))
+        return linear_map(self._unpatchify, self.final(self.final_norm(h, shift, scale)))
 
     def _block(self, block: Block, x: Tensor | Dual, c: Tensor | Dual) -> Tensor | Dual:
         """One block, run again in the backward pass where activations are not to be kept."""
@@ -119,12 +138,13 @@ def _axis(positions: Tensor, dim: int) -> Tensor:
     return positions[:, None] * 10000.0 ** -(torch.arange(dim, dtype=torch.float64) / dim)
 
 
-def _sincos_2d(cells: int, width: int) -> Tensor:
-    """Fixed 2-D positions, (cells^2, width) float32: half the width for rows, half for columns."""
+def positions(cells: int, width: int, columns_first: bool = False) -> Tensor:
+    """Fixed 2-D positions, (cells^2, width) float32: half the width for rows, half for columns, sines before cosines."""
     angles = _axis(torch.arange(cells, dtype=torch.float64), width // 4)
     one = torch.cat((angles.sin(), angles.cos()), dim=-1)  # (cells, width / 2)
     rows, columns = one[:, None].expand(-1, cells, -1), one[None].expand(cells, -1, -1)
-    return torch.cat((rows, columns), dim=-1).reshape(cells * cells, -1).float()
+    both = (columns, rows) if columns_first else (rows, columns)
+    return torch.cat(both, dim=-1).reshape(cells * cells, -1).float()
 
 
 def _rope_2d(cells: int, head: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,18 @@ import math
 from collections.abc import Callable
 
 import torch
-from cmt_kernels import Dual, label_embedding, linear, silu, time_embedding
+from cmt_kernels import (
+    Dual,
+    conv2d,
+    fourier_embedding,
+    group_norm,
+    label_embedding,
+    linear,
+    modulated_norm,
+    modulated_rms_norm,
+    silu,
+    time_embedding,
+)
 from cmt_kernels.dual import tangent, value
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,15 +42,58 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class Conv(nn.Conv2d):
+    """y = W * x + b with the size kept, for Tensor | Dual. x: (B, C, H, W) -> (B, E, H, W); kernel odd."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor | Dual) -> Tensor | Dual:
+        return conv2d(x, self.weight, self.bias)
+
+
+class GroupNorm(nn.Module):
+    """x: (B, C, H, W) -> the same, mean 0 and variance 1 in groups of at least 4 channels, at most 32 groups."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = min(32, channels // 4), eps
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor | Dual) -> Tensor | Dual:
+        return group_norm(x, self.weight, self.bias, self.groups, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """x: (B, T, D) -> mean 0 and variance 1 over D, then adaLN's scale and shift (B, D). Owns nothing."""
+
+    def forward(self, x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual) -> Tensor | Dual:
+        return modulated_norm(x, shift, scale)
+
+
+class RmsNorm(nn.Module):
+    """x: (B, T, D) -> mean square 1 over D, times a weight, then adaLN's scale and shift (B, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual) -> Tensor | Dual:
+        return modulated_rms_norm(x, self.weight, shift, scale)
+
+
 class TimeEmbedder(nn.Module):
     """t: (B,) -> (B, width): sinusoidal features and a two-layer MLP, in fp32 whatever autocast says.
 
-    A tangent through this module grows with its highest frequency, so it never runs in bf16.
+    A tangent through this module grows with its highest frequency, so it never runs in bf16. `published`: the 256 features
+    of DiT, SiT and their kin, frequencies from 1 down to 1/10000.
     """
 
-    def __init__(self, width: int, features: int = 64) -> None:
+    def __init__(self, width: int, features: int = 64, published: bool = False) -> None:
         super().__init__()
-        self.features = features
+        self.features = features = 256 if published else features
+        steps = torch.arange(128, dtype=torch.float32) / 128
+        self.register_buffer("frequency", torch.exp(-math.log(1e4) * steps) if published else None, persistent=False)
         self.hidden = Linear(features, width)
         self.out = Linear(width, width)
         for layer in (self.hidden, self.out):
@@ -48,7 +102,9 @@ class TimeEmbedder(nn.Module):
     def forward(self, t: Tensor | Dual) -> Tensor | Dual:
         device = (t.value if isinstance(t, Dual) else t).device.type
         with torch.autocast(device, enabled=False):
-            return self.out(silu(self.hidden(time_embedding(t, self.features))))
+            known = self.frequency is not None
+            waves = fourier_embedding(t, self.frequency) if known else time_embedding(t, self.features)
+            return self.out(silu(self.hidden(waves)))
 
 
 class LabelEmbedder(nn.Module):
@@ -67,8 +123,8 @@ def recomputed(block: Callable, *xs: Tensor | Dual) -> Tensor | Dual:
     """block(*xs), one Tensor | Dual, keeping for the backward pass only the values of xs and running the block again there.
 
     Tangents save nothing and no gradient reads them, so only values run again. Under torch.compile the whole block
-    is marked for it, and the tangents that nothing reads are dropped from the graph of the backward pass; not those of a
-    fused op, native or Triton, which gives value and tangent at once: these are computed again.
+    is marked for it, and the tangents that nothing reads are dropped from the graph of the backward pass, those of fused
+    ops by `cmt_kernels.graph`.
     """
     values, tangents = [value(x) for x in xs], [tangent(x) for x in xs if isinstance(x, Dual)]
     dual = [isinstance(x, Dual) for x in xs]

@@ -1,7 +1,8 @@
 """What the rest of the trainer calls a network: one wrapper a path, shared by training and sampling.
 
-`net(x, t, r, labels, drop)` is D(x, t) on VE (a denoiser, and the consistency function of the student)
-and u(x, r, t) on linear flow (a velocity at r = t, an average velocity at r < t).
+`net(x, t, r, labels, drop, seeds)` is D(x, t) on VE (a denoiser, and the consistency function of the student)
+and u(x, r, t) on linear flow (a velocity at r = t, an average velocity at r < t). Networks with dropout apply it when
+they are given seeds, which only training does: two calls with the same seeds drop the same activations.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Denoiser(nn.Module):
     def __init__(self, net: nn.Module, sigma_data: float = 0.5) -> None:
         super().__init__()
         self.net, self.sigma_data = net, sigma_data
+        self.dropouts = getattr(net, "dropouts", 0)
 
     def forward(
         self,
@@ -31,43 +33,132 @@ class Denoiser(nn.Module):
         r: Tensor | Dual | None = None,
         labels: Tensor | None = None,
         drop: Tensor | None = None,
-    ) -> Tensor | Dual:
-        """x: (B, ...), t: (B,) > 0; r is not read -> (B, ...) in the dtype of x. A plain argument is a constant."""
+        seeds: Tensor | None = None,
+        uncertainty: bool = False,
+    ) -> Tensor | Dual | tuple[Tensor, Tensor]:
+        """x: (B, ...), t: (B,) > 0; r is not read; seeds: (B, dropouts, 2) of a training step -> (B, ...) in the dtype of x.
+
+        A plain argument is a constant. With `uncertainty` also the network's log variance u(t) (B,), which EDM2's have.
+        """
         x_v, t_v = value(x), value(t)
-        total = t_v.square() + self.sigma_data**2
-        c_skip, c_out, c_in = self.sigma_data**2 / total, t_v * self.sigma_data * total.rsqrt(), total.rsqrt()
+        c_skip, c_out, c_in = self.scalings(t_v)
         scaled, c_noise = column(c_in, x_v) * x_v, t_v.log() / 4
         if isinstance(x, Dual) or isinstance(t, Dual):
-            scaled, c_noise = self._inputs(x, t, scaled, c_noise)
-        f = self.net(scaled, c_noise, None, labels, drop)
+            rate = torch.reciprocal(4 * head(t, rows(x, t)))
+            scaled, c_noise = _inputs(x, t, self.sigma_data, scaled, c_noise, rate)
+        f = self._network(scaled, c_noise, labels, drop, seeds)
         d = column(c_skip, x_v) * x_v + column(c_out, x_v) * value(f).to(x_v.dtype)
+        if uncertainty:
+            return d, self.net.log_variance(c_noise)
         return Dual(d, self._tangent(x, t, f)) if isinstance(f, Dual) else d
 
-    @torch.no_grad()
-    def _inputs(self, x: Tensor | Dual, t: Tensor | Dual, scaled: Tensor, c_noise: Tensor) -> tuple[Dual, Dual]:
-        """The network's inputs with their tangents: c_in' = -t c_in^3, c_noise' = 1/(4t)."""
-        x_v, t_v, x_dot, t_dot = self._head(x, t)
-        c_in = (t_v.square() + self.sigma_data**2).rsqrt()
-        change = column(c_in, x_v) * x_dot - column(t_v * c_in**3 * t_dot, x_v) * x_v
-        return Dual(scaled, change), Dual(c_noise, t_dot / (4 * t_v))
+    def scalings(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in at times t, shaped like t."""
+        total = t.square() + self.sigma_data**2
+        return self.sigma_data**2 / total, t * self.sigma_data * total.rsqrt(), total.rsqrt()
+
+    def raw(
+        self, x_in: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None
+    ) -> Tensor:
+        """F of the scaled input x_in = c_in x, in the network's own dtype: what a fused solver step takes."""
+        return self._network(x_in, t.log() / 4, labels, drop, None)
+
+    def _network(self, scaled, c_noise, labels: Tensor | None, drop: Tensor | None, seeds: Tensor | None):
+        return self.net(scaled, c_noise, None, labels, drop, *([] if seeds is None else [seeds]))
 
     @torch.no_grad()
     def _tangent(self, x: Tensor | Dual, t: Tensor | Dual, f: Dual) -> Tensor:
         """dD = c_skip dx + c_skip' x dt + c_out dF + c_out' F dt; c_skip' = -2 t s^2 c_in^4, c_out' = s^3 c_in^3. (k, ...)."""
-        x_v, t_v, x_dot, t_dot = self._head(x, t)
+        x_v, t_v, x_dot, t_dot = _heads(x, t)
         s, c_in = self.sigma_data, (t_v.square() + self.sigma_data**2).rsqrt()
         f_v, f_dot = f.value[: len(x_dot)].to(x_v.dtype), f.tangent.to(x_v.dtype)
         skip, out = -2 * t_v * s**2 * c_in**4 * t_dot, s**3 * c_in**3 * t_dot
         moved = column(s**2 * c_in**2, x_v) * x_dot + column(t_v * s * c_in, x_v) * f_dot
         return moved + column(skip, x_v) * x_v + column(out, x_v) * f_v
 
-    @staticmethod
-    def _head(x: Tensor | Dual, t: Tensor | Dual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The first k rows of x and t, and their tangents, zero where one is a constant."""
-        k = rows(x, t)
-        x_v, t_v = head(x, k), head(t, k)
-        x_dot, t_dot = tangent(x), tangent(t)
-        return x_v, t_v, *(torch.zeros_like(v) if d is None else d for v, d in ((x_v, x_dot), (t_v, t_dot)))
+
+class NoiseDenoiser(nn.Module):
+    """D = x - t eps(x/sqrt(1 + t^2), n(t)) on VE, for a network that predicts the noise of DDPM's steps n = 0..999.
+
+    n(t) is the step of noise t, t_n = sqrt((1 - a_n)/a_n), a_n the product of 1 - beta with beta from 1e-4 to 0.02 (Ho et
+    al. 2020), linear in ln t between steps and constant outside of [0.01, 157].
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.dropouts = getattr(net, "dropouts", 0)
+        kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+        self.register_buffer("log_noise", ((1 - kept) / kept).sqrt().log(), persistent=False)
+
+    def step_of(self, t: Tensor) -> Tensor:
+        """t: (B,) > 0 -> n(t) (B,) in [0, 999]."""
+        return self._step(t)[0]
+
+    def _step(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """n(t) and dn/dt, 0 outside. (B,), (B,)."""
+        x, table = t.double().log(), self.log_noise.double()
+        i = torch.searchsorted(table, x).clamp(1, 999)
+        slope = 1 / (table[i] - table[i - 1])
+        n = i - 1 + (x - table[i - 1]) * slope
+        inside = (n >= 0) & (n <= 999)
+        return n.clamp(0, 999).to(t.dtype), torch.where(inside, slope, 0).to(t.dtype) / t
+
+    def forward(
+        self,
+        x: Tensor | Dual,
+        t: Tensor | Dual,
+        r: Tensor | Dual | None = None,
+        labels: Tensor | None = None,
+        drop: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> Tensor | Dual:
+        """x: (B, ...), t: (B,) > 0; r is not read; seeds as in a Denoiser -> (B, ...) in the dtype of x."""
+        x_v, t_v = value(x), value(t)
+        _, c_out, c_in = self.scalings(t_v)
+        scaled, n = column(c_in, x_v) * x_v, self.step_of(t_v)
+        if isinstance(x, Dual) or isinstance(t, Dual):
+            scaled, n = _inputs(x, t, 1.0, scaled, n, self._step(head(t, rows(x, t)))[1])
+        eps = self._network(scaled, n, labels, drop, seeds)
+        d = x_v + column(c_out, x_v) * value(eps).to(x_v.dtype)
+        if not isinstance(eps, Dual):
+            return d
+        with torch.no_grad():  # dD = dx - eps dt - t d eps
+            x_v, t_v, x_dot, t_dot = _heads(x, t)
+            eps_v, eps_dot = eps.value[: len(x_dot)].to(x_v.dtype), eps.tangent.to(x_v.dtype)
+            return Dual(d, x_dot - column(t_dot, x_v) * eps_v - column(t_v, x_v) * eps_dot)
+
+    def scalings(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in at times t, as a Denoiser's."""
+        return torch.ones_like(t), -t, torch.rsqrt(1 + t.square())
+
+    def raw(
+        self, x_in: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None
+    ) -> Tensor:
+        """The predicted noise for the scaled input, as a Denoiser's."""
+        return self._network(x_in, self.step_of(t), labels, drop, None)
+
+    def _network(self, scaled, n, labels: Tensor | None, drop: Tensor | None, seeds: Tensor | None):
+        return self.net(scaled, n, None, labels, drop, *([] if seeds is None else [seeds]))
+
+
+def _heads(x: Tensor | Dual, t: Tensor | Dual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first k rows of x and t, and their tangents, zero where one is a constant."""
+    k = rows(x, t)
+    x_v, t_v = head(x, k), head(t, k)
+    x_dot, t_dot = tangent(x), tangent(t)
+    return x_v, t_v, *(torch.zeros_like(v) if d is None else d for v, d in ((x_v, x_dot), (t_v, t_dot)))
+
+
+@torch.no_grad()
+def _inputs(
+    x: Tensor | Dual, t: Tensor | Dual, spread: float, scaled: Tensor, noise: Tensor, rate: Tensor
+) -> tuple[Dual, Dual]:
+    """The network's inputs with their tangents: c_in = 1/sqrt(t^2 + spread^2), c_in' = -t c_in^3; rate: d noise / dt (k,)."""
+    x_v, t_v, x_dot, t_dot = _heads(x, t)
+    c_in = (t_v.square() + spread**2).rsqrt()
+    change = column(c_in, x_v) * x_dot - column(t_v * c_in**3 * t_dot, x_v) * x_v
+    return Dual(scaled, change), Dual(noise, t_dot * rate)
 
 
 class AverageVelocity(nn.Module):
@@ -76,6 +167,7 @@ class AverageVelocity(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+        self.dropouts = getattr(net, "dropouts", 0)
 
     def forward(
         self,
@@ -84,8 +176,9 @@ class AverageVelocity(nn.Module):
         r: Tensor | Dual | None = None,
         labels: Tensor | None = None,
         drop: Tensor | None = None,
+        seeds: Tensor | None = None,
     ) -> Tensor | Dual:
-        """x: (B, ...); t, r: (B,) in [0, 1] -> (B, ...), the value in fp32 or wider."""
-        u = self.net(x, t, r, labels, drop)
+        """x: (B, ...); t, r: (B,) in [0, 1]; seeds: (B, dropouts, 2) -> (B, ...), the value in fp32 or wider."""
+        u = self.net(x, t, r, labels, drop, *([] if seeds is None else [seeds]))
         wide = lambda y: y.float() if y.dtype in (torch.bfloat16, torch.float16) else y
         return Dual(wide(u.value), wide(u.tangent)) if isinstance(u, Dual) else wide(u)

@@ -1,4 +1,4 @@
-"""EDM denoising (Karras et al. 2022, eq. 3 and table 1), the pre-training of VE models."""
+"""EDM denoising (Karras et al. 2022, eq. 3 and table 1; 2024, EDM2, eq. 21), the pre-training of VE models."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from cmt_fast.schema import Denoise
 
 
 def denoise(net, batch: Batch, config: Denoise, world: World) -> tuple[Tensor, dict[str, Tensor]]:
-    """lambda(t) ||D(x_0 + t eps, t) - x_0||^2, ln t ~ N(mean, std^2), lambda = (t^2 + s^2)/(t s)^2. Returns (B,)."""
+    """lambda(t) ||D(x_0 + t eps, t) - x_0||^2, ln t ~ N(mean, std^2), lambda = (t^2 + s^2)/(t s)^2. Returns (B,).
+
+    With uncertainty the network also gives u(t), and the loss is lambda/e^u ||D - x_0||^2 + N u, N numbers in x_0.
+    """
     t = torch.exp(config.mean + config.std * world.random.gauss(rng.TIME, batch.sample)).to(batch.x_0.dtype)
     x_t, _ = world.path.point(batch.x_0, t, world.random.key(rng.NOISE), batch.sample)
-    squared = (net(x_t, t, None, batch.labels, batch.drop) - batch.x_0).square().flatten(1).sum(1)
-    s = world.path.sigma_data
-    return (t**2 + s**2) / (t * s) ** 2 * squared, {"mse": squared.detach() / batch.x_0[0].numel()}
+    s, n = world.path.sigma_data, batch.x_0[0].numel()
+    weight = (t**2 + s**2) / (t * s) ** 2
+    if config.uncertainty:
+        d, u = net(x_t, t, None, batch.labels, batch.drop, None, True)
+    else:
+        d, u = net(x_t, t, None, batch.labels, batch.drop), None
+    squared = (d - batch.x_0).square().flatten(1).sum(1)
+    loss = weight * squared if u is None else weight / u.exp() * squared + n * u
+    return loss, {"mse": squared.detach() / n}

@@ -3,8 +3,8 @@
 Every number a run depends on is here or in its recipe; the resolved form and its hash are saved with the run.
 """
 
-from cmt_fast.schema.data import Data, Digits, Gmm, Npz
-from cmt_fast.schema.model import Dit, Mlp, Model
+from cmt_fast.schema.data import Data, Digits, Gmm, Latents, Npz
+from cmt_fast.schema.model import Dit, Edm, Edm2, Mlp, Model
 from cmt_fast.schema.objective import (
     CmtCm,
     CmtMf,
@@ -19,7 +19,7 @@ from cmt_fast.schema.objective import (
     Scd,
     Sct,
 )
-from cmt_fast.schema.run import Eval, Features, Run, Sampler
+from cmt_fast.schema.run import Dali, Eval, Features, Feed, Run, Sampler, Torch
 from cmt_fast.schema.stage import (
     STAGES,
     Anchor,

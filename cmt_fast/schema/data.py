@@ -35,4 +35,20 @@ class Npz:
     kind: Literal["npz"] = "npz"
 
 
-Data = Annotated[Digits | Gmm | Npz, Field(discriminator="kind")]
+@schema
+class Latents:
+    """A store made by `cmt data encode`, `import` or `shards`: latents, or 8-bit images in [-1, 1].
+
+    flip: mirror images are rows too. z = scale (x - mean) / std: a channel's own mean and std over the data unless given
+    here, as public checkpoints need (Stable Diffusion: mean 0, std 1, scale 0.18215).
+    """
+
+    path: str
+    kind: Literal["latents"] = "latents"
+    flip: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    scale: Positive = 0.5
+
+
+Data = Annotated[Digits | Gmm | Npz | Latents, Field(discriminator="kind")]

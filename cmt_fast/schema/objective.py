@@ -11,11 +11,12 @@ from cmt_fast.schema.numbers import Fraction, Natural, NotNegative, Positive, sc
 
 @schema
 class Denoise:
-    """EDM denoising: ln t ~ N(mean, std^2)."""
+    """EDM denoising: ln t ~ N(mean, std^2). `uncertainty`: each noise weighted by EDM2's learned log variance."""
 
     kind: Literal["denoise"] = "denoise"
     mean: float = -1.2
     std: Positive = 1.2
+    uncertainty: bool = False
 
 
 @schema

@@ -32,13 +32,45 @@ class Sampler:
 
 @schema
 class Eval:
-    """What is judged: steps of the sampler, number of samples, their seed."""
+    """What is judged: steps of the sampler, number of samples, their seed; and in which features, against what.
+
+    metric: "frechet" in the features of a small classifier or of the data themselves; "fid" and "fd_dinov2" need
+    `weights`, a file of their network's, and `reference`, a file of statistics; `vae` decodes latents.
+    Without `vae` that is the autoencoder that the store names.
+    """
 
     steps: tuple[Count, ...] = (1, 2)
     n: Annotated[int, Field(ge=2)] = 4000
     n_during: Annotated[int, Field(ge=2)] = 2000
     seed: Natural = 1234
     batch: Count = 1000
+    metric: Literal["frechet", "fid", "fd_dinov2"] = "frechet"
+    reference: str | None = None
+    weights: str | None = None
+    vae: str | None = None
+
+
+@schema
+class Torch:
+    """Rows by plain torch: in memory on the device, or read ahead from disk by a thread."""
+
+    kind: Literal["torch"] = "torch"
+
+
+@schema
+class Dali:
+    """The same rows by NVIDIA DALI. threads: of its pipeline; prefetch: steps it runs ahead.
+
+    workers: processes that read a latent store; 0 reads it in this one. WebDataset shards are read by DALI itself.
+    """
+
+    kind: Literal["dali"] = "dali"
+    threads: Count = 4
+    prefetch: Count = 2
+    workers: Natural = 0
+
+
+Feed = Annotated[Torch | Dali, Field(discriminator="kind")]
 
 
 @schema
@@ -78,6 +110,7 @@ class Run:
     sigma_data: Positive = 0.5
     device: str = "auto"
     engine: Literal["local"] = "local"
+    loader: Feed = Field(default_factory=Torch)
     tensorboard: bool = False
 
     def stage(self, name: str) -> Stage | None:

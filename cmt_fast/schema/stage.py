@@ -90,6 +90,7 @@ class Stage:
     """One stage of training, as data. Lengths are in student images.
 
     `start` names an earlier stage, `teacher` an earlier stage or one of another run as RUN/STAGE, of any size.
+    lr_schedule: "linear" to zero at the end, "inverse_sqrt" constant up to lr_knee_nimg and falling as 1/sqrt from there.
     """
 
     objective: Objective
@@ -104,8 +105,10 @@ class Stage:
     teacher_guidance: float = 1.0
     label_dropout: Fraction = 0.0
     lr: Positive = 1e-3
-    lr_schedule: Literal["constant", "linear"] = "linear"
+    lr_schedule: Literal["constant", "linear", "inverse_sqrt"] = "linear"
+    lr_knee_nimg: Natural = 0
     warmup_nimg: Natural = 0
+    optimizer: Literal["adamw", "radam"] = "adamw"
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0

@@ -14,7 +14,12 @@ from cmt_fast.templates import Group, Picture, Section, Table, png
 from cmt_fast.workspace import Workspace
 
 DASH, RATIO = "–", "post / control"
-DATA = {"digits": "8 x 8 handwritten digits", "gmm": "points of a 2-D Gaussian mixture", "npz": "images of a file"}
+DATA = {
+    "digits": "8 x 8 handwritten digits",
+    "gmm": "points of a 2-D Gaussian mixture",
+    "npz": "images of a file",
+    "latents": "rows of a store",
+}
 TEXT = 99  # every column is text
 
 
@@ -34,7 +39,7 @@ def head(work: Workspace, stands: dict[str, Stand], judged: dict[str, Judged]) -
     parameters = sum(p.numel() for p in work.build().parameters())
     kinds = {name: s.objective for name, s in stands.items()}
     what = (
-        f"A network ({run.model.kind}, {parameters:,} parameters) for {DATA[run.data.kind]} ({len(work.data.x):,} of "
+        f"A network ({run.model.kind}, {parameters:,} parameters) for {DATA[run.data.kind]} ({work.data.n:,} of "
         f"{shape}): pre-trained as a diffusion model ({kinds['pre']}, path {run.path}), mid-trained ({kinds['mid']}) "
         f"and post-trained ({kinds['post']}) into a generator of {' or '.join(map(str, run.eval.steps))} steps"
     )
@@ -73,7 +78,7 @@ def quality_table(work: Workspace, done: dict[str, Stand], judged: dict[str, Jud
         title = "pre-trained" if name == "pre" else name
         entries.append((title, *s.path, judged[name].few[str(k)]))
     columns = {
-        "frechet": f"Fréchet, {work.space.name}",
+        "frechet": f"{distance_title(work)}, {work.judge.name}",
         "accuracy": "accuracy",
         "sliced_wasserstein": "sliced Wasserstein",
     }
@@ -93,13 +98,19 @@ def quality_table(work: Workspace, done: dict[str, Stand], judged: dict[str, Jud
 def summary(tables: list[Table], steps: tuple[int, ...], extractor: str) -> Table:
     """The quality tables as one for the terminal: distance and accuracy by number of steps."""
     names = [title.partition(",")[0] for title in tables[0].head]
-    shown = [i for i, title in enumerate(names) if title in ("Fréchet", "accuracy")]
+    shown = [i for i, title in enumerate(names) if title in ("Fréchet", "FID", "FD-DINOv2", "accuracy")]
     columns = ["network", "images", *(f"{names[i]} @{k}" for k in steps for i in shown)]
     rows = []
     for title, *_, nimg, _ in tables[0].rows:
         found = [next((row for row in t.rows if row[0] == title), [DASH] * len(names)) for t in tables]
         rows.append([title, nimg, *(row[i] for row in found for i in shown)])
-    return Table(f"Fréchet: {extractor}; @k: in k steps", columns, rows)
+    return Table(f"{names[shown[0]]}: {extractor}; @k: in k steps", columns, rows)
+
+
+def distance_title(work: Workspace) -> str:
+    """FID and FD-DINOv2 where the figures follow those protocols, Fréchet where they do not."""
+    name = work.judge.title(work.run.eval.n)
+    return "Fréchet" if name.startswith("frechet") else name
 
 
 def quality(work: Workspace, tables: list[Table]) -> Section:

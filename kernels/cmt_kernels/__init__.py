@@ -7,15 +7,22 @@ One folder per op: formula and shapes in its `__init__`, plain torch in `referen
 from cmt_kernels._op import OPS, available, table, use
 from cmt_kernels.adamw_ema import adamw_ema
 from cmt_kernels.attention import attention
+from cmt_kernels.clip import clip
 from cmt_kernels.consistency_loss import consistency_loss
+from cmt_kernels.conv2d import conv2d
+from cmt_kernels.dropout import dropout
 from cmt_kernels.dual import Dual
+from cmt_kernels.fourier_embedding import fourier_embedding
 from cmt_kernels.gated_residual import gated_residual
 from cmt_kernels.gelu import gelu
+from cmt_kernels.group_norm import group_norm
 from cmt_kernels.label_embedding import label_embedding
 from cmt_kernels.linear import linear
 from cmt_kernels.meanflow_loss import meanflow_loss
 from cmt_kernels.modulated_norm import modulated_norm
+from cmt_kernels.modulated_rms_norm import modulated_rms_norm
 from cmt_kernels.path_point import path_point
+from cmt_kernels.pixel_norm import pixel_norm
 from cmt_kernels.qk_norm import qk_norm
 from cmt_kernels.silu import silu
 from cmt_kernels.solver_step import solver_step
@@ -27,14 +34,21 @@ __all__ = [
     "adamw_ema",
     "attention",
     "available",
+    "clip",
     "consistency_loss",
+    "conv2d",
+    "dropout",
+    "fourier_embedding",
     "gated_residual",
     "gelu",
+    "group_norm",
     "label_embedding",
     "linear",
     "meanflow_loss",
     "modulated_norm",
+    "modulated_rms_norm",
     "path_point",
+    "pixel_norm",
     "qk_norm",
     "silu",
     "solver_step",

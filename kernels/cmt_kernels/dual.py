@@ -74,3 +74,39 @@ def add(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
     rows(a, b)
     with torch.no_grad():
         return Dual(total, b_dot if a_dot is None else a_dot if b_dot is None else a_dot + b_dot)
+
+
+def combine(a: Tensor | Dual, weight_a: float, b: Tensor | Dual, weight_b: float) -> Tensor | Dual:
+    """weight_a a + weight_b b, (B, ...) each; a plain summand is a constant."""
+    f = lambda x, y: torch.add(x * weight_a, y, alpha=weight_b)
+    total = f(value(a), value(b))
+    a_dot, b_dot = tangent(a), tangent(b)
+    if a_dot is None and b_dot is None:
+        return total
+    rows(a, b)
+    with torch.no_grad():
+        return Dual(
+            total, b_dot * weight_b if a_dot is None else a_dot * weight_a if b_dot is None else f(a_dot, b_dot)
+        )
+
+
+def multiply(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
+    """a b, (B, ...) each, broadcast after the first dimension; a plain factor is a constant. a b. + a. b."""
+    product = value(a) * value(b)
+    k = rows(a, b)
+    if k is None:
+        return product
+    with torch.no_grad():
+        parts = [x_dot * head(y, k) for x_dot, y in ((tangent(a), b), (tangent(b), a)) if x_dot is not None]
+        return Dual(product, sum(parts[1:], parts[0]).expand_as(product[:k]))
+
+
+def concatenate(a: Tensor | Dual, b: Tensor | Dual, dim: int = 1) -> Tensor | Dual:
+    """a and b side by side along `dim`, not the first; a plain part is a constant."""
+    joined = torch.cat((value(a), value(b)), dim=dim)
+    k = rows(a, b)
+    if k is None:
+        return joined
+    with torch.no_grad():
+        dots = [torch.zeros_like(value(x)[:k]) if tangent(x) is None else tangent(x) for x in (a, b)]
+        return Dual(joined, torch.cat(dots, dim=dim))

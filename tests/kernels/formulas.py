@@ -79,6 +79,55 @@ def qk_norm(
     return torch.stack((turn(q, q_weight), turn(k, k_weight), v), dim=2)
 
 
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    n, size = weight.shape[-1], x.shape[-2:]
+    wide = x.new_zeros(*x.shape[:2], size[0] + n - 1, size[1] + n - 1)
+    wide[..., n // 2 : n // 2 + size[0], n // 2 : n // 2 + size[1]] = x
+    y = sum(
+        torch.einsum("bchw,ec->behw", wide[..., i : i + size[0], j : j + size[1]], weight[..., i, j])
+        for i in range(n)
+        for j in range(n)
+    )
+    return y if bias is None else y + bias[:, None, None]
+
+
+def pixel_norm(x: Tensor, dim: int, eps: float = 1e-4) -> Tensor:
+    return x / (eps + torch.sqrt((x * x).mean(dim, keepdim=True)))
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
+    parts = []
+    for part in x.tensor_split(groups, dim=1):
+        centred = part - part.mean((1, 2, 3), keepdim=True)
+        parts.append(centred / torch.sqrt((centred * centred).mean((1, 2, 3), keepdim=True) + eps))
+    return torch.cat(parts, dim=1) * weight[:, None, None] + bias[:, None, None]
+
+
+def clip(x: Tensor, limit: float) -> Tensor:
+    return torch.where(x > limit, limit, torch.where(x < -limit, -limit, x))
+
+
+def dropout(x: Tensor, seeds: Tensor, p: float) -> Tensor:
+    def kept(e: int, a: int, b: int) -> bool:
+        h = e ^ a
+        h = (h ^ h >> 16) * 0x7FEB352D % 2**32 ^ b
+        h = (h ^ h >> 16) * 0x045D9F3B % 2**32
+        return h ^ h >> 16 >= p * 2**32
+
+    mask = torch.tensor([[kept(e, a, b) for e in range(x[0].numel())] for a, b in seeds.tolist()])
+    return x * mask.view(x.shape) / (1 - p)
+
+
+def fourier_embedding(t: Tensor, frequency: Tensor, phase: Tensor | None) -> Tensor:
+    if phase is None:
+        return torch.stack([torch.cos(w * t) for w in frequency] + [torch.sin(w * t) for w in frequency], dim=-1)
+    return torch.stack([math.sqrt(2) * torch.cos(w * t + a) for w, a in zip(frequency, phase)], dim=-1)
+
+
+def modulated_rms_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * (1 + scale[:, None]) + shift[:, None]
+
+
 def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
     """Philox4x32-10 as the paper writes it, in Python integers."""
     c0, c1, c2, c3 = counter
@@ -111,10 +160,15 @@ def path_point(
     return x_t.view(x_0.shape), v.view(x_0.shape)
 
 
-def solver_step(x: Tensor, m0: Tensor, m1: Tensor | None, m2: Tensor | None, coefficients: Tensor) -> Tensor:
-    terms = [x, m0] + [m for m in (m1, m2) if m is not None]
-    c = coefficients.expand(len(x), 4)
-    return sum(c[:, i].view(-1, *[1] * (x.ndim - 1)) * term for i, term in enumerate(terms))
+def solver_step(
+    x: Tensor, f: Tensor, m1: Tensor | None, m2: Tensor | None, coefficients: Tensor, keep: bool
+) -> tuple[Tensor, ...]:
+    c_skip, c_out, w, c0, c1, c2, c3, c_in = coefficients.expand(len(x), 8).T.unflatten(1, (-1, *[1] * (x.ndim - 1)))
+    if len(f) > len(x):
+        f = (1 - w) * f[len(x) :] + w * f[: len(x)]
+    m0 = c_skip * x + c_out * f
+    y = c0 * x + c1 * m0 + (0 if m1 is None else c2 * m1) + (0 if m2 is None else c3 * m2)
+    return (y, m0, c_in * y) if keep else (y,)
 
 
 def consistency_loss(prediction: Tensor, target: Tensor, distance: str, c: float) -> Tensor:

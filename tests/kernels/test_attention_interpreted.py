@@ -85,11 +85,11 @@ def check_ops() -> None:
     import cmt_kernels.attention.triton  # noqa: F401
 
     x, x_dot = laid_out(Case(2, 5, 1, 8, 1), torch.float32, "contiguous")
-    o, lse = (y.detach() for y in torch.ops.cmt.attention(x))
+    o, _, lse = (y.detach() for y in torch.ops.cmt.attention(x))
     plain = x.detach()
     torch.library.opcheck(torch.ops.cmt.attention.default, (x,))
-    torch.library.opcheck(torch.ops.cmt.attention_dual.default, (x, x_dot))
-    torch.library.opcheck(torch.ops.cmt.attention_dual.default, (x, x_dot[:0]))
+    torch.library.opcheck(torch.ops.cmt.attention.default, (x, x_dot))
+    torch.library.opcheck(torch.ops.cmt.attention.default, (x, x_dot[:0]))
     torch.library.opcheck(torch.ops.cmt.attention_backward.default, (plain, o, lse, torch.randn_like(o)))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cmt_kernels import OPS, Dual, meanflow_loss
 from cmt_kernels.cases import backends_on, cases_of, implementation, map_tensors, tangent_rows, without_tangents
-from cmt_kernels.dual import add, head, linear_map, rows, tangent, value
+from cmt_kernels.dual import add, combine, concatenate, head, linear_map, multiply, rows, tangent, value
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -142,6 +142,28 @@ def test_add_and_linear_map() -> None:
     leaf = a.value.clone().requires_grad_()
     assert linear_map(lambda x: leaf[0] * x, a).value.requires_grad
     assert not linear_map(lambda x: leaf[0] * x, a).tangent.requires_grad
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+@pytest.mark.parametrize(
+    "function",
+    [lambda a, b: combine(a, 0.3, b, -1.7), multiply, concatenate],
+    ids=["combine", "multiply", "concatenate"],
+)
+def test_sums_products_and_joins_of_duals(function: Any, which: tuple[int, ...]) -> None:
+    values = [torch.randn(4, 3, 2, dtype=torch.float64) for _ in range(2)]
+    dots = [torch.randn(2, 3, 2, dtype=torch.float64) if i in which else torch.zeros(2, 3, 2).double() for i in (0, 1)]
+    y = function(*(Dual(x, dots[i]) if i in which else x for i, x in enumerate(values)))
+    plain = function(*values)
+    assert isinstance(plain, Tensor) and torch.equal(y.value, plain)
+    _, exact = torch.func.jvp(function, tuple(x[:2] for x in values), tuple(dots))
+    torch.testing.assert_close(y.tangent, exact, **EXACT)
+
+
+def test_a_product_broadcasts_after_the_first_dimension() -> None:
+    wide, thin = torch.randn(4, 3, 2, 2).double(), torch.randn(4, 3, 1, 1).double()
+    y = multiply(wide, Dual(thin, thin[:2].cos()))
+    assert torch.equal(y.tangent, wide[:2] * thin[:2].cos()) and y.tangent.shape == (2, 3, 2, 2)
 
 
 def test_rows() -> None:

@@ -32,6 +32,8 @@ def cases(op: str) -> list[Any]:
     if op == "qk_norm":
         sizes = ((2, 2, 2, 8, True, True, 1), (1, 17, 6, 7, True, False, 1), (1, 2, 1, 72, False, True, 0))
         return [Case(*size) for size in sizes]
+    # T = 7: of too few elements the largest error of either side is luck (T = 3, 300 seeds: ratio 0.75 in the median, 1.54
+    # at the 99th percentile, and seed 0 above 2)
     sizes = ((2, 7, 24, 1), (1, 17, 77, 1), (1, 1, 1152, None))
     return [Case(b, t, d, *((d != 77,) if op != "modulated_norm" else ()), k) for b, t, d, k in sizes]
 

@@ -228,6 +228,20 @@ def test_opcheck(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @here
+def test_a_step_writes_into_its_slot_of_the_trajectory() -> None:
+    module = cases_of("solver_step")
+    for case in module.CASES:
+        inputs = module.inputs(case)
+        trajectory = torch.empty(3, *inputs["x"].shape)
+        trajectory[0] = inputs["x"]
+        y, *others = implementation("solver_step", "triton")(**inputs | {"x": trajectory[0], "y": trajectory[1]})
+        fresh, *wanted = implementation("solver_step", "triton")(**inputs)
+        assert y.data_ptr() == trajectory[1].data_ptr() and torch.equal(trajectory[1], fresh)
+        assert torch.equal(trajectory[0], inputs["x"]) and trajectory[2].isnan().all()
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(others, wanted))
+
+
+@here
 def test_unknown_distance_and_ragged_shapes_raise() -> None:
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="manhattan"):
@@ -235,6 +249,6 @@ def test_unknown_distance_and_ragged_shapes_raise() -> None:
     with pytest.raises(AssertionError):
         implementation("consistency_loss", "triton")(x, x[:1])
     with pytest.raises(AssertionError):
-        implementation("solver_step", "triton")(x, x[:1], None, None, torch.ones(4))
+        implementation("solver_step", "triton")(x, x[:1], None, None, torch.ones(8))
     with pytest.raises(AssertionError):
         implementation("meanflow_loss", "triton")(Dual(x, x), x[:1], x[:, 0], x[:, 0])

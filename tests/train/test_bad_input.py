@@ -77,6 +77,8 @@ CASES = [
     (["train", "digits", "data={kind: npz, path: flat.npz}"], ["data.path", "(2, 8)", "(N, C, H, W)"]),
     (["train", "digits", "data={kind: npz, path: pickled.npz}"], ["data.path", "pickled.npz"]),
     (["train", "digits", "data={kind: npz}"], ["data.path", "missing"]),
+    (["train", "digits", "loader.kind=dalli"], ["loader.kind", "'dalli'", "did you mean dali?"]),
+    (["train", "digits", "loader.kind=dali"], ["loader.kind", "'dali'", "in memory", "torch"]),
     (["train", "digits", "--stages", "pre,past", "--out", "x"], ["--stages", "'past'", "did you mean post?"]),
     (["train", "digits", *SHRUNK, "--stages", "post", "--out", "run"], ["mid", "train it first"]),
     (["train", "digits", *SHRUNK, "seed=7", "--out", "run"], ["--out", "another configuration", "seed: 0 -> 7"]),

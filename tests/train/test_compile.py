@@ -6,9 +6,11 @@ import importlib
 
 import pytest
 import torch
-from cmt_kernels import Dual, use
+from cmt_kernels import Dual, available, use
+from cmt_kernels import graph as graph_passes
 from cmt_kernels.silu import reference as silu_reference
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor_config
 
 from bench.networks import average_velocity, batch_of, meanflow_loss, saved_bytes
 from cmt_fast import cli, compiled, loop
@@ -245,3 +247,24 @@ def test_compiled_backward_recomputes_no_tangent():
     assert graphs["forward"].count(tangent_only) == 2 and graphs["backward"].count(tangent_only) == 0
     norms = [sum("layer_norm" in node for node in graphs[kind]) for kind in ("forward", "backward")]
     assert norms[1] > 0, "the values of the blocks are computed again"
+
+
+@pytest.mark.skipif("native" not in available("gelu", "cpu"), reason="the native ops are not built")
+def test_compiled_backward_recomputes_no_tangent_of_a_fused_op(monkeypatch):
+    """Inductor's graphs after our pass: calls of native ops with a tangent in the forward graph alone; same numbers."""
+    seen: list[tuple[int, int]] = []
+
+    def watched(graph, drop=graph_passes.drop_dead_tangents):
+        dropped = drop(graph)
+        ours = [n for n in graph.nodes if getattr(n.target, "namespace", None) == "cmt" and "backward" not in n.name]
+        seen.append((dropped, sum(graph_passes._has_tangent(n) for n in ours)))
+        return dropped
+
+    monkeypatch.setattr(graph_passes, "drop_dead_tangents", watched)
+    with inductor_config.patch(force_disable_caches=True):  # a graph out of the cache went through the pass before
+        again, kept = engine("inductor", checkpoint_activations=True), engine("")
+        got, wanted = step(again), step(kept)
+    torch.testing.assert_close(got, wanted)
+    forward, backward = seen
+    assert forward[1] > 0 and forward[0] == 0, "the forward pass computes every tangent"
+    assert backward[0] > 0 and backward[1] == 0, "what is computed again has none"

@@ -44,6 +44,29 @@ def test_engine_equals_torch_adamw_clip_and_a_plain_ema():
         assert torch.allclose(p, a, atol=1e-5)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_radam_is_the_optimizer_of_torch(decay):
+    """Fifty steps, the first five of which do not trust the variance yet."""
+    for betas in ((0.9, 0.999), (0.9, 0.99)):
+        ours, theirs = net(), net()
+        e = LocalEngine(ours, stage(optimizer="radam", betas=betas, weight_decay=decay, clip=0.0), CPU)
+        optimizer = torch.optim.RAdam(
+            theirs.parameters(), lr=1e-2, betas=betas, weight_decay=decay, decoupled_weight_decay=True
+        )
+        moved = []
+        for _ in range(50):
+            x, before = torch.randn(16, 5), e.p.clone()
+            e.backward(e(x).square().sum())
+            e.step(1e-2)
+            optimizer.zero_grad()
+            theirs(x).square().sum().backward()
+            optimizer.step()
+            moved.append((e.p - before).norm())
+        assert min(moved) > 0
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
 def test_average_is_the_track_and_training_does_not_touch_a_frozen_copy():
     e = LocalEngine(net(), stage(), CPU)
     average = e.average()
@@ -105,15 +128,19 @@ def test_schedule_and_learning_rate():
     assert plan.total == 100 and plan.warmup == 10 and plan.checkpoint_every % plan.log_every == 0
     rates = [plan.lr(s, i) for i in range(100)]
     assert rates[0] == pytest.approx(1e-3) and max(rates) < 1e-2 and rates[-1] == pytest.approx(1e-4)
-    assert {plan.lr(stage(lr_schedule="constant"), i) for i in range(100)} == {1e-2} or plan.warmup
+    flat = stages.schedule(stage(images_nimg=12800, batch=128))
+    assert {flat.lr(stage(lr_schedule="constant"), i) for i in range(100)} == {1e-2}
+    falling = stage(lr_schedule="inverse_sqrt", lr_knee_nimg=1280)
+    rates = [flat.lr(falling, i) for i in range(100)]
+    assert rates[:11] == [1e-2] * 11 and rates[40] == pytest.approx(5e-3) and rates[90] == pytest.approx(1e-2 / 3)
 
 
 def test_each_epoch_reads_every_row_once_in_a_new_order():
-    rows = Loader(data.load(Digits()), 0, CPU)
-    n, orders = rows.n, []
+    digits = data.load(Digits())
+    rows, n, orders = Loader(digits, 0, CPU), digits.n, []
     for epoch in range(2):
         x, labels = rows.rows(torch.arange(epoch * n, (epoch + 1) * n))
-        assert torch.equal(x.flatten(1).sum(1).sort().values, rows.x.flatten(1).sum(1).sort().values)
+        assert torch.equal(x.flatten(1).sum(1).sort().values, digits.x.flatten(1).sum(1).sort().values)
         orders.append(labels)
     assert not torch.equal(*orders)
     x, _ = rows.rows(torch.arange(n - 3, n + 3))

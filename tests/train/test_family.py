@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cmt_fast import rng
 from cmt_fast.data.gmm import Exact
 from cmt_fast.models import build
-from cmt_fast.models.precond import Denoiser
+from cmt_fast.models.precond import Denoiser, NoiseDenoiser
 from cmt_fast.objectives import ROWS, Batch, World
 from cmt_fast.objectives.continuous import warm_up
 from cmt_fast.objectives.meanflow import draw_times
@@ -19,7 +19,7 @@ from cmt_fast.paths import column
 from cmt_fast.rng import Random
 from cmt_fast.sample import Setting
 from cmt_fast.schema import Dit, Ecd, Gmm, IMeanFlow, MeanFlow, Mlp, Sampler, Scd, Sct
-from cmt_fast.solvers import autoguided, grid
+from cmt_fast.solvers import Autoguided, grid
 from tests.train import test_gmm_world as gmm
 from tests.train.test_gmm_world import LINEAR, MIXTURE, OFF, VE, batch, errors, size
 
@@ -33,7 +33,7 @@ def perturbed(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def network(path: str, classes: int = 0, kind: str = "mlp") -> torch.nn.Module:
-    if kind == "mlp":
+    if kind != "dit":
         return perturbed(build(Mlp(width=16, depth=2), path, 0.5, (2,), classes))
     return perturbed(build(Dit(width=16, depth=1, heads=2, patch=4), path, 0.5, (2, 8, 8), classes))
 
@@ -41,11 +41,13 @@ def network(path: str, classes: int = 0, kind: str = "mlp") -> torch.nn.Module:
 # ------------------------------------------------------------------------------------------ the denoiser's tangent
 
 
-@pytest.mark.parametrize("kind, shape", [("mlp", (2,)), ("dit", (2, 8, 8))])
+@pytest.mark.parametrize("kind, shape", [("mlp", (2,)), ("noise", (2,)), ("dit", (2, 8, 8))])
 @pytest.mark.parametrize("moves", ["both", "x", "t"])
 @pytest.mark.parametrize("k", [6, 2])
 def test_denoiser_tangent_against_func_jvp(kind: str, shape: tuple, moves: str, k: int) -> None:
     net, t = network("ve", 3, kind), torch.tensor([0.002, 0.05, 0.5, 1.0, 9.0, 80.0]).double()
+    if kind == "noise":  # a network of DDPM's steps; 0.002 is below the first
+        net = NoiseDenoiser(network("ve", 3).net).double()
     x, x_dot = torch.randn(2, 6, *shape).double()
     x, labels = x * column(1 + t, x), torch.tensor([0, 1, 2, 0, 1, 2])
     drop, t_dot = labels == 1, torch.randn(6).double() * t
@@ -273,15 +275,15 @@ def guided_end(x: Tensor, t: Tensor, scale: float, main: float, guide: float) ->
 def test_autoguidance_is_the_published_mix() -> None:
     x, t = torch.randn(5, 2).double(), torch.rand(5).double() + 0.1
     main, guide = Gaussian(0.3), Gaussian(0.5)
-    mixed = autoguided(main, guide, 2.05)(x, t, t, None)
+    mixed = Autoguided(main, guide, 2.05)(x, t, t, None)
     torch.testing.assert_close(mixed, guide(x, t) + 2.05 * (main(x, t) - guide(x, t)))
-    torch.testing.assert_close(autoguided(main, guide, 1.0)(x, t, t, None), main(x, t))
+    torch.testing.assert_close(Autoguided(main, guide, 1.0)(x, t, t, None), main(x, t))
 
 
 def test_autoguided_ecd_is_at_rest_at_the_guided_answer() -> None:
     """Heun's steps of 1/64: the guided flow map of two Gaussians is at rest, the unguided one is not."""
     config = Ecd(q=64, k=0, distance="squared_l2")
-    at = World(VE, Random(0, 0, 0), autoguided(Gaussian(0.3), Gaussian(0.5), 2.05))
+    at = World(VE, Random(0, 0, 0), Autoguided(Gaussian(0.3), Gaussian(0.5), 2.05))
     rows = Batch(Gaussian.mu + 0.3 * torch.randn(2000, 2).double(), None, torch.arange(2000), None)
     known = lambda scale: lambda x, t, r=None: guided_end(x, t, scale, 0.3, 0.5)
     rest, plain = (size(gradients("ecd", known(scale), rows, config, at)) for scale in (2.05, 1.0))

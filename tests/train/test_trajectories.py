@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmt_fast import distributed, paths, rng
+from cmt_fast import distributed, models, paths, rng
 from cmt_fast.objectives import Points, World, cmt
 from cmt_fast.paths import Path
 from cmt_fast.rng import Random
-from cmt_fast.schema import CmtCm, CmtMf, Trajectories
-from cmt_fast.solvers import dpmpp_coefficients, guided, table
+from cmt_fast.schema import CmtCm, CmtMf, Mlp, Trajectories
+from cmt_fast.solvers import dpmpp_coefficients, guided, rollout, table
 from cmt_fast.trajectories import Pool
 
 VE, LINEAR = Path("ve"), Path("linear")
@@ -207,6 +207,54 @@ def test_guidance_in_rollouts() -> None:
     with pytest.raises(ValueError, match="labels"):
         draw(pool(128, guided(pull, 2.5), mode="paper", classes=0), 0)
     assert guided(pull, 1.0) is pull
+
+
+SOLVERS = [("ve", "dpmpp", 3), ("ve", "euler", 1), ("ve", "heun", 1), ("linear", "dpmpp", 3)]
+SOLVERS += [("linear", solver, 1) for solver in ("euler", "heun", "jump")]
+
+
+def perturbed(path: str) -> torch.nn.Module:
+    net = models.build(Mlp(width=16, depth=1), path, 0.5, (6,), 3)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("path, solver, order", SOLVERS)
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_a_fused_step_is_guidance_preconditioning_and_update(path: str, solver: str, order: int, scale: float) -> None:
+    """The rollout calls a network's raw output; the same network seen as a plain prediction gives the same nodes."""
+    forward, net = paths.Path(path), perturbed(path).double()
+    plan = table(forward, solver, 8, *((80.0, 0.002) if path == "ve" else (1.0, 0.0)), order)
+    x, labels = torch.randn(5, 6, dtype=torch.float64) * plan.times[0], torch.tensor([0, 1, 2, 0, 1])
+    teacher = guided(net, scale)
+    plain = rollout(lambda *arguments: teacher(*arguments), forward, plan, x, labels)
+    fused = rollout(teacher, forward, plan, x, labels)
+    torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
+    assert fused.shape == (len(plan.times), 5, 6) and torch.equal(fused[0], x)
+    assert torch.equal(rollout(teacher, forward, plan, x, labels, dense=False), fused[-1])
+    assert (fused[-1] - fused[0]).abs().max() > 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["ve", "linear"])
+def test_a_whole_rollout_is_one_cuda_graph(path: str) -> None:
+    net, forward = perturbed(path).cuda(), paths.Path(path)
+    plan = table(forward, "dpmpp", 16, *((80.0, 0.002) if path == "ve" else (1.0, 0.0)))
+    x, labels = torch.randn(64, 6, device="cuda") * plan.times[0], torch.arange(64, device="cuda") % 3
+    teacher = guided(net, 2.5)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            rollout(teacher, forward, plan, x, labels)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        nodes = rollout(teacher, forward, plan, x, labels)
+    x.copy_(torch.randn_like(x) * plan.times[0])
+    graph.replay()
+    assert torch.equal(nodes, rollout(teacher, forward, plan, x, labels))
 
 
 # ------------------------------------------------------------------------------------------ 4. pairs for flow maps

@@ -22,7 +22,7 @@ BUILD = "`python -m cmt_kernels._native.build` builds it"
 
 
 def record() -> dict:
-    """What the last build wrote: `line`, what was built and why; `cpu` and `cuda`, instruction sets and architectures."""
+    """What the last build wrote, above all `line`: what was built and why."""
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 

@@ -50,12 +50,10 @@ def paired(y: Tensor, y_dot: Tensor | None, k: int | None) -> Tensor | Dual:
 def variants(
     name: str, kernel, tensors: dict[str, str], integers: tuple[str, ...], constexprs: dict, warps: int, duals
 ):
-    """Gates of one kernel: plain, and with the tangents `duals` if there are any; in bf16, and in fp32 too where a row is
-    widest or of no width: rows are held in fp32 whatever they are stored in. `tensors`: argument -> "x" for the dtype of
-    the activations or a fixed type; tangents that are absent are the constant None."""
+    """Gates of one kernel, in bf16 and fp32: plain, and with the tangents `duals` if there are any. `tensors`: argument
+    -> "x" for the dtype of the activations or a fixed type; tangents that are absent are the constant None."""
     rows = []
-    widest = constexprs.get("D") in (None, WIDTHS[-1], 4 * WIDTHS[-1])
-    for kind in ("bf16", "fp32") if widest else ("bf16",):
+    for kind in ("bf16", "fp32"):
         for dual in (False, True) if duals else (False,):
             absent = {} if dual else dict.fromkeys(duals)
             signature = {a: "*" + (kind if t == "x" else t) for a, t in tensors.items() if a not in absent}

@@ -7,8 +7,6 @@ sum is fixed, and step and lr reach the kernel only inside float arguments, so n
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -21,13 +19,6 @@ NORM_BLOCK = 4096  # gradients a program of the norm takes at a time
 PARTS = 512  # most programs of the norm
 TRACKS = 4  # EMA tracks in the update's launch; more of them cost a pass each
 SCALARS = ["b2", "one_b1", "one_b2", "decay", "size", "root", "eps", "max_norm", "w0", "w1", "w2", "w3"]
-
-
-def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return "there is neither a CUDA device nor TRITON_INTERPRET=1"
 
 
 @triton.jit

@@ -8,9 +8,6 @@ Of a plain call under `no_grad` (a teacher's rollout, a sampler) `primal` may ch
 grad mode it never does unless `CMT_ATTENTION` says so: there the value of a Dual must be bitwise the plain value.
 """
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
@@ -22,18 +19,9 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WIDEST = 256
 
 
-def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
-    return None
-
-
 def attention(qkv: Tensor | Dual) -> Tensor | Dual:
     if isinstance(qkv, Dual):
-        o, o_dot, _ = torch.ops.cmt.attention_dual(qkv.value, qkv.tangent)
+        o, o_dot, _ = torch.ops.cmt.attention(qkv.value, qkv.tangent)
         return Dual(o, o_dot)
     name = primal.forced()
     if name is None and qkv.is_cuda and not torch.is_grad_enabled():
@@ -104,12 +92,12 @@ def _launch(name: str, count: int, d: int, dtype: torch.dtype, arguments: dict) 
         getattr(triton_kernels, name)[grid](**arguments, D0=d0, D1=d1, **tile)
 
 
-def _forward(qkv: Tensor, qkv_dot: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+def _forward(qkv: Tensor, qkv_dot: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     _check(qkv)
     b, t, _, h, d = qkv.shape
     o = qkv.new_empty(b, t, h * d)
     lse = qkv.new_empty(b, h, t, dtype=torch.float32)
-    k, o_dot = 0, None
+    k, o_dot = 0, qkv.new_empty(0, t, h * d)
     if qkv_dot is not None:
         if qkv_dot.dtype != qkv.dtype or qkv_dot.shape[1:] != qkv.shape[1:] or len(qkv_dot) > b:
             raise ValueError(
@@ -129,15 +117,8 @@ def _forward(qkv: Tensor, qkv_dot: Tensor | None) -> tuple[Tensor, Tensor | None
 
 
 @torch.library.custom_op("cmt::attention", mutates_args=())
-def _value(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """o (B, T, H d) and lse (B, H, T) fp32, in powers of two."""
-    o, _, lse = _forward(qkv, None)
-    return o, lse
-
-
-@torch.library.custom_op("cmt::attention_dual", mutates_args=())
-def _dual(qkv: Tensor, qkv_dot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """o (B, T, H d), o_dot (k, T, H d), lse (B, H, T)."""
+def _attention(qkv: Tensor, qkv_dot: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """o (B, T, H d), its tangent (k, T, H d), and lse (B, H, T) fp32, in powers of two."""
     return _forward(qkv, qkv_dot)
 
 
@@ -156,17 +137,11 @@ def _backward(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor) -> Tensor:
     return dqkv
 
 
-@_value.register_fake
-def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
+@_attention.register_fake
+def _(qkv: Tensor, qkv_dot: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     b, t, _, h, d = qkv.shape
-    return qkv.new_empty(b, t, h * d), qkv.new_empty(b, h, t, dtype=torch.float32)
-
-
-@_dual.register_fake
-def _(qkv: Tensor, qkv_dot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    b, t, _, h, d = qkv.shape
-    o, o_dot = qkv.new_empty(b, t, h * d), qkv.new_empty(qkv_dot.shape[0], t, h * d)
-    return o, o_dot, qkv.new_empty(b, h, t, dtype=torch.float32)
+    k = 0 if qkv_dot is None else qkv_dot.shape[0]
+    return qkv.new_empty(b, t, h * d), qkv.new_empty(k, t, h * d), qkv.new_empty(b, h, t, dtype=torch.float32)
 
 
 @_backward.register_fake
@@ -175,25 +150,23 @@ def _(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    o, *others = output  # the tangent, if any, and lse: neither has a gradient, and the tangent is not kept
-    ctx.mark_non_differentiable(*others)
-    ctx.save_for_backward(inputs[0], o, others[-1])
+    o, o_dot, lse = output  # neither the tangent nor lse has a gradient, and the tangent is not kept
+    ctx.mark_non_differentiable(o_dot, lse)
+    ctx.save_for_backward(inputs[0], o, lse)
 
 
-def _gradient(ctx, do: Tensor, *others: Tensor):
-    dqkv = torch.ops.cmt.attention_backward(*ctx.saved_tensors, do)
-    return (dqkv, None) if len(others) == 2 else dqkv
+def _gradient(ctx, do: Tensor, *_) -> tuple[Tensor, None]:
+    return torch.ops.cmt.attention_backward(*ctx.saved_tensors, do), None
 
 
-_value.register_autograd(_gradient, setup_context=_save)
-_dual.register_autograd(_gradient, setup_context=_save)
+_attention.register_autograd(_gradient, setup_context=_save)
 
 
 def gates() -> list[Gate]:
     """Every kernel in bf16 and fp32 at the head dims of real runs, for T = 256, and for a T that needs masks.
 
-    One is left out, because it spills (208 bytes of stack on sm_90): the dual forward in float32 at head dim 128, where
-    a thread holds a row of q and of its tangent, 256 numbers. It runs, slowly.
+    One is left out, because it spills at every tile (300 bytes on sm_90 at the best): the dual forward in float32 at head
+    dim 128, where a thread holds a row of q and of its tangent, 256 numbers. It runs, slowly.
     """
     from cmt_kernels.attention import triton_kernels
 

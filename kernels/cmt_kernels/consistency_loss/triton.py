@@ -6,8 +6,6 @@ stays in registers. The backward multiplies by the gradient that arrives.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -18,13 +16,6 @@ from cmt_kernels.gate import Gate
 BLOCK = 4096
 WARPS = 8
 DISTANCES = ("squared_l2", "l2", "pseudo_huber")
-
-
-def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return "there is neither a CUDA device nor TRITON_INTERPRET=1"
 
 
 @triton.jit

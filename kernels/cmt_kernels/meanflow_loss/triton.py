@@ -8,8 +8,6 @@ summed in float64, two operations for at least eight bytes read, and the per-row
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -20,13 +18,6 @@ from cmt_kernels.gate import Gate
 
 BLOCK = 4096
 WARPS = 8
-
-
-def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return "there is neither a CUDA device nor TRITON_INTERPRET=1"
 
 
 @triton.jit

@@ -9,8 +9,6 @@ included, which the reference rounds to that dtype first.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -21,13 +19,6 @@ from cmt_kernels.philox import Key
 
 BLOCK = 256  # Philox counters a program, four numbers each
 KEY = ["seed", "stage", "step", "stream"]
-
-
-def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return "there is neither a CUDA device nor TRITON_INTERPRET=1"
 
 
 @triton.jit

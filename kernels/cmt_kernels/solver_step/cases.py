@@ -14,32 +14,43 @@ GRADS = ()
 
 @dataclass(frozen=True)
 class Case(BaseCase):
-    """order: how many predictions enter; per_row: each row has its own coefficients."""
+    """order: how many predictions enter; per_row: each row has its own coefficients; last: nothing follows the step."""
 
     B: int
     shape: tuple[int, ...]
     order: int
+    guided: bool = False
     per_row: bool = False
+    last: bool = False
 
 
-CASES = tuple(Case(5, (3, 7, 11), order, per_row) for order in (1, 2, 3) for per_row in (False, True)) + (
-    Case(77, (2,), 3, True),
+CASES = (
+    *(Case(5, (3, 7, 11), order, guided, per_row) for order in (1, 2, 3) for guided, per_row in ((False, True), (True, False))),
+    Case(77, (2,), 3, True, True),
+    Case(77, (2,), 2, last=True),
+)  # fmt: skip
+BENCH = (
+    Case(8, (4, 32, 32), 3),
+    Case(8, (768, 16, 16), 1),
+    Case(8, (768, 16, 16), 3),
+    Case(8, (768, 16, 16), 3, True),
+    Case(8, (768, 16, 16), 3, False, True),
 )
-BENCH = (Case(8, (4, 32, 32), 3), Case(8, (768, 16, 16), 1), Case(8, (768, 16, 16), 3), Case(8, (768, 16, 16), 3, True))
 
 
 def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
     draw = Draw(dtype, device)
-    x, *predictions = (draw.normal(case.B, *case.shape) for _ in range(1 + case.order))
-    m0, m1, m2 = predictions + [None] * (3 - case.order)
-    coefficients = draw.normal(case.B, 4) if case.per_row else draw.normal(4)
-    coefficients[..., 1 + case.order :] = 0
-    return {"x": x, "m0": m0, "m1": m1, "m2": m2, "coefficients": coefficients}
+    x, m1, m2 = (draw.normal(case.B, *case.shape) for _ in range(3))
+    f = draw.normal(case.B * (1 + case.guided), *case.shape)
+    coefficients = draw.normal(case.B, 8) if case.per_row else draw.normal(8)
+    m1, m2 = m1 if case.order > 1 else None, m2 if case.order > 2 else None
+    return {"x": x, "f": f, "m1": m1, "m2": m2, "coefficients": coefficients, "keep": not case.last}
 
 
 def nbytes(case: Case, itemsize: int) -> int:
-    return (case.B * (2 + case.order) * math.prod(case.shape) + 4 * (case.B if case.per_row else 1)) * itemsize
+    tensors = 1 + (1 + case.guided) + (case.order - 1) + (1 if case.last else 3)
+    return (case.B * tensors * math.prod(case.shape) + 8 * (case.B if case.per_row else 1)) * itemsize
 
 
 def flops(case: Case) -> int:
-    return case.B * (1 + 2 * case.order) * math.prod(case.shape)
+    return case.B * (6 + 3 * case.guided + 2 * (case.order - 1) + (not case.last)) * math.prod(case.shape)

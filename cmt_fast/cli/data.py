@@ -1,0 +1,201 @@
+"""`cmt data`: make, import, check and describe stores of latents."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from cmt_fast import codec, distributed
+from cmt_fast import workspace as ws
+from cmt_fast.cli.parser import Command, Parser
+from cmt_fast.config import ConfigError
+from cmt_fast.data import encode as encoding
+from cmt_fast.data import foreign, latents
+from cmt_fast.data import shards as webdataset
+from cmt_fast.data.writing import ROWS
+
+DTYPES = {"fp16": "float16", "fp32": "float32"}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def add(command: Command) -> None:
+    """Declare these commands."""
+    p = command("data", lambda args: None, "stores of latents: encode images, import others' files, verify, stats")
+    actions = p.add_subparsers(dest="action", required=True, parser_class=Parser, metavar="ACTION")
+
+    def action(name: str, call: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        a = actions.add_parser(name, help=text, description=text)
+        a.set_defaults(call=call)
+        return a
+
+    p = action(
+        "encode",
+        encode,
+        "a folder of class folders of images through an autoencoder into a store; goes on after a stop",
+    )
+    p.add_argument("source", type=Path, metavar="IMAGES")
+    p.add_argument("out", type=Path, metavar="OUT", help="the store, a new folder")
+    p.add_argument("--vae", required=True, metavar="FOLDER_OR_ID", help="an AutoencoderKL of diffusers")
+    p.add_argument(
+        "--download", action="store_true", help="fetch the autoencoder from the hub if there is no local copy"
+    )
+    p.add_argument("--size", type=int, required=True, help="side of the square cut from the middle, 256 or 512")
+    p.add_argument("--flip", action="store_true", help="encode the mirror images too (twice the rows)")
+    p.add_argument("--statistics", choices=("mean+std", "mean"), default="mean+std")
+    p.add_argument("--dtype", choices=tuple(DTYPES), default="fp16", help="of the store (default: fp16)")
+    p.add_argument(
+        "--precision", choices=tuple(PRECISIONS), help="of the autoencoder (default: fp16 on a GPU, fp32 on a CPU)"
+    )
+    p.add_argument(
+        "--broken",
+        choices=("fail", "skip"),
+        default="fail",
+        help="skip: list them in OUT/broken.tsv",
+    )
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--workers", type=int, default=4, help="threads that decode images")
+    p.add_argument("--shard-rows", type=int, default=ROWS)
+    p.add_argument("--device", default="auto")
+
+    p = action("import", convert, "latents or images as other projects store them, into a store")
+    p.add_argument("source", type=Path, metavar="FILE_OR_FOLDER")
+    p.add_argument("out", type=Path, metavar="OUT", help="the store, a new folder")
+    p.add_argument("--format", required=True, choices=foreign.FORMATS)
+    p.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="fp16", help="of the store (default: fp16; 8-bit images stay)"
+    )
+    p.add_argument("--statistics", choices=("mean", "mean+std"), default="mean", help="format npy: what the arrays are")
+    p.add_argument("--flip", action="store_true", help="format lightningdit: keep the mirror images too")
+    p.add_argument("--shard-rows", type=int, default=ROWS)
+
+    p = action("shards", shards, "a store as WebDataset shards, which are a store too: tar archives in a random order")
+    p.add_argument("store", type=Path, metavar="STORE")
+    p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    p.add_argument("--shard-rows", type=int, default=ROWS)
+    p.add_argument("--seed", type=int, default=0, help="of the order of rows")
+
+    for name, call, text in (
+        ("verify", verify, "every row of a store against its checksum"),
+        ("stats", stats, "mean and standard deviation of each channel, rows of each class, read from all rows"),
+    ):
+        action(name, call, text).add_argument("store", type=Path, metavar="STORE")
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line every ten percent elsewhere, nothing on ranks after the first."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if distributed.rank():
+        yield lambda done, total: None
+        return
+    if Console().is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as bar:
+            task = bar.add_task(title)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    last = [-1]
+
+    def line(done: int, total: int) -> None:
+        if (percent := 10 * (10 * done // max(total, 1))) != last[0]:
+            last[0] = percent
+            print(f"{title:>8} {percent:3d} %  {done:,}/{total:,}", flush=True)
+
+    yield line
+
+
+def _positive(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not at least 1")
+
+
+def encode(args: argparse.Namespace) -> None:
+    _positive(args, "size", "batch", "workers", "shard_rows")
+    device = ws.device(args.device)
+    distributed.start(device)
+    precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
+    vae = codec.Codec.open(args.vae, device, dtype=PRECISIONS[precision], download=args.download)
+    settings = encoding.Settings(args.size, args.statistics, DTYPES[args.dtype], precision, args.batch, args.flip)
+    with _progress("encode") as tell:
+        index = encoding.encode(
+            args.source, args.out, vae, settings, shard_rows=args.shard_rows, skip_broken=args.broken == "skip",
+            workers=args.workers, tell=tell,
+        )  # fmt: skip
+    if index:
+        _about(args.out, index)
+
+
+def convert(args: argparse.Namespace) -> None:
+    _positive(args, "shard_rows")
+    with _progress("import") as tell:
+        index = foreign.convert(
+            args.source, args.out, args.format, dtype=DTYPES[args.dtype], kind=args.statistics, flip=args.flip,
+            shard_rows=args.shard_rows, tell=tell,
+        )  # fmt: skip
+    _about(args.out, index)
+
+
+def shards(args: argparse.Namespace) -> None:
+    _positive(args, "shard_rows")
+    store = latents.opened(args.store, latents.read_index(args.store).flips)
+    with _progress("shards") as tell:
+        webdataset.export(store, args.out, args.shard_rows, args.seed, tell)
+    _about(args.out, latents.read_index(args.out))
+
+
+def _about(out: Path, index: latents.Index) -> None:
+    size = index.rows * index.stride
+    print(
+        f"{out}: {index.rows:,} rows of {index.kind} {index.dtype} {' x '.join(map(str, index.shape))}, "
+        f"{index.classes} classes, {len(index.shards)} shards, {size / 1e6:,.1f} MB"
+    )
+    broken = out / "broken.tsv"
+    if broken.is_file():
+        lines = broken.read_text("utf-8").splitlines()
+        print(f"{broken}: {len(lines)} images left out, the first: {lines[0].replace(chr(9), ': ')}")
+
+
+def verify(args: argparse.Namespace) -> None:
+    store = latents.opened(args.store)
+    done = 0
+    with _progress("verify") as tell:
+
+        def told(rows: int) -> None:
+            nonlocal done
+            tell(done := done + rows, store.index.rows)
+
+        bad = store.verify(told)
+    for line in bad[:20]:
+        print(f"cmt: {line}", file=sys.stderr)
+    if bad:
+        raise ConfigError(f"{args.store}: {len(bad)} of {store.index.rows:,} rows are damaged")
+    print(f"{args.store}: sound, {store.index.rows:,} rows in {len(store.index.shards)} shards")
+
+
+def stats(args: argparse.Namespace) -> None:
+    store = latents.opened(args.store)
+    index, found = store.index, store.statistics()
+    _about(args.store, index)
+    print(
+        f"source {index.source or 'unknown'}; crop {index.crop or 'unknown'}; mirror images {'yes' if index.flips else 'no'}"
+    )
+    print(f"autoencoder {index.vae or 'unknown'} {index.vae_xxh3_128[:12]}")
+    print(f"smallest {found.low:.4g}, largest {found.high:.4g}")
+    for c, (mean, std) in enumerate(zip(found.mean, found.std)):
+        print(f"channel {c}: mean {mean:.4f} (index {index.mean[c]:.4f}), std {std:.4f} (index {index.std[c]:.4f})")
+    if found.counts:
+        counts = found.counts
+        empty = sum(1 for n in counts if not n)
+        print(f"rows a class: {min(counts):,} to {max(counts):,}{f', {empty} classes without rows' if empty else ''}")
+        for k, n in list(enumerate(counts))[:20]:
+            print(f"  {k:>4} {index.class_names[k] if index.class_names else ''} {n:,}")
+        if len(counts) > 20:
+            print(f"  and {len(counts) - 20} more")

@@ -1,0 +1,215 @@
+"""Other projects' checkpoint files as named tensors: pickles (sandbox.py), torch's `.pt`, safetensors.
+
+What a file is, is read off its first bytes, not its name. `.pt` files are read by `torch.load(weights_only=True)` over a
+memory map, after their archive and opcodes were looked at; the one class beside tensors and plain data that training scripts
+store, argparse.Namespace, is replaced by an inert one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cmt_fast.config import ConfigError, nearest
+from cmt_fast.convert import sandbox
+from cmt_fast.convert.opcodes import OPCODES, Refused, scan, shown
+
+# names under which files keep several versions of a network, the wanted one first
+PREFERRED = ("ema", "ema_model", "model_ema", "G_ema", "net", "model", "state_dict", "module")
+WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how torch began files before 1.6
+
+
+class Source(NamedTuple):
+    """One network of a file. entry: which of `entries` it is, "" where the file holds one; about: what else is known of it.
+
+    about: "class" and "init_kwargs" of a pickled network, "encoder" of its snapshot, "args" of a training script's file,
+    "metadata" of safetensors. notes: sentences for the reader.
+    """
+
+    path: Path
+    kind: str
+    entry: str
+    entries: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+    sha256: str
+    notes: tuple[str, ...]
+
+
+def read(path: Path, entry: str | None = None) -> Source:
+    """The network `entry` (by default the EMA, where there is one) of a checkpoint file.
+
+    Raises ConfigError, one line that names the file, for what is damaged, hostile, or no checkpoint.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(24)
+    except OSError as error:
+        raise ConfigError(f"FILE: {str(path)!r} cannot be read ({error.strerror})") from None
+    reader: Callable[[Path], tuple[dict[str, dict[str, Tensor]], dict[str, Any]]]
+    if head[:2] == b"PK" or head.startswith(LEGACY):
+        kind, reader = "torch", _torch
+    elif head[:1] == b"\x80":
+        kind, reader = "pickle", _pickle
+    elif len(head) > 8 and head[8:9] == b"{":
+        kind, reader = "safetensors", _safetensors
+    else:
+        raise ConfigError(
+            f"FILE: {str(path)!r} is no checkpoint; valid are .safetensors, .pt, and pickles of EDM and EDM2"
+        )
+    try:
+        networks, about = reader(path)
+    except Refused as refused:
+        raise ConfigError(f"FILE: {str(path)!r} is refused: {refused}") from None
+    name = _pick(path, networks, entry)
+    tensors, notes = _unwrapped(networks[name])
+    about = {**about, **about.pop("networks", {}).get(name, {})}
+    return Source(path, kind, name, tuple(networks), tensors, about, sha256(path), notes)
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _pick(path: Path, networks: dict[str, Any], wanted: str | None) -> str:
+    """The entry asked for, or the first of those that are usual."""
+    if not networks:
+        raise ConfigError(f"FILE: {str(path)!r} holds no network, that is, no tensors by name")
+    names = [shown(n) for n in networks]
+    if wanted is not None:
+        if wanted not in networks:
+            raise ConfigError(
+                f"--ema: {wanted!r} is not in the file; it has {', '.join(names)}{nearest(wanted, names)}"
+            )
+        return wanted
+    found = next((n for n in PREFERRED if n in networks), next(iter(networks)) if len(networks) == 1 else None)
+    if found is None:
+        raise ConfigError(f"--ema: is missing; the file has {', '.join(names)}, name one of them")
+    return found
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Without a prefix that every name has, and the sentence that says so."""
+    notes = []
+    while prefix := next((w for w in WRAPPERS if all(n.startswith(w) for n in tensors)), None):
+        tensors = {n.removeprefix(prefix): t for n, t in tensors.items()}
+        notes.append(f"every name began with {prefix!r}, which is left out")
+    return tensors, tuple(notes)
+
+
+# ---------------------------------------------------------------------------------------------- the three kinds
+
+
+def _pickle(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="cmt-import-") as folder:
+        about = sandbox.read(path, Path(folder))
+        tensors = load_file(Path(folder) / sandbox.RESULTS[0])
+    if isinstance(about, dict) and "source_sha256" in about:
+        return {"": tensors} if tensors else {}, {"networks": {"": about}}
+    parts = about if isinstance(about, dict) else {}
+    known = {k: v for k, v in parts.items() if isinstance(v, dict) and "source_sha256" in v}
+    networks = {k: _under(k, tensors) for k in known}
+    about = {"encoder": known.get("encoder"), "networks": {k: v for k, v in known.items() if networks[k]}}
+    return {k: v for k, v in networks.items() if v and k != "augment_pipe"}, about
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+
+
+class _Inert:
+    """Stands for argparse.Namespace: keeps its plain attributes."""
+
+    def __new__(cls, *arguments, **named):
+        return super().__new__(cls)
+
+    def __setstate__(self, state) -> None:
+        self.state = state if isinstance(state, dict) else {}
+
+
+def _torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _archive(path)
+    try:
+        with torch.serialization.safe_globals([(_Inert, "argparse.Namespace")]):
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # torch raises nearly every kind for a damaged file
+        text = str(error)
+        named = text.partition("Unsupported global: GLOBAL ")[2] or text.partition("Unsupported class ")[2]
+        if named:
+            name = shown(named.split(" ")[0].rstrip(".,"))
+            raise Refused(f"it names {name}, and only tensors and plain data are read") from None
+        raise Refused(
+            f"it is damaged ({type(error).__name__}: {shown(text.splitlines()[0] if text else '', 160)})"
+        ) from None
+    if not isinstance(tree, Mapping):
+        raise Refused(f"it holds a {type(tree).__name__}, not tensors by name")
+    networks = {k: _tensors(v) for k, v in tree.items() if isinstance(k, str) and isinstance(v, Mapping)}
+    networks = {k: v for k, v in networks.items() if v}
+    if own := _tensors(tree):
+        networks = {"": own}
+    args = tree.get("args")
+    known = args.state if isinstance(args, _Inert) else args if isinstance(args, dict) else {}
+    return networks, {"args": {shown(k): v for k, v in known.items() if isinstance(v, (str, int, float, bool))}}
+
+
+def _tensors(tree: Mapping) -> dict[str, Tensor]:
+    return {k: v.detach() for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+def _archive(path: Path) -> None:
+    """Raises Refused for an archive that torch does not write: members packed, twice, elsewhere, or hostile opcodes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            names = [m.filename for m in members]
+            if len(set(names)) != len(names):
+                raise Refused("its archive holds one name twice")
+            for m in members:
+                if m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size:
+                    raise Refused(f"{shown(m.filename)} is compressed, which torch does not do")
+                if m.filename.startswith("/") or ".." in m.filename.split("/") or "\\" in m.filename:
+                    raise Refused(f"{shown(m.filename)} lies outside the archive")
+            if sum(m.file_size for m in members) > path.stat().st_size:
+                raise Refused("its members are larger than the file")
+            trees = [m for m in members if m.filename.count("/") == 1 and m.filename.endswith("/data.pkl")]
+            if len(trees) != 1:
+                raise Refused("it is an archive, but not one of torch: it has no data.pkl")
+            with archive.open(trees[0]) as file:
+                scan(file, trees[0].file_size, OPCODES | {"BINPERSID"})
+    except Refused:
+        raise
+    except Exception as error:  # zipfile and pickletools raise nearly every kind for a damaged file
+        raise Refused(f"it is damaged ({type(error).__name__}: {shown(str(error))})") from None
+
+
+def _safetensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except Exception as error:  # SafetensorError, and what the file system says
+        raise Refused(f"it is damaged ({shown(str(error), 160)})") from None
+    about: dict[str, Any] = {"metadata": metadata}
+    try:
+        about["cmt"] = json.loads(metadata["cmt-fast"]) if "cmt-fast" in metadata else None
+    except (ValueError, RecursionError):
+        raise Refused("its own description is damaged") from None
+    return {"": tensors} if tensors else {}, about

@@ -1,0 +1,156 @@
+"""A public checkpoint becomes the finished stage `pre` of a run, and a parity report says what of it fits where.
+
+The file's tensors are renamed by its family's map (names.py) and compared with the network that the recipe builds: every
+tensor of the network must be there with its shape. What the file has besides is named with the reason why it is not used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmt_fast import checkpoint, config
+from cmt_fast.config import ConfigError
+from cmt_fast.convert import families, fitting
+from cmt_fast.convert.files import Source
+from cmt_fast.convert.opcodes import shown
+from cmt_fast.workspace import Workspace
+
+FIRST = 5  # names shown of a long list
+
+
+class Parity(NamedTuple):
+    """How a file fits a network. weights: by our names, fp32; skipped: the file's name -> why; shapes: name, file's, ours."""
+
+    family: str
+    weights: dict[str, Tensor]
+    skipped: dict[str, str]
+    missing: list[str]
+    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    conflicts: list[str]
+    notes: list[str]
+    suggestions: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every tensor of the network is in the file with its shape, and was trained for what the recipe does."""
+        return not (self.missing or self.shapes or self.conflicts)
+
+
+def compare(source: Source, work: Workspace) -> Parity:
+    """How the file fits the network that the recipe builds. Raises ConfigError for a file of no known family."""
+    net = work.build()
+    own = net.state_dict()
+    family = families.find(source, own)
+    try:
+        theirs, skipped = family.rename(source.tensors)
+    except ValueError as error:
+        raise ConfigError(
+            f"FILE: {str(source.path)!r} looks like {family.name}, but {shown(str(error), 200)}"
+        ) from None
+    weights, shapes = {}, []
+    for name, tensor in theirs.items():
+        if name not in own:
+            skipped[name] = "the network of this recipe has no such tensor"
+        elif tensor.shape != own[name].shape:
+            shapes.append((name, tuple(tensor.shape), tuple(own[name].shape)))
+        else:
+            weights[name] = tensor.to(own[name].dtype).contiguous()
+    missing = sorted(own.keys() - theirs.keys())
+    asks = family.asks(source)
+    notes = [*source.notes, *_numbers(source, weights), *fitting.normalisation(asks, work.data)]
+    against, hints = fitting.conflicts(source, family, asks, work), fitting.suggestions(asks, work)
+    return Parity(family.name, weights, skipped, missing, shapes, against, notes, hints)
+
+
+def _numbers(source: Source, weights: dict[str, Tensor]) -> list[str]:
+    """What happened to the numbers on their way into fp32. Raises ConfigError when they are not finite."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ConfigError(f"FILE: {str(source.path)!r}: {shown(name)} is not finite")
+    kinds = {str(t.dtype).removeprefix("torch.") for t in source.tensors.values() if t.is_floating_point()}
+    rounded = " (float64 is rounded, narrower kinds are exact)" if "float64" in kinds else " exactly"
+    return [f"the file's {' and '.join(sorted(kinds))} became float32{rounded}"] if kinds - {"float32"} else []
+
+
+def write(source: Source, parity: Parity, work: Workspace) -> Path:
+    """Make the run's folder and its finished stage `pre`; returns the stage's folder.
+
+    Raises ConfigError where the file does not fit, or the folder has a stage `pre` or another configuration.
+    """
+    stage = work.folder / "pre"
+    if not parity.fits:
+        first = [*parity.conflicts, *parity.missing, *(f"{n} is {a}, not {b}" for n, a, b in parity.shapes)][0]
+        hint = f"; try {' '.join(parity.suggestions)}" if parity.suggestions else ""
+        raise ConfigError(
+            f"FILE: {str(source.path)!r} does not fit the recipe: {len(parity.missing)} tensors missing, "
+            f"{len(parity.shapes)} of another shape; first: {first}{hint}"
+        )
+    if checkpoint.steps(stage):
+        raise ConfigError(f"--out: {stage} holds checkpoints already; choose another folder")
+    with work.lock():
+        work.claim()
+        about = {
+            "stage": "pre",
+            "nimg": 0,
+            "done": True,
+            "recipe": work.run.name,
+            "config": config.stage_digest(work.run, "pre"),
+            "parent": lineage(source, parity),
+            "wall": {"train_s": 0.0, "eval_s": 0.0},
+        }
+        tracks = {f"ema-{i}": parity.weights for i in range(len(work.run.pre.ema))}
+        checkpoint.save(stage, 0, {"model": parity.weights, **tracks}, about)
+    return stage
+
+
+def lineage(source: Source, parity: Parity) -> dict[str, Any]:
+    """What the manifest of `pre`, and of all that is trained from it, says of the file."""
+    about = source.about
+    return {
+        "stage": "import",
+        "step": 0,
+        "nimg": 0,
+        "config": None,
+        "ema": source.sha256,
+        "parent": about["cmt"].get("lineage") if about.get("cmt") else None,
+        "file": source.path.name,
+        "sha256": source.sha256,
+        "family": parity.family,
+        "kind": source.kind,
+        "entry": source.entry,
+        "class": about.get("class"),
+        "source_sha256": about.get("source_sha256"),
+        "init_kwargs": about.get("init_kwargs") or about.get("args"),
+        "encoder": about.get("encoder"),
+        "skipped": sorted(parity.skipped),
+    }
+
+
+def text(source: Source, parity: Parity) -> str:
+    """The parity report, for the terminal."""
+    where = f"entry {source.entry!r} of {', '.join(source.entries)}" if source.entry else "one network"
+    parameters = sum(math.prod(t.shape) for t in parity.weights.values() if t.is_floating_point())
+    lines = [
+        f"{source.path.name}: {source.kind}, {where}, sha256 {source.sha256[:16]}...",
+        f"family {parity.family}: {len(parity.weights)} tensors matched ({parameters:,} numbers), {len(parity.skipped)} skipped, "
+        f"{len(parity.missing)} missing, {len(parity.shapes)} of another shape",
+    ]
+    lines += _list("conflict", parity.conflicts, str)
+    lines += _list("missing", parity.missing, str)
+    lines += _list("shape", parity.shapes, lambda s: f"{s[0]}: {s[1]} in the file, {s[2]} in the network")
+    lines += _list("skipped", list(parity.skipped.items()), lambda s: f"{shown(s[0])}: {s[1]}")
+    known = source.about.get("init_kwargs") or source.about.get("args") or {}
+    if known:
+        lines.append("built with: " + ", ".join(f"{k} {shown(str(v))}" for k, v in known.items()))
+    return "\n".join(lines + [f"note: {n}" for n in parity.notes])
+
+
+def _list(title: str, items: list, say: Callable[[Any], str]) -> list[str]:
+    rest = [f"{title}: and {len(items) - FIRST} more"] if len(items) > FIRST else []
+    return [f"{title}: {say(item)}" for item in items[:FIRST]] + rest

@@ -1,0 +1,230 @@
+"""The EDM2 U-Net (Karras et al. 2024, configuration G) for Tensor | Dual, with one or two times.
+
+Every layer preserves the expected magnitude of its activations: weights have unit length, sums and joins are scaled,
+nothing is normalised by data or has a bias. Two operations keep that so. `constrain` puts stored weights back to unit
+length after each optimizer step (eq. 66), so that the learning rate alone says how fast they turn; the forward divides
+by the length again (eq. 47), which makes the gradient tangential and serves averaged weights, whose length is below 1.
+`fold` does that division once and for all for a frozen network.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from cmt_kernels import (
+    Dual,
+    attention,
+    clip,
+    conv2d,
+    dropout,
+    fourier_embedding,
+    label_embedding,
+    linear,
+    pixel_norm,
+    silu,
+)
+from cmt_kernels.dual import add, combine, concatenate, linear_map, multiply, value
+from torch import Tensor, nn
+
+from cmt_fast.models.unet import Place, pack_heads, plan, resample, unpack_heads, walk
+
+# size: width, dropout of the published ImageNet-512 and ImageNet-64 networks
+SIZES = {"XS": (128, 0.0), "S": (192, 0.0), "M": (256, 0.1), "L": (320, 0.1), "XL": (384, 0.1), "XXL": (448, 0.1)}
+BALANCE = 0.3  # share of the residual branch, and of attention, in a magnitude-preserving sum
+LIMIT = 256.0  # activations are clipped to it
+EPS = 1e-4
+
+
+def mp_silu(x: Tensor | Dual) -> Tensor | Dual:
+    """silu(x)/0.596: unit magnitude for a unit normal x (eq. 81)."""
+    return linear_map(lambda y: y / 0.596, silu(x))
+
+
+def mp_sum(a: Tensor | Dual, b: Tensor | Dual, share: float = 0.5) -> Tensor | Dual:
+    """((1 - share) a + share b)/sqrt((1 - share)^2 + share^2) (eq. 88)."""
+    total = math.hypot(1 - share, share)
+    return combine(a, (1 - share) / total, b, share / total)
+
+
+def mp_cat(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
+    """a and b side by side along the channels, each with an equal part in the magnitude (eq. 103)."""
+    n_a, n_b = value(a).shape[1], value(b).shape[1]
+    both = math.sqrt((n_a + n_b) / 2)
+    w_a, w_b = both / math.sqrt(n_a), both / math.sqrt(n_b)
+    return concatenate(linear_map(lambda x: x * w_a, a), linear_map(lambda x: x * w_b, b))
+
+
+def unit(w: Tensor) -> Tensor:
+    """Each row w[i] over (eps + its root mean square): mean square 1. w: (E, ...), float32."""
+    mean = torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True) / math.sqrt(w[0].numel())
+    return w / (mean + EPS)
+
+
+class MPLayer(nn.Module):
+    """y = W x/|W|, row by row, and no bias: a linear layer (kernel 0, x: (..., D)) or a convolution (x: (B, D, H, W))."""
+
+    def __init__(self, d_in: int, d_out: int, kernel: int = 0) -> None:
+        super().__init__()
+        shape = (d_out, d_in, kernel, kernel) if kernel else (d_out, d_in)
+        self.weight = nn.Parameter(unit(torch.randn(shape)))
+        self.folded = False
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Put the stored weight back to unit magnitude, in place; what an engine does after an optimizer step."""
+        self.weight.copy_(unit(self.weight))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Hold the weight that the forward multiplies by, in memory of its own: for a network that is not trained on."""
+        if not self.folded:
+            self.weight = nn.Parameter(self.scaled(), requires_grad=False)
+            self.folded = True
+
+    def scaled(self) -> Tensor:
+        """What multiplies x: rows of length 1."""
+        return self.weight if self.folded else unit(self.weight) * (1 / math.sqrt(self.weight[0].numel()))
+
+    def forward(self, x: Tensor | Dual) -> Tensor | Dual:
+        w = self.scaled()
+        return linear(x, w) if w.ndim == 2 else conv2d(x, w)
+
+
+class MPLabel(MPLayer):
+    """labels: (B,) in [0, classes] -> (B, width); `classes`, or a label that is dropped, is the null class and gives 0."""
+
+    def forward(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
+        w = self.scaled()
+        return label_embedding(labels, F.pad(w.t() * math.sqrt(w.shape[1]), (0, 0, 0, 1)), drop)
+
+
+class MPFourier(nn.Module):
+    """t: (B,) -> (B, n): sqrt(2) cos(frequency t + phase), with frequencies ~ 2 pi N(0, 1) drawn once and kept."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.register_buffer("frequency", 2 * math.pi * torch.randn(n))
+        self.register_buffer("phase", 2 * math.pi * torch.rand(n))
+
+    def forward(self, t: Tensor | Dual) -> Tensor | Dual:
+        return fourier_embedding(t, self.frequency, self.phase)
+
+
+class LogVariance(nn.Module):
+    """c_noise: (B,) -> u (B,), the log of the expected loss at that noise: weighs pre-training's loss (eq. 21)."""
+
+    def __init__(self, features: int = 128) -> None:
+        super().__init__()
+        self.fourier, self.out = MPFourier(features), MPLayer(features, 1)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        with torch.autocast(c_noise.device.type, enabled=False):
+            return self.out(self.fourier(c_noise))[:, 0]
+
+
+class Block(nn.Module):
+    """x: (B, C, H, W), emb: (B, D), seeds: (B, 2) | None -> (B, C', H', W'): a residual branch, then attention."""
+
+    def __init__(self, place: Place, encodes: bool, emb: int, head: int, drop: float) -> None:
+        super().__init__()
+        c_in, c = place.inputs, place.outputs
+        self.resample, self.encodes, self.p = place.resample, encodes, drop
+        self.heads = c // head if place.attention else 0
+        self.gain = nn.Parameter(torch.zeros([]))
+        self.emb = MPLayer(emb, c)
+        self.conv1 = MPLayer(c if encodes else c_in, c, 3)
+        self.conv2 = MPLayer(c, c, 3)
+        self.skip = MPLayer(c_in, c, 1) if c_in != c else None
+        self.qkv = MPLayer(c, 3 * c, 1) if self.heads else None
+        self.proj = MPLayer(c, c, 1) if self.heads else None
+
+    def forward(self, x: Tensor | Dual, emb: Tensor | Dual, seeds: Tensor | None) -> Tensor | Dual:
+        x = resample(x, self.resample)
+        if self.encodes:
+            x = pixel_norm(x if self.skip is None else self.skip(x), 1, EPS)
+        y = self.conv1(mp_silu(x))
+        scale = linear_map(lambda c: (c * self.gain)[:, :, None, None], self.emb(emb))
+        y = mp_silu(multiply(y, add(linear_map(lambda c: c.to(value(y).dtype), scale), value(y).new_ones(()))))
+        if seeds is not None and self.p:
+            y = dropout(y, seeds, self.p)
+        y = self.conv2(y)
+        if not self.encodes and self.skip is not None:
+            x = self.skip(x)
+        x = mp_sum(x, y, BALANCE)
+        if self.heads:
+            qkv = pixel_norm(pack_heads(self.qkv(x), self.heads), -1, EPS)
+            x = mp_sum(x, self.proj(unpack_heads(attention(qkv), value(x).shape[2])), BALANCE)
+        return clip(x, LIMIT)
+
+
+class Edm2(nn.Module):
+    """F(x, t, r, labels): x (B, C, H, W), t, r (B,) -> (B, C, H, W); t is c_noise under a Denoiser.
+
+    two_times adds features of t - r (an average velocity); otherwise r is not read. Classes 0: unconditional.
+    seeds: (B, dropouts, 2) draws the dropout of a training step; None: no dropout.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        side: int,
+        classes: int,
+        *,
+        width: int,
+        multipliers: tuple[int, ...] = (1, 2, 3, 4),
+        blocks: int = 3,
+        attention: tuple[int, ...] = (16, 8),
+        head: int = 64,
+        dropout: float = 0.0,
+        two_times: bool = False,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = tuple(width * m for m in multipliers)
+        encoder, decoder = plan(side, widths[0], widths, blocks, lambda s: s in attention)
+        narrow = [p for p in encoder + decoder if p.attention and p.outputs % head]
+        if narrow:
+            raise ValueError(f"model.head: heads of width {head} do not divide {narrow[0].outputs} channels")
+        self.classes, self.checkpoint_activations = classes, checkpoint_activations
+        self.dropouts = len(encoder + decoder) if dropout else 0
+        emb = max(widths)
+        self.fourier = MPFourier(widths[0])
+        self.noise = MPLayer(widths[0], emb)
+        self.duration = MPLayer(widths[0], emb) if two_times else None
+        self.label = MPLabel(classes, emb) if classes else None
+        self.conv = MPLayer(channels + 1, widths[0], 3)
+        make = lambda places, encodes: nn.ModuleDict({p.name: Block(p, encodes, emb, head, dropout) for p in places})
+        self.encoder, self.decoder = make(encoder, True), make(decoder, False)
+        self.out = MPLayer(widths[0], channels, 3)
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.log_variance = LogVariance()
+
+    def forward(
+        self,
+        x: Tensor | Dual,
+        t: Tensor | Dual,
+        r: Tensor | Dual | None = None,
+        labels: Tensor | None = None,
+        drop: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> Tensor | Dual:
+        emb = self._embed(t, r, labels, drop)
+        x = concatenate(x, torch.ones_like(value(x)[:, :1]))  # the channel of ones stands in for biases
+        x = walk(self.conv(x), emb, self.encoder, self.decoder, mp_cat, seeds, self.checkpoint_activations)
+        return linear_map(lambda y: y * self.out_gain, self.out(x))
+
+    def _embed(
+        self, t: Tensor | Dual, r: Tensor | Dual | None, labels: Tensor | None, drop: Tensor | None
+    ) -> Tensor | Dual:
+        """(B, D), in fp32 whatever autocast says."""
+        with torch.autocast(value(t).device.type, enabled=False):
+            emb = self.noise(self.fourier(t))
+            if self.duration is not None:
+                span = add(t, linear_map(torch.neg, t if r is None else r))
+                emb = mp_sum(emb, self.duration(self.fourier(span)))
+            if self.label is not None:
+                null = torch.full_like(value(t), self.classes, dtype=torch.int64)
+                emb = mp_sum(emb, self.label(null if labels is None else labels, drop))
+            return mp_silu(emb)

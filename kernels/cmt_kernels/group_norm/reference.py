@@ -1,0 +1,34 @@
+"""group_norm in plain torch."""
+
+import torch
+from torch import Tensor
+
+from cmt_kernels.dual import Dual, value
+
+
+def group_norm(x: Tensor | Dual, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5) -> Tensor | Dual:
+    x_v = value(x).contiguous()
+    b, c, pixels = x_v.shape[0], x_v.shape[1], x_v[0, 0].numel()
+    weight, bias = weight.to(x_v.dtype).contiguous(), bias.to(x_v.dtype).contiguous()  # its kernel reads no strides
+    y, mean, r = torch.native_group_norm(
+        x_v, weight, bias, b, c, pixels, groups, eps
+    )  # F.group_norm keeps no mean and r
+    if not isinstance(x, Dual):
+        return y
+    with torch.no_grad():  # the Jacobian of a norm is symmetric: its tangent is its backward, in one kernel
+        k = len(x.tangent)
+        if k == 0:
+            return Dual(y, torch.zeros_like(y[:0]))
+        xh_dot, _, _ = torch.ops.aten.native_group_norm_backward(
+            x.tangent.to(x_v.dtype).contiguous(),
+            x_v[:k],
+            mean[:k],
+            r[:k],
+            None,
+            k,
+            c,
+            pixels,
+            groups,
+            [True, False, False],
+        )
+        return Dual(y, xh_dot * weight[:, None, None])

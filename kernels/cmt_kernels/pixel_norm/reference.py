@@ -1,0 +1,23 @@
+"""pixel_norm in plain torch."""
+
+import torch
+from torch import Tensor
+
+from cmt_kernels.dual import Dual, value
+
+
+def pixel_norm(x: Tensor | Dual, dim: int = 1, eps: float = 1e-4) -> Tensor | Dual:
+    x_v = value(x)
+    wide = torch.promote_types(x_v.dtype, torch.float32)
+    scale = x_v.shape[dim] ** -0.5
+    length = torch.linalg.vector_norm(x_v, dim=dim, keepdim=True, dtype=wide)
+    n = length * scale + eps
+    y = x_v / n.to(x_v.dtype)
+    if not isinstance(x, Dual):
+        return y
+    with torch.no_grad():
+        k = len(x.tangent)
+        x_v, x_dot, n, length = x_v[:k].to(wide), x.tangent.to(wide), n[:k], length[:k]
+        n_dot = (x_v * x_dot).sum(dim, keepdim=True) * scale / length
+        n_dot = torch.where(length > 0, n_dot, 0)  # the gradient of a length at 0 is taken as 0
+        return Dual(y, ((x_dot - x_v / n * n_dot) / n).to(y.dtype))
