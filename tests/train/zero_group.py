@@ -14,19 +14,19 @@ from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import deepspeed  # noqa: E402, F401
-import sklearn.datasets  # noqa: E402, F401
-import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401
-from torch import nn  # noqa: E402
+import deepspeed  # noqa: F401
+import sklearn.datasets  # noqa: F401
+import torch
+import torch._dynamo
+from torch import nn
 
-from bench import zero  # noqa: E402
-from bench.zero import CASES, Failed, Setting, curves, do, exchange, launch, losses, small  # noqa: E402
-from cmt_fast import checkpoint, distributed, loop  # noqa: E402
-from cmt_fast.cli import main as command  # noqa: E402
-from cmt_fast.engine import Choice, LocalEngine  # noqa: E402
-from cmt_fast.engine.zero import ZeroEngine  # noqa: E402
-from cmt_fast.schema import ConstantEma, Denoise, PowerEma, Stage  # noqa: E402
+from bench import zero
+from bench.zero import CASES, Failed, Setting, curves, do, exchange, launch, losses, small
+from cmt_fast import checkpoint, distributed, loop
+from cmt_fast.cli import main as command
+from cmt_fast.engine import Choice, LocalEngine
+from cmt_fast.engine.zero import ZeroEngine
+from cmt_fast.schema import ConstantEma, Denoise, PowerEma, Stage
 
 STEPS = 4
 EVERY = [Setting(None, 1), *(Setting(s, 2) for s in (0, 1, 2, 3))]
