@@ -28,6 +28,7 @@ class Source:
         self.total, self.passes = stages.schedule(stage).total, engine.passes
         self.draws_data = ROWS[stage.objective.kind].draws == "data"
         self.loader = loader(run.loader, work.data, run.seed, work.device, self.own) if self.draws_data else None
+        self._step, self._rows = -1, (torch.empty(0), None)
         held = lambda name: engine.frozen(work.network(name))
         net, guide = held(stage.teacher) if stage.teacher else None, stage.autoguidance
         weaker = Autoguided(net, held(guide.network), guide.scale) if net and guide else None
@@ -55,7 +56,7 @@ class Source:
         world = World(self.path, random, self.teacher, step / self.total, self.features, nimg, self.perceptual)
         mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * self.passes)
         rows = torch.arange(self.own, device=self.work.device)[mine]
-        drawn = self._data(random, step, rows) if self.draws_data else self._points(random, step, rows, rows)
+        drawn = self._data(random, step, rows, part) if self.draws_data else self._points(random, step, rows, rows)
         net = _dropping(engine, random, rows)
         loss, scalars = ROWS[self.stage.objective.kind].function(net, drawn, self.stage.objective, world)
         scalars = {k: v.mean() for k, v in scalars.items()}
@@ -70,9 +71,13 @@ class Source:
         share = self.anchored / self.stage.batch
         return (1 - share) * anchor.post_weight * loss.mean() + share * held.mean(), scalars
 
-    def _data(self, random: rng.Random, step: int, rows: Tensor) -> Batch:
+    def _data(self, random: rng.Random, step: int, rows: Tensor, part: int) -> Batch:
+        """This pass's rows: those of the whole step are asked for at once, as loaders read ahead step by step."""
         assert self.loader is not None
-        x_0, labels = self.loader.rows(rows.to(self.loader.place) + step * self.own)
+        if part == 0 or self._step != step:
+            mine = torch.arange(self.own, device=self.loader.place)[distributed.rank() :: distributed.size()]
+            self._step, self._rows = step, self.loader.rows(mine + step * self.own)
+        x_0, labels = (x if x is None else x[part :: self.passes] for x in self._rows)
         return Batch(x_0, labels, rows, self._drop(random, labels, rows))
 
     def _points(self, random: rng.Random, step: int, rows: Tensor, sample: Tensor):

@@ -41,9 +41,7 @@ class Workspace:
         self.device = device(run.device)
         try:
             self.data = datasets.load(run.data)
-            stages.check(run, self.data.shape, self.data.classes)
-            with torch.device("meta"):  # whether it can be built, without its memory
-                self.build()
+            check(run, self.data.shape, self.data.classes)
         except ConfigError:
             raise
         except ValueError as error:
@@ -279,6 +277,17 @@ class Workspace:
             except BlockingIOError:
                 raise ConfigError(f"--out: {self.folder} is in use by another process") from None
             yield
+
+
+def check(run: Run, shape: tuple[int, ...], classes: int) -> int:
+    """Whether a run makes sense for rows of this shape: its stages, and its network, built without memory.
+
+    Returns the network's parameters. Raises ValueError or ConfigError naming the key that is wrong.
+    """
+    stages.check(run, shape, classes)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        net = models.build(run.model, run.path, run.sigma_data, shape, classes)
+    return sum(p.numel() for p in net.parameters())
 
 
 def _about(folder: Path) -> dict:

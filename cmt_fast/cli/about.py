@@ -12,6 +12,7 @@ from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
 from cmt_fast.data import dali
+from cmt_fast.schema import Run
 
 
 def add(command: Command) -> None:
@@ -51,8 +52,22 @@ def recipes(args: argparse.Namespace) -> None:
         print(f"{target}: a copy of {names[0]}")
     else:
         for name in names:
-            work = ws.Workspace(config.load(name), Path("."))
-            print(f"{name}: valid, {config.digest(work.run)[:12]}")
+            print(f"{name}: valid, {_validate(config.load(name))}")
+
+
+def _validate(run: Run) -> str:
+    """What a run is; of one whose store is not here, by what its recipe expects of it. Raises ConfigError."""
+    expects = getattr(run.data, "expects", None)
+    if expects is None or Path(run.data.path).is_dir():
+        parameters = ws.Workspace(run, Path(".")).parameters
+        return f"{parameters:,} parameters, {config.digest(run)[:12]}"
+    try:
+        parameters = ws.check(run, expects.shape, expects.classes)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return f"{parameters:,} parameters, {config.digest(run)[:12]} ({run.data.path} is not here)"
 
 
 def doctor(args: argparse.Namespace) -> None:

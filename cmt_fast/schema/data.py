@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cmt_fast.schema.numbers import Count, Positive, schema
+from cmt_fast.schema.numbers import Count, Natural, Positive, schema
 
 
 @schema
@@ -36,11 +36,20 @@ class Npz:
 
 
 @schema
+class Expected:
+    """What a recipe's rows must be like: shape (C, H, W) of one, number of classes (0: no labels)."""
+
+    shape: tuple[Count, Count, Count]
+    classes: Natural
+
+
+@schema
 class Latents:
     """A store made by `cmt data encode`, `import` or `shards`: latents, or 8-bit images in [-1, 1].
 
     flip: mirror images are rows too. z = scale (x - mean) / std: a channel's own mean and std over the data unless given
-    here, as public checkpoints need (Stable Diffusion: mean 0, std 1, scale 0.18215).
+    here, as public checkpoints need (Stable Diffusion: mean 0, std 1, scale 0.18215). expects: another store is refused,
+    and the recipe can be checked where its store is not.
     """
 
     path: str
@@ -49,6 +58,7 @@ class Latents:
     mean: tuple[float, ...] | None = None
     std: tuple[Positive, ...] | None = None
     scale: Positive = 0.5
+    expects: Expected | None = None
 
 
 Data = Annotated[Digits | Gmm | Npz | Latents, Field(discriminator="kind")]

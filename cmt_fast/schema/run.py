@@ -95,6 +95,8 @@ class Features:
 class Run:
     """One complete run: data, model, path, the three stages and the control.
 
+    `pre: null`: the student begins from nothing, its teacher comes from another run.
+
     `zero_stage`, `zero_teacher`: how far the engine `zero` shards student and teacher; auto: by memory, see --dry-run.
     `timeout_s`: of a collective call, after which a rank that does not answer is given up.
     """
@@ -103,7 +105,7 @@ class Run:
     data: Data
     model: Model
     path: Literal["ve", "linear"]
-    pre: Stage
+    pre: Stage | None
     mid: Stage
     post: Stage
     control: Stage | None = None
@@ -121,5 +123,5 @@ class Run:
     tensorboard: bool = False
 
     def stage(self, name: str) -> Stage | None:
-        """The stage called `name`, None where a run has no control."""
+        """The stage called `name`, None where a run has none."""
         return getattr(self, name)
