@@ -160,9 +160,8 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(world, encoded):
         [sys.executable, "-m", "cmt_fast", *encode(folder, "killed")], env=env, stdout=subprocess.DEVNULL
     )
     half = folder / "killed.part" / "shard-00002.json"
-    for _ in range(6000):
-        if half.is_file() or process.poll() is not None:
-            break
+    deadline = time.monotonic() + 240
+    while not half.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and half.is_file() and not (folder / "killed").exists()
