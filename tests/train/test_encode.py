@@ -169,6 +169,7 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(world, encoded):
         Store(folder / "killed")
     before = (folder / "killed.part" / "shard-00001.bin").stat().st_mtime_ns
     (folder / "killed.part" / "shard-00004.part").write_bytes(b"torn")
+    assert main([*encode(folder, "killed"), "--broken", "fail"]) == 2  # what was left out before is not passed over
     assert main(encode(folder, "killed")) == 0
     assert contents(folder / "killed") == contents(encoded)
     assert (folder / "killed" / "shard-00001.bin").stat().st_mtime_ns == before  # it was not made again
