@@ -28,6 +28,7 @@ from cmt_fast.data.writing import Layout, Rows, Writer, key_of
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CROP = "centre, boxes then bicubic"
 FILE_BYTES = 256 << 20
+SKIP = " (--broken skip leaves such images out)"
 
 
 class Picture(NamedTuple):
@@ -56,7 +57,7 @@ def listing(source: Path) -> tuple[list[Picture], list[str]]:
     """
     if not source.is_dir():
         raise DatasetError(f"{source}: is no folder")
-    folders = sorted(p for p in source.iterdir() if p.is_dir())
+    folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
     loose = _pictures(source, source.iterdir(), None)
     classed = [(f, _pictures(source, f.rglob("*"), k)) for k, f in enumerate(folders)]
     found = [p for _, pictures_ in classed for p in pictures_]
@@ -68,7 +69,7 @@ def listing(source: Path) -> tuple[list[Picture], list[str]]:
 
 
 def _pictures(source: Path, paths, label: int | None) -> list[Picture]:
-    files = [p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
+    files = [p for p in paths if p.suffix.lower() in SUFFIXES and (p.is_file() or p.is_symlink())]
     return sorted(Picture(p.relative_to(source).as_posix(), p.stat().st_size, label) for p in files)
 
 
@@ -110,7 +111,10 @@ def encode(
     with writer.lock() if rank == 0 else contextlib.nullcontext(), ThreadPoolExecutor(workers, "images") as pool:
         for k in mine:
             chunk, mirror = work[k]
-            if writer.record(k, keys[k]) is None:
+            before = writer.record(k, keys[k])
+            if before and before["notes"] and not skip_broken:
+                raise DatasetError(f"{source / before['notes'][0][0]}: {before['notes'][0][1]}{SKIP}")
+            if before is None:
                 with writer.shard(k, layout, keys[k]) as rows:
                     told = functools.partial(_told, tell, done, total)
                     _fill(rows, source, chunk, mirror, codec, settings, skip_broken, pool, told)
@@ -141,7 +145,7 @@ def _fill(
         elif skip_broken:
             rows.notes += [] if mirror else [(text(picture.name), found)]
         else:
-            raise DatasetError(f"{source / picture.name}: {found} (--broken skip leaves such images out)")
+            raise DatasetError(f"{source / picture.name}: {found}{SKIP}")
         if len(batch) == settings.batch or (done == len(chunk) and batch):
             _encode_batch(rows, batch, codec, settings)
             batch = []
@@ -175,5 +179,5 @@ def _pixels(path: Path, size: int, mirror: bool) -> np.ndarray | str:
         if path.stat().st_size > FILE_BYTES:
             return f"has {path.stat().st_size:,} bytes, that is too many"
         return pictures.pixels(pictures.centre_crop(pictures.read(path.read_bytes()), size), mirror)
-    except (pictures.BrokenImage, OSError) as error:
+    except pictures.BrokenImage as error:  # a disk that does not answer is no broken image: OSError stops
         return " ".join(str(error).split())

@@ -118,7 +118,9 @@ class Writer:
             raise DatasetError(f"{self.out}: some rows have labels and some have none")
         half = len(labels) // 2
         if facts["flips"] and (len(labels) % 2 or labels[:half] != labels[half:]):
-            raise DatasetError(f"{self.out}: the mirror images are not those of the images; the source has changed")
+            raise DatasetError(
+                f"{self.out}: the mirror images are not those of the images; the source has changed; remove {self.folder}"
+            )
         names = tuple(facts["class_names"])
         has = labels[0] is not None
         arrays = {latents.CHECKSUMS: np.array([int(c, 16) for _, r in kept for c in r["checksums"]], "<u8")}
