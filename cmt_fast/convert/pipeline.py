@@ -128,8 +128,8 @@ class CmtPipeline(DiffusionPipeline):
         path = ForwardPath(known["path"], known["sigma_data"])
         setting = _Chosen(path, sampler, shape, classes, device, noise=_on(latents, device), labels=_on(labels, device))
         steps = num_inference_steps or (sampler.teacher_steps if self.config.many_steps else 1)
-        draw = setting.solve if self.config.many_steps else setting.few_steps
-        x = draw(self.network, steps, seed, torch.arange(n, device=device)).float()
+        # the network itself, not its holder: solvers ask it for its preconditioning
+        x = setting.draw(self.network.net, steps, seed, torch.arange(n, device=device), self.config.many_steps)
         images = x if output_type == "latent" else self._finish(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
