@@ -147,11 +147,9 @@ def test_latents_are_decoded_by_the_autoencoder_in_the_folder(tmp_path, capsys):
 
     synthetic.vae(tmp_path / "vae", factor=2, width=8)
     synthetic.vae(tmp_path / "other", seed=1, factor=2, width=8)
-    store = stores.make_store(tmp_path / "store", n=20, shape=(4, small.SIDE, small.SIDE), classes=small.CLASSES)
-    index = json.loads((tmp_path / "store/index.json").read_text())
-    digest = Codec.open(str(tmp_path / "vae"), "cpu").digest
-    index |= {"vae": "some/vae", "vae_xxh3_128": digest}
-    (tmp_path / "store/index.json").write_text(json.dumps(index))
+    made_by = ("some/vae", Codec.open(str(tmp_path / "vae"), "cpu").digest)
+    shape = (4, small.SIDE, small.SIDE)
+    store = stores.make_store(tmp_path / "store", n=20, shape=shape, classes=small.CLASSES, vae=made_by)
     tree = yaml.safe_load(small.recipe(tmp_path, small.EDM2).read_text())
     tree["data"] = {"kind": "latents", "path": str(store.folder)}
     recipe = tmp_path / "latents.yaml"
