@@ -1,8 +1,9 @@
 """Training of the classifier whose features are the distance `latent_lpips`: SGD on labelled rows, cross-entropy.
 
     OUT/latent_vgg.safetensors    what `perceptual.weights` names, written at the end
-    OUT/metrics.jsonl, checkpoints/    as of a stage; the same command goes on from the newest one, to the same bits
+    OUT/metrics.jsonl, checkpoints/    as of a stage, one an epoch; the same command goes on from the newest
 
+Stopped and started again it ends with the same bits on a CPU; on CUDA the convolutions' gradients need not be repeatable.
 One process, fp32, no augmentation of its own: E-LatentLPIPS' published settings are the defaults of the recipe's `features`.
 """
 
@@ -62,7 +63,7 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     every = max(1, total // 50)
     save_every = every * max(1, round(data.n / f.batch / every))
-    log, sums = Log(folder, first, total, "features", quiet=False), torch.zeros(2, dtype=torch.float64)
+    log, sums = Log(folder, first, total, "features", quiet=False), torch.zeros(2, dtype=torch.float64, device=device)
     clock = time.perf_counter()
     try:
         for step in range(first, total):
@@ -75,7 +76,7 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
             loss.backward()
             sgd.step()
             right = (logits.detach().argmax(1) == labels).double().mean()
-            sums += torch.stack((loss.detach().double(), right)).cpu()
+            sums += torch.stack((loss.detach().double(), right))
             n, last = step + 1, step + 1 == total
             if n % every == 0 or last:
                 wall, clock = wall + time.perf_counter() - clock, time.perf_counter()

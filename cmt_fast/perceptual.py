@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -161,7 +162,9 @@ def _tensors(key: str, file: str) -> dict[str, Tensor]:
     try:
         if file.endswith(".safetensors"):
             return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of what is refused in the next line anyway
+            warnings.simplefilter("ignore")
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ConfigError(f"perceptual.{key}: {file} cannot be read ({_first_line(error)})") from None
     if not isinstance(found, dict):

@@ -12,14 +12,14 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import cmt_kernels
 import torch
 from torch import Tensor, nn
 
-from cmt_fast import __version__, checkpoint, config, distributed, log, metrics, models, perceptual, stages
+from cmt_fast import __version__, checkpoint, config, distributed, engine, log, metrics, models, perceptual, stages
 from cmt_fast import data as datasets
 from cmt_fast.codec import Codec
 from cmt_fast.config import ConfigError
@@ -42,7 +42,8 @@ class Workspace:
         try:
             self.data = datasets.load(run.data)
             stages.check(run, self.data.shape, self.data.classes)
-            self.build()
+            with torch.device("meta"):  # whether it can be built, without its memory
+                self.build()
         except ConfigError:
             raise
         except ValueError as error:
@@ -73,10 +74,10 @@ class Workspace:
         except checkpoint.CheckpointError as error:
             raise ConfigError(f"{name}: {error}; train it first") from None
 
-    def weights(self, name: str) -> tuple[dict[str, Tensor], dict]:
+    def weights(self, name: str) -> tuple[Mapping[str, Tensor], dict]:
         """The hand-over of a finished stage: its first EMA track and its manifest. Raises ConfigError as `finished`."""
         found = self.finished(name)
-        return found.tensors("ema-0"), found.manifest
+        return found.stream("ema-0"), found.manifest
 
     def network(self, name: str) -> nn.Module:
         """The frozen network of a finished stage of this run or, as RUN/STAGE, of another; EMA weights, in fp32.
@@ -95,7 +96,7 @@ class Workspace:
     @property
     def latents(self) -> Index | None:
         """What the store says of its latents; None where rows are no latents."""
-        index = None if isinstance(self.data, datasets.Dataset) else getattr(self.data, "index", None)
+        index = self.data.index if self.run.data.kind == "latents" else None
         return index if index is not None and index.kind != "pixels" else None
 
     def codec(self, source: str | None = None) -> Codec:
@@ -152,6 +153,31 @@ class Workspace:
         own |= {"normalisation": getattr(self.data, "normalisation", None)}
         return json.loads(json.dumps(own))
 
+    def sizing(self, name: str) -> engine.Choice:
+        """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it.
+
+        Raises ConfigError where the engine cannot be had or cannot do what the stage asks for.
+        """
+        run, stage = self.run, self.run.stage(name)
+        assert stage is not None
+        teacher = self.parameters if stage.teacher else 0
+        bf16, tracks, processes = stage.precision == "bf16", len(stage.ema), distributed.size()
+        memory = engine.sizing.memory_bytes(self.device)
+        choice = engine.choose(
+            run.engine, run.zero_stage, run.zero_teacher, self.parameters, teacher, processes, tracks, bf16, memory
+        )
+        try:
+            engine.check(run, stage, choice)
+        except ValueError as error:
+            text = str(error)
+            raise ConfigError(f"{name}.{text}" if text.startswith("compile") else text) from None
+        return choice
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Parameters of the network."""
+        return sum(p.numel() for p in self.build().parameters())
+
     @functools.cached_property
     def space(self) -> metrics.Extractor:
         return metrics.extractor(self.data, self.folder if self.folder.is_dir() else self.parents)
@@ -194,7 +220,8 @@ class Workspace:
     def compare(self) -> Run | None:
         """The run stored in the folder, if any; stages not begun may differ from it.
 
-        Raises ConfigError when a stage that has begun was trained with other settings, its own or its ancestors'.
+        Raises ConfigError when a stage that has begun was trained with other settings, its own or its ancestors', or on
+        other rows.
         """
         if not (self.folder / RUN_FILE).is_file():
             return None
@@ -209,12 +236,21 @@ class Workspace:
                     f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
                     "choose another folder"
                 )
+            rows = config.changed(_about(self.folder).get("data") or self.data.facts, self.data.facts)
+            if rows:
+                raise ConfigError(
+                    f"data: these are not the rows that {self.folder / name} was trained on ({'; '.join(rows)})"
+                )
         return stored
 
     def claim(self) -> None:
         """Create the folder and write run.json. Raises ConfigError as `compare` does."""
         stored = self.compare()
-        if stored and config.dump(stored) == config.dump(self.run):
+        if (
+            stored
+            and config.dump(stored) == config.dump(self.run)
+            and _about(self.folder).get("data") == self.data.facts
+        ):
             return
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -222,8 +258,10 @@ class Workspace:
                 "digest": config.digest(self.run),
                 "run": config.dump(self.run),
                 "rows": self.rows(),
+                "data": self.data.facts,
                 "environment": environment(),
                 "ops": cmt_kernels.table(self.device.type),
+                "engine": {name: self.sizing(name)._asdict() for name in stages.names(self.run)},
                 "parents": str(self.parents) if self.parents != self.folder else None,
             }
             checkpoint.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))
@@ -241,6 +279,11 @@ class Workspace:
             except BlockingIOError:
                 raise ConfigError(f"--out: {self.folder} is in use by another process") from None
             yield
+
+
+def _about(folder: Path) -> dict:
+    """run.json of a run."""
+    return json.loads((folder / RUN_FILE).read_text("utf-8"))
 
 
 def stored_run(folder: Path) -> Run:
@@ -268,7 +311,7 @@ def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, st
 def _parents(folder: Path) -> Path | None:
     """Where the stages are that a stored run did not train itself."""
     stored_run(folder)
-    parents = json.loads((folder / RUN_FILE).read_text("utf-8")).get("parents")
+    parents = _about(folder).get("parents")
     return Path(parents) if parents else None
 
 
@@ -280,7 +323,7 @@ def fits(work: Workspace, name: str) -> None:
     folder, mine = Path(name).parent, work.run
     other = stored_run(folder)
     pairs = [(key, getattr(other, key), getattr(mine, key)) for key in ("path", "sigma_data")]
-    stored = json.loads((folder / RUN_FILE).read_text("utf-8")).get("rows")
+    stored = _about(folder).get("rows")
     if stored is None:
         pairs.append(("data", config.dump(other)["data"], config.dump(mine)["data"]))
     else:

@@ -44,7 +44,8 @@ class Denoiser(nn.Module):
         c_skip, c_out, c_in = self.scalings(t_v)
         scaled, c_noise = column(c_in, x_v) * x_v, t_v.log() / 4
         if isinstance(x, Dual) or isinstance(t, Dual):
-            scaled, c_noise = self._inputs(x, t, scaled, c_noise)
+            rate = torch.reciprocal(4 * head(t, rows(x, t)))
+            scaled, c_noise = _inputs(x, t, self.sigma_data, scaled, c_noise, rate)
         f = self._network(scaled, c_noise, labels, drop, seeds)
         d = column(c_skip, x_v) * x_v + column(c_out, x_v) * value(f).to(x_v.dtype)
         if uncertainty:
@@ -66,30 +67,14 @@ class Denoiser(nn.Module):
         return self.net(scaled, c_noise, None, labels, drop, *([] if seeds is None else [seeds]))
 
     @torch.no_grad()
-    def _inputs(self, x: Tensor | Dual, t: Tensor | Dual, scaled: Tensor, c_noise: Tensor) -> tuple[Dual, Dual]:
-        """The network's inputs with their tangents: c_in' = -t c_in^3, c_noise' = 1/(4t)."""
-        x_v, t_v, x_dot, t_dot = self._head(x, t)
-        c_in = (t_v.square() + self.sigma_data**2).rsqrt()
-        change = column(c_in, x_v) * x_dot - column(t_v * c_in**3 * t_dot, x_v) * x_v
-        return Dual(scaled, change), Dual(c_noise, t_dot / (4 * t_v))
-
-    @torch.no_grad()
     def _tangent(self, x: Tensor | Dual, t: Tensor | Dual, f: Dual) -> Tensor:
         """dD = c_skip dx + c_skip' x dt + c_out dF + c_out' F dt; c_skip' = -2 t s^2 c_in^4, c_out' = s^3 c_in^3. (k, ...)."""
-        x_v, t_v, x_dot, t_dot = self._head(x, t)
+        x_v, t_v, x_dot, t_dot = _heads(x, t)
         s, c_in = self.sigma_data, (t_v.square() + self.sigma_data**2).rsqrt()
         f_v, f_dot = f.value[: len(x_dot)].to(x_v.dtype), f.tangent.to(x_v.dtype)
         skip, out = -2 * t_v * s**2 * c_in**4 * t_dot, s**3 * c_in**3 * t_dot
         moved = column(s**2 * c_in**2, x_v) * x_dot + column(t_v * s * c_in, x_v) * f_dot
         return moved + column(skip, x_v) * x_v + column(out, x_v) * f_v
-
-    @staticmethod
-    def _head(x: Tensor | Dual, t: Tensor | Dual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The first k rows of x and t, and their tangents, zero where one is a constant."""
-        k = rows(x, t)
-        x_v, t_v = head(x, k), head(t, k)
-        x_dot, t_dot = tangent(x), tangent(t)
-        return x_v, t_v, *(torch.zeros_like(v) if d is None else d for v, d in ((x_v, x_dot), (t_v, t_dot)))
 
 
 class NoiseDenoiser(nn.Module):
@@ -108,24 +93,40 @@ class NoiseDenoiser(nn.Module):
 
     def step_of(self, t: Tensor) -> Tensor:
         """t: (B,) > 0 -> n(t) (B,) in [0, 999]."""
+        return self._step(t)[0]
+
+    def _step(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """n(t) and dn/dt, 0 outside. (B,), (B,)."""
         x, table = t.double().log(), self.log_noise.double()
         i = torch.searchsorted(table, x).clamp(1, 999)
-        n = i - 1 + (x - table[i - 1]) / (table[i] - table[i - 1])
-        return n.clamp(0, 999).to(t.dtype)
+        slope = 1 / (table[i] - table[i - 1])
+        n = i - 1 + (x - table[i - 1]) * slope
+        inside = (n >= 0) & (n <= 999)
+        return n.clamp(0, 999).to(t.dtype), torch.where(inside, slope, 0).to(t.dtype) / t
 
     def forward(
         self,
-        x: Tensor,
-        t: Tensor,
-        r: Tensor | None = None,
+        x: Tensor | Dual,
+        t: Tensor | Dual,
+        r: Tensor | Dual | None = None,
         labels: Tensor | None = None,
         drop: Tensor | None = None,
         seeds: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Dual:
         """x: (B, ...), t: (B,) > 0; r is not read; seeds as in a Denoiser -> (B, ...) in the dtype of x."""
-        _, c_out, c_in = self.scalings(t)
-        eps = self._network(column(c_in, x) * x, t, labels, drop, seeds)
-        return x + column(c_out, x) * eps.to(x.dtype)
+        x_v, t_v = value(x), value(t)
+        _, c_out, c_in = self.scalings(t_v)
+        scaled, n = column(c_in, x_v) * x_v, self.step_of(t_v)
+        if isinstance(x, Dual) or isinstance(t, Dual):
+            scaled, n = _inputs(x, t, 1.0, scaled, n, self._step(head(t, rows(x, t)))[1])
+        eps = self._network(scaled, n, labels, drop, seeds)
+        d = x_v + column(c_out, x_v) * value(eps).to(x_v.dtype)
+        if not isinstance(eps, Dual):
+            return d
+        with torch.no_grad():  # dD = dx - eps dt - t d eps
+            x_v, t_v, x_dot, t_dot = _heads(x, t)
+            eps_v, eps_dot = eps.value[: len(x_dot)].to(x_v.dtype), eps.tangent.to(x_v.dtype)
+            return Dual(d, x_dot - column(t_dot, x_v) * eps_v - column(t_v, x_v) * eps_dot)
 
     def scalings(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in at times t, as a Denoiser's."""
@@ -135,10 +136,29 @@ class NoiseDenoiser(nn.Module):
         self, x_in: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None
     ) -> Tensor:
         """The predicted noise for the scaled input, as a Denoiser's."""
-        return self._network(x_in, t, labels, drop, None)
+        return self._network(x_in, self.step_of(t), labels, drop, None)
 
-    def _network(self, scaled: Tensor, t: Tensor, labels: Tensor | None, drop: Tensor | None, seeds: Tensor | None):
-        return self.net(scaled, self.step_of(t), None, labels, drop, *([] if seeds is None else [seeds]))
+    def _network(self, scaled, n, labels: Tensor | None, drop: Tensor | None, seeds: Tensor | None):
+        return self.net(scaled, n, None, labels, drop, *([] if seeds is None else [seeds]))
+
+
+def _heads(x: Tensor | Dual, t: Tensor | Dual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first k rows of x and t, and their tangents, zero where one is a constant."""
+    k = rows(x, t)
+    x_v, t_v = head(x, k), head(t, k)
+    x_dot, t_dot = tangent(x), tangent(t)
+    return x_v, t_v, *(torch.zeros_like(v) if d is None else d for v, d in ((x_v, x_dot), (t_v, t_dot)))
+
+
+@torch.no_grad()
+def _inputs(
+    x: Tensor | Dual, t: Tensor | Dual, spread: float, scaled: Tensor, noise: Tensor, rate: Tensor
+) -> tuple[Dual, Dual]:
+    """The network's inputs with their tangents: c_in = 1/sqrt(t^2 + spread^2), c_in' = -t c_in^3; rate: d noise / dt (k,)."""
+    x_v, t_v, x_dot, t_dot = _heads(x, t)
+    c_in = (t_v.square() + spread**2).rsqrt()
+    change = column(c_in, x_v) * x_dot - column(t_v * c_in**3 * t_dot, x_v) * x_v
+    return Dual(scaled, change), Dual(noise, t_dot * rate)
 
 
 class AverageVelocity(nn.Module):

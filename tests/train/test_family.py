@@ -11,14 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cmt_fast import rng
 from cmt_fast.data.gmm import Exact
 from cmt_fast.models import build
-from cmt_fast.models.precond import Denoiser
+from cmt_fast.models.precond import Denoiser, NoiseDenoiser
 from cmt_fast.objectives import ROWS, Batch, World
 from cmt_fast.objectives.continuous import warm_up
 from cmt_fast.objectives.meanflow import draw_times
 from cmt_fast.paths import column
 from cmt_fast.rng import Random
-from cmt_fast.schema import Dit, Ecd, Gmm, IMeanFlow, MeanFlow, Mlp, Scd, Sct
-from cmt_fast.solvers import Autoguided
+from cmt_fast.sample import Setting
+from cmt_fast.schema import Dit, Ecd, Gmm, IMeanFlow, MeanFlow, Mlp, Sampler, Scd, Sct
+from cmt_fast.solvers import Autoguided, grid
 from tests.train import test_gmm_world as gmm
 from tests.train.test_gmm_world import LINEAR, MIXTURE, OFF, VE, batch, errors, size
 
@@ -32,7 +33,7 @@ def perturbed(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def network(path: str, classes: int = 0, kind: str = "mlp") -> torch.nn.Module:
-    if kind == "mlp":
+    if kind != "dit":
         return perturbed(build(Mlp(width=16, depth=2), path, 0.5, (2,), classes))
     return perturbed(build(Dit(width=16, depth=1, heads=2, patch=4), path, 0.5, (2, 8, 8), classes))
 
@@ -40,11 +41,13 @@ def network(path: str, classes: int = 0, kind: str = "mlp") -> torch.nn.Module:
 # ------------------------------------------------------------------------------------------ the denoiser's tangent
 
 
-@pytest.mark.parametrize("kind, shape", [("mlp", (2,)), ("dit", (2, 8, 8))])
+@pytest.mark.parametrize("kind, shape", [("mlp", (2,)), ("noise", (2,)), ("dit", (2, 8, 8))])
 @pytest.mark.parametrize("moves", ["both", "x", "t"])
 @pytest.mark.parametrize("k", [6, 2])
 def test_denoiser_tangent_against_func_jvp(kind: str, shape: tuple, moves: str, k: int) -> None:
     net, t = network("ve", 3, kind), torch.tensor([0.002, 0.05, 0.5, 1.0, 9.0, 80.0]).double()
+    if kind == "noise":  # a network of DDPM's steps; 0.002 is below the first
+        net = NoiseDenoiser(network("ve", 3).net).double()
     x, x_dot = torch.randn(2, 6, *shape).double()
     x, labels = x * column(1 + t, x), torch.tensor([0, 1, 2, 0, 1, 2])
     drop, t_dot = labels == 1, torch.randn(6).double() * t
@@ -286,3 +289,18 @@ def test_autoguided_ecd_is_at_rest_at_the_guided_answer() -> None:
     rest, plain = (size(gradients("ecd", known(scale), rows, config, at)) for scale in (2.05, 1.0))
     off = size(gradients("ecd", known(2.05), rows, config, at, OFF))
     assert rest < plain / 300 and rest < off / 300
+
+
+# ------------------------------------------------------------------------------------------ two-step samplers
+
+
+def test_published_second_times() -> None:
+    """0.77569 of mid-training is node 7 of its 16 steps; after ECT 0.821; flow maps halve the way."""
+    assert grid(VE, 16, 80.0, 0.002)[7] == pytest.approx(0.77569, abs=5e-6)
+    assert Sampler().mid_times[2] == (0.821,)
+    seen: list[tuple[float, float]] = []
+    net = lambda x, t, r, labels: (seen.append((float(t[0]), float(r[0]))), torch.zeros_like(x))[1]
+    setting = Setting(VE, Sampler(mid_times={2: (1.526,)}), (2,), 0, torch.device("cpu"))
+    setting.few_steps(net, 2, 0, torch.arange(3))
+    Setting(LINEAR, Sampler(), (2,), 0, torch.device("cpu")).few_steps(net, 2, 0, torch.arange(3))
+    assert [t for t, _ in seen[:2]] == pytest.approx([80.0, 1.526]) and seen[2:] == [(1.0, 0.5), (0.5, 0.0)]

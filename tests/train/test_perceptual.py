@@ -24,7 +24,7 @@ from cmt_fast.models.vgg import LatentVgg, PixelVgg
 from cmt_fast.rng import Random
 from cmt_fast.schema import Perceptual
 from cmt_fast.workspace import Workspace
-from tests.train.tiny import metrics, tiny
+from tests.train.tiny import metrics, source_of, tiny
 
 CPU = torch.device("cpu")
 RANDOM = Random(5, 1, 2)
@@ -130,10 +130,10 @@ def test_lpips_is_the_definition(vgg16: dict, tmp_path: Path, form: str) -> None
 
 def test_lpips_of_grey_images_and_dead_features(vgg16: dict, tmp_path: Path) -> None:
     torch.save({k: -v.abs() if k.endswith("5.bias") else v for k, v in vgg16.items()}, tmp_path / "vgg.pt")
-    grey = torch.zeros(2, 1, 16, 16, requires_grad=True)
+    grey, other = torch.zeros(2, 1, 16, 16, requires_grad=True), torch.rand(2, 1, 16, 16)
     d = perceptual.load(Perceptual(str(tmp_path / "vgg.pt")), "lpips", (1, 16, 16), CPU)
-    loss = d(grey, torch.rand(2, 1, 16, 16), RANDOM, None)
-    torch.testing.assert_close(loss, d(grey.expand(-1, 3, -1, -1), torch.rand(2, 1, 16, 16), RANDOM, None) * 0 + loss)
+    loss = d(grey, other, RANDOM, None)
+    torch.testing.assert_close(loss, d(*(x.expand(-1, 3, -1, -1) for x in (grey, other)), RANDOM, None))
     assert torch.isfinite(torch.autograd.grad(loss.sum(), grey)[0]).all()
     f = torch.zeros(1, 4, 2, 2, requires_grad=True)
     assert torch.isfinite(torch.autograd.grad(perceptual.normalised(f).sum(), f)[0]).all()
@@ -260,7 +260,7 @@ def test_mid_training_with_latent_features(trained: Path, tmp_path: Path) -> Non
     loop.train(work, ["pre", "mid"])
     found = checkpoint.complete(tmp_path / "run" / "mid").manifest
     assert found["others"] == {"perceptual": {"weights": checkpoint.checksum(file)}}
-    source = loop.Source(work, "mid", work.run.mid)
+    source = source_of(work, "mid")
     with torch.no_grad():
         before, after = (float(source.loss(work.network(name), 0)[0]) for name in ("pre", "mid"))
     assert after < 0.9 * before

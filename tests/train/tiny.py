@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 from cmt_fast import config
-from cmt_fast.schema import Run
+from cmt_fast.engine import LocalEngine
+from cmt_fast.schema import Run, Stage
+from cmt_fast.source import Source
+from cmt_fast.workspace import Workspace
 
 SMALL = [
     "model.width=16",
@@ -49,3 +52,9 @@ def metrics(folder: Path) -> list[dict]:
     """The rows of a stage without what differs between equal runs."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "wall"} for row in rows]
+
+
+def source_of(work: Workspace, name: str, stage: Stage | None = None) -> Source:
+    """Rows and loss of a stage (the run's own, unless another is given), under a local engine."""
+    stage = stage or work.run.stage(name)
+    return Source(work, name, stage, LocalEngine(work.build(), stage, work.device))
