@@ -154,7 +154,10 @@ class CmtPipeline(DiffusionPipeline):
             from cmt_fast.codec import Codec, Normalisation
 
             constants = Normalisation(tuple(about["mean"]), tuple(about["std"]), about["scale"])
-            x = Codec(self.vae, about["vae"], constants).decode(x)
+            codec = getattr(self, "_codec", None)
+            if codec is None or codec.vae is not self.vae:  # it takes the weights' checksum, once
+                self._codec = codec = Codec(self.vae, about["vae"], self.vae.device, constants, self.vae.dtype)
+            x = codec.decode(x)
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise ValueError(f"output_type: samples of shape {tuple(x.shape[1:])} are no images; ask for 'latent'")
         x = (x / 2 + 0.5).clamp(0, 1).cpu()
