@@ -40,6 +40,20 @@ MAY = {
     "augment": {"rng"},
     "perceptual": {"augment", "checkpoint", "config", "models", "rng", "schema"},
     "classifier": {"checkpoint", "config", "data", "distributed", "log", "models", "perceptual", "schema"},
+    "convert": {
+        "__version__",
+        "checkpoint",
+        "codec",
+        "config",
+        "convert",
+        "log",
+        "models",
+        "paths",
+        "sample",
+        "schema",
+        "templates",
+        "workspace",
+    },
 }
 # heavy packages and the one module each may be imported in
 DOORS = {
@@ -120,6 +134,16 @@ def test_public_functions_have_docstrings(path):
         ):
             short = isinstance(node, ast.FunctionDef) and len(node.body) == 1
             assert short or ast.get_docstring(node), f"{ids(path)}: {node.name} has no docstring"
+
+
+def test_what_reads_pickles_imports_numpy_alone():
+    """The sandboxed child starts small, and what it does not have it cannot be made to use."""
+    import subprocess
+    import sys
+
+    code = "import sys, cmt_fast.convert.sandbox; print([m for m in ('torch', 'pydantic', 'yaml') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
 
 
 def test_importing_the_package_is_light():

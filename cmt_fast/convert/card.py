@@ -84,9 +84,9 @@ def _stored(work: Workspace, stage: str, about: dict[str, Any]) -> dict[str, Any
 def _judge(work: Workspace, stage: str, about: dict[str, Any]) -> list[str]:
     found = _stored(work, stage, about)
     if found is not None:
-        return [
-            f"{work.run.eval.n:,} samples of these weights, seed {work.run.eval.seed}; features {found['key'].get('extractor')}."
-        ]
+        settings = found["key"]
+        n, seed = settings["eval"]["n"], settings["eval"]["seed"]
+        return [f"{n:,} samples of these weights, seed {seed}; features {settings.get('extractor')}."]
     if _evaluated(work, stage):
         return [f"The last evaluation during training, {work.run.eval.n_during:,} samples."]
     return ["Not evaluated."]

@@ -72,15 +72,17 @@ def to_safetensors(export: Export, out: Path) -> None:
 def to_diffusers(export: Export, out: Path, vae: Path | None = None, license: str | None = None) -> None:
     """Write a pipeline's folder: model_index.json, network/, vae/ where one is given, the model card.
 
-    vae: an AutoencoderKL's folder, copied. Needs nothing of diffusers to be written.
+    vae: an AutoencoderKL's folder, copied. Without one nothing of diffusers is needed.
     """
     _claim(out)
     if vae is not None and not (vae / "config.json").is_file():
         raise ConfigError(f"--vae: {str(vae)!r} holds no config.json, it is no autoencoder's folder")
     run, data = export.work.run, export.work.data
-    latents = _latents(data)
+    latents = _latents(export.work)
     if vae is not None and latents is None:
         raise ConfigError("--vae: the run's data are no latents, nothing is decoded")
+    if vae is not None:
+        export.work.codec(str(vae))  # refuses one that did not make the latents
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     tree = config.dump(run)
     stage = run.stage(export.stage)
@@ -118,12 +120,12 @@ def to_diffusers(export: Export, out: Path, vae: Path | None = None, license: st
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _latents(data: Any) -> dict[str, Any] | None:
+def _latents(work: Workspace) -> dict[str, Any] | None:
     """How the data's latents are scaled, and the name of their autoencoder; None for pixels and vectors."""
-    constants, index = getattr(data, "normalisation", None), getattr(data, "index", None)
-    if constants is None or index is None or index.kind == "pixels":
+    index = work.latents
+    if index is None:
         return None
-    numbers = lambda values: [float(v) for v in values]
+    constants, numbers = work.data.normalisation, lambda values: [float(v) for v in values]
     vae = {"vae": index.vae, "vae_xxh3_128": index.vae_xxh3_128}
     return {"mean": numbers(constants.mean), "std": numbers(constants.std), "scale": float(constants.scale), **vae}
 

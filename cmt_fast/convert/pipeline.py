@@ -128,8 +128,8 @@ class CmtPipeline(DiffusionPipeline):
         path = ForwardPath(known["path"], known["sigma_data"])
         setting = _Chosen(path, sampler, shape, classes, device, noise=_on(latents, device), labels=_on(labels, device))
         steps = num_inference_steps or (sampler.teacher_steps if self.config.many_steps else 1)
-        draw = setting.solve if self.config.many_steps else setting.few_steps
-        x = draw(self.network, steps, seed, torch.arange(n, device=device)).float()
+        # the network itself, not its holder: solvers ask it for its preconditioning
+        x = setting.draw(self.network.net, steps, seed, torch.arange(n, device=device), self.config.many_steps)
         images = x if output_type == "latent" else self._finish(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -154,7 +154,10 @@ class CmtPipeline(DiffusionPipeline):
             from cmt_fast.codec import Codec, Normalisation
 
             constants = Normalisation(tuple(about["mean"]), tuple(about["std"]), about["scale"])
-            x = Codec(self.vae, about["vae"], constants).decode(x)
+            codec = getattr(self, "_codec", None)
+            if codec is None or codec.vae is not self.vae:  # it takes the weights' checksum, once
+                self._codec = codec = Codec(self.vae, about["vae"], self.vae.device, constants, self.vae.dtype)
+            x = codec.decode(x)
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise ValueError(f"output_type: samples of shape {tuple(x.shape[1:])} are no images; ask for 'latent'")
         x = (x / 2 + 0.5).clamp(0, 1).cpu()

@@ -20,7 +20,7 @@ from typing import Any
 from cmt_fast.convert import pickles
 from cmt_fast.convert.opcodes import Refused, shown
 
-MAX_BYTES = 64 << 30  # the largest public file of this kind has about 6 GB
+MAX_BYTES = 64 << 30  # EDM2-XXL's 1.5 billion numbers of two bytes make 3 GB
 REFUSED, TRIED = 3, 77  # exit codes of the child
 RESULTS = ("tensors.safetensors", "about.json")
 # events of reading and writing itself; "open" is looked at more closely

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from cmt_fast import checkpoint, config
 from cmt_fast import workspace as ws
+from cmt_fast.codec import Codec
 from cmt_fast.convert import card
 from tests.convert import small
 from tests.convert.test_import import cmt, same, tensors
+from tests.train import stores, synthetic
 
 NAME = "small <b>run</b> [x](http://y) | *a*\n---\n# title"
 
@@ -137,6 +139,43 @@ def test_pipeline_of_a_few_step_network_on_the_linear_path_makes_pictures(tmp_pa
     assert len(pictures) == 4 and pictures[0].size == (8, 8) and pictures[0].mode == "RGB"
     numbers = pipe(batch_size=4, num_inference_steps=3, seed=9, output_type="pt").images
     assert torch.equal(numbers, (want / 2 + 0.5).clamp(0, 1))
+
+
+def test_latents_are_decoded_by_the_autoencoder_in_the_folder(tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    from cmt_fast.convert.pipeline import CmtPipeline
+
+    synthetic.vae(tmp_path / "vae", factor=2, width=8)
+    synthetic.vae(tmp_path / "other", seed=1, factor=2, width=8)
+    made_by = ("some/vae", Codec.open(str(tmp_path / "vae"), "cpu").digest)
+    shape = (4, small.SIDE, small.SIDE)
+    store = stores.make_store(tmp_path / "store", n=20, shape=shape, classes=small.CLASSES, vae=made_by)
+    tree = yaml.safe_load(small.recipe(tmp_path, small.EDM2).read_text())
+    tree["data"] = {"kind": "latents", "path": str(store.folder)}
+    recipe = tmp_path / "latents.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    small.edm2(tmp_path / "net.pkl")
+    code, out, err = cmt(capsys, "ckpt", "import", tmp_path / "net.pkl", "--recipe", recipe, "--out", tmp_path / "run")
+    assert code == 0 and "WARNING: the network was trained on latents" in out, err
+    arguments = ("ckpt", "export", tmp_path / "run/pre", tmp_path / "pipe", "--format", "diffusers", "--vae")
+    code, _, err = cmt(capsys, *arguments, tmp_path / "other")
+    assert code == 2 and "is not the autoencoder that made the latents" in err and not (tmp_path / "pipe").exists()
+    code, _, err = cmt(capsys, *arguments, tmp_path / "vae")
+    assert code == 0 and "some/vae" in (tmp_path / "pipe/README.md").read_text().replace("\\", ""), err
+    work, _ = ws.open_stage(str(tmp_path / "run/pre"))
+    want = work.codec(str(tmp_path / "vae")).decode(work.setting.generate(work.network("pre"), 2, 3, 5, solver=True))
+    for pipe in (
+        CmtPipeline.from_pretrained(str(tmp_path / "pipe")),
+        CmtPipeline.from_pretrained(
+            str(tmp_path / "pipe"), vae=diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+        ),
+    ):
+        got = pipe(batch_size=3, num_inference_steps=2, seed=5, output_type="pt").images
+        assert got.shape == (3, 3, 16, 16) and torch.equal(got, (want / 2 + 0.5).clamp(0, 1))
+    assert cmt(capsys, "ckpt", "export", tmp_path / "run/pre", tmp_path / "bare", "--format", "diffusers")[0] == 0
+    bare = CmtPipeline.from_pretrained(str(tmp_path / "bare"))
+    with pytest.raises(ValueError, match="latents of 'some/vae'"):
+        bare(batch_size=1, num_inference_steps=2)
 
 
 def test_card_escapes_what_users_wrote_and_says_where_weights_come_from(ve, tmp_path, capsys):

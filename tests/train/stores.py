@@ -11,9 +11,16 @@ from cmt_fast.data.writing import Layout, Writer
 
 
 def make_store(
-    out: Path, n: int = 150, shape=(4, 4, 4), dtype="float16", classes: int = 10, shard: int = 64, flips: bool = False
+    out: Path,
+    n: int = 150,
+    shape=(4, 4, 4),
+    dtype="float16",
+    classes: int = 10,
+    shard: int = 64,
+    flips: bool = False,
+    vae: tuple[str, str] = ("", ""),
 ) -> Store:
-    """n rows of mean and std, (8, 4, 4) by default, in shards of `shard` rows."""
+    """n rows of mean and std, (8, 4, 4) by default, in shards of `shard` rows. vae: its name and checksum."""
     dice = np.random.default_rng(0)
     mean, std = dice.standard_normal((n, *shape)), np.abs(dice.standard_normal((n, *shape)))
     rows = np.concatenate((mean, std), 1).astype(dtype)
@@ -28,6 +35,6 @@ def make_store(
         with writer.shard(k, layout, key) as into:
             into.add(rows[part], labels[part], "test")
     names = [str(y) for y in range(classes)]
-    about = {"vae": "", "vae_xxh3_128": "", "crop": "", "source": "random"}
+    about = {"vae": vae[0], "vae_xxh3_128": vae[1], "crop": "", "source": "random"}
     writer.finish(layout, keys, {"flips": flips, "class_names": names, **about})
     return opened(out)
