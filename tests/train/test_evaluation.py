@@ -202,7 +202,7 @@ def test_cmt_eval_against_a_reference_of_its_own(run, inception_file, tmp_path, 
     out = json.loads(capsys.readouterr().out)
     assert out["metric"] == "frechet (3 samples)" and out["reference"] == {
         "source": "own statistics",
-        "n": 5,
+        "n": 3,
         "file": ours,
     }
     assert {"frechet"} == out["steps"]["1"].keys()
