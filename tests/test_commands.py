@@ -27,6 +27,11 @@ PUBLIC = {
 REGISTRIES = {"nvcr.io/nvidia/pytorch", "python"}
 
 
+def test_no_document_is_left_out():
+    tracked = [p for pattern in ("*.md", "docker/**/*.md", "csrc/*.md", "docs/**/*.md") for p in ROOT.glob(pattern)]
+    assert {str(p.relative_to(ROOT)) for p in tracked if "```bash" in p.read_text("utf-8")} == set(DOCUMENTS)
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=ids)
 def test_a_block_says_how_it_is_run(block):
     assert block.kind, "a comment before the block must say how it is run on a CPU; see tests/commands.py"

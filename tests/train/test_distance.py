@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -72,12 +71,11 @@ def test_a_stream_of_one_is_refused():
         stream.over_ranks()
 
 
-def _rank(rank: int, world: int, folder: str, results) -> None:
+def _rank(work: Workspace, rank: int, world: int, meet: str, results) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    work = Workspace(config.load("gmm", ["data.n=500", "eval.batch=48"]), Path(folder))
     if world > 1:
-        torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+        torch.distributed.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=world)
     net = work.build().eval()
     figures = work.evaluate(net, (1,), 200, judge=work.open_judge(rows=True), quiet=True)["1"]
     short = work.evaluate(net, (1,), 40, quiet=True)["1"]  # one batch: the other ranks have no sample
@@ -95,11 +93,12 @@ def _rank(rank: int, world: int, folder: str, results) -> None:
 
 def test_figures_do_not_depend_on_how_many_ranks_there_are(tmp_path):
     context, found = multiprocessing.get_context("fork"), {}
+    work = Workspace(config.load("gmm", ["data.n=500", "eval.batch=48"]), tmp_path)
     for world in (1, 3):
-        (tmp_path / str(world)).mkdir()
         results = context.Queue()
         ranks = [
-            context.Process(target=_rank, args=(r, world, str(tmp_path / str(world)), results)) for r in range(world)
+            context.Process(target=_rank, args=(work, r, world, str(tmp_path / f"meet-{world}"), results))
+            for r in range(world)
         ]
         for p in ranks:
             p.start()

