@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cmt_fast import checkpoint, config, distributed
 from cmt_fast.config import ConfigError
-from cmt_fast.data import Loader
+from cmt_fast.data import loader
 from cmt_fast.log import Log, say
 from cmt_fast.models.vgg import LatentVgg
 from cmt_fast.perceptual import save_latent_network
@@ -46,8 +46,8 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
         raise ConfigError(f"cmt train-features: is one process, {distributed.size()} were started")
     tree = config.dump(run)
     facts = {key: tree[key] for key in ("data", "features", "seed")}
-    loader = Loader(data, run.seed, device)
-    total = -(-f.epochs * loader.n // f.batch)
+    rows = loader(run.loader, data, run.seed, device, f.batch)
+    total = -(-f.epochs * data.n // f.batch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         net = LatentVgg(data.shape[0], data.classes, f.width).to(device)
@@ -62,14 +62,14 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
     first = found.manifest["step"] if found else 0
     folder.mkdir(parents=True, exist_ok=True)
     every = max(1, total // 50)
-    save_every = every * max(1, round(loader.n / f.batch / every))
+    save_every = every * max(1, round(data.n / f.batch / every))
     log, sums = Log(folder, first, total, "features", quiet=False), torch.zeros(2, dtype=torch.float64, device=device)
     clock = time.perf_counter()
     try:
         for step in range(first, total):
-            x, labels = loader.rows(torch.arange(f.batch, device=device) + step * f.batch)
+            x, labels = rows.rows(torch.arange(f.batch, device=rows.place) + step * f.batch)
             for group in sgd.param_groups:
-                group["lr"] = learning_rate(f, step * f.batch // loader.n)
+                group["lr"] = learning_rate(f, step * f.batch // data.n)
             logits = net(x)
             loss = F.cross_entropy(logits, labels)
             sgd.zero_grad()
@@ -93,6 +93,7 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
                 checkpoint.save(folder, n, _state(net, sgd), about)
     finally:
         log.close()
+        rows.close()
     file = folder / FILE
     save_latent_network(net, file, {"nimg": total * f.batch, "recipe": run.name})
     say(f"{file}: xxh3_128 {checkpoint.checksum(file)}")

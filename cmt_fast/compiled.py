@@ -7,7 +7,6 @@ network has given, on the stage's own first batch, what the eager one gives.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +55,7 @@ def guard(engine: Any, loss: Callable[[], Any], name: str = "compile") -> None:
     Against float64 and plain torch, the compiled value and tangent may err by twice what the eager ones do, plus twice
     what rounding the exact answer to their dtype costs. Raises CompileError otherwise; the stage has changed nothing.
     """
-    exact = copy.deepcopy(engine.net).double()
+    exact = engine.copy().double()
     for grad, arguments in _calls(engine, loss):
         try:
             with torch.set_grad_enabled(grad):

@@ -20,8 +20,10 @@ from pydantic import TypeAdapter, ValidationError
 from cmt_fast import schema
 from cmt_fast.schema import Run
 
-# keys of a stage that change no weight
-WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg")
+# keys of a stage that change no weight, or its rounding alone as the number of processes does
+WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg", "micro_batch")
+# keys of a run that say where and how it is computed
+WHERE = ("device", "loader", "tensorboard", "engine", "zero_stage", "zero_teacher", "timeout_s")
 
 # the tags of all unions, which pydantic puts between the keys of an error's place
 _KINDS = {kind for part in vars(schema).values() if isinstance(kind := getattr(part, "kind", None), str)}
@@ -130,8 +132,12 @@ def dump(run: Run) -> dict:
 
 
 def digest(run: Run) -> str:
-    """sha256 of the resolved run, without what does not change its numbers (device, loader, tensorboard)."""
-    return _sha({k: v for k, v in dump(run).items() if k not in ("device", "loader", "tensorboard")})
+    """sha256 of the resolved run, without what does not change its numbers: where and in what parts it is computed."""
+    tree = {k: v for k, v in dump(run).items() if k not in WHERE}
+    for stage in tree.values():
+        if isinstance(stage, dict):
+            stage.pop("micro_batch", None)
+    return _sha(tree)
 
 
 def stage_facts(run: Run, name: str) -> dict:

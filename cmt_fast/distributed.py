@@ -1,18 +1,64 @@
-"""The few collective calls, each the identity on one process. Ranks come from torchrun's environment."""
+"""The few collective calls, each the identity on one process.
+
+Ranks come from the environment, which torchrun and the deepspeed launcher set alike: RANK, LOCAL_RANK, WORLD_SIZE,
+MASTER_ADDR, MASTER_PORT. A rank that is dead or hangs ends every other one's next collective call, at once where
+its connection closed and after the process group's timeout otherwise.
+"""
 
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_timeout: timedelta | None = None  # of this process's group, once it has one
 
-def start(device: torch.device) -> None:
-    """Join torchrun's process group, if this process was started by it."""
+
+def start(device: torch.device, timeout_s: float = 1800.0) -> None:
+    """Join the launcher's process group, if this process was started by one. timeout_s: of a collective call."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        global _timeout
+        _timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(_backend(device), timeout=_timeout)
+
+
+def alone(device: torch.device) -> None:
+    """A process group of this process alone, where there is none: some libraries do not go without."""
+    if not dist.is_initialized():
+        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def same_timeout(*groups: dist.ProcessGroup) -> None:
+    """Give groups that a library made the timeout of the default one: they come with torch's, which may be longer."""
+    timeout = _timeout
+    if timeout is not None:
+        for group in groups:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def lost(error: BaseException) -> str | None:
+    """One line where an error of a collective call means that another rank is dead or hangs, None for other errors."""
+    text = " ".join(str(error).split())
+    closed = any(
+        mark in text
+        for mark in ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process exited")
+    )
+    late = any(mark in text.lower() for mark in ("timed out", "timeout"))
+    if not (closed or late) or not (dist.is_initialized() or isinstance(error, dist.DistError)):
+        return None
+    what = (
+        "another process died"
+        if closed
+        else "another process is dead or hangs: a collective call timed out (timeout_s)"
+    )
+    return f"{what}; the last checkpoint is sound ({text[:120]})"
 
 
 def stop() -> None:
@@ -73,6 +119,19 @@ def largest(n: int) -> int:
     x = torch.tensor(n, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(x, dist.ReduceOp.MAX)
     return int(x)
+
+
+def smallest(n: int) -> int:
+    """The smallest n of all ranks, the same on each."""
+    return -largest(-n)
+
+
+def every_rank(x: list[float]) -> list[list[float]]:
+    """The numbers of every rank, in rank order, the same on each."""
+    if size() == 1:
+        return [x]
+    mine = torch.tensor(x, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    return gather_rows(mine[None]).tolist()
 
 
 def gather_rows(x: Tensor, dim: int = 0) -> Tensor:

@@ -62,6 +62,35 @@ def rows(stage: Stage) -> tuple[int, int]:
     return stage.batch - anchored, anchored
 
 
+def passes(run: Run, name: str, processes: int) -> int:
+    """Forwards and backwards of each process in one step. Raises ConfigError where rows do not divide evenly.
+
+    Every pass of every process takes rows of each kind in the whole batch's proportion: only then is the mean over
+    passes and processes the mean over the batch.
+    """
+    stage = run.stage(name)
+    assert stage is not None
+    if stage.batch % processes:
+        raise ConfigError(f"{name}.batch: {stage.batch} does not divide over {processes} processes")
+    each = stage.batch // processes
+    micro = stage.micro_batch or each
+    if micro < each and each % micro:
+        raise ConfigError(f"{name}.micro_batch: {micro} does not divide a process's {each} rows a step")
+    count = max(1, each // micro)
+    shards = processes * count
+    own, anchored = rows(stage)
+    where = f"over {count} passes of {processes} processes"
+    if own % shards or anchored % shards:
+        raise ConfigError(
+            f"{name}.anchor.share: {own} rows of the objective and {anchored} of the anchor do not divide {where}"
+        )
+    ratio = getattr(stage.objective, "ratio", None)
+    if ratio is not None and round(ratio * (own // shards)) * shards != round(ratio * own):
+        with_tangents = f"{ratio} of {own} rows are {round(ratio * own)} rows with tangents"
+        raise ConfigError(f"{name}.objective.ratio: {with_tangents}, which do not divide {where}")
+    return count
+
+
 def trajectory_rows(stage: Stage) -> int:
     """Rows of a batch that are points of teacher trajectories."""
     own, anchored = rows(stage)

@@ -12,14 +12,14 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import cmt_kernels
 import torch
 from torch import Tensor, nn
 
-from cmt_fast import __version__, checkpoint, config, distributed, log, metrics, models, perceptual, stages
+from cmt_fast import __version__, checkpoint, config, distributed, engine, log, metrics, models, perceptual, stages
 from cmt_fast import data as datasets
 from cmt_fast.codec import Codec
 from cmt_fast.config import ConfigError
@@ -73,10 +73,10 @@ class Workspace:
         except checkpoint.CheckpointError as error:
             raise ConfigError(f"{name}: {error}; train it first") from None
 
-    def weights(self, name: str) -> tuple[dict[str, Tensor], dict]:
+    def weights(self, name: str) -> tuple[Mapping[str, Tensor], dict]:
         """The hand-over of a finished stage: its first EMA track and its manifest. Raises ConfigError as `finished`."""
         found = self.finished(name)
-        return found.tensors("ema-0"), found.manifest
+        return found.stream("ema-0"), found.manifest
 
     def network(self, name: str) -> nn.Module:
         """The frozen network of a finished stage of this run or, as RUN/STAGE, of another; EMA weights, in fp32.
@@ -152,6 +152,31 @@ class Workspace:
         own |= {"normalisation": getattr(self.data, "normalisation", None)}
         return json.loads(json.dumps(own))
 
+    def sizing(self, name: str) -> engine.Choice:
+        """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it.
+
+        Raises ConfigError where the engine cannot be had or cannot do what the stage asks for.
+        """
+        run, stage = self.run, self.run.stage(name)
+        assert stage is not None
+        teacher = self.parameters if stage.teacher else 0
+        bf16, tracks, processes = stage.precision == "bf16", len(stage.ema), distributed.size()
+        memory = engine.sizing.memory_bytes(self.device)
+        choice = engine.choose(
+            run.engine, run.zero_stage, run.zero_teacher, self.parameters, teacher, processes, tracks, bf16, memory
+        )
+        try:
+            engine.check(run, stage, choice)
+        except ValueError as error:
+            text = str(error)
+            raise ConfigError(f"{name}.{text}" if text.startswith("compile") else text) from None
+        return choice
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Parameters of the network."""
+        return sum(p.numel() for p in self.build().parameters())
+
     @functools.cached_property
     def space(self) -> metrics.Extractor:
         return metrics.extractor(self.data, self.folder if self.folder.is_dir() else self.parents)
@@ -224,6 +249,7 @@ class Workspace:
                 "rows": self.rows(),
                 "environment": environment(),
                 "ops": cmt_kernels.table(self.device.type),
+                "engine": {name: self.sizing(name)._asdict() for name in stages.names(self.run)},
                 "parents": str(self.parents) if self.parents != self.folder else None,
             }
             checkpoint.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))

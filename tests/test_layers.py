@@ -33,7 +33,7 @@ MAY = {
     "sample": {"paths", "rng", "schema", "solvers"},
     "metrics": {"config", "convert", "data", "distributed", "metrics", "schema"},
     "compiled": set(),
-    "engine": {"compiled", "distributed", "ema", "optimizer", "schema"},
+    "engine": {"checkpoint", "compiled", "distributed", "ema", "engine", "optimizer", "schema"},
     "optimizer": {"schema"},
     "posthoc": {"checkpoint", "config", "ema"},
     "plots": set(),
@@ -44,7 +44,7 @@ MAY = {
 # heavy packages and the one module each may be imported in
 DOORS = {
     "diffusers": "codec",
-    "deepspeed": "engine",
+    "deepspeed": "engine/zero",
     "nvidia": "data/dali",
     "pynvml": "accounting",
     "sklearn": "data/digits",

@@ -16,6 +16,9 @@ def parser() -> argparse.ArgumentParser:
     """All commands, each declared in the module that runs it."""
     root = Parser(prog="cmt", description="Consistency Mid-Training: from a diffusion model to one or two steps.")
     root.add_argument("--version", action="version", version=f"cmt-fast {__version__}")
+    root.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it; LOCAL_RANK says it too
     commands = root.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
 
     def command(name: str, call, text: str) -> argparse.ArgumentParser:
@@ -47,6 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
         return int(stopped.code or 1)
     except (CompileError, FloatingPointError, OSError) as error:
         print(f"cmt: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        text = distributed.lost(error)
+        if text is None:
+            raise
+        print(f"cmt: {text}", file=sys.stderr)
         return 1
     finally:
         distributed.stop()

@@ -60,7 +60,7 @@ def train(args: argparse.Namespace) -> None:
             )
     if args.parents:
         ws.stored_run(args.parents)
-    distributed.start(ws.device(run.device))
+    distributed.start(ws.device(run.device), run.timeout_s)
     work = ws.Workspace(run, out, args.parents)
     names = [name for name in have if name in names]
     for i, name in enumerate(names):
@@ -69,9 +69,12 @@ def train(args: argparse.Namespace) -> None:
             if "/" not in parent and parent not in names[:i]:
                 work.weights(parent)
         work.others(stage)
+    for name in names:  # what cannot be done is said before the first stage begins
+        stages.passes(run, name, distributed.size())
+        work.sizing(name)
     check_loader(run.loader, work.data)
     if args.dry_run:
-        return _dry_run(work, names)
+        return _dry_run(work, names) if distributed.rank() == 0 else None
     work.compare()
     if distributed.rank() == 0:
         _ops(work.device.type)
@@ -87,12 +90,19 @@ def _dry_run(work: ws.Workspace, names: list[str]) -> None:
     print(yaml.safe_dump(config.dump(work.run), sort_keys=False).rstrip())
     print(f"digest: {config.digest(work.run)}")
     _ops(work.device.type)
-    parameters = sum(p.numel() for p in work.build().parameters())
-    print(f"network: {parameters:,} parameters; device {work.device}; {work.data.n:,} rows of {work.data.shape}")
+    print(f"network: {work.parameters:,} parameters; device {work.device}; {work.data.n:,} rows of {work.data.shape}")
     for name in names:
         c = loop.cost(work.run, name)
         how = " (compiled)" if work.run.stage(name).compile else ""
         print(f"{name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards{how}")
+        for line in [*work.sizing(name).lines(work.parameters, distributed.size()), _step(work, name)]:
+            print(f"{'':>8}  {line}")
+
+
+def _step(work: ws.Workspace, name: str) -> str:
+    batch, n = work.run.stage(name).batch, distributed.size()
+    parts = stages.passes(work.run, name, n)
+    return f"a step: {batch} rows = {n} process{'es' * (n > 1)} x {parts} pass{'es' * (parts > 1)} x {batch // (n * parts)}"
 
 
 def run_search(args: argparse.Namespace) -> None:

@@ -93,7 +93,11 @@ class Features:
 
 @schema
 class Run:
-    """One complete run: data, model, path, the three stages and the control."""
+    """One complete run: data, model, path, the three stages and the control.
+
+    `zero_stage`, `zero_teacher`: how far the engine `zero` shards student and teacher; auto: by memory, see --dry-run.
+    `timeout_s`: of a collective call, after which a rank that does not answer is given up.
+    """
 
     name: str
     data: Data
@@ -109,7 +113,10 @@ class Run:
     seed: Natural = 0
     sigma_data: Positive = 0.5
     device: str = "auto"
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "zero"] = "local"
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    zero_teacher: Literal["auto", "whole", "sharded"] = "auto"
+    timeout_s: Positive = 1800.0
     loader: Feed = Field(default_factory=Torch)
     tensorboard: bool = False
 

@@ -91,11 +91,13 @@ class Stage:
 
     `start` names an earlier stage, `teacher` an earlier stage or one of another run as RUN/STAGE, of any size.
     lr_schedule: "linear" to zero at the end, "inverse_sqrt" constant up to lr_knee_nimg and falling as 1/sqrt from there.
+    `micro_batch`: rows of one forward and backward of one process; a step makes as many as its batch needs (default: one).
     """
 
     objective: Objective
     images_nimg: Count
     batch: Count = 128
+    micro_batch: Count | None = None
     start: Literal["pre", "mid", "post"] | None = None
     teacher: str | None = None
     autoguidance: Autoguidance | None = None

@@ -147,7 +147,7 @@ def test_a_run_compiles_the_stages_that_say_so(tmp_path, monkeypatch, capsys):
         built.append(net)
         return torch.compile(net, fullgraph=True, dynamic=False, backend="aot_eager")
 
-    monkeypatch.setattr("cmt_fast.engine.compile_network", compile_network)
+    monkeypatch.setattr("cmt_fast.engine.local.compile_network", compile_network)
     work = Workspace(tiny("digits-mf", "pre.compile=true", "pre.images_nimg=96"), tmp_path)
     loop.train(work, ["pre"])
     assert len(built) == 1

@@ -14,7 +14,7 @@ from cmt_fast.cli import main
 from cmt_fast.config import ConfigError
 from cmt_fast.trajectories import Pool
 from cmt_fast.workspace import RUN_FILE, Workspace
-from tests.train.tiny import NO_EVAL, SMALL, tiny
+from tests.train.tiny import NO_EVAL, SMALL, source_of, tiny
 
 WIDE = "model.width=24"
 
@@ -46,7 +46,7 @@ def test_meanflow_teacher_of_another_run_and_size(world: Path, tmp_path: Path) -
     work = Workspace(run, tmp_path / "run")
     teacher, student = work.network(f"{world}/mf/pre"), work.build()
     assert sum(p.numel() for p in teacher.parameters()) < sum(p.numel() for p in student.parameters())
-    source = loop.Source(work, "mid", run.mid)
+    source = source_of(work, "mid")
     assert isinstance(source.pool, Pool) and source.pool.nodes == 9
     points = source.pool.draw(0, torch.arange(32))
     rows = (points.t - points.r > 0.99).nonzero().flatten()  # one jump of eight does not make the whole path
@@ -77,7 +77,7 @@ def guided_run(world: Path, *more: str):
 def test_ecd_with_autoguidance(world: Path, tmp_path: Path) -> None:
     run = guided_run(world, "post.start=pre")
     work = Workspace(run, tmp_path / "run", world / "ve")
-    source = loop.Source(work, "post", run.post)
+    source = source_of(work, "post")
     x, t, labels = torch.randn(4, 1, 8, 8), torch.full((4,), 0.7), torch.arange(4)
     main_net, guide = work.network("pre"), work.network(f"{world}/weak/pre")
     want = guide(x, t, t, labels) + 2.05 * (main_net(x, t, t, labels) - guide(x, t, t, labels))
@@ -91,9 +91,8 @@ def test_ecd_with_autoguidance(world: Path, tmp_path: Path) -> None:
 
 def test_rollouts_are_autoguided_where_asked(world: Path, tmp_path: Path) -> None:
     guide = f"mid.autoguidance={{network: {world}/weak/pre, scale: 2.0, trajectories: true}}"
-    run = tiny("digits", guide)
-    work = Workspace(run, tmp_path / "run", world / "ve")
-    pool, plain = (loop.Source(work, "mid", r.mid).pool for r in (run, tiny()))
+    works = (Workspace(run, tmp_path / "run", world / "ve") for run in (tiny("digits", guide), tiny()))
+    pool, plain = (source_of(work, "mid").pool for work in works)
     a, b = (p.draw(0, torch.arange(32)) for p in (pool, plain))
     assert torch.equal(a.x[a.t > 79], b.x[b.t > 79]) and not torch.allclose(a.x_r, b.x_r, atol=1e-3)
 

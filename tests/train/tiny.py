@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 from cmt_fast import config
+from cmt_fast.engine import LocalEngine
 from cmt_fast.schema import Run
+from cmt_fast.source import Source
+from cmt_fast.workspace import Workspace
 
 SMALL = [
     "model.width=16",
@@ -49,3 +52,8 @@ def metrics(folder: Path) -> list[dict]:
     """The rows of a stage without what differs between equal runs."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "wall"} for row in rows]
+
+
+def source_of(work: Workspace, name: str) -> Source:
+    """Rows and loss of a stage, under a local engine."""
+    return Source(work, name, work.run.stage(name), LocalEngine(work.build(), work.run.stage(name), work.device))

@@ -1,0 +1,82 @@
+"""Engines: forward in a stage's precision, backward, one optimizer step with its EMA tracks, and their state.
+
+`local` is plain torch: every process holds everything, gradients are averaged over processes. `zero` is DeepSpeed's
+ZeRO: optimizer state, EMA, gradients and parameters sharded over processes as far as its stage says. Both are the
+same mathematics, the same calls and the same checkpoint, so a run may change its engine or its number of processes
+between two checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cmt_fast.engine.buffers import load_named, named
+from cmt_fast.engine.local import LocalEngine
+from cmt_fast.engine.sizing import Choice, choose
+from cmt_fast.schema import Run, Stage
+
+
+class Engine(Protocol):
+    """What the training loop knows of an engine. On several processes every rank makes every call, in the same order."""
+
+    net: nn.Module
+    stage: Stage
+    step_count: int
+    passes: int
+
+    def __call__(self, *args: Any) -> Any:
+        """The module's forward in the stage's precision."""
+
+    def eager(self, *args: Any) -> Any:
+        """The same forward, never compiled."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one of the step's `passes` scalar losses; their mean is what is differentiated."""
+
+    def step(self, lr: float) -> Tensor:
+        """Average over ranks, clip, AdamW, EMAs, weight constraints. Returns the gradient's norm before clipping, ()."""
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take a parent's weights: student and every EMA track start there."""
+
+    def average(self, index: int = 0) -> nn.Module:
+        """A frozen fp32 module of EMA track `index`, whole on every rank."""
+
+    def copy(self) -> nn.Module:
+        """A module of its own with the student's present weights, whole on every rank."""
+
+    def frozen(self, net: nn.Module) -> Any:
+        """A teacher as this engine holds it: a callable with the arguments of `net`, whole or sharded over ranks."""
+
+    def state(self) -> dict[str, Mapping[str, Tensor]]:
+        """Everything a restart needs, file name -> full tensors by name."""
+
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Restore what `state` of any engine on any number of processes gave after `step` steps."""
+
+
+def check(run: Run, stage: Stage, choice: Choice) -> None:
+    """Raises ValueError where the engine of a run cannot be had, or cannot do what a stage asks for."""
+    if run.engine == "local":
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("engine: 'zero' needs DeepSpeed; pip install 'cmt-fast[zero]'")
+    if stage.compile and choice.stage == 3:
+        raise ValueError("compile: ZeRO stage 3 gathers weights inside the network, which is no single graph")
+
+
+def build(run: Run, net: nn.Module, stage: Stage, device: torch.device, passes: int, choice: Choice) -> Engine:
+    """The engine a run asks for, as `choose` sized it and `check` let it pass."""
+    if run.engine == "local":
+        return LocalEngine(net, stage, device, passes)
+    from cmt_fast.engine.zero import ZeroEngine
+
+    return ZeroEngine(net, stage, device, passes, choice)
+
+
+__all__ = ["Choice", "Engine", "LocalEngine", "build", "check", "choose", "load_named", "named"]

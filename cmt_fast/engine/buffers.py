@@ -1,0 +1,100 @@
+"""Parameters as flat buffers and by name: what the engines share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def flat(net: nn.Module) -> Tensor:
+    """All parameters in one fp32 vector, in named order. (P,)."""
+    return torch.cat([p.detach().float().reshape(-1) for p in net.parameters()])
+
+
+def bind(net: nn.Module, buffer: Tensor, grad: bool = False) -> None:
+    """Make the parameters (or, with `grad`, their gradients) views into `buffer` (P,)."""
+    for p, part in zip(net.parameters(), buffer.split([p.numel() for p in net.parameters()])):
+        if grad:
+            p.grad = part.view(p.shape)
+        else:
+            p.data = part.view(p.shape)
+
+
+def constants(net: nn.Module) -> dict[str, Tensor]:
+    """What a network has drawn once and keeps: its persistent buffers, by name; no optimizer or EMA touches them."""
+    return {
+        f"{prefix}.{name}" if prefix else name: x
+        for prefix, module in net.named_modules()
+        for name, x in module._buffers.items()
+        if x is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def named(net: nn.Module, buffer: Tensor) -> dict[str, Tensor]:
+    """The buffer (P,) as tensors by parameter name, and the network's constants."""
+    return parts(net, buffer) | constants(net)
+
+
+def parts(net: nn.Module, buffer: Tensor) -> dict[str, Tensor]:
+    """The buffer (P,) as tensors by parameter name."""
+    split = buffer.split([p.numel() for p in net.parameters()])
+    return {name: part.view(p.shape) for (name, p), part in zip(net.named_parameters(), split)}
+
+
+def check_names(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError when names or shapes differ, naming the first that does."""
+    missing, extra = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+    if missing or extra:
+        raise ValueError(
+            f"checkpoint does not fit the model: {len(missing)} keys missing{_first(missing)}, "
+            f"{len(extra)} unknown{_first(extra)}"
+        )
+    given = getattr(weights, "shapes", None) or {name: tuple(w.shape) for name, w in weights.items()}
+    for name, shape in shapes.items():
+        if tuple(given[name]) != tuple(shape):
+            raise ValueError(f"checkpoint does not fit the model: {name} is {tuple(given[name])}, not {tuple(shape)}")
+
+
+@torch.no_grad()
+def load_named(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights by name. Raises ValueError when names or shapes differ, naming the first that does."""
+    own = dict(net.named_parameters()) | constants(net)
+    check_names({name: tuple(x.shape) for name, x in own.items()}, weights)
+    for name, x in own.items():
+        x.copy_(weights[name])
+
+
+def frame(net: nn.Module) -> nn.Module:
+    """The module without its weights: parameters that hold no memory, buffers that are copies."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in net.parameters()}
+    return copy.deepcopy(net, memo=empty)
+
+
+def fill(frame: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+    """A frozen fp32 module of its own from a frame and weights by name, in evaluation mode."""
+    net = copy.deepcopy(frame)
+    for name, _ in list(net.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        value = weights[name].to(device, torch.float32)
+        setattr(net.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+    return net.to(device).eval()
+
+
+@torch.no_grad()
+def constrain(net: nn.Module) -> None:
+    """Let every module that holds its weights to a condition, EDM2's unit length, restore it after a change."""
+    for module in net.modules():
+        if hasattr(module, "constrain"):
+            module.constrain()
+
+
+def constrained(net: nn.Module) -> bool:
+    """Whether any part of the network has weight constraints."""
+    return any(hasattr(m, "constrain") for m in net.modules())
+
+
+def _first(names: list[str]) -> str:
+    return f" (first: {names[0]})" if names else ""

@@ -1,0 +1,107 @@
+"""The local engine: forward under autocast, backward, one optimizer step with its EMA tracks, and their state.
+
+Parameters, gradients, moments and EMAs are flat fp32 buffers, the module's parameters views into one
+of them: one kernel call updates all, one call sums over ranks, and a checkpoint is a few tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from cmt_kernels import adamw_ema
+from torch import Tensor, nn
+
+from cmt_fast import distributed, ema, optimizer
+from cmt_fast.compiled import compile_network
+from cmt_fast.engine.buffers import bind, constrain, flat, load_named, named, parts
+from cmt_fast.schema import Stage
+
+
+class LocalEngine:
+    """One module trained by AdamW. `engine(...)` is the module's forward in the stage's precision."""
+
+    def __init__(self, net: nn.Module, stage: Stage, device: torch.device, passes: int = 1) -> None:
+        """passes: forwards and backwards that make up one step, each on its share of the rows."""
+        self.net, self.stage, self.device, self.passes = net.to(device), stage, device, passes
+        self.step_count = 0
+        self.p = flat(net)
+        self.g = torch.zeros_like(self.p)
+        self.m, self.v = torch.zeros_like(self.p), torch.zeros_like(self.p)
+        self.emas = [self.p.clone() for _ in stage.ema]
+        bind(net, self.p)
+        bind(net, self.g, grad=True)
+        self.forward = compile_network(net) if stage.compile else net
+
+    def __call__(self, *args):
+        """The module's forward; each call has an autocast of its own, so no cached cast outlives a no-grad pass."""
+        with self._autocast():
+            return self.forward(*args)
+
+    def eager(self, *args):
+        """The same forward, never compiled."""
+        with self._autocast():
+            return self.net(*args)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16")
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""
+        (loss if self.passes == 1 else loss / self.passes).backward()
+
+    def step(self, lr: float) -> Tensor:
+        """Clip, AdamW or RAdam, EMAs, constraints; gradients are averaged over ranks. Returns their norm before clipping."""
+        distributed.mean_(self.g)
+        s = self.stage
+        self.step_count += 1
+        betas = [ema.beta(profile, self.step_count) for profile in s.ema]
+        lr, eps, decay = optimizer.settings(s, self.step_count, lr)
+        norm = adamw_ema(
+            self.p, self.g, self.m, self.v, self.emas, betas, self.step_count, lr, s.betas, eps, decay, s.clip
+        )
+        self.g.zero_()
+        constrain(self.net)
+        return norm
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take a parent's weights: student and every EMA track start there."""
+        load_named(self.net, weights)
+        constrain(self.net)
+        for e in self.emas:
+            e.copy_(self.p)
+
+    def average(self, index: int = 0) -> nn.Module:
+        """A frozen copy of the module whose parameters are EMA track `index` itself, not a copy of it."""
+        net = copy.deepcopy(self.net)
+        for p in net.parameters():
+            p.grad = None
+            p.requires_grad_(False)
+        bind(net, self.emas[index])
+        return net.eval()
+
+    def copy(self) -> nn.Module:
+        """A module of its own with the student's present weights."""
+        return copy.deepcopy(self.net)
+
+    def frozen(self, net: nn.Module) -> nn.Module:
+        """A teacher is held whole."""
+        return net
+
+    def state(self) -> dict[str, Mapping[str, Tensor]]:
+        """Everything a restart needs, file name -> named tensors; the optimizer's are `m.NAME` and `v.NAME`."""
+        tracks = {f"ema-{i}": named(self.net, e) for i, e in enumerate(self.emas)}
+        moments = {f"{k}.{n}": x for k in "mv" for n, x in parts(self.net, getattr(self, k)).items()}
+        return {"model": named(self.net, self.p), **tracks, "optimizer": moments}
+
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Restore what `state` gave after `step` steps."""
+        load_named(self.net, state["model"])
+        for i, e in enumerate(self.emas):
+            for name, part in parts(self.net, e).items():
+                part.copy_(state[f"ema-{i}"][name])
+        for kind, buffer in (("m", self.m), ("v", self.v)):
+            for name, part in parts(self.net, buffer).items():
+                part.copy_(state["optimizer"][f"{kind}.{name}"])
+        self.step_count = step

@@ -1,0 +1,270 @@
+"""The zero engine: DeepSpeed's ZeRO shards what a process would hold twice; optimizer and EMA stay our op.
+
+DeepSpeed hosts an optimizer of the client's (`zero_allow_untested_optimizer`): stages 1 to 3 hand it the flat fp32
+partition of this rank with its reduced, clipped gradient, so `adamw_ema` runs once a partition and the EMA tracks are
+sharded like the moments. Stage 0 hands it the module's parameters: there the op clips too, over one flat buffer.
+What DeepSpeed keeps for itself in stages 1 to 3 is the gradient's norm and its clipping, two passes over the gradient
+that the op would have made one, and a copy of the partition beside the weights.
+
+bf16 is the local engine's autocast over fp32 weights, which are the masters, and gradients are summed in fp32.
+DeepSpeed's own bf16 mode is not used: it casts the whole module, and the time embedding, which stays in fp32 because
+its tangent grows with its highest frequency, then meets bf16 weights and fails. The price is 2 bytes a parameter in
+stages 1 and 2, and weights that travel between ranks as fp32.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from cmt_kernels import adamw_ema
+from torch import Tensor, nn
+
+from cmt_fast import distributed, ema, optimizer
+from cmt_fast.checkpoint import Tensors
+from cmt_fast.compiled import compile_network
+from cmt_fast.engine import buffers
+from cmt_fast.engine.sizing import Choice
+from cmt_fast.schema import Stage
+
+
+class ZeroEngine:
+    """One module trained by AdamW under a ZeRO stage. Every method is a collective call: all ranks make it."""
+
+    def __init__(self, net: nn.Module, stage: Stage, device: torch.device, passes: int, choice: Choice) -> None:
+        assert choice.stage is not None
+        self.level, self.choice = choice.stage, choice
+        self.net, self.stage, self.device, self.passes = net.to(device), stage, device, passes
+        self.step_count = 0
+        self.parameters = dict(net.named_parameters())
+        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        self.keys = ["m", "v", *(f"ema-{i}" for i in range(len(stage.ema)))]
+        self.frame = buffers.frame(net)
+        self.constants = buffers.constants(net)
+        if self.level == 0:
+            self.whole = buffers.flat(net)
+            buffers.bind(net, self.whole)
+        self.optimizer = AdamWEma(net.parameters(), self)
+        self.ds, *_ = _deepspeed(device).initialize(
+            model=_Autocast(net, device, stage.precision == "bf16"), optimizer=self.optimizer, config=self._config()
+        )
+        distributed.same_timeout(self.ds.data_parallel_group, self.ds.seq_data_parallel_group)
+        self.partitions = self._partitions()
+        for p in self.partitions:
+            self.optimizer.allocate(p)
+        self.forward = compile_network(self.ds.module) if stage.compile else self.ds
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # the loop cuts batches into passes; DeepSpeed only counts them
+            "gradient_accumulation_steps": self.passes,
+            "gradient_clipping": self.stage.clip if self.level else 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": self.level},
+        }
+
+    def _partitions(self) -> list[Tensor]:
+        """The flat fp32 tensors that the optimizer steps: one a rank, at stage 3 one a sub-group."""
+        if self.level == 0:
+            return [self.whole]
+        if self.level == 3:
+            return list(self.ds.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, *args: Any) -> Any:
+        """The module's forward in the stage's precision."""
+        return self.forward(*args)
+
+    def eager(self, *args: Any) -> Any:
+        """The same forward, never compiled."""
+        return self.ds(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""
+        self.ds.backward(loss)
+        if not self.ds.is_gradient_accumulation_boundary():
+            self.ds.step()  # counts the pass; the optimizer is not called
+
+    def step(self, lr: float) -> Tensor:
+        """Average over ranks, clip, AdamW, EMAs, constraints. Returns the norm before clipping, NaN where it is not finite."""
+        self.step_count += 1
+        self.optimizer.lr = lr
+        self.ds.step()
+        norm = self.optimizer.norm if self.level == 0 else self.ds.get_global_grad_norm()
+        if buffers.constrained(self.frame):
+            self._constrain()
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed's -1 is a norm that is not finite
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take a parent's weights: student and every EMA track start there."""
+        self._take_constants(weights)
+        for name in self.shapes:
+            value = weights[name]
+            for key in ("p", *self.keys[2:]):
+                self._put(name, key, value)
+        if buffers.constrained(self.frame):
+            self._constrain(("p", *self.keys[2:]))
+
+    def average(self, index: int = 0) -> nn.Module:
+        """A frozen fp32 module of EMA track `index`, whole on every rank."""
+        return buffers.fill(self.frame, self._tensors(f"ema-{index}"), self.device)
+
+    def copy(self) -> nn.Module:
+        """A module of its own with the student's present fp32 weights, whole on every rank."""
+        return buffers.fill(self.frame, self._tensors("p"), self.device)
+
+    def frozen(self, net: nn.Module) -> Any:
+        """A teacher: itself, or its parameters sharded over ranks and gathered layer by layer (ZeRO stage 3)."""
+        if not self.choice.teacher_sharded:
+            return net
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        sharded, *_ = _deepspeed(self.device).initialize(model=net, config=config)
+        sharded.module.eval()
+        return lambda *arguments: sharded(*arguments)  # nothing but its forward: that is where it gathers
+
+    def state(self) -> dict[str, Mapping[str, Tensor]]:
+        """Everything a restart needs, file name -> full tensors by name, gathered one by one as they are asked for."""
+        shapes = {f"{k}.{name}": shape for k in "mv" for name, shape in self.shapes.items()}
+        optimizer = Tensors(shapes, lambda key: self._full(key[2:], key[0]))
+        return {"model": self._tensors("p"), **{k: self._tensors(k) for k in self.keys[2:]}, "optimizer": optimizer}
+
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Restore what `state` of any engine on any number of ranks gave after `step` steps: each rank takes its part."""
+        self._take_constants(state["model"])
+        for name in self.shapes:
+            self._put(name, "p", state["model"][name])
+            for key in self.keys[2:]:
+                self._put(name, key, state[key][name])
+            for key in "mv":
+                self._put(name, key, state["optimizer"][f"{key}.{name}"])
+        self.step_count = step
+
+    def _tensors(self, key: str) -> Tensors:
+        shapes = self.shapes | {name: tuple(x.shape) for name, x in self.constants.items()}
+        return Tensors(shapes, lambda name: self.constants[name] if name in self.constants else self._full(name, key))
+
+    @torch.no_grad()
+    def _take_constants(self, weights: Mapping[str, Tensor]) -> None:
+        """A network's persistent buffers, once all names and shapes are found to fit. Raises ValueError if they do not."""
+        own, framed = self.constants, buffers.constants(self.frame)
+        buffers.check_names(self.shapes | {name: tuple(x.shape) for name, x in own.items()}, weights)
+        for name, x in own.items():
+            framed[name].copy_(x.copy_(weights[name]))
+
+    def _slices(self, name: str) -> tuple[Tensor, slice, slice] | None:
+        """(partition, where in it, where in the flat parameter) of this rank's part of a parameter; None if it has none."""
+        p = self.parameters[name]
+        if self.level == 0:
+            start = sum(q.numel() for q in list(self.parameters.values())[: list(self.parameters).index(name)])
+            return self.whole, slice(start, start + p.numel()), slice(0, p.numel())
+        if self.level < 3:
+            part = p._hp_mapping  # what DeepSpeed's safe_get_full_* read
+            if part is None:
+                return None
+            inner, outer = part.get_hp_fragment_address(), part.lp_fragment_address
+            flat = next(
+                f for f in self.partitions if f.data_ptr() <= part.hp_fragment.data_ptr() < f.data_ptr() + 4 * f.numel()
+            )
+            return flat, slice(inner.start, inner.start + inner.numel), slice(outer.start, outer.start + outer.numel)
+        group, start, size = self.ds.optimizer.grad_position[self.ds.optimizer.get_param_id(p)]
+        first = size * distributed.rank()
+        count = max(0, min(size, p.ds_numel - first))
+        return self.partitions[group], slice(start, start + count), slice(first, first + count)
+
+    def _of(self, partition: Tensor, key: str) -> Tensor:
+        return partition if key == "p" else self.optimizer.state[partition][key]
+
+    @torch.no_grad()
+    def _full(self, name: str, key: str) -> Tensor:
+        """A parameter, moment or EMA track gathered from all ranks, in its shape."""
+        shape = self.shapes[name]
+        full = torch.zeros(torch.Size(shape).numel(), device=self.device)
+        part = self._slices(name)
+        if part:
+            full[part[2]] = self._of(part[0], key)[part[1]]
+        return (distributed.sum_(full) if self.level else full).view(shape)
+
+    @torch.no_grad()
+    def _put(self, name: str, key: str, value: Tensor) -> None:
+        """This rank's part of a full tensor into its partition, and into the weights that the forward reads."""
+        value = value.detach().reshape(-1).to(self.device, torch.float32)
+        part = self._slices(name)
+        if part:
+            self._of(part[0], key)[part[1]] = value[part[2]]
+        if key != "p" or self.level == 0:
+            return
+        p = self.parameters[name]
+        if self.level < 3:
+            p.copy_(value.view(p.shape))
+            return
+        p.ds_tensor.view(-1)[: part[2].stop - part[2].start] = value[part[2]]
+        if p.data.numel() == p.ds_numel:  # small parameters stay gathered
+            p.data.copy_(value.view(p.data.shape))
+
+    def _constrain(self, keys: tuple[str, ...] = ("p",)) -> None:
+        """Weight constraints on fp32 masters: each constrained part is gathered, constrained and put back by every rank."""
+        net = self.copy()
+        buffers.constrain(net)
+        for name, p in net.named_parameters():
+            for key in keys:
+                self._put(name, key, p)
+
+
+class AdamWEma(torch.optim.Optimizer):
+    """`adamw_ema` on whatever flat partitions DeepSpeed puts into its parameter groups."""
+
+    def __init__(self, parameters: Any, engine: ZeroEngine) -> None:
+        super().__init__(parameters, {})
+        self.engine, self.lr, self.norm = engine, 0.0, torch.zeros(())
+
+    def allocate(self, partition: Tensor) -> None:
+        """Moments at zero, EMA tracks at the weights; all live as long as the partition."""
+        flat = partition.detach()
+        zeros = {"m": torch.zeros_like(flat), "v": torch.zeros_like(flat)}
+        self.state[partition] = zeros | {f"ema-{i}": flat.clone() for i in range(len(self.engine.stage.ema))}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One step of every partition that has a gradient."""
+        if self.engine.level == 0:
+            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.engine.net.parameters()]
+            self.norm = self._update(
+                self.engine.whole, torch.cat([g.reshape(-1) for g in grads]), self.engine.stage.clip
+            )
+            return
+        for p in [p for group in self.param_groups for p in group["params"] if p.grad is not None]:
+            self._update(p, p.grad, 0.0)
+
+    def _update(self, p: Tensor, g: Tensor, clip: float) -> Tensor:
+        s, n, own = self.engine.stage, self.engine.step_count, self.state[p]
+        lr, eps, decay = optimizer.settings(s, n, self.lr)
+        tracks, decays = [own[f"ema-{i}"] for i in range(len(s.ema))], [ema.beta(profile, n) for profile in s.ema]
+        return adamw_ema(p.data, g, own["m"], own["v"], tracks, decays, n, lr, s.betas, eps, decay, clip)
+
+
+class _Autocast(nn.Module):
+    """The module under the local engine's autocast; DeepSpeed would switch off one that is entered outside."""
+
+    def __init__(self, net: nn.Module, device: torch.device, bf16: bool) -> None:
+        super().__init__()
+        self.net, self.kind, self.bf16 = net, device.type, bf16
+
+    def forward(self, *args: Any) -> Any:
+        with torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16):
+            return self.net(*args)
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """The one door to DeepSpeed: imported for this device, quiet, in a process group that exists."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # of a process that no launcher started
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    distributed.alone(device)
+    return deepspeed

@@ -1,0 +1,96 @@
+"""The rows of a step and their loss: data by position, points of trajectories by round, the objective and its anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from cmt_kernels import dual
+from torch import Tensor
+
+from cmt_fast import distributed, perceptual, rng, stages
+from cmt_fast.data import loader
+from cmt_fast.engine import Engine
+from cmt_fast.objectives import ROWS, Batch, World
+from cmt_fast.objectives.distance import PERCEPTUAL
+from cmt_fast.schema import Stage
+from cmt_fast.solvers import Autoguided, guided
+from cmt_fast.workspace import Workspace
+
+
+class Source:
+    """Where a stage's rows come from, and its loss: the objective on its rows plus the anchor on the others."""
+
+    def __init__(self, work: Workspace, name: str, stage: Stage, engine: Engine) -> None:
+        run, self.stage, self.work, self.index = work.run, stage, work, stages.INDEX[name]
+        self.seed, self.path = run.seed, work.path
+        self.own, self.anchored = stages.rows(stage)
+        self.total = stages.schedule(stage).total
+        self.draws_data = ROWS[stage.objective.kind].draws == "data"
+        self.loader = loader(run.loader, work.data, run.seed, work.device, self.own) if self.draws_data else None
+        held = lambda name: engine.frozen(work.network(name))
+        net, guide = held(stage.teacher) if stage.teacher else None, stage.autoguidance
+        weaker = Autoguided(net, held(guide.network), guide.scale) if net and guide else None
+        self.teacher = weaker or guided(net, stage.teacher_guidance) if net else None
+        self.pool = None
+        if stages.trajectory_rows(stage):
+            assert stage.trajectories is not None
+            rolled = weaker if guide and guide.trajectories else None
+            teacher = rolled or guided(net, stage.trajectories.guidance)
+            self.pool = stages.pool(run, name, teacher, work.data.shape, work.data.classes, work.device)
+        wanted = stage.distances()
+        self.features = getattr(work.space, "differentiable", None) if "features" in wanted else None
+        named = sorted(wanted & set(PERCEPTUAL))
+        self.perceptual = perceptual.load(stage.perceptual, named[0], work.data.shape, work.device) if named else None
+
+    def close(self) -> None:
+        """End what reads in the background."""
+        if self.loader:
+            self.loader.close()
+
+    def loss(self, engine: Engine, step: int, part: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to differentiate in pass `part` of a step, averaged over its rows, and the scalars to log."""
+        random = rng.Random(self.seed, self.index, step)
+        nimg = step * self.stage.batch
+        world = World(self.path, random, self.teacher, step / self.total, self.features, nimg, self.perceptual)
+        mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * engine.passes)
+        rows = torch.arange(self.own, device=self.work.device)[mine]
+        drawn = self._data(random, step, rows) if self.draws_data else self._points(random, step, rows, rows)
+        net = _dropping(engine, random, rows)
+        loss, scalars = ROWS[self.stage.objective.kind].function(net, drawn, self.stage.objective, world)
+        scalars = {k: v.mean() for k, v in scalars.items()}
+        anchor = self.stage.anchor
+        if anchor is None:
+            return loss.mean(), scalars
+        rows = torch.arange(self.anchored, device=self.work.device)[mine]
+        points = self._points(random, step, rows, rows + self.own)
+        net = _dropping(engine, random, rows + self.own)
+        held, _ = ROWS[anchor.objective.kind].function(net, points, anchor.objective, world)
+        scalars |= {"post_loss": loss.detach().mean(), "anchor_loss": held.detach().mean()}
+        share = self.anchored / self.stage.batch
+        return (1 - share) * anchor.post_weight * loss.mean() + share * held.mean(), scalars
+
+    def _data(self, random: rng.Random, step: int, rows: Tensor) -> Batch:
+        assert self.loader is not None
+        x_0, labels = self.loader.rows(rows.to(self.loader.place) + step * self.own)
+        return Batch(x_0, labels, rows, self._drop(random, labels, rows))
+
+    def _points(self, random: rng.Random, step: int, rows: Tensor, sample: Tensor):
+        assert self.pool is not None
+        points = self.pool.draw(step, rows)
+        return points._replace(drop=self._drop(random, points.labels, sample), sample=sample)
+
+    def _drop(self, random: rng.Random, labels: Tensor | None, sample: Tensor) -> Tensor | None:
+        """One mask a batch, for every copy of it."""
+        return None if labels is None else random.uniform(rng.DROP, sample) < self.stage.label_dropout
+
+
+def _dropping(engine: Engine, random: rng.Random, sample: Tensor) -> Callable:
+    """The engine; of a network with dropout, with seeds for these rows (B,): every call of a step drops the same."""
+    n = getattr(engine.net, "dropouts", 0)
+    if not n:
+        return engine
+    seeds = random.seeds(rng.DROPOUT, sample, n)
+    return lambda x, t, r=None, labels=None, drop=None, _=None, *more: engine(
+        x, t, r, labels, drop, seeds[: len(dual.value(x))], *more
+    )

@@ -1,0 +1,49 @@
+"""What is looked at while a stage trains: figures, pictures, EMA snapshots."""
+
+from __future__ import annotations
+
+from cmt_fast import checkpoint, distributed, pictures, stages
+from cmt_fast.engine import Engine
+from cmt_fast.log import Log
+from cmt_fast.schema import PowerEma, Stage
+from cmt_fast.workspace import Workspace
+
+
+def look(
+    work: Workspace, name: str, stage: Stage, engine: Engine, plan: stages.Schedule, n: int, last: bool, log: Log
+) -> None:
+    """What is due after step n. All ranks give the network and judge it together; rank 0 draws and writes."""
+    due = lambda every: every and (n % every == 0 or last)
+    first = distributed.rank() == 0
+    if due(plan.eval_every) or due(plan.grid_every) or last:
+        net = engine.average()
+        if due(plan.eval_every):
+            figures = work.evaluate(net, work.run.eval.steps, work.run.eval.n_during, quiet=True)
+            log.row("eval", n, n * stage.batch, {"steps": figures})
+        if first and (due(plan.grid_every) or last):
+            draw_grid(work, net, name, n)
+    if due(plan.snapshot_every):
+        for i, profile in enumerate(stage.ema):
+            if isinstance(profile, PowerEma):
+                tensors = engine.state()[f"ema-{i}"]
+                about = {"stage": name, "sigma_rel": profile.sigma_rel, "done": False}
+                folder = work.folder / name / "snapshots" / f"ema-{i}"
+                checkpoint.save(folder, n, {"ema": tensors}, about, keep=1000, write=first)
+    distributed.barrier()
+
+
+def draw_grid(work: Workspace, net, name: str, step: int) -> None:
+    """The same noise through 1, 2 and many steps: RUN/stage/grids/step.png."""
+    run, n = work.run, 10 if len(work.data.shape) == 3 else 1500
+    rows = [(f"{k} step{'s' * (k > 1)}", work.setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
+    stage = run.stage(name)
+    before = "pre" if checkpoint.steps(work.stage_dir("pre")) else None
+    named = stage.teacher or before if name != "pre" else None
+    if named or name == "pre":
+        teacher, title = (work.network(named), "teacher") if named else (net, "solver")
+        drawn = work.setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)
+        rows.append((f"{title}, {run.sampler.teacher_steps}", drawn))
+    seen = [(title, *work.visible(x)) for title, x in rows]
+    pictures.grid(
+        [(f"{title}\n{note}", x) for title, x, note in seen], work.folder / name / "grids" / f"{step:08d}.png"
+    )
