@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmt_fast.config import ConfigError
 
@@ -37,11 +37,16 @@ class Normalisation(NamedTuple):
 
 
 class Codec:
-    """A frozen AutoencoderKL. `digest`: xxh3_128 of its weights; `factor`: pixels a latent pixel, along each side."""
+    """A frozen AutoencoderKL. `digest`: xxh3_128 of its weights in fp32; `factor`: pixels a latent pixel, along a side."""
 
-    def __init__(self, vae: Any, name: str, normalisation: Normalisation | None = None) -> None:
+    def __init__(
+        self, vae: Any, name: str, device: torch.device | str = "cpu",
+        normalisation: Normalisation | None = None, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         """normalisation: of the latents that `decode` is given; default: the one in the autoencoder's own settings."""
+        self.digest = _digest(vae)  # before weights are rounded to dtype
         self.vae, self.name = vae.eval().requires_grad_(False), name
+        nn.Module.to(vae, device, dtype)  # diffusers' own warns of layers to be kept in fp32, and has none here
         self.channels = int(vae.config.latent_channels)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.normalisation = normalisation or _own(vae.config, self.channels)
@@ -70,7 +75,6 @@ class Codec:
         try:
             vae = AutoencoderKL.from_pretrained(
                 str(folder) if local else source,
-                torch_dtype=dtype,
                 use_safetensors=True,
                 local_files_only=local or not download,
                 low_cpu_mem_usage=False,
@@ -82,16 +86,7 @@ class Codec:
                 ) from None
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"vae: {source!r} cannot be read: {lines[0][:160]}") from None
-        return cls(vae.to(device), source, normalisation)
-
-    @property
-    def digest(self) -> str:
-        """xxh3_128 of all weights in fp32, by name: the same for every file layout and precision they are opened in."""
-        state = xxhash.xxh3_128()
-        for key, tensor in sorted(self.vae.state_dict().items()):
-            state.update(key.encode())
-            state.update(tensor.float().cpu().contiguous().numpy().tobytes())
-        return state.hexdigest()
+        return cls(vae, source, device, normalisation, dtype)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +105,15 @@ class Codec:
             x = self.normalisation.invert(part.to(self.vae.device).float()).to(self.vae.dtype)
             parts.append(self.vae.decode(x).sample.float().clamp(-1, 1).to(z.device))
         return torch.cat(parts)
+
+
+def _digest(vae: Any) -> str:
+    """The same for every layout of the weights' files."""
+    state = xxhash.xxh3_128()
+    for key, tensor in sorted(vae.state_dict().items()):
+        state.update(key.encode())
+        state.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
 
 
 def _own(config: Any, channels: int) -> Normalisation:

@@ -51,7 +51,7 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
         return
     others = work.others(stage)
     if found:
-        _same(name, found.manifest, work.data.facts, others)
+        _same(name, found.manifest, others)
     choice = work.sizing(name)
     if run.engine != "local" and distributed.rank() == 0:
         for line in choice.lines(work.parameters, distributed.size()):
@@ -111,11 +111,8 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
             source.close()
 
 
-def _same(name: str, manifest: dict, data: dict, others: dict) -> None:
-    """Raises ConfigError when a stage that has begun would go on with other rows or other networks of other runs."""
-    differs = config.changed(manifest.get("data", data), data)
-    if differs:
-        raise config.ConfigError(f"data: {name} has begun on other rows ({'; '.join(differs)}); choose another --out")
+def _same(name: str, manifest: dict, others: dict) -> None:
+    """Raises ConfigError when a stage that has begun would go on with other networks of other runs."""
     moved = config.changed(manifest.get("others", {}), others)
     if moved:
         raise config.ConfigError(f"{name}.{moved[0]}: has changed since this stage began; start it in a new folder")
@@ -158,7 +155,6 @@ def _save(work: Workspace, name: str, engine: Engine, step: int, last: bool, lin
         "done": last,
         "recipe": work.run.name,
         "config": config.stage_digest(work.run, name, others),
-        "data": work.data.facts,
         "parent": lineage,
         "others": others,
         "wall": wall,

@@ -25,7 +25,7 @@ class Source:
         run, self.stage, self.work, self.index = work.run, stage, work, stages.INDEX[name]
         self.seed, self.path = run.seed, work.path
         self.own, self.anchored = stages.rows(stage)
-        self.total = stages.schedule(stage).total
+        self.total, self.passes = stages.schedule(stage).total, engine.passes
         self.draws_data = ROWS[stage.objective.kind].draws == "data"
         self.loader = loader(run.loader, work.data, run.seed, work.device, self.own) if self.draws_data else None
         held = lambda name: engine.frozen(work.network(name))
@@ -53,7 +53,7 @@ class Source:
         random = rng.Random(self.seed, self.index, step)
         nimg = step * self.stage.batch
         world = World(self.path, random, self.teacher, step / self.total, self.features, nimg, self.perceptual)
-        mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * engine.passes)
+        mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * self.passes)
         rows = torch.arange(self.own, device=self.work.device)[mine]
         drawn = self._data(random, step, rows) if self.draws_data else self._points(random, step, rows, rows)
         net = _dropping(engine, random, rows)

@@ -42,7 +42,8 @@ class Workspace:
         try:
             self.data = datasets.load(run.data)
             stages.check(run, self.data.shape, self.data.classes)
-            self.build()
+            with torch.device("meta"):  # whether it can be built, without its memory
+                self.build()
         except ConfigError:
             raise
         except ValueError as error:
@@ -95,7 +96,7 @@ class Workspace:
     @property
     def latents(self) -> Index | None:
         """What the store says of its latents; None where rows are no latents."""
-        index = None if isinstance(self.data, datasets.Dataset) else getattr(self.data, "index", None)
+        index = self.data.index if self.run.data.kind == "latents" else None
         return index if index is not None and index.kind != "pixels" else None
 
     def codec(self, source: str | None = None) -> Codec:
@@ -219,7 +220,8 @@ class Workspace:
     def compare(self) -> Run | None:
         """The run stored in the folder, if any; stages not begun may differ from it.
 
-        Raises ConfigError when a stage that has begun was trained with other settings, its own or its ancestors'.
+        Raises ConfigError when a stage that has begun was trained with other settings, its own or its ancestors', or on
+        other rows.
         """
         if not (self.folder / RUN_FILE).is_file():
             return None
@@ -234,12 +236,21 @@ class Workspace:
                     f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
                     "choose another folder"
                 )
+            rows = config.changed(_about(self.folder).get("data") or self.data.facts, self.data.facts)
+            if rows:
+                raise ConfigError(
+                    f"data: these are not the rows that {self.folder / name} was trained on ({'; '.join(rows)})"
+                )
         return stored
 
     def claim(self) -> None:
         """Create the folder and write run.json. Raises ConfigError as `compare` does."""
         stored = self.compare()
-        if stored and config.dump(stored) == config.dump(self.run):
+        if (
+            stored
+            and config.dump(stored) == config.dump(self.run)
+            and _about(self.folder).get("data") == self.data.facts
+        ):
             return
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -247,6 +258,7 @@ class Workspace:
                 "digest": config.digest(self.run),
                 "run": config.dump(self.run),
                 "rows": self.rows(),
+                "data": self.data.facts,
                 "environment": environment(),
                 "ops": cmt_kernels.table(self.device.type),
                 "engine": {name: self.sizing(name)._asdict() for name in stages.names(self.run)},
@@ -267,6 +279,11 @@ class Workspace:
             except BlockingIOError:
                 raise ConfigError(f"--out: {self.folder} is in use by another process") from None
             yield
+
+
+def _about(folder: Path) -> dict:
+    """run.json of a run."""
+    return json.loads((folder / RUN_FILE).read_text("utf-8"))
 
 
 def stored_run(folder: Path) -> Run:
@@ -294,7 +311,7 @@ def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, st
 def _parents(folder: Path) -> Path | None:
     """Where the stages are that a stored run did not train itself."""
     stored_run(folder)
-    parents = json.loads((folder / RUN_FILE).read_text("utf-8")).get("parents")
+    parents = _about(folder).get("parents")
     return Path(parents) if parents else None
 
 
@@ -306,7 +323,7 @@ def fits(work: Workspace, name: str) -> None:
     folder, mine = Path(name).parent, work.run
     other = stored_run(folder)
     pairs = [(key, getattr(other, key), getattr(mine, key)) for key in ("path", "sigma_data")]
-    stored = json.loads((folder / RUN_FILE).read_text("utf-8")).get("rows")
+    stored = _about(folder).get("rows")
     if stored is None:
         pairs.append(("data", config.dump(other)["data"], config.dump(mine)["data"]))
     else:

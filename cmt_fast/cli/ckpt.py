@@ -38,6 +38,7 @@ def add(command: Command) -> None:
     p.add_argument("--recipe", required=True, help="the recipe whose network the file must fit: a name or YAML file")
     p.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder, for cmt train --from")
     p.add_argument("--ema", metavar="KEY", help="which of the file's networks (default: its EMA, if it has one)")
+    p.add_argument("--family", help="edm2, edm, dit, sit, ...: where the names in the file fit more than one")
 
     p = action("export", export, "a stage's network as one file, or as a folder that diffusers loads")
     p.add_argument("stage", metavar="RUN/STAGE")
@@ -80,7 +81,7 @@ def import_(args: argparse.Namespace) -> None:
     run = config.load(args.recipe, args.overrides)
     source = files.read(args.file, args.ema)
     work = ws.Workspace(run, args.out)
-    parity = importing.compare(source, work)
+    parity = importing.compare(source, work, args.family)
     print(importing.text(source, parity))
     importing.write(source, parity, work)
     print(f"{args.out / 'pre'}: finished; next: cmt train {args.recipe} --from {args.out} --stages mid,post")

@@ -71,6 +71,9 @@ def add(command: Command) -> None:
     )
     p.add_argument("--statistics", choices=("mean", "mean+std"), default="mean", help="format npy: what the arrays are")
     p.add_argument("--flip", action="store_true", help="format lightningdit: keep the mirror images too")
+    p.add_argument(
+        "--factor", type=float, default=1.0, help="what latents were multiplied with (DiT's: 0.18215); taken out"
+    )
     p.add_argument("--shard-rows", type=int, default=ROWS)
 
     p = action("shards", shards, "a store as WebDataset shards, which are a store too: tar archives in a random order")
@@ -111,6 +114,15 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     yield line
 
 
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("cmt: stopped; the same command goes on from the last whole shard", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def _positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) < 1:
@@ -119,12 +131,14 @@ def _positive(args: argparse.Namespace, *names: str) -> None:
 
 def encode(args: argparse.Namespace) -> None:
     _positive(args, "size", "batch", "workers", "shard_rows")
+    if not args.source.is_dir():
+        raise ConfigError(f"IMAGES: {str(args.source)!r} is no folder")
     device = ws.device(args.device)
     distributed.start(device)
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
     vae = codec.Codec.open(args.vae, device, dtype=PRECISIONS[precision], download=args.download)
     settings = encoding.Settings(args.size, args.statistics, DTYPES[args.dtype], precision, args.batch, args.flip)
-    with _progress("encode") as tell:
+    with _progress("encode") as tell, _stoppable():
         index = encoding.encode(
             args.source, args.out, vae, settings, shard_rows=args.shard_rows, skip_broken=args.broken == "skip",
             workers=args.workers, tell=tell,
@@ -135,10 +149,12 @@ def encode(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     _positive(args, "shard_rows")
+    if not 1e-6 <= args.factor <= 1e6 or (args.factor != 1 and args.format == "edm"):
+        raise ConfigError(f"--factor: {args.factor} is not valid; it is a positive number, of latents alone")
     with _progress("import") as tell:
         index = foreign.convert(
             args.source, args.out, args.format, dtype=DTYPES[args.dtype], kind=args.statistics, flip=args.flip,
-            shard_rows=args.shard_rows, tell=tell,
+            shard_rows=args.shard_rows, factor=args.factor, tell=tell,
         )  # fmt: skip
     _about(args.out, index)
 

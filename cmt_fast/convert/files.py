@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -152,10 +153,8 @@ def _torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises nearly every kind for a damaged file
         text = str(error)
-        named = text.partition("Unsupported global: GLOBAL ")[2] or text.partition("Unsupported class ")[2]
-        if named:
-            name = shown(named.split(" ")[0].rstrip(".,"))
-            raise Refused(f"it names {name}, and only tensors and plain data are read") from None
+        if named := re.search(r"(?:unsupported GLOBAL|Unsupported global: GLOBAL|Unsupported class) ([\w.]+\w)", text):
+            raise Refused(f"it names {shown(named[1])}, and only tensors and plain data are read") from None
         raise Refused(
             f"it is damaged ({type(error).__name__}: {shown(text.splitlines()[0] if text else '', 160)})"
         ) from None
@@ -191,7 +190,7 @@ def _archive(path: Path) -> None:
                 raise Refused("its members are larger than the file")
             trees = [m for m in members if m.filename.count("/") == 1 and m.filename.endswith("/data.pkl")]
             if len(trees) != 1:
-                raise Refused("it is an archive, but not one of torch: it has no data.pkl")
+                raise Refused("it is an archive, but not one of torch, which has one data.pkl")
             with archive.open(trees[0]) as file:
                 scan(file, trees[0].file_size, OPCODES | {"BINPERSID"})
     except Refused:
@@ -212,4 +211,6 @@ def _safetensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, An
         about["cmt"] = json.loads(metadata["cmt-fast"]) if "cmt-fast" in metadata else None
     except (ValueError, RecursionError):
         raise Refused("its own description is damaged") from None
+    if not isinstance(about["cmt"], (dict, type(None))) or not isinstance((about["cmt"] or {}).get("run", {}), dict):
+        raise Refused("its own description is damaged")
     return {"": tensors} if tensors else {}, about

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from cmt_fast.convert.families import Asks, Family
+from cmt_fast.convert.families import KINDS, Asks, Family, built
 from cmt_fast.convert.files import Source
 from cmt_fast.models import dit, edm, edm2
-from cmt_fast.schema import Dit, Edm, Edm2, Model
 from cmt_fast.workspace import Workspace
 
 
 def conflicts(source: Source, family: Family, asks: Asks, work: Workspace) -> list[str]:
     """What the file says it was made for and the recipe does otherwise, though every shape may fit."""
     run, out = work.run, list(asks.against)
+    have = {"adm": None, **built(run.model)}
+    for key, value in _wanted(asks).items():
+        if have.get(key) != value and (run.model.kind == asks.model.get("kind", run.model.kind) or key == "kind"):
+            key = "preset (adm)" if key == "adm" else key
+            out.append(
+                f"model.{key}: the file's network has {_yaml(value)}, the recipe's {_yaml(have.get(key.split()[0]))}"
+            )
     stored = (source.about.get("cmt") or {}).get("run") or {}
     path = family.path or stored.get("path")
     if path and path != run.path:
@@ -35,18 +41,26 @@ def conflicts(source: Source, family: Family, asks: Asks, work: Workspace) -> li
 def suggestions(asks: Asks, work: Workspace) -> list[str]:
     """The overrides that would bring the recipe's model and sigma_data to what the file was built with."""
     run, out = work.run, []
-    wanted = {k: tuple(v) if isinstance(v, list) else v for k, v in asks.model.items() if v is not None}
+    wanted = _wanted(asks)
     kind = wanted.pop("kind", run.model.kind)
-    have = built(run.model) if kind == run.model.kind else {}
+    have = built(run.model if kind == run.model.kind else KINDS[kind]())
     if kind != run.model.kind:
         out.append(f"model.kind={kind}")
-    if kind == "edm" and (adm := wanted.pop("adm")) != have.get("adm"):
+    adm = wanted.pop("adm", None)
+    if adm is not None and adm != have.get("adm"):
         preset = _preset(adm, wanted.get("multipliers"))
         out.append(f"model.preset={preset}")
         have = edm.PRESETS[preset]
     published = {width: size for size, (width, _) in edm2.SIZES.items()}
+    shape = tuple(wanted.get(k) for k in ("width", "depth", "heads"))
+    size = next((name for name, numbers in dit.SIZES.items() if kind == "dit" and numbers == shape), None)
+    if size and shape != tuple(have.get(k) for k in ("width", "depth", "heads")):
+        out.append(f"model.size={size}")
+        wanted = {k: v for k, v in wanted.items() if k not in ("width", "depth", "heads")}
     for key, value in wanted.items():
-        if have.get(key) == value:
+        if have.get(key) == value or (
+            key == "heads" and not {"width", "depth"} & {k for k in wanted if have.get(k) != wanted[k]}
+        ):
             continue
         if key == "width" and kind == "edm2" and value in published:
             out.append(f"model.size={published[value]}")
@@ -59,16 +73,15 @@ def suggestions(asks: Asks, work: Workspace) -> list[str]:
     return out
 
 
-def built(model: Model) -> dict[str, Any]:
-    """The numbers that a recipe's model is built with: its preset's, or those given."""
-    given = {k: v for k, v in vars(model).items() if v is not None and not k.startswith("_")}
-    if isinstance(model, Edm2):
-        return {"width": edm2.SIZES[model.size][0], **given}
-    if isinstance(model, Edm):
-        return {**edm.PRESETS[model.preset], **given}
-    if isinstance(model, Dit):
-        return {**dict(zip(("width", "depth", "heads"), dit.SIZES[model.size])), **given}
-    return given
+def _wanted(asks: Asks) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in asks.model.items() if v is not None}
+
+
+def doubts(asks: Asks, work: Workspace) -> list[str]:
+    """What no file of the family says and no shape tells, so that the recipe's word is taken for it."""
+    if asks.model.get("kind") == "dit" and asks.model.get("heads") is None:
+        return [f"the number of heads is not in the file; the recipe's {built(work.run.model).get('heads')} are taken"]
+    return []
 
 
 def _preset(adm: bool, multipliers: tuple[int, ...] | None) -> str:

@@ -42,13 +42,16 @@ class Parity(NamedTuple):
         return not (self.missing or self.shapes or self.conflicts)
 
 
-def compare(source: Source, work: Workspace) -> Parity:
-    """How the file fits the network that the recipe builds. Raises ConfigError for a file of no known family."""
+def compare(source: Source, work: Workspace, wanted: str | None = None) -> Parity:
+    """How the file fits the network that the recipe builds. wanted: its family, where names do not tell.
+
+    Raises ConfigError for a file of no known family.
+    """
     net = work.build()
     own = net.state_dict()
-    family = families.find(source, own)
+    family = families.find(source, own, work.run.path, wanted)
     try:
-        theirs, skipped = family.rename(source.tensors)
+        theirs, skipped = family.rename(_wide(source.tensors))
     except ValueError as error:
         raise ConfigError(
             f"FILE: {str(source.path)!r} looks like {family.name}, but {shown(str(error), 200)}"
@@ -63,9 +66,15 @@ def compare(source: Source, work: Workspace) -> Parity:
             weights[name] = tensor.to(own[name].dtype).contiguous()
     missing = sorted(own.keys() - theirs.keys())
     asks = family.asks(source)
-    notes = [*source.notes, *_numbers(source, weights), *fitting.normalisation(asks, work.data)]
+    notes = [*source.notes, *_numbers(source, weights), *asks.notes, *fitting.doubts(asks, work)]
+    notes += fitting.normalisation(asks, work.data)
     against, hints = fitting.conflicts(source, family, asks, work), fitting.suggestions(asks, work)
     return Parity(family.name, weights, skipped, missing, shapes, against, notes, hints)
+
+
+def _wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Halves as fp32, which is exact, before a map computes with them."""
+    return {k: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for k, t in tensors.items()}
 
 
 def _numbers(source: Source, weights: dict[str, Tensor]) -> list[str]:
@@ -118,7 +127,7 @@ def lineage(source: Source, parity: Parity) -> dict[str, Any]:
         "nimg": 0,
         "config": None,
         "ema": source.sha256,
-        "parent": about["cmt"].get("lineage") if about.get("cmt") else None,
+        "parent": _chain((about.get("cmt") or {}).get("lineage")),
         "file": source.path.name,
         "sha256": source.sha256,
         "family": parity.family,
@@ -130,6 +139,19 @@ def lineage(source: Source, parity: Parity) -> dict[str, Any]:
         "encoder": about.get("encoder"),
         "skipped": sorted(parity.skipped),
     }
+
+
+def _chain(node: Any, depth: int = 0) -> dict[str, Any] | None:
+    """The lineage in a file of ours, which anybody may have written: numbers and short text, by the keys that are read."""
+    if not isinstance(node, dict) or depth > 20:
+        return None
+    number = lambda key: v if type(v := node.get(key)) is int and v >= 0 else 0
+    word = lambda key: shown(v) if isinstance(v := node.get(key), str) else None
+    out: dict[str, Any] = {"stage": word("stage") or "import", "step": number("step"), "nimg": number("nimg")}
+    out |= {"config": word("config"), "ema": word("ema") or ""}
+    if "file" in node:
+        out |= {key: word(key) or "" for key in ("file", "sha256", "family", "kind", "entry")}
+    return {**out, "parent": _chain(node.get("parent"), depth + 1)}
 
 
 def text(source: Source, parity: Parity) -> str:

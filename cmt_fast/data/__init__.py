@@ -22,7 +22,7 @@ class Rows(Protocol):
 
     rows: index (B,) int64 -> x (B, *shape) float32 in data units, labels (B,) or None. Rows that are distributions
     (latents with a standard deviation) are drawn from: draw (B,) int64 says which draw of each row, None takes means.
-    facts: what tells these rows, in this order, from others; a checkpoint keeps it.
+    facts: what tells these rows, in this order, from others; a run keeps it.
     """
 
     n: int
@@ -174,6 +174,8 @@ class Loader:
         labels = None if self.data.labels is None else self.data.labels[index]
         out = (self.data.read(index), labels, index, epoch)
         pin = self.device.type == "cuda"
+        if pin:
+            torch.cuda.set_device(self.device)  # a thread begins on device 0, whichever is the process's
         return tuple(x.pin_memory() if pin and x is not None else x for x in out)
 
     def close(self) -> None:

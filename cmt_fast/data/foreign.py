@@ -43,12 +43,13 @@ class Foreign(NamedTuple):
 
 
 def convert(
-    source: Path, out: Path, format: str, *, dtype: str, kind: str, flip: bool, shard_rows: int,
+    source: Path, out: Path, format: str, *, dtype: str, kind: str, flip: bool, shard_rows: int, factor: float = 1.0,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Index:  # fmt: skip
     """Write OUT from `source`. kind: what arrays of format npy are; flip: keep LightningDiT's mirror images.
 
-    tell(rows done, all of them). Raises DatasetError; what was begun of OUT is removed then.
+    factor: what the arrays were multiplied with when they were written; they are divided by it, so that an autoencoder
+    decodes them. tell(rows done, all of them). Raises DatasetError; what was begun of OUT is removed then.
     """
     writer = Writer(out)
     if format == "edm":
@@ -66,7 +67,7 @@ def convert(
         raise DatasetError(f"{where}: has {first.shape[1]} channels, mean and std are an even number")
     layout = Layout(kind, dtype, tuple(first.shape[1:]))
     shards = [(i, min(i + shard_rows, found.n)) for i in range(0, found.n, shard_rows)]
-    keys = [key_of(format, layout, found.facts, span) for span in shards]
+    keys = [key_of(format, layout, found.facts, factor, span) for span in shards]
     name = re.sub(r"[^\w. -]", "_", source.resolve().name)
     writer.start()
     with writer.lock():
@@ -75,7 +76,8 @@ def convert(
                 if writer.record(k, keys[k]) is None:
                     with writer.shard(k, layout, keys[k]) as rows:
                         for i in range(start, stop, PART):
-                            rows.add(*found.part(i, min(i + PART, stop)))
+                            values, labels, where = found.part(i, min(i + PART, stop))
+                            rows.add(values if factor == 1 else values / np.float32(factor), labels, where)
                             tell(min(i + PART, stop), found.n)
                 tell(stop, found.n)
             return writer.finish(

@@ -28,12 +28,14 @@ from cmt_fast import checkpoint, rng
 from cmt_fast.codec import Normalisation
 from cmt_fast.data.archives import DatasetError, array, parse
 from cmt_fast.schema import Latents
-from cmt_fast.schema.numbers import Count, Natural, Positive, schema
+from cmt_fast.schema.numbers import Count, Natural, schema
 
 INDEX, LABELS, CHECKSUMS = "index.json", "labels.npy", "checksums.npy"
 FORMAT = 1
 INDEX_BYTES = 64 << 20
 Side = Annotated[int, Field(ge=1, le=1 << 20)]
+Mean = Annotated[float, Field(ge=-1e6, le=1e6)]
+Std = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 @schema
@@ -59,8 +61,8 @@ class Index:
     flips: bool
     classes: Natural
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[Positive, ...]
+    mean: tuple[Mean, ...]
+    std: tuple[Std, ...]
     vae: str
     vae_xxh3_128: str
     crop: str
@@ -161,8 +163,8 @@ class Store:
     @functools.cached_property
     def facts(self) -> dict[str, int | str]:
         """As data.Rows: the index names every row's checksum through the file that holds them."""
-        about = xxhash.xxh3_128_hexdigest((self.folder / INDEX).read_bytes())
-        return {"rows": self.n, "shards": len(self.index.shards), "xxh3_128": about}
+        index = checkpoint.checksum(self.folder / INDEX)
+        return {"rows": self.n, "shards": len(self.index.shards), "xxh3_128": index}
 
     def place(self, row: int) -> tuple[int, int]:
         """Shard and row in it of a stored row."""

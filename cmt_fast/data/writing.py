@@ -111,7 +111,7 @@ class Writer:
             raise DatasetError(f"{self.out}: not one row could be made")
         sums = np.sum([np.array(r["sums"]) for _, r in kept], axis=0)
         mean, std = latents.moments(sums)
-        if min(std) <= 0:
+        if min(std) < 1e-6:
             raise DatasetError(f"{self.out}: channel {std.index(min(std))} is the same number everywhere")
         labels = [y for _, r in kept for y in r["labels"]]
         if any(y is None for y in labels) and any(y is not None for y in labels):

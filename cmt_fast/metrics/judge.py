@@ -175,7 +175,8 @@ def make_reference(judge: Judge, n: int | None, batch: int, keep: int, advance: 
     chosen[torch.arange(min(keep, n)) * n // max(1, min(keep, n))] = keep > 0
     for i, place in enumerate(torch.arange(n).split(batch)):
         if i % distributed.size() == distributed.rank():
-            features = judge.space.features(judge.look(data.rows(index[place])[0]))
+            rows = data.rows(index[place], torch.zeros_like(place))[0]  # the first draw, as `in_memory` takes
+            features = judge.space.features(judge.look(rows))
             stream.add(features)
             kept.append(features[chosen[place].to(features.device)].cpu())
         advance(len(place))

@@ -20,7 +20,9 @@ def build(model: Model, path: str, sigma_data: float, shape: tuple[int, ...], cl
             raise ValueError(f"model.kind: an mlp needs vectors, the data has the shape {shape}")
         net: nn.Module = mlp.Mlp(shape[0], classes, width=model.width, depth=model.depth, two_times=two_times)
     elif len(shape) != 3 or shape[1] != shape[2]:
-        raise ValueError(f"model.kind: a {model.kind} needs square images, the data has the shape {shape}")
+        raise ValueError(
+            f"model.kind: {'a' if model.kind == 'dit' else 'an'} {model.kind} needs square images, the data has the shape {shape}"
+        )
     elif isinstance(model, Dit):
         net = _dit(model, shape, classes, two_times)
         if model.precondition == "ddpm":

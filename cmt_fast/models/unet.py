@@ -101,8 +101,11 @@ def resample(x: Tensor | Dual, how: str) -> Tensor | Dual:
 
 
 def pack_heads(qkv: Tensor | Dual, heads: int) -> Tensor | Dual:
-    """(B, 3 C, H, W), channels in the order head, width, (q, k, v), -> (B, H W, 3, heads, C / heads) for `attention`."""
-    return linear_map(lambda y: y.flatten(2).unflatten(1, (heads, -1, 3)).permute(0, 4, 3, 1, 2), qkv)
+    """(B, 3 C, H, W), channels in the order head, width, (q, k, v), -> (B, H W, 3, heads, C / heads) for `attention`.
+
+    Copied into that order: norms and kernels read a head's numbers side by side.
+    """
+    return linear_map(lambda y: y.flatten(2).unflatten(1, (heads, -1, 3)).permute(0, 4, 3, 1, 2).contiguous(), qkv)
 
 
 def unpack_heads(y: Tensor | Dual, side: int) -> Tensor | Dual:

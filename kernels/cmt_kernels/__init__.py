@@ -1,4 +1,4 @@
-"""Ops of the diffusion transformer, the ODE solvers and the few-step losses, each for `Tensor | Dual`.
+"""Ops of the diffusion transformers and U-Nets, the ODE solvers and the few-step losses, each for `Tensor | Dual`.
 
 One folder per op: formula and shapes in its `__init__`, plain torch in `reference.py`, inputs in
 `cases.py`. `_op.py` chooses the backend.

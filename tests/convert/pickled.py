@@ -50,13 +50,38 @@ class Precond(Persistent, nn.Module):
         self.register_buffer("passing", torch.randn(4), persistent=False)
 
 
+class Node(Persistent, nn.Module):
+    """A module of a tree given by dotted names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._init_args, self._init_kwargs = (), {}
+
+
+def tree(state: dict[str, torch.Tensor], buffers: tuple[str, ...] = (), **kwargs) -> Node:
+    """Modules within modules that hold `state`; those whose names end in `buffers` as buffers. kwargs: as built with."""
+    root = Node()
+    root._init_kwargs = kwargs
+    for name, tensor in state.items():
+        *path, last = name.split(".")
+        node = root
+        for part in path:
+            if part not in node._modules:
+                node.add_module(part, Node())
+            node = node._modules[part]
+        keep = node.register_buffer if name.endswith(buffers) else node.register_parameter
+        keep(last, tensor.clone() if name.endswith(buffers) else nn.Parameter(tensor.clone(), False))
+    return root
+
+
 class Encoder(Persistent):
     """An encoder with normalisation constants, as EDM2's has."""
 
     def __init__(self) -> None:
         self._init_args, self._init_kwargs = (), {}
         self.vae_name, self.scale = "some/vae", np.float32([0.5, 0.25])
-        self.bias = np.asfortranarray(np.arange(4, dtype=np.float32).reshape(2, 2))
+        self.bias = np.float32([0.0, -1.0])
+        self.table = np.asfortranarray(np.arange(4, dtype=np.float32).reshape(2, 2))
 
 
 @contextlib.contextmanager

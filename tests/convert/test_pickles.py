@@ -51,7 +51,8 @@ def test_every_tensor_and_argument_comes_out(tmp_path, half, protocol):
     assert about["ema"]["class"] == "Precond"
     assert about["ema"]["init_kwargs"] == {"width": 8, "label_dim": 10, "channel_mult": [1, 2]}
     assert about["ema"]["state"]["sigma_data"] == 0.5 and len(about["ema"]["source_sha256"]) == 64
-    assert about["encoder"]["state"] == {"vae_name": "some/vae", "scale": [0.5, 0.25], "bias": [[0, 1], [2, 3]]}
+    encoder = {"vae_name": "some/vae", "scale": [0.5, 0.25], "bias": [0, -1], "table": [[0, 1], [2, 3]]}
+    assert about["encoder"]["state"] == encoder
     assert about["dataset_kwargs"] == {"path": "x.zip", "use_labels": True}
 
 

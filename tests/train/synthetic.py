@@ -102,7 +102,7 @@ def vae(folder: Path, seed: int = 0, factor: int = 8, width: int = 16) -> None:
     levels = factor.bit_length()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        AutoencoderKL(
+        made = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=(width,) * levels,
@@ -110,7 +110,9 @@ def vae(folder: Path, seed: int = 0, factor: int = 8, width: int = 16) -> None:
             norm_num_groups=8,
             latent_channels=4,
             mid_block_add_attention=False,
-        ).save_pretrained(folder)
+        )
+        made.quant_conv.bias.data[4:] = -8  # log variance: latents are more image than noise, as trained ones are
+        made.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 from cmt_fast import pictures
 from cmt_fast.cli import main
+from cmt_fast.codec import Codec, Normalisation
+from cmt_fast.config import ConfigError
 from cmt_fast.data import latents
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.latents import Store
@@ -70,6 +72,32 @@ def world(tmp_path_factory):
     bad = synthetic.images(folder / "images", 60, classes=3, largest=160, every=29)
     synthetic.vae(folder / "vae", width=8)
     return folder, bad
+
+
+def test_the_codec_undoes_itself_in_shape_and_knows_its_weights(world):
+    from diffusers import AutoencoderKL
+
+    folder, _ = world
+    codec, half = (Codec.open(str(folder / "vae"), "cpu", dtype=d) for d in (torch.float32, torch.bfloat16))
+    assert codec.digest == half.digest and half.vae.dtype == torch.bfloat16 and codec.factor == 8
+    assert codec.normalisation == Normalisation((0.0,) * 4, (1.0,) * 4, 0.18215)  # AutoencoderKL's own
+    x = torch.rand(3, 3, 32, 48) * 2 - 1
+    mean, std = codec.encode(x)
+    assert mean.shape == std.shape == (3, 4, 4, 6) and bool((std > 0).all())
+    torch.testing.assert_close(half.encode(x)[0], mean, atol=0.05, rtol=0.05)
+    plain = AutoencoderKL.from_pretrained(folder / "vae")
+    with torch.no_grad():
+        want = plain.decode(mean / plain.config.scaling_factor).sample.clamp(-1, 1)
+    torch.testing.assert_close(codec.decode(mean, batch=2), want)
+    for name, text in (
+        ("nowhere", "no hub id"),
+        ("some/body", "no copy on this machine"),
+        (str(folder / "images"), "config.json"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            Codec.open(name, "cpu")
+    with pytest.raises(ConfigError, match="4 channels, the data have 2"):
+        Codec.open(str(folder / "vae"), "cpu", Normalisation((0.0, 0.0), (1.0, 1.0)))
 
 
 def encode(folder: Path, out: str, *more: str) -> list[str]:

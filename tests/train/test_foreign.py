@@ -99,6 +99,9 @@ def test_import_npy_in_three_ways(tmp_path):
         want = {"dit": [k % 5 for k in range(12)], "flat": None, "classes": [0] * 4 + [1] * 4 + [2] * 4}[name]
         assert (s.labels if want is None else s.labels.tolist()) == want
     assert s.class_names == ("c0", "c1", "c2")
+    (tmp_path / "scaled").mkdir()
+    s = imported(tmp_path / "scaled", tmp_path / "dit", "npy", factor=0.5)  # halves are exact
+    assert np.array_equal(s.read(torch.arange(12)).numpy(), 2 * rows[:, 0])
 
 
 def test_import_edm_pixels(tmp_path):

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cmt_fast import rng
 from cmt_fast.models.dit import SIZES, DiT
 from cmt_fast.models.mlp import Mlp
-from cmt_fast.models.precond import AverageVelocity, Denoiser
+from cmt_fast.models.precond import AverageVelocity, Denoiser, NoiseDenoiser
 from cmt_fast.objectives import Batch, World
 from cmt_fast.objectives.meanflow import draw_times, meanflow
 from cmt_fast.paths import Path
@@ -49,6 +49,8 @@ NETS = {
     "rope": {"rope": True},
     "both": {"qk_norm": True, "rope": True},
     "patch 4": {"patch": 4},
+    "published": {"embeddings": "dit"},
+    "lightning": {"embeddings": "dit", "mlp": "swiglu", "norm": "rms", "rope": True},
 }
 
 
@@ -149,6 +151,23 @@ def test_denoiser_is_edm_preconditioning():
     total = c**2 + s**2
     want = s**2 / total * x + c * s / total.sqrt() * (3 * x / total.sqrt() + c.log() / 4)
     assert torch.allclose(Denoiser(raw, s)(x, t), want)
+
+
+def test_noise_denoiser_asks_at_ddpms_steps_and_between_them():
+    seen = []
+    raw = torch.nn.Module()
+    raw.forward = lambda x, n, r, labels, drop: (seen.append((x, n)), torch.full_like(x, 2.0))[1]
+    denoiser = NoiseDenoiser(raw)
+    beta, kept, noises = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)], 1.0, []
+    for b in beta:
+        kept *= 1 - b
+        noises.append(((1 - kept) / kept) ** 0.5)
+    middle = (noises[400] * noises[401]) ** 0.5
+    t = torch.tensor([noises[0], noises[400], middle, noises[999], 1e-3, 1e3], dtype=torch.float64)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    assert torch.allclose(denoiser(x, t), x - 2 * t[:, None])
+    assert torch.allclose(seen[0][1], torch.tensor([0, 400, 400.5, 999, 0, 999]).double(), atol=1e-6)
+    assert torch.allclose(seen[0][0], x / (1 + t[:, None] ** 2).sqrt())
 
 
 def test_label_drop_is_the_null_class():

@@ -14,7 +14,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cmt_fast import checkpoint, data
+from cmt_fast import checkpoint, data, loop
 from cmt_fast.cli import main
 from cmt_fast.codec import Normalisation
 from cmt_fast.data import Loader, latents
@@ -249,3 +249,29 @@ def test_an_index_that_lies_is_refused_or_fits(store, tmp_path_factory, key, lie
         return
     assert s.index.rows == ROWS and s.index.stride == 128  # what decides where rows lie
     s.rows(torch.arange(ROWS))
+
+
+def test_a_run_is_not_continued_on_another_store_at_the_same_path(store, tmp_path):
+    from cmt_fast.config import ConfigError, build
+    from cmt_fast.workspace import Workspace
+
+    shutil.copytree(store[0], tmp_path / "s")
+    stage = {"objective": {"kind": "denoise"}, "images_nimg": 8, "batch": 8}
+    run = build(
+        {
+            "name": "swapped",
+            "data": {"kind": "latents", "path": str(tmp_path / "s")},
+            "model": {"kind": "dit", "width": 8, "depth": 1, "heads": 1},
+            "path": "ve",
+            "device": "cpu",
+            "pre": stage,
+            "mid": {**stage, "start": "pre"},
+            "post": {**stage, "start": "mid"},
+        }
+    )
+    loop.train(Workspace(run, tmp_path / "run"), ["pre"])
+    Workspace(run, tmp_path / "run").compare()
+    shutil.rmtree(tmp_path / "s")
+    made(tmp_path / "s", shard_rows=7)
+    with pytest.raises(ConfigError, match="not the rows that .*pre was trained on"):
+        Workspace(run, tmp_path / "run").compare()

@@ -91,8 +91,9 @@ def test_ecd_with_autoguidance(world: Path, tmp_path: Path) -> None:
 
 def test_rollouts_are_autoguided_where_asked(world: Path, tmp_path: Path) -> None:
     guide = f"mid.autoguidance={{network: {world}/weak/pre, scale: 2.0, trajectories: true}}"
-    works = (Workspace(run, tmp_path / "run", world / "ve") for run in (tiny("digits", guide), tiny()))
-    pool, plain = (source_of(work, "mid").pool for work in works)
+    run = tiny("digits", guide)
+    work = Workspace(run, tmp_path / "run", world / "ve")
+    pool, plain = (source_of(work, "mid", r.mid).pool for r in (run, tiny()))
     a, b = (p.draw(0, torch.arange(32)) for p in (pool, plain))
     assert torch.equal(a.x[a.t > 79], b.x[b.t > 79]) and not torch.allclose(a.x_r, b.x_r, atol=1e-3)
 

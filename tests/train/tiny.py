@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cmt_fast import config
 from cmt_fast.engine import LocalEngine
-from cmt_fast.schema import Run
+from cmt_fast.schema import Run, Stage
 from cmt_fast.source import Source
 from cmt_fast.workspace import Workspace
 
@@ -54,6 +54,7 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "wall"} for row in rows]
 
 
-def source_of(work: Workspace, name: str) -> Source:
-    """Rows and loss of a stage, under a local engine."""
-    return Source(work, name, work.run.stage(name), LocalEngine(work.build(), work.run.stage(name), work.device))
+def source_of(work: Workspace, name: str, stage: Stage | None = None) -> Source:
+    """Rows and loss of a stage (the run's own, unless another is given), under a local engine."""
+    stage = stage or work.run.stage(name)
+    return Source(work, name, stage, LocalEngine(work.build(), stage, work.device))

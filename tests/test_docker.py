@@ -1,0 +1,234 @@
+"""Dockerfile and compose file without an engine: hadolint, the rules of this house, and that each rule would be seen broken."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cmt_fast import cli, config
+from tests.commands import ROOT, cmt
+from tests.test_commands import COMING
+
+DOCKER = ROOT / "docker"
+DOCKERFILE = (DOCKER / "Dockerfile").read_text("utf-8")
+COMPOSE = (DOCKER / "compose.yaml").read_text("utf-8")
+
+
+def stages(text: str) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(base, name, instructions) of every FROM; an instruction is its word and the rest, lines joined."""
+    joined = re.sub(r"\\\n\s*", "", "\n".join(line for line in text.splitlines() if not line.startswith("#")))
+    found: list[tuple[str, str, list[tuple[str, str]]]] = []
+    for line in filter(None, map(str.strip, joined.splitlines())):
+        word, rest = line.split(None, 1)
+        if word == "FROM":
+            base, _, name = rest.partition(" AS ")
+            found.append((base, name, []))
+        elif found:
+            found[-1][2].append((word, rest))
+    return found
+
+
+def broken_rules(text: str) -> list[str]:
+    """What a Dockerfile of this house must not be; an empty list when nothing is wrong."""
+    wrong, parts = [], stages(text)
+    names = [name for _, name, _ in parts]
+    if names != ["cpu", "build", "gpu"]:
+        wrong.append("stages")
+    bases = dict(re.findall(r"^ARG (\w+_BASE)=(\S+)$", text, flags=re.M))
+    wrong += ["tag"] * any(":" not in b or b.endswith(":latest") for b in bases.values())
+    wrong += ["base"] * any(re.sub(r"[${}]", "", base) not in bases for base, _, _ in parts)
+    for base, name, body in parts:
+        last = {word: rest for word, rest in body}
+        words = [word for word, _ in body]
+        runs = " && ".join(rest for word, rest in body if word == "RUN")
+        wrong += ["ADD"] * ("ADD" in words) + ["fetches"] * bool(re.search(r"\b(curl|wget|git clone)\b", runs))
+        wrong += ["secret"] * any(re.search(r"(TOKEN|PASSWORD|SECRET|API_KEY)", rest) for _, rest in body)
+        for command in re.findall(r"pip install[^&]*", runs):
+            if "GPU_BASE" in base and re.search(r"\s(torch|torchvision|flash-attn|apex|triton)(\b|==)", command):
+                wrong.append("torch")
+            if not re.search(r"--no-deps|--constraint /etc/pip/constraint.txt", command):
+                wrong.append("dependencies")
+        for word, rest in body:
+            if word == "COPY" and "--from=" not in rest:
+                wrong += [f"missing {s}" for s in rest.split()[:-1] if not (ROOT / s).exists()]
+        if name != "build":
+            wrong += ["user"] * (not last.get("USER", "").isdigit() or last["USER"] == "0")
+            after = words[len(words) - words[::-1].index("USER") :] if "USER" in words else []
+            wrong += ["user not last"] * ("RUN" in after)
+            wrong += ["unbuffered"] * ("PYTHONUNBUFFERED=1" not in " ".join(r for w, r in body if w == "ENV"))
+            wrong += ["entrypoint"] * (not last.get("ENTRYPOINT", "").startswith('["/usr/bin/tini"'))
+            wrong += ["signal"] * (last.get("STOPSIGNAL") != "SIGTERM")
+            health = re.search(r"CMD (\[.*\])", last.get("HEALTHCHECK", ""))
+            wrong += ["health"] * (not health or cmt(" ".join(json.loads(health[1]))) is None)
+    return wrong
+
+
+def test_the_dockerfile_keeps_the_rules():
+    assert broken_rules(DOCKERFILE) == []
+
+
+MUTATIONS = {
+    "user": ("USER 10001", "USER cmt"),
+    "user not last": ("USER 10001\n", "USER 10001\nRUN true\n"),
+    "unbuffered": ("PYTHONUNBUFFERED=1", "PYTHONUNBUFFERED=0"),
+    "tag": ("python:3.12-slim", "python:latest"),
+    "base": ("FROM ${GPU_BASE} AS gpu", "FROM ubuntu:24.04 AS gpu"),
+    "stages": ("AS build", "AS other"),
+    "ADD": ("COPY csrc csrc", "ADD csrc csrc"),
+    "fetches": ("RUN CMT_CUDA=1", "RUN curl -O x && CMT_CUDA=1"),
+    "torch": ("pip install --no-deps /wheels", "pip install --no-deps torch /wheels"),
+    "dependencies": ("pip install --no-deps /wheels", "pip install /wheels"),
+    "missing nothing": ("COPY csrc csrc", "COPY nothing csrc"),
+    "entrypoint": ('["/usr/bin/tini", "--"]', '["cmt"]'),
+    "signal": ("STOPSIGNAL SIGTERM", "STOPSIGNAL SIGKILL"),
+    "health": ("HEALTHCHECK --interval", "LABEL x="),
+    "secret": ("ENV HOME=/home/cmt", "ENV HF_TOKEN=x HOME=/home/cmt"),
+}
+
+
+@pytest.mark.parametrize("rule", MUTATIONS)
+def test_a_broken_rule_is_seen(rule):
+    before, after = MUTATIONS[rule]
+    assert before in DOCKERFILE and rule in broken_rules(DOCKERFILE.replace(before, after))
+
+
+def test_hadolint_has_nothing_to_say():
+    program = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip("hadolint is not installed")
+    done = subprocess.run(
+        [program, "-f", "json", str(DOCKER / "Dockerfile")], capture_output=True, text=True, timeout=60
+    )
+    assert json.loads(done.stdout) == [] and done.returncode == 0
+    bad = subprocess.run(
+        [program, "-f", "json", "-"], input="FROM a\nRUN cd /x\n", capture_output=True, text=True, timeout=60
+    )
+    assert {"DL3006", "DL3003"} <= {row["code"] for row in json.loads(bad.stdout)}
+
+
+def test_the_context_has_all_that_is_copied_and_no_more():
+    lines = [x for x in (ROOT / ".dockerignore").read_text().splitlines() if x and not x.startswith("#")]
+    assert lines[0] == "*"
+    kept = {x[1:] for x in lines if x.startswith("!")}
+    copied = {
+        s
+        for _, _, body in stages(DOCKERFILE)
+        for w, r in body
+        if w == "COPY" and "--from" not in r
+        for s in r.split()[:-1]
+    }
+    assert kept == copied
+
+
+# ------------------------------------------------------------------------------------------------ what is installed
+
+
+def project() -> dict:
+    return pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def name(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def test_the_cpu_image_installs_by_hash_what_the_package_needs():
+    text = (DOCKER / "requirements-cpu.txt").read_text()
+    entries = re.findall(r"^([\w.-]+)==\S+ \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, flags=re.M)
+    assert len(entries) == len(re.findall(r"^\w", text, flags=re.M)), "an entry without a version or hashes"
+    wanted = {name(r) for r in project()["dependencies"] + project()["optional-dependencies"]["demo"]} - {"torch"}
+    torchs_own = {"filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec"}
+    assert wanted | torchs_own <= {n for n, _ in entries}
+
+
+def test_the_gpu_image_installs_what_the_package_needs_and_no_torch():
+    lines = [x for x in (DOCKER / "requirements-gpu.txt").read_text().splitlines() if x and not x.startswith("#")]
+    mine, optional = {name(x) for x in lines}, project()["optional-dependencies"]
+    in_base = {"torch", "numpy", "tensorboard", "nvidia-dali-cuda130"}
+    wanted = {name(r) for extra in ("demo", "zero", "eval", "latents", "dali") for r in optional.get(extra, [])}
+    assert {name(r) for r in project()["dependencies"]} | wanted <= mine | in_base
+    assert not mine & {"torch", "torchvision", "flash-attn", "apex", "triton"}
+
+
+def test_another_torch_would_stop_the_build(tmp_path):
+    check = [sys.executable, str(DOCKER / "check_gpu.py")]
+    subprocess.run([*check, "before", str(tmp_path / "torch")], check=True, timeout=60)
+    done = subprocess.run([*check, "after", str(tmp_path / "torch")], capture_output=True, text=True, timeout=60)
+    assert "the image has no" in done.stderr and "flash_attn" in done.stderr or done.returncode == 0
+    (tmp_path / "torch").write_text("2.11.0a0+nv /usr/lib/torch/__init__.py")
+    done = subprocess.run([*check, "after", str(tmp_path / "torch")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "torch was 2.11.0a0+nv" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ compose
+
+# of the Compose Specification, what a service here may use, and the type that it wants
+SERVICE = {
+    "image": str, "build": dict, "user": str, "read_only": bool, "tmpfs": list, "security_opt": list, "cap_drop": list,
+    "volumes": list, "stop_grace_period": str, "shm_size": str, "ulimits": dict, "deploy": dict, "healthcheck": dict,
+    "command": list, "restart": str, "profiles": list, "environment": dict,
+}  # fmt: skip
+HEALTH = {"test", "interval", "timeout", "start_period", "retries", "disable"}
+
+
+def default(text: str) -> str:
+    """A value with the defaults of its variables."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+
+
+def services() -> dict[str, dict]:
+    return yaml.safe_load(COMPOSE)["services"]
+
+
+@pytest.mark.parametrize("service", services())
+def test_a_service_is_what_the_specification_knows(service):
+    tree = yaml.safe_load(COMPOSE)
+    assert set(tree) <= {"name", "services", "x-common", "x-gpu"}
+    s = services()[service]
+    assert set(s) <= set(SERVICE), sorted(set(s) - set(SERVICE))
+    assert all(isinstance(v, SERVICE[k]) for k, v in s.items())
+    assert set(s["healthcheck"]) <= HEALTH
+    assert s["build"] == {"context": "..", "dockerfile": "docker/Dockerfile", "target": s["image"].partition(":")[2]}
+    assert s["build"]["target"] in [n for _, n, _ in stages(DOCKERFILE)]
+    for value in (
+        s["stop_grace_period"],
+        *(s["healthcheck"].get(k, "1s") for k in ("interval", "timeout", "start_period")),
+    ):
+        assert re.fullmatch(r"\d+[smh]", value)
+
+
+@pytest.mark.parametrize("service", services())
+def test_a_service_is_kept_in_bounds_and_told_to_stop(service):
+    s = services()[service]
+    assert s["read_only"] is True and s["cap_drop"] == ["ALL"] and "no-new-privileges:true" in s["security_opt"]
+    assert re.fullmatch(r"\d+:\d+", default(s["user"])) and not default(s["user"]).startswith("0:")
+    mounts = [default(v).split(":") for v in s["volumes"]]
+    assert [m[1:] for m in mounts] == [["/data", "ro"], ["/runs"]]
+    assert any(t.startswith("/tmp:exec") for t in s["tmpfs"]) and s["stop_grace_period"] == "120s"
+    if s["image"] == "cmt-fast:gpu":
+        device = s["deploy"]["resources"]["reservations"]["devices"][0]
+        assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+        assert s["shm_size"] == "16gb" and s["ulimits"] == {"memlock": -1, "stack": 67108864}
+
+
+@pytest.mark.parametrize("service", services())
+def test_the_commands_of_a_service_parse(service):
+    s = services()[service]
+    lines = [s["command"]] + ([] if s["healthcheck"].get("disable") else [s["healthcheck"]["test"][1:]])
+    for words in lines:
+        arguments = cmt(" ".join(map(default, words)))
+        assert arguments, words
+        args, rest = cli.parser().parse_known_args(arguments)
+        assert not rest
+        recipe = getattr(args, "recipe", None)
+        if recipe and recipe not in COMING:
+            config.load(recipe)
+    if not s["healthcheck"].get("disable"):
+        out = default(" ".join(s["command"])).split("--out ")[1].split()[0]
+        assert out in default(" ".join(s["healthcheck"]["test"])), "the health check looks at the run that is trained"
