@@ -20,6 +20,7 @@ from cmt_fast import data as datasets
 from cmt_fast.augment import augment
 from cmt_fast.cli import main
 from cmt_fast.config import ConfigError
+from cmt_fast.engine import LocalEngine
 from cmt_fast.models.vgg import LatentVgg, PixelVgg
 from cmt_fast.rng import Random
 from cmt_fast.schema import Perceptual
@@ -260,9 +261,13 @@ def test_mid_training_with_latent_features(trained: Path, tmp_path: Path) -> Non
     loop.train(work, ["pre", "mid"])
     found = checkpoint.complete(tmp_path / "run" / "mid").manifest
     assert found["others"] == {"perceptual": {"weights": checkpoint.checksum(file)}}
-    source = source_of(work, "mid")
-    with torch.no_grad():
-        before, after = (float(source.loss(work.network(name), 0)[0]) for name in ("pre", "mid"))
+    source, engine = source_of(work, "mid"), LocalEngine(work.build(), work.run.mid, work.device)
+    seen = []
+    for name in ("pre", "mid"):
+        engine.start_from(work.weights(name)[0])
+        with torch.no_grad():
+            seen.append(float(source.loss(engine, 0)[0]))
+    before, after = seen
     assert after < 0.9 * before
     (logged,) = [r["loss"] for r in metrics(tmp_path / "run" / "mid") if r["kind"] == "train" and r["step"] == 1]
     assert logged == pytest.approx(before, rel=1e-5)
