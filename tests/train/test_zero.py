@@ -63,11 +63,10 @@ def test_passes_of_micro_batches_give_the_same_gradients(figures, engine):
 
 
 def test_bf16_rounds_as_the_local_engine_does(figures):
-    """Every stage is nearer to the local engine's bf16 than that is to fp32."""
+    """Every stage is ten times nearer to the local engine's bf16 than that is to fp32."""
     local, exact = figures["variants"]["bf16-None"], figures["losses"]["meanflow-local-1"]
-    assert difference(local, exact) > 1e-5
     for level in (1, 2, 3):
-        assert difference(figures["variants"][f"bf16-{level}"], local) < difference(local, exact), level
+        assert difference(figures["variants"][f"bf16-{level}"], local) < 0.1 * difference(local, exact), level
 
 
 def test_a_sharded_teacher_and_recomputed_blocks_change_nothing(figures):
