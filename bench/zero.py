@@ -1,9 +1,9 @@
 """Loss curves of the zero engine beside the local one, and checkpoints from any ZeRO stage and world size into any other.
 
 Every setting (engine, ZeRO stage, number of CPU processes) trains the same 50 steps of denoising, of CMT and of
-MeanFlow on digits in fp32; the figure is the largest relative difference of loss and mean squared error from the local
-engine's on one process, over all steps. With --exchange the checkpoint in the middle of a short run of each setting is loaded by every
-setting, written again and compared bit by bit, and trained to the end.
+MeanFlow on digits in fp32; the figure is the largest relative difference of loss and mean squared error from the
+local engine's on one process, over all steps. With --exchange the checkpoint in the middle of a short run of each
+setting is loaded by every setting, written again and compared bit by bit, and trained to the end.
 """
 
 from __future__ import annotations
