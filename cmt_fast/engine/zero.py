@@ -9,7 +9,8 @@ that the op would have made one, and a copy of the partition beside the weights.
 bf16 is the local engine's autocast over fp32 weights, which are the masters, and gradients are summed in fp32.
 DeepSpeed's own bf16 mode is not used: it casts the whole module, and the time embedding, which stays in fp32 because
 its tangent grows with its highest frequency, then meets bf16 weights and fails. The price is 2 bytes a parameter in
-stages 1 and 2, and weights that travel between ranks as fp32.
+stages 1 and 2, and weights that travel between ranks as fp32. Stage 3 puts DeepSpeed's linear map in place of torch's:
+in bf16 it rounds before and after its bias, so there the curves agree with the local engine's to bf16's rounding alone.
 """
 
 from __future__ import annotations
