@@ -60,7 +60,10 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
     lineage = _parent(work, stage, engine, found is None)
     wall = {"train_s": 0.0, "eval_s": 0.0}
     if found:
-        engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
+        try:
+            engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
+        except KeyError as error:
+            raise checkpoint.CheckpointError(f"{found.folder}: holds no {error}; it is of another version") from None
         wall = dict(found.manifest["wall"])
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, engine.step_count, plan.total, name, distributed.rank() > 0, run.tensorboard)
@@ -149,6 +152,10 @@ def _save(work: Workspace, name: str, engine: Engine, step: int, last: bool, lin
     """A checkpoint, written by rank 0; all ranks take part in gathering it. Raises OSError on all if the disk refuses."""
     stage = work.run.stage(name)
     ranks = distributed.every_rank([float(v) for v in sums.values()])
+    if not all(
+        _finite(v) for values in ranks for v in values
+    ):  # a stop does not wait for the row that would have seen it
+        raise FloatingPointError(f"{name}: the loss is not finite at step {step}; the last checkpoint is sound")
     about = {
         "stage": name,
         "nimg": step * stage.batch,

@@ -9,7 +9,8 @@ that the op would have made one, and a copy of the partition beside the weights.
 bf16 is the local engine's autocast over fp32 weights, which are the masters, and gradients are summed in fp32.
 DeepSpeed's own bf16 mode is not used: it casts the whole module, and the time embedding, which stays in fp32 because
 its tangent grows with its highest frequency, then meets bf16 weights and fails. The price is 2 bytes a parameter in
-stages 1 and 2, and weights that travel between ranks as fp32.
+stages 1 and 2, and weights that travel between ranks as fp32. Stage 3 puts DeepSpeed's linear map in place of torch's:
+in bf16 it rounds before and after its bias, so there the curves agree with the local engine's to bf16's rounding alone.
 """
 
 from __future__ import annotations
@@ -48,14 +49,15 @@ class ZeroEngine:
             self.whole = buffers.flat(net)
             buffers.bind(net, self.whole)
         self.optimizer = AdamWEma(net.parameters(), self)
-        self.ds, *_ = _deepspeed(device).initialize(
-            model=_Autocast(net, device, stage.precision == "bf16"), optimizer=self.optimizer, config=self._config()
-        )
+        self.outer = _Autocast(net, device, stage.precision == "bf16")
+        self.ds, *_ = _deepspeed(device).initialize(model=self.outer, optimizer=self.optimizer, config=self._config())
         distributed.same_timeout(self.ds.data_parallel_group, self.ds.seq_data_parallel_group)
         self.partitions = self._partitions()
         for p in self.partitions:
             self.optimizer.allocate(p)
-        self.forward = compile_network(self.ds.module) if stage.compile else self.ds
+        self.forward = self.ds
+        if stage.compile:
+            self.outer.calls = (compile_network(net),)
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -80,7 +82,11 @@ class ZeroEngine:
 
     def eager(self, *args: Any) -> Any:
         """The same forward, never compiled."""
-        return self.ds(*args)
+        calls, self.outer.calls = self.outer.calls, (self.net,)
+        try:
+            return self.ds(*args)
+        finally:
+            self.outer.calls = calls
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""
@@ -247,15 +253,18 @@ class AdamWEma(torch.optim.Optimizer):
 
 
 class _Autocast(nn.Module):
-    """The module under the local engine's autocast; DeepSpeed would switch off one that is entered outside."""
+    """The module under the local engine's autocast; DeepSpeed would switch off one that is entered outside.
+
+    `calls` holds what is run, the module or its compiled form: DeepSpeed's hooks hang on this module and stay outside.
+    """
 
     def __init__(self, net: nn.Module, device: torch.device, bf16: bool) -> None:
         super().__init__()
-        self.net, self.kind, self.bf16 = net, device.type, bf16
+        self.net, self.kind, self.bf16, self.calls = net, device.type, bf16, (net,)
 
     def forward(self, *args: Any) -> Any:
         with torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16):
-            return self.net(*args)
+            return self.calls[0](*args)
 
 
 def _deepspeed(device: torch.device) -> Any:

@@ -125,7 +125,8 @@ def killed_while_saving(folder: Path) -> dict[str, Any]:
 
 
 def at(step: int, rank: int, number: int) -> None:
-    """Send this process a signal at a step, on one rank."""
+    """Send this process a signal at a step, on one rank; all look for one at every step."""
+    loop.LOOK_S = 0.0
     loss = loop.Source.loss
 
     def signalled(self, engine, now, part=0):
@@ -171,6 +172,7 @@ def stopped(folder: Path) -> dict[str, Any]:
 def main(folder: Path) -> None:
     """Everything, one group after the other."""
     zero.SMALL[:] = ["model.width=16", "model.depth=2", "model.heads=2"]
+    loop.draw_grid = lambda *_: None  # pictures take longer than training here, and have tests of their own
     figures: dict[str, Any] = {"curves": curves(folder, EVERY, CASES, STEPS)}
     figures["exchange"] = exchange(folder, [(EVERY[a], EVERY[b]) for a, b in PAIRS], STEPS)
     figures["variants"] = variants(folder)
@@ -181,8 +183,8 @@ def main(folder: Path) -> None:
     figures["constrained"] = json.loads((folder / "constrained.json").read_text())
     figures["killed"] = killed_while_saving(folder)
     figures["stopped"] = stopped(folder)
-    for name, number in (("dead", signal.SIGKILL), ("hung", signal.SIGSTOP)):
-        failed = commanded(folder, name, 1, number, timeout_s=3)
+    for name, number, timeout_s in (("dead", signal.SIGKILL, 300), ("hung", signal.SIGSTOP, 10)):
+        failed = commanded(folder, name, 1, number, timeout_s)
         figures[name] = {"codes": failed.codes, "said": failed.logs[0].strip().splitlines()[-1]}
     (folder / "figures.json").write_text(json.dumps(figures, indent=1))
 
