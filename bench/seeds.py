@@ -14,7 +14,8 @@ from datetime import date
 from pathlib import Path
 
 from cmt_fast import checkpoint, config, log, loop, report, stages
-from cmt_fast.workspace import Workspace, environment
+from cmt_fast.machine import environment
+from cmt_fast.workspace import Workspace
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:

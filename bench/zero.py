@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from cmt_fast import checkpoint, config, distributed, loop, stages, workspace
+from cmt_fast import checkpoint, config, distributed, loop, machine, stages
 from cmt_fast import engine as engines
 from cmt_fast.workspace import Workspace
 
@@ -251,5 +251,5 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
     if arguments.out:
-        arguments.out.write_text(json.dumps({**figures, "environment": workspace.environment()}, indent=1) + "\n")
+        arguments.out.write_text(json.dumps({**figures, "environment": machine.environment()}, indent=1) + "\n")
     return 0

@@ -16,7 +16,8 @@ from rich.table import Table
 from cmt_fast import checkpoint, config, loop, stages
 from cmt_fast.config import ConfigError
 from cmt_fast.log import say
-from cmt_fast.workspace import Workspace, environment
+from cmt_fast.machine import environment
+from cmt_fast.workspace import Workspace
 
 
 def trials(grids: list[str]) -> list[list[str]]:

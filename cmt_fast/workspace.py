@@ -10,8 +10,6 @@ import contextlib
 import fcntl
 import functools
 import json
-import os
-import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,7 +17,18 @@ import cmt_kernels
 import torch
 from torch import Tensor, nn
 
-from cmt_fast import __version__, checkpoint, config, distributed, engine, log, metrics, models, perceptual, stages
+from cmt_fast import (
+    checkpoint,
+    config,
+    distributed,
+    engine,
+    log,
+    machine,
+    metrics,
+    models,
+    perceptual,
+    stages,
+)
 from cmt_fast import data as datasets
 from cmt_fast.codec import Codec
 from cmt_fast.config import ConfigError
@@ -38,7 +47,7 @@ class Workspace:
     def __init__(self, run: Run, folder: Path, parents: Path | None = None) -> None:
         """folder: the run's own; parents: where stages that are not trained here are found (default: the same)."""
         self.run, self.folder, self.parents = run, folder, parents or folder
-        self.device = device(run.device)
+        self.device = machine.device(run.device)
         try:
             self.data = datasets.load(run.data)
             check(run, self.data.shape, self.data.classes)
@@ -257,7 +266,7 @@ class Workspace:
                 "run": config.dump(self.run),
                 "rows": self.rows(),
                 "data": self.data.facts,
-                "environment": environment(),
+                "environment": machine.environment(),
                 "ops": cmt_kernels.table(self.device.type),
                 "engine": {name: self.sizing(name)._asdict() for name in stages.names(self.run)},
                 "parents": str(self.parents) if self.parents != self.folder else None,
@@ -346,47 +355,3 @@ def judged_by(run: Run, evaluation: dict) -> Run:
     """The run with other keys of `eval`. Raises ConfigError for values that are not valid."""
     tree = config.dump(run)
     return config.build({**tree, "eval": {**tree["eval"], **evaluation}}) if evaluation else run
-
-
-def device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: {name!r} is not valid; valid are auto, cpu, cuda, cuda:N") from None
-    if found.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: {name!r} is not valid; valid are auto, cpu, cuda, cuda:N")
-    if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
-        raise ConfigError(f"device: {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
-    if found.type == "cuda" and found.index is None:
-        found = torch.device("cuda", distributed.local_rank())
-        torch.cuda.set_device(found)
-    return found
-
-
-def environment() -> dict[str, str | int]:
-    """What a figure depends on besides the recipe."""
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "cmt_fast": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda or "none",
-        "gpu": accelerator,
-        "cpu": _cpu(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "processes": distributed.size(),
-    }
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

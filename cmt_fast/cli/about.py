@@ -7,7 +7,7 @@ from pathlib import Path
 
 import cmt_kernels
 
-from cmt_fast import config, log
+from cmt_fast import config, log, machine
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
@@ -77,7 +77,7 @@ def doctor(args: argparse.Namespace) -> None:
             ago = "has never been alive" if age is None else f"was alive {age:.0f} s ago"
             raise OSError(f"{args.heartbeat}: {ago}, at most {args.older_than:.0f} s are allowed")
         return print(f"{args.heartbeat}: alive {age:.0f} s ago")
-    for key, value in ws.environment().items():
+    for key, value in machine.environment().items():
         print(f"{key:10s} {value}")
     print(f"dali       {dali.version() or 'not installed'}")
     for op in cmt_kernels.OPS:

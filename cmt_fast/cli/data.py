@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cmt_fast import codec, distributed
-from cmt_fast import workspace as ws
+from cmt_fast import codec, distributed, machine
 from cmt_fast.cli.parser import Command, Parser
 from cmt_fast.config import ConfigError
 from cmt_fast.data import encode as encoding
@@ -133,7 +132,7 @@ def encode(args: argparse.Namespace) -> None:
     _positive(args, "size", "batch", "workers", "shard_rows")
     if not args.source.is_dir():
         raise ConfigError(f"IMAGES: {str(args.source)!r} is no folder")
-    device = ws.device(args.device)
+    device = machine.device(args.device)
     distributed.start(device)
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
     vae = codec.Codec.open(args.vae, device, dtype=PRECISIONS[precision], download=args.download)

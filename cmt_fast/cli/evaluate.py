@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from cmt_fast import config, distributed, log, metrics
+from cmt_fast import config, distributed, log, machine, metrics
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command, checked
 from cmt_fast.config import ConfigError
@@ -47,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> None:
     given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     if args.make_reference:
         return _make_reference(args, given)
-    distributed.start(ws.device("auto"))
+    distributed.start(machine.device("auto"))
     work, stage = ws.open_stage(args.stage, given)
     judge = work.open_judge(args.precision_recall)
     net, n = work.network(stage), args.n or work.run.eval.n
@@ -81,7 +81,7 @@ def _make_reference(args: argparse.Namespace, given: dict) -> None:
         )
     if args.features < 0 or given.get("batch", 1) < 1:
         raise ConfigError("--features and --batch: must be at least 0 and 1")
-    distributed.start(ws.device("auto"))
+    distributed.start(machine.device("auto"))
     if args.stage in config.recipes() or args.stage.endswith((".yaml", ".yml")):
         work = ws.Workspace(ws.judged_by(config.load(args.stage), given), file.parent)
         if work.run.eval.metric == "frechet":

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cmt_fast import classifier, config, distributed
+from cmt_fast import classifier, config, distributed, machine
 from cmt_fast import data as datasets
-from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
 
@@ -23,7 +22,7 @@ def add(command: Command) -> None:
 
 def train_features(args: argparse.Namespace) -> None:
     run = config.load(args.recipe, args.overrides)
-    device = ws.device(run.device)
+    device = machine.device(run.device)
     distributed.start(device)
     try:
         data = datasets.load(run.data)

@@ -9,7 +9,7 @@ from pathlib import Path
 import cmt_kernels
 import yaml
 
-from cmt_fast import config, distributed, loop, report, search, stages
+from cmt_fast import config, distributed, loop, machine, report, search, stages
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
@@ -60,7 +60,7 @@ def train(args: argparse.Namespace) -> None:
             )
     if args.parents:
         ws.stored_run(args.parents)
-    distributed.start(ws.device(run.device), run.timeout_s)
+    distributed.start(machine.device(run.device), run.timeout_s)
     work = ws.Workspace(run, out, args.parents)
     names = [name for name in have if name in names]
     for i, name in enumerate(names):
