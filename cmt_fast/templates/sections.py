@@ -38,13 +38,15 @@ def head(work: Workspace, stands: dict[str, Stand], judged: dict[str, Judged]) -
     run, shape = work.run, " x ".join(map(str, work.data.shape))
     parameters = sum(p.numel() for p in work.build().parameters())
     kinds = {name: s.objective for name, s in stands.items()}
+    first = f"pre-trained as a diffusion model ({kinds['pre']}, path {run.path})" if run.pre else f"on path {run.path}"
     what = (
         f"A network ({run.model.kind}, {parameters:,} parameters) for {DATA[run.data.kind]} ({work.data.n:,} of "
-        f"{shape}): pre-trained as a diffusion model ({kinds['pre']}, path {run.path}), mid-trained ({kinds['mid']}) "
+        f"{shape}): {first}, mid-trained ({kinds['mid']}, teacher {run.mid.teacher}) "
         f"and post-trained ({kinds['post']}) into a generator of {' or '.join(map(str, run.eval.steps))} steps"
     )
     if run.control:
-        what += f"; the control is post-trained ({kinds['control']}) straight from the pre-trained network"
+        begins = "straight from the pre-trained network" if run.control.start else "from nothing"
+        what += f"; the control is post-trained ({kinds['control']}) {begins}"
     text = [f"{what}."]
     for k in map(str, run.eval.steps):
         a, b = (judged[name].few[k] if name in judged else None for name in ("post", "control"))

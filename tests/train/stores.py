@@ -19,14 +19,17 @@ def make_store(
     shard: int = 64,
     flips: bool = False,
     vae: tuple[str, str] = ("", ""),
+    pixels: bool = False,
 ) -> Store:
-    """n rows of mean and std, (8, 4, 4) by default, in shards of `shard` rows. vae: its name and checksum."""
+    """n rows of mean and std, (8, 4, 4) by default, or of pixels, in shards of `shard` rows. vae: its name and checksum."""
     dice = np.random.default_rng(0)
     mean, std = dice.standard_normal((n, *shape)), np.abs(dice.standard_normal((n, *shape)))
     rows = np.concatenate((mean, std), 1).astype(dtype)
+    if pixels:
+        rows = dice.integers(256, size=(n, *shape)).astype("uint8")
     labels = [int(y) for y in dice.integers(classes, size=n)] if classes else [None] * n
     labels = labels[: n // 2] * 2 if flips else labels
-    layout = Layout("mean+std", dtype, (2 * shape[0], *shape[1:]))
+    layout = Layout("pixels", "uint8", shape) if pixels else Layout("mean+std", dtype, (2 * shape[0], *shape[1:]))
     writer = Writer(out)
     writer.start()
     keys = [str(k) for k in range(-(-n // shard))]

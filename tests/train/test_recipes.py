@@ -1,0 +1,138 @@
+"""Every recipe of the package: valid as it stands, and two steps of each of its stages in a shrunk form, by the command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmt_fast import checkpoint, config, report, stages
+from cmt_fast.cli import main
+from cmt_fast.schema import Run
+from cmt_fast.templates import sections
+from tests.train.stores import make_store
+from tests.train.tiny import metrics
+
+RECIPES = sorted(config.recipes())
+BATCH = 8
+NETWORKS = {
+    "dit": ["width=16", "depth=1", "heads=2"],
+    "edm": ["width=16", "multipliers=[1,2]", "blocks=1", "attention=[8]"],
+    "edm2": ["width=16", "multipliers=[1,2]", "blocks=1", "attention=[4]", "head=8"],
+    "mlp": ["width=16", "depth=1"],
+}
+# in which order of magnitude the published networks are, and how many classes they know
+PUBLISHED = {
+    "cifar10": (55.7e6, 512, 128, 128),
+    "ffhq64": (61.8e6, 256, 128, 128),
+    "afhqv2-64": (61.8e6, 256, 128, 128),
+    "imagenet512-ecd": (1523e6, 2048, 128, 128),
+}
+
+
+def other_runs(run: Run) -> set[str]:
+    """The stages of other runs that a recipe names."""
+    return {name for s in stages.names(run) for name in run.stage(s).networks().values() if "/" in name}
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory) -> Callable[[Run], list[str]]:
+    """A small store like the one that a recipe expects, and the overrides that name it."""
+    folder, made = tmp_path_factory.mktemp("stores"), {}
+
+    def store(run: Run) -> list[str]:
+        expects = getattr(run.data, "expects", None)
+        if expects is None:
+            return ["data.n=64"] if run.data.kind == "gmm" else []
+        pixels, labelled = expects.shape[0] == 3, bool(expects.classes)
+        shape, classes = (expects.shape[0], *((16, 16) if pixels else (8, 8))), 3 if labelled else 0
+        if (shape, classes) not in made:
+            made[shape, classes] = folder / f"{len(made)}"
+            make_store(made[shape, classes], 48, shape, classes=classes, pixels=pixels)
+        return [f"data.path={made[shape, classes]}", f"data.expects={{shape: {list(shape)}, classes: {classes}}}"]
+
+    return store
+
+
+@pytest.fixture(scope="module")
+def vgg16(tmp_path_factory) -> Path:
+    """A VGG16 with LPIPS' heads, random."""
+    from cmt_fast.models.vgg import PixelVgg
+    from tests.train.test_perceptual import CONVOLUTIONS, ENDS, WIDTHS
+
+    assert PixelVgg
+    file, out, before = tmp_path_factory.mktemp("weights") / "vgg.pt", {}, 3
+    for i, width in zip(CONVOLUTIONS, WIDTHS):
+        out |= {f"features.{i}.weight": torch.randn(width, before, 3, 3) / (3 * before**0.5)}
+        out |= {f"features.{i}.bias": torch.zeros(width)}
+        before = width
+    for i, end in enumerate(ENDS):
+        out[f"lin{i}.model.1.weight"] = torch.rand(1, WIDTHS[CONVOLUTIONS.index(end)], 1, 1)
+    torch.save(out, file)
+    return file
+
+
+def shrunk(run: Run) -> list[str]:
+    """Two steps of a small batch for every stage, a small network, figures of a few samples; nothing else changes."""
+    out = [f"model.{setting}" for setting in NETWORKS[run.model.kind]] + ["engine=local"]
+    out += [
+        "eval.n=16",
+        "eval.n_during=16",
+        "eval.batch=16",
+        "eval.metric=frechet",
+        "eval.weights=null",
+        "eval.reference=null",
+    ]
+    for name in stages.names(run):
+        stage = run.stage(name)
+        out += [f"{name}.images_nimg={2 * BATCH}", f"{name}.batch={BATCH}", f"{name}.warmup_nimg=0"]
+        out += [f"{name}.lr_knee_nimg={BATCH}"] if stage.lr_knee_nimg else []
+        out += [f"{name}.{key}_every_nimg=null" for key in ("eval", "grid", "snapshot")]
+        if stage.trajectories:
+            out += [f"{name}.trajectories.pool_steps=2", f"{name}.trajectories.per_trajectory=4"]
+    return out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_valid_where_its_data_are_not(recipe: str, capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "validate", recipe]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{recipe}: valid, ") and ("is not here" in said) == (
+        recipe not in ("digits", "digits-mf", "gmm")
+    )
+    run = config.load(recipe)
+    if recipe in PUBLISHED:
+        parameters, *batches = PUBLISHED[recipe]
+        assert int(said.split()[2].replace(",", "")) == pytest.approx(parameters, rel=1e-3)
+        assert [run.stage(s).batch for s in ("pre", "mid", "post")] == batches
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_steps_of_every_stage(recipe: str, stores, vgg16: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = config.load(recipe)
+    if run.data.kind == "gmm":  # a minute of measuring, which test_gmm_world.py does on its own
+        monkeypatch.setattr(report, "theory", lambda folder: {})
+        monkeypatch.setattr(sections, "theory", lambda figures: sections.Section("", [], []))
+    small = [*shrunk(run), *stores(run)]
+    for name in sorted(other_runs(run)):  # another network of its kind, trained as its own stage `pre`
+        source = "imagenet256-mf-teacher" if run.pre is None else recipe
+        own = [*shrunk(config.load(source)), *stores(run), "model.width=24", "seed=5", "--stages", "pre"]
+        assert main(["train", source, *own, "--out", str(Path(name).parent)]) == 0
+    for name in stages.names(run):
+        if run.stage(name).perceptual:
+            weights = vgg16
+            if "latent_lpips" in run.stage(name).distances():
+                features = [*stores(run), "features.width=4", "features.epochs=1", "features.batch=16"]
+                assert main(["train-features", recipe, *features, "--out", "features"]) == 0
+                weights = tmp_path / "features" / "latent_vgg.safetensors"
+            small.append(f"{name}.perceptual.weights={weights}")
+    assert main(["train", recipe, *small, "--out", "run"]) == 0
+    for name in stages.names(run):
+        assert checkpoint.complete(Path("run") / name).manifest["step"] == 2
+        losses = [r["loss"] for r in metrics(Path("run") / name) if r["kind"] == "train"]
+        assert losses and all(0 < x < 1e6 for x in losses)
+    assert Path("run/report.html").is_file()
