@@ -12,8 +12,6 @@ GPU = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m bench gpu --device $(DEVICE
 demo: .venv/demo ; $(BIN)/python -m cmt_kernels._native.build && $(BIN)/cmt train digits --out runs/digits
 # one test process a core, one thread each
 test: native ; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
-# what `make test` compiles for sm_90 alone, for every architecture
-gates: native ; CMT_GATES=all $(BIN)/python -m pytest -q tests/kernels/test_gates.py tests/kernels/test_native_gates.py
 bench: native ; $(BIN)/python -m bench ops
 gpu: ; $(GPU)
 gpu-dry: ; $(MAKE) gpu DEVICE=cpu TINY=1
@@ -23,4 +21,4 @@ format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
 .venv/bin/python: ; $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q "$(TORCH)"
 .venv/%: .venv/bin/python pyproject.toml ; $(BIN)/python -m pip install -q -e ".[$*]" && touch $@
 native: .venv/dev ; $(BIN)/python -m cmt_kernels._native.build
-.PHONY: demo test gates bench gpu gpu-dry lint format native
+.PHONY: demo test bench gpu gpu-dry lint format native

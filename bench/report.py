@@ -27,7 +27,9 @@ def run(_: argparse.Namespace) -> int:
     text = readme.read_text("utf-8")
     for name in re.findall(r"<!-- table: ([\w-]+) -->", text):
         kind, _, recipe = name.partition("-")
-        body = {"seeds": seeds, "search": search, "dual": dual, "ops": ops, "predicted": predicted}[kind](recipe)
+        body = {"seeds": seeds, "search": search, "dual": dual, "ops": ops, "predicted": predicted, "zero": zero}[kind](
+            recipe
+        )
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
     readme.write_text(text, "utf-8")
@@ -153,4 +155,19 @@ def predicted(_: str) -> str:
         if row["op"] in ("attention", "modulated_norm", "gated_residual", "qk_norm", "gelu", "adamw_ema"):
             cells = " | ".join(f"{row[card]['us']:.1f}" for card in cards)
             lines.append(f"| {row['op']} {row['case']} {row['dtype']} | {cells} | {row[cards[0]]['roof']} |")
+    return "\n".join(lines) + "\n"
+
+
+def zero(_: str) -> str:
+    """Losses and squared errors of every engine, ZeRO stage and number of processes beside the local engine on one."""
+    data = json.loads((RESULTS / "zero.json").read_text())
+    settings = list(next(iter(data["curves"].values())))
+    lines = [f"| {data['steps']} steps | {' | '.join(settings)} |", "|---|" + "---|" * len(settings)]
+    for case, row in data["curves"].items():
+        for key in ("loss", "mse"):
+            lines.append(f"| {case}, {key} | {' | '.join(f'{row[s][key]:.1e}' for s in settings)} |")
+    lines.append(
+        f"\nENGINE-PROCESSES; zero0 to zero3 are DeepSpeed's stages. DiT on digits, batch {data['batch']}; {data['device']}, "
+        f"torch {data['torch']}; commit {data['commit']}, {data['date'][:10]}.\n"
+    )
     return "\n".join(lines) + "\n"

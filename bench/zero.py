@@ -24,11 +24,13 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+import bench
 from cmt_fast import checkpoint, config, distributed, loop, machine, stages
 from cmt_fast import engine as engines
 from cmt_fast.workspace import Workspace
 
 STEPS, SHORT, BATCH = 50, 8, 32  # steps of the curves, and of the runs whose checkpoints are exchanged
+CURVES = ("loss", "mse")
 SMALL = ["model.width=32", "model.depth=2", "model.heads=2"]
 # what is compared: recipe, stage
 CASES = {"denoise": ("digits", "pre"), "cmt": ("digits", "mid"), "meanflow": ("digits-mf", "control")}
@@ -154,10 +156,10 @@ def again(space: Workspace, name: str) -> None:
     checkpoint.save(space.folder / "again", engine.step_count, engine.state(), {}, write=distributed.rank() == 0)
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path, keys: tuple[str, ...] = CURVES) -> list[float]:
     """Loss and mean squared error of every step of a stage: MeanFlow's loss divides by itself and says little alone."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row[key] for row in rows if row["kind"] == "train" for key in ("loss", "mse")]
+    return [row[key] for row in rows if row["kind"] == "train" for key in keys]
 
 
 def relative(a: list[float], b: list[float]) -> float:
@@ -167,7 +169,7 @@ def relative(a: list[float], b: list[float]) -> float:
 
 
 def curves(folder: Path, every: list[Setting], cases: dict[str, tuple[str, str]], steps: int = STEPS) -> dict:
-    """{case: {setting: largest relative difference from local on one process}}; leaves the runs in `folder`."""
+    """{case: {setting: {"loss", "mse": largest relative difference from local on one process}}}; leaves the runs in `folder`."""
     base = folder / "base"
     for recipe in {recipe for recipe, stage in cases.values() if stage != "pre"}:
         run = ["device=cpu", *small("pre", steps)]
@@ -181,10 +183,11 @@ def curves(folder: Path, every: list[Setting], cases: dict[str, tuple[str, str]]
                 out = {"out": str(folder / setting.name / case), "parents": str(base / recipe)}
                 jobs.append({"do": "train", "recipe": recipe, "stage": stage, "overrides": text, **out})
         launch(n, do(jobs), folder)
-    table: dict[str, dict[str, float]] = {}
+    table: dict[str, dict[str, dict[str, float]]] = {case: {} for case in cases}
     for case, (_, stage) in cases.items():
-        truth = losses(folder / every[0].name / case / stage)
-        table[case] = {s.name: relative(losses(folder / s.name / case / stage), truth) for s in every[1:]}
+        for setting in every[1:]:
+            runs = [folder / name / case / stage for name in (setting.name, every[0].name)]
+            table[case][setting.name] = {key: relative(*(losses(run, (key,)) for run in runs)) for key in CURVES}
     return table
 
 
@@ -239,7 +242,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         figures["curves"] = curves(folder, every, {k: CASES[k] for k in arguments.cases.split(",") if k})
         for case, row in figures["curves"].items():
-            print(f"{case:>9}: " + "  ".join(f"{name} {error:.1e}" for name, error in row.items()), flush=True)
+            for key in CURVES:
+                print(f"{case:>9} {key:>4}: " + "  ".join(f"{n} {e[key]:.1e}" for n, e in row.items()), flush=True)
         if arguments.exchange:
             short = folder / "short"
             short.mkdir()
@@ -251,5 +255,6 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
     if arguments.out:
-        arguments.out.write_text(json.dumps({**figures, "environment": machine.environment()}, indent=1) + "\n")
+        about_run = bench.about("cpu") | {"environment": machine.environment()}
+        arguments.out.write_text(json.dumps(about_run | figures, indent=1) + "\n")
     return 0

@@ -167,7 +167,8 @@ class Workspace:
         """
         run, stage = self.run, self.run.stage(name)
         assert stage is not None
-        teacher = self.parameters if stage.teacher else 0
+        held = {name for key, name in stage.networks().items() if key != "start"}  # teacher and guide, of any size
+        teacher = sum(self._size(stored_run(Path(n).parent)) if "/" in n else self.parameters for n in held)
         bf16, tracks, processes = stage.precision == "bf16", len(stage.ema), distributed.size()
         memory = engine.sizing.memory_bytes(self.device)
         choice = engine.choose(
@@ -183,7 +184,13 @@ class Workspace:
     @functools.cached_property
     def parameters(self) -> int:
         """Parameters of the network."""
-        return sum(p.numel() for p in self.build().parameters())
+        return self._size(self.run)
+
+    def _size(self, run: Run) -> int:
+        """Parameters of a run's network on the rows of this one, built without memory."""
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            net = models.build(run.model, run.path, run.sigma_data, self.data.shape, self.data.classes)
+        return sum(p.numel() for p in net.parameters())
 
     @functools.cached_property
     def space(self) -> metrics.Extractor:

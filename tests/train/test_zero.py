@@ -41,7 +41,7 @@ def difference(a: list[float], b: list[float]) -> float:
 def test_loss_curves_of_every_stage_are_those_of_the_local_engine(figures, case):
     assert len(figures["curves"][case]) == 4
     for setting, error in figures["curves"][case].items():
-        assert error < 1e-6, setting
+        assert max(error.values()) < 1e-6, setting
 
 
 def test_checkpoints_go_from_any_stage_and_world_size_to_any_other(figures):

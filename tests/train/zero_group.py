@@ -22,7 +22,7 @@ from torch import nn
 
 from bench import zero
 from bench.zero import CASES, Failed, Setting, curves, do, exchange, launch, losses, small
-from cmt_fast import checkpoint, distributed, loop
+from cmt_fast import checkpoint, distributed, loop, watch
 from cmt_fast.cli import main as command
 from cmt_fast.engine import Choice, LocalEngine
 from cmt_fast.engine.zero import ZeroEngine
@@ -172,7 +172,7 @@ def stopped(folder: Path) -> dict[str, Any]:
 def main(folder: Path) -> None:
     """Everything, one group after the other."""
     zero.SMALL[:] = ["model.width=16", "model.depth=2", "model.heads=2"]
-    loop.draw_grid = lambda *_: None  # pictures take longer than training here, and have tests of their own
+    watch.draw_grid = lambda *_: None  # pictures take longer than training here, and have tests of their own
     figures: dict[str, Any] = {"curves": curves(folder, EVERY, CASES, STEPS)}
     figures["exchange"] = exchange(folder, [(EVERY[a], EVERY[b]) for a, b in PAIRS], STEPS)
     figures["variants"] = variants(folder)
