@@ -14,7 +14,7 @@ from cmt_fast import codec, distributed, machine
 from cmt_fast.cli.parser import Command, Parser
 from cmt_fast.config import ConfigError
 from cmt_fast.data import encode as encoding
-from cmt_fast.data import foreign, latents
+from cmt_fast.data import foreign, latents, opening
 from cmt_fast.data import shards as webdataset
 from cmt_fast.data.writing import ROWS
 
@@ -160,7 +160,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def shards(args: argparse.Namespace) -> None:
     _positive(args, "shard_rows")
-    store = latents.opened(args.store, latents.read_index(args.store).flips)
+    store = opening.opened(args.store, latents.read_index(args.store).flips)
     with _progress("shards") as tell:
         webdataset.export(store, args.out, args.shard_rows, args.seed, tell)
     _about(args.out, latents.read_index(args.out))
@@ -179,7 +179,7 @@ def _about(out: Path, index: latents.Index) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    store = latents.opened(args.store)
+    store = opening.opened(args.store)
     done = 0
     with _progress("verify") as tell:
 
@@ -196,7 +196,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def stats(args: argparse.Namespace) -> None:
-    store = latents.opened(args.store)
+    store = opening.opened(args.store)
     index, found = store.index, store.statistics()
     _about(args.store, index)
     print(

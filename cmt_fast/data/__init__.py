@@ -81,9 +81,9 @@ class Dataset(NamedTuple):
 
 def load(config: Data) -> Rows:
     """The data set a recipe names. Raises ValueError naming the key when it cannot be had."""
-    from cmt_fast.data import digits, gmm, latents, npz
+    from cmt_fast.data import digits, gmm, npz, opening
 
-    loaders: dict[str, Callable] = {"digits": digits.load, "gmm": gmm.load, "npz": npz.load, "latents": latents.load}
+    loaders: dict[str, Callable] = {"digits": digits.load, "gmm": gmm.load, "npz": npz.load, "latents": opening.load}
     return loaders[config.kind](config)
 
 

@@ -27,7 +27,6 @@ from torch import Tensor
 from cmt_fast import checkpoint, rng
 from cmt_fast.codec import Normalisation
 from cmt_fast.data.archives import DatasetError, array, parse
-from cmt_fast.schema import Latents
 from cmt_fast.schema.numbers import Count, Natural, schema
 
 INDEX, LABELS, CHECKSUMS = "index.json", "labels.npy", "checksums.npy"
@@ -308,31 +307,3 @@ def mapped(path: Path, size: int) -> np.ndarray:
     Keeps no file open, as np.memmap does: ImageNet has more shards than a process may have open files, often 1,024.
     """
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-
-
-def opened(folder: Path, flip: bool = False, normalisation: Normalisation | None = None) -> Store:
-    """The store in a folder, its rows in plain files or in WebDataset shards. Raises DatasetError as Store does."""
-    if read_index(folder).shards[0].file.endswith(".tar"):
-        from cmt_fast.data.shards import Shards
-
-        return Shards(folder, flip, normalisation)
-    return Store(folder, flip, normalisation)
-
-
-def load(config: Latents) -> Store:
-    """The store a recipe names. Raises DatasetError naming the key or file."""
-    if (config.mean is None) != (config.std is None):
-        raise DatasetError(f"data.{'mean' if config.mean is None else 'std'}: is missing, mean and std go together")
-    if not Path(config.path).is_dir():
-        raise DatasetError(f"data.path: {config.path!r} is no folder")
-    store = opened(Path(config.path), config.flip)
-    if config.expects and (store.shape, store.classes) != (config.expects.shape, config.expects.classes):
-        raise DatasetError(
-            f"data.expects: {config.path} holds rows of {store.shape} in {store.classes} classes, "
-            f"not {config.expects.shape} in {config.expects.classes}"
-        )
-    if config.mean is not None and config.std is not None:
-        return opened(Path(config.path), config.flip, Normalisation(config.mean, config.std, config.scale))
-    if store.index.kind != "pixels":
-        store.normalisation = store.normalisation._replace(scale=config.scale)
-    return store

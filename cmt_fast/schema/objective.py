@@ -133,15 +133,10 @@ class Sct:
 
 
 @schema
-class Scd:
+class Scd(Sct):
     """Continuous-time consistency distillation: `sct` along the teacher's ODE in place of the data's noise."""
 
     kind: Literal["scd"] = "scd"
-    mean: float = -1.0
-    std: Positive = 1.4
-    warmup_nimg: Natural = 0
-    c: Positive | None = 0.1
-    weight: Literal["one", "inverse_t"] = "one"
 
 
 Objective = Annotated[

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cmt_fast.data.latents import Store, opened
+from cmt_fast.data.latents import Store
+from cmt_fast.data.opening import opened
 from cmt_fast.data.writing import Layout, Writer
 
 

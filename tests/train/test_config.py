@@ -12,10 +12,17 @@ from cmt_fast.workspace import Workspace
 
 
 @pytest.mark.parametrize("name", config.recipes())
-def test_recipes_are_complete_and_valid(name, tmp_path):
+def test_recipes_are_named_by_their_files_and_say_what_they_are(name):
+    assert config.load(name).name == name
+    first = config.recipe_text(name).splitlines()[0]
+    assert first.startswith("# ") and 30 < len(first) < 160
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-mf", "gmm"])
+def test_our_own_recipes_are_complete_and_valid(name, tmp_path):
     run = config.load(name)
     Workspace(run, tmp_path)
-    assert run.name == name and run.control is not None
+    assert run.control is not None
     own = run.mid.images_nimg + run.post.images_nimg
     assert run.control.images_nimg == own, "the control gets as many student images as mid and post together"
     assert run.control.start == "pre" and run.control.anchor is None

@@ -20,7 +20,7 @@ from cmt_fast.config import ConfigError
 from cmt_fast.data import Loader, dali
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.dali import DaliLoader
-from cmt_fast.data.latents import opened
+from cmt_fast.data.opening import opened
 from cmt_fast.data.shards import Shards, export
 from cmt_fast.schema import Dali
 from cmt_fast.workspace import Workspace

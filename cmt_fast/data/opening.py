@@ -1,0 +1,37 @@
+"""A store from its folder or from a recipe, whichever form its rows have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cmt_fast.codec import Normalisation
+from cmt_fast.data.archives import DatasetError
+from cmt_fast.data.latents import Store, read_index
+from cmt_fast.data.shards import Shards
+from cmt_fast.schema import Latents
+
+
+def opened(folder: Path, flip: bool = False, normalisation: Normalisation | None = None) -> Store:
+    """The store in a folder, its rows in plain files or in WebDataset shards. Raises DatasetError as Store does."""
+    if read_index(folder).shards[0].file.endswith(".tar"):
+        return Shards(folder, flip, normalisation)
+    return Store(folder, flip, normalisation)
+
+
+def load(config: Latents) -> Store:
+    """The store a recipe names. Raises DatasetError naming the key or file."""
+    if (config.mean is None) != (config.std is None):
+        raise DatasetError(f"data.{'mean' if config.mean is None else 'std'}: is missing, mean and std go together")
+    if not Path(config.path).is_dir():
+        raise DatasetError(f"data.path: {config.path!r} is no folder")
+    store = opened(Path(config.path), config.flip)
+    if config.expects and (store.shape, store.classes) != (config.expects.shape, config.expects.classes):
+        raise DatasetError(
+            f"data.expects: {config.path} holds rows of {store.shape} in {store.classes} classes, "
+            f"not {config.expects.shape} in {config.expects.classes}"
+        )
+    if config.mean is not None and config.std is not None:
+        return opened(Path(config.path), config.flip, Normalisation(config.mean, config.std, config.scale))
+    if store.index.kind != "pixels":
+        store.normalisation = store.normalisation._replace(scale=config.scale)
+    return store
