@@ -11,7 +11,7 @@ GPU = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m bench gpu --device $(DEVICE
 
 demo: .venv/demo ; $(BIN)/python -m cmt_kernels._native.build && $(BIN)/cmt train digits --out runs/digits
 # one test process a core, one thread each
-test: native ; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+test: native ; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 bench: native ; $(BIN)/python -m bench ops
 gpu: ; $(GPU)
 gpu-dry: ; $(MAKE) gpu DEVICE=cpu TINY=1

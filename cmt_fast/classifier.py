@@ -95,7 +95,9 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
         log.close()
         rows.close()
     file = folder / FILE
-    save_latent_network(net, file, {"nimg": total * f.batch, "recipe": run.name})
+    save_latent_network(
+        net, file, {"nimg": total * f.batch, "recipe": run.name, "normalisation": getattr(data, "normalisation", None)}
+    )
     say(f"{file}: xxh3_128 {checkpoint.checksum(file)}")
     return file
 

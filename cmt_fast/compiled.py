@@ -92,7 +92,7 @@ def _calls(engine: Any, loss: Callable[[], Any]) -> list[tuple[bool, tuple]]:
         grad = torch.is_grad_enabled()
         leaves = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in tree_leaves(list(arguments))]
         kinds.setdefault(str((grad, [type(x) for x in arguments], leaves)), (grad, arguments))
-        return engine.net(*arguments)
+        return engine.eager(*arguments)
 
     forward, engine.forward = engine.forward, record
     try:

@@ -8,6 +8,7 @@ its connection closed and after the process group's timeout otherwise.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -141,6 +142,17 @@ def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts, dim)
+
+
+def agreed(write: Callable[[], object]) -> None:
+    """Call `write` on every rank; raises OSError on all where the disk refuses one of them, so that none waits for it."""
+    refused: OSError | None = None
+    try:
+        write()
+    except OSError as error:
+        refused = error
+    if largest(int(refused is not None)):
+        raise refused or OSError("the process that writes could not write")
 
 
 def barrier() -> None:

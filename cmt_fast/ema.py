@@ -10,10 +10,10 @@ from cmt_fast.schema import ConstantEma, PowerEma
 def beta(profile: ConstantEma | PowerEma, step: int) -> float:
     """The decay at optimizer step `step` (from 1).
 
-    Constant: min(beta, (1 + n)/(10 + n)), a ramp. Power: (1 - 1/n)^(gamma + 1) (EDM2, eq. 127).
+    Constant: min(beta, (1 + n)/(10 + n)), or beta at once without the ramp. Power: (1 - 1/n)^(gamma + 1) (EDM2, eq. 127).
     """
     if isinstance(profile, ConstantEma):
-        return min(profile.beta, (1 + step) / (10 + step))
+        return min(profile.beta, (1 + step) / (10 + step)) if profile.ramp else profile.beta
     return (1 - 1 / step) ** (gamma(profile.sigma_rel) + 1)
 
 

@@ -13,7 +13,7 @@ import time
 import torch
 from torch import Tensor
 
-from cmt_fast import checkpoint, compiled, config, distributed, stages, trajectories, watch
+from cmt_fast import checkpoint, compiled, config, distributed, machine, stages, trajectories, watch
 from cmt_fast import engine as engines
 from cmt_fast.engine import Engine
 from cmt_fast.log import Log, say
@@ -32,7 +32,7 @@ class Stopped(SystemExit):
 def train(work: Workspace, names: list[str]) -> None:
     """Train the named stages of a run in order; finished ones are passed over, unfinished ones go on."""
     with work.lock(), _signals() as asked:
-        work.claim()
+        work.claim(names)
         for name in names:
             train_stage(work, name, asked)
 
@@ -56,6 +56,7 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
     if run.engine != "local" and distributed.rank() == 0:
         for line in choice.lines(work.parameters, distributed.size()):
             say(f"{name:>8} {line}")
+    machine.allow_tf32(stage.precision == "tf32")
     engine = engines.build(run, work.build(), stage, work.device, passes, choice)
     lineage = _parent(work, stage, engine, found is None)
     wall = {"train_s": 0.0, "eval_s": 0.0}
@@ -72,6 +73,8 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
         source = Source(work, name, stage, engine)
         if stage.compile:
             compiled.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
+        if found and found.manifest.get("unseen"):
+            watch.look(work, name, stage, engine, plan, engine.step_count, False, log)
         sums = _resumed(found)
         look_every, clock = 1, time.perf_counter()
         for step in range(engine.step_count, plan.total):
@@ -99,16 +102,18 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
                 log.row("train", n, n * stage.batch, {**means, "lr": lr}, {**wall, "images_per_s": speed})
                 log.advance(n, f"loss {means['loss']:.4g}  {speed:.0f} img/s")
                 look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
-                watch.look(work, name, stage, engine, plan, n, last, log)
+                if last or not stop:  # one who stops does not wait for an evaluation: it is made up for on resuming
+                    watch.look(work, name, stage, engine, plan, n, last, log)
                 wall["eval_s"] += time.perf_counter() - clock
                 clock = time.perf_counter()
             if n % plan.checkpoint_every == 0 or last or stop:
                 log.commit()
-                _save(work, name, engine, n, last, lineage, others, wall, sums)
+                _save(work, name, engine, n, last, lineage, others, wall, sums, bool(row and stop and not last))
                 clock = time.perf_counter()
                 if stop and not last:
                     raise Stopped(128 + stop)
     finally:
+        machine.allow_tf32(False)
         log.close()
         if source:
             source.close()
@@ -148,7 +153,9 @@ def _resumed(found: checkpoint.Checkpoint | None) -> dict[str, Tensor]:
     return {k: torch.tensor(v, dtype=torch.float64) for k, v in zip(row["keys"], sums)}
 
 
-def _save(work: Workspace, name: str, engine: Engine, step: int, last: bool, lineage, others, wall, sums) -> None:
+def _save(
+    work: Workspace, name: str, engine: Engine, step: int, last: bool, lineage, others, wall, sums, unseen: bool
+) -> None:
     """A checkpoint, written by rank 0; all ranks take part in gathering it. Raises OSError on all if the disk refuses."""
     stage = work.run.stage(name)
     ranks = distributed.every_rank([float(v) for v in sums.values()])
@@ -166,15 +173,11 @@ def _save(work: Workspace, name: str, engine: Engine, step: int, last: bool, lin
         "others": others,
         "wall": wall,
         "engine": {"kind": work.run.engine, "stage": work.sizing(name).stage, "processes": distributed.size()},
+        "unseen": unseen,  # a row of metrics whose evaluation is still to be made
         "row": {"keys": list(sums), "sums": ranks} if sums else None,
     }
-    refused: OSError | None = None
-    try:
-        checkpoint.save(work.folder / name, step, engine.state(), about, write=distributed.rank() == 0)
-    except OSError as error:
-        refused = error
-    if distributed.largest(int(refused is not None)):
-        raise refused or OSError("the process that writes could not write the checkpoint")
+    first = distributed.rank() == 0
+    distributed.agreed(lambda: checkpoint.save(work.folder / name, step, engine.state(), about, write=first))
 
 
 def _finite(x: float) -> bool:

@@ -24,10 +24,23 @@ def device(name: str) -> torch.device:
         raise ConfigError(f"device: {name!r} is not valid; valid are auto, cpu, cuda, cuda:N")
     if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
         raise ConfigError(f"device: {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
-    if found.type == "cuda" and found.index is None:
+    if found.type == "cpu":
+        return found
+    if found.index is None:
         found = torch.device("cuda", distributed.local_rank())
-        torch.cuda.set_device(found)
+    elif distributed.local_rank():
+        raise ConfigError(f"device: {name!r} is one GPU, and several processes were started; use device=cuda")
+    if (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: process {found.index} has no GPU; this machine has {torch.cuda.device_count()}")
+    allow_tf32(False)
+    torch.cuda.set_device(found)  # kernels are launched on the current device
     return found
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may round the factors of matmuls and convolutions to 10 bits; torch's own default does for convolutions."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def environment() -> dict[str, str | int]:

@@ -104,6 +104,16 @@ def save_latent_network(net: LatentVgg, file: Path, about: dict) -> None:
     temporary.replace(file)
 
 
+def check_rows(config: Perceptual, normalisation: list | None) -> None:
+    """Raises ConfigError when the classifier was trained on latents of another normalisation than these."""
+    with safe_open(config.weights, "pt") as opened:
+        theirs = json.loads((opened.metadata() or {})[KIND]).get("normalisation")
+    if theirs != normalisation:
+        raise ConfigError(
+            f"perceptual.weights: {config.weights} was trained on rows of another normalisation, {theirs}, not {normalisation}"
+        )
+
+
 def latent_network(file: Path) -> LatentVgg:
     """The classifier of latents as `cmt train-features` wrote it. Raises ConfigError for any other file."""
     try:

@@ -43,6 +43,8 @@ class Source:
         self.features = getattr(work.space, "differentiable", None) if "features" in wanted else None
         named = sorted(wanted & set(PERCEPTUAL))
         self.perceptual = perceptual.load(stage.perceptual, named[0], work.data.shape, work.device) if named else None
+        if named == ["latent_lpips"]:
+            perceptual.check_rows(stage.perceptual, work.rows()["normalisation"])
 
     def close(self) -> None:
         """End what reads in the background."""
@@ -83,7 +85,7 @@ class Source:
     def _points(self, random: rng.Random, step: int, rows: Tensor, sample: Tensor):
         assert self.pool is not None
         points = self.pool.draw(step, rows)
-        return points._replace(drop=self._drop(random, points.labels, sample), sample=sample)
+        return points._replace(sample=sample)  # with its label: the teacher rolled it out under that condition
 
     def _drop(self, random: rng.Random, labels: Tensor | None, sample: Tensor) -> Tensor | None:
         """One mask a batch, for every copy of it."""

@@ -131,6 +131,10 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
             f"{name}.lr_knee_nimg: {stage.lr_knee_nimg} with lr_schedule {stage.lr_schedule!r}; "
             "inverse_sqrt needs the images at which it begins to fall, the others take none"
         )
+    if stage.label_dropout and (needs.draws == "trajectories" or stage.objective.kind in ("ecd", "scd")):
+        raise ConfigError(
+            f"{name}.label_dropout: {stage.label_dropout} with {stage.objective.kind}, whose target the teacher makes with labels"
+        )
     points = trajectory_rows(stage)
     if points and not stage.trajectories:
         raise ConfigError(

@@ -20,15 +20,18 @@ def look(
         if due(plan.eval_every):
             figures = work.evaluate(net, work.run.eval.steps, work.run.eval.n_during, quiet=True)
             log.row("eval", n, n * stage.batch, {"steps": figures})
-        if first and (due(plan.grid_every) or last):
-            draw_grid(work, net, name, n)
+        if due(plan.grid_every) or last:
+            distributed.agreed(lambda: draw_grid(work, net, name, n) if first else None)
     if due(plan.snapshot_every):
         for i, profile in enumerate(stage.ema):
             if isinstance(profile, PowerEma):
                 tensors = engine.state()[f"ema-{i}"]
                 about = {"stage": name, "sigma_rel": profile.sigma_rel, "done": False}
                 folder = work.folder / name / "snapshots" / f"ema-{i}"
-                checkpoint.save(folder, n, {"ema": tensors}, about, keep=1000, write=first)
+                save = lambda where=folder, ema=tensors, about=about: checkpoint.save(
+                    where, n, {"ema": ema}, about, keep=1000, write=first
+                )
+                distributed.agreed(save)
     distributed.barrier()
 
 

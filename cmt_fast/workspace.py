@@ -74,10 +74,11 @@ class Workspace:
 
     def finished(self, name: str) -> checkpoint.Checkpoint:
         """The last checkpoint of a finished stage. Raises ConfigError if it is not there, or another run's does not fit."""
-        if "/" in name:
-            fits(self, name)
+        where = self.stage_dir(name)
+        if "/" in name or where.parent != self.folder:
+            fits(self, str(where) if "/" not in name else name)
         try:
-            return checkpoint.complete(self.stage_dir(name))
+            return checkpoint.complete(where)
         except checkpoint.CheckpointError as error:
             raise ConfigError(f"{name}: {error}; train it first") from None
 
@@ -115,16 +116,18 @@ class Workspace:
         if index is None:
             raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
         if not (source or index.vae):
-            raise ConfigError("--vae: is missing, and the store does not say which autoencoder made it")
+            raise ConfigError("--vae or eval.vae: is missing, and the store does not say which autoencoder made it")
         found = Codec.open(source or index.vae, self.device, self.data.normalisation)
         if index.vae_xxh3_128 and found.digest != index.vae_xxh3_128:
-            raise ConfigError(f"--vae: {found.name!r} is not the autoencoder that made the latents, its weights differ")
+            raise ConfigError(
+                f"--vae or eval.vae: {found.name!r} is not the autoencoder that made the latents, its weights differ"
+            )
         return found
 
     @functools.cached_property
     def _decoder(self) -> Codec | str:
         try:
-            return self.codec()
+            return self.codec(self.run.eval.vae)
         except ConfigError as error:
             return str(error)
 
@@ -257,8 +260,11 @@ class Workspace:
                 )
         return stored
 
-    def claim(self) -> None:
-        """Create the folder and write run.json. Raises ConfigError as `compare` does."""
+    def claim(self, names: list[str] | tuple[str, ...] = ()) -> None:
+        """Create the folder and write run.json; names: the stages that an engine will train.
+
+        Raises ConfigError as `compare` does.
+        """
         stored = self.compare()
         if (
             stored
@@ -275,7 +281,7 @@ class Workspace:
                 "data": self.data.facts,
                 "environment": machine.environment(),
                 "ops": cmt_kernels.table(self.device.type),
-                "engine": {name: self.sizing(name)._asdict() for name in stages.names(self.run)},
+                "engine": {name: self.sizing(name)._asdict() for name in names},
                 "parents": str(self.parents) if self.parents != self.folder else None,
             }
             checkpoint.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))

@@ -10,7 +10,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
+# files that keep a process busy for minutes: begun first, so that no process is left waiting for another at the end
+LONG = ("test_zero", "test_gates", "test_compile", "test_resume", "test_cli", "test_recipes", "test_attention_interpreted",
+        "test_row_ops_interpreted", "test_native_gates", "test_report")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))  # stable: within a file nothing moves
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -62,7 +62,7 @@ def _validate(run: Run) -> str:
         parameters = ws.Workspace(run, Path(".")).parameters
         return f"{parameters:,} parameters, {config.digest(run)[:12]}"
     try:
-        parameters = ws.check(run, expects.shape, expects.classes)
+        parameters = ws.check(run, expects.shape, expects.classes or 0)
     except ConfigError:
         raise
     except ValueError as error:

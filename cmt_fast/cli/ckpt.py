@@ -79,12 +79,15 @@ def import_(args: argparse.Namespace) -> None:
     from cmt_fast.convert import files, importing
 
     run = config.load(args.recipe, args.overrides)
+    if run.pre is None:
+        raise ConfigError(f"--recipe: {args.recipe} has no stage pre, which is what a file is imported as")
     source = files.read(args.file, args.ema)
     work = ws.Workspace(run, args.out)
     parity = importing.compare(source, work, args.family)
     print(importing.text(source, parity))
     importing.write(source, parity, work)
-    print(f"{args.out / 'pre'}: finished; next: cmt train {args.recipe} --from {args.out} --stages mid,post")
+    again = " ".join(["cmt train", args.recipe, *args.overrides, "--from", str(args.out), "--stages mid,post"])
+    print(f"{args.out / 'pre'}: finished; next: {again}")
 
 
 def export(args: argparse.Namespace) -> None:

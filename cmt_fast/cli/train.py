@@ -9,7 +9,7 @@ from pathlib import Path
 import cmt_kernels
 import yaml
 
-from cmt_fast import config, distributed, loop, machine, report, search, stages
+from cmt_fast import config, distributed, loop, machine, metrics, report, search, stages
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
@@ -75,6 +75,7 @@ def train(args: argparse.Namespace) -> None:
     check_loader(run.loader, work.data)
     if args.dry_run:
         return _dry_run(work, names) if distributed.rank() == 0 else None
+    metrics.check_files(run.eval)
     work.compare()
     if distributed.rank() == 0:
         _ops(work.device.type)

@@ -170,7 +170,13 @@ def _torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 
 
 def _tensors(tree: Mapping) -> dict[str, Tensor]:
-    return {k: v.detach() for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    """The tensors of a mapping. Raises Refused for one that is not plain numbers, all of them in the file."""
+    found = {k: v.detach() for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    for name, x in found.items():
+        plain = x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
+        if not plain or x.numel() * x.itemsize > x.untyped_storage().nbytes():
+            raise Refused(f"{shown(name)} is no plain tensor of numbers that are in the file")
+    return found
 
 
 def _archive(path: Path) -> None:

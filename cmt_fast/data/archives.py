@@ -172,11 +172,14 @@ def array(data: bytes, where: str) -> np.ndarray:
         raise DatasetError(f"{where}: has no sound .npy header") from None
     if dtype is None or dtype.kind not in "fiu" or dtype.itemsize > 8 or fortran is not False:
         raise DatasetError(f"{where}: holds {str(descr)[:40]!r}, not plain numbers in C order")
-    if not isinstance(shape, tuple) or len(shape) > 8 or any(type(k) is not int or k < 0 for k in shape):
+    if not isinstance(shape, tuple) or len(shape) > 8 or any(type(k) is not int or not 0 <= k < 2**48 for k in shape):
         raise DatasetError(f"{where}: has the shape {str(shape)[:40]}")
     if math.prod(shape) * dtype.itemsize != len(data) - start - length:
         raise DatasetError(f"{where}: has {len(data) - start - length:,} bytes of numbers, not {shape} of {dtype}")
-    return np.frombuffer(data, dtype, offset=start + length).reshape(shape)
+    try:
+        return np.frombuffer(data, dtype, offset=start + length).reshape(shape)
+    except ValueError:
+        raise DatasetError(f"{where}: has the shape {str(shape)[:40]}") from None
 
 
 def parse(data: bytes, where: str) -> Any:

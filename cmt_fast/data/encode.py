@@ -108,7 +108,9 @@ def encode(
     layout = Layout(settings.kind, settings.dtype, (codec.channels * (1 + (settings.kind == "mean+std")), side, side))
     mine = range(rank, len(work), distributed.size())
     done, total = 0, sum(len(work[k][0]) for k in mine)
-    with writer.lock() if rank == 0 else contextlib.nullcontext(), ThreadPoolExecutor(workers, "images") as pool:
+    with contextlib.ExitStack() as held:
+        _lock_together(writer, held)
+        pool = held.enter_context(ThreadPoolExecutor(workers, "images"))
         for k in mine:
             chunk, mirror = work[k]
             before = writer.record(k, keys[k])
@@ -128,6 +130,18 @@ def encode(
             "crop": f"{CROP}, {settings.size}", "source": f"images {text(source.resolve().name)}",
         }  # fmt: skip
         return writer.finish(layout, keys, facts)
+
+
+def _lock_together(writer: Writer, held: contextlib.ExitStack) -> None:
+    """The first process locks for all; all raise DatasetError when it cannot."""
+    refused: DatasetError | None = None
+    if distributed.rank() == 0:
+        try:
+            held.enter_context(writer.lock())
+        except DatasetError as error:
+            refused = error
+    if distributed.largest(int(refused is not None)):
+        raise refused or DatasetError(f"{writer.out}: is being written by another process")
 
 
 def _told(tell: Callable[[int, int], None], before: int, total: int, n: int) -> None:

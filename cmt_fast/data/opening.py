@@ -25,11 +25,11 @@ def load(config: Latents) -> Store:
     if not Path(config.path).is_dir():
         raise DatasetError(f"data.path: {config.path!r} is no folder")
     store = opened(Path(config.path), config.flip)
-    if config.expects and (store.shape, store.classes) != (config.expects.shape, config.expects.classes):
-        raise DatasetError(
-            f"data.expects: {config.path} holds rows of {store.shape} in {store.classes} classes, "
-            f"not {config.expects.shape} in {config.expects.classes}"
-        )
+    wanted = config.expects
+    if wanted and store.shape != wanted.shape:
+        raise DatasetError(f"data.expects.shape: {config.path} holds rows of {store.shape}, not {wanted.shape}")
+    if wanted and wanted.classes not in (None, store.classes):
+        raise DatasetError(f"data.expects.classes: {config.path} has {store.classes} classes, not {wanted.classes}")
     if config.mean is not None and config.std is not None:
         return opened(Path(config.path), config.flip, Normalisation(config.mean, config.std, config.scale))
     if store.index.kind != "pixels":

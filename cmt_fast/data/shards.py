@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import io
 import os
-import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +123,8 @@ def export(store: Store, out: Path, per_shard: int, seed: int, tell: Callable[[i
     base = index.rows // 2 if index.flips else index.rows
     order = rng.Random(seed, 0, 0).permutation(rng.EXPORT, base)
     order = torch.cat((order, order + base)) if index.flips else order
-    shutil.rmtree(part, ignore_errors=True)
+    if part.exists():
+        raise DatasetError(f"{part}: exists; another store is being written to {out.name}, or was: remove it first")
     part.mkdir()
     labels = None if store.stored_labels is None else store.stored_labels[order].numpy()
     checksums, shards = np.empty(index.rows, "<u8"), []

@@ -43,7 +43,7 @@ class Choice(NamedTuple):
             f"engine: {name}; {self.why}",
             f"memory: {gb(self.state_bytes)} states{teacher if self.teacher_bytes else ''} a process of "
             f"{gb(self.memory_bytes)}, {parameters:,} parameters on {processes} process{'es' * (processes > 1)}; "
-            "activations come on top",
+            "activations come on top, and at the start the whole network",
         ]
 
 

@@ -45,6 +45,7 @@ class ZeroEngine:
         self.keys = ["m", "v", *(f"ema-{i}" for i in range(len(stage.ema)))]
         self.frame = buffers.frame(net)
         self.constants = buffers.constants(net)
+        _no_scalars(net)
         if self.level == 0:
             self.whole = buffers.flat(net)
             buffers.bind(net, self.whole)
@@ -128,6 +129,7 @@ class ZeroEngine:
         if not self.choice.teacher_sharded:
             return net
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        _no_scalars(net)
         sharded, *_ = _deepspeed(self.device).initialize(model=net, config=config)
         sharded.module.eval()
         return lambda *arguments: sharded(*arguments)  # nothing but its forward: that is where it gathers
@@ -212,12 +214,16 @@ class ZeroEngine:
             p.data.copy_(value.view(p.data.shape))
 
     def _constrain(self, keys: tuple[str, ...] = ("p",)) -> None:
-        """Weight constraints on fp32 masters: each constrained part is gathered, constrained and put back by every rank."""
-        net = self.copy()
-        buffers.constrain(net)
-        for name, p in net.named_parameters():
-            for key in keys:
-                self._put(name, key, p)
+        """Weight constraints on fp32 masters: one constrained part after the other is gathered, constrained and put back."""
+        for prefix, part in self.frame.named_modules():
+            if not hasattr(part, "constrain"):
+                continue
+            names = {name: f"{prefix}.{name}" if prefix else name for name, _ in part.named_parameters()}
+            whole = buffers.fill(part, {name: self._full(full, "p") for name, full in names.items()}, self.device)
+            whole.constrain()
+            for name, p in whole.named_parameters():
+                for key in keys:
+                    self._put(names[name], key, p)
 
 
 class AdamWEma(torch.optim.Optimizer):
@@ -265,6 +271,13 @@ class _Autocast(nn.Module):
     def forward(self, *args: Any) -> Any:
         with torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16):
             return self.calls[0](*args)
+
+
+def _no_scalars(net: nn.Module) -> None:
+    """Parameters without a dimension, EDM2's gains, get one: DeepSpeed broadcasts bytes, which a scalar has no view of."""
+    for p in net.parameters():
+        if p.ndim == 0:
+            p.data = p.data.view(1)
 
 
 def _deepspeed(device: torch.device) -> Any:

@@ -7,6 +7,6 @@ resizes) is stored with every statistic, and statistics of two extractors are no
 
 from cmt_fast.metrics.distance import Moments, Stream, frechet, moments, sliced_wasserstein
 from cmt_fast.metrics.features import Classifier, Extractor, Identity, extractor, train_classifier
-from cmt_fast.metrics.judge import Judge, make_reference, open_judge
+from cmt_fast.metrics.judge import Judge, check_files, make_reference, open_judge
 from cmt_fast.metrics.neighbours import precision_recall
 from cmt_fast.metrics.reference import Reference

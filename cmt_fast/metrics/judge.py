@@ -163,6 +163,18 @@ def open_judge(
     return Judge(data, network, file, config.metric, decode() if decode else None, rows)
 
 
+def check_files(config: Eval) -> None:
+    """Raises ConfigError when a file that the metric needs is not there: said before a run is trained, not after it."""
+    if config.metric != "frechet" and config.weights is None:
+        raise ConfigError(f"eval.weights: is missing; {config.metric} needs the file of its extractor's weights")
+    for key in ("weights", "reference"):
+        file = getattr(config, key)
+        if file and not Path(file).is_file():
+            raise ConfigError(
+                f"eval.{key}: {file!r} is no file; fetch it, or train with eval.metric=frechet eval.{key}=null"
+            )
+
+
 def make_reference(judge: Judge, n: int | None, batch: int, keep: int, advance: Callable[[int], None]) -> Reference:
     """Moments of n rows of the data set (all of them; n fewer are evenly spaced), and the features of `keep` of them.
 

@@ -24,7 +24,7 @@ def meanflow(net, batch: Batch, config: MeanFlow, world: World) -> tuple[Tensor,
 
     Guidance (MeanFlow, sec. 4.2 and appendix): v <- omega v + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null)
     inside [guide_t_min, guide_t_max] on rows with labels, of effective scale omega / (1 - kappa). Rows with r = t
-    reuse the training forward as u(z, t, t | c).
+    reuse the training forward as u(z, t, t | c). A network with dropout has it in these calls too (published: without).
     """
     return _regress(net, batch, config, world, own=False)
 

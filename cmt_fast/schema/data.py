@@ -37,10 +37,10 @@ class Npz:
 
 @schema
 class Expected:
-    """What a recipe's rows must be like: shape (C, H, W) of one, number of classes (0: no labels)."""
+    """What a recipe's rows must be like: shape (C, H, W) of one, number of classes (0: no labels; by default any)."""
 
     shape: tuple[Count, Count, Count]
-    classes: Natural
+    classes: Natural | None = None
 
 
 @schema

@@ -43,10 +43,11 @@ class Anchor:
 
 @schema
 class ConstantEma:
-    """beta after a ramp: min(beta, (1 + n) / (10 + n)) at step n."""
+    """beta after a ramp: min(beta, (1 + n) / (10 + n)) at step n; `ramp: false`: beta from the first step on."""
 
     kind: Literal["constant"] = "constant"
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    ramp: bool = True
 
 
 @schema
@@ -89,6 +90,7 @@ class Perceptual:
 class Stage:
     """One stage of training, as data. Lengths are in student images.
 
+    precision: fp32 is strict, tf32 lets a GPU round the factors of products to 10 bits, bf16 is autocast.
     `start` names an earlier stage, `teacher` an earlier stage or one of another run as RUN/STAGE, of any size.
     lr_schedule: "linear" to zero at the end, "inverse_sqrt" constant up to lr_knee_nimg and falling as 1/sqrt from there.
     `micro_batch`: rows of one forward and backward of one process; a step makes as many as its batch needs (default: one).
@@ -116,7 +118,7 @@ class Stage:
     weight_decay: NotNegative = 0.0
     clip: NotNegative = 1.0
     ema: Annotated[tuple[Ema, ...], Field(min_length=1)] = (ConstantEma(),)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False  # torch.compile of the network; rounds differently, so it belongs to the facts of a stage
     checkpoint_every_nimg: Count | None = None
     snapshot_every_nimg: Count | None = None

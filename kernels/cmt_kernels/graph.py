@@ -11,9 +11,10 @@ import operator
 
 from torch.fx import Graph, Node
 
-# the convention of every op with tangents, in csrc/ops.cpp and */triton.py: results (y, y_dot, ...), arguments *_dot, and
-# k rows of them where the op takes k
-NAMESPACES = ("cmt", "cmt_triton")
+# the ops that give (y, y_dot, ...) from arguments of which those named *_dot are tangents, None for a plain call, with k rows
+# of them where the op takes k; a loss may take a tangent too, but there it is part of the value
+OPS = ("attention", "gated_residual", "gelu", "modulated_norm", "qk_norm")
+NAMES = {f"{namespace}::{op}" for namespace in ("cmt", "cmt_triton") for op in OPS}
 
 
 def drop_dead_tangents(graph: Graph) -> int:
@@ -23,16 +24,17 @@ def drop_dead_tangents(graph: Graph) -> int:
         if node.op == "call_function" and not node.users and not node.is_impure():
             graph.erase_node(node)  # what was made for a tangent that is gone by now: later nodes come first here
         elif _has_tangent(node) and not any(_is_tangent(user) for user in node.users):
+            plain = lambda name, x: None if name.endswith("_dot") else 0 if name == "k" else x
             names = [argument.name for argument in node.target._schema.arguments]
-            given = dict(zip(names, node.args)) | dict(node.kwargs)
-            plain = {name: None if name.endswith("_dot") else 0 if name == "k" else x for name, x in given.items()}
-            node.args, node.kwargs = tuple(plain[name] for name in names if name in plain), {}
+            node.args = tuple(plain(name, x) for name, x in zip(names, node.args))
+            node.kwargs = {name: plain(name, x) for name, x in node.kwargs.items()}
             dropped += 1
     return dropped
 
 
 def _has_tangent(node: Node) -> bool:
-    if node.op != "call_function" or getattr(node.target, "namespace", None) not in NAMESPACES:
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or schema.name not in NAMES:
         return False
     names = [argument.name for argument in node.target._schema.arguments]
     given = dict(zip(names, node.args)) | dict(node.kwargs)

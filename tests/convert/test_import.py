@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cmt_fast import checkpoint, cli, config
+from cmt_fast import checkpoint, cli, config, models
 from cmt_fast import workspace as ws
 from cmt_fast.convert import families, fitting, names
 from tests.convert import small
+from tests.train.stores import make_store
 
 
 def cmt(capsys, *arguments) -> tuple[int, str, str]:
@@ -161,3 +162,22 @@ def test_a_report_of_an_imported_run_and_its_manifest_are_plain_json(tmp_path, c
     assert code == 0 and "step-00000000: sound" in out
     manifest = json.loads((run / "pre/checkpoints/step-00000000/manifest.json").read_text())
     assert manifest["done"] and manifest["parent"]["encoder"]["state"]["scale"] == [0.5, 0.25]
+
+
+def test_a_recipe_that_names_runs_which_are_not_there_yet(tmp_path, capsys, monkeypatch):
+    """Its networks are imported one by one: none waits for the others, for DeepSpeed or for the judge's files."""
+    monkeypatch.chdir(tmp_path)
+    make_store(tmp_path / "store", 24, (4, 8, 8), classes=3)
+    model = "model={kind: edm2, width: 16, multipliers: [1, 2], blocks: 1, attention: [4], head: 8, dropout: 0.0}"
+    where = ["data.path=store", "data.expects=null", "data.mean=null", "data.std=null", model]
+    net = models.build(config.load("imagenet512-ecd", where).model, "ve", 0.5, (4, 8, 8), 3)
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, "teacher.safetensors")
+    given = ["teacher.safetensors", "--recipe", "imagenet512-ecd", *where, "--out", "run"]
+    code, said, wrong = cmt(capsys, "ckpt", "import", *given)
+    assert code == 0, wrong
+    assert checkpoint.complete(tmp_path / "run" / "pre").manifest["stage"] == "pre"
+    assert f"cmt train imagenet512-ecd {where[0]}" in said
+    code, _, wrong = cmt(
+        capsys, "ckpt", "import", "teacher.safetensors", "--recipe", "imagenet256-mf", "--out", "other"
+    )
+    assert code == 2 and "no stage pre" in wrong

@@ -77,6 +77,12 @@ CASES = [
     (["train", "digits", "data={kind: npz, path: flat.npz}"], ["data.path", "(2, 8)", "(N, C, H, W)"]),
     (["train", "digits", "data={kind: npz, path: pickled.npz}"], ["data.path", "pickled.npz"]),
     (["train", "digits", "data={kind: npz}"], ["data.path", "missing"]),
+    (["train", "digits", "eval.metric=fid"], ["eval.weights", "missing"]),
+    (
+        ["train", "digits", "eval.metric=fid", "eval.weights=none.pth"],
+        ["eval.weights", "'none.pth'", "eval.metric=frechet"],
+    ),
+    (["train", "digits", "mid.label_dropout=0.1"], ["mid.label_dropout", "cmt_cm"]),
     (["train", "digits", "loader.kind=dalli"], ["loader.kind", "'dalli'", "did you mean dali?"]),
     (["train", "digits", "loader.kind=dali"], ["loader.kind", "'dali'", "in memory", "torch"]),
     (["train", "digits", "data={kind: latents, path: none}"], ["data.path", "'none'", "no folder"]),

@@ -312,3 +312,10 @@ def test_weights_of_other_channels_are_refused(trained: Path) -> None:
     with pytest.raises(ConfigError, match="perceptual.heads"):
         perceptual.load(Perceptual(str(trained / classifier.FILE), "x.pt"), "latent_lpips", (1, 8, 8), CPU)
     assert json.loads(json.dumps(perceptual.checksums(Perceptual(str(trained / classifier.FILE)))))
+
+
+def test_a_classifier_of_rows_of_another_scale_is_refused(trained: Path) -> None:
+    given = Perceptual(str(trained / classifier.FILE))
+    perceptual.check_rows(given, None)
+    with pytest.raises(ConfigError, match="perceptual.weights.*another normalisation"):
+        perceptual.check_rows(given, [[0.0], [1.0], 0.5])

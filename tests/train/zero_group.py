@@ -22,11 +22,11 @@ from torch import nn
 
 from bench import zero
 from bench.zero import CASES, Failed, Setting, curves, do, exchange, launch, losses, small
-from cmt_fast import checkpoint, distributed, loop, watch
+from cmt_fast import checkpoint, distributed, loop, models, watch
 from cmt_fast.cli import main as command
 from cmt_fast.engine import Choice, LocalEngine
 from cmt_fast.engine.zero import ZeroEngine
-from cmt_fast.schema import ConstantEma, Denoise, PowerEma, Stage
+from cmt_fast.schema import ConstantEma, Denoise, Edm2, PowerEma, Stage
 
 STEPS = 4
 EVERY = [Setting(None, 1), *(Setting(s, 2) for s in (0, 1, 2, 3))]
@@ -69,13 +69,30 @@ class Unit(nn.Module):
         return self.outer(torch.tanh(self.inner(x)))
 
 
+def unet() -> nn.Module:
+    """A small EDM2 network: weights of unit length, gains without a dimension, frequencies that are drawn once."""
+    torch.manual_seed(0)
+    model = Edm2(width=16, multipliers=(1, 2), blocks=1, attention=(4,), head=8, dropout=0.0)
+    net = models.build(model, "ve", 0.5, (3, 8, 8), 3)
+    for p in net.parameters():
+        if p.ndim == 0:
+            p.data.fill_(0.5)
+    return net
+
+
 def constrained(file: Path) -> None:
-    """Every engine on a network with weight constraints: the largest difference from the local one, by its state."""
+    """Every engine on networks with weight constraints: the largest difference from the local one, by its state."""
 
     def trained(engine: Any) -> dict[str, torch.Tensor]:
         for n in range(3):
-            x = torch.randn(8, 5, generator=torch.Generator().manual_seed(10 * n + distributed.rank()))
-            engine.backward(engine(x).square().sum())
+            random = torch.Generator().manual_seed(10 * n + distributed.rank())
+            if isinstance(engine.net, Unit):
+                loss = engine(torch.randn(8, 5, generator=random)).square().sum()
+            else:
+                x, t = torch.randn(4, 3, 8, 8, generator=random), torch.tensor([0.1, 0.5, 2.0, 9.0])
+                d, u = engine(x, t, None, torch.arange(4) % 3, None, None, True)
+                loss = ((d - x.sin()).square().flatten(1).sum(1) / u.exp() + u).mean()
+            engine.backward(loss)
             engine.step(1e-2)
         return {f"{f}.{k}": t[k].clone() for f, t in engine.state().items() for k in sorted(t)}
 
@@ -91,6 +108,12 @@ def constrained(file: Path) -> None:
         error = max(float((got[k] - truth[k]).abs().max()) for k in truth)
         rows = float((got["model.inner.weight"].norm(dim=1) - 1).abs().max())
         out[str(level)] = {"error": error, "rows": rows, "names": sorted(got) == sorted(truth)}
+    truth = trained(LocalEngine(unet(), stage, cpu))
+    for level in (1, 3):
+        got = trained(ZeroEngine(unet(), stage, cpu, 1, Choice(level, False, 0, 0, 0, "")))
+        same = [(n, x.shape) for n, x in sorted(got.items())] == [(n, x.shape) for n, x in sorted(truth.items())]
+        apart = max(float((got[k] - truth[k]).abs().max()) for k in truth if k.startswith(("model", "ema")))
+        out[f"edm2-{level}"] = {"error": apart, "names": same}
     if distributed.rank() == 0:
         file.write_text(json.dumps(out))
 

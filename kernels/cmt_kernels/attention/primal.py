@@ -30,6 +30,8 @@ from cmt_kernels.cases import allowed, error
 TOKENS = 2**15  # tokens of a timed batch
 ROUNDS = 20
 
+# Under no_grad a student's own target pass (ECT, MeanFlow's guidance) is measured too, so it may run another kernel than the
+# training forward, and ranks of one run may choose differently: both differ by rounding. CMT_ATTENTION=triton rules it out.
 _remembered: dict[tuple, list[str]] = {}  # (T, d, dtype, device index) -> accurate libraries, fastest first
 
 

@@ -3,10 +3,15 @@
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, value
+from cmt_kernels.dual import Dual, linear_map, value
 
 
 def group_norm(x: Tensor | Dual, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5) -> Tensor | Dual:
+    if value(x).dtype in (torch.bfloat16, torch.float16):  # its mean and 1/std would be kept in that dtype too
+        y = group_norm(
+            x._replace(value=x.value.float()) if isinstance(x, Dual) else x.float(), weight, bias, groups, eps
+        )
+        return linear_map(lambda y: y.to(value(x).dtype), y)
     x_v = value(x).contiguous()
     b, c, pixels = x_v.shape[0], x_v.shape[1], x_v[0, 0].numel()
     weight, bias = weight.to(x_v.dtype).contiguous(), bias.to(x_v.dtype).contiguous()  # its kernel reads no strides

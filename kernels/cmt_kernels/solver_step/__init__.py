@@ -31,4 +31,6 @@ def solver_step(
     y: (B, ...) to write into, such as a slot of a trajectory, by default fresh. y and m0 have the dtype of x, net_in that
     of f.
     """
+    assert all(m is None or m.shape == x.shape for m in (m1, m2, y)), "solver_step: tensors not shaped like x"
+    assert f.shape[1:] == x.shape[1:] and len(f) in (len(x), 2 * len(x)), "solver_step: outputs not shaped like x"
     return backend("solver_step", x)(x, f, m1, m2, coefficients, keep, y)

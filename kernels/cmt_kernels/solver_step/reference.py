@@ -13,7 +13,7 @@ def solver_step(
     keep: bool = True,
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    c = coefficients.to(x.dtype).unbind(-1)
+    c = coefficients.to(x.device, x.dtype).unbind(-1)
     if coefficients.ndim == 2:
         c = [a.view(-1, *[1] * (x.ndim - 1)) for a in c]
     c_skip, c_out, w, c0, c1, c2, c3, c_in = c
