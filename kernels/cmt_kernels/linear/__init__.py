@@ -1,4 +1,7 @@
-"""linear: y = x W^T + b, y. = x. W^T. Weights are constants of the tangent; biases drop out of it."""
+"""linear: y = x W^T + b, y. = x. W^T. Weights are constants of the tangent; biases drop out of it.
+
+Two matmuls, not one over both: `python -m bench calibrate packed` measures what one would save (bench/results/cpu/packed.json).
+"""
 
 from torch import Tensor
 
