@@ -110,6 +110,33 @@ def test_a_recipe_is_valid_where_its_data_are_not(recipe: str, capsys, monkeypat
         assert [run.stage(s).batch for s in ("pre", "mid", "post")] == batches
 
 
+# what arXiv 2509.24526 and its published scripts say of ImageNet-512
+IMAGENET512 = {
+    "model.size": "XXL", "model.dropout": 0.0, "sigma_data": 0.5,
+    "mid.images_nimg": 12_800_000, "mid.batch": 128, "mid.lr": 2e-4, "mid.lr_schedule": "linear", "mid.betas": [0.9, 0.999],
+    "mid.clip": 0.0, "mid.ema.0.beta": 0.999, "mid.ema.0.ramp": False, "mid.objective.distance": "latent_lpips",
+    "mid.trajectories.solver": "dpmpp", "mid.trajectories.order": 3, "mid.trajectories.nfe": 16,
+    "mid.trajectories.t_max": 80.0, "mid.trajectories.t_min": 0.002, "mid.trajectories.guidance": 1.0,
+    "post.images_nimg": 16_000_000, "post.batch": 128, "post.lr": 1e-6, "post.lr_schedule": "constant",
+    "post.betas": [0.9, 0.99], "post.ema.0.beta": 0.9999, "post.ema.0.ramp": False, "post.precision": "tf32",
+    "post.objective.kind": "ecd", "post.objective.mean": -0.8, "post.objective.std": 1.6, "post.objective.q": 1024.0,
+    "post.objective.doublings": 0, "post.objective.c": 0.06, "post.objective.weight": "snr", "post.objective.step": "heun",
+    "post.autoguidance.scale": 2.05, "sampler.mid_times.2": [1.526], "features.epochs": 100, "features.lr": 0.1,
+}  # fmt: skip
+
+
+def test_imagenet512_is_the_published_run() -> None:
+    """Printed as a table: key, published, ours."""
+    tree, differs = config.dump(config.load("imagenet512-ecd")), []
+    for key, published in IMAGENET512.items():
+        ours = tree
+        for part in key.split("."):
+            ours = ours[int(part)] if isinstance(ours, list) else ours[part]
+        print(f"{key:28} {published!s:14} {ours!s}")
+        differs += [key] * (ours != published)
+    assert not differs
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_steps_of_every_stage(recipe: str, stores, vgg16: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
