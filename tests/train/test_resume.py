@@ -115,3 +115,25 @@ def test_lineage_names_the_parent(tmp_path):
         assert lineage["stage"] == parent
         assert lineage["ema"] == manifests[parent]["files"]["ema-0.safetensors"]["xxh3_128"]
     assert manifests["post"]["parent"]["parent"]["stage"] == "pre"
+
+
+def test_who_stops_does_not_wait_for_an_evaluation(tmp_path, monkeypatch):
+    """A stop at a row whose evaluation is due saves first; the resumed run makes up for it and ends with the same metrics."""
+    run = tiny("digits", "pre.images_nimg=256", "pre.eval_every_nimg=32", "pre.grid_every_nimg=32")
+    whole, out = Workspace(run, tmp_path / "whole"), Workspace(run, tmp_path / "run")
+    loop.train(whole, ["pre"])
+    looks, look = [], loop.watch.look
+    monkeypatch.setattr(loop.watch, "look", lambda *given: looks.append(given[5]) or look(*given))
+    with monkeypatch.context() as asked:
+        asked.setattr(loop._signals, "__enter__", lambda self: [15])
+        asked.setattr(loop._signals, "__exit__", lambda *_: None)
+        with pytest.raises(loop.Stopped) as stopped:
+            loop.train(out, ["pre"])
+    manifest = checkpoint.latest(tmp_path / "run" / "pre").manifest
+    assert stopped.value.code == 143 and manifest["step"] == 1 and manifest["unseen"] and looks == []
+    assert [row["kind"] for row in metrics(tmp_path / "run" / "pre")] == ["train"]
+    loop.train(out, ["pre"])
+    assert looks[0] == 1 and looks == sorted(set(looks))
+    assert_equal_stage(tmp_path / "whole" / "pre", tmp_path / "run" / "pre")
+    grids = [sorted(p.name for p in (tmp_path / name / "pre" / "grids").iterdir()) for name in ("whole", "run")]
+    assert grids[0] == grids[1] and len(grids[0]) == 8
