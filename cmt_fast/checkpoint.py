@@ -59,22 +59,23 @@ class Checkpoint(NamedTuple):
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The named tensors of one file ("model", "ema-0", "optimizer"). Raises CheckpointError."""
-        if f"{name}.safetensors" not in self.manifest["files"]:
-            raise CheckpointError(f"{self.folder}: holds no {name}; it has {', '.join(self.manifest['files'])}")
-        return load_file(self.folder / f"{name}.safetensors")
+        return load_file(self._file(name))
 
     def stream(self, name: str) -> Tensors:
         """The same, read tensor by tensor as they are asked for. Raises CheckpointError, for a name it lacks too."""
-        path = self.folder / f"{name}.safetensors"
-        if path.name not in self.manifest["files"]:
-            self.tensors(name)
-        file = safe_open(path, "pt")
+        file = safe_open(self._file(name), "pt")
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  no dict
 
         def fetch(key: str) -> Tensor:
             return file.get_tensor(key)
 
         return Tensors(shapes, fetch)
+
+    def _file(self, name: str) -> Path:
+        path = self.folder / f"{name}.safetensors"
+        if path.name not in self.manifest["files"]:
+            raise CheckpointError(f"{self.folder}: holds no {name}; it has {', '.join(self.manifest['files'])}")
+        return path
 
 
 def folder_of(stage_dir: Path, step: int) -> Path:

@@ -144,15 +144,18 @@ def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def agreed(write: Callable[[], object]) -> None:
-    """Call `write` on every rank; raises OSError on all where the disk refuses one of them, so that none waits for it."""
-    refused: OSError | None = None
+WRITER = "the process that writes could not write"
+
+
+def agreed(call: Callable[[], object], kind: type[Exception] = OSError, text: str = WRITER) -> None:
+    """Call it on every rank; where one of them raises `kind`, all do, so that none waits for it: the others with `text`."""
+    refused: Exception | None = None
     try:
-        write()
-    except OSError as error:
+        call()
+    except kind as error:
         refused = error
     if largest(int(refused is not None)):
-        raise refused or OSError("the process that writes could not write")
+        raise refused or kind(text)
 
 
 def barrier() -> None:

@@ -22,16 +22,16 @@ def device(name: str) -> torch.device:
         raise ConfigError(f"device: {name!r} is not valid; valid are auto, cpu, cuda, cuda:N") from None
     if found.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: {name!r} is not valid; valid are auto, cpu, cuda, cuda:N")
-    if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
-        raise ConfigError(f"device: {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
     if found.type == "cpu":
         return found
-    if found.index is None:
-        found = torch.device("cuda", distributed.local_rank())
-    elif distributed.local_rank():
+    if found.index is not None and distributed.local_rank():
         raise ConfigError(f"device: {name!r} is one GPU, and several processes were started; use device=cuda")
-    if (found.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: process {found.index} has no GPU; this machine has {torch.cuda.device_count()}")
+    found = torch.device("cuda", distributed.local_rank() if found.index is None else found.index)
+    count = torch.cuda.device_count()
+    if found.index >= count:
+        raise ConfigError(
+            f"device: {name!r} is not there for process {distributed.local_rank()}; this machine has {count} CUDA devices"
+        )
     allow_tf32(False)
     torch.cuda.set_device(found)  # kernels are launched on the current device
     return found

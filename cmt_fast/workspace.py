@@ -60,9 +60,7 @@ class Workspace:
 
     def build(self) -> nn.Module:
         """A fresh network, initialised from the run's seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.run.seed)
-            return models.build(self.run.model, self.run.path, self.run.sigma_data, self.data.shape, self.data.classes)
+        return _network(self.run, self.data.shape, self.data.classes, self.run.seed)
 
     def stage_dir(self, name: str) -> Path:
         """Where a stage lives: in this run, or where its parents are; RUN/STAGE in the other run."""
@@ -94,9 +92,8 @@ class Workspace:
         """
         weights, run = self.weights(name)[0], stored_run(Path(name).parent) if "/" in name else self.run
         try:
-            with torch.random.fork_rng(devices=[]):
-                net = models.build(run.model, run.path, run.sigma_data, self.data.shape, self.data.classes)
-            load_named(net.to(self.device), weights)
+            net = _network(run, self.data.shape, self.data.classes).to(self.device)
+            load_named(net, weights)
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
         return models.fold(net.requires_grad_(False).eval())
@@ -125,18 +122,18 @@ class Workspace:
         return found
 
     @functools.cached_property
-    def _decoder(self) -> Codec | str:
+    def _decoder(self) -> Codec | None:
         try:
             return self.codec(self.run.eval.vae)
-        except ConfigError as error:
-            return str(error)
+        except ConfigError:
+            return None
 
     def visible(self, x: Tensor) -> tuple[Tensor, str]:
         """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
         index = self.latents
         if index is None:
             return x, ""
-        if isinstance(self._decoder, Codec):
+        if self._decoder:
             return self._decoder.decode(x), ""
         channels = 3 if x.shape[1] >= 3 else 1
         n = self.data.normalisation
@@ -171,7 +168,7 @@ class Workspace:
         run, stage = self.run, self.run.stage(name)
         assert stage is not None
         held = {name for key, name in stage.networks().items() if key != "start"}  # teacher and guide, of any size
-        teacher = sum(self._size(stored_run(Path(n).parent)) if "/" in n else self.parameters for n in held)
+        teacher = sum(self._parameters(stored_run(Path(n).parent)) if "/" in n else self.parameters for n in held)
         bf16, tracks, processes = stage.precision == "bf16", len(stage.ema), distributed.size()
         memory = engine.sizing.memory_bytes(self.device)
         choice = engine.choose(
@@ -187,13 +184,10 @@ class Workspace:
     @functools.cached_property
     def parameters(self) -> int:
         """Parameters of the network."""
-        return self._size(self.run)
+        return self._parameters(self.run)
 
-    def _size(self, run: Run) -> int:
-        """Parameters of a run's network on the rows of this one, built without memory."""
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            net = models.build(run.model, run.path, run.sigma_data, self.data.shape, self.data.classes)
-        return sum(p.numel() for p in net.parameters())
+    def _parameters(self, run: Run) -> int:
+        return parameters(run, self.data.shape, self.data.classes)
 
     @functools.cached_property
     def space(self) -> metrics.Extractor:
@@ -307,9 +301,20 @@ def check(run: Run, shape: tuple[int, ...], classes: int) -> int:
     Returns the network's parameters. Raises ValueError or ConfigError naming the key that is wrong.
     """
     stages.check(run, shape, classes)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        net = models.build(run.model, run.path, run.sigma_data, shape, classes)
-    return sum(p.numel() for p in net.parameters())
+    return parameters(run, shape, classes)
+
+
+def parameters(run: Run, shape: tuple[int, ...], classes: int) -> int:
+    """Parameters of a run's network on rows of this shape, built without memory. Raises ValueError where they do not fit."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in _network(run, shape, classes).parameters())
+
+
+def _network(run: Run, shape: tuple[int, ...], classes: int, seed: int = 0) -> nn.Module:
+    """A run's network for rows of this shape, initialised from a seed; torch's own generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.build(run.model, run.path, run.sigma_data, shape, classes)
 
 
 def _about(folder: Path) -> dict:

@@ -33,7 +33,6 @@ def markdown(
     if license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):
         raise ConfigError(f"--license: {shown(license)!r} is no licence's identifier, such as apache-2.0")
     few = not _diffusion(settings.objective.kind)
-    parameters = sum(p.numel() for p in work.build().parameters())
     shape = " x ".join(map(str, work.data.shape))
     front = {
         "license": license or "unknown",
@@ -44,7 +43,7 @@ def markdown(
     kind = "A generator of few steps" if few else "A diffusion model"
     text = [
         f"{kind} for {run.data.kind} ({shape}, {work.data.classes or 'no'} classes), stage {stage} of the recipe {run.name}: "
-        f"{run.model.kind}, {parameters:,} parameters, path {run.path}, trained with cmt-fast {about['version']}.",
+        f"{run.model.kind}, {work.parameters:,} parameters, path {run.path}, trained with cmt-fast {about['version']}.",
         f"GPU-hours: null (not recorded). Licence: {license or 'unknown; nothing was said of it'}.",
     ]
     arguments = "class_labels=[0, 1], " if work.data.classes else "batch_size=2, "

@@ -15,6 +15,7 @@ in bf16 it rounds before and after its bias, so there the curves agree with the 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -48,6 +49,8 @@ class ZeroEngine:
         _no_scalars(net)
         if self.level == 0:
             self.whole = buffers.flat(net)
+            ends = itertools.accumulate(p.numel() for p in self.parameters.values())
+            self.places = {k: slice(end - p.numel(), end) for (k, p), end in zip(self.parameters.items(), ends)}
             buffers.bind(net, self.whole)
         self.optimizer = AdamWEma(net.parameters(), self)
         self.outer = _Autocast(net, device, stage.precision == "bf16")
@@ -167,8 +170,7 @@ class ZeroEngine:
         """(partition, where in it, where in the flat parameter) of this rank's part of a parameter; None if it has none."""
         p = self.parameters[name]
         if self.level == 0:
-            start = sum(q.numel() for q in list(self.parameters.values())[: list(self.parameters).index(name)])
-            return self.whole, slice(start, start + p.numel()), slice(0, p.numel())
+            return self.whole, self.places[name], slice(0, p.numel())
         if self.level < 3:
             part = p._hp_mapping  # what DeepSpeed's safe_get_full_* read
             if part is None:

@@ -68,18 +68,10 @@ class Ect:
 
 
 @schema
-class Ecd:
+class Ecd(Ect):
     """Easy consistency distillation: ECT with the teacher's ODE step from t to r in place of the data's noise."""
 
     kind: Literal["ecd"] = "ecd"
-    mean: float = -1.1
-    std: Positive = 2.0
-    q: Annotated[float, Field(gt=1)] = 64.0
-    k: NotNegative = 8.0
-    b: float = 1.0
-    doublings: Natural = 0
-    distance: Distance = "pseudo_huber"
-    c: Positive = 0.01
     weight: Literal["inverse_step", "snr", "one"] = "snr"
     step: Literal["euler", "heun"] = "heun"
 
@@ -101,19 +93,11 @@ class MeanFlow:
 
 
 @schema
-class IMeanFlow:
+class IMeanFlow(MeanFlow):
     """Improved MeanFlow: u + (t - r) sg(du/dt) regressed on v, the derivative along the model's own u(z, t, t)."""
 
     kind: Literal["imeanflow"] = "imeanflow"
-    mean: float = -0.4
-    std: Positive = 1.0
     ratio: Fraction = 0.5
-    p: NotNegative = 1.0
-    c: Positive = 0.01
-    omega: float = 1.0
-    kappa: float = 0.0
-    guide_t_min: Fraction = 0.0
-    guide_t_max: Fraction = 1.0
 
 
 @schema

@@ -36,11 +36,10 @@ def steps_text(k: int | str) -> str:
 def head(work: Workspace, stands: dict[str, Stand], judged: dict[str, Judged]) -> Section:
     """One sentence on the run, the result in a line per number of steps, lineage."""
     run, shape = work.run, " x ".join(map(str, work.data.shape))
-    parameters = sum(p.numel() for p in work.build().parameters())
     kinds = {name: s.objective for name, s in stands.items()}
     first = f"pre-trained as a diffusion model ({kinds['pre']}, path {run.path})" if run.pre else f"on path {run.path}"
     what = (
-        f"A network ({run.model.kind}, {parameters:,} parameters) for {DATA[run.data.kind]} ({work.data.n:,} of "
+        f"A network ({run.model.kind}, {work.parameters:,} parameters) for {DATA[run.data.kind]} ({work.data.n:,} of "
         f"{shape}): {first}, mid-trained ({kinds['mid']}, teacher {run.mid.teacher}) "
         f"and post-trained ({kinds['post']}) into a generator of {' or '.join(map(str, run.eval.steps))} steps"
     )

@@ -77,6 +77,10 @@ WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 
 @pytest.fixture(scope="module")
 def vgg16() -> dict[str, Tensor]:
+    return vgg16_weights()
+
+
+def vgg16_weights() -> dict[str, Tensor]:
     """Weights under a VGG16's own names, a classifier's beside them, and heads as LPIPS stores them."""
     g, out, before = torch.Generator().manual_seed(0), {}, 3
     for i, width in zip(CONVOLUTIONS, WIDTHS):

@@ -13,6 +13,7 @@ from cmt_fast.cli import main
 from cmt_fast.schema import Run
 from cmt_fast.templates import sections
 from tests.train.stores import make_store
+from tests.train.test_perceptual import vgg16_weights
 from tests.train.tiny import metrics
 
 RECIPES = sorted(config.recipes())
@@ -59,18 +60,8 @@ def stores(tmp_path_factory) -> Callable[[Run], list[str]]:
 @pytest.fixture(scope="module")
 def vgg16(tmp_path_factory) -> Path:
     """A VGG16 with LPIPS' heads, random."""
-    from cmt_fast.models.vgg import PixelVgg
-    from tests.train.test_perceptual import CONVOLUTIONS, ENDS, WIDTHS
-
-    assert PixelVgg
-    file, out, before = tmp_path_factory.mktemp("weights") / "vgg.pt", {}, 3
-    for i, width in zip(CONVOLUTIONS, WIDTHS):
-        out |= {f"features.{i}.weight": torch.randn(width, before, 3, 3) / (3 * before**0.5)}
-        out |= {f"features.{i}.bias": torch.zeros(width)}
-        before = width
-    for i, end in enumerate(ENDS):
-        out[f"lin{i}.model.1.weight"] = torch.rand(1, WIDTHS[CONVOLUTIONS.index(end)], 1, 1)
-    torch.save(out, file)
+    file = tmp_path_factory.mktemp("weights") / "vgg.pt"
+    torch.save(vgg16_weights(), file)
     return file
 
 
