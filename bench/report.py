@@ -1,4 +1,4 @@
-"""`python -m bench report`: writes the README's tables from bench/results, between its `<!-- table: NAME -->` marks."""
+"""`python -m bench report`: writes the tables of README.md and bench/README.md, between their `<!-- table: NAME -->` marks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+PAGES = (Path("README.md"), Path("bench/README.md"))
 RESULTS = Path("bench/results/cpu")
 ROWS = {
     "teacher": "pre-trained, ODE solver",
@@ -18,21 +19,19 @@ ROWS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments: the marks in the README say which tables."""
+    """No arguments: the marks in the pages say which tables."""
 
 
 def run(_: argparse.Namespace) -> int:
     """Rewrite the tables in place."""
-    readme = Path("README.md")
-    text = readme.read_text("utf-8")
-    for name in re.findall(r"<!-- table: ([\w-]+) -->", text):
-        kind, _, recipe = name.partition("-")
-        body = {"seeds": seeds, "search": search, "dual": dual, "ops": ops, "predicted": predicted, "zero": zero}[kind](
-            recipe
-        )
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
-    readme.write_text(text, "utf-8")
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for name in re.findall(r"<!-- table: ([\w-]+) -->", text):
+            kind, _, recipe = name.partition("-")
+            body = TABLES[kind](recipe)
+            pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
+        page.write_text(text, "utf-8")
     return 0
 
 
@@ -143,6 +142,25 @@ def ops(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def native(_: str) -> str:
+    """Of each op and dtype, over its cases: what plain torch and torch.compile take, in units of ours."""
+    data = json.loads((RESULTS / "ops.json").read_text())
+    times: dict[tuple, dict[str, dict[str, float]]] = {}
+    for row in data["rows"]:
+        if not row["wrong"]:
+            times.setdefault((row["op"], row["dtype"]), {}).setdefault(row["case"], {})[row["backend"]] = row["p50_ms"]
+    lines = ["| op | dtype | plain torch / ours | torch.compile / ours |", "|---|---|---|---|"]
+    for (op, dtype), cases in times.items():
+        cells = []
+        for other in ("reference", "compiled"):
+            ratios = sorted(t[other] / t["native"] for t in cases.values() if {other, "native"} <= t.keys())
+            cells.append(f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if ratios else "")
+        if any(cells):
+            lines.append(f"| {op} | {dtype} | {' | '.join(cells)} |")
+    lines.append(f"\n{data['device']}, {data['threads']} threads; commit {data['commit']}, {data['date'][:10]}.\n")
+    return "\n".join(lines) + "\n"
+
+
 def predicted(_: str) -> str:
     """The least time that a GPU's ceilings allow the ops that have kernels of ours, from `python -m bench predict`."""
     data = json.loads((RESULTS.parent / "predicted" / "ops.json").read_text())
@@ -171,3 +189,14 @@ def zero(_: str) -> str:
         f"torch {data['torch']}; commit {data['commit']}, {data['date'][:10]}.\n"
     )
     return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "seeds": seeds,
+    "search": search,
+    "dual": dual,
+    "native": native,
+    "ops": ops,
+    "predicted": predicted,
+    "zero": zero,
+}
