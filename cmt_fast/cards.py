@@ -31,7 +31,8 @@ class Step(NamedTuple):
 
 class Card(NamedTuple):
     """peak, matmul: FLOP/s by precision (datasheet; of a large matmul); copy: bytes/s, read and written; watts: of the
-    board; link, network: bytes/s that a card sends to others in its machine, and outside; flash: its attention over an H100's.
+    board; link, network: bytes/s that a card sends inside its machine and that its network card sends outside; flash: its
+    attention over an H100's; gemm: (width, share of the large matmul's rate that a DiT's linear layers reach).
 
     measured: figure -> where it was measured; all others are of the datasheet or assumed.
     """
@@ -48,12 +49,15 @@ class Card(NamedTuple):
     measured: dict[str, str]
     steps: tuple[Step, ...] = ()
     per_machine: int = 8
+    gemm: tuple[tuple[int, float], ...] = ((0, 0.0), (768, 0.70), (1024, 0.78), (1152, 0.82))
 
 
 BEFORE = "on one card of the kind, before this project"
 REACHED = (
     798 / 989.4
 )  # of the datasheet's bf16 rate: what an H100's large matmul reaches; taken for other precisions too
+# on a processor, read off digits-seeds.json and dual.json of bench/results/cpu: 16 tokens of 128 wide, 256 tokens of 384
+GEMM_CPU = ((0, 0.0), (128, 0.15), (384, 0.63))
 COPIED = 3.0 / 3.35  # of the datasheet's bandwidth: what an H100's copy reaches
 
 
@@ -124,9 +128,9 @@ def _cpu(found: list[tuple[str, dict]], results: Path | None) -> Card:
     rate, copy = roof["gflop_s"] * 1e9, roof["gb_s"] * 1e9
     rates = dict.fromkeys(("bf16", "tf32", "fp32"), rate)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    measured = {"matmul fp32": source, "copy": source}
+    measured = dict.fromkeys(("matmul fp32", "matmul tf32", "matmul bf16", "copy"), f"{source}, all precisions by fp32")
     flash = rate / CARDS["h100"].matmul["bf16"]
-    return Card("cpu", rates, rates, copy, memory, None, copy, copy, flash, measured, _steps(found), 1)
+    return Card("cpu", rates, rates, copy, memory, None, copy, copy, flash, measured, _steps(found), 1, GEMM_CPU)
 
 
 def _files(name: str, results: Path | None) -> list[tuple[str, dict[str, Any]]]:

@@ -248,23 +248,23 @@ def microseconds(kind: str, net: Network, card: Card, how: str, precision: str) 
     padded = attention * math.ceil(head / pad) * pad / head
     wide = 2 if precision == "bf16" else 4
     u = net.tokens * net.width * wide
-    gemm = gemm_share(net.width) * card.matmul[precision]
+    gemm = gemm_share(net.width, card) * card.matmul[precision]
     flash = _at(net.tokens, FLASH[rate]) * 1e12 * card.flash * card.matmul[precision] / card.matmul["bf16"]
     us = 1e6 * (linear * (net.flops - net.attention) / gemm + padded * net.attention / flash)
     text = (
-        f"{linear} x {(net.flops - net.attention) / 1e9:,.4g} GFLOP / ({gemm_share(net.width):.3g} x "
+        f"{linear} x {(net.flops - net.attention) / 1e9:,.4g} GFLOP / ({gemm_share(net.width, card):.3g} x "
         f"{card.matmul[precision] / 1e12:.3g} TFLOP/s) + {padded:.3g} x {net.attention / 1e9:,.3g} GFLOP / "
         f"{flash / 1e12:.3g} TFLOP/s + {passes:.4g} x {net.depth} blocks x {u / 1e6:.3g} MB / {card.copy / 1e12:.3g} TB/s"
     )
     return us + 1e6 * passes * net.depth * u / card.copy, text
 
 
-def gemm_share(width: int) -> float:
+def gemm_share(width: int, card: Card) -> float:
     """The share of a large matmul's rate that a DiT's linear layers reach; straight lines between the known widths."""
-    for (a, low), (b, high) in zip(GEMM, GEMM[1:]):
+    for (a, low), (b, high) in zip(card.gemm, card.gemm[1:]):
         if width <= b:
             return low + (high - low) * (width - a) / (b - a)
-    return GEMM[-1][1]
+    return card.gemm[-1][1]
 
 
 def _at(tokens: int, rates: tuple[float, float]) -> float:
@@ -302,11 +302,12 @@ def communication_us(zero: int | None, parameters: int, sharded: int, card: Card
     """Microseconds a step that a process sends, in rings, none of it hidden behind work: at most so long.
 
     Bytes, over (N - 1)/N: gradients are reduced, 4 P, and weights gathered, 4 P, a step; at stage 3 weights are gathered
-    for each pass's forward and backward, 8 P a pass. `sharded`: parameters of a sharded teacher times its calls.
+    for each pass's forward and backward, 8 P a pass. `sharded`: parameters of a sharded teacher times its calls. Beyond one
+    machine the rings leave it by all its network cards.
     """
     if processes == 1:
         return 0.0
     gathered = 8 * passes if zero == 3 else 4
     sent = (4 + gathered) * parameters + 4 * sharded
-    wire = card.link if processes <= card.per_machine else card.network
+    wire = card.link if processes <= card.per_machine else min(card.link, card.per_machine * card.network)
     return 1e6 * sent * (processes - 1) / processes / wire

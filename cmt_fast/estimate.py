@@ -63,7 +63,7 @@ def rows_of(run: Run) -> Rows:
             raise config.ConfigError(str(error)) from None
         path = Path(getattr(run.data, "path", ""))
         held = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if run.data.kind == "latents" else None
-        return Rows(data.shape, data.classes, data.n, held, "as it is on disk")
+        return Rows(data.shape, data.classes, data.n, held, "as it is on disk" if held else "no store")
     n, size = published.images(run.data.path), 1
     for side in expects.shape:
         size *= side
@@ -235,7 +235,7 @@ def savings(run: Run, rows: Rows, card: Card, processes: int) -> list[dict[str, 
     tangents = bool(kinds & {"meanflow", "imeanflow"})
     if tangents:
         out.append(total("without selective tangents: on all rows", run, Ideas(selective=False), mine))
-    out.append(total("without the pool: rollouts of each step alone", paper, OURS, mine))
+    out.append(total("without the pool: each step's own rollouts, all points", paper, OURS, mine))
     out.append(total("without points reused: one of each trajectory (slow CMT)", once, OURS, mine))
     if rounded != run:
         out.append(total("without bf16: TF32", rounded, OURS, mine))

@@ -68,7 +68,12 @@ def figures(run: Run, at: Card, gpus: int, price: float | None = None) -> dict[s
         "store": {"bytes": rows.store_bytes, "note": rows.note},
         "notes": sorted({note for s in found.values() for note in s.pop("notes")}),
         "stages": found,
-        "total": {"stages": list(estimate.TRAINED), **total, **_energy(total["gpu_hours"], at, price)},
+        "total": {
+            "stages": list(estimate.TRAINED),
+            **total,
+            "mark": " and ".join(sorted({s["mark"] for s in trained})),
+            **_energy(total["gpu_hours"], at, price),
+        },
         "classifier": estimate.classifier(run, rows, at),
         "savings": estimate.savings(run, rows, at, gpus),
     }
@@ -135,7 +140,7 @@ def text(found: dict[str, Any]) -> list[str]:
         seen |= {n["name"]: n for n in s["networks"].values()}
     for n in seen.values():
         out.append(
-            f"network {n['name']}: {n['parameters']:,} parameters, {n['flops'] / 1e9:,.1f} GFLOP a forward (counted)"
+            f"network {n['name']}: {n['parameters']:,} parameters, {n['flops'] / 1e9:,.4g} GFLOP a forward (counted)"
         )
     out += [f"note: {note}" for note in found["notes"]]
     head = f"{'stage':8} {'images':>8} {'GFLOP/image':>12} {'EFLOP':>8} {'us/image':>9} {'of peak':>7} "
@@ -144,14 +149,14 @@ def text(found: dict[str, Any]) -> list[str]:
         apart = "" if name in estimate.TRAINED else "  apart"
         each = 1e3 * s["flops_image"] / 1e12
         out.append(
-            f"{name:8} {s['images'] / 1e6:7,.4g}M {each:12,.1f} {s['flops'] / 1e18:8,.3g} {s['work_us']:9,.0f} "
+            f"{name:8} {s['images'] / 1e6:7,.4g}M {each:12,.4g} {s['flops'] / 1e18:8,.3g} {s['work_us']:9,.0f} "
             f"{s['mfu_datasheet']:7.0%} {s['hours']:8,.3g} {s['gpu_hours']:10,.4g} {_of(s['kwh'], 8)} {_of(s['price'], 9)}"
             f"  {s['mark']}{apart}"
         )
     t = found["total"]
     out.append(
         f"{' + '.join(t['stages']):8} {t['images'] / 1e6:6,.4g}M {'':12} {t['flops'] / 1e18:8,.3g} {'':17} {t['hours']:8,.3g} "
-        f"{t['gpu_hours']:10,.4g} {_of(t['kwh'], 8)} {_of(t['price'], 9)}  total"
+        f"{t['gpu_hours']:10,.4g} {_of(t['kwh'], 8)} {_of(t['price'], 9)}  {t['mark']}"
     )
     if "pre" in found["stages"]:
         out.append("pre is trained once or imported, and is no part of the total or of what is saved below")
@@ -164,7 +169,7 @@ def text(found: dict[str, Any]) -> list[str]:
     out.append("")
     for name, s in found["stages"].items():
         kept = f"; activations {gb(int(s['activations_bytes']))} more" if s["activations_bytes"] else ""
-        out += [f"{name:8} {line}{kept if 'states' in line else ''}" for line in s["engine"]]
+        out += [f"{name:8} {line}{kept if line.startswith('memory') else ''}" for line in s["engine"]]
         out.append(f"{name:8} disk: three checkpoints {gb(s['checkpoints_bytes'])}")
     return out + ["", *savings_table(found)]
 
@@ -175,7 +180,7 @@ def savings_table(found: dict[str, Any]) -> list[str]:
     out.append(f"{'':58} {'images':>8} {'GFLOP/image':>12} {'GPU-hours':>10} {'ratio':>6}  FID in 1 / 2 steps; source")
     for line in found["savings"]:
         images = f"{line['images'] / 1e6:,.4g}M" if line["images"] else "-"
-        each = f"{line['flops_image'] / 1e9:,.1f}" if line["flops_image"] else "-"
+        each = f"{line['flops_image'] / 1e9:,.4g}" if line["flops_image"] else "-"
         hours = line["gpu_hours"] if line["gpu_hours"] is not None else line["reported_hours"]
         about = [str(line[key]) for key in ("fid", "source") if line.get(key)]
         if line.get("reported_hours"):
