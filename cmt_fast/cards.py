@@ -53,12 +53,10 @@ class Card(NamedTuple):
 
 
 BEFORE = "on one card of the kind, before this project"
-REACHED = (
-    798 / 989.4
-)  # of the datasheet's bf16 rate: what an H100's large matmul reaches; taken for other precisions too
+# of the datasheet: what an H100's large bf16 matmul reaches, taken for other precisions and cards too, and what its copy does
+REACHED, COPIED = 798 / 989.4, 3.0 / 3.35
 # on a processor, read off digits-seeds.json and dual.json of bench/results/cpu: 16 tokens of 128 wide, 256 tokens of 384
 GEMM_CPU = ((0, 0.0), (128, 0.15), (384, 0.63))
-COPIED = 3.0 / 3.35  # of the datasheet's bandwidth: what an H100's copy reaches
 
 
 def _nvidia(name, bf16, tf32, fp32, bandwidth, memory, watts, link, network, flash=1.0, **measured) -> Card:

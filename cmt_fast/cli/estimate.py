@@ -64,6 +64,7 @@ def figures(run: Run, at: Card, gpus: int, price: float | None = None) -> dict[s
         "recipe": run.name,
         "gpu": at.name,
         "gpus": gpus,
+        "watts": at.watts,
         "rates": _rates(at),
         "store": {"bytes": rows.store_bytes, "note": rows.note},
         "notes": sorted({note for s in found.values() for note in s.pop("notes")}),
@@ -160,6 +161,13 @@ def text(found: dict[str, Any]) -> list[str]:
     )
     if "pre" in found["stages"]:
         out.append("pre is trained once or imported, and is no part of the total or of what is saved below")
+    out.append("evaluation, checkpoints and waiting for data are not counted")
+    if found["watts"]:
+        out.append(f"kWh: GPU-hours x {found['watts']:.0f} W x {estimate.POWER}, the cards alone")
+    if any(not n["depth"] for n in seen.values() if "VGG" not in n["name"]):
+        out.append(
+            "time of networks other than a DiT is one share of the datasheet's rate: what kernels save there is not predicted"
+        )
     if found["classifier"]:
         c = found["classifier"]
         hours = "unknown" if c["gpu_hours"] is None else f"{c['gpu_hours']:,.3g} h"
