@@ -25,8 +25,7 @@ from cmt_fast.data import Dataset, Loader, dali
 from cmt_fast.data.latents import Store
 from cmt_fast.data.shards import Shards, export
 from cmt_fast.data.writing import Layout, Writer
-from cmt_fast.estimate import reckon
-from cmt_fast.published import TRAIN
+from cmt_fast.estimate import step_us, step_work
 from cmt_fast.schema import Dali, Dit
 
 SHAPES = {256: (4, 32, 32), 512: (4, 64, 64)}
@@ -43,8 +42,8 @@ def predicted_us() -> dict[int, dict[str, float]]:
     for pixels, shape in SHAPES.items():
         for size in SIZES:
             net = cost.network(Dit(size=size), "linear", shape, 1000)
-            step = reckon(list(TRAIN), {"student": net}, 64, 64, CARDS["h100"], 1, "bf16", "fused+epilogues").step_us
-            found.setdefault(pixels, {})[net.name] = step / 64
+            us = step_us(step_work("FM"), net, CARDS["h100"], "fused+epilogues", "bf16", 64)
+            found.setdefault(pixels, {})[net.name] = us
     return found
 
 

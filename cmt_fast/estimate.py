@@ -121,8 +121,10 @@ def reckon(
         total += term.times * us + small
         what = f"{term.times:.4g} x {term.of} {term.kind} ({known[term.of].name}; {term.why})"
         lines.append(f"{what}: {term.times * us + small:,.1f} us = {term.times:.4g} x [{text}]{more}")
-    scale, mark = calibration(known["student"], work, known, card, precision)
+    scale, mark = calibration(work, known, card, precision)
     total *= scale
+    if processes > 1 and mark.startswith("measured"):
+        mark += " on one card, communication predicted"
     student = known["student"].parameters
     optimizer = cost.optimizer_us(student, tracks, card, how, processes if zero else 1)
     calls = sum(t.times * (batch / t.rows if t.rows else passes) * known[t.of].parameters
@@ -142,35 +144,56 @@ def reckon(
     return Bill(steps, steps * batch, flops, total, optimizer, sent, step, hours, hours * processes, mark, lines)
 
 
-MEASURED = {  # objective in a result of `python -m bench step` -> its work
-    "FM": published.TRAIN,
-    "CMT": (*published.TRAIN, Term("teacher", "forward", 1, "rollouts")),
-    "MF": (*published.TRAIN, Term("student", "tangent", 0.25, "rows with r < t")),
-    "ECT": published.ECT,
-}
+def step_work(objective: str, teacher: float = 1.0) -> list[Term]:
+    """Work of a plain step of `python -m bench step`: FM, CMT (also CMT-CM, CMT-MF), MF, ECT, ECD.
+
+    teacher: its forwards an image of a CMT step. MF has tangents on a quarter of its rows; ECD Heun's step, unguided.
+    """
+    more = {
+        "FM": [],
+        "CMT": [Term("teacher", "forward", teacher, "rollouts")],
+        "MF": [Term("student", "tangent", 0.25, "rows with r < t")],
+        "ECT": [published.TARGET],
+        "ECD": [published.TARGET, Term("teacher", "forward", 2, "Heun's step")],
+    }
+    return [*published.TRAIN, *more[objective.partition("-")[0]]]
+
+
+def step_us(work: list[Term], net: Network, card: Card, how: str, precision: str, batch: int) -> float:
+    """Predicted microseconds an image of a step on one card, whose teacher is of the student's size."""
+    known = {"student": net, "teacher": net}
+    return reckon(work, known, batch, batch, card._replace(steps=()), 1, precision, how).step_us / batch
 
 
 def calibration(
-    net: Network, work: list[Term], known: dict[str, Network], card: Card, precision: str
-) -> tuple[float, str]:
-    """Measured over predicted time of this network's steps on this card, and how to mark what it is applied to."""
-    ratios: dict[str, tuple[float, str, bool]] = {}
-    mine = cost.flops_image(work, known)
+    work: list[Term], known: dict[str, Network], card: Card, precision: str
+) -> tuple[float, str]:  # fmt: skip
+    """Measured over predicted time of this network's steps on this card, and how to mark what it is applied to.
+
+    Of the very same work it is that step's own ratio, else the mean of the ratios of all steps of this network.
+    """
+    net, ratios = known["student"], []
+    mine = _units(work, known)
     for step in card.steps:
-        same = (step.width, step.depth, step.tokens) == (net.width, net.depth, net.tokens)
-        if not same or step.objective not in MEASURED or precision != ("fp32" if card.name == "cpu" else "bf16"):
+        if (step.width, step.depth, step.tokens, step.precision) != (net.width, net.depth, net.tokens, precision):
             continue
-        each = lambda term: cost.microseconds(term.kind, net, card, "fused", precision)[0]
-        us = sum(term.times * each(term) for term in MEASURED[step.objective])
-        us += cost.optimizer_us(net.parameters, 1, card, "fused", 1) / step.batch
-        ratios[step.objective] = (step.us / us, step.source, abs(mine / step.flops - 1) < 1e-3)
-    for ratio, source, exact in ratios.values():
-        if exact:
-            return ratio, f"measured: {source}"
+        plain = step_work(step.objective, step.teacher)
+        ratio = step.us / step_us(plain, net, card, "fused", precision, step.batch)
+        if mine == _units(plain, {"student": net, "teacher": net}):
+            return ratio, f"measured: {step.source}"
+        ratios.append((ratio, step.source))
     if not ratios:
         return 1.0, "predicted"
-    mean = sum(ratio for ratio, _, _ in ratios.values()) / len(ratios)
-    return mean, f"predicted, scaled by the measured steps of {next(iter(ratios.values()))[1]}"
+    return sum(r for r, _ in ratios) / len(ratios), f"predicted, scaled by the measured steps of {ratios[0][1]}"
+
+
+def _units(work: list[Term], known: dict[str, Network]) -> dict[tuple[str, str], float]:
+    """Work by network and kind, to see whether two are the same."""
+    out: dict[tuple[str, str], float] = {}
+    for t in work:
+        key = (known[t.of].name, t.kind)
+        out[key] = round(out.get(key, 0.0) + t.times, 6)
+    return out
 
 
 def stage_bill(

@@ -109,6 +109,22 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert found["stages"]["mid"]["images"] == 256000 and found["total"]["price"] == 2 * found["total"]["gpu_hours"]
 
 
+def test_a_dry_run_names_work_and_hours(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = lambda: [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("work:")]
+    assert main(["train", "gmm", "--dry-run", "device=cpu"]) == 0
+    without = lines()
+    assert len(without) == 4 and all("FLOP an image" in line and " h on " not in line for line in without)
+    folder = tmp_path / "bench/results/cpu"
+    folder.mkdir(parents=True)
+    (folder / "ops.json").write_text(json.dumps({"roof": {"gb_s": 30.0, "gflop_s": 300.0}, "commit": "abc1234"}))
+    assert main(["train", "gmm", "--dry-run", "device=cpu"]) == 0
+    assert [line.partition(";")[0] for line in (found := lines())] == without
+    assert all(line.endswith("h on 1 x cpu (predicted)") for line in found)
+    assert main(["estimate", "gmm", "--gpu", "cpu"]) == 0
+    assert "cpu/ops.json at abc1234" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, error",
     [(["gmm", "--gpu", "h20"], "--gpu: 'h20' is not valid.*did you mean h200"), (["gmm", "--gpus", "0"], "--gpus: 0"),
