@@ -119,7 +119,8 @@ def test_a_dry_run_names_work_and_hours(capsys, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "ops.json").write_text(json.dumps({"roof": {"gb_s": 30.0, "gflop_s": 300.0}, "commit": "abc1234"}))
     assert main(["train", "gmm", "--dry-run", "device=cpu"]) == 0
-    assert [line.partition(";")[0] for line in (found := lines())] == without
+    found = lines()
+    assert [line.partition(";")[0] for line in found] == without
     assert all(line.endswith("h on 1 x cpu (predicted)") for line in found)
     assert main(["estimate", "gmm", "--gpu", "cpu"]) == 0
     assert "cpu/ops.json at abc1234" in capsys.readouterr().out
