@@ -121,7 +121,7 @@ def card(name: str, results: Path | None) -> Card:
 
 def _cpu(found: list[tuple[str, dict]], results: Path | None) -> Card:
     """This machine's processor, by the roof that `python -m bench ops` measured."""
-    source, roof = next(((s, r["roof"]) for s, r in found if "gflop_s" in r.get("roof", {})), (None, None))
+    source, roof = next(((s, r["roof"]) for s, r in reversed(found) if "gflop_s" in r.get("roof", {})), (None, None))
     if source is None:
         raise ConfigError(
             f"--gpu: 'cpu' has no results in {results or 'bench/results'}; make them: python -m bench ops"
