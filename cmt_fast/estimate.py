@@ -101,7 +101,9 @@ def _model(run: Run, name: str) -> tuple[Model, str]:
     if (folder / ws.RUN_FILE).is_file():
         return ws.stored_run(folder).model, ""
     if folder.name in config.recipes():
-        return config.load(folder.name).model, f"{name} is not here; taken from the recipe {folder.name}"
+        return config.load(
+            folder.name
+        ).model, f"{name} is not here; taken from the recipe {folder.name}, whose own training is not counted"
     public = published.public_network(folder.name)
     if public:
         return public, f"{name} is not here; taken for EDM2-{public.size} by its name"

@@ -48,6 +48,8 @@ def test_every_recipe(name, figures):
     assert rows["without the kernels"]["flops_image"] == ours["flops_image"]
     assert rows["with trajectories from a cache on disk"]["flops_image"] < ours["flops_image"]
     assert ("without selective tangents" in rows) == (config.load(name).post.objective.kind == "meanflow")
+    if "with bf16 in mid-training, where targets are fixed" in rows:
+        assert rows["with bf16 in mid-training, where targets are fixed"]["gpu_hours"] < ours["gpu_hours"]
     if "without bf16" in rows:
         assert rows["without bf16"]["gpu_hours"] > ours["gpu_hours"]
     for line in found["savings"]:
@@ -148,5 +150,11 @@ def test_figures_of_the_docker_page(figures):
         disk, hours, _ = row(start)
         assert float(disk) == round(found["stages"][name]["checkpoints_bytes"] / 1e9)
         assert float(hours) == round(found["stages"][name]["hours"])
-    gpu = re.search(r"some (\d+) hours, predicted", page)
-    assert float(gpu[1]) == round(found["classifier"]["gpu_hours"])
+    classifier = re.search(r"some (\d+) hours, predicted", page)
+    assert float(classifier[1]) == round(found["classifier"]["gpu_hours"], -1)
+    student, guide = (found["stages"]["post"]["networks"][of]["parameters"] for of in ("student", "guide"))
+    files, imported = map(float, row("teacher and guide")[0].split(" + "))
+    assert files == round(2 * (2 * student + guide) / 1e9)  # fp16
+    assert imported == round((4 + 2 * 4) * (2 * student + guide) / 1e9)  # fp32 and two EMA tracks
+    stop = re.search(r"(\d+) GB to a disk of 2 GB/s are (\d+) of them", page)
+    assert float(stop[1]) == round(found["stages"]["post"]["checkpoints_bytes"] / 3e9) == 2 * float(stop[2])
