@@ -13,12 +13,11 @@ import time
 import torch
 from torch import Tensor
 
-from cmt_fast import checkpoint, compiled, config, distributed, machine, stages, trajectories, watch
+from cmt_fast import checkpoint, compiled, config, distributed, machine, stages, watch
 from cmt_fast import engine as engines
 from cmt_fast.engine import Engine
 from cmt_fast.log import Log, say
-from cmt_fast.objectives import ROWS
-from cmt_fast.schema import Run, Stage
+from cmt_fast.schema import Stage
 from cmt_fast.source import Source
 from cmt_fast.workspace import Workspace
 
@@ -197,30 +196,3 @@ class _signals:
     def __exit__(self, *_) -> None:
         for s, handler in self.before.items():
             signal.signal(s, handler)
-
-
-def cost(run: Run, name: str) -> dict[str, float]:
-    """Images, steps and network forwards of a stage (backward counted as two): what --dry-run prints.
-
-    A forward is one whatever the network's size: a small teacher's or guide's is counted like the student's.
-    """
-    stage = run.stage(name)
-    assert stage is not None
-    plan, (own, anchored) = stages.schedule(stage), stages.rows(stage)
-    needs = ROWS[stage.objective.kind]
-    forwards = own * needs.forwards + anchored * 3.0
-    o = stage.objective
-    if o.kind in ("meanflow", "imeanflow"):
-        forwards += own * o.ratio * (1 if o.kind == "meanflow" else 2)
-        if (o.omega, o.kappa) != (1.0, 0.0):
-            forwards += own * (1 + (o.ratio if o.kappa and o.kind == "meanflow" else 0))
-    if needs.teacher:
-        calls = 2 if o.kind == "ecd" and o.step == "heun" else 1
-        forwards += own * calls * (1 if stage.teacher_guidance == 1 and not stage.autoguidance else 2)
-    points = stages.trajectory_rows(stage)
-    if points and stage.trajectories:
-        t = stage.trajectories
-        each = trajectories.drawn(t, run.path, t.nfe // (2 if t.solver == "heun" else 1))
-        alone = t.guidance == 1 and not (stage.autoguidance and stage.autoguidance.trajectories)
-        forwards += points * t.nfe / each * (1 if alone else 2)
-    return {"steps": plan.total, "images": plan.total * stage.batch, "forwards": plan.total * forwards}

@@ -9,7 +9,7 @@ from pathlib import Path
 import cmt_kernels
 import yaml
 
-from cmt_fast import config, distributed, loop, machine, metrics, report, search, stages
+from cmt_fast import cards, config, cost, distributed, estimate, loop, machine, metrics, report, search, stages
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
@@ -93,10 +93,14 @@ def _dry_run(work: ws.Workspace, names: list[str]) -> None:
     _ops(work.device.type)
     print(f"network: {work.parameters:,} parameters; device {work.device}; {work.data.n:,} rows of {work.data.shape}")
     for name in names:
-        c = loop.cost(work.run, name)
+        c = cost.calls(work.run, name)
         how = " (compiled)" if work.run.stage(name).compile else ""
         print(f"{name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards{how}")
-        for line in [*work.sizing(name).lines(work.parameters, distributed.size()), _step(work, name)]:
+        for line in [
+            *work.sizing(name).lines(work.parameters, distributed.size()),
+            _step(work, name),
+            _bill(work, name),
+        ]:
             print(f"{'':>8}  {line}")
 
 
@@ -104,6 +108,19 @@ def _step(work: ws.Workspace, name: str) -> str:
     batch, n = work.run.stage(name).batch, distributed.size()
     parts = stages.passes(work.run, name, n)
     return f"a step: {batch} rows = {n} process{'es' * (n > 1)} x {parts} pass{'es' * (parts > 1)} x {batch // (n * parts)}"
+
+
+def _bill(work: ws.Workspace, name: str) -> str:
+    """FLOPs of a stage and, on a device that the cost model knows, its hours: the short form of `cmt estimate`."""
+    rows = estimate.Rows(work.data.shape, work.data.classes, work.data.n, None, "")
+    known, _ = estimate.networks(work.run, name, rows)
+    each, images = cost.flops_image(cost.terms(work.run, name), known), cost.calls(work.run, name)["images"]
+    text = f"work: {each / 1e9:,.4g} GFLOP an image, {each * images / 1e15:,.4g} PFLOP"
+    at = cards.this(work.device)
+    if at is None:
+        return text
+    bill, _, _ = estimate.stage_bill(work.run, name, rows, at, distributed.size())
+    return f"{text}; {bill.hours:,.3g} h on {distributed.size()} x {at.name} ({bill.mark})"
 
 
 def run_search(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmt_fast import checkpoint, config, loop
+from cmt_fast import checkpoint, config, cost, loop
 from cmt_fast.cli import main
 from cmt_fast.config import ConfigError
 from cmt_fast.trajectories import Pool
@@ -86,7 +86,7 @@ def test_ecd_with_autoguidance(world: Path, tmp_path: Path) -> None:
     loop.train(work, ["post"])
     found = manifest(tmp_path / "run" / "post")["others"]
     assert found["autoguidance.network"]["ema"] == ema(world / "weak/pre") and "teacher" not in found
-    assert loop.cost(run, "post")["forwards"] == 640 * (4 + 2 * 2)
+    assert cost.calls(run, "post")["forwards"] == 640 * (4 + 2 * 2)
 
 
 def test_rollouts_are_autoguided_where_asked(world: Path, tmp_path: Path) -> None:

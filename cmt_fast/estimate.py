@@ -1,0 +1,341 @@
+"""What a recipe will cost on given cards, before it runs: memory, FLOPs, hours, energy, and what each idea saves.
+
+Every figure is counted (parameters, FLOPs), arithmetic (bytes), measured on such a card or, all others, predicted by
+cost.py. Evaluation, checkpoints and waiting for data are not in the hours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cmt_fast import config, cost, published, stages
+from cmt_fast import data as datasets
+from cmt_fast import workspace as ws
+from cmt_fast.cards import Card
+from cmt_fast.cost import OURS, Ideas, Network, Term
+from cmt_fast.engine import Choice, choose
+from cmt_fast.objectives.distance import PERCEPTUAL
+from cmt_fast.schema import Model, Run
+
+POWER = 0.9  # of the board's power that training draws: assumed; hosts and cooling are not counted
+SAVED_U = 17  # values of U that a block keeps for its backward, by count
+TRAINED = ("mid", "post")
+RECIPE = "this recipe"
+
+
+class Rows(NamedTuple):
+    """Rows of the data: shape and classes; n of them, None where it is not known; their bytes on disk, and a note."""
+
+    shape: tuple[int, ...]
+    classes: int
+    n: int | None
+    store_bytes: float | None
+    note: str
+
+
+class Bill(NamedTuple):
+    """A stage on `processes` cards. Microseconds: work_us of an image, the others of a step; lines: the arithmetic."""
+
+    steps: int
+    images: int
+    flops_image: float
+    work_us: float
+    optimizer_us: float
+    communication_us: float
+    step_us: float
+    hours: float
+    gpu_hours: float
+    mark: str
+    lines: list[str]
+
+
+def rows_of(run: Run) -> Rows:
+    """Of the data at hand or, where the store is not here, of what the recipe expects. Raises ConfigError."""
+    expects = getattr(run.data, "expects", None)
+    if expects is None or Path(run.data.path).is_dir():
+        try:
+            data = datasets.load(run.data)
+        except config.ConfigError:
+            raise
+        except ValueError as error:
+            raise config.ConfigError(str(error)) from None
+        path = Path(getattr(run.data, "path", ""))
+        held = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if run.data.kind == "latents" else None
+        return Rows(data.shape, data.classes, data.n, held, "as it is on disk" if held else "no store")
+    n, size = published.images(run.data.path), 1
+    for side in expects.shape:
+        size *= side
+    latents = expects.shape[0] != 3
+    each = 4 * size if latents else size  # mean and std in fp16; 8-bit pixels
+    kind = "mean and std in fp16" if latents else "8-bit pixels"
+    note = f"{n:,} rows x {each:,} bytes, {kind}; arithmetic" if n else "rows unknown, the store is not here"
+    return Rows(expects.shape, expects.classes or 0, n, n * each if n else None, note)
+
+
+def networks(run: Run, name: str, rows: Rows) -> tuple[dict[str, Network], list[str]]:
+    """Student, teacher, guide and feature network of a stage, and notes on what had to be assumed of others' sizes."""
+    stage, notes = run.stage(name), []
+    make = lambda model: cost.network(model, run.path, tuple(rows.shape), rows.classes)
+    out = {"student": make(run.model)}
+    named = stage.networks()
+    for of, key in (("teacher", "teacher"), ("guide", "autoguidance.network")):
+        if key in named:
+            model, note = _model(run, named[key])
+            out[of] = make(model)
+            notes += [note] * bool(note)
+    wanted = sorted(stage.distances() & set(PERCEPTUAL))
+    if wanted:
+        out["features"] = cost.feature_network(wanted[0], tuple(rows.shape), run.features.width)
+    if "features" in stage.distances():
+        notes.append(f"{name}: the run's own classifier behind the distance 'features' is not counted")
+    return out, notes
+
+
+def _model(run: Run, name: str) -> tuple[Model, str]:
+    """The model of a stage of this run or of another: by its run, the recipe of its name, or a public network's."""
+    if "/" not in name:
+        return run.model, ""
+    folder = Path(name).parent
+    if (folder / ws.RUN_FILE).is_file():
+        return ws.stored_run(folder).model, ""
+    if folder.name in config.recipes():
+        return config.load(
+            folder.name
+        ).model, f"{name} is not here; taken from the recipe {folder.name}, whose own training is not counted"
+    public = published.public_network(folder.name)
+    if public:
+        return public, f"{name} is not here; taken for EDM2-{public.size} by its name"
+    return run.model, f"{name} is not here and its size not known; taken for the student's"
+
+
+def reckon(
+    work: list[Term], known: dict[str, Network], images: int, batch: int, card: Card, processes: int, precision: str,
+    how: str, tracks: int = 1, zero: int | None = None, passes: int = 1, sharded: bool = False,
+) -> Bill:  # fmt: skip
+    """The bill of `images` student images in steps of `batch`; zero, sharded: as engine.Choice has them."""
+    total, lines = 0.0, []
+    for term in work:
+        rounds = ("tf32" if precision == "tf32" else "fp32") if term.of == "features" else precision
+        us, text = cost.microseconds(term.kind, known[term.of], card, how, rounds)
+        small, more = cost.call_us(term, known[term.of], us, card, rounds, processes)
+        total += term.times * us + small
+        what = f"{term.times:.4g} x {term.of} {term.kind} ({known[term.of].name}; {term.why})"
+        lines.append(f"{what}: {term.times * us + small:,.1f} us = {term.times:.4g} x [{text}]{more}")
+    scale, mark = calibration(work, known, card, precision)
+    total *= scale
+    if processes > 1 and mark.startswith("measured"):
+        mark += " on one card, communication predicted"
+    student = known["student"].parameters
+    optimizer = cost.optimizer_us(student, tracks, card, how, processes if zero else 1)
+    calls = sum(t.times * (batch / t.rows if t.rows else passes) * known[t.of].parameters
+                for t in work if t.of in ("teacher", "guide")) if sharded else 0  # fmt: skip
+    sent = cost.communication_us(zero, student, calls, card, processes, passes)
+    steps = -(-images // batch)
+    step = batch / processes * total + optimizer + sent
+    hours = steps * step / 3.6e9
+    lines.append(
+        f"step: {batch}/{processes} rows x {total:,.1f} us" + (f" (x {scale:.3g}, {mark})" if scale != 1 else "")
+        + f" + optimizer {optimizer:,.0f} us + communication {sent:,.0f} us = {step:,.0f} us"
+    )  # fmt: skip
+    lines.append(
+        f"{steps:,} steps x {step:,.0f} us = {hours:,.2f} h x {processes} = {hours * processes:,.2f} GPU-hours"
+    )
+    flops = cost.flops_image(work, known)
+    return Bill(steps, steps * batch, flops, total, optimizer, sent, step, hours, hours * processes, mark, lines)
+
+
+def step_work(objective: str, teacher: float = 1.0) -> list[Term]:
+    """Work of a plain step of `python -m bench step`: FM, CMT (also CMT-CM, CMT-MF), MF, ECT, ECD.
+
+    teacher: its forwards an image of a CMT step. MF has tangents on a quarter of its rows; ECD Heun's step, unguided.
+    """
+    more = {
+        "FM": [],
+        "CMT": [Term("teacher", "forward", teacher, "rollouts")],
+        "MF": [Term("student", "tangent", 0.25, "rows with r < t")],
+        "ECT": [published.TARGET],
+        "ECD": [published.TARGET, Term("teacher", "forward", 2, "Heun's step")],
+    }
+    return [*published.TRAIN, *more[objective.partition("-")[0]]]
+
+
+def step_us(work: list[Term], net: Network, card: Card, how: str, precision: str, batch: int) -> float:
+    """Predicted microseconds an image of a step on one card, whose teacher is of the student's size."""
+    known = {"student": net, "teacher": net}
+    return reckon(work, known, batch, batch, card._replace(steps=()), 1, precision, how).step_us / batch
+
+
+def calibration(
+    work: list[Term], known: dict[str, Network], card: Card, precision: str
+) -> tuple[float, str]:  # fmt: skip
+    """Measured over predicted time of this network's steps on this card, and how to mark what it is applied to.
+
+    Of the very same work it is that step's own ratio, else the mean of the ratios of all steps of this network.
+    """
+    net, ratios = known["student"], []
+    mine = _units(work, known)
+    for step in card.steps:
+        if (step.width, step.depth, step.tokens, step.precision) != (net.width, net.depth, net.tokens, precision):
+            continue
+        plain = step_work(step.objective, step.teacher)
+        ratio = step.us / step_us(plain, net, card, "fused", precision, step.batch)
+        if mine == _units(plain, {"student": net, "teacher": net}):
+            return ratio, f"measured: {step.source}"
+        ratios.append((ratio, step.source))
+    if not ratios:
+        return 1.0, "predicted"
+    return sum(r for r, _ in ratios) / len(ratios), f"predicted, scaled by the measured steps of {ratios[0][1]}"
+
+
+def _units(work: list[Term], known: dict[str, Network]) -> dict[tuple[str, str], float]:
+    """Work by network and kind, to see whether two are the same."""
+    out: dict[tuple[str, str], float] = {}
+    for t in work:
+        key = (known[t.of].name, t.kind)
+        out[key] = round(out.get(key, 0.0) + t.times, 6)
+    return out
+
+
+def stage_bill(
+    run: Run, name: str, rows: Rows, card: Card, processes: int, ideas: Ideas = OURS
+) -> tuple[Bill, Choice, dict[str, Network]]:
+    """One stage of a run, with the sizing of its engine. Raises ConfigError where rows do not divide over the cards."""
+    stage = run.stage(name)
+    known, _ = networks(run, name, rows)
+    choice = sizing(run, name, known, card, processes)
+    passes = stages.passes(run, name, processes)
+    bill = reckon(
+        cost.terms(run, name, ideas), known, stage.images_nimg, stage.batch, card, processes, stage.precision, ideas.how,
+        len(stage.ema), choice.stage, passes, choice.teacher_sharded,
+    )  # fmt: skip
+    return bill, choice, known
+
+
+def sizing(run: Run, name: str, known: dict[str, Network], card: Card, processes: int) -> Choice:
+    """The engine's ZeRO stage by the memory of the card."""
+    stage = run.stage(name)
+    named = {key: text for key, text in stage.networks().items() if key != "start"}
+    by_key = {"teacher": "teacher", "autoguidance.network": "guide"}
+    held = sum({text: known[by_key[key]].parameters for key, text in named.items()}.values())
+    return choose(
+        run.engine, run.zero_stage, run.zero_teacher, known["student"].parameters, held, processes, len(stage.ema),
+        stage.precision == "bf16", int(card.memory),
+    )  # fmt: skip
+
+
+def activation_bytes(run: Run, name: str, net: Network, processes: int) -> float | None:
+    """What a DiT keeps for its backward in one pass of a process, by count; None for other networks."""
+    stage = run.stage(name)
+    if not net.depth:
+        return None
+    images = stage.batch / processes / stages.passes(run, name, processes)
+    u = net.tokens * net.width * (2 if stage.precision == "bf16" else 4)
+    return images * u * (net.depth + SAVED_U if run.model.checkpoint_activations else SAVED_U * net.depth)
+
+
+def energy_kwh(gpu_hours: float, card: Card) -> float | None:
+    """Board power x its share in training x hours; None for a card whose power is not known."""
+    return None if card.watts is None else gpu_hours * card.watts * POWER / 1e3
+
+
+def savings(run: Run, rows: Rows, card: Card, processes: int) -> list[dict[str, Any]]:
+    """Published budgets, this recipe's mid and post, and the recipe without each idea, on the same cards."""
+    mine = [name for name in TRAINED if run.stage(name)]
+
+    def total(label: str, changed: Run, ideas: Ideas, of: list[str]) -> dict[str, Any]:
+        bills = {name: stage_bill(changed, name, rows, card, processes, ideas)[0] for name in of}
+        return _line(label, bills)
+
+    recipe = total(RECIPE, run, OURS, mine)
+    out = []
+    for budget in published.BUDGETS:
+        if run.name in budget.recipes:
+            out.append(_published(budget, card, processes))
+    out.append(recipe)
+    paper, once = (_with(run, mine, mode="paper"), _with(run, mine, mode="pool", per_trajectory=1))
+    rounded = _precision(run, mine)
+    kinds = {run.stage(name).objective.kind for name in mine}
+    tangents = bool(kinds & {"meanflow", "imeanflow"})
+    if tangents:
+        out.append(total("without selective tangents: on all rows", run, Ideas(selective=False), mine))
+    out.append(total("without the pool: each step's own rollouts, all points", paper, OURS, mine))
+    out.append(total("without points reused: one of each trajectory (slow CMT)", once, OURS, mine))
+    if rounded != run:
+        out.append(total("without bf16: TF32", rounded, OURS, mine))
+    out.append(total("without the kernels: torch.compile", run, Ideas(how="compile"), mine))
+    worst = _precision(paper, mine)
+    out.append(total("without all of these (slow CMT aside)", worst, Ideas(False, False, "compile"), mine))
+    out.append(total("with trajectories from a cache on disk", run, Ideas(cached=True), mine))
+    if run.mid.precision != "bf16":
+        half = dataclasses.replace(run, mid=dataclasses.replace(run.mid, precision="bf16"))
+        out.append(total("with bf16 in mid-training, where targets are fixed", half, OURS, mine))
+    if getattr(run.model, "checkpoint_activations", False):
+        kept = dataclasses.replace(run, model=dataclasses.replace(run.model, checkpoint_activations=False))
+        out.append(total("with all activations kept, if they fit", kept, OURS, mine))
+    if run.control:
+        out.append(total(f"control: {run.control.objective.kind}, no mid-training", run, OURS, ["control"]))
+    for line in out:
+        hours = line["gpu_hours"] if line["gpu_hours"] is not None else line.get("reported_hours")
+        line["ratio"] = hours / recipe["gpu_hours"] if hours else None
+    return out
+
+
+def _line(label: str, bills: dict[str, Bill]) -> dict[str, Any]:
+    images = sum(b.images for b in bills.values())
+    return {
+        "what": label,
+        "images": images,
+        "flops_image": sum(b.flops_image * b.images for b in bills.values()) / images,
+        "gpu_hours": sum(b.gpu_hours for b in bills.values()),
+        "mark": " and ".join(sorted({b.mark.split(":")[0] for b in bills.values()})),
+        "bills": {name: b.lines for name, b in bills.items()},
+    }
+
+
+def _published(budget: published.Budget, card: Card, processes: int) -> dict[str, Any]:
+    """A published budget as its own code would run: op by op, weights and optimizer on every card."""
+    make = lambda model: cost.network(model, budget.path, budget.shape, budget.classes)
+    known = {"student": make(budget.model), "teacher": make(budget.model)}
+    if budget.guide:
+        known["guide"] = make(budget.guide)
+    if budget.distance:
+        known["features"] = cost.feature_network(budget.distance, budget.shape)
+    bills = {
+        p.name: reckon(list(p.work), known, p.images, p.batch, card, processes, p.precision, "eager")
+        for p in budget.parts
+    }
+    line = _line(budget.name, bills) if bills else {
+        "what": budget.name, "images": None, "flops_image": None, "gpu_hours": None, "mark": "reported", "bills": {},
+    }  # fmt: skip
+    about = {"source": budget.source, "fid": budget.fid, "assumed": budget.assumed, "reported_hours": budget.hours}
+    return line | about
+
+
+def _with(run: Run, names: list[str], **changes) -> Run:
+    """The run with other settings of its trajectories."""
+    for name in names:
+        stage = run.stage(name)
+        if stage.trajectories:
+            stage = dataclasses.replace(stage, trajectories=dataclasses.replace(stage.trajectories, **changes))
+        run = dataclasses.replace(run, **{name: stage})
+    return run
+
+
+def _precision(run: Run, names: list[str]) -> Run:
+    """The run with TF32 where it is bf16."""
+    for name in names:
+        if run.stage(name).precision == "bf16":
+            run = dataclasses.replace(run, **{name: dataclasses.replace(run.stage(name), precision="tf32")})
+    return run
+
+
+def classifier(run: Run, rows: Rows, card: Card) -> dict[str, Any] | None:
+    """The classifier behind `latent_lpips`: three forwards' work a row, one card, fp32; None where no stage reads it."""
+    if not any(run.stage(name) and "latent_lpips" in run.stage(name).distances() for name in stages.names(run)):
+        return None
+    net, images = cost.feature_network("latent_lpips", tuple(rows.shape), run.features.width), run.features.epochs
+    us = sum(cost.microseconds(kind, net, card, "fused", "fp32")[0] for kind in ("forward", "backward"))
+    hours = images * rows.n * us / 3.6e9 if rows.n else None
+    return {"epochs": images, "flops_image": 3 * net.flops, "gpu_hours": hours, "mark": "predicted"}
