@@ -19,6 +19,7 @@ from cmt_fast import engine as engines
 from cmt_fast.engine import Engine
 from cmt_fast.log import Log, say
 from cmt_fast.objectives import ROWS
+from cmt_fast.profiling import Profile
 from cmt_fast.schema import Run, Stage
 from cmt_fast.source import Source
 from cmt_fast.workspace import Workspace
@@ -30,16 +31,25 @@ class Stopped(SystemExit):
     """The process was asked to stop; a checkpoint is on disk. Exit code 128 + signal."""
 
 
-def train(work: Workspace, names: list[str]) -> None:
-    """Train the named stages of a run in order; finished ones are passed over, unfinished ones go on."""
+def train(work: Workspace, names: list[str], profile: Profile | None = None) -> None:
+    """Train the named stages of a run in order; finished ones are passed over, unfinished ones go on.
+
+    profile: profiles some steps of the first stage that is trained.
+    """
     meter = accounting.Meter.of(work.device)
     with work.lock(), _signals() as asked:
         work.claim(names)
         for name in names:
-            train_stage(work, name, asked, meter)
+            train_stage(work, name, asked, meter, profile)
 
 
-def train_stage(work: Workspace, name: str, asked: list[int], meter: accounting.Meter | None = None) -> None:
+def train_stage(
+    work: Workspace,
+    name: str,
+    asked: list[int],
+    meter: accounting.Meter | None = None,
+    profile: Profile | None = None,
+) -> None:
     """One stage, from its start or its last checkpoint to its end. Raises FloatingPointError when the loss is not finite.
 
     asked: signals that ask the process to stop; meter: what this process has spent and no stage was billed for yet.
@@ -96,7 +106,12 @@ def train_stage(work: Workspace, name: str, asked: list[int], meter: accounting.
             watch.look(work, name, stage, engine, plan, engine.step_count, False, log)
             wall["eval_s"] += meter.lap("evaluation")
         sums, look_every = _resumed(found), 1
-        for step in range(engine.step_count, plan.total):
+        steps = range(engine.step_count, plan.total)
+        if profile and not profile.done and first:
+            every = source.pool.steps if source.pool else 1
+            kept = profile.over(steps, plan, every, work.device, stage.precision, stage.compile, folder)
+            steps = ending.enter_context(contextlib.closing(kept))
+        for step in steps:
             for part in range(passes):
                 loss, scalars = source.loss(engine, step, part)
                 engine.backward(loss)
