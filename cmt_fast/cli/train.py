@@ -54,6 +54,8 @@ def _resolve(recipe: str, overrides: list[str]):
 
 
 def train(args: argparse.Namespace) -> None:
+    if args.profile_steps < 1:
+        raise ConfigError(f"--profile-steps: {args.profile_steps} is not a positive number")
     run = _resolve(args.recipe, args.overrides)
     out = args.out or Path("runs") / re.sub(r"[^\w.-]+", "-", run.name)
     have = stages.names(run)
@@ -84,8 +86,6 @@ def train(args: argparse.Namespace) -> None:
     work.compare()
     if distributed.rank() == 0:
         _ops(work.device.type)
-    if args.profile_steps < 1:
-        raise ConfigError(f"--profile-steps: {args.profile_steps} is not a positive number")
     loop.train(work, names, profiling.Profile(args.profile_steps) if args.profile else None)
     report.write(out)
 
