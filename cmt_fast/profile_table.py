@@ -1,6 +1,7 @@
 """The step as a table of our ops: the profiler's events on one side, the calls of ops on the other.
 
 Every event's own time goes to the op whose range is nearest around it, and below an autograd node to the op that made it.
+"Between ops" is the rest of a part: reshapes, sums, and networks whose ops are not watched because the stage is compiled.
 """
 
 from __future__ import annotations

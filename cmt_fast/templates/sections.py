@@ -233,14 +233,15 @@ def bill(stands: dict[str, Stand]) -> Section:
         billed = [s for s in stands.values() if s.bill and s.bill.amounts.get(unit)]
         used = [phase for phase in accounting.PHASES if any(phase in s.bill.amounts[unit] for s in billed)]
         rows, whole, by_phase = [], Amount(), dict.fromkeys(used, Amount())
+        span, spans = (3600, "hours") if any(s.bill.total(unit).hours > 0.1 for s in billed) else (1, "seconds")
         for s in billed:
             own, total = s.bill.amounts[unit], s.bill.total(unit)
             whole = whole.plus(total)
             by_phase = {phase: by_phase[phase].plus(own.get(phase, Amount())) for phase in used}
             nimg = (s.manifest["nimg"] if s.manifest else 0) - s.bill.from_nimg
             rate = f"{nimg / total.hours:,.0f}" if total.hours and nimg > 0 else DASH
-            parts = [number(own[phase].hours) if phase in own else DASH for phase in used]
-            rows.append([s.name, number(total.hours), *parts, kwh(total), rate])
+            parts = [number(own[phase].seconds / span) if phase in own else DASH for phase in used]
+            rows.append([s.name, number(total.seconds / span), *parts, kwh(total), rate])
             if s.bill.from_nimg:
                 text.append(f"The bill of {s.name} begins at {s.bill.from_nimg:,} images: nobody counted before.")
             if total.unmeasured_s:
@@ -251,13 +252,13 @@ def bill(stands: dict[str, Stand]) -> Section:
         energy = [kwh(amount) for amount in by_phase.values()]
         if whole.joules is not None:
             rows.append(["kWh", kwh(whole), *energy, "", ""])
-        rows.append(["all", number(whole.hours), *shares, kwh(whole), ""])
-        columns = ["stage", f"{title}-hours", *used, "kWh", f"images per {title}-hour"]
+        rows.append(["all", number(whole.seconds / span), *shares, kwh(whole), ""])
+        columns = ["stage", f"{title}-{spans}", *used, "kWh", f"images per {title}-hour"]
         tables.append(Table("", columns, rows, strong=True))
     if not tables:
         return Section("Bill", [], [])
     text.insert(0, (
-        "Time with the device held, over all processes and restarts, finished checkpoints or not. Stalled: waiting for "
+        "Time with the device held, over all processes and restarts. Stalled: waiting for "
         "rows, and what kills took that had to be done again. Start-up holds compilation. Judging in `cmt report` is not in it."
     ))  # fmt: skip
     text += [f"Energy is unknown in part: {reason}." for reason in sorted(reasons)]

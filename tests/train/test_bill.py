@@ -9,10 +9,12 @@ import time
 import types
 
 import pytest
+import yaml
 
 from cmt_fast import accounting, bill, checkpoint, distributed, loop, report, templates
 from cmt_fast.accounting import Amount
 from cmt_fast.bill import Bill
+from cmt_fast.convert import card, exporting
 from cmt_fast.facts import Stand
 from cmt_fast.templates import sections
 from cmt_fast.workspace import Workspace
@@ -234,6 +236,12 @@ def test_a_killed_and_resumed_run_bills_each_stage_once(tmp_path, paced, monkeyp
     }  # fmt: skip
     assert pre.total("core").seconds + mid.total("core").seconds == sum(alive)
     assert pre.total("core").joules is None and pre.total("core").kwh is None
+    # the model card adds up the stages behind the weights
+    page = card.markdown(work, "mid", exporting.collect(work, "mid").about, None, None)
+    front = yaml.safe_load(page.split("---\n")[1])["cmt_fast"]
+    assert front["stages"] == ["pre", "mid"] and (front["gpu_hours"], front["kwh"]) == (0, None)
+    assert front["core_hours"] == pytest.approx(sum(alive) / 3600)
+    assert f"{sum(alive) / 3600:.4g} core-hours, null kWh (not measured): stages pre, mid" in page
     # rows add up as the run goes, and a third start finds both stages done and bills nothing
     rows = [row["wall"]["bill"]["amounts"]["core"]["train"]["seconds"] for row in stands["pre"].kind("train")]
     assert rows == sorted(rows) and rows[-1] == 40 * STEP_S

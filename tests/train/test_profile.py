@@ -148,3 +148,14 @@ def test_the_command_line(capsys):
     assert arguments.profile and arguments.profile_steps == 2
     assert cli.main(["train", "digits", "--profile", "--profile-steps", "0"]) == 2
     assert "--profile-steps: 0 is not a positive number" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_times_are_of_kernels(tmp_path):
+    work = Workspace(tiny("digits", *SIZE, "device=cuda"), tmp_path)
+    loop.train(work, ["pre"])
+    loop.train(work, ["mid"], Profile(3))
+    found = rows(work)
+    assert found["forward", "linear"]["ms"] > 0 and found["backward", "linear"]["ms"] > 0
+    assert found["teacher", "solver_step"]["calls"] == 16 / 4
+    assert sum(r["share"] for r in found.values()) == pytest.approx(1, abs=0.05)
