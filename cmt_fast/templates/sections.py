@@ -251,7 +251,7 @@ def bill(stands: dict[str, Stand]) -> Section:
         shares = [number(amount.hours / whole.hours if whole.hours else None, ".1%") for amount in by_phase.values()]
         energy = [kwh(amount) for amount in by_phase.values()]
         if whole.joules is not None:
-            rows.append(["kWh", kwh(whole), *energy, "", ""])
+            rows.append(["kWh", "", *energy, "", ""])
         rows.append(["all", number(whole.seconds / span), *shares, kwh(whole), ""])
         columns = ["stage", f"{title}-{spans}", *used, "kWh", f"images per {title}-hour"]
         tables.append(Table("", columns, rows, strong=True))
