@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cmt_fast.bill import Bill
 from cmt_fast.schema import Stage
 
 Curve = list[tuple[int, float]]  # (student images, Fréchet distance)
 
 
 class Stand(NamedTuple):
-    """How far a stage has come. manifest: of its newest sound checkpoint; state: one phrase for the reader."""
+    """How far a stage has come. manifest: of its newest sound checkpoint; state: one phrase for the reader.
+
+    bill: None where nobody counted.
+    """
 
     name: str
     stage: Stage
@@ -20,6 +24,7 @@ class Stand(NamedTuple):
     done: bool
     state: str
     grids: list[Path]
+    bill: Bill | None = None
 
     @property
     def ema(self) -> str:

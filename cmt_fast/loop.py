@@ -7,16 +7,18 @@ killed run that is started again ends with the same weights, EMA and metrics as 
 
 from __future__ import annotations
 
+import contextlib
 import signal
-import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cmt_fast import checkpoint, compiled, config, distributed, machine, stages, watch
+from cmt_fast import accounting, bill, checkpoint, compiled, config, distributed, machine, stages, watch
 from cmt_fast import engine as engines
 from cmt_fast.engine import Engine
 from cmt_fast.log import Log, say
+from cmt_fast.profiling import Profile
 from cmt_fast.schema import Stage
 from cmt_fast.source import Source
 from cmt_fast.workspace import Workspace
@@ -28,16 +30,29 @@ class Stopped(SystemExit):
     """The process was asked to stop; a checkpoint is on disk. Exit code 128 + signal."""
 
 
-def train(work: Workspace, names: list[str]) -> None:
-    """Train the named stages of a run in order; finished ones are passed over, unfinished ones go on."""
+def train(work: Workspace, names: list[str], profile: Profile | None = None) -> None:
+    """Train the named stages of a run in order; finished ones are passed over, unfinished ones go on.
+
+    profile: profiles some steps of the first stage that is trained.
+    """
+    meter = accounting.Meter.of(work.device)
     with work.lock(), _signals() as asked:
         work.claim(names)
         for name in names:
-            train_stage(work, name, asked)
+            train_stage(work, name, asked, meter, profile)
 
 
-def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
-    """One stage, from its start or its last checkpoint to its end. Raises FloatingPointError when the loss is not finite."""
+def train_stage(
+    work: Workspace,
+    name: str,
+    asked: list[int],
+    meter: accounting.Meter | None = None,
+    profile: Profile | None = None,
+) -> None:
+    """One stage, from its start or its last checkpoint to its end. Raises FloatingPointError when the loss is not finite.
+
+    asked: signals that ask the process to stop; meter: what this process has spent and no stage was billed for yet.
+    """
     run, folder = work.run, work.folder / name
     stage = run.stage(name)
     assert stage is not None
@@ -52,31 +67,47 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
     if found:
         _same(name, found.manifest, others)
     choice = work.sizing(name)
-    if run.engine != "local" and distributed.rank() == 0:
+    first, meter = distributed.rank() == 0, meter or accounting.Meter.of(work.device)
+    if run.engine != "local" and first:
         for line in choice.lines(work.parameters, distributed.size()):
             say(f"{name:>8} {line}")
-    machine.allow_tf32(stage.precision == "tf32")
-    engine = engines.build(run, work.build(), stage, work.device, passes, choice)
-    lineage = _parent(work, stage, engine, found is None)
-    wall = {"train_s": 0.0, "eval_s": 0.0}
-    if found:
-        try:
-            engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
-        except KeyError as error:
-            raise checkpoint.CheckpointError(f"{found.folder}: holds no {error}; it is of another version") from None
-        wall = dict(found.manifest["wall"])
     folder.mkdir(parents=True, exist_ok=True)
-    log = Log(folder, engine.step_count, plan.total, name, distributed.rank() > 0, run.tensorboard)
-    source = None
-    try:
-        source = Source(work, name, stage, engine)
+    with contextlib.ExitStack() as ending:
+        account = bill.Account(folder, meter, found.manifest if found else None, first)
+        ending.callback(account.close)
+        machine.allow_tf32(stage.precision == "tf32")
+        ending.callback(machine.allow_tf32, False)
+        engine = engines.build(run, work.build(), stage, work.device, passes, choice)
+        lineage = _parent(work, stage, engine, found is None)
+        wall = {"train_s": 0.0, "eval_s": 0.0}  # of the steps that count; the bill has the lost ones too
+        if found:
+            _load(engine, found)
+            wall = dict(found.manifest["wall"])
+        always = {  # what every checkpoint of the stage says alike
+            "stage": name,
+            "recipe": run.name,
+            "config": config.stage_digest(run, name, others),
+            "parent": lineage,
+            "others": others,
+            "engine": {"kind": run.engine, "stage": choice.stage, "processes": distributed.size()},
+        }
+        log = Log(folder, engine.step_count, plan.total, name, not first, run.tensorboard)
+        ending.callback(log.close)
+        source = Source(work, name, stage, engine, meter)
+        ending.callback(source.close)
         if stage.compile:
             compiled.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
+        meter.lap("startup")
         if found and found.manifest.get("unseen"):
             watch.look(work, name, stage, engine, plan, engine.step_count, False, log)
-        sums = _resumed(found)
-        look_every, clock = 1, time.perf_counter()
-        for step in range(engine.step_count, plan.total):
+            wall["eval_s"] += meter.lap("evaluation")
+        sums, look_every = _resumed(found), 1
+        steps = range(engine.step_count, plan.total)
+        if profile and not profile.done and first:
+            every = source.pool.steps if source.pool else 1
+            kept = profile.over(steps, plan, every, work.device, stage.precision, stage.compile, folder)
+            steps = ending.enter_context(contextlib.closing(kept))
+        for step in steps:
             for part in range(passes):
                 loss, scalars = source.loss(engine, step, part)
                 engine.backward(loss)
@@ -89,8 +120,7 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
             # a look costs a collective call and waits for the device: every row, and every LOOK_S between
             stop = distributed.largest(asked[0] if asked else 0) if row or n % look_every == 0 else 0
             if row or stop:
-                wall["train_s"] += time.perf_counter() - clock
-                clock = time.perf_counter()
+                wall["train_s"] += meter.lap("train")
             if row:
                 count = n - (n - 1) // plan.log_every * plan.log_every
                 means = {k: float(distributed.mean_(v.clone()) / count) for k, v in sums.items()}
@@ -98,24 +128,30 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
                 if not all(map(_finite, means.values())):
                     raise FloatingPointError(f"{name}: loss {means['loss']} at step {n}; the last checkpoint is sound")
                 speed = n * stage.batch / wall["train_s"]
-                log.row("train", n, n * stage.batch, {**means, "lr": lr}, {**wall, "images_per_s": speed})
+                spent = {**wall, "images_per_s": speed, "bill": account.add()}
+                log.row("train", n, n * stage.batch, {**means, "lr": lr}, spent)
                 log.advance(n, f"loss {means['loss']:.4g}  {speed:.0f} img/s")
                 look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
-                if last or not stop:  # one who stops does not wait for an evaluation: it is made up for on resuming
-                    watch.look(work, name, stage, engine, plan, n, last, log)
-                wall["eval_s"] += time.perf_counter() - clock
-                clock = time.perf_counter()
+                # one who stops does not wait for an evaluation: it is made up for on resuming
+                if (last or not stop) and watch.look(work, name, stage, engine, plan, n, last, log):
+                    wall["eval_s"] += meter.lap("evaluation")
             if n % plan.checkpoint_every == 0 or last or stop:
                 log.commit()
-                _save(work, name, engine, n, last, lineage, others, wall, sums, bool(row and stop and not last))
-                clock = time.perf_counter()
+                unseen = bool(row and stop and not last)  # a row of metrics whose evaluation is still to be made
+                now = {"nimg": n * stage.batch, "done": last, "unseen": unseen, "wall": wall, "bill": account.add()}
+                _save(folder, n, engine, always | now, sums)
+                meter.lap("checkpoint")
+                account.settle(n, end=last or bool(stop))
                 if stop and not last:
                     raise Stopped(128 + stop)
-    finally:
-        machine.allow_tf32(False)
-        log.close()
-        if source:
-            source.close()
+
+
+def _load(engine: Engine, found: checkpoint.Checkpoint) -> None:
+    """Go on from a checkpoint. Raises CheckpointError when it lacks what the engine needs."""
+    try:
+        engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
+    except KeyError as error:
+        raise checkpoint.CheckpointError(f"{found.folder}: holds no {error}; it is of another version") from None
 
 
 def _same(name: str, manifest: dict, others: dict) -> None:
@@ -152,31 +188,20 @@ def _resumed(found: checkpoint.Checkpoint | None) -> dict[str, Tensor]:
     return {k: torch.tensor(v, dtype=torch.float64) for k, v in zip(row["keys"], sums)}
 
 
-def _save(
-    work: Workspace, name: str, engine: Engine, step: int, last: bool, lineage, others, wall, sums, unseen: bool
-) -> None:
-    """A checkpoint, written by rank 0; all ranks take part in gathering it. Raises OSError on all if the disk refuses."""
-    stage = work.run.stage(name)
+def _save(folder: Path, step: int, engine: Engine, about: dict, sums: dict[str, Tensor]) -> None:
+    """A checkpoint, written by rank 0; all ranks take part in gathering it. Raises OSError on all if the disk refuses.
+
+    sums: of the metrics since the last row, if a stop cuts one in two; it does not wait for the row that would have seen
+    that they are not finite.
+    """
     ranks = distributed.every_rank([float(v) for v in sums.values()])
-    if not all(
-        _finite(v) for values in ranks for v in values
-    ):  # a stop does not wait for the row that would have seen it
-        raise FloatingPointError(f"{name}: the loss is not finite at step {step}; the last checkpoint is sound")
-    about = {
-        "stage": name,
-        "nimg": step * stage.batch,
-        "done": last,
-        "recipe": work.run.name,
-        "config": config.stage_digest(work.run, name, others),
-        "parent": lineage,
-        "others": others,
-        "wall": wall,
-        "engine": {"kind": work.run.engine, "stage": work.sizing(name).stage, "processes": distributed.size()},
-        "unseen": unseen,  # a row of metrics whose evaluation is still to be made
-        "row": {"keys": list(sums), "sums": ranks} if sums else None,
-    }
+    if not all(_finite(v) for values in ranks for v in values):
+        raise FloatingPointError(
+            f"{about['stage']}: the loss is not finite at step {step}; the last checkpoint is sound"
+        )
+    about = {**about, "row": {"keys": list(sums), "sums": ranks} if sums else None}
     first = distributed.rank() == 0
-    distributed.agreed(lambda: checkpoint.save(work.folder / name, step, engine.state(), about, write=first))
+    distributed.agreed(lambda: checkpoint.save(folder, step, engine.state(), about, write=first))
 
 
 def _finite(x: float) -> bool:

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cmt_fast import checkpoint, config, distributed, log, stages, templates
+from cmt_fast import bill, checkpoint, config, distributed, log, stages, templates
 from cmt_fast.config import ConfigError
 from cmt_fast.facts import Curve, Judged, Stand
 from cmt_fast.templates import sections
@@ -49,6 +49,7 @@ def write(folder: Path) -> dict[str, Any]:
         sections.quality(work, tables),
         sections.curves(work, judged, curves, reached),
         sections.training(stands),
+        sections.bill(stands),
         sections.samples(stands),
         *([sections.theory(theory(folder))] if run.data.kind == "gmm" else []),
         sections.surroundings(work, about),
@@ -85,7 +86,8 @@ def stand(work: Workspace, name: str) -> Stand:
         state = f"unfinished: {manifest['nimg']:,} of {stage.images_nimg:,} images"
         state = f"finished {when:%Y-%m-%d %H:%M} UTC" if done else state
     grids = sorted((folder / "grids").glob("[0-9]*.png"))
-    return Stand(name, stage, log.read(folder / log.METRICS), manifest, done, state, grids)
+    rows = log.read(folder / log.METRICS)
+    return Stand(name, stage, rows, manifest, done, state, grids, bill.of_stage(folder, manifest))
 
 
 def judge(work: Workspace, s: Stand) -> Judged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from cmt_kernels import dual
 from torch import Tensor
 
 from cmt_fast import distributed, perceptual, rng, stages
+from cmt_fast.accounting import Meter
 from cmt_fast.data import loader
 from cmt_fast.engine import Engine
 from cmt_fast.objectives import ROWS, Batch, World
@@ -21,9 +23,11 @@ from cmt_fast.workspace import Workspace
 class Source:
     """Where a stage's rows come from, and its loss: the objective on its rows plus the anchor on the others."""
 
-    def __init__(self, work: Workspace, name: str, stage: Stage, engine: Engine) -> None:
+    def __init__(self, work: Workspace, name: str, stage: Stage, engine: Engine, meter: Meter | None = None) -> None:
+        """meter: is told what of a step's time goes to the teacher's rollouts, and to waiting for rows."""
         run, self.stage, self.work, self.index = work.run, stage, work, stages.INDEX[name]
         self.seed, self.path = run.seed, work.path
+        self._within = meter.within if meter else lambda phase: contextlib.nullcontext()
         self.own, self.anchored = stages.rows(stage)
         self.total, self.passes = stages.schedule(stage).total, engine.passes
         self.draws_data = ROWS[stage.objective.kind].draws == "data"
@@ -78,13 +82,15 @@ class Source:
         assert self.loader is not None
         if part == 0 or self._step != step:
             mine = torch.arange(self.own, device=self.loader.place)[distributed.rank() :: distributed.size()]
-            self._step, self._rows = step, self.loader.rows(mine + step * self.own)
+            with self._within("stalled"):
+                self._step, self._rows = step, self.loader.rows(mine + step * self.own)
         x_0, labels = (x if x is None else x[part :: self.passes] for x in self._rows)
         return Batch(x_0, labels, rows, self._drop(random, labels, rows))
 
     def _points(self, random: rng.Random, step: int, rows: Tensor, sample: Tensor):
         assert self.pool is not None
-        points = self.pool.draw(step, rows)
+        with self._within("teacher"):
+            points = self.pool.draw(step, rows)
         return points._replace(sample=sample)  # with its label: the teacher rolled it out under that condition
 
     def _drop(self, random: rng.Random, labels: Tensor | None, sample: Tensor) -> Tensor | None:

@@ -11,8 +11,8 @@ from cmt_fast.workspace import Workspace
 
 def look(
     work: Workspace, name: str, stage: Stage, engine: Engine, plan: stages.Schedule, n: int, last: bool, log: Log
-) -> None:
-    """What is due after step n. All ranks give the network and judge it together; rank 0 draws and writes."""
+) -> bool:
+    """What is due after step n; whether anything was. All ranks give the network and judge it together; rank 0 draws."""
     due = lambda every: every and (n % every == 0 or last)
     first = distributed.rank() == 0
     if due(plan.eval_every) or due(plan.grid_every) or last:
@@ -33,6 +33,7 @@ def look(
                 )
                 distributed.agreed(save)
     distributed.barrier()
+    return bool(last or due(plan.eval_every) or due(plan.grid_every) or due(plan.snapshot_every))
 
 
 def draw_grid(work: Workspace, net, name: str, step: int) -> None:

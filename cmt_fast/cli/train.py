@@ -9,7 +9,20 @@ from pathlib import Path
 import cmt_kernels
 import yaml
 
-from cmt_fast import cards, config, cost, distributed, estimate, loop, machine, metrics, report, search, stages
+from cmt_fast import (
+    cards,
+    config,
+    cost,
+    distributed,
+    estimate,
+    loop,
+    machine,
+    metrics,
+    profiling,
+    report,
+    search,
+    stages,
+)
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
@@ -31,6 +44,11 @@ def add(command: Command) -> None:
         "--dry-run", action="store_true", help="print the resolved run, the op table and the cost; write nothing"
     )
 
+    p.add_argument(
+        "--profile", action="store_true", help="profile some steps of the first stage: a trace and a table of ops in it"
+    )
+    p.add_argument("--profile-steps", type=int, default=4, metavar="N", help="how many (default: 4)")
+
     p = command("search", run_search, "train one stage over a grid of settings and record the figures")
     p.add_argument("recipe")
     p.add_argument("stage", metavar="STAGE", choices=STAGES)
@@ -49,6 +67,8 @@ def _resolve(recipe: str, overrides: list[str]):
 
 
 def train(args: argparse.Namespace) -> None:
+    if args.profile_steps < 1:
+        raise ConfigError(f"--profile-steps: {args.profile_steps} is not a positive number")
     run = _resolve(args.recipe, args.overrides)
     out = args.out or Path("runs") / re.sub(r"[^\w.-]+", "-", run.name)
     have = stages.names(run)
@@ -79,7 +99,7 @@ def train(args: argparse.Namespace) -> None:
     work.compare()
     if distributed.rank() == 0:
         _ops(work.device.type)
-    loop.train(work, names)
+    loop.train(work, names, profiling.Profile(args.profile_steps) if args.profile else None)
     report.write(out)
 
 

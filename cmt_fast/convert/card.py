@@ -5,6 +5,7 @@ Front matter is YAML as the hub reads it; below it every word of a user (names, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from cmt_fast import config, log, templates
+from cmt_fast import bill, checkpoint, config, log, templates
 from cmt_fast.config import ConfigError
 from cmt_fast.convert.opcodes import shown
+from cmt_fast.schema import STAGES
 from cmt_fast.templates import Group, Section, Table
 from cmt_fast.workspace import Workspace
 
@@ -34,17 +36,18 @@ def markdown(
         raise ConfigError(f"--license: {shown(license)!r} is no licence's identifier, such as apache-2.0")
     few = not _diffusion(settings.objective.kind)
     shape = " x ".join(map(str, work.data.shape))
+    spent = _spent(work, about)
     front = {
         "license": license or "unknown",
         "library_name": "diffusers",
         "tags": ["consistency-mid-training", "cmt-fast", "few-step-generation"],
-        "cmt_fast": {"version": about["version"], "digest": about["digest"], "gpu_hours": None},
+        "cmt_fast": {"version": about["version"], "digest": about["digest"], **spent},
     }
     kind = "A generator of few steps" if few else "A diffusion model"
     text = [
         f"{kind} for {run.data.kind} ({shape}, {work.data.classes or 'no'} classes), stage {stage} of the recipe {run.name}: "
         f"{run.model.kind}, {work.parameters:,} parameters, path {run.path}, trained with cmt-fast {about['version']}.",
-        f"GPU-hours: null (not recorded). Licence: {license or 'unknown; nothing was said of it'}.",
+        f"{_spent_text(spent)} Licence: {license or 'unknown; nothing was said of it'}.",
     ]
     arguments = "class_labels=[0, 1], " if work.data.classes else "batch_size=2, "
     arguments += f"num_inference_steps={run.eval.steps[0] if few else run.sampler.teacher_steps}, seed=0"
@@ -62,6 +65,48 @@ def markdown(
     ]
     page = templates.markdown(run.name, sections)
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{page}"
+
+
+def _spent(work: Workspace, about: dict[str, Any]) -> dict[str, Any]:
+    """GPU-hours, core-hours and kWh of the stages behind these weights that were trained by us, and their names.
+
+    Null where one of them was not billed from its start; what an imported file cost nobody knows, and is not in it.
+    """
+    bills, names, node = [], [], about["lineage"]
+    while node and not node.get("file"):
+        if node["nimg"]:
+            names.insert(0, node["stage"])
+            bills.append(_bill(work, node))
+        node = node.get("parent")
+    whole = [b for b in bills if b and not b.from_nimg]
+    if not whole or len(whole) < len(bills):
+        return {"gpu_hours": None, "core_hours": None, "kwh": None, "stages": names}
+    gpu, core = (bill.total(whole, unit) for unit in ("gpu", "core"))
+    kwh = None if core.seconds else gpu.kwh
+    return {"gpu_hours": gpu.hours, "core_hours": core.hours, "kwh": kwh, "stages": names}
+
+
+def _bill(work: Workspace, node: dict[str, Any]) -> bill.Bill | None:
+    """The bill of a stage in the lineage, if the stage found here still is the one that is meant."""
+    if node["stage"] not in STAGES:
+        return None
+    folder = work.stage_dir(node["stage"])
+    with contextlib.suppress(checkpoint.CheckpointError):
+        found = checkpoint.latest(folder)
+        if found and node["ema"] in [file["xxh3_128"] for file in found.manifest["files"].values()]:
+            return bill.of_stage(folder, found.manifest)
+    return None
+
+
+def _spent_text(spent: dict[str, Any]) -> str:
+    """The same as a sentence."""
+    if spent["gpu_hours"] is None:
+        return "GPU-hours: null (not recorded)."
+    kinds = (("gpu_hours", "GPU-hours"), ("core_hours", "core-hours"))
+    parts = [f"{spent[key]:.4g} {kind}" for key, kind in kinds if spent[key]]
+    energy = "null kWh (not measured)" if spent["kwh"] is None else f"{spent['kwh']:.4g} kWh"
+    stages = ", ".join(spent["stages"])
+    return f"{' and '.join(parts)}, {energy}: stages {stages}, with their evaluations and what kills took."
 
 
 def _diffusion(kind: str) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from cmt_fast import config, plots
+from cmt_fast import accounting, config, plots
+from cmt_fast.accounting import Amount
 from cmt_fast.facts import Curve, Judged, Stand
 from cmt_fast.templates import Group, Picture, Section, Table, png
 from cmt_fast.workspace import Workspace
@@ -212,6 +213,55 @@ def training(stands: dict[str, Stand]) -> Section:
     )
     table = Table("", columns, rows, note, left=2)
     return Section("Stages", [], [Group([table], wide=True), Group(figures)] if rows else [])
+
+
+UNITS = {"gpu": "GPU", "core": "core"}
+
+
+def kwh(amount: Amount) -> str:
+    """Energy as text: at least what was measured, where some of it is unknown."""
+    if amount.kwh is not None or amount.joules is None:
+        return number(amount.kwh)
+    return f"at least {amount.joules / 3.6e6:.4g}"
+
+
+def bill(stands: dict[str, Stand]) -> Section:
+    """Device-hours of every stage by what they went into, energy, images an hour."""
+    tables, text, reasons = [], [], set()
+    for unit, title in UNITS.items():
+        billed = [s for s in stands.values() if s.bill and s.bill.amounts.get(unit)]
+        used = [phase for phase in accounting.PHASES if any(phase in s.bill.amounts[unit] for s in billed)]
+        rows, whole, by_phase = [], Amount(), dict.fromkeys(used, Amount())
+        span, spans = (3600, "hours") if any(s.bill.total(unit).hours > 0.1 for s in billed) else (1, "seconds")
+        for s in billed:
+            own, total = s.bill.amounts[unit], s.bill.total(unit)
+            whole = whole.plus(total)
+            by_phase = {phase: by_phase[phase].plus(own.get(phase, Amount())) for phase in used}
+            nimg = (s.manifest["nimg"] if s.manifest else 0) - s.bill.from_nimg
+            rate = f"{nimg / total.hours:,.0f}" if total.hours and nimg > 0 else DASH
+            parts = [number(own[phase].seconds / span) if phase in own else DASH for phase in used]
+            rows.append([s.name, number(total.seconds / span), *parts, kwh(total), rate])
+            if s.bill.from_nimg:
+                text.append(f"The bill of {s.name} begins at {s.bill.from_nimg:,} images: nobody counted before.")
+            if total.unmeasured_s:
+                reasons.add(s.bill.reason or "a process was killed, and what it used last is unknown")
+        if not rows:
+            continue
+        shares = [number(amount.hours / whole.hours if whole.hours else None, ".1%") for amount in by_phase.values()]
+        energy = [kwh(amount) for amount in by_phase.values()]
+        if whole.joules is not None:
+            rows.append(["kWh", "", *energy, "", ""])
+        rows.append(["all", number(whole.seconds / span), *shares, kwh(whole), ""])
+        columns = ["stage", f"{title}-{spans}", *used, "kWh", f"images per {title}-hour"]
+        tables.append(Table("", columns, rows, strong=True))
+    if not tables:
+        return Section("Bill", [], [])
+    text.insert(0, (
+        "Time with the device held, over all processes and restarts. Stalled: waiting for "
+        "rows, and what kills took that had to be done again. Start-up holds compilation. Judging in `cmt report` is not in it."
+    ))  # fmt: skip
+    text += [f"Energy is unknown in part: {reason}." for reason in sorted(reasons)]
+    return Section("Bill", text, [Group([*tables], wide=True)])
 
 
 def samples(stands: dict[str, Stand]) -> Section:

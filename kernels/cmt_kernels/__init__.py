@@ -4,7 +4,7 @@ One folder per op: formula and shapes in its `__init__`, plain torch in `referen
 `cases.py`. `_op.py` chooses the backend.
 """
 
-from cmt_kernels._op import OPS, available, table, use
+from cmt_kernels._op import OPS, available, table, through, use
 from cmt_kernels.adamw_ema import adamw_ema
 from cmt_kernels.attention import attention
 from cmt_kernels.clip import clip
@@ -53,6 +53,7 @@ __all__ = [
     "silu",
     "solver_step",
     "table",
+    "through",
     "time_embedding",
     "use",
 ]

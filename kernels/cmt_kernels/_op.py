@@ -20,7 +20,7 @@ import importlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -139,3 +139,22 @@ def use(name: str) -> Iterator[None]:
         _forced = before
         for c, k in zip(chosen, kept):
             c[:] = k
+
+
+@contextlib.contextmanager
+def through(wrap: Callable[[str, Callable], Callable], device: str, ops: Iterable[str] = OPS) -> Iterator[None]:
+    """Inside a `with`, the function f of each of these ops runs as wrap(op, f) on a device: how a profiler sees them.
+
+    A network that was compiled outside must not run inside with its own ops among them: it would be compiled anew.
+    """
+    device = _kind(device)
+    kept = {}
+    for op in ops:
+        _resolve(op, device)
+        kept[op] = list(_resolved[device][op])
+        _resolved[device][op][1] = wrap(op, kept[op][1])
+    try:
+        yield
+    finally:
+        for op, chosen in kept.items():
+            _resolved[device][op][:] = chosen

@@ -7,6 +7,7 @@ An op's `cases.py` holds
 * `DTYPES` to test in; `GRADS`: arguments with a gradient; where there are any, `MUTATED`: arguments changed in place,
   and `SCRATCH`: arguments that a backend may overwrite with anything;
 * `inputs(case, dtype, device)`: the keyword arguments of one call, the same numbers on every call;
+* `case_of(...)`: the op's own parameters, from a call that was made -> its Case;
 * `nbytes(case, itemsize)`: every input read once and every output written once; `flops(case)`: 2 a multiply-add,
   1 an elementary function.
 """

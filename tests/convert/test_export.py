@@ -197,7 +197,8 @@ def test_card_escapes_what_users_wrote_and_says_where_weights_come_from(ve, tmp_
     _, front, body = text.split("---\n", 2)
     front = yaml.safe_load(front)
     assert front["license"] == "unknown" and front["library_name"] == "diffusers"
-    assert front["cmt_fast"] == {"version": "1", "digest": "d", "gpu_hours": None}
+    nothing = {"gpu_hours": None, "core_hours": None, "kwh": None, "stages": []}
+    assert front["cmt_fast"] == {"version": "1", "digest": "d", **nothing}
     page = "\n".join(line for line in body.splitlines() if not line.startswith("    "))
     assert "<b>" not in page and "<script>" not in page and "\n# title" not in page and "[x](http" not in page
     assert r"\<b\>run" in page and "Not evaluated" in page and "what its licence asks holds" in page

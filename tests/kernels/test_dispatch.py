@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import cmt_kernels
 import pytest
 import torch
 from cmt_kernels import OPS, _op, available, silu, table, use
 from cmt_kernels._op import DEVICES, ORDER, backend
+from cmt_kernels.cases import cases_of
 
 X = torch.randn(2, 3)
 
@@ -158,3 +161,32 @@ def test_environment_forces_a_backend() -> None:
 def test_environment_with_a_missing_backend_raises() -> None:
     result = run_python("import cmt_kernels; cmt_kernels.table()", f"silu:{missing('silu')}")
     assert result.returncode != 0 and f"RuntimeError: CMT_KERNELS asks for {missing('silu')} of silu" in result.stderr
+
+
+def test_a_call_knows_its_case():
+    """What a profiler takes FLOPs and bytes from: the op's own parameters, bound as the public function passes them."""
+    for op in OPS:
+        module, parameters = cases_of(op), inspect.signature(getattr(cmt_kernels, op)).parameters.values()
+        assert list(inspect.signature(module.case_of).parameters) == [p.name for p in parameters], op
+        for case in module.CASES:
+            given = module.inputs(case)
+            found = module.case_of(*(given.get(p.name, p.default) for p in parameters))
+            assert module.flops(found) == module.flops(case), (op, case.id)
+            assert module.nbytes(found, 4) == module.nbytes(case, 4), (op, case.id)
+
+
+def test_through_wraps_calls_inside_and_leaves_nothing_behind():
+    seen, x = [], torch.randn(3, 4)
+
+    def wrap(op, function):
+        return lambda *given: seen.append(op) or function(*given)
+
+    want = cmt_kernels.silu(x)
+    before = {device: {op: list(chosen) for op, chosen in ops.items()} for device, ops in _op._resolved.items()}
+    with pytest.raises(KeyError), cmt_kernels.through(wrap, "cpu", ("silu", "gelu")):
+        assert torch.equal(cmt_kernels.silu(x), want) and cmt_kernels.gelu(x[None]) is not None
+        cmt_kernels.clip(x, 1.0)
+        raise KeyError
+    assert seen == ["silu", "gelu"] and torch.equal(cmt_kernels.silu(x), want) and seen == ["silu", "gelu"]
+    after = _op._resolved["cpu"]
+    assert all(after[op] == before["cpu"][op] for op in OPS if before["cpu"][op])

@@ -52,6 +52,10 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     }
 
 
+def case_of(p, g, m, v, emas, ema_betas, step, lr, betas, eps, weight_decay, max_norm) -> Case:
+    return Case(p.numel(), len(emas), step, max_norm, weight_decay)
+
+
 def nbytes(case: Case, itemsize: int) -> int:
     """p, m, v and each track are read and written, g is read for its norm and again for the step."""
     return (8 + 2 * case.emas) * case.P * itemsize

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("qkv",)
@@ -30,6 +31,11 @@ BENCH = tuple(Case(8, 256, 12, 64, k) for k in (None, 2, 8))
 
 def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
     return {"qkv": Draw(dtype, device).dual(case.k, case.B, case.T, 3, case.H, case.d)}
+
+
+def case_of(qkv) -> Case:
+    b, t, _, h, d = value(qkv).shape
+    return Case(b, t, h, d, rows(qkv))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

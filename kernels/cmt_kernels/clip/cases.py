@@ -1,11 +1,13 @@
 """Cases of clip."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("x",)
@@ -25,6 +27,11 @@ BENCH = tuple(Case(8, 256 * 32 * 32, 1.5, k) for k in (None, 2, 8))
 
 def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
     return {"x": Draw(dtype, device).dual(case.k, case.B, case.D, std=2.0), "limit": case.limit}
+
+
+def case_of(x, limit) -> Case:
+    b, *shape = value(x).shape
+    return Case(b, math.prod(shape), limit, rows(x))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

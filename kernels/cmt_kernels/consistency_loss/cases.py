@@ -33,6 +33,10 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     return {"prediction": prediction, "target": target, "distance": case.distance, "c": case.c}
 
 
+def case_of(prediction, target, distance, c) -> Case:
+    return Case(len(prediction), tuple(prediction.shape[1:]), distance, c)
+
+
 def nbytes(case: Case, itemsize: int) -> int:
     return case.B * (2 * math.prod(case.shape) + 1) * itemsize
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("x", "weight", "bias")
@@ -38,6 +39,12 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         "weight": draw.normal(case.E, case.C, case.n, case.n, std=(case.C * case.n**2) ** -0.5),
         "bias": draw.normal(case.E) if case.bias else None,
     }
+
+
+def case_of(x, weight, bias) -> Case:
+    """Of square images."""
+    b, c, s, _ = value(x).shape
+    return Case(b, c, s, weight.shape[0], weight.shape[-1], bias is not None, rows(x))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

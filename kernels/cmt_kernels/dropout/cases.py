@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("x",)
@@ -33,6 +34,10 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         "seeds": draw.integers(case.B, 2, high=2**32),
         "p": case.p,
     }
+
+
+def case_of(x, seeds, p) -> Case:
+    return Case(len(value(x)), tuple(value(x).shape[1:]), p, rows(x))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

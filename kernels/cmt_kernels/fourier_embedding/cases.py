@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = (torch.float32,)
 GRADS = ()
@@ -30,6 +31,10 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         "frequency": draw.normal(case.n, std=6.0),
         "phase": draw.uniform(case.n, high=6.0) if case.phase else None,
     }
+
+
+def case_of(t, frequency, phase) -> Case:
+    return Case(len(value(t)), len(frequency), phase is not None, rows(t))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

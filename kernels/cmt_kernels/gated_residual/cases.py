@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("x", "branch", "gate", "bias")
@@ -36,6 +37,11 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         "gate": draw.dual(case.k, case.B, case.D, std=0.5),
         "bias": draw.normal(case.D) if case.bias else None,
     }
+
+
+def case_of(x, branch, gate, bias) -> Case:
+    b, t, d = value(x).shape
+    return Case(b, t, d, bias is not None, rows(x, branch, gate))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

@@ -1,11 +1,13 @@
 """Cases of gelu."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("x", "bias")
@@ -34,6 +36,11 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         "x": draw.dual(case.k, case.B, case.T, case.D, std=2.0),
         "bias": draw.normal(case.D) if case.bias else None,
     }
+
+
+def case_of(x, bias) -> Case:
+    b, *tokens, d = value(x).shape
+    return Case(b, math.prod(tokens), d, bias is not None, rows(x))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

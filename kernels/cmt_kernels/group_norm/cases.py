@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("x", "weight", "bias")
@@ -34,6 +35,12 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         "bias": draw.normal(case.C),
         "groups": case.G,
     }
+
+
+def case_of(x, weight, bias, groups, eps) -> Case:
+    """Of square images."""
+    b, c, s, _ = value(x).shape
+    return Case(b, c, s, groups, rows(x))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

@@ -34,6 +34,10 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     }
 
 
+def case_of(labels, table, drop) -> Case:
+    return Case(len(labels), table.shape[1], len(table) - 1, drop is not None)
+
+
 def nbytes(case: Case, itemsize: int) -> int:
     return case.B * (8 + case.drop + 2 * case.D * itemsize)
 

@@ -1,11 +1,13 @@
 """Cases of linear."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("x", "weight", "bias")
@@ -39,6 +41,11 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         "weight": draw.normal(case.E, case.D, std=case.D**-0.5),
         "bias": draw.normal(case.E) if case.bias else None,
     }
+
+
+def case_of(x, weight, bias) -> Case:
+    b, *tokens, d = value(x).shape
+    return Case(b, math.prod(tokens) if tokens else None, d, len(weight), bias is not None, rows(x))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows
 
 DTYPES = LOW
 GRADS = ("u",)
@@ -41,6 +42,10 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         "p": case.p,
         "c": 1e-2,
     }
+
+
+def case_of(u, v, t, r, p, c) -> Case:
+    return Case(len(v), tuple(v.shape[1:]), p, rows(u))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("x", "shift", "scale")
@@ -35,6 +36,10 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         "shift": draw.dual(case.k, case.B, case.D, std=0.5),
         "scale": draw.dual(case.k, case.B, case.D, std=0.5),
     }
+
+
+def case_of(x, shift, scale, eps) -> Case:
+    return Case(*value(x).shape, rows(x, shift, scale))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("x", "weight", "shift", "scale")
@@ -36,6 +37,10 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         "shift": draw.dual(case.k, case.B, case.D, std=0.5),
         "scale": draw.dual(case.k, case.B, case.D, std=0.5),
     }
+
+
+def case_of(x, weight, shift, scale, eps) -> Case:
+    return Case(*value(x).shape, rows(x, shift, scale))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

@@ -42,6 +42,10 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     }
 
 
+def case_of(x_0, alpha, sigma, alpha_dot, sigma_dot, key, sample) -> Case:
+    return Case(len(x_0), tuple(x_0.shape[1:]))
+
+
 def nbytes(case: Case, itemsize: int) -> int:
     return case.B * (3 * math.prod(case.shape) * itemsize + 4 * itemsize + 8)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("x",)
@@ -31,6 +32,10 @@ BENCH = tuple(Case(8, (256, 32, 32), 1, k) for k in (None, 2, 8))
 
 def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
     return {"x": Draw(dtype, device).dual(case.k, case.B, *case.shape, std=2.0), "dim": case.dim}
+
+
+def case_of(x, dim, eps) -> Case:
+    return Case(len(value(x)), tuple(value(x).shape[1:]), dim, rows(x))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

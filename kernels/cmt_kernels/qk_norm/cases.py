@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("qkv", "q_weight", "k_weight")
@@ -42,6 +43,11 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         "cos": angle.cos() if case.rope else None,
         "sin": angle.sin() if case.rope else None,
     }
+
+
+def case_of(qkv, q_weight, k_weight, cos, sin, eps) -> Case:
+    b, t, _, h, d = value(qkv).shape
+    return Case(b, t, h, d, q_weight is not None, cos is not None, rows(qkv))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

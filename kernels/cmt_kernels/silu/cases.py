@@ -1,11 +1,13 @@
 """Cases of silu."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cmt_kernels.cases import LOW, BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = LOW
 GRADS = ("x",)
@@ -24,6 +26,11 @@ BENCH = tuple(Case(8, 768, k) for k in (None, 2, 8))
 
 def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
     return {"x": Draw(dtype, device).dual(case.k, case.B, case.D, std=2.0)}
+
+
+def case_of(x) -> Case:
+    b, *shape = value(x).shape
+    return Case(b, math.prod(shape), rows(x))
 
 
 def nbytes(case: Case, itemsize: int) -> int:

@@ -47,6 +47,11 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     return {"x": x, "f": f, "m1": m1, "m2": m2, "coefficients": coefficients, "keep": not case.last}
 
 
+def case_of(x, f, m1, m2, coefficients, keep, y) -> Case:
+    order = 1 + (m1 is not None) + (m2 is not None)
+    return Case(len(x), tuple(x.shape[1:]), order, len(f) > len(x), coefficients.ndim == 2, not keep)
+
+
 def nbytes(case: Case, itemsize: int) -> int:
     tensors = 1 + (1 + case.guided) + (case.order - 1) + (1 if case.last else 3)
     return (case.B * tensors * math.prod(case.shape) + 8 * (case.B if case.per_row else 1)) * itemsize

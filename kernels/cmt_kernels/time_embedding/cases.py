@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cmt_kernels.cases import BaseCase, Draw, tangent_rows
+from cmt_kernels.dual import rows, value
 
 DTYPES = (torch.float32,)
 GRADS = ()
@@ -26,6 +27,10 @@ BENCH = tuple(Case(8, 256, 32.0, k) for k in (None, 2, 8))
 def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
     t = Draw(dtype, device).dual(case.k, case.B)
     return {"t": t, "dim": case.dim, "max_frequency": case.max_frequency}
+
+
+def case_of(t, dim, max_frequency) -> Case:
+    return Case(len(value(t)), dim, max_frequency, rows(t))
 
 
 def nbytes(case: Case, itemsize: int) -> int:
