@@ -13,7 +13,7 @@ import time
 import torch
 from torch import Tensor
 
-from cmt_fast import checkpoint, compiled, config, distributed, machine, stages, trajectories, watch
+from cmt_fast import checkpoint, compiled, config, distributed, machine, pilot, stages, trajectories, watch
 from cmt_fast import engine as engines
 from cmt_fast.engine import Engine
 from cmt_fast.log import Log, say
@@ -49,7 +49,7 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
         if distributed.rank() == 0:
             say(f"{name:>8} done ({found.manifest['nimg']} images)")
         return
-    others = work.others(stage)
+    others = work.others(stage) | pilot.settle(work, name)
     if found:
         _same(name, found.manifest, others)
     choice = work.sizing(name)
@@ -220,7 +220,7 @@ def cost(run: Run, name: str) -> dict[str, float]:
     points = stages.trajectory_rows(stage)
     if points and stage.trajectories:
         t = stage.trajectories
-        each = trajectories.drawn(t, run.path, t.nfe // (2 if t.solver == "heun" else 1))
+        each = trajectories.drawn(t, run.path, t.calls // (2 if t.solver == "heun" else 1))
         alone = t.guidance == 1 and not (stage.autoguidance and stage.autoguidance.trajectories)
-        forwards += points * t.nfe / each * (1 if alone else 2)
+        forwards += points * t.calls / each * (1 if alone else 2)
     return {"steps": plan.total, "images": plan.total * stage.batch, "forwards": plan.total * forwards}

@@ -9,7 +9,7 @@ from pathlib import Path
 import cmt_kernels
 import yaml
 
-from cmt_fast import config, distributed, loop, machine, metrics, report, search, stages
+from cmt_fast import config, distributed, loop, machine, metrics, report, search, stages, tuning
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
@@ -96,8 +96,18 @@ def _dry_run(work: ws.Workspace, names: list[str]) -> None:
         c = loop.cost(work.run, name)
         how = " (compiled)" if work.run.stage(name).compile else ""
         print(f"{name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards{how}")
+        t = work.run.stage(name).trajectories
+        if t and t.nfe == "auto":
+            print(f"{'':>8}  {_auto(work, name)}")
         for line in [*work.sizing(name).lines(work.parameters, distributed.size()), _step(work, name)]:
             print(f"{'':>8}  {line}")
+
+
+def _auto(work: ws.Workspace, name: str) -> str:
+    kept = tuning.read(work.folder / name)
+    if kept:
+        return f"nfe auto was settled: {tuning.override(name, kept.choice)}"
+    return f"nfe auto is settled when the stage begins; counted here with {work.run.stage(name).trajectories.calls}"
 
 
 def _step(work: ws.Workspace, name: str) -> str:
