@@ -239,5 +239,6 @@ def _one_line(error: ValidationError) -> str:
     if kind == "union_tag_not_found":
         return f"{key}.kind: is missing; it names which of the variants this is"
     shown = json.dumps(given, default=str)
+    shown = shown if len(shown) < 60 else shown[:57] + "..."
     other = f", or {words[0][8:-1]}" if words else ""
-    return f"{key}: {shown if len(shown) < 60 else shown[:57] + '...'} is not valid; {first['msg'][0].lower()}{first['msg'][1:]}{other}"
+    return f"{key}: {shown} is not valid; {first['msg'][0].lower()}{first['msg'][1:]}{other}"

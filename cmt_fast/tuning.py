@@ -26,15 +26,18 @@ recipe's are measured and proposed only where they are asked for, never by `auto
 The choice. The theory bounds the gradient's bias by the target's squared error, epsilon + (solver error)^2, where
 epsilon = E|f(x_T, T) - Psi(x_T)|^2 is the student's own one-step error. So a setting is good enough when the upper end
 of its error is at most `MARGIN` sqrt(epsilon), which adds at most a quarter to epsilon; the cheapest such is taken.
+The cost is the teacher's calls for a student row, nfe over the points drawn of a trajectory: where all points are drawn
+that is one whatever the nfe, and among settings of equal cost the most accurate is taken.
 All errors are RMS per dimension.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +50,7 @@ from cmt_fast.paths import Path as ForwardPath
 from cmt_fast.rng import Random
 from cmt_fast.schema import Trajectories
 from cmt_fast.solvers import Net, rollout, table
+from cmt_fast.trajectories import drawn
 
 NFE = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 SHIFTS = (1.0, 0.5, 2.0)  # grids of linear flow that are tried beside the recipe's own
@@ -70,10 +74,14 @@ class Solver(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What a setting's endpoint misses, RMS per dimension. observed: order of convergence, if any; clean: it was used."""
+    """What a setting's endpoint misses, RMS per dimension. observed: order of convergence, if any; clean: it was used.
+
+    cost: teacher calls for a student row, without guidance's second.
+    """
 
     setting: Solver
     nfe: int
+    cost: float
     error: float
     low: float
     high: float
@@ -122,18 +130,23 @@ class Endpoints:
         clean = order >= CLEAN and float((first * second).mean()) >= ALIKE * d1 * d2
         return c - second / (2**order - 1) if clean else c, order, clean
 
+    def cost(self, setting: Solver, nfe: int) -> float:
+        """Teacher calls for a student row, without guidance's second."""
+        return nfe / drawn(self.config, self.path.name, nfe // (2 if setting.solver == "heun" else 1))
+
     def estimate(self, setting: Solver, nfe: int) -> Estimate:
         """The setting's endpoint error by step doubling, with its interval; infinite where a rollout is not finite."""
         limit, order, clean = self.limit(setting, nfe)
+        cost = self.cost(setting, nfe)
         a, b, c = (self.at(setting, nfe * k) for k in (1, 2, 4))
         own, reach, left = ((x - y).square().mean(1) for x, y in ((a, limit), (a, c), (b, c)))
         if not bool(torch.isfinite(own + reach + left).all()):
-            return Estimate(setting, nfe, math.inf, 0.0, math.inf, None, False)
+            return Estimate(setting, nfe, cost, math.inf, 0.0, math.inf, None, False)
         misses = 1 / (2 ** min(max(SLOWEST if order is None else order, SLOWEST), 1.0) - 1)
         own, reach, left = (_resampled(x) for x in (own, reach, left))
         low, high = torch.minimum(own, (reach - misses * left).clamp(min=0)), torch.maximum(own, reach + misses * left)
         low, high = float(torch.quantile(low[1:], 0.025)), float(torch.quantile(high[1:], 0.975))
-        return Estimate(setting, nfe, float(own[0]), low, high, order, clean)
+        return Estimate(setting, nfe, cost, float(own[0]), low, high, order, clean)
 
     def distance(self, e: Estimate, limit: Tensor) -> float:
         """RMS distance per dimension of a setting's endpoint to a limit (n, D)."""
@@ -176,18 +189,10 @@ def apply(config: Trajectories, setting: Solver, nfe: int) -> Trajectories:
     return dataclasses.replace(config, **setting._asdict(), nfe=nfe)
 
 
-def by_cost(candidates: Iterable[tuple[Solver, int]]) -> Iterator[tuple[int, list[Solver]]]:
-    """Candidates of equal cost together, the cheapest first."""
-    nfes: dict[int, list[Solver]] = {}
-    for setting, nfe in candidates:
-        nfes.setdefault(nfe, []).append(setting)
-    yield from sorted(nfes.items())
-
-
 def cheapest(estimates: Iterable[Estimate], limit: float) -> Estimate | None:
-    """The estimate of fewest network calls, among these the smallest, whose upper end is at most `limit`."""
+    """The estimate of least cost, among these of least upper error, whose upper end is at most `limit`."""
     good = [e for e in estimates if e.high <= limit]
-    return min(good, key=lambda e: (e.nfe, e.error)) if good else None
+    return min(good, key=lambda e: (e.cost, e.high)) if good else None
 
 
 def best(estimates: Iterable[Estimate]) -> Estimate:
@@ -199,13 +204,14 @@ def best(estimates: Iterable[Estimate]) -> Estimate:
 
 
 def choose(ends: Endpoints, candidates: list[tuple[Solver, int]], limit: float, whole: bool) -> tuple[list, Estimate]:
-    """Estimates from the cheapest on, up to the first number of calls that serves (all if `whole`), and the choice.
+    """Estimates from the cheapest on, up to the first cost at which one serves (all if `whole`), and the choice.
 
     Where no candidate stays below the limit the choice is the one of least upper error.
     """
     estimates: list[Estimate] = []
-    for nfe, those in by_cost(candidates):
-        estimates += [ends.estimate(setting, nfe) for setting in those]
+    ranked = sorted(candidates, key=lambda c: (ends.cost(*c), c[1]))
+    for _, group in itertools.groupby(ranked, key=lambda c: ends.cost(*c)):
+        estimates += [ends.estimate(*candidate) for candidate in group]
         if not whole and cheapest(estimates, limit):
             break
     return estimates, cheapest(estimates, limit) or best(estimates)
@@ -266,7 +272,7 @@ def rows_of(estimates: Iterable[Estimate]) -> list[dict[str, Any]]:
     ]
 
 
-HEAD = ["solver", "NFE", "error", "from", "to", "order seen"]
+HEAD = ["solver", "NFE", "calls/row", "error", "from", "to", "order seen"]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -275,7 +281,13 @@ def cells(row: dict[str, Any]) -> list[str]:
     p = row["observed"]
     observed = "-" if p is None else f"{p:.2f}" if row["clean"] else f"({p:.1f})"
     named = Solver(*(row[k] for k in Solver._fields))
-    return [named.title(), str(row["nfe"]), *(number(row[k]) for k in ("error", "low", "high")), observed]
+    return [
+        named.title(),
+        str(row["nfe"]),
+        f"{row['cost']:.3g}",
+        *(number(row[k]) for k in ("error", "low", "high")),
+        observed,
+    ]
 
 
 def serves(row: dict[str, Any], limit: float) -> str:

@@ -130,7 +130,7 @@ def closed_form(run: Run, args: argparse.Namespace, nfes: tuple[int, ...]) -> No
         figures["paths"][name] = {"rows": rows, "calls": calls}
         for goal in (math.sqrt(args.epsilon),) if args.epsilon else GOALS:
             good = [r for r in rows if r["high"] is not None and r["high"] <= args.margin * goal]
-            best = min(good, key=lambda r: (r["nfe"], r["error"]), default=None)
+            best = min(good, key=lambda r: (r["cost"], r["high"]), default=None)
             choice = {k: best[k] for k in (*tuning.Solver._fields, "nfe")} if best else None
             said = tuning.override(args.stage, choice) if choice else "none of these settings"
             log.say(f"student at {goal:.3g}, solver at most {args.margin * goal:.3g}: {said}")
