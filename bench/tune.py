@@ -3,7 +3,7 @@
 From one finished teacher the same mid-training, seed and student images, with `nfe: auto`, with the recipe's own
 solver and with one that is clearly too coarse (order 1, four calls). Of each: the solver's estimated error, the
 student's own one-step error against the best limit at hand, its figures, and the seconds of training (measuring and
-pilot are counted apart, for `auto`). About four minutes for digits on two quiet cores.
+pilot are counted apart, for `auto`). For digits 300 s of one core in all.
 """
 
 from __future__ import annotations

@@ -168,8 +168,7 @@ def _epsilon(
     value = errors[1] * ratio ** math.log2(max(total / (2 * short), 1.0))
     source = f"extrapolated to {total:,} steps from pilots of {short} and {2 * short}"
     seen = {str(s * stage.batch): e for s, e in zip((short, 2 * short), errors)}
-    each = stages.pool(work.run, name, how, None, work.data.shape, work.data.classes, work.device).each
-    calls = round(rows * (3 + how.calls / each * guidance(stage)))
+    calls = round(rows * (3 + sure.cost * guidance(stage)))
     return {"value": value, "source": source, "pilots": seen, "calls": calls}
 
 

@@ -26,7 +26,7 @@ recipe's are measured and proposed only where they are asked for, never by `auto
 The choice. The theory bounds the gradient's bias by the target's squared error, epsilon + (solver error)^2, where
 epsilon = E|f(x_T, T) - Psi(x_T)|^2 is the student's own one-step error. So a setting is good enough when the upper end
 of its error is at most `MARGIN` sqrt(epsilon); the cheapest such is taken. The bound counts both errors alike, but they
-are not: where the mid-training loss is at rest the student's own error is orthogonal to its Jacobian and drops out of
+are not: where a squared mid-training loss is at rest the student's own error is orthogonal to its Jacobian and drops out of
 the gradient, the solver's is the same lean in every target and stays. So the margin is a quarter, a sixteenth of
 epsilon in the squares. A half was tried first and is too much: on digits (seed 0, bench/tune.py) order 2 at 8 calls,
 .039 beside a student's .11, has a Fréchet distance of .54 by the solver itself and .54 in the student, where 16 calls of

@@ -147,7 +147,7 @@ def against_truth(run: Run, path: str, nfes: tuple[int, ...], count: int, grids:
     x, labels = tuning.starts(way, how, (2,), 0, run.seed, torch.device("cpu"), count)
     net, x = Exact(run.data, way), x.double()
     candidates = [(s, n) for n in nfes for s in tuning.settings(path, how, grids) if s.solver != "heun" or n % 2 == 0]
-    with log.counting(path, tuning.calls(candidates), Path("."), quiet=False) as advance:
+    with log.counting(path, tuning.calls(candidates), None) as advance:
         ends = tuning.Endpoints(net, way, x, labels, how, advance)
         estimates = [ends.estimate(setting, nfe) for setting, nfe in candidates]
     true = net.flow_map(x, how.t_max, how.t_min, steps=TRUTH_STEPS)

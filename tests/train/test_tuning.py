@@ -302,13 +302,14 @@ def test_the_command_on_a_run(finished, tmp_path, capsys) -> None:
     assert "ABOVE" in out and "as given" in out
 
 
-def test_the_command_on_the_mixture(tmp_path, capsys) -> None:
+def test_the_command_on_the_mixture(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "t.json"
     assert main(["tune-teacher", "gmm", "--trajectories", "16", "--nfe", "8,16", "--json", str(file)]) == 0
     figures = json.loads(file.read_text())["paths"]
     for rows in (figures[p]["rows"] for p in ("ve", "linear")):
         assert len(rows) == 8 and all(0.5 < r["error"] / r["true"] < 2 for r in rows)
-    assert "estimate / true" in capsys.readouterr().out
+    assert "estimate / true" in capsys.readouterr().out and list(tmp_path.iterdir()) == [file]
 
 
 BAD = [
