@@ -30,8 +30,9 @@ are not: where a squared mid-training loss is at rest the student's own error is
 the gradient, the solver's is the same lean in every target and stays. So the margin is a quarter, a sixteenth of
 epsilon in the squares. A half was tried first and is too much: on digits (seed 0, bench/tune.py) order 2 at 8 calls,
 .039 beside a student's .11, has a Fréchet distance of .54 by the solver itself and .54 in the student, where 16 calls of
-order 3, .007, lead to .30, though both students are equally far from Psi (.11). The margin was set on that seed. Seed 1 bore it out: it picks order 3
-at 12 calls, .016 beside .11, and that student's distances in one and two steps are .31 and .28, with 16 calls .34 and .32.
+order 3, .007, lead to .30, though both students are equally far from Psi (.11). The margin was set on that seed.
+Seed 1 bore it out: order 3 at 12 calls is picked, .016 beside .11; that student's distances in one and two steps are
+.31 and .28, with 16 calls .34 and .32.
 
 The cost is the teacher's calls for a student row, nfe over the points drawn of a trajectory: where all points are drawn
 that is one whatever the nfe, and among settings of equal cost the most accurate is taken.
