@@ -20,6 +20,7 @@ BENCHES = {
     "report": "write the README's tables from bench/results",
     "seeds": "a recipe over several seeds",
     "step": "whole training steps, eager and compiled",
+    "tune": "the solver that is chosen by measurement, and the mid-trainings that confirm or refute it",
     "zero": "loss curves and checkpoints of every ZeRO stage beside the local engine's, on CPU processes",
 }
 

@@ -220,6 +220,9 @@ def _plain(hint):
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     loc, kind, given = first["loc"], first["type"], first.get("input")
+    words = [e["loc"][-1] for e in error.errors() if str(e["loc"][-1]).startswith("literal[")]  # a number or a word
+    if words:
+        loc = loc[:-1]
     key = ".".join(
         str(p) for i, p in enumerate(loc) if not (p in _KINDS and i and not isinstance(loc[i - 1], int | None))
     )
@@ -236,4 +239,6 @@ def _one_line(error: ValidationError) -> str:
     if kind == "union_tag_not_found":
         return f"{key}.kind: is missing; it names which of the variants this is"
     shown = json.dumps(given, default=str)
-    return f"{key}: {shown if len(shown) < 60 else shown[:57] + '...'} is not valid; {first['msg'][0].lower()}{first['msg'][1:]}"
+    shown = shown if len(shown) < 60 else shown[:57] + "..."
+    other = f", or {words[0][8:-1]}" if words else ""
+    return f"{key}: {shown} is not valid; {first['msg'][0].lower()}{first['msg'][1:]}{other}"

@@ -33,7 +33,6 @@ from cmt_fast.objectives import ROWS
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.schema import Dit, Model, Run
 
-AUTO_NFE = 16  # what `nfe: auto` is taken for before it is chosen
 GEMM = (
     (0, 0.0),
     (768, 0.70),
@@ -192,7 +191,7 @@ def terms(run: Run, name: str, ideas: Ideas = OURS) -> list[Term]:
             out.append(Term("guide", "forward", calls, "guide of the teacher's step"))
     points, t = stages.trajectory_rows(stage), stage.trajectories
     if points and t and not ideas.cached:
-        nfe = AUTO_NFE if t.nfe == "auto" else t.nfe
+        nfe = t.calls
         each = trajectories.drawn(t, run.path, nfe // (2 if t.solver == "heun" else 1))
         rows = max(1, points * (1 if t.mode == "paper" else t.pool_steps) // each)
         calls, why = points / stage.batch * nfe / each, f"rollouts, {nfe} calls for {each} points"

@@ -114,10 +114,10 @@ def heartbeat(folder: Path) -> float | None:
 
 
 @contextlib.contextmanager
-def counting(title: str, total: int, run: Path, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+def counting(title: str, total: int, run: Path | None, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """Inside: the function to call with how many more are done; a bar on stderr, or a line there every half minute.
 
-    Beats the run's heart. Prints nothing where `quiet`, and on ranks other than the first.
+    Beats the run's heart, if it is of a run. Prints nothing where `quiet`, and on ranks other than the first.
     """
     quiet = quiet or os.environ.get("RANK", "0") != "0"
     console = Console(stderr=True)
@@ -129,7 +129,7 @@ def counting(title: str, total: int, run: Path, quiet: bool = False) -> Iterator
     def advance(more: int) -> None:
         nonlocal done, said
         done += more
-        if os.environ.get("RANK", "0") == "0":
+        if run and os.environ.get("RANK", "0") == "0":
             beat(run)
         bar.advance(task, more)
         if not quiet and not shown and time.monotonic() - said > 30:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmt_fast import accounting, bill, checkpoint, compiled, config, distributed, machine, stages, watch
+from cmt_fast import accounting, bill, checkpoint, compiled, config, distributed, machine, pilot, stages, watch
 from cmt_fast import engine as engines
 from cmt_fast.engine import Engine
 from cmt_fast.log import Log, say
@@ -63,7 +63,7 @@ def train_stage(
         if distributed.rank() == 0:
             say(f"{name:>8} done ({found.manifest['nimg']} images)")
         return
-    others = work.others(stage)
+    others = work.others(stage) | pilot.settle(work, name)
     if found:
         _same(name, found.manifest, others)
     choice = work.sizing(name)

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cmt_fast import bill, checkpoint, config, distributed, log, stages, templates
+from cmt_fast import bill, checkpoint, config, distributed, log, pilot, stages, templates, tuning
 from cmt_fast.config import ConfigError
 from cmt_fast.facts import Curve, Judged, Stand
 from cmt_fast.templates import sections
@@ -50,6 +50,7 @@ def write(folder: Path) -> dict[str, Any]:
         sections.curves(work, judged, curves, reached),
         sections.training(stands),
         sections.bill(stands),
+        sections.solvers(chosen(work)),
         sections.samples(stands),
         *([sections.theory(theory(folder))] if run.data.kind == "gmm" else []),
         sections.surroundings(work, about),
@@ -124,6 +125,12 @@ def judge(work: Workspace, s: Stand) -> Judged:
     file.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(file, json.dumps({"key": key, **judged._asdict()}, indent=1))
     return judged
+
+
+def chosen(work: Workspace) -> dict[str, tuple[tuning.Kept, list[str]]]:
+    """What `nfe: auto` of each stage was settled to, and its summary."""
+    kept = {name: tuning.read(work.stage_dir(name)) for name in stages.names(work.run)}
+    return {name: (k, pilot.summary(name, k)) for name, k in kept.items() if k}
 
 
 def points(stands: dict[str, Stand], name: str, k: int) -> Curve:

@@ -9,15 +9,27 @@ import torch
 from cmt_kernels import dual
 from torch import Tensor
 
-from cmt_fast import distributed, perceptual, rng, stages
+from cmt_fast import distributed, perceptual, rng, stages, tuning
 from cmt_fast.accounting import Meter
 from cmt_fast.data import loader
 from cmt_fast.engine import Engine
 from cmt_fast.objectives import ROWS, Batch, World
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.schema import Stage
-from cmt_fast.solvers import Autoguided, guided
+from cmt_fast.solvers import Autoguided, Net, guided
 from cmt_fast.workspace import Workspace
+
+
+def teachers(stage: Stage, held: Callable[[str], Net]) -> tuple[Net | None, Net | None]:
+    """What takes a teacher's steps and what is rolled out, each under its own guidance; held: stage -> its network."""
+    if not stage.teacher:
+        return None, None
+    net, guide = held(stage.teacher), stage.autoguidance
+    weaker = Autoguided(net, held(guide.network), guide.scale) if guide else None
+    rolled = weaker if guide and guide.trajectories else None
+    if stage.trajectories:
+        rolled = rolled or guided(net, stage.trajectories.guidance)
+    return weaker or guided(net, stage.teacher_guidance), rolled
 
 
 class Source:
@@ -34,15 +46,12 @@ class Source:
         self.loader = loader(run.loader, work.data, run.seed, work.device, self.own) if self.draws_data else None
         self._step, self._rows = -1, (torch.empty(0), None)
         held = lambda name: engine.frozen(work.network(name))
-        net, guide = held(stage.teacher) if stage.teacher else None, stage.autoguidance
-        weaker = Autoguided(net, held(guide.network), guide.scale) if net and guide else None
-        self.teacher = weaker or guided(net, stage.teacher_guidance) if net else None
+        self.teacher, rolled = teachers(stage, held)
         self.pool = None
         if stages.trajectory_rows(stage):
             assert stage.trajectories is not None
-            rolled = weaker if guide and guide.trajectories else None
-            teacher = rolled or guided(net, stage.trajectories.guidance)
-            self.pool = stages.pool(run, name, teacher, work.data.shape, work.data.classes, work.device)
+            how = tuning.settled(work.folder / name, stage.trajectories)
+            self.pool = stages.pool(run, name, how, rolled, work.data.shape, work.data.classes, work.device)
         wanted = stage.distances()
         self.features = getattr(work.space, "differentiable", None) if "features" in wanted else None
         named = sorted(wanted & set(PERCEPTUAL))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cmt_fast import sample
+import torch
+
+from cmt_fast import sample, tuning
 from cmt_fast.config import ConfigError, nearest
 from cmt_fast.objectives import ROWS
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.paths import Path
-from cmt_fast.schema import STAGES, Run, Stage
+from cmt_fast.schema import STAGES, Run, Stage, Trajectories
 from cmt_fast.solvers import table
 from cmt_fast.trajectories import Pool
 
@@ -161,9 +163,15 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
     if stage.trajectories and points:
         t = stage.trajectories
         _as_config_error(
-            f"{name}.trajectories", lambda: table(Path(run.path), t.solver, t.nfe, t.t_max, t.t_min, t.order, t.shift)
+            f"{name}.trajectories", lambda: table(Path(run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift)
         )
-        _as_config_error(name, lambda: pool(run, name, None, shape, classes, "cpu"))
+        if t.nfe != "auto":
+            _as_config_error(name, lambda: pool(run, name, t, None, shape, classes, "cpu"))
+        elif not candidates(run, name):
+            raise ConfigError(
+                f"{name}.trajectories.nfe: auto finds nothing to choose from; with {points} rows x {t.pool_steps} steps in "
+                f"mode {t.mode} none of {', '.join(map(str, tuning.NFE))} makes whole trajectories"
+            )
 
 
 def _check_networks(name: str, stage: Stage) -> None:
@@ -221,21 +229,29 @@ def _check_perceptual(name: str, stage: Stage, shape: tuple[int, ...]) -> None:
         raise ConfigError(f"{name}.objective.distance: 'lpips' needs {fit}, the data has the shape {shape}")
 
 
-def pool(run: Run, name: str, teacher, shape: tuple[int, ...], classes: int, device) -> Pool:
-    """The trajectories of a stage. Raises ValueError where batch and trajectories do not divide."""
+def pool(run: Run, name: str, how: Trajectories, teacher, shape: tuple[int, ...], classes: int, device) -> Pool:
+    """The trajectories of a stage, rolled out as `how` says. Raises ValueError where batch and trajectories do not divide."""
     stage = run.stage(name)
+    assert stage is not None
+    path, rows = Path(run.path, run.sigma_data), trajectory_rows(stage)
+    return Pool(teacher, path, how, shape, classes, rows, run.seed, INDEX[name], device)
+
+
+def candidates(
+    run: Run, name: str, nfes: tuple[int, ...] = tuning.NFE, grids: bool = False
+) -> list[tuple[tuning.Solver, int]]:
+    """The solvers, each with a number of network calls, whose trajectories fill this stage's batches on these processes."""
+    stage, found = run.stage(name), []
     assert stage is not None and stage.trajectories is not None
-    return Pool(
-        teacher,
-        Path(run.path, run.sigma_data),
-        stage.trajectories,
-        shape,
-        classes,
-        trajectory_rows(stage),
-        run.seed,
-        INDEX[name],
-        device,
-    )
+    for nfe in nfes:
+        for setting in tuning.settings(run.path, stage.trajectories, grids):
+            how = tuning.apply(stage.trajectories, setting, nfe)
+            try:
+                pool(run, name, how, None, (1,), 0, torch.device("cpu"))
+            except ValueError:
+                continue
+            found.append((setting, nfe))
+    return found
 
 
 def _as_config_error(key: str, call) -> None:

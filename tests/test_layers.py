@@ -32,6 +32,7 @@ MAY = {
     "codec": {"config"},
     "data": {"checkpoint", "codec", "config", "data", "distributed", "paths", "pictures", "rng", "schema", "solvers"},
     "trajectories": {"distributed", "objectives", "paths", "rng", "schema", "solvers"},
+    "tuning": {"config", "distributed", "paths", "rng", "schema", "solvers", "trajectories"},
     "sample": {"paths", "rng", "schema", "solvers"},
     "metrics": {"config", "convert", "data", "distributed", "metrics", "schema"},
     "compiled": set(),

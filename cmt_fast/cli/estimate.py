@@ -85,7 +85,7 @@ def _stage(run: Run, name: str, rows: Rows, at: Card, gpus: int, price: float | 
     _, notes = estimate.networks(run, name, rows)
     t = run.stage(name).trajectories
     if t and t.nfe == "auto":
-        notes.append(f"{name}: nfe auto is taken for {cost.AUTO_NFE} until `cmt tune-teacher` has chosen it")
+        notes.append(f"{name}: nfe auto is taken for {t.calls} until `cmt tune-teacher` has chosen it")
     kept = estimate.activation_bytes(run, name, known["student"], gpus)
     memory = choice.state_bytes + choice.teacher_bytes + (kept or 0)
     if memory > at.memory:

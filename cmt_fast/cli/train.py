@@ -22,6 +22,7 @@ from cmt_fast import (
     report,
     search,
     stages,
+    tuning,
 )
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
@@ -116,12 +117,19 @@ def _dry_run(work: ws.Workspace, names: list[str]) -> None:
         c = cost.calls(work.run, name)
         how = " (compiled)" if work.run.stage(name).compile else ""
         print(f"{name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards{how}")
-        for line in [
-            *work.sizing(name).lines(work.parameters, distributed.size()),
-            _step(work, name),
-            _bill(work, name),
-        ]:
+        t = work.run.stage(name).trajectories
+        if t and t.nfe == "auto":
+            print(f"{'':>8}  {_auto(work, name)}")
+        sizing = work.sizing(name).lines(work.parameters, distributed.size())
+        for line in [*sizing, _step(work, name), _bill(work, name)]:
             print(f"{'':>8}  {line}")
+
+
+def _auto(work: ws.Workspace, name: str) -> str:
+    kept = tuning.read(work.folder / name)
+    if kept:
+        return f"nfe auto was settled: {tuning.override(name, kept.choice)}"
+    return f"nfe auto is settled when the stage begins; counted here with {work.run.stage(name).trajectories.calls}"
 
 
 def _step(work: ws.Workspace, name: str) -> str:

@@ -17,11 +17,13 @@ class Trajectories:
     """The teacher's rollouts. `pool`: shuffled points of many trajectories, `paper`: batch // nfe of them, all points.
 
     `per_trajectory`: points (consistency models, at most all) or pairs (flow maps) drawn from each in mode pool.
+    `nfe`: network calls of a rollout; `auto`: the cheapest solver, order, shift and nfe whose measured error stays below
+    the student's own are chosen when the stage begins (`cmt tune-teacher` shows the table), whatever stands here.
     """
 
     solver: Literal["dpmpp", "euler", "heun", "jump"] = "dpmpp"
     order: Annotated[int, Field(ge=1, le=3)] = 3
-    nfe: Count = 16
+    nfe: Count | Literal["auto"] = 16
     t_max: Positive = 80.0
     t_min: NotNegative = 0.002
     shift: Positive = 1.0
@@ -30,6 +32,11 @@ class Trajectories:
     per_trajectory: Count = 16
     pool_steps: Count = 16
     rollout_batch: Count = 1024
+
+    @property
+    def calls(self) -> int:
+        """Network calls of a rollout; of `auto`, which is not settled before its stage begins, the published 16."""
+        return 16 if self.nfe == "auto" else self.nfe
 
 
 @schema

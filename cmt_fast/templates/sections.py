@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cmt_fast import accounting, config, plots
+from cmt_fast import accounting, config, plots, tuning
 from cmt_fast.accounting import Amount
 from cmt_fast.facts import Curve, Judged, Stand
 from cmt_fast.templates import Group, Picture, Section, Table, png
@@ -262,6 +262,17 @@ def bill(stands: dict[str, Stand]) -> Section:
     ))  # fmt: skip
     text += [f"Energy is unknown in part: {reason}." for reason in sorted(reasons)]
     return Section("Bill", text, [Group([*tables], wide=True)])
+
+
+def solvers(chosen: dict[str, tuple[tuning.Kept, list[str]]]) -> Section:
+    """The tables by which `nfe: auto` was settled."""
+    text, tables = [], []
+    for name, (kept, lines) in chosen.items():
+        text += [f"{name}: {line}." for line in lines]
+        rows = [[*tuning.cells(row), tuning.serves(row, kept.limit)] for row in kept.rows]
+        note = "RMS per dimension, from step doubling. An order in brackets was not extrapolated by."
+        tables.append(Table(f"{name}: endpoint error", [*tuning.HEAD, "serves"], rows, note))
+    return Section("The teacher's solver", text, [Group(tables)] if tables else [])
 
 
 def samples(stands: dict[str, Stand]) -> Section:
