@@ -144,6 +144,12 @@ def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
+def share_rows(x: Tensor) -> None:
+    """x: (n, ...), of which each rank has made its own of equal parts, in rank order: all have all of it. In place."""
+    if size() > 1:
+        dist.all_gather_into_tensor(x, x.chunk(size())[rank()].clone())
+
+
 def agreed(write: Callable[[], object]) -> None:
     """Call `write` on every rank; raises OSError on all where the disk refuses one of them, so that none waits for it."""
     refused: OSError | None = None

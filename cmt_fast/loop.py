@@ -70,7 +70,9 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
     log = Log(folder, engine.step_count, plan.total, name, distributed.rank() > 0, run.tensorboard)
     source = None
     try:
-        source = Source(work, name, stage, engine)
+        source = Source(work, name, stage, engine, found)
+        if found is None and source.trajectories.get("errors"):
+            log.row("trajectories", 1, stage.batch, source.trajectories)
         if stage.compile:
             compiled.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         if found and found.manifest.get("unseen"):
@@ -108,7 +110,8 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
                 clock = time.perf_counter()
             if n % plan.checkpoint_every == 0 or last or stop:
                 log.commit()
-                _save(work, name, engine, n, last, lineage, others, wall, sums, bool(row and stop and not last))
+                rolled = source.trajectories
+                _save(work, name, engine, n, last, lineage, others, rolled, wall, sums, bool(row and stop and not last))
                 clock = time.perf_counter()
                 if stop and not last:
                     raise Stopped(128 + stop)
@@ -154,7 +157,7 @@ def _resumed(found: checkpoint.Checkpoint | None) -> dict[str, Tensor]:
 
 
 def _save(
-    work: Workspace, name: str, engine: Engine, step: int, last: bool, lineage, others, wall, sums, unseen: bool
+    work: Workspace, name: str, engine: Engine, step: int, last: bool, lineage, others, rolled, wall, sums, unseen: bool
 ) -> None:
     """A checkpoint, written by rank 0; all ranks take part in gathering it. Raises OSError on all if the disk refuses."""
     stage = work.run.stage(name)
@@ -175,7 +178,7 @@ def _save(
         "engine": {"kind": work.run.engine, "stage": work.sizing(name).stage, "processes": distributed.size()},
         "unseen": unseen,  # a row of metrics whose evaluation is still to be made
         "row": {"keys": list(sums), "sums": ranks} if sums else None,
-    }
+    } | ({"trajectories": rolled} if rolled else {})
     first = distributed.rank() == 0
     distributed.agreed(lambda: checkpoint.save(work.folder / name, step, engine.state(), about, write=first))
 
@@ -218,7 +221,7 @@ def cost(run: Run, name: str) -> dict[str, float]:
         calls = 2 if o.kind == "ecd" and o.step == "heun" else 1
         forwards += own * calls * (1 if stage.teacher_guidance == 1 and not stage.autoguidance else 2)
     points = stages.trajectory_rows(stage)
-    if points and stage.trajectories:
+    if points and stage.trajectories and not stage.trajectories.cache:
         t = stage.trajectories
         each = trajectories.drawn(t, run.path, t.nfe // (2 if t.solver == "heun" else 1))
         alone = t.guidance == 1 and not (stage.autoguidance and stage.autoguidance.trajectories)

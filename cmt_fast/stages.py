@@ -97,6 +97,17 @@ def trajectory_rows(stage: Stage) -> int:
     return anchored + (own if ROWS[stage.objective.kind].draws == "trajectories" else 0)
 
 
+def cached(stage: Stage) -> str | None:
+    """The folder that a stage's trajectories come from, None where it rolls them out or has none."""
+    return stage.trajectories.cache if stage.trajectories and trajectory_rows(stage) else None
+
+
+def called(stage: Stage) -> dict[str, str]:
+    """As `Stage.networks`, without those that only cached trajectories were made by: what must be at hand."""
+    steps = ROWS[stage.objective.kind].teacher or not cached(stage)
+    return {key: name for key, name in stage.networks().items() if key == "start" or steps}
+
+
 def names(run: Run) -> list[str]:
     """The stages a run has, in order."""
     return [name for name in STAGES if run.stage(name) is not None]
@@ -140,7 +151,7 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
         raise ConfigError(
             f"{name}.trajectories: is missing, {' and '.join(k for _, k in kinds)} draw from the teacher's trajectories"
         )
-    if (points or needs.teacher) and not stage.teacher:
+    if ((points and not cached(stage)) or needs.teacher) and not stage.teacher:
         raise ConfigError(f"{name}.teacher: is missing; it names the stage whose network is the teacher")
     if not rows(stage)[0] or (stage.anchor and not rows(stage)[1]):
         raise ConfigError(
@@ -221,8 +232,8 @@ def _check_perceptual(name: str, stage: Stage, shape: tuple[int, ...]) -> None:
         raise ConfigError(f"{name}.objective.distance: 'lpips' needs {fit}, the data has the shape {shape}")
 
 
-def pool(run: Run, name: str, teacher, shape: tuple[int, ...], classes: int, device) -> Pool:
-    """The trajectories of a stage. Raises ValueError where batch and trajectories do not divide."""
+def pool(run: Run, name: str, teacher, shape: tuple[int, ...], classes: int, device, **how) -> Pool:
+    """The trajectories of a stage; how: as of Pool. Raises ValueError where batch and trajectories do not divide."""
     stage = run.stage(name)
     assert stage is not None and stage.trajectories is not None
     return Pool(
@@ -235,6 +246,7 @@ def pool(run: Run, name: str, teacher, shape: tuple[int, ...], classes: int, dev
         run.seed,
         INDEX[name],
         device,
+        **how,
     )
 
 

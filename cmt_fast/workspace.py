@@ -32,11 +32,14 @@ from cmt_fast import (
 from cmt_fast import data as datasets
 from cmt_fast.codec import Codec
 from cmt_fast.config import ConfigError
+from cmt_fast.data import trajectories as rolled
 from cmt_fast.data.latents import Index
+from cmt_fast.data.writing import key_of
 from cmt_fast.engine import load_named
 from cmt_fast.paths import Path as ForwardPath
 from cmt_fast.sample import Setting
 from cmt_fast.schema import STAGES, Run, Stage
+from cmt_fast.solvers import table
 
 RUN_FILE = "run.json"
 
@@ -143,13 +146,53 @@ class Workspace:
         std = torch.tensor([n.scale * a / b for a, b in zip(index.std, n.std)])[:channels].view(-1, 1, 1)
         return x[:, :channels] / (3 * std), f"latents, {channels} of {x.shape[1]}"
 
+    def identity(self, stage: Stage) -> str:
+        """Checksums of the weights that a stage's trajectories depend on, the guide's too. Raises ConfigError as `finished`."""
+        guide = stage.autoguidance
+        named = [stage.teacher, guide.network] if guide and guide.trajectories else [stage.teacher]
+        if not stage.teacher:
+            raise ConfigError("teacher: is missing")
+        manifests = [self.finished(name).manifest for name in named if name]
+        return " + ".join(m["files"]["ema-0.safetensors"]["xxh3_128"] for m in manifests)
+
+    def trajectories(self, stage: Stage) -> dict:
+        """What a stage's trajectories are, as `data.trajectories.differs` compares it; "teacher" where it is at hand."""
+        t, guide = stage.trajectories, stage.autoguidance
+        assert t is not None
+        plan = table(self.path, t.solver, t.nfe, t.t_max, t.t_min, t.order, t.shift)
+        auto = guide.scale if guide and guide.trajectories else None
+        about = {
+            "shape": self.data.shape,
+            "classes": self.data.classes,
+            "path": f"{self.run.path}, sigma_data {self.run.sigma_data}" if self.run.path == "ve" else self.run.path,
+            "times": plan.times,
+            "solver": f"{t.solver} of order {t.order}, {plan.nfe} calls from {t.t_max} to {t.t_min}, shift {t.shift}",
+            "solver_xxh3_128": key_of(plan),
+            "guidance": f"autoguidance {auto}"
+            if auto
+            else f"classifier-free {t.guidance}"
+            if t.guidance != 1
+            else "none",
+        }
+        with contextlib.suppress(ConfigError):
+            about["teacher"] = self.identity(stage)
+        return about
+
     def others(self, stage: Stage) -> dict[str, dict]:
-        """What a stage reads outside this run, by key, with checksums: networks of other runs, the perceptual network's.
+        """What a stage reads outside this run, by key, with checksums: networks of other runs, cached trajectories, the
+        perceptual network's.
 
         Raises ConfigError for what is not there or does not fit.
         """
         found: dict[str, dict] = {}
-        for key, name in stage.networks().items():
+        cache = stages.cached(stage)
+        if cache:
+            store = rolled.opened(cache)
+            wrong = rolled.differs(store.rolled, store.classes, self.trajectories(stage))
+            if wrong:
+                raise ConfigError(f"trajectories.cache: {cache} is of other trajectories: {wrong}")
+            found["trajectories.cache"] = {**store.facts, "teacher": store.rolled.teacher}
+        for key, name in stages.called(stage).items():
             if "/" in name:
                 m = self.finished(name).manifest
                 found[key] = {"stage": name, "config": m["config"], "ema": m["files"]["ema-0.safetensors"]["xxh3_128"]}
@@ -170,7 +213,7 @@ class Workspace:
         """
         run, stage = self.run, self.run.stage(name)
         assert stage is not None
-        held = {name for key, name in stage.networks().items() if key != "start"}  # teacher and guide, of any size
+        held = {name for key, name in stages.called(stage).items() if key != "start"}  # teacher and guide, of any size
         teacher = sum(self._size(stored_run(Path(n).parent)) if "/" in n else self.parameters for n in held)
         bf16, tracks, processes = stage.precision == "bf16", len(stage.ema), distributed.size()
         memory = engine.sizing.memory_bytes(self.device)

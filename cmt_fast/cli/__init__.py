@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from cmt_fast import __version__, checkpoint, config, distributed, loop
-from cmt_fast.cli import about, ckpt, data, evaluate, features, judge, train
+from cmt_fast.cli import about, ckpt, data, evaluate, features, judge, train, trajectories
 from cmt_fast.cli.parser import Parser
 from cmt_fast.compiled import CompileError
 from cmt_fast.config import ConfigError
@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(call=call)
         return p
 
-    for module in (train, features, judge, evaluate, ckpt, data, about):
+    for module in (train, features, trajectories, judge, evaluate, ckpt, data, about):
         module.add(command)
     return root
 

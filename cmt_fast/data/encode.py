@@ -109,7 +109,7 @@ def encode(
     mine = range(rank, len(work), distributed.size())
     done, total = 0, sum(len(work[k][0]) for k in mine)
     with contextlib.ExitStack() as held:
-        _lock_together(writer, held)
+        held.enter_context(writer.lock_together())
         pool = held.enter_context(ThreadPoolExecutor(workers, "images"))
         for k in mine:
             chunk, mirror = work[k]
@@ -130,18 +130,6 @@ def encode(
             "crop": f"{CROP}, {settings.size}", "source": f"images {text(source.resolve().name)}",
         }  # fmt: skip
         return writer.finish(layout, keys, facts)
-
-
-def _lock_together(writer: Writer, held: contextlib.ExitStack) -> None:
-    """The first process locks for all; all raise DatasetError when it cannot."""
-    refused: DatasetError | None = None
-    if distributed.rank() == 0:
-        try:
-            held.enter_context(writer.lock())
-        except DatasetError as error:
-            refused = error
-    if distributed.largest(int(refused is not None)):
-        raise refused or DatasetError(f"{writer.out}: is being written by another process")
 
 
 def _told(tell: Callable[[int, int], None], before: int, total: int, n: int) -> None:

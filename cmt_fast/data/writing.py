@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from cmt_fast import checkpoint
+from cmt_fast import checkpoint, distributed
 from cmt_fast.data import latents
 from cmt_fast.data.archives import DatasetError
 
@@ -60,6 +60,20 @@ class Writer:
             raise DatasetError(f"{self.out}: is being written by another process") from None
         finally:
             os.close(handle)
+
+    @contextlib.contextmanager
+    def lock_together(self) -> Iterator[None]:
+        """The first process locks for all; all raise DatasetError when it cannot."""
+        with contextlib.ExitStack() as held:
+            refused: DatasetError | None = None
+            if distributed.rank() == 0:
+                try:
+                    held.enter_context(self.lock())
+                except DatasetError as error:
+                    refused = error
+            if distributed.largest(int(refused is not None)):
+                raise refused or DatasetError(f"{self.out}: is being written by another process")
+            yield
 
     def abandon(self) -> None:
         """Remove what is half made."""
