@@ -34,12 +34,10 @@ from cmt_fast.codec import Codec
 from cmt_fast.config import ConfigError
 from cmt_fast.data import trajectories as rolled
 from cmt_fast.data.latents import Index
-from cmt_fast.data.writing import key_of
 from cmt_fast.engine import load_named
 from cmt_fast.paths import Path as ForwardPath
 from cmt_fast.sample import Setting
 from cmt_fast.schema import STAGES, Run, Stage
-from cmt_fast.solvers import table
 
 RUN_FILE = "run.json"
 
@@ -156,24 +154,8 @@ class Workspace:
         return " + ".join(m["files"]["ema-0.safetensors"]["xxh3_128"] for m in manifests)
 
     def trajectories(self, stage: Stage) -> dict:
-        """What a stage's trajectories are, as `data.trajectories.differs` compares it; "teacher" where it is at hand."""
-        t, guide = stage.trajectories, stage.autoguidance
-        assert t is not None
-        plan = table(self.path, t.solver, t.nfe, t.t_max, t.t_min, t.order, t.shift)
-        auto = guide.scale if guide and guide.trajectories else None
-        about = {
-            "shape": self.data.shape,
-            "classes": self.data.classes,
-            "path": f"{self.run.path}, sigma_data {self.run.sigma_data}" if self.run.path == "ve" else self.run.path,
-            "times": plan.times,
-            "solver": f"{t.solver} of order {t.order}, {plan.nfe} calls from {t.t_max} to {t.t_min}, shift {t.shift}",
-            "solver_xxh3_128": key_of(plan),
-            "guidance": f"autoguidance {auto}"
-            if auto
-            else f"classifier-free {t.guidance}"
-            if t.guidance != 1
-            else "none",
-        }
+        """What a stage's trajectories are, as `data.trajectories.check` compares it; "teacher" where it is at hand."""
+        about = rolled.meant(self.run, stage, self.data.shape, self.data.classes)
         with contextlib.suppress(ConfigError):
             about["teacher"] = self.identity(stage)
         return about
@@ -187,11 +169,7 @@ class Workspace:
         found: dict[str, dict] = {}
         cache = stages.cached(stage)
         if cache:
-            store = rolled.opened(cache)
-            wrong = rolled.differs(store.rolled, store.classes, self.trajectories(stage))
-            if wrong:
-                raise ConfigError(f"trajectories.cache: {cache} is of other trajectories: {wrong}")
-            found["trajectories.cache"] = {**store.facts, "teacher": store.rolled.teacher}
+            found["trajectories.cache"] = rolled.check(cache, self.trajectories(stage))
         for key, name in stages.called(stage).items():
             if "/" in name:
                 m = self.finished(name).manifest

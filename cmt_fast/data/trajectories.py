@@ -24,7 +24,9 @@ from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.latents import Index, Rolled, Store, read_index
 from cmt_fast.data.shards import Shards
 from cmt_fast.data.writing import Layout, Writer, key_of
-from cmt_fast.schema import Feed
+from cmt_fast.paths import Path as ForwardPath
+from cmt_fast.schema import Feed, Run, Stage
+from cmt_fast.solvers import table
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 
@@ -101,20 +103,41 @@ def reader(folder: str | Path, config: Feed, seed: int, stage: int, device: torc
     return Reader(store, made)
 
 
-def differs(found: Rolled, classes: int, wanted: dict[str, Any]) -> str:
-    """Why trajectories are not those that a recipe means: one phrase that begins with what differs; "" if they are.
-
-    wanted: "shape", "classes", "path", "solver", "solver_xxh3_128", "guidance", and "teacher" where it is at hand.
-    """
-    have = {"shape": tuple(found.shape), "classes": classes} | {
-        key: getattr(found, key) for key in ("path", "solver_xxh3_128", "guidance", "teacher")
+def meant(run: Run, stage: Stage, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
+    """What a recipe says of a stage's trajectories: all that they depend on but the teacher's weights."""
+    t, guide = stage.trajectories, stage.autoguidance
+    assert t is not None
+    plan = table(ForwardPath(run.path, run.sigma_data), t.solver, t.nfe, t.t_max, t.t_min, t.order, t.shift)
+    auto = guide.scale if guide and guide.trajectories else None
+    return {
+        "shape": shape,
+        "classes": classes,
+        "path": f"{run.path}, sigma_data {run.sigma_data}" if run.path == "ve" else run.path,
+        "times": plan.times,
+        "solver": f"{t.solver} of order {t.order}, {plan.nfe} calls from {t.t_max} to {t.t_min}, shift {t.shift}",
+        "solver_xxh3_128": key_of(plan),
+        "guidance": f"autoguidance {auto}" if auto else f"classifier-free {t.guidance}" if t.guidance != 1 else "none",
     }
-    for key, mine in have.items():
-        if key in wanted and mine != wanted[key]:
+
+
+def check(folder: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Raises ConfigError naming what differs between stored trajectories and what a recipe means, as of `meant`.
+
+    The "teacher" is compared where `wanted` has it. Returns the store's facts and its teacher, which a run keeps.
+    """
+    store = opened(folder)
+    found = store.rolled
+    have = {"shape": tuple(found.shape), "classes": store.classes}
+    have |= {key: getattr(found, key) for key in ("path", "solver_xxh3_128", "guidance", "teacher")}
+    for key, theirs in have.items():
+        if key in wanted and theirs != wanted[key]:
             name = key.removesuffix("_xxh3_128")
-            theirs, ours = (found.solver, wanted["solver"]) if name == "solver" else (mine, wanted[key])
-            return f"its {name} is {theirs}, this recipe's is {ours}"
-    return ""
+            ours = wanted[name]
+            theirs = found.solver if name == "solver" else theirs
+            raise ConfigError(
+                f"trajectories.cache: {folder} is of other trajectories: its {name} is {theirs}, this recipe's is {ours}"
+            )
+    return {**store.facts, "teacher": found.teacher}
 
 
 def _scales(r: Rolled, like: Tensor) -> Tensor:

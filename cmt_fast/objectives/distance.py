@@ -15,7 +15,8 @@ def distance(
 ) -> Tensor:
     """x, target: (B, ...), sample: (B,) global row ids or None -> (B,), gradient to x only.
 
-    kept: features of the target, read where they are this distance's. Raises ValueError for a distance of features without its network.
+    kept: features of the target, read where they are this distance's.
+    Raises ValueError for a distance of features without its network.
     """
     known = kept.features if kept and kept.distance == name else None
     if name in PERCEPTUAL:
