@@ -32,7 +32,9 @@ def add(command: Command) -> None:
     p.add_argument("--stage", choices=STAGES, default="mid", help="whose trajectories (default: mid)")
     p.add_argument("--from", dest="run", type=Path, metavar="RUN", help="where the teacher is (default: runs/NAME)")
     p.add_argument("--cache", type=Path, required=True, metavar="DIR", help="the store, a new folder")
-    p.add_argument("--n", type=int, required=True, help="trajectories")
+    p.add_argument(
+        "--n", "--count", type=int, required=True, help="trajectories (torchrun takes --n for its own: --count)"
+    )
     p.add_argument("--dtype", choices=tuple(trajectories.DTYPES), default="fp16")
     p.add_argument("--shard-rows", type=int, default=ROWS)
 

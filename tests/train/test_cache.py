@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +18,14 @@ from cmt_fast.config import ConfigError
 from cmt_fast.data import dali, opening, shards
 from cmt_fast.data import trajectories as rolled
 from cmt_fast.data.archives import DatasetError
-from cmt_fast.data.latents import read_index
-from cmt_fast.schema import Dali, Torch
+from cmt_fast.data.latents import read_index, write_index
+from cmt_fast.schema import Dali, Latents, Torch
 from cmt_fast.solvers import rollout
 from cmt_fast.trajectories import pool as pools
 from cmt_fast.workspace import Workspace
+from tests.train.stores import make_store
 from tests.train.test_rolling import stop_after_a_checkpoint
-from tests.train.tiny import NO_EVAL, SMALL, cmt, metrics, source_of, tiny
+from tests.train.tiny import NO_EVAL, SMALL, metrics, source_of, tiny
 
 CPU = torch.device("cpu")
 N = 96  # a pool's round is 32 x 4 / 4 = 32 trajectories
@@ -115,13 +119,9 @@ def test_writing_goes_on_shard_by_shard_and_ends_with_the_same_bytes(world: Path
 
 
 def test_two_processes_write_what_one_writes(world: Path, tmp_path: Path) -> None:
-    import os
-    import subprocess
-    import sys
-
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "cmt_fast"]
-    more = command(world, tmp_path / "store", "--dtype", "fp16", "--shard-rows", "40")
+    more = [a.replace("--n", "--count") for a in command(world, tmp_path / "store", "--shard-rows", "40")]
     done = subprocess.run([*run, *more], capture_output=True, text=True, env=env, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     for file in (world / "fp16").iterdir():
@@ -233,11 +233,7 @@ def test_other_shapes_and_folders_are_refused(world: Path, tmp_path: Path) -> No
         work = cached(world, tmp_path / "run", "nowhere")
         work.others(work.run.mid)
     with pytest.raises(DatasetError, match="holds trajectories; they are for a stage's trajectories.cache"):
-        from cmt_fast.schema import Latents
-
         opening.load(Latents(str(world / "fp16")))
-    from tests.train.stores import make_store
-
     make_store(tmp_path / "rows", 20)
     with pytest.raises(ConfigError, match="holds mean\\+std rows of data, no trajectories"):
         rolled.opened(tmp_path / "rows")
@@ -245,8 +241,6 @@ def test_other_shapes_and_folders_are_refused(world: Path, tmp_path: Path) -> No
 
 
 def test_an_index_that_lies_about_its_rows_is_refused(world: Path, tmp_path: Path) -> None:
-    from cmt_fast.data.latents import write_index
-
     shutil.copytree(world / "fp16", tmp_path / "store")
     body = json.loads((tmp_path / "store" / "index.json").read_text())
     del body["xxh3_128"]
@@ -269,12 +263,12 @@ def test_a_store_that_changed_since_the_stage_began_is_refused(world: Path, tmp_
         loop.train(work(), ["mid"])
 
 
-def test_the_command_says_what_it_cannot_write(world: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_it_cannot_write(world: Path, tmp_path: Path, capsys) -> None:
     for more, text in (
         (["--stage", "pre"], "cmt: --stage: pre of digits draws from no trajectories"),
         (["--n", "0"], "cmt: --n: 0 is not at least 1"),
         (["mid.teacher=null", "mid.trajectories.cache=x"], "cmt: teacher: is missing"),
     ):
-        out = cmt(*command(world, tmp_path / "store", *more), cwd=tmp_path)
-        assert out.returncode == 2 and out.stderr.strip() == text, out.stderr
+        assert main(command(world, tmp_path / "store", *more)) == 2
+        assert capsys.readouterr().err.strip() == text
     assert not (tmp_path / "store.part").exists()

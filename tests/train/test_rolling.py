@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from cmt_fast import checkpoint, distributed, loop, models, rng, teacher
 from cmt_fast.cli import main
 from cmt_fast.config import ConfigError
-from cmt_fast.models.fp8 import LARGEST, Fp8Linear, in_fp8, quantised, shared
 from cmt_fast.engine import LocalEngine
+from cmt_fast.models.fp8 import LARGEST, Fp8Linear, in_fp8, quantised, shared
 from cmt_fast.objectives import World
 from cmt_fast.objectives.cmt import cmt_cm
 from cmt_fast.paths import Path as ForwardPath
