@@ -1,9 +1,10 @@
-"""`python -m bench modes RECIPE`: mid- and post-training from the teacher's trajectories, paper mode, pool and cache.
+"""`python -m bench modes RECIPE`: mid-training from the teacher's trajectories in paper mode, in a pool and from a cache.
 
-Each seed has one pre-trained network and three students of it, at equal student images: `paper` rolls out batch // nfe
-trajectories every step and takes all points of each, `pool` is the recipe as it stands, and `cache` trains as `pool` from
-trajectories that were written to disk before, without a teacher. Quality is the run's own evaluation; seconds are those
-of training steps, rollouts in them, without evaluation. What is finished is not done again.
+Each seed has one pre-trained network and four students of it, at equal student images. `paper` rolls out batch // nfe
+trajectories every step and takes all points of each; `pool-all` takes all points too, of many trajectories shuffled, so
+the teacher works as much; `pool` is the recipe as it stands; `cache` trains as `pool` does, from trajectories that were
+written to disk before and without a teacher. Quality is the run's own evaluation; seconds are those of training steps,
+rollouts in them, without evaluation. What is finished is not done again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from cmt_fast.machine import environment
 from cmt_fast.schema import Run
 from cmt_fast.workspace import Workspace
 
-MODES = ("paper", "pool", "cache")
+MODES = ("paper", "pool-all", "pool", "cache")
 FIGURES = "figures-modes.json"
 
 
@@ -34,7 +35,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--pre", default=None, metavar="RUN", help="finished pre-training, {seed} in it; trained where missing"
     )
-    p.add_argument("--stages", default="mid,post")
+    p.add_argument("--stages", default="mid", help="in order (default: mid; mid,post takes three times as long)")
     p.add_argument("--out", type=Path, default=Path("runs/modes"))
     p.add_argument("--json", type=Path, help="default: bench/results/cpu/RECIPE-modes.json")
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(recipe: str, seed: int, out: Path, pre: str | None, names: list[str]) -> list[dict[str, Any]]:
-    """The three students of one seed, each trained or taken up where it stopped, and judged once."""
+    """The students of one seed, each trained or taken up where it stopped, and judged once."""
     plain = config.load(recipe, [f"seed={seed}"])
     parents = Path(pre.format(seed=seed)) if pre else out / "pre"
     if not pre:
@@ -85,8 +86,12 @@ def _run(recipe: str, seed: int, mode: str, names: list[str], folder: Path) -> R
     """The recipe with the trajectories of its stages as a mode has them."""
     change = [f"seed={seed}"]
     for name in names:
+        change.append(f"{name}.eval_every_nimg=null")  # judged once, at the end
         if mode == "paper":
             change.append(f"{name}.trajectories.mode=paper")
+        if mode == "pool-all":
+            t = config.load(recipe).stage(name).trajectories
+            change.append(f"{name}.trajectories.per_trajectory={t.nfe}")
         if mode == "cache":
             change += [f"{name}.teacher=null", f"{name}.trajectories.cache={folder}"]
     return config.load(recipe, change)
