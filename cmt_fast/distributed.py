@@ -147,7 +147,8 @@ def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
 def share_rows(x: Tensor) -> None:
     """x: (n, ...), of which each rank has made its own of equal parts, in rank order: all have all of it. In place."""
     if size() > 1:
-        dist.all_gather_into_tensor(x, x.chunk(size())[rank()].clone())
+        parts = list(x.chunk(size()))
+        dist.all_gather(parts, parts[rank()].clone())
 
 
 def agreed(write: Callable[[], object]) -> None:

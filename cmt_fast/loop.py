@@ -70,7 +70,7 @@ def train_stage(work: Workspace, name: str, asked: list[int]) -> None:
     log = Log(folder, engine.step_count, plan.total, name, distributed.rank() > 0, run.tensorboard)
     source = None
     try:
-        source = Source(work, name, stage, engine, found)
+        source = Source(work, name, stage, engine, found=found)
         if found is None and source.trajectories.get("errors"):
             log.row("trajectories", 1, stage.batch, source.trajectories)
         if stage.compile:

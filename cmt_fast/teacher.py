@@ -167,6 +167,15 @@ def missing(format: str, device: torch.device, asked: bool = False) -> str | Non
     return None
 
 
+def check(name: str, stage: Stage, device: torch.device) -> None:
+    """Raises ConfigError, before anything is trained, for a format that this device does not have."""
+    t = stage.trajectories
+    if t and not t.cache and t.precision not in ("stage", "auto"):
+        reason = missing(t.precision, device, asked=True)
+        if reason:
+            raise ConfigError(f"{name}.trajectories.precision: {t.precision!r} cannot be had: {reason}")
+
+
 @contextmanager
 def _tf32(allowed: bool):
     before = torch.backends.cuda.matmul.allow_tf32

@@ -9,7 +9,7 @@ from pathlib import Path
 import cmt_kernels
 import yaml
 
-from cmt_fast import config, distributed, loop, machine, metrics, report, search, stages
+from cmt_fast import config, distributed, loop, machine, metrics, report, search, stages, teacher
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
@@ -73,6 +73,7 @@ def train(args: argparse.Namespace) -> None:
     for name in names:  # what cannot be done is said before the first stage begins
         stages.passes(run, name, distributed.size())
         work.sizing(name)
+        teacher.check(name, run.stage(name), work.device)
     if any(ROWS[run.stage(name).objective.kind].draws == "data" for name in names):
         check_loader(run.loader, work.data)
     if args.dry_run:

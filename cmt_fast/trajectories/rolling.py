@@ -18,7 +18,7 @@ class Rolling:
     At most `batch` rows go at once. On a GPU one rollout is captured once and replayed: of the buffer itself where all
     rows go at once, else of a window that rows are copied through, whose last turn may hold rows of the turn before.
     Every rollout is a replay, the first too, so a run that is taken up again makes the same bits. What cannot be captured
-    is called, and one line says so.
+    is called, and one line says so. What a rollout allocates stays with its graph: `batch` bounds it.
     """
 
     def __init__(
