@@ -171,6 +171,10 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
         )
     if stage.trajectories and points:
         t = stage.trajectories
+        if t.cache and t.nfe == "auto":
+            raise ConfigError(
+                f"{name}.trajectories.nfe: 'auto' is chosen with the teacher, cached trajectories have theirs"
+            )
         _as_config_error(
             f"{name}.trajectories", lambda: table(Path(run.path), t.solver, t.nfe, t.t_max, t.t_min, t.order, t.shift)
         )
@@ -232,8 +236,8 @@ def _check_perceptual(name: str, stage: Stage, shape: tuple[int, ...]) -> None:
         raise ConfigError(f"{name}.objective.distance: 'lpips' needs {fit}, the data has the shape {shape}")
 
 
-def pool(run: Run, name: str, teacher, shape: tuple[int, ...], classes: int, device, **how) -> Pool:
-    """The trajectories of a stage; how: as of Pool. Raises ValueError where batch and trajectories do not divide."""
+def pool(run: Run, name: str, teacher, shape: tuple[int, ...], classes: int, device, **options) -> Pool:
+    """The trajectories of a stage; options: as of Pool. Raises ValueError where batch and trajectories do not divide."""
     stage = run.stage(name)
     assert stage is not None and stage.trajectories is not None
     return Pool(
@@ -246,7 +250,7 @@ def pool(run: Run, name: str, teacher, shape: tuple[int, ...], classes: int, dev
         run.seed,
         INDEX[name],
         device,
-        **how,
+        **options,
     )
 
 

@@ -47,6 +47,8 @@ def write(args: argparse.Namespace) -> None:
     stage = run.stage(args.stage)
     if stage is None or not stages.trajectory_rows(stage):
         raise ConfigError(f"--stage: {args.stage} of {run.name} draws from no trajectories")
+    if stage.trajectories.nfe == "auto":
+        raise ConfigError(f"{args.stage}.trajectories.nfe: 'auto' is chosen when a stage begins; name a number here")
     distributed.start(machine.device(run.device), run.timeout_s)
     work = ws.Workspace(run, args.run or Path("runs") / run.name)
     try:

@@ -182,7 +182,9 @@ def test_a_graph_of_a_rollout_gives_what_the_calls_give(precision: str, batch: i
             parts = zip(nodes[0].split(batch), labels.split(batch))
             wanted = torch.cat([rollout(held, ForwardPath("ve"), plan, x, y) for x, y in parts], dim=1)
         error = (nodes - wanted).norm() / wanted.norm()
-        assert error < (1e-6 if precision == "fp32" else 1e-2)  # the last part is a smaller batch
+        if batch == 64:
+            assert torch.equal(nodes, wanted)
+        assert error < (1e-4 if precision == "fp32" else 2e-2)  # the last part alone is a smaller batch
     assert rolled._replay is not None and not said
 
 
@@ -310,6 +312,9 @@ def test_formats_that_are_not_there(monkeypatch) -> None:
     assert teacher.missing("bf16", CPU) and teacher.missing("bf16", CPU, asked=True) is None
 
     stage = tiny("digits", "mid.trajectories.precision=fp8").mid
+    with pytest.raises(ConfigError, match="mid.trajectories.precision: 'fp8' cannot be had: a GPU has none"):
+        teacher.check("mid", stage, gpu)
+    teacher.check("mid", stage, CPU)
     sharded = Teacher("mid", stage, lambda name: lambda *a: a[0], ForwardPath("ve"), CPU)
     with pytest.raises(ConfigError, match="mid.trajectories.precision: 'fp8' cannot be had: the teacher is sharded"):
         sharded.choose(0, 1, (1, 8, 8), 10)
