@@ -42,23 +42,24 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, judge, print the table, write the JSON."""
+    name = Path(args.recipe).stem
     names, seeds = args.stages.split(","), [int(seed) for seed in args.seeds.split(",")]
     rows = []
     for seed in seeds:
-        rows += measure(args.recipe, seed, args.out / f"{args.recipe}-{seed}", args.pre, names)
+        rows += measure(args.recipe, seed, args.out / f"{name}-{seed}", args.pre, names)
     recipe = config.load(args.recipe)
     about = {
-        "recipe": args.recipe,
+        "recipe": name,
         "digest": config.digest(recipe),
         "commit": commit(),
         "date": date.today().isoformat(),
         "environment": environment(),
         "samples": recipe.eval.n,
-        "images": {name: recipe.stage(name).images_nimg for name in names},
+        "images": {n: recipe.stage(n).images_nimg for n in names},
         "rows": rows,
-        "summary": [summary(rows, mode, name) for name in names for mode in MODES],
+        "summary": [summary(rows, mode, n) for n in names for mode in MODES],
     }
-    path = args.json or Path("bench/results/cpu") / f"{args.recipe}-modes.json"
+    path = args.json or Path("bench/results/cpu") / f"{name}-modes.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about, indent=1) + "\n")
     for line in table(about["summary"]):

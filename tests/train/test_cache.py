@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from cmt_fast import checkpoint, loop
+from bench import modes
+from cmt_fast import checkpoint, config, loop
 from cmt_fast.cli import main
 from cmt_fast.config import ConfigError
 from cmt_fast.data import dali, opening, shards
@@ -272,3 +275,27 @@ def test_the_command_says_what_it_cannot_write(world: Path, tmp_path: Path, caps
         assert main(command(world, tmp_path / "store", *more)) == 2
         assert capsys.readouterr().err.strip() == text
     assert not (tmp_path / "store.part").exists()
+
+
+def test_the_bench_of_modes_trains_every_student_once(tmp_path: Path, capsys) -> None:
+    """Two students at the teacher's work of paper mode, two of the recipe's, one of these without a teacher; all resumable."""
+    recipe = tmp_path / "few.yaml"
+    run = tiny("digits", *FEW, "mid.trajectories.pool_steps=2", "eval.n=60", "mid.images_nimg=128")
+    recipe.write_text(yaml.safe_dump(config.dump(run)))
+    args = argparse.ArgumentParser()
+    modes.add_arguments(args)
+    given = args.parse_args(
+        [str(recipe), "--seeds", "0", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "j")]
+    )
+    assert modes.run(given) == 0
+    first = json.loads((tmp_path / "j").read_text())
+    rows = {row["mode"]: row for row in first["rows"]}
+    assert list(rows) == ["paper", "pool-all", "pool", "cache"] and all(r["nimg"] == 128 for r in rows.values())
+    assert len({row["ema"] for row in rows.values()}) == 4 and rows["cache"]["cache_trajectories"] == 32
+    assert [row["mode"] for row in first["summary"]] == list(rows) and first["images"] == {"mid": 128}
+    assert all(row["ms_per_image"]["mean"] > 0 and set(row["frechet"]) == {"1", "2"} for row in first["summary"])
+    others = checkpoint.complete(tmp_path / "out" / "few-0" / "cache" / "mid").manifest["others"]
+    assert list(others) == ["trajectories.cache"]
+    assert modes.run(given) == 0
+    assert json.loads((tmp_path / "j").read_text())["rows"] == first["rows"]
+    assert capsys.readouterr().out.count("ms an image") == 8
