@@ -7,6 +7,7 @@ trajectories.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from cmt_fast import distributed, machine
 from cmt_fast.config import ConfigError
-from cmt_fast.models.fp8 import in_fp8, shared
+from cmt_fast.models.fp8 import Fp8Linear, in_fp8, shared
 from cmt_fast.paths import Path
 from cmt_fast.rng import Random
 from cmt_fast.schema import Stage
@@ -88,8 +89,9 @@ class Teacher:
             if candidate == "fp32":
                 format = candidate
                 break
-            error = (ends(candidate) - exact).norm() / exact.norm()
-            errors[candidate] = max(e for (e,) in distributed.every_rank([float(error.nan_to_num(1e9))]))
+            error = float((ends(candidate) - exact).norm() / exact.norm())
+            error = error if math.isfinite(error) else 1e9
+            errors[candidate] = max(e for (e,) in distributed.every_rank([error]))
             if format == "auto" and errors[candidate] <= limit:
                 format = candidate
                 break
@@ -164,6 +166,12 @@ def missing(format: str, device: torch.device, asked: bool = False) -> str | Non
     least = (8, 9) if format == "fp8" else (8, 0)
     if torch.cuda.get_device_capability(device) < least:
         return f"{torch.cuda.get_device_name(device)} has none, compute capability {least[0]}.{least[1]} has"
+    if format == "fp8":
+        try:  # which of torch's versions multiplies rows of scales on which GPU is not written down anywhere
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                Fp8Linear(nn.Linear(16, 16).to(device))(torch.ones(16, 16, device=device))
+        except RuntimeError as error:
+            return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 
 
