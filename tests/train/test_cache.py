@@ -27,8 +27,7 @@ from cmt_fast.solvers import rollout
 from cmt_fast.trajectories import pool as pools
 from cmt_fast.workspace import Workspace
 from tests.train.stores import make_store
-from tests.train.test_rolling import stop_after_a_checkpoint
-from tests.train.tiny import NO_EVAL, SMALL, metrics, source_of, tiny
+from tests.train.tiny import NO_EVAL, SMALL, metrics, source_of, stop_after_a_checkpoint, tiny
 
 CPU = torch.device("cpu")
 N = 96  # a pool's round is 32 x 4 / 4 = 32 trajectories
