@@ -15,6 +15,7 @@ BENCHES = {
     "gates": "registers, spills and shared memory of every kernel, compiled without a GPU",
     "gpu": "all that a machine with a GPU is for, in parts",
     "loader": "rows a second of every loader, against what a training step takes",
+    "modes": "mid-training from trajectories in paper mode, in a pool and from a cache, over several seeds",
     "ops": "times of every op, backend and case",
     "predict": "what a GPU's ceilings allow each op: predicted, for machines without one",
     "report": "write the README's tables from bench/results",

@@ -190,7 +190,7 @@ def terms(run: Run, name: str, ideas: Ideas = OURS) -> list[Term]:
         if guide:
             out.append(Term("guide", "forward", calls, "guide of the teacher's step"))
     points, t = stages.trajectory_rows(stage), stage.trajectories
-    if points and t and not ideas.cached:
+    if points and t and not (ideas.cached or t.cache):
         nfe = t.calls
         each = trajectories.drawn(t, run.path, nfe // (2 if t.solver == "heun" else 1))
         rows = max(1, points * (1 if t.mode == "paper" else t.pool_steps) // each)

@@ -144,6 +144,13 @@ def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
+def share_rows(x: Tensor) -> None:
+    """x: (n, ...), of which each rank has made its own of equal parts, in rank order: all have all of it. In place."""
+    if size() > 1:
+        parts = list(x.chunk(size()))
+        dist.all_gather(parts, parts[rank()].clone())
+
+
 WRITER = "the process that writes could not write"
 
 

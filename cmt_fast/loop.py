@@ -83,6 +83,12 @@ def train_stage(
         if found:
             _load(engine, found)
             wall = dict(found.manifest["wall"])
+        log = Log(folder, engine.step_count, plan.total, name, not first, run.tensorboard)
+        ending.callback(log.close)
+        source = Source(work, name, stage, engine, meter, found)
+        ending.callback(source.close)
+        if found is None and source.trajectories.get("errors"):
+            log.row("trajectories", 1, stage.batch, source.trajectories)
         always = {  # what every checkpoint of the stage says alike
             "stage": name,
             "recipe": run.name,
@@ -90,11 +96,8 @@ def train_stage(
             "parent": lineage,
             "others": others,
             "engine": {"kind": run.engine, "stage": choice.stage, "processes": distributed.size()},
+            "trajectories": source.trajectories,
         }
-        log = Log(folder, engine.step_count, plan.total, name, not first, run.tensorboard)
-        ending.callback(log.close)
-        source = Source(work, name, stage, engine, meter)
-        ending.callback(source.close)
         if stage.compile:
             compiled.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         meter.lap("startup")

@@ -31,14 +31,18 @@ KIND = "cmt_fast latent features 1"
 
 
 class Distance:
-    """distance(x, target, random, sample) -> (B,), gradient to x only."""
+    """distance(x, target, random, sample) -> (B,), gradient to x only.
+
+    The features of a target that comes again may be given. Where both are augmented they cannot: each row draws its own
+    augmentation, so the same target is another image in every row.
+    """
 
     def __init__(self, net: Vgg, weights: list[Tensor] | None, augmented: bool) -> None:
         """weights: of the channels of each slice (C_i,), None for 1."""
         self.net, self.weights, self.augmented = net.eval().requires_grad_(False), weights, augmented
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Normalised features of each slice: what a target that comes again could keep. (B, C_i, H_i, W_i)."""
+        """Normalised features of each slice: what is kept of a target that comes again. (B, C_i, H_i, W_i)."""
         return [normalised(f) for f in self.net.slices(x.float())]
 
     def between(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
@@ -51,7 +55,13 @@ class Distance:
             total = total + squared.sum(1).mean((1, 2))
         return total
 
-    def __call__(self, x: Tensor, target: Tensor, random: Random, sample: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, target: Tensor, random: Random, sample: Tensor | None, known: list[Tensor] | None = None
+    ) -> Tensor:
+        """known: the target's features, where nothing is augmented."""
+        if known is not None:
+            assert not self.augmented, "an augmented target has features of its own in every row"
+            return self.between(self.features(x), known)
         if self.augmented:
             assert sample is not None, "the augmentation is drawn by row"
             x, target = augment(torch.cat((x.float(), target.float())), 2, random, sample).chunk(2)

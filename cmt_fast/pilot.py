@@ -30,7 +30,8 @@ from cmt_fast import engine as engines
 from cmt_fast.config import ConfigError
 from cmt_fast.schema import Stage
 from cmt_fast.solvers import sample_consistency, sample_jumps
-from cmt_fast.source import Source, teachers
+from cmt_fast.source import Source
+from cmt_fast.teacher import Teacher
 from cmt_fast.workspace import Workspace
 
 PILOT = 200  # steps of the shorter of the two miniatures, at most
@@ -96,8 +97,7 @@ def endpoints(
     """Rollouts of a stage's teacher, under its guidance."""
     stage = work.run.stage(name)
     assert stage is not None and stage.trajectories is not None
-    _, rolled = teachers(stage, work.network)
-    assert rolled is not None
+    rolled = Teacher(name, stage, work.network, work.path, work.device).net("fp32")
     t, data = stage.trajectories, work.data
     x, labels = tuning.starts(work.path, t, data.shape, data.classes, work.run.seed, work.device, count)
     return tuning.Endpoints(rolled, work.path, x, labels, t, advance)
@@ -158,7 +158,7 @@ def _epsilon(
         return {"value": value, "source": f"measured of {student}", "student": student}
     total = stages.schedule(stage).total
     short = max(1, min(PILOT, total // 8))
-    how = tuning.apply(stage.trajectories, sure.setting, sure.nfe)
+    how = dataclasses.replace(tuning.apply(stage.trajectories, sure.setting, sure.nfe), precision="fp32")
     errors, rows = [], 0
     for steps in (short, 2 * short):
         net = pilot(work, name, dataclasses.replace(stage, trajectories=how), steps)

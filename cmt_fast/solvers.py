@@ -163,17 +163,27 @@ def _on(device: torch.device, rows: tuple[tuple[float, ...], ...]) -> tuple[Tens
 
 
 @torch.no_grad()
-def rollout(net: Net, path: Path, plan: Table, x: Tensor, labels: Tensor | None = None, dense: bool = True) -> Tensor:
+def rollout(
+    net: Net,
+    path: Path,
+    plan: Table,
+    x: Tensor,
+    labels: Tensor | None = None,
+    dense: bool = True,
+    nodes: Tensor | None = None,
+) -> Tensor:
     """Integrate from x (B, ...) at plan.times[0]. Returns all nodes (N + 1, B, ...), or the last (B, ...) if not dense.
 
+    nodes: (N + 1, B, ...) to write them into, such as a part of a pool; x may be its first.
     A network that knows its own preconditioning (`raw`, `scalings`) is called on its scaled input, and guidance,
     preconditioning, update, the write into the trajectory and the next scaled input are one `solver_step`.
     """
     raw, scalings, scale = getattr(net, "raw", net), getattr(net, "scalings", None), getattr(net, "scale", 1.0)
     table = _coefficients(plan, path, scale, scalings)
-    nodes = x.new_empty((len(plan.times) if dense else 0, *x.shape))
+    if nodes is None:
+        nodes = x.new_empty((len(plan.times) if dense else 0, *x.shape))
     reached, history, x_in = 0, [], float(table[-1, -1]) * x  # c_in of the first call stands in the last row
-    if dense:
+    if dense and nodes[0].data_ptr() != x.data_ptr():
         nodes[0] = x
     on_device = _on(x.device, tuple(map(tuple, table.tolist())))
     for i, (row, coefficients) in enumerate(zip(plan.rows, on_device)):

@@ -3,66 +3,122 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 from cmt_kernels import dual
 from torch import Tensor
 
-from cmt_fast import distributed, perceptual, rng, stages, tuning
+from cmt_fast import checkpoint, distributed, log, perceptual, rng, stages, tuning
 from cmt_fast.accounting import Meter
-from cmt_fast.data import loader
+from cmt_fast.data import loader, trajectories
 from cmt_fast.engine import Engine
 from cmt_fast.objectives import ROWS, Batch, World
 from cmt_fast.objectives.distance import PERCEPTUAL
-from cmt_fast.schema import Stage
-from cmt_fast.solvers import Autoguided, Net, guided
+from cmt_fast.schema import CmtCm, Stage
+from cmt_fast.solvers import Autoguided, guided
+from cmt_fast.teacher import Teacher
+from cmt_fast.trajectories import Pool
 from cmt_fast.workspace import Workspace
-
-
-def teachers(stage: Stage, held: Callable[[str], Net]) -> tuple[Net | None, Net | None]:
-    """What takes a teacher's steps and what is rolled out, each under its own guidance; held: stage -> its network."""
-    if not stage.teacher:
-        return None, None
-    net, guide = held(stage.teacher), stage.autoguidance
-    weaker = Autoguided(net, held(guide.network), guide.scale) if guide else None
-    rolled = weaker if guide and guide.trajectories else None
-    if stage.trajectories:
-        rolled = rolled or guided(net, stage.trajectories.guidance)
-    return weaker or guided(net, stage.teacher_guidance), rolled
 
 
 class Source:
     """Where a stage's rows come from, and its loss: the objective on its rows plus the anchor on the others."""
 
-    def __init__(self, work: Workspace, name: str, stage: Stage, engine: Engine, meter: Meter | None = None) -> None:
-        """meter: is told what of a step's time goes to the teacher's rollouts, and to waiting for rows."""
+    def __init__(
+        self,
+        work: Workspace,
+        name: str,
+        stage: Stage,
+        engine: Engine,
+        meter: Meter | None = None,
+        found: checkpoint.Checkpoint | None = None,
+    ) -> None:
+        """meter: is told what of a step's time goes to the teacher's rollouts, and to waiting for rows.
+
+        found: the checkpoint that the stage goes on from.
+        """
+        if stages.trajectory_rows(stage):
+            assert stage.trajectories is not None
+            stage = dataclasses.replace(stage, trajectories=tuning.settled(work.folder / name, stage.trajectories))
         run, self.stage, self.work, self.index = work.run, stage, work, stages.INDEX[name]
         self.seed, self.path = run.seed, work.path
         self._within = meter.within if meter else lambda phase: contextlib.nullcontext()
         self.own, self.anchored = stages.rows(stage)
         self.total, self.passes = stages.schedule(stage).total, engine.passes
-        self.draws_data = ROWS[stage.objective.kind].draws == "data"
+        needs = ROWS[stage.objective.kind]
+        self.draws_data = needs.draws == "data"
         self.loader = loader(run.loader, work.data, run.seed, work.device, self.own) if self.draws_data else None
         self._step, self._rows = -1, (torch.empty(0), None)
-        held = lambda name: engine.frozen(work.network(name))
-        self.teacher, rolled = teachers(stage, held)
-        self.pool = None
-        if stages.trajectory_rows(stage):
-            assert stage.trajectories is not None
-            how = tuning.settled(work.folder / name, stage.trajectories)
-            self.pool = stages.pool(run, name, how, rolled, work.data.shape, work.data.classes, work.device)
+        held = functools.cache(lambda name: engine.frozen(work.network(name)))
+        self.teacher = None
+        if needs.teacher:
+            assert stage.teacher is not None
+            net, guide = held(stage.teacher), stage.autoguidance
+            self.teacher = Autoguided(net, held(guide.network), guide.scale) if guide else None
+            self.teacher = self.teacher or guided(net, stage.teacher_guidance)
         wanted = stage.distances()
         self.features = getattr(work.space, "differentiable", None) if "features" in wanted else None
         named = sorted(wanted & set(PERCEPTUAL))
         self.perceptual = perceptual.load(stage.perceptual, named[0], work.data.shape, work.device) if named else None
         if named == ["latent_lpips"]:
             perceptual.check_rows(stage.perceptual, work.rows()["normalisation"])
+        self.pool, self.trajectories = None, {}
+        if stages.trajectory_rows(stage):
+            self.pool = self._cached(name) if stages.cached(stage) else self._rolled(name, held, found)
+            self.pool.keep = self._kept()
+
+    def _cached(self, name: str) -> Pool:
+        """Points of trajectories that are on disk: no teacher is there."""
+        work, run = self.work, self.work.run
+        pool = stages.pool(run, name, self.stage.trajectories, None, work.data.shape, work.data.classes, work.device)
+        folder = stages.cached(self.stage)
+        assert folder
+        pool.stock = trajectories.reader(folder, run.loader, run.seed, self.index, work.device, pool.count)
+        return pool
+
+    def _rolled(self, name: str, held: Callable, found: checkpoint.Checkpoint | None) -> Pool:
+        """Points of trajectories that the teacher makes, in the format that the stage began with."""
+        work, shape, classes = self.work, self.work.data.shape, self.work.data.classes
+        teacher = Teacher(name, self.stage, held, self.path, work.device)
+        if found:  # a checkpoint that says nothing is of a version that knew fp32 and tf32 alone
+            before = {"precision": "tf32" if self.stage.precision == "tf32" else "fp32"}
+            self.trajectories = found.manifest.get("trajectories") or before
+            teacher.check(self.trajectories)
+        else:
+            self.trajectories = teacher.choose(self.seed, self.index, shape, classes)
+            if distributed.rank() == 0:
+                for line in teacher.lines(self.trajectories):
+                    log.say(f"{name:>8} {line}")
+        format, graph = self.trajectories["precision"], not teacher.sharded
+        if not graph and work.device.type == "cuda" and distributed.rank() == 0:
+            log.say(f"{name:>8} no CUDA graph of rollouts: the teacher is sharded over processes")
+        how = {"computing": teacher.computing(format), "graph": graph}
+        return stages.pool(
+            work.run, name, self.stage.trajectories, teacher.net(format), shape, classes, work.device, **how
+        )
+
+    def _kept(self) -> tuple[str, Callable] | None:
+        """The distance whose features of endpoints are computed once a trajectory, and what computes them.
+
+        Not where both images are augmented: every row draws its own augmentation.
+        """
+        kinds = [o for o in (self.stage.objective, self.stage.anchor and self.stage.anchor.objective) if o]
+        named = {o.distance for o in kinds if isinstance(o, CmtCm)}
+        if "features" in named and self.features:
+            features = self.features
+            return "features", lambda x: [features(x)]
+        if self.perceptual and not self.perceptual.augmented and named & set(PERCEPTUAL):
+            return min(named & set(PERCEPTUAL)), self.perceptual.features
+        return None
 
     def close(self) -> None:
         """End what reads in the background."""
-        if self.loader:
-            self.loader.close()
+        for part in (self.loader, self.pool):
+            if part:
+                part.close()
 
     def loss(self, engine: Engine, step: int, part: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to differentiate in pass `part` of a step, averaged over its rows, and the scalars to log."""

@@ -99,6 +99,17 @@ def trajectory_rows(stage: Stage) -> int:
     return anchored + (own if ROWS[stage.objective.kind].draws == "trajectories" else 0)
 
 
+def cached(stage: Stage) -> str | None:
+    """The folder that a stage's trajectories come from, None where it rolls them out or has none."""
+    return stage.trajectories.cache if stage.trajectories and trajectory_rows(stage) else None
+
+
+def called(stage: Stage) -> dict[str, str]:
+    """As `Stage.networks`, without those that only cached trajectories were made by: what must be at hand."""
+    steps = ROWS[stage.objective.kind].teacher or not cached(stage)
+    return {key: name for key, name in stage.networks().items() if key == "start" or steps}
+
+
 def names(run: Run) -> list[str]:
     """The stages a run has, in order."""
     return [name for name in STAGES if run.stage(name) is not None]
@@ -142,7 +153,7 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
         raise ConfigError(
             f"{name}.trajectories: is missing, {' and '.join(k for _, k in kinds)} draw from the teacher's trajectories"
         )
-    if (points or needs.teacher) and not stage.teacher:
+    if ((points and not cached(stage)) or needs.teacher) and not stage.teacher:
         raise ConfigError(f"{name}.teacher: is missing; it names the stage whose network is the teacher")
     if not rows(stage)[0] or (stage.anchor and not rows(stage)[1]):
         raise ConfigError(
@@ -162,6 +173,10 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
         )
     if stage.trajectories and points:
         t = stage.trajectories
+        if t.cache and t.nfe == "auto":
+            raise ConfigError(
+                f"{name}.trajectories.nfe: 'auto' is chosen with the teacher, cached trajectories have theirs"
+            )
         _as_config_error(
             f"{name}.trajectories", lambda: table(Path(run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift)
         )
@@ -229,12 +244,17 @@ def _check_perceptual(name: str, stage: Stage, shape: tuple[int, ...]) -> None:
         raise ConfigError(f"{name}.objective.distance: 'lpips' needs {fit}, the data has the shape {shape}")
 
 
-def pool(run: Run, name: str, how: Trajectories, teacher, shape: tuple[int, ...], classes: int, device) -> Pool:
-    """The trajectories of a stage, rolled out as `how` says. Raises ValueError where batch and trajectories do not divide."""
+def pool(
+    run: Run, name: str, how: Trajectories, teacher, shape: tuple[int, ...], classes: int, device, **options
+) -> Pool:
+    """The trajectories of a stage, rolled out as `how` says; options: as of Pool.
+
+    Raises ValueError where batch and trajectories do not divide.
+    """
     stage = run.stage(name)
     assert stage is not None
     path, rows = Path(run.path, run.sigma_data), trajectory_rows(stage)
-    return Pool(teacher, path, how, shape, classes, rows, run.seed, INDEX[name], device)
+    return Pool(teacher, path, how, shape, classes, rows, run.seed, INDEX[name], device, **options)
 
 
 def candidates(

@@ -42,7 +42,7 @@ def draw_grid(work: Workspace, net, name: str, step: int) -> None:
     rows = [(f"{k} step{'s' * (k > 1)}", work.setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
     stage = run.stage(name)
     before = "pre" if checkpoint.steps(work.stage_dir("pre")) else None
-    named = stage.teacher or before if name != "pre" else None
+    named = (stage.teacher or before) if name != "pre" and not stages.cached(stage) else None  # no teacher for a cache
     if named or name == "pre":
         teacher, title = (work.network(named), "teacher") if named else (net, "solver")
         drawn = work.setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)

@@ -32,6 +32,7 @@ from cmt_fast import (
 from cmt_fast import data as datasets
 from cmt_fast.codec import Codec
 from cmt_fast.config import ConfigError
+from cmt_fast.data import trajectories as rolled
 from cmt_fast.data.latents import Index
 from cmt_fast.engine import load_named
 from cmt_fast.paths import Path as ForwardPath
@@ -140,13 +141,33 @@ class Workspace:
         std = torch.tensor([n.scale * a / b for a, b in zip(index.std, n.std)])[:channels].view(-1, 1, 1)
         return x[:, :channels] / (3 * std), f"latents, {channels} of {x.shape[1]}"
 
+    def identity(self, stage: Stage) -> str:
+        """Checksums of the weights that a stage's trajectories depend on, the guide's too. Raises ConfigError as `finished`."""
+        guide = stage.autoguidance
+        named = [stage.teacher, guide.network] if guide and guide.trajectories else [stage.teacher]
+        if not stage.teacher:
+            raise ConfigError("teacher: is missing")
+        manifests = [self.finished(name).manifest for name in named if name]
+        return " + ".join(m["files"]["ema-0.safetensors"]["xxh3_128"] for m in manifests)
+
+    def trajectories(self, stage: Stage) -> dict:
+        """What a stage's trajectories are, as `data.trajectories.check` compares it; "teacher" where it is at hand."""
+        about = rolled.meant(self.run, stage, self.data.shape, self.data.classes)
+        with contextlib.suppress(ConfigError):
+            about["teacher"] = self.identity(stage)
+        return about
+
     def others(self, stage: Stage) -> dict[str, dict]:
-        """What a stage reads outside this run, by key, with checksums: networks of other runs, the perceptual network's.
+        """What a stage reads outside this run, by key, with checksums: networks of other runs, cached trajectories, the
+        perceptual network's.
 
         Raises ConfigError for what is not there or does not fit.
         """
         found: dict[str, dict] = {}
-        for key, name in stage.networks().items():
+        cache = stages.cached(stage)
+        if cache:
+            found["trajectories.cache"] = rolled.check(cache, self.trajectories(stage))
+        for key, name in stages.called(stage).items():
             if "/" in name:
                 m = self.finished(name).manifest
                 found[key] = {"stage": name, "config": m["config"], "ema": m["files"]["ema-0.safetensors"]["xxh3_128"]}
@@ -167,7 +188,7 @@ class Workspace:
         """
         run, stage = self.run, self.run.stage(name)
         assert stage is not None
-        held = {name for key, name in stage.networks().items() if key != "start"}  # teacher and guide, of any size
+        held = {name for key, name in stages.called(stage).items() if key != "start"}  # teacher and guide, of any size
         teacher = sum(self._parameters(stored_run(Path(n).parent)) if "/" in n else self.parameters for n in held)
         bf16, tracks, processes = stage.precision == "bf16", len(stage.ema), distributed.size()
         memory = engine.sizing.memory_bytes(self.device)

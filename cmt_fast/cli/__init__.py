@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from cmt_fast import __version__, checkpoint, config, distributed, loop
-from cmt_fast.cli import about, ckpt, data, estimate, evaluate, features, judge, train, tune
+from cmt_fast.cli import about, ckpt, data, estimate, evaluate, features, judge, train, trajectories, tune
 from cmt_fast.cli.parser import Parser
 from cmt_fast.compiled import CompileError
 from cmt_fast.config import ConfigError
@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(call=call)
         return p
 
-    for module in (train, estimate, tune, features, judge, evaluate, ckpt, data, about):
+    for module in (train, estimate, tune, trajectories, features, judge, evaluate, ckpt, data, about):
         module.add(command)
     return root
 

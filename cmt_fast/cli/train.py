@@ -22,12 +22,14 @@ from cmt_fast import (
     report,
     search,
     stages,
+    teacher,
     tuning,
 )
 from cmt_fast import workspace as ws
 from cmt_fast.cli.parser import Command
 from cmt_fast.config import ConfigError
 from cmt_fast.data import check_loader
+from cmt_fast.objectives import ROWS
 from cmt_fast.schema import STAGES
 
 
@@ -86,14 +88,16 @@ def train(args: argparse.Namespace) -> None:
     names = [name for name in have if name in names]
     for i, name in enumerate(names):
         stage = run.stage(name)
-        for parent in stage.networks().values():
+        for parent in stages.called(stage).values():
             if "/" not in parent and parent not in names[:i]:
                 work.weights(parent)
         work.others(stage)
     for name in names:  # what cannot be done is said before the first stage begins
         stages.passes(run, name, distributed.size())
         work.sizing(name)
-    check_loader(run.loader, work.data)
+        teacher.check(name, run.stage(name), work.device)
+    if any(ROWS[run.stage(name).objective.kind].draws == "data" for name in names):
+        check_loader(run.loader, work.data)
     if args.dry_run:
         return _dry_run(work, names) if distributed.rank() == 0 else None
     metrics.check_files(run.eval)

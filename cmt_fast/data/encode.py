@@ -109,8 +109,7 @@ def encode(
     mine = range(rank, len(work), distributed.size())
     done, total = 0, sum(len(work[k][0]) for k in mine)
     with contextlib.ExitStack() as held:
-        lock = lambda: None if distributed.rank() else held.enter_context(writer.lock())  # the first, for all
-        distributed.agreed(lock, DatasetError, f"{writer.out}: is being written by another process")
+        held.enter_context(writer.lock_together())
         pool = held.enter_context(ThreadPoolExecutor(workers, "images"))
         for k in mine:
             chunk, mirror = work[k]

@@ -46,10 +46,31 @@ class Shard:
 
 
 @schema
+class Rolled:
+    """What the rows of a store of trajectories are, and all that they depend on (data/trajectories.py).
+
+    shape: of one node; times: of the nodes; spread: nodes are stored times 1/sqrt(spread^2 + t^2), 0 as they are. The rest
+    says which trajectories these are: `teacher` is of weights and architecture, `solver` of the table of coefficients.
+    """
+
+    shape: Annotated[tuple[Side, ...], Field(min_length=1, max_length=3)]
+    times: Annotated[tuple[float, ...], Field(min_length=2, max_length=100_000)]
+    spread: Annotated[float, Field(ge=0, le=1e6)]
+    path: str
+    teacher: str
+    solver: str
+    solver_xxh3_128: str
+    guidance: str
+    precision: str
+    seed: Natural
+
+
+@schema
 class Index:
     """index.json. shape: of a stored row (C or 2 C, h, w); flips: the second half are the first half's mirror images.
 
     mean, std: of the latents over the data, channel by channel, before normalisation; files: xxh3_128 by name.
+    trajectories: what they are where rows are those of a teacher, and no data.
     """
 
     format: Literal[1]
@@ -68,6 +89,7 @@ class Index:
     source: str
     shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
     files: dict[Literal["labels.npy", "checksums.npy"], str]
+    trajectories: Rolled | None = None
 
     @property
     def channels(self) -> int:
@@ -287,6 +309,9 @@ def _contradiction(index: Index) -> str:
         return f"mean, std: need {index.channels} numbers each"
     if index.class_names and len(index.class_names) != index.classes:
         return f"class_names: {len(index.class_names)} names for {index.classes} classes"
+    r = index.trajectories
+    if r and (index.kind != "mean" or math.prod(index.shape) != len(r.times) * math.prod(r.shape)):
+        return f"trajectories: {len(r.times)} nodes of {r.shape} are no rows of {index.shape}"
     return ""
 
 
@@ -297,6 +322,8 @@ def write_index(folder: Path, facts: dict[str, Any]) -> None:
     if wrong:
         raise DatasetError(f"{folder}: {wrong}")
     body = TypeAdapter(Index).dump_python(index, mode="json")
+    if index.trajectories is None:
+        del body["trajectories"]  # as every store of data has it
     body["xxh3_128"] = xxhash.xxh3_128_hexdigest(checkpoint.canonical(body))
     checkpoint.write_text(folder / INDEX, json.dumps(body, indent=1, sort_keys=True) + "\n")
 

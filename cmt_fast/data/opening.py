@@ -25,6 +25,8 @@ def load(config: Latents) -> Store:
     if not Path(config.path).is_dir():
         raise DatasetError(f"data.path: {config.path!r} is no folder")
     store = opened(Path(config.path), config.flip)
+    if store.index.trajectories:
+        raise DatasetError(f"data.path: {config.path} holds trajectories; they are for a stage's trajectories.cache")
     wanted = config.expects
     if wanted and store.shape != wanted.shape:
         raise DatasetError(f"data.expects.shape: {config.path} holds rows of {store.shape}, not {wanted.shape}")

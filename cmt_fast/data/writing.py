@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from cmt_fast import checkpoint
+from cmt_fast import checkpoint, distributed
 from cmt_fast.data import latents
 from cmt_fast.data.archives import DatasetError
 
@@ -60,6 +60,14 @@ class Writer:
             raise DatasetError(f"{self.out}: is being written by another process") from None
         finally:
             os.close(handle)
+
+    @contextlib.contextmanager
+    def lock_together(self) -> Iterator[None]:
+        """The first process locks for all; all raise DatasetError when it cannot."""
+        with contextlib.ExitStack() as held:
+            lock = lambda: None if distributed.rank() else held.enter_context(self.lock())
+            distributed.agreed(lock, DatasetError, f"{self.out}: is being written by another process")
+            yield
 
     def abandon(self) -> None:
         """Remove what is half made."""

@@ -133,9 +133,10 @@ class ZeroEngine:
             return net
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
         _no_scalars(net)
-        sharded, *_ = _deepspeed(self.device).initialize(model=net, config=config)
+        outer = _Autocast(net, self.device, False)
+        sharded, *_ = _deepspeed(self.device).initialize(model=outer, config=config)
         sharded.module.eval()
-        return lambda *arguments: sharded(*arguments)  # nothing but its forward: that is where it gathers
+        return Sharded(sharded, outer)
 
     def state(self) -> dict[str, Mapping[str, Tensor]]:
         """Everything a restart needs, file name -> full tensors by name, gathered one by one as they are asked for."""
@@ -273,6 +274,24 @@ class _Autocast(nn.Module):
     def forward(self, *args: Any) -> Any:
         with torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16):
             return self.calls[0](*args)
+
+
+class Sharded:
+    """A frozen network sharded over ranks: nothing but its forward, which is where it gathers."""
+
+    def __init__(self, engine: Any, outer: _Autocast) -> None:
+        self.engine, self.outer = engine, outer
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.engine(*arguments)
+
+    def in_bf16(self, *arguments: Any) -> Any:
+        """The same forward under autocast, which DeepSpeed would switch off if it were entered outside."""
+        self.outer.bf16 = True
+        try:
+            return self.engine(*arguments)
+        finally:
+            self.outer.bf16 = False
 
 
 def _no_scalars(net: nn.Module) -> None:

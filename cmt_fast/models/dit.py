@@ -20,6 +20,8 @@ SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024,
 class Block(nn.Module):
     """x: (B, T, D), c: (B, D) already through silu -> (B, T, D)."""
 
+    fp8 = ("qkv", "proj", "fc1", "fc2")  # what a frozen network may multiply in fp8
+
     def __init__(self, width: int, heads: int, normed: bool, mlp: str = "gelu", norm: str = "layer") -> None:
         super().__init__()
         self.heads, self.gated = heads, mlp == "swiglu"

@@ -13,6 +13,8 @@ from cmt_fast.models.layers import LabelEmbedder, Linear, TimeEmbedder
 class Mlp(nn.Module):
     """F(x, t, r, labels): x (B, D), t, r (B,) -> (B, D). Its blocks are the DiT's feed-forward half on one token."""
 
+    fp8 = ("fc1", "fc2")  # what a frozen network may multiply in fp8
+
     def __init__(self, dim: int, classes: int, *, width: int, depth: int, two_times: bool = False) -> None:
         super().__init__()
         self.embed = Linear(dim, width)

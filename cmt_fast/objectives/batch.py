@@ -20,11 +20,18 @@ class Batch(NamedTuple):
     drop: Tensor | None
 
 
+class Kept(NamedTuple):
+    """Features of images that come again, of which the distance is one. features: each (B, ...)."""
+
+    distance: str
+    features: list[Tensor]
+
+
 class Points(NamedTuple):
     """Points of teacher trajectories: state x at time t, and state x_r at the later node's own time r (r < t).
 
     x, x_r: (B, ...); t, r: (B,); labels: (B,) | None; drop: (B,) bool | None; sample: (B,) global row ids | None. For
-    consistency models r is the endpoint.
+    consistency models r is the endpoint. kept: the features of x_r, where they were computed once a trajectory.
     """
 
     x: Tensor
@@ -34,12 +41,13 @@ class Points(NamedTuple):
     labels: Tensor | None
     drop: Tensor | None
     sample: Tensor | None = None
+    kept: Kept | None = None
 
 
 class World(NamedTuple):
     """path; random numbers of this step; teacher (guided, frozen) or None; progress in [0, 1); features for distances.
 
-    nimg: student images seen before this step; perceptual: (x, target, random, sample (B,)) -> (B,).
+    nimg: student images seen before this step; perceptual: (x, target, random, sample (B,), features of target) -> (B,).
     """
 
     path: Path
@@ -48,4 +56,4 @@ class World(NamedTuple):
     progress: float = 0.0
     features: Callable[[Tensor], Tensor] | None = None
     nimg: int = 0
-    perceptual: Callable[[Tensor, Tensor, Random, Tensor | None], Tensor] | None = None
+    perceptual: Callable[[Tensor, Tensor, Random, Tensor | None, list[Tensor] | None], Tensor] | None = None

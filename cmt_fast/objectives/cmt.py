@@ -10,9 +10,12 @@ from cmt_fast.schema import CmtCm, CmtMf
 
 
 def cmt_cm(net, points: Points, config: CmtCm, world: World) -> tuple[Tensor, dict[str, Tensor]]:
-    """CMT for consistency models: d(f(x_t, t), x_end), over the solver's nodes, weight 1, no stop-grad. Returns (B,)."""
+    """CMT for consistency models: d(f(x_t, t), x_end), over the solver's nodes, weight 1, no stop-grad. Returns (B,).
+
+    A distance of features takes the endpoint's from the points where they have them.
+    """
     f = net(points.x, points.t, None, points.labels, points.drop)
-    loss = distance(f, points.x_r, config.distance, config.c, world, points.sample)
+    loss = distance(f, points.x_r, config.distance, config.c, world, points.sample, points.kept)
     return loss, {"mse": (f.detach() - points.x_r).square().flatten(1).mean(1)}
 
 

@@ -19,6 +19,9 @@ class Trajectories:
     `per_trajectory`: points (consistency models, at most all) or pairs (flow maps) drawn from each in mode pool.
     `nfe`: network calls of a rollout; `auto`: the cheapest solver, order, shift and nfe whose measured error stays below
     the student's own are chosen when the stage begins (`cmt tune-teacher` shows the table), whatever stands here.
+    `precision`: of the teacher in rollouts, by default the stage's own. Below fp32 the error of a few endpoints is measured
+    first; `auto` takes the cheapest format within `precision_limit`, their relative L2, a named one beyond it is refused.
+    `cache`: a folder that `cmt trajectories` wrote; then nothing is rolled out and no teacher is loaded for it.
     """
 
     solver: Literal["dpmpp", "euler", "heun", "jump"] = "dpmpp"
@@ -32,6 +35,9 @@ class Trajectories:
     per_trajectory: Count = 16
     pool_steps: Count = 16
     rollout_batch: Count = 1024
+    precision: Literal["stage", "auto", "fp32", "tf32", "bf16", "fp8"] = "stage"
+    precision_limit: Positive = 0.02
+    cache: str | None = None
 
     @property
     def calls(self) -> int:

@@ -41,7 +41,7 @@ def head(work: Workspace, stands: dict[str, Stand], judged: dict[str, Judged]) -
     first = f"pre-trained as a diffusion model ({kinds['pre']}, path {run.path})" if run.pre else f"on path {run.path}"
     what = (
         f"A network ({run.model.kind}, {work.parameters:,} parameters) for {DATA[run.data.kind]} ({work.data.n:,} of "
-        f"{shape}): {first}, mid-trained ({kinds['mid']}, teacher {run.mid.teacher}) "
+        f"{shape}): {first}, mid-trained ({kinds['mid']}, teacher {run.mid.teacher or 'cached'}) "
         f"and post-trained ({kinds['post']}) into a generator of {' or '.join(map(str, run.eval.steps))} steps"
     )
     if run.control:

@@ -179,15 +179,16 @@ def test_trajectories_do_not_depend_on_the_world(monkeypatch) -> None:
     torch.testing.assert_close(draw(pool(32, pool_steps=4, rollout_batch=3), 6).x, alone.x)
     shards: dict[tuple, Tensor] = {}
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    for turn in range(2):  # first each rank leaves its shards, then each finds the other's
+    for turn in range(2):  # first each rank leaves its shares, then each finds the other's
         for me in range(2):
+            calls = iter(range(99))  # every node, then the labels
             monkeypatch.setattr(distributed, "rank", lambda me=me: me)
 
-            def gather(x: Tensor, dim: int = 0, me: int = me) -> Tensor:
-                shards[dim, me] = x
-                return torch.cat([shards.get((dim, other), x) for other in range(2)], dim)
+            def share(x: Tensor, me: int = me, calls=calls) -> None:
+                shards[k := next(calls), me] = x.chunk(2)[me].clone()
+                x.copy_(torch.cat([shards.get((k, other), shards[k, me]) for other in range(2)]))
 
-            monkeypatch.setattr(distributed, "gather_rows", gather)
+            monkeypatch.setattr(distributed, "share_rows", share)
             points = draw(pool(32, pool_steps=4), 6)
             if turn:
                 assert torch.equal(points.x, alone.x) and torch.equal(points.labels, alone.labels)

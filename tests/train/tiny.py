@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cmt_fast import config
+import pytest
+
+from cmt_fast import checkpoint, config, loop
 from cmt_fast.engine import LocalEngine
 from cmt_fast.schema import Run, Stage
 from cmt_fast.source import Source
@@ -58,3 +60,19 @@ def source_of(work: Workspace, name: str, stage: Stage | None = None) -> Source:
     """Rows and loss of a stage (the run's own, unless another is given), under a local engine."""
     stage = stage or work.run.stage(name)
     return Source(work, name, stage, LocalEngine(work.build(), stage, work.device))
+
+
+def stop_after_a_checkpoint(work: Workspace) -> None:
+    """Train until the second checkpoint would be written."""
+    whole, written = checkpoint.save, []
+
+    def save(*arguments, **more):
+        if written:
+            raise KeyboardInterrupt
+        written.append(1)
+        return whole(*arguments, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(work, ["mid"])

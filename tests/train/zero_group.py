@@ -48,6 +48,7 @@ def variants(folder: Path) -> dict[str, list[float]]:
         job(f"passes-{stage}", "denoise", Setting(stage, 2), "pre.micro_batch=4")
         job(f"bf16-{stage}", "meanflow", Setting(stage, 2), "control.precision=bf16")
     job("sharded", "cmt", Setting(3, 2), "zero_teacher=sharded")
+    job("sharded-bf16", "cmt", Setting(3, 2), "zero_teacher=sharded", "mid.trajectories.precision=bf16")
     job("recomputed", "meanflow", Setting(3, 2), "model.checkpoint_activations=true")
     launch(2, do(jobs), folder)
     return {name: losses(path) for name, path in out.items()}
