@@ -16,10 +16,12 @@ BENCHES = {
     "gpu": "all that a machine with a GPU is for, in parts",
     "loader": "rows a second of every loader, against what a training step takes",
     "ops": "times of every op, backend and case",
-    "predict": "what a GPU's ceilings allow each op: predicted, for machines without one",
+    "pipeline": "what the trainer loses around its steps",
+    "predict": "what a GPU's ceilings allow each op and step: predicted, for machines without one",
     "report": "write the README's tables from bench/results",
     "seeds": "a recipe over several seeds",
-    "step": "whole training steps, eager and compiled",
+    "step": "whole training steps, eager and compiled, beside the published codes' way",
+    "trajectories": "teacher rollouts, by how many run at once",
     "zero": "loss curves and checkpoints of every ZeRO stage beside the local engine's, on CPU processes",
 }
 

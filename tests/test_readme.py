@@ -32,5 +32,7 @@ def test_the_file_tree_names_files_that_are_there():
 def test_tables_are_generated_not_typed():
     for mark in re.findall(r"<!-- table: ([\w-]+) -->", TEXT):
         kind, _, recipe = mark.partition("-")
-        name = {"predicted": "predicted/ops"}.get(mark, "cpu/" + (f"{recipe}-{kind}" if recipe else kind))
+        name = {"predicted": "predicted/ops", "predicted-steps": "predicted/steps"}.get(
+            mark, "cpu/" + (f"{recipe}-{kind}" if recipe else kind)
+        )
         assert (ROOT / "bench" / "results" / f"{name}.json").is_file(), mark
