@@ -5,9 +5,9 @@ out over its steps. All steps of one objective take turns, and a ratio is taken 
 per image. Mid-training draws as many points from a trajectory as it cost network calls, so that both pay one teacher forward a
 row; a row with the recipe's own number of points stands beside it. "Shipped" is the fastest of ours whose precision is safe.
 
-Images a second and a GPU-hour, MFU over a matmul measured in this run and, in bf16, over the datasheet's figure; peak memory;
-bytes saved for backward; on a GPU the host's time to issue a step. FLOPs are those the algorithm needs once: a matmul is 2 a
-multiply-add, backward twice the forward, tangents and no-grad forwards at what they cost, recomputation not counted.
+Images a second and a GPU-hour; MFU over a matmul that takes its turn with the steps and, in bf16, over the datasheet's figure;
+peak memory; bytes saved for backward; on a GPU the host's time to issue a step. FLOPs are those the algorithm needs once: a
+matmul is 2 a multiply-add, backward twice the forward, tangents and no-grad forwards at what they cost, recomputation not counted.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from cmt_kernels import table
 
-from bench import about, interleave, peer, predict, quantiles, runs, save
+from bench import about, peer, predict, quantiles, runs, save
 from bench.networks import MEANFLOW, saved_bytes
 from cmt_fast import compiled
 from cmt_fast.objectives.meanflow import tangent_rows
 
 DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the SXM cards
 DEFAULT = {"cpu": ("digits", "w384d6t64"), "cuda": ("XL256", "XL1024", "L256", "B256", "B1024")}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RARELY = 4  # of so many turns, one for a round of trajectories and for what is slow and known to lose
 
 
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="rows of a step; default 64, 16 at 1024 tokens and of w384d6t64")
     parser.add_argument(
         "--objective", choices=runs.OBJECTIVES, action="append", help="default all; on a CPU without ECT and ECD"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="of all; where one objective's share is short, fewer turns and nothing compiled; default 5.5 on a CPU",
     )
     parser.add_argument("--seconds", type=float, help="of one objective's turns, at least 5 of them; default 20 or 5")
     parser.add_argument(
@@ -139,8 +145,13 @@ def ways(name: str, m: runs.Model, arguments: argparse.Namespace) -> list[tuple[
     return out
 
 
-def contenders(name: str, m: runs.Model, arguments: argparse.Namespace) -> Iterator[Contender | dict[str, Any]]:
-    """Everything that takes turns, ready to be timed; a dict in place of what cannot run."""
+def contenders(
+    name: str, m: runs.Model, arguments: argparse.Namespace, compiling: list[float], share_s: float
+) -> Iterator[Contender | dict[str, Any]]:
+    """Everything that takes turns, ready to be timed; a dict in place of what cannot run.
+
+    compiling: seconds that compilations have taken so far; one that would take most of `share_s` is left out, and said.
+    """
     device = arguments.device
     work = runs.workspace(name, m, device)
     work.network("teacher")
@@ -148,7 +159,11 @@ def contenders(name: str, m: runs.Model, arguments: argparse.Namespace) -> Itera
         yield from first_that_fits(name, m, work, precision, device)
     share = None
     for how, precision, compiles, points in ways(name, m, arguments):
+        if compiles and max(compiling, default=0.0) > 0.6 * share_s:
+            print(f"{name} {m.name}: not compiled, that takes {max(compiling):.0f} s (--minutes)", flush=True)
+            continue
         try:
+            begun = time.perf_counter()
             stage = runs.stage_of(work, name, m, precision, compiles, points)
             step = runs.Ours(work, name, stage, share)
             share = share or step
@@ -159,6 +174,8 @@ def contenders(name: str, m: runs.Model, arguments: argparse.Namespace) -> Itera
                     step.fill()
                 compiled.guard(step.engine, step.loss, name)
             one.warm(device)
+            if compiles:
+                compiling.append(time.perf_counter() - begun)
             one.rare = device == "cpu" and (precision == "bf16" or points is not None)
             yield one
         except (compiled.CompileError, torch.OutOfMemoryError) as error:
@@ -191,19 +208,32 @@ def first_that_fits(
     yield {"how": "peer", "precision": precision, "cannot": " ".join(why.split())[:200]}
 
 
-def measure(name: str, m: runs.Model, arguments: argparse.Namespace, roofs: dict[str, float]) -> list[dict[str, Any]]:
-    """The rows of one objective: all of its contenders, turn by turn."""
-    device, out, there = arguments.device, [], []
+def measure(
+    name: str,
+    m: runs.Model,
+    arguments: argparse.Namespace,
+    squares: dict[str, tuple[float, Callable[[], Any]]],
+    compiling: list[float],
+    share_s: float,
+) -> list[dict[str, Any]]:
+    """The rows of one objective: all of its contenders, turn by turn, in `share_s` seconds if five turns fit."""
+    device, out, there, begun = arguments.device, [], [], time.perf_counter()
     torch._dynamo.reset()
-    for one in contenders(name, m, arguments):
+    for one in contenders(name, m, arguments, compiling, share_s):
         (out if isinstance(one, dict) else there).append(one)
     seconds = arguments.seconds if arguments.seconds is not None else 20.0 if device == "cpu" else 5.0
-    least, end = (2 if arguments.tiny else 5), time.perf_counter() + seconds
+    least, end = (2 if arguments.tiny else 5), min(begun + share_s, time.perf_counter() + seconds)
+    square_ms: dict[str, list[float]] = {precision: [] for precision in squares}
+    for _, square in squares.values():
+        square()
     for i in range(200):
         if i >= least and time.perf_counter() > end:
             break
+        for precision, (_, square) in squares.items():
+            square_ms[precision].append(timed(square, device)[0])
         for one in there:
             one.turn(i, device)
+    roofs = {p: 1e3 * flops / quantiles(square_ms[p])[1] for p, (flops, _) in squares.items()}
     peers = {one.precision: one for one in there if one.how == "peer"}
     f, attention = forward_flops(m.width, m.depth, m.tokens, runs.OBJECTIVES[name].recipe != "digits")
     base = {"objective": name, "model": m.name, "tokens": m.tokens, "width": m.width, "depth": m.depth}
@@ -223,6 +253,7 @@ def measure(name: str, m: runs.Model, arguments: argparse.Namespace, roofs: dict
             "images_per_gpu_hour" if device == "cuda" else "images_per_core_hour":
                 3600 * speed / (1 if device == "cuda" else torch.get_num_threads()),
             "gflop_image": flops * 1e-9, "mfu_measured": flops * speed / roofs[one.precision],
+            "matmul_flop_s": roofs[one.precision],
             "mfu_datasheet": flops * speed / known if known and one.precision == "bf16" else None,
             "peak_gb": one.peak_gb, "saved_mb": one.saved * 1e-6,
             "host_ms": quantiles(one.host_ms)[1] if device == "cuda" else None,
@@ -261,22 +292,18 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def matmul_roofs(device: str, tiny: bool) -> dict[str, float]:
-    """precision -> FLOP/s of a square matmul in it."""
-    n, out = 8192 if device == "cuda" and not tiny else 256 if tiny else 1024, {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.randn(n, n, device=device).to(dtype)
-        out[name] = 2e3 * n**3 / interleave({"matmul": lambda a=a: a @ a}, device, 0.5)["matmul"]["p50_ms"]
-    return out
+def matmuls(device: str, tiny: bool) -> dict[str, tuple[float, Callable[[], Any]]]:
+    """precision -> FLOPs and call of a square matmul in it, which takes turns with the steps."""
+    n = 8192 if device == "cuda" and not tiny else 256 if tiny else 1024
+    squares = {name: torch.randn(n, n, device=device).to(dtype) for name, dtype in PRECISIONS.items()}
+    return {name: (2.0 * n**3, lambda a=a: a @ a) for name, a in squares.items()}
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table, write the JSON; 1 if a step cannot run."""
-    roofs = matmul_roofs(arguments.device, arguments.tiny)
-    results: dict[str, Any] = about(arguments.device) | {"matmul_flop_s": roofs, "ops": table(), "rows": []}
-    results["tiny"] = arguments.tiny
-    speeds = ", ".join(f"{name} {v * 1e-12:.2f}" for name, v in roofs.items())
-    print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}, matmul TFLOP/s: {speeds}")
+    squares = matmuls(arguments.device, arguments.tiny)
+    results: dict[str, Any] = about(arguments.device) | {"tiny": arguments.tiny, "ops": table(), "rows": []}
+    print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}")
     per = "GPU" if arguments.device == "cuda" else "core"
     print(
         f"step ms p50 (p20-p80), images/s, images/{per}-hour, MFU datasheet, MFU measured, peak GB, MB saved, host ms, peer/ours"
@@ -287,12 +314,15 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise SystemExit(f"step: {error}") from None
     objectives = [o for o in runs.OBJECTIVES if o not in ("ECT", "ECD") or arguments.device == "cuda" or arguments.tiny]
-    for m in models:
-        for name in arguments.objective or objectives:
-            for row in measure(name, m, arguments, roofs):
-                results["rows"].append(row)
-                print(line(row), flush=True)
-            gc.collect()
+    minutes = arguments.minutes or (5.5 if arguments.device == "cpu" else float("inf"))
+    todo = [(m, name) for m in models for name in arguments.objective or objectives]
+    end, compiling = time.perf_counter() + 60 * minutes, []
+    for i, (m, name) in enumerate(todo):
+        share_s = (end - time.perf_counter()) / (len(todo) - i)
+        for row in measure(name, m, arguments, squares, compiling, share_s):
+            results["rows"].append(row)
+            print(line(row), flush=True)
+        gc.collect()
     kind = f"step-{names[0].lower()}" if arguments.model and len(models) == 1 else "step"
     print("written to", save(kind, arguments.device, results, arguments.json))
     return int(any("cannot" in row for row in results["rows"]))
