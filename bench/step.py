@@ -7,7 +7,7 @@ row; a row with the recipe's own number of points stands beside it. "Shipped" is
 
 Images a second and a GPU-hour; MFU over a matmul that takes its turn with the steps and, in bf16, over the datasheet's figure;
 peak memory; bytes saved for backward; on a GPU the host's time to issue a step. FLOPs are those the algorithm needs once: a
-matmul is 2 a multiply-add, backward twice the forward, tangents and no-grad forwards at what they cost, recomputation not counted.
+matmul is 2 a multiply-add, backward twice the forward, tangents and no-grad forwards at what they cost, without recomputation.
 """
 
 from __future__ import annotations
