@@ -30,6 +30,10 @@ PARTS = {
     "step-xl1024": TRAINER,
     "step-b256": TRAINER,
     "step-b1024": TRAINER,
+    "step-l256": TRAINER,
+    "step-ve": TRAINER,
+    "trajectories": TRAINER,
+    "pipeline": (*TRAINER, "sklearn"),
     "train": (*TRAINER, "sklearn", "matplotlib"),
 }
 LIMIT_S = 580.0
@@ -87,10 +91,22 @@ def ops(device: str, tiny: bool) -> int:
     return call(LIMIT_S, "-m", "bench", "ops", "--device", device, *how)
 
 
-def step(device: str, tiny: bool, size: str = "XL", tokens: int = 256) -> int:
-    """Training steps of one network, eager and compiled. Inductor takes minutes for an XL, so each shape is a part."""
-    how = ["--tiny", "--seconds", "0.01"] if tiny else ["--size", size, "--tokens", str(tokens)]
-    return call(LIMIT_S, "-m", "bench", "step", "--device", device, *how)
+def step(device: str, tiny: bool, model: str = "XL256", objectives: tuple[str, ...] = ("FM", "CMT-MF", "MF")) -> int:
+    """Training steps of one network beside the peer's. Inductor takes minutes for an XL, so each shape is a part."""
+    how = ["--model", model, *(f"--objective={name}" for name in objectives)]
+    return call(LIMIT_S, "-m", "bench", "step", "--device", device, *(["--tiny", "--seconds", "0.01"] if tiny else how))
+
+
+def trajectories(device: str, tiny: bool) -> int:
+    """Teacher rollouts by how many run at once, in one CUDA graph too."""
+    how = ["--tiny", "--seconds", "0.01"] if tiny else ["--model", "B256", "--model", "XL256"]
+    return call(LIMIT_S, "-m", "bench", "trajectories", "--device", device, *how)
+
+
+def pipeline(device: str, tiny: bool) -> int:
+    """What the loop loses around its steps."""
+    code = call(LIMIT_S, "-m", "bench", "pipeline", "--device", device, *(["--tiny"] if tiny else ["--steps", "400"]))
+    return code if importlib.util.find_spec("nvidia.dali") else 0  # it is 1 for the want of DALI alone
 
 
 def train(device: str, tiny: bool) -> int:
@@ -113,9 +129,13 @@ FUNCTIONS = {
     "calibrate": calibrate,
     "ops": ops,
     "step": step,
-    "step-xl1024": functools.partial(step, size="XL", tokens=1024),
-    "step-b256": functools.partial(step, size="B", tokens=256),
-    "step-b1024": functools.partial(step, size="B", tokens=1024),
+    "step-xl1024": functools.partial(step, model="XL1024"),
+    "step-b256": functools.partial(step, model="B256"),
+    "step-b1024": functools.partial(step, model="B1024"),
+    "step-l256": functools.partial(step, model="L256"),
+    "step-ve": functools.partial(step, model="B256", objectives=("CMT-CM", "ECT", "ECD")),
+    "trajectories": trajectories,
+    "pipeline": pipeline,
     "train": train,
 }
 

@@ -161,8 +161,10 @@ def native(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def predicted(_: str) -> str:
-    """The least time that a GPU's ceilings allow the ops that have kernels of ours, from `python -m bench predict`."""
+def predicted(which: str) -> str:
+    """The least time that a GPU's ceilings allow the ops that have kernels of ours, or the steps' cost model."""
+    if which == "steps":
+        return predicted_steps()
     data = json.loads((RESULTS.parent / "predicted" / "ops.json").read_text())
     cards = list(data["ceilings"])
     lines = [
@@ -191,6 +193,108 @@ def zero(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def predicted_steps() -> str:
+    """Microseconds a student image by the cost model of `python -m bench predict`."""
+    data = json.loads((RESULTS.parent / "predicted" / "steps.json").read_text())
+    cards = list(data["ceilings"])
+    lines = [
+        f"| step, bf16, batch 64 | {' | '.join(f'{card}, us an image (predicted): compiled, with kernels' for card in cards)} |",
+        "|---|" + "---|" * len(cards),
+    ]
+    for row in data["rows"]:
+        cells = " | ".join(", ".join(f"{us:,.0f}" for us in row[card].values()) for card in cards)
+        lines.append(f"| {row['model']} {row['objective']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def footer(data: dict) -> str:
+    """Where and when."""
+    threads = f", {data['threads']} threads" if data.get("threads") else ""
+    return f"{data['device']}{threads}, torch {data['torch']}; commit {data['commit']}, {data['date'][:10]}."
+
+
+def spread(r: dict) -> str:
+    """A median and its p20 to p80."""
+    return f"{r['p50']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})"
+
+
+def step(_: str) -> str:
+    """Each model and objective: the peer's step, ours, and their ratios."""
+    data = json.loads((RESULTS / "step.json").read_text())
+    cases: dict[tuple, list[dict]] = {}
+    for row in data["rows"]:
+        cases.setdefault((row["model"], row["objective"], row["batch"]), []).append(row)
+    heads = ("step", "peer, ms", "ours, ms: eager, compiled, bf16", "peer / ours, fp32: eager, compiled",
+             "shipped: images a core-hour, of the matmul rate, peer / it", "MB saved: peer, ours")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---|" * 5]
+    for (model, objective, batch), rows in cases.items():
+        by = {(r["how"], r["precision"]): r for r in rows if "p50_ms" in r}
+        theirs = by["peer", "fp32"]
+        keys = [k for k in (("eager", "fp32"), ("compiled", "fp32"), ("eager", "bf16")) if k in by]
+        equal = ", ".join(spread(by[k]["over_peer"]["fp32"]) for k in keys if k[1] == "fp32")
+        best = next(r for r in rows if r.get("shipped"))
+        ours = ", ".join(format(by[k]["p50_ms"], ".1f") for k in keys)
+        shipped = f"{best['how']} {best['precision']}: {best['images_per_core_hour']:,.0f}, {best['mfu_measured']:.0%}"
+        lines.append(
+            f"| {model} {objective} B{batch} | {theirs['p50_ms']:.1f} | {ours} | {equal} "
+            f"| {shipped}, {spread(best['over_peer']['fp32'])} | {theirs['saved_mb']:.0f}, {best['saved_mb']:.0f} |"
+        )
+        own = next((r for r in rows if "recipe" in r["how"] and "p50_ms" in r), None)
+        if own:
+            text = f"| {model} {objective} B{batch}, {own['teacher_forwards']:.0f} teacher forwards a row, the recipe's"
+            lines.append(
+                f"{text} | | {own['p50_ms']:.1f} | {spread(own['over_peer']['fp32'])} (peer: 1 forward a row) | | |"
+            )
+    return "\n".join(lines) + f"\n\n{footer(data)}\n\n"
+
+
+def trajectories(_: str) -> str:
+    """Teacher milliseconds a student image by trajectories at once."""
+    data = json.loads((RESULTS / "trajectories.json").read_text())
+    lines = [
+        "| rollout | at once | trajectories/s | teacher, ms a student image | mode paper / it |",
+        "|---|---|---|---|---|",
+    ]
+    for r in data["rows"]:
+        lines.append(
+            f"| {r['model']} {r['mode']} {r['how']} {r['precision']} | {r['at_once']} | {r['trajectories_per_s']:.1f} "
+            f"| {r['p50_ms_image']:.2f} | {spread(r['paper_over'])} |"
+        )
+    return "\n".join(lines) + f"\n\n{footer(data)}\n\n"
+
+
+def pipeline(_: str) -> str:
+    """What the loop loses, stage by stage."""
+    data = json.loads((RESULTS / "pipeline.json").read_text())
+    lines = [
+        "| run, stage | bare steps, images/s | `cmt train`'s loop | lost | seconds around it |",
+        "|---|---|---|---|---|",
+    ]
+    for r in data["rows"]:
+        lines.append(
+            f"| {r['run']}, {r['stage']} | {r['bare_images_per_s']:,.0f} | {r['loop_images_per_s']:,.0f} "
+            f"| {r['loses']:.0%} | {r['around_s']:.1f} |"
+        )
+    return "\n".join(lines) + f"\n\n{footer(data)}\n\n"
+
+
+def loader(_: str) -> str:
+    """Rows a second that training gets, by loader and size."""
+    data = json.loads((RESULTS / "loader.json").read_text())
+    sizes = sorted({r["pixels"] for r in data["rows"]})
+    speeds: dict[str, dict[int, float]] = {}
+    for r in data["rows"]:
+        if r["gives"] != "bytes":
+            speeds.setdefault(r["loader"].removesuffix(": rows"), {})[r["pixels"]] = r["p50"]
+    lines = [
+        f"| loader, rows/s as training gets them | {' | '.join(f'{s} pixels' for s in sizes)} |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for name, by in speeds.items():
+        lines.append(f"| {name} | {' | '.join(f'{by[s]:,.0f}' if s in by else '' for s in sizes)} |")
+    return "\n".join(lines) + f"\n\n{footer(data)}\n\n"
+
+
 TABLES = {
     "seeds": seeds,
     "search": search,
@@ -199,4 +303,8 @@ TABLES = {
     "ops": ops,
     "predicted": predicted,
     "zero": zero,
+    "step": step,
+    "trajectories": trajectories,
+    "pipeline": pipeline,
+    "loader": loader,
 }

@@ -90,6 +90,13 @@ struct QkNormBackward {
   bool bf16;
 };
 
+struct RandomBits {
+  const int64_t* sample;
+  int64_t* out;  // (rows, blocks, 4)
+  int64_t rows, blocks;
+  uint32_t seed, stage, step, stream;
+};
+
 struct Backend {
   const char* name;
   void (*gelu)(const Gelu&, const Context&);
@@ -100,6 +107,7 @@ struct Backend {
   void (*gated_residual_backward)(const GatedResidualBackward&, const Context&);
   void (*qk_norm)(const QkNorm&, const Context&);
   void (*qk_norm_backward)(const QkNormBackward&, const Context&);
+  void (*random_bits)(const RandomBits&, const Context&);
 };
 
 #define CMT_BACKEND(ns)                                                         \
@@ -112,11 +120,13 @@ struct Backend {
   void gated_residual_backward(const GatedResidualBackward&, const Context&);   \
   void qk_norm(const QkNorm&, const Context&);                                  \
   void qk_norm_backward(const QkNormBackward&, const Context&);                 \
+  void random_bits(const RandomBits&, const Context&);                          \
   constexpr Backend backend{#ns,                                                \
                             gelu,           gelu_backward,                      \
                             modulated_norm, modulated_norm_backward,            \
                             gated_residual, gated_residual_backward,            \
-                            qk_norm,        qk_norm_backward};                  \
+                            qk_norm,        qk_norm_backward,                   \
+                            random_bits};                                       \
   }
 
 CMT_BACKEND(cpu_base)

@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY(cmt, m) {
   m.def(
       "qk_norm_backward(Tensor grad, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
       "float eps) -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)");
+  m.def("random_bits(Tensor sample, int blocks, int seed, int stage, int step, int stream) -> Tensor");
 }
 
 namespace cmt {
@@ -221,6 +222,22 @@ Three qk_norm_backward_op(const Tensor& grad_in, const Tensor& qkv, const Maybe&
   return {dqkv, dq, dk};
 }
 
+Tensor random_bits_op(const Tensor& sample_in, int64_t blocks, int64_t seed, int64_t stage, int64_t step,
+                      int64_t stream) {
+  const char* op = "random_bits";
+  STD_TORCH_CHECK(sample_in.scalar_type() == ScalarType::Long, op, ": sample must be int64");
+  STD_TORCH_CHECK(sample_in.dim() == 1 && blocks >= 0, op, ": sample must be (B,), blocks not negative");
+  Tensor sample = contiguous(sample_in), out = empty(sample, {sample.size(0), blocks, 4});
+  if (out.numel()) {
+    Place place(sample);
+    place.backend->random_bits({static_cast<const int64_t*>(sample.const_data_ptr()),
+                                static_cast<int64_t*>(out.mutable_data_ptr()), sample.size(0), blocks, uint32_t(seed),
+                                uint32_t(stage), uint32_t(step), uint32_t(stream)},
+                               place.context);
+  }
+  return out;
+}
+
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("gelu", TORCH_BOX(&gelu_op));
   m.impl("gelu_backward", TORCH_BOX(&gelu_backward_op));
@@ -230,6 +247,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("gated_residual_backward", TORCH_BOX(&gated_residual_backward_op));
   m.impl("qk_norm", TORCH_BOX(&qk_norm_op));
   m.impl("qk_norm_backward", TORCH_BOX(&qk_norm_backward_op));
+  m.impl("random_bits", TORCH_BOX(&random_bits_op));
 }
 
 }  // namespace

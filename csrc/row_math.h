@@ -21,6 +21,15 @@ CMT_FN float reciprocal(float x) { return __fdividef(1.0f, x); }
 CMT_FN float rsqrt_of(float x) { return rsqrtf(x); }
 #endif
 
+// One round of Philox4x32 (Salmon et al. 2011) on a counter, with this round's key.
+constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57, kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;
+
+CMT_FN void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
+  uint64_t a = uint64_t(kPhiloxM0) * c0, b = uint64_t(kPhiloxM1) * c2;
+  c0 = uint32_t(b >> 32) ^ c1 ^ k0, c1 = uint32_t(b);
+  c2 = uint32_t(a >> 32) ^ c3 ^ k1, c3 = uint32_t(a);
+}
+
 // gelu, tanh form: y = x p with p = (1 + tanh u) / 2 = 1 / (1 + e), e = exp(-2u), u = sqrt(2/pi) (x + c x^3).
 constexpr float kSqrt2OverPi = 0.7978845608028654f;
 constexpr float kCubic = 0.044715f;

@@ -34,7 +34,7 @@ def test_tables_are_generated_not_typed():
     assert len(marks) == len(set(marks))
     for mark in marks:
         kind, _, recipe = mark.partition("-")
-        name = {"predicted": "predicted/ops", "native": "cpu/ops"}.get(
+        name = {"predicted": "predicted/ops", "predicted-steps": "predicted/steps", "native": "cpu/ops"}.get(
             mark, "cpu/" + (f"{recipe}-{kind}" if recipe else kind)
         )
         assert (ROOT / "bench" / "results" / f"{name}.json").is_file(), mark

@@ -24,6 +24,7 @@ from cmt_kernels.modulated_rms_norm import modulated_rms_norm
 from cmt_kernels.path_point import path_point
 from cmt_kernels.pixel_norm import pixel_norm
 from cmt_kernels.qk_norm import qk_norm
+from cmt_kernels.random_bits import random_bits
 from cmt_kernels.silu import silu
 from cmt_kernels.solver_step import solver_step
 from cmt_kernels.time_embedding import time_embedding
@@ -50,6 +51,7 @@ __all__ = [
     "path_point",
     "pixel_norm",
     "qk_norm",
+    "random_bits",
     "silu",
     "solver_step",
     "table",

@@ -2,7 +2,7 @@
 
 The key is (seed, stage), the counter (block, sample, step, stream): a sample's noise depends on
 nothing else, so batch splits, world size and restarts do not change it, and a GPU kernel can draw
-the same numbers in place. Plain torch integers: the same bits on every device.
+the same numbers in place. The integers are an op, `random_bits`, with the same bits on every device.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+from cmt_kernels.random_bits import random_bits
 
 
 class Key(NamedTuple):
@@ -27,27 +25,9 @@ class Key(NamedTuple):
     stream: int
 
 
-def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b for b in [0, 2^32), without overflowing int64."""
-    low = (b & 0xFFFF) * a
-    high = (b >> 16) * a + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
-
-
 def integers(key: Key, sample: Tensor, blocks: int) -> Tensor:
     """Uniform 32-bit integers. sample: (B,) int64 row ids -> (B, blocks, 4) int64 in [0, 2^32)."""
-    sample = sample.to(torch.int64)
-    c0 = torch.arange(blocks, device=sample.device).expand(sample.shape[0], blocks)
-    c1 = (sample & _MASK)[:, None].expand_as(c0)
-    c2 = torch.full_like(c0, key.step & _MASK)
-    c3 = torch.full_like(c0, key.stream & _MASK)
-    k0, k1 = key.seed & _MASK, key.stage & _MASK
-    for _ in range(10):
-        h0, l0 = _multiply(_M0, c0)
-        h1, l1 = _multiply(_M1, c2)
-        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return torch.stack((c0, c1, c2, c3), dim=-1)
+    return random_bits(key, sample, blocks)
 
 
 def uniform(key: Key, sample: Tensor, n: int) -> Tensor:

@@ -139,6 +139,13 @@ def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
     return c0, c1, c2, c3
 
 
+def random_bits(key: tuple[int, ...], sample: Tensor, blocks: int) -> Tensor:
+    seed, stage, step, stream = (field % 2**32 for field in key)
+    return torch.tensor(
+        [[philox((b, s % 2**32, step, stream), (seed, stage)) for b in range(blocks)] for s in sample.tolist()]
+    )
+
+
 def normal(key: Key, sample: list[int], n: int, dtype: torch.dtype) -> Tensor:
     """(B, n) by Box-Muller over the Philox blocks of each sample."""
     low = [field % 2**32 for field in key]

@@ -252,3 +252,28 @@ def test_where_the_compiler_fuses_better_it_does(op: str, dtype: torch.dtype) ->
         call(big(op, dtype))
     beaten = op in _native.FUSED and dtype == torch.bfloat16
     assert any(f"cmt.{op}" in target for target in seen) != beaten, seen
+
+
+@built
+def test_random_bits_are_the_reference_s_on_every_instruction_set() -> None:
+    from cmt_kernels.random_bits import cases, native, reference
+
+    for case in cases.CASES:
+        assert torch.equal(native.random_bits(**cases.inputs(case)), reference.random_bits(**cases.inputs(case)))
+    code = "import torch; from cmt_kernels.random_bits.native import random_bits as f; " + (
+        "print(f((7, 1, 2, 3), torch.arange(5), 37).flatten().tolist())"
+    )
+    wanted = reference.random_bits((7, 1, 2, 3), torch.arange(5), 37).flatten().tolist()
+    for isa in ("base", "v3", "v4"):
+        done = in_a_process(code, CMT_ISA=isa)
+        if "this processor does not have" not in done.stderr and "this build has base" not in done.stderr:
+            assert done.stdout.strip() == str(wanted), isa + done.stderr
+
+
+@built
+def test_random_bits_refuse_what_is_no_row_of_ids() -> None:
+    implementation("random_bits", "native")
+    torch.library.opcheck(torch.ops.cmt.random_bits.default, (torch.arange(5), 3, 1, 2, 3, 4))
+    for sample in (torch.ones(3), torch.ones(2, 2, dtype=torch.int64)):
+        with pytest.raises(RuntimeError, match="random_bits: sample must be"):
+            torch.ops.cmt.random_bits(sample, 3, 1, 2, 3, 4)

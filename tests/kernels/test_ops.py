@@ -60,6 +60,9 @@ def reference(op: str, inputs: dict[str, Any]) -> list[Tensor]:
 
 def assert_half_the_digits(got: list[Tensor], exact: list[Tensor]) -> None:
     for y, truth in zip(got, exact, strict=True):
+        if not y.dtype.is_floating_point:
+            assert torch.equal(y, truth)
+            continue
         scale = truth.abs().max().item() if truth.numel() else 0.0
         assert error(y, truth) <= torch.finfo(y.dtype).eps ** 0.5 * scale
 

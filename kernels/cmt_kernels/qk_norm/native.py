@@ -25,7 +25,7 @@ def qk_norm(
     if q_weight is None and cos is None or not _native.covers(qkv_v, "qk_norm"):
         return reference.qk_norm(qkv, q_weight, k_weight, cos, sin, eps)
     tables = map(_native.wide, (q_weight, k_weight, cos, sin))
-    y, y_dot = torch.ops.cmt.qk_norm(qkv_v, *tables, qkv_dot, eps)
+    y, y_dot = _native.call("qk_norm", qkv_v, *tables, qkv_dot, eps)
     return y if qkv_dot is None else Dual(y, y_dot)
 
 

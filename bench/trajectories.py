@@ -1,0 +1,168 @@
+"""Teacher rollouts: trajectories a second, and what they cost a student image, by how many run at once.
+
+Every way rolls out by the trainer's `Pool` and pays the same teacher forwards a student image: mode `paper` a step's few
+trajectories, mode `pool` those of a round, in rollouts of the numbers given; eager, compiled, in bf16, and on a GPU as one CUDA
+graph. They take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import about, quantiles, runs, save
+from bench.step import timed
+from cmt_fast import stages
+from cmt_fast.compiled import compile_network
+from cmt_fast.objectives import ROWS
+from cmt_fast.trajectories import Pool
+
+DEFAULT = {"cpu": ("digits", "w384d6t64"), "cuda": ("B256", "XL256")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", action="append", help="as of `step`; default by device")
+    parser.add_argument("--objective", choices=("CMT-CM", "CMT-MF"), default="CMT-CM", help="path and solver")
+    parser.add_argument(
+        "--at-once", type=int, action="append", help="trajectories of a rollout; default by powers of 4"
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="of one model's turns, at least 3 of them")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="time a compiled teacher too"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a dry run: width 32, one block, 2 turns, nothing compiled")
+    parser.add_argument(
+        "--json", type=Path, help="where to write; default bench/results/<device>/<date>-trajectories.json"
+    )
+
+
+class Compiled:
+    """A teacher whose network is one compiled graph."""
+
+    def __init__(self, net: Any) -> None:
+        self.call = compile_network(net)
+        if hasattr(net, "raw"):
+            self.raw, self.scalings = torch.compile(net.raw, fullgraph=True, dynamic=False), net.scalings
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        return self.call(*arguments)
+
+
+class Graph:
+    """A pool's round as one CUDA graph, captured once, of the noise and labels that it was captured with."""
+
+    def __init__(self, pool: Pool) -> None:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            pool._fill(0)
+        torch.cuda.synchronize()
+        x = pool._states[0].clone()
+        self.graph = torch.cuda.CUDAGraph()
+        from cmt_fast.solvers import rollout
+
+        with torch.cuda.graph(self.graph):
+            self.states = rollout(pool.teacher, pool.path, pool.plan, x, pool._labels)
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def ways(
+    name: str, m: runs.Model, arguments: argparse.Namespace
+) -> dict[tuple[str, str, str, int], tuple[Callable, int]]:
+    """(mode, how, precision, trajectories at once) -> the call, and the trajectories that it rolls out."""
+    work = runs.workspace(name, m, arguments.device)
+    stage = runs.stage_of(work, name, m, "fp32", False, None)
+    assert ROWS[stage.objective.kind].draws == "trajectories" and stage.trajectories is not None
+    gpu, net = arguments.device == "cuda", work.network("teacher")
+    lower = runs.Lower(net)
+    out: dict[tuple[str, str, str, int], tuple[Callable, int]] = {}
+
+    def add(mode: str, how: str, precision: str, teacher: Any, at_once: int) -> Pool:
+        config = dataclasses.replace(stage.trajectories, mode=mode, rollout_batch=at_once)
+        name_of = runs.OBJECTIVES[name].stage
+        run = dataclasses.replace(work.run, **{name_of: dataclasses.replace(stage, trajectories=config)})
+        pool = stages.pool(run, name_of, teacher, work.data.shape, work.data.classes, work.device)
+        out[mode, how, precision, min(at_once, pool.count)] = (lambda: pool._fill(0)), pool.count
+        return pool
+
+    paper = m.batch // stage.trajectories.nfe
+    add("paper", "eager", "fp32", net, paper)
+    whole = paper * m.pool_steps
+    sizes = arguments.at_once or [n for n in (1, 4, 16, 64, 256) if n < whole] + [whole]
+    for n in sizes:
+        if n <= whole:
+            add("pool", "eager", "fp32", net, n)
+    largest = max(n for n in sizes if n <= whole)
+    pool = add("pool", "eager", "bf16", lower, largest)
+    if gpu:
+        add("paper", "eager", "bf16", lower, paper)
+        if largest == whole:  # one rollout is one graph
+            out["pool", "graph", "bf16", largest] = Graph(pool), whole
+    if arguments.compile and not arguments.tiny:
+        add("pool", "compiled", "fp32", Compiled(net), largest)
+        if gpu:
+            add("pool", "compiled", "bf16", runs.Lower(Compiled(net)), largest)
+    return out
+
+
+def measure(name: str, m: runs.Model, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    found = ways(name, m, arguments)
+    times: dict[tuple, list[float]] = {key: [] for key in found}
+    for call, _ in found.values():
+        call()
+    end = time.perf_counter() + arguments.seconds
+    for i in range(50):
+        if i >= (2 if arguments.tiny else 3) and time.perf_counter() > end:
+            break
+        for key, (call, count) in found.items():
+            times[key].append(timed(call, arguments.device)[0] / count)
+    stage = runs.config.load(runs.OBJECTIVES[name].recipe).stage(runs.OBJECTIVES[name].stage)
+    points = stage.trajectories.nfe
+    base = next(t for key, t in times.items() if key[0] == "paper")
+    rows = []
+    for (mode, how, precision, at_once), each in times.items():
+        p20, p50, p80 = quantiles(each)
+        r20, r50, r80 = quantiles([a / b for a, b in zip(base, each)])
+        rows.append(
+            {"model": m.name, "objective": name, "mode": mode, "how": how, "precision": precision, "at_once": at_once,
+             "turns": len(each), "trajectories_per_s": 1e3 / p50, "points": points,
+             "p20_ms_image": p20 / points, "p50_ms_image": p50 / points, "p80_ms_image": p80 / points,
+             "paper_over": {"p20": r20, "p50": r50, "p80": r80}}
+        )  # fmt: skip
+    return rows
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table, write the JSON."""
+    results: dict[str, Any] = about(arguments.device) | {"tiny": arguments.tiny, "rows": []}
+    print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}")
+    print("trajectories/s, teacher ms a student image p50 (p20-p80) at one forward a row, mode paper's over it")
+    names = ["dry"] if arguments.tiny else arguments.model or DEFAULT[arguments.device]
+    try:
+        models = [runs.model(name) for name in names]
+    except ValueError as error:
+        raise SystemExit(f"trajectories: {error}") from None
+    for m in models:
+        torch._dynamo.reset()
+        for row in measure(arguments.objective, m, arguments):
+            results["rows"].append(row)
+            r = row["paper_over"]
+            print(
+                f"{row['model']:9} {row['mode']:5} {row['how']:8} {row['precision']:4} {row['at_once']:4} at once "
+                f"{row['trajectories_per_s']:9.2f} {row['p50_ms_image']:9.3f} "
+                f"({row['p20_ms_image']:.3f}-{row['p80_ms_image']:.3f})"
+                f"   {r['p50']:.2f} ({r['p20']:.2f}-{r['p80']:.2f})",
+                flush=True,
+            )
+    print("written to", save("trajectories", arguments.device, results, arguments.json))
+    return 0

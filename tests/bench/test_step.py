@@ -1,0 +1,154 @@
+"""The bench of steps: the peer's losses and gradients are ours, counted work and predictions are the cost model's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import peer, predict, runs
+from bench.step import forward_flops, step_flops
+from cmt_fast import rng
+from cmt_fast.models.dit import SIZES
+from cmt_fast.objectives import ROWS, Batch, Points, World
+from cmt_fast.objectives.consistency import earlier_time
+from cmt_fast.objectives.meanflow import draw_times, tangent_rows
+from cmt_fast.rng import Random
+from cmt_fast.solvers import rollout, table
+
+ROUNDING = 1e-9  # of float64, through a network and a hundred solver operations
+
+# GFLOP of one forward of one image, as the cost model's table has them: half of them are the DiT paper's multiply-adds
+FORWARD = {
+    ("B", 256): 46.0, ("B", 1024): 212.7, ("L", 256): 161.4, ("L", 1024): 721.9, ("XL", 256): 237.2, ("XL", 1024): 1049.0
+}  # fmt: skip
+# microseconds an image on an H100, torch.compile and with kernels and epilogues: FM, CMT, MF
+PREDICTED = {
+    ("B", 256): ((449, 571, 486), (359, 468, 389)),
+    ("L", 256): ((1363, 1728, 1471), (1101, 1432, 1193)),
+    ("XL", 256): ((1946, 2462, 2093), (1586, 2058, 1713)),
+    ("XL", 1024): ((8259, 10643, 8962), (7223, 9430, 7843)),
+}
+
+
+@pytest.mark.parametrize(("size", "tokens"), FORWARD)
+def test_flops_are_the_cost_models(size, tokens):
+    f, attention = forward_flops(*SIZES[size][:2], tokens, True)
+    assert f * 1e-9 == pytest.approx(FORWARD[size, tokens], abs=0.1)
+    assert step_flops("FM", f, attention, 64) == 3 * f
+    assert step_flops("CMT-CM", f, attention, 64) == step_flops("ECT", f, attention, 64) == 4 * f
+    assert step_flops("CMT-MF", f, attention, 64, teacher=0.25) == 3.25 * f
+    assert step_flops("MF", f, attention, 64) / f == pytest.approx(3.26 if tokens == 256 else 3.28, abs=0.016)
+
+
+@pytest.mark.parametrize(("size", "tokens"), PREDICTED)
+def test_predictions_are_the_cost_models(size, tokens):
+    for way, wanted in zip(predict.PASSES, PREDICTED[size, tokens]):
+        for objective, us in zip(("FM", "CMT-MF", "MF"), wanted):
+            assert predict.training_us(objective, size, tokens, way, "h100") == pytest.approx(us, rel=0.003)
+
+
+class Twins:
+    """One objective's network of both kinds in float64, and rows."""
+
+    def __init__(self, objective: str) -> None:
+        self.work = runs.workspace(objective, runs.model("dry"), "cpu")
+        self.stage = runs.stage_of(self.work, objective, runs.model("dry"), "fp32", False, None)
+        self.ours, self.teacher = self.work.build().double(), self.work.network("teacher").double()
+        self.theirs, self.plain_teacher = peer.plain(self.ours), peer.plain(self.teacher)
+        self.rows = torch.arange(16)
+        self.x_0, self.labels = self.work.data.x[:16].double(), self.work.data.labels[:16]
+        self.random = Random(0, 1, 7)
+        self.world = World(self.work.path, self.random, self.teacher)
+        self.eps = self.random.normal(rng.NOISE, self.rows, tuple(self.x_0.shape[1:])).double()
+
+    def same(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """Losses (B,) and the gradients of their means, to rounding."""
+        torch.testing.assert_close(theirs, ours, rtol=ROUNDING, atol=0)
+        ours.mean().backward(), theirs.mean().backward()
+        mine = dict(self.ours.named_parameters())
+        for name, p in self.theirs.named_parameters():
+            size = mine[name].grad.abs().max()
+            assert size > 0, name
+            assert (p.grad - mine[name].grad).abs().max() <= ROUNDING * size, name
+
+    def objective(self) -> torch.Tensor:
+        """Our loss of the rows."""
+        batch = Batch(self.x_0, self.labels, self.rows, None)
+        return ROWS[self.stage.objective.kind].function(self.ours, batch, self.stage.objective, self.world)[0]
+
+
+def test_flow_matching_is_the_same_loss():
+    w = Twins("FM")
+    t = torch.sigmoid(w.stage.objective.mean + w.stage.objective.std * w.random.gauss(rng.TIME, w.rows)).double()
+    w.same(w.objective(), peer.flow_loss(w.theirs, w.x_0, w.labels, t, w.eps))
+
+
+def test_meanflow_by_one_pass_of_func_jvp_is_the_same_loss():
+    w = Twins("MF")
+    c = w.stage.objective
+    t, r = draw_times(w.rows, tangent_rows(16, c.ratio), c, w.world, torch.float64)
+    w.same(w.objective(), peer.meanflow_loss(w.theirs, w.x_0, w.labels, t, r, w.eps, c))
+
+
+@pytest.mark.parametrize("name", ["ECT", "ECD"])
+def test_consistency_tuning_is_the_same_loss(name):
+    w = Twins(name)
+    c = w.stage.objective
+    t = torch.exp(c.mean + c.std * w.random.gauss(rng.TIME, w.rows)).double()
+    teacher = w.plain_teacher if name == "ECD" else None
+    r = earlier_time(t, c.q, c.k, c.b)
+    w.same(w.objective(), peer.consistency_loss(w.theirs, w.x_0, w.labels, t, r, w.eps, c, teacher))
+
+
+@pytest.mark.parametrize("name", ["CMT-CM", "CMT-MF"])
+def test_mid_training_is_the_same_trajectories_and_loss(name):
+    w = Twins(name)
+    c, labels = w.stage.trajectories, torch.tensor([3, 4])
+    noise = w.eps[:2] * (c.t_max if name == "CMT-CM" else 1.0)
+    solve = peer.dpm_solver if name == "CMT-CM" else peer.heun_solver
+    states, times = solve(w.plain_teacher, noise, labels, c)
+    plan = table(w.work.path, c.solver, c.nfe, c.t_max, c.t_min, c.order)
+    mine = rollout(w.teacher, w.work.path, plan, noise, labels)
+    assert times.tolist() == pytest.approx(plan.times, rel=1e-12)
+    torch.testing.assert_close(states, mine, rtol=1e-8, atol=1e-9)
+    last = len(states) - 1
+    if name == "CMT-CM":
+        i = torch.arange(last).repeat_interleave(2)
+        j, which = torch.full_like(i, last), torch.arange(2).repeat(last)
+        theirs = peer.cmt_cm_loss(w.theirs, states, times, labels, w.stage.objective.distance, w.stage.objective.c)
+    else:
+        pick = torch.tensor([0, 5, 17, 40, 71])
+        pairs = torch.triu_indices(last + 1, last + 1, offset=1)
+        (i, j), which = pairs[:, pick // 2], pick % 2
+        theirs = peer.cmt_mf_loss(w.theirs, states, times, labels, pick)
+    points = Points(states[i, which], times[i], states[j, which], times[j], labels[which], None)
+    ours = ROWS[w.stage.objective.kind].function(w.ours, points, w.stage.objective, w.world)[0]
+    w.same(ours, theirs)
+
+
+def test_a_bench_step_is_the_trainers_step_and_both_move_their_weights():
+    m = runs.model("dry")
+    work = runs.workspace("CMT-CM", m, "cpu")
+    stage = runs.stage_of(work, "CMT-CM", m, "fp32", False, None)
+    work.network("teacher")
+    ours = runs.Ours(work, "CMT-CM", stage)
+    assert ours.pool.teacher_forwards == 1 and ours.pool.steps == m.pool_steps and ours.pool.rows == m.batch
+    other = runs.Ours(work, "CMT-CM", stage, share=ours)
+    theirs = peer.Step(
+        stage, peer.plain(work.build()), peer.plain(work.teacher), peer.Rows(work.data.x, work.data.labels, 10)
+    )
+    for step, p in ((ours, ours.engine.p), (other, ours.engine.p), (theirs, theirs.net.net.final.weight)):
+        before = p.detach().clone()
+        step()
+        assert not torch.equal(before, p) and torch.isfinite(p).all()
+
+
+@pytest.mark.parametrize("name", ["XL", "XL257", "huge", "256"])
+def test_a_model_that_is_none_is_named(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not valid"):
+        runs.model(name)
+
+
+def test_a_model_by_size_and_tokens():
+    m = runs.model("XL1024")
+    assert (m.width, m.depth, m.heads, m.tokens, m.batch) == (1152, 28, 16, 1024, 16)
