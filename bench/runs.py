@@ -7,6 +7,7 @@ not there. Gates are moved away from zero, so that tangents and trajectories are
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,14 +91,14 @@ class Bench(Workspace):
     def __init__(self, run: Run, rows: Dataset, device: torch.device) -> None:
         self.run, self.data, self.device = run, rows, device
         self.path = Path(run.path, run.sigma_data)
+        self.folder = pathlib.Path()  # nothing of the run is in it
         self.teacher: Any = None
-        self.precision = "fp32"
 
     def network(self, name: str) -> Callable:
-        """The teacher, in the precision asked for."""
+        """The teacher."""
         if self.teacher is None:
             self.teacher = self.build().to(self.device).requires_grad_(False).eval()
-        return Lower(self.teacher) if self.precision == "bf16" else self.teacher
+        return self.teacher
 
     def build(self) -> nn.Module:
         """A fresh network with open gates."""
@@ -106,25 +107,6 @@ class Bench(Workspace):
             return perturb(
                 models.build(self.run.model, self.run.path, self.run.sigma_data, self.data.shape, self.data.classes)
             )
-
-
-class Lower:
-    """A frozen network under bf16 autocast, as rollouts call one."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
-        if hasattr(net, "raw"):
-            self.raw, self.scalings = self._lowered(net.raw), net.scalings
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        return self._lowered(self.net)(*arguments)
-
-    def _lowered(self, call: Callable) -> Callable:
-        def run(x: Tensor, *more: Any) -> Tensor:
-            with torch.autocast(x.device.type, torch.bfloat16):
-                return call(x, *more).to(x.dtype)
-
-        return run
 
 
 def workspace(objective: str, m: Model, device: str) -> Bench:
@@ -172,7 +154,7 @@ class Ours:
             bind(self.engine.net, self.engine.p)
             bind(self.engine.net, self.engine.g, grad=True)
         name = OBJECTIVES[objective].stage
-        work.run, work.precision = dataclasses.replace(work.run, **{name: stage}), stage.precision
+        work.run = dataclasses.replace(work.run, **{name: stage})
         self.source = Source(work, name, stage, self.engine)
         self.pool, self.step = self.source.pool, 0
 

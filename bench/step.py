@@ -23,9 +23,8 @@ import torch
 from cmt_kernels import table
 
 from bench import about, peer, predict, quantiles, runs, save
-from bench.networks import MEANFLOW, saved_bytes
-from cmt_fast import compiled
-from cmt_fast.objectives.meanflow import tangent_rows
+from bench.networks import saved_bytes
+from cmt_fast import compiled, cost, estimate
 
 DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the SXM cards
 DEFAULT = {"cpu": ("digits", "w384d6t64"), "cuda": ("XL256", "XL1024", "L256", "B256", "B1024")}
@@ -57,19 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="where to write; default bench/results/<device>/<date>-step.json")
 
 
-def forward_flops(width: int, depth: int, tokens: int, two_times: bool) -> tuple[float, float]:
-    """FLOPs of one forward of one image, and those of attention in it."""
-    attention = 4 * tokens**2 * width * depth
-    linears = 24 * tokens * width**2 * depth
-    conditioning = 12 * width**2 * depth + 4 * width**2 + 2 * (256 * width + width**2) * (2 if two_times else 1)
-    return linears + attention + conditioning + 64 * tokens * width, attention
-
-
-def step_flops(name: str, f: float, attention: float, rows: int, teacher: float = 1.0) -> float:
-    """FLOPs a student image of a step: 3 forwards, and what the objective adds; `teacher`: its forwards a row of a pool."""
-    share = tangent_rows(rows, MEANFLOW.ratio) / rows
-    extra = {"MF": share * (f + attention), "ECT": f, "ECD": 3 * f}  # ECD: the target, and two calls of Heun's
-    return 3 * f + (teacher * f if name.startswith("CMT") else extra.get(name, 0.0))
+def step_flops(name: str, work: tuple[float, float], teacher: float = 1.0) -> float:
+    """FLOPs a student image of a step; work: of one forward, and of attention in it; teacher: its forwards a row."""
+    net = cost.Network("", 0, *work)
+    return cost.flops_image(estimate.step_work(name, teacher), {"student": net, "teacher": net})
 
 
 class Contender:
@@ -235,14 +225,14 @@ def measure(
             one.turn(i, device)
     roofs = {p: 1e3 * flops / quantiles(square_ms[p])[1] for p, (flops, _) in squares.items()}
     peers = {one.precision: one for one in there if one.how == "peer"}
-    f, attention = forward_flops(m.width, m.depth, m.tokens, runs.OBJECTIVES[name].recipe != "digits")
+    work = cost.dit_forward(m.width, m.depth, m.tokens, runs.OBJECTIVES[name].recipe != "digits")
     base = {"objective": name, "model": m.name, "tokens": m.tokens, "width": m.width, "depth": m.depth}
     rows = [base | {"batch": m.batch} | cannot for cannot in out]
     for one in there:
         batch = one.step.stage.batch
         p20, p50, p80 = quantiles(list(one.ms.values()))
         teacher = one.teacher if one.pool else 1.0
-        flops = step_flops(name, f, attention, batch, teacher)
+        flops = step_flops(name, work, teacher)
         speed = 1e3 * batch / p50
         card = torch.cuda.get_device_name() if device == "cuda" else ""
         known = next((v for name_of, v in DATASHEET.items() if name_of in card), None)

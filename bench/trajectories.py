@@ -22,7 +22,7 @@ from bench.step import timed
 from cmt_fast import stages
 from cmt_fast.compiled import compile_network
 from cmt_fast.objectives import ROWS
-from cmt_fast.trajectories import Pool
+from cmt_fast.teacher import Teacher
 
 DEFAULT = {"cpu": ("digits", "w384d6t64"), "cuda": ("B256", "XL256")}
 
@@ -56,25 +56,6 @@ class Compiled:
         return self.call(*arguments)
 
 
-class Graph:
-    """A pool's round as one CUDA graph, captured once, of the noise and labels that it was captured with."""
-
-    def __init__(self, pool: Pool) -> None:
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            pool._fill(0)
-        torch.cuda.synchronize()
-        x = pool._states[0].clone()
-        self.graph = torch.cuda.CUDAGraph()
-        from cmt_fast.solvers import rollout
-
-        with torch.cuda.graph(self.graph):
-            self.states = rollout(pool.teacher, pool.path, pool.plan, x, pool._labels)
-
-    def __call__(self) -> None:
-        self.graph.replay()
-
-
 def ways(
     name: str, m: runs.Model, arguments: argparse.Namespace
 ) -> dict[tuple[str, str, str, int], tuple[Callable, int]]:
@@ -82,35 +63,36 @@ def ways(
     work = runs.workspace(name, m, arguments.device)
     stage = runs.stage_of(work, name, m, "fp32", False, None)
     assert ROWS[stage.objective.kind].draws == "trajectories" and stage.trajectories is not None
-    gpu, net = arguments.device == "cuda", work.network("teacher")
-    lower = runs.Lower(net)
+    gpu, net, name_of = arguments.device == "cuda", work.network("teacher"), runs.OBJECTIVES[name].stage
     out: dict[tuple[str, str, str, int], tuple[Callable, int]] = {}
 
-    def add(mode: str, how: str, precision: str, teacher: Any, at_once: int) -> Pool:
-        config = dataclasses.replace(stage.trajectories, mode=mode, rollout_batch=at_once)
-        name_of = runs.OBJECTIVES[name].stage
-        run = dataclasses.replace(work.run, **{name_of: dataclasses.replace(stage, trajectories=config)})
-        pool = stages.pool(run, name_of, teacher, work.data.shape, work.data.classes, work.device)
+    def add(mode: str, how: str, precision: str, at_once: int) -> None:
+        config = dataclasses.replace(stage.trajectories, mode=mode, rollout_batch=at_once, precision=precision)
+        staged = dataclasses.replace(stage, trajectories=config)
+        teacher = Teacher(name_of, staged, lambda _: net, work.path, work.device)
+        called = Compiled(teacher.net(precision)) if how == "compiled" else teacher.net(precision)
+        pool = stages.pool(
+            dataclasses.replace(work.run, **{name_of: staged}), name_of, config, called, work.data.shape,
+            work.data.classes, work.device, computing=teacher.computing(precision), graph=how == "graph",
+        )  # fmt: skip
         out[mode, how, precision, min(at_once, pool.count)] = (lambda: pool._fill(0)), pool.count
-        return pool
 
     paper = m.batch // stage.trajectories.nfe
-    add("paper", "eager", "fp32", net, paper)
+    add("paper", "eager", "fp32", paper)
     whole = paper * m.pool_steps
-    sizes = arguments.at_once or [n for n in (1, 4, 16, 64, 256) if n < whole] + [whole]
+    sizes = [n for n in arguments.at_once or [n for n in (1, 4, 16, 64, 256) if n < whole] + [whole] if n <= whole]
     for n in sizes:
-        if n <= whole:
-            add("pool", "eager", "fp32", net, n)
-    largest = max(n for n in sizes if n <= whole)
-    pool = add("pool", "eager", "bf16", lower, largest)
+        add("pool", "eager", "fp32", n)
+    largest = max(sizes)
+    add("pool", "eager", "bf16", largest)
     if gpu:
-        add("paper", "eager", "bf16", lower, paper)
-        if largest == whole:  # one rollout is one graph
-            out["pool", "graph", "bf16", largest] = Graph(pool), whole
+        add("paper", "eager", "bf16", paper)
+        add("paper", "graph", "bf16", paper)
+        add("pool", "graph", "bf16", largest)
     if arguments.compile and not arguments.tiny:
-        add("pool", "compiled", "fp32", Compiled(net), largest)
+        add("pool", "compiled", "fp32", largest)
         if gpu:
-            add("pool", "compiled", "bf16", runs.Lower(Compiled(net)), largest)
+            add("pool", "compiled", "bf16", largest)
     return out
 
 

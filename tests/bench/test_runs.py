@@ -38,7 +38,7 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("mark", ["step", "trajectories", "pipeline", "loader", "predicted-steps"])
 def test_a_table_is_made_of_what_a_bench_wrote(results, mark, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", results / "cpu")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "PAGES", [tmp_path / "README.md"])
     (tmp_path / "README.md").write_text(f"before\n<!-- table: {mark} -->\n<!-- end -->\nafter\n")
     assert report.run(argparse.Namespace()) == 0
     first, _, *table, _, _ = (tmp_path / "README.md").read_text().splitlines()
