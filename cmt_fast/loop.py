@@ -104,7 +104,7 @@ def train_stage(
         if found and found.manifest.get("unseen"):
             watch.look(work, name, stage, engine, plan, engine.step_count, False, log)
             wall["eval_s"] += meter.lap("evaluation")
-        sums, look_every = _resumed(found), 1
+        sums, look_every = Sums(found), 1
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
             every = source.pool.steps if source.pool else 1
@@ -114,10 +114,9 @@ def train_stage(
             for part in range(passes):
                 loss, scalars = source.loss(engine, step, part)
                 engine.backward(loss)
-                for key, value in (("loss", loss.detach()), *scalars.items()):
-                    sums[key] = sums.get(key, 0.0) + value.double() / passes
+                sums.add({"loss": loss.detach(), **scalars}, passes)
             lr = plan.lr(stage, step)
-            sums["grad_norm"] = sums.get("grad_norm", 0.0) + engine.step(lr).double()
+            sums.add({"grad_norm": engine.step(lr)})
             n, last = step + 1, step + 1 == plan.total
             row = n % plan.log_every == 0 or last
             # a look costs a collective call and waits for the device: every row, and every LOOK_S between
@@ -125,9 +124,7 @@ def train_stage(
             if row or stop:
                 wall["train_s"] += meter.lap("train")
             if row:
-                count = n - (n - 1) // plan.log_every * plan.log_every
-                means = {k: float(distributed.mean_(v.clone()) / count) for k, v in sums.items()}
-                sums = {}
+                means = sums.means(n - (n - 1) // plan.log_every * plan.log_every)
                 if not all(map(_finite, means.values())):
                     raise FloatingPointError(f"{name}: loss {means['loss']} at step {n}; the last checkpoint is sound")
                 speed = n * stage.batch / wall["train_s"]
@@ -181,29 +178,46 @@ def _parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict 
     }
 
 
-def _resumed(found: checkpoint.Checkpoint | None) -> dict[str, Tensor]:
-    """The sums of a row of metrics that a stop cut in two: this rank's own, or the mean if ranks are other than then."""
-    row = found.manifest.get("row") if found else None
-    if not row:
-        return {}
-    ranks, mine = row["sums"], distributed.rank()
-    sums = ranks[mine] if len(ranks) == distributed.size() else [sum(s) / len(ranks) for s in zip(*ranks)]
-    return {k: torch.tensor(v, dtype=torch.float64) for k, v in zip(row["keys"], sums)}
+class Sums:
+    """Scalars of the steps since the last row of metrics; they stay on their device until a row or a checkpoint is due."""
+
+    def __init__(self, found: checkpoint.Checkpoint | None) -> None:
+        """found: its row may have been cut in two; this rank goes on with its own part, or the mean if ranks are others."""
+        row, self.sums = found.manifest.get("row") if found else None, dict[str, Tensor]()
+        if row:
+            ranks = row["sums"]
+            same = len(ranks) == distributed.size()
+            mine = ranks[distributed.rank()] if same else [sum(s) / len(ranks) for s in zip(*ranks)]
+            self.sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in zip(row["keys"], mine)}
+
+    def add(self, scalars: dict[str, Tensor], passes: int = 1) -> None:
+        """Scalars of one of a step's passes."""
+        for key, value in scalars.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value.double() / passes
+
+    def means(self, steps: int) -> dict[str, float]:
+        """Over the steps of a row and all ranks; the next row begins."""
+        found = {k: float(distributed.mean_(v.clone()) / steps) for k, v in self.sums.items()}
+        self.sums = {}
+        return found
+
+    def state(self) -> dict | None:
+        """What a checkpoint in the middle of a row keeps: every rank's sums."""
+        ranks = distributed.every_rank([float(v) for v in self.sums.values()])
+        return {"keys": list(self.sums), "sums": ranks} if self.sums else None
 
 
-def _save(folder: Path, step: int, engine: Engine, about: dict, sums: dict[str, Tensor]) -> None:
+def _save(folder: Path, step: int, engine: Engine, about: dict, sums: Sums) -> None:
     """A checkpoint, written by rank 0; all ranks take part in gathering it. Raises OSError on all if the disk refuses.
 
-    sums: of the metrics since the last row, if a stop cuts one in two; it does not wait for the row that would have seen
-    that they are not finite.
+    A stop does not wait for the row that would have seen that the loss is not finite: that is seen here.
     """
-    ranks = distributed.every_rank([float(v) for v in sums.values()])
-    if not all(_finite(v) for values in ranks for v in values):
+    row = sums.state()
+    if row and not all(_finite(v) for values in row["sums"] for v in values):
         raise FloatingPointError(
             f"{about['stage']}: the loss is not finite at step {step}; the last checkpoint is sound"
         )
-    about = {**about, "row": {"keys": list(sums), "sums": ranks} if sums else None}
-    first = distributed.rank() == 0
+    about, first = {**about, "row": row}, distributed.rank() == 0
     distributed.agreed(lambda: checkpoint.save(folder, step, engine.state(), about, write=first))
 
 
