@@ -295,7 +295,58 @@ def loader(_: str) -> str:
     return "\n".join(lines) + f"\n\n{footer(data)}\n\n"
 
 
+def modes(recipe: str) -> str:
+    """Mid-training from trajectories in each mode, over seeds, beside paper mode."""
+    data = json.loads((RESULTS / f"{recipe}-modes.json").read_text())
+    steps = list(data["summary"][0]["frechet"])
+    lines = [
+        f"| {recipe}: trajectories | {' | '.join(f'Fréchet, {k} step' + 's' * (k != '1') for k in steps)} | ms a student image |",
+        "|---|" + "---|" * (len(steps) + 1),
+    ]
+    for r in data["summary"]:
+        cells = [span(r["frechet"][k]["each"]) for k in steps] + [span(r["ms_per_image"]["each"])]
+        lines.append(f"| {MODES[r['mode']]} | {' | '.join(cells)} |")
+    e, seeds = data["environment"], ", ".join(str(n) for n in sorted({r["seed"] for r in data["rows"]}))
+    images = ", ".join(f"{n:,} images of {name}-training" for name, n in data["images"].items())
+    lines.append(
+        f"\nSeeds {seeds}; {images}; {data['samples']:,} samples; {e['cpu']}, {e['threads']} threads, torch {e['torch']}; "
+        f"commit {data['commit']}, {data['date']}.\n"
+    )
+    return "\n".join(lines) + "\n"
+
+
+MODES = {
+    "paper": "`mode: paper`, all points",
+    "pool-all": "`mode: pool`, all points, as many teacher calls",
+    "pool": "`mode: pool`, the recipe's points",
+    "cache": "the same from a cache, no teacher",
+}
+
+
+def tune(recipe: str) -> str:
+    """The solver that was chosen by measurement beside the recipe's and a coarse one."""
+    data = json.loads((RESULTS / f"{recipe}-tune.json").read_text())
+    steps = list(data["arms"]["auto"]["figures"])
+    heads = "".join(f" Fréchet, {k} step{'s' * (k != '1')} |" for k in steps)
+    lines = [
+        f"| {recipe} | solver | its error, estimated | student's error |{heads}",
+        "|---|---|---|---|" + "---|" * len(steps),
+    ]
+    for name, r in data["arms"].items():
+        cells = " | ".join(f"{r['figures'][k]['frechet']:.3f}" for k in steps)
+        lines.append(f"| {name} | {r['solver']} | {r['solver_error']:.3g} | {r['student_error']:.3g} | {cells} |")
+    e = data["environment"]
+    lines.append(
+        f"\nSeed {data['seed']}, {data['images']:,} student images, {data['samples']:,} samples; errors are RMS per dimension; "
+        f"settled in {data['settling_s']:.0f} s; {e['cpu']}, {data['threads']} threads; commit {data['commit']}, "
+        f"{data['date']}.\n"
+    )
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {
+    "modes": modes,
+    "tune": tune,
     "seeds": seeds,
     "search": search,
     "dual": dual,

@@ -96,8 +96,7 @@ def train_stage(
             "parent": lineage,
             "others": others,
             "engine": {"kind": run.engine, "stage": choice.stage, "processes": distributed.size()},
-            "trajectories": source.trajectories,
-        }
+        } | ({"trajectories": source.trajectories} if source.trajectories else {})
         if stage.compile:
             compiled.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         meter.lap("startup")

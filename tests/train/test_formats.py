@@ -172,7 +172,9 @@ def test_a_checkpoint_that_says_nothing_goes_on_as_it_began(pre, tmp_path) -> No
     stage = work.run.mid
     source = source_of(work, "mid")
     fresh = source.pool.draw(0, torch.arange(32))
-    before = Source(work, "mid", stage, LocalEngine(work.build(), stage, work.device), found._replace(manifest=old))
+    before = Source(
+        work, "mid", stage, LocalEngine(work.build(), stage, work.device), found=found._replace(manifest=old)
+    )
     assert before.trajectories["precision"] == "fp32" and source.trajectories["precision"] == "bf16"
     exact = source_of(work_of(pre, tmp_path / "run"), "mid").pool.draw(0, torch.arange(32))
     assert torch.equal(before.pool.draw(0, torch.arange(32)).x_r, exact.x_r) and not torch.equal(fresh.x_r, exact.x_r)

@@ -29,6 +29,10 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     return {"key": (case.seed, 3, 2**31 + 50_000, 2), "sample": sample, "blocks": case.blocks}
 
 
+def case_of(key, sample, blocks) -> Case:
+    return Case(len(sample), blocks, key[0])
+
+
 def nbytes(case: Case, itemsize: int) -> int:
     return 8 * case.B * (1 + 4 * case.blocks)
 
