@@ -114,7 +114,9 @@ class _Found:
         self.calls: list[tuple[str, Call]] = []  # (part, call)
         self.parts: dict[int, tuple[str, str]] = {}  # of a range: (part, op)
         self.nodes: dict[int, tuple[list[int], list[tuple[int, str]]]] = {}  # thread -> first nodes, (end, op)
-        self.rollouts: set[int] = set()
+        # of a pool's draws those that rolled out; the others took rows of a round that was there
+        inside = [above for e in ranges if e.name == RANGE + "solver_step" for above in _up(e)]
+        self.rollouts = {id(above) for above in inside if above.name == ROLLOUT}
         for e in ranges:
             op = e.name[len(RANGE) :]
             call = queues[op].pop(0) if queues.get(op) else None
@@ -130,8 +132,7 @@ class _Found:
     def _part(self, e: Any, call: Call | None) -> str:
         for above in _up(e):
             if above.name == ROLLOUT:
-                self.rollouts.add(id(above))
-                return "teacher"
+                return "teacher" if id(above) in self.rollouts else "no gradient"
             if above.name.startswith(NODE):
                 return "recomputed"
         if e.name == RANGE + "adamw_ema":
