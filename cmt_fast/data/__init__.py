@@ -140,7 +140,9 @@ class Loader:
                 data.x.to(device), None if data.labels is None else data.labels.to(device), data.classes
             )
         else:
-            self._thread = ThreadPoolExecutor(1, "rows")
+            # with a second team of OpenMP threads in the process each team's threads sleep between parallel loops in place
+            # of spinning: small networks on a CPU then take twice as long
+            self._thread = ThreadPoolExecutor(1, "rows", initializer=torch.set_num_threads, initargs=(1,))
             self._ahead: dict[tuple[int, int, int], Future] = {}
 
     @property

@@ -134,6 +134,19 @@ def test_recipe_constants_replace_the_stores(store):
     torch.testing.assert_close(n.invert(n.apply(x)), x)
 
 
+def test_reading_ahead_has_one_thread_and_leaves_training_its_own(store):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ahead = Loader(Store(store[0]), 7, CPU, stride=8)
+        ahead.rows(torch.arange(8))
+        assert ahead._thread.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+        ahead.close()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_loader_gives_the_same_rows_from_any_step_and_world_size(store):
     s, batch, steps = Store(store[0]), 8, 24  # several epochs, batches across their boundaries
     position = torch.arange(batch)
