@@ -222,13 +222,10 @@ def test_a_killed_run_keeps_its_choice_and_ends_bit_equal(when, finished, tmp_pa
     def killed(*_, **__):
         raise KeyboardInterrupt
 
+    real, saves = loop._save, []
+    save = lambda *a, **k: (real(*a, **k), saves.append(1), killed() if len(saves) == 2 else None)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "Source" if when == "after the choice" else "_resumed", killed)
-        if when == "after a checkpoint":
-            real, saves = loop._save, []
-            save = lambda *a, **k: (real(*a, **k), saves.append(1), killed() if len(saves) == 2 else None)
-            patch.setattr(loop, "_resumed", lambda found: {})
-            patch.setattr(loop, "_save", save)
+        patch.setattr(loop, *(("Source", killed) if when == "after the choice" else ("_save", save)))
         loop.train(Workspace(run, out), ["mid"])
     assert tuning.read(out / "mid") == tuning.read(finished / "mid")
     assert bool(checkpoint.steps(out / "mid")) == (when == "after a checkpoint")
