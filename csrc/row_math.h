@@ -16,8 +16,9 @@ namespace cmt {
 
 #ifdef __CUDACC__
 CMT_FN float mad(float a, float b, float c) { return fmaf(a, b, c); }
-CMT_FN float exponential(float x) { return expf(x); }
-CMT_FN float reciprocal(float x) { return __fdividef(1.0f, x); }
+CMT_FN float exponential(float x) { return expf(x); }               // inf from 88.7 on
+CMT_FN float reciprocal(float x) { return __fdividef(1.0f, x); }    // 0 from 2^126 on
+CMT_FN float within(float x, float limit) { return fminf(fmaxf(x, -limit), limit); }  // NaN is -limit
 CMT_FN float rsqrt_of(float x) { return rsqrtf(x); }
 #endif
 
@@ -42,9 +43,12 @@ template <class F>
 CMT_FN F gelu_of(F x) {
   return x * reciprocal(1.0f + gelu_e(x));
 }
-// dy/dx = p + 2 x p (1 - p) du/dx; 1 - p is e p, which does not cancel.
+// dy/dx = p + 2 x p (1 - p) du/dx; 1 - p is e p, which does not cancel. Beyond +-10 the slope is 0 and 1 to fp32, so it is
+// taken there: e and du stay finite for every finite x (inf times 0 would be NaN). Of an infinite x it is NaN, as in the
+// formula. The value needs no such limit, and must not have it: where e is inf, p is 0 and so is y.
 template <class F>
 CMT_FN F gelu_slope(F x) {
+  x = mad(x, F{}, within(x, 10.0f));  // 0 x: NaN for an infinite x and for NaN
   F e = gelu_e(x);
   F p = reciprocal(1.0f + e);
   F du = mad(x * x, F{} + 3.0f * kSqrt2OverPi * kCubic, F{} + kSqrt2OverPi);

@@ -90,10 +90,15 @@ CMT_FN void columns(int64_t D, Body body) {
 CMT_FN V mad(V a, V b, V c) { return a * b + c; }
 CMT_FN V reciprocal(V x) { return 1.0f / x; }
 CMT_FN float rsqrt_of(float x) { return 1.0f / __builtin_sqrtf(x); }
-// exp(x) = 2^n exp(r), |r| <= ln2 / 2: Taylor to r^7 / 7!, off by under 2e-9 there. Clamped where fp32 ends; NaN stays.
+CMT_FN V within(V x, float limit) {  // NaN stays
+  x = x > limit ? V{} + limit : x;
+  return x < -limit ? V{} - limit : x;
+}
+// exp(x) = 2^n exp(r), |r| <= ln2 / 2: Taylor to r^7 / 7!, off by under 2e-9 there. Infinite from 88.4 on (n = 128) and 0
+// from -87.7 on (n = -127), as fp32's own exponents end; NaN stays.
 CMT_FN V exponential(V x) {
-  x = x > 88.0f ? V{} + 88.0f : x;
-  x = x < -87.0f ? V{} - 87.0f : x;
+  x = x > 89.0f ? V{} + 89.0f : x;
+  x = x < -88.0f ? V{} - 88.0f : x;
   const float magic = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer, in the low bits
   V shifted = x * 1.44269504088896341f + magic;
   V n = shifted - magic;
