@@ -55,23 +55,30 @@ CMT_FN F gelu_slope(F x) {
   return mad(2.0f * x * du, e * p * p, p);
 }
 
-// modulated_norm: xh = (x - mean) r, y = xh (1 + scale) + shift.
+// Of a row whose sum of squares overflows fp32, `size` is 2^-80, else 1: the norms take mean and 1/std of x size. There
+// the largest of the row is between 2^-27 and 2^48 (of up to 4096 numbers), so that no square overflows or vanishes, and
+// eps size^2 is nothing beside their mean. A row with an infinity or a NaN has no finite sum at any size.
+constexpr float kShrunk = 0x1p-80f;
+constexpr float kLargest = 3.402823466e38f;
+
+// modulated_norm: xh = (x size - mean) r, y = xh (1 + scale) + shift; r size is 1/std of x.
 template <class F>
-CMT_FN F normalised(F x, float mean, float r) {
-  return (x - mean) * r;
+CMT_FN F normalised(F x, float size, float mean, float r) {
+  return mad(x, F{} + size, F{} - mean) * r;
 }
 template <class F>
 CMT_FN F modulated(F xh, F scale, F shift) {
   return mad(xh, 1.0f + scale, shift);
 }
 // The Jacobian of x -> xh is symmetric: the same line is the tangent (v = x_dot) and the backward (v = w = dy (1 + scale)).
+// r: 1/std of x itself.
 // mean_v, mean_xh_v: means over the row.
 template <class F>
 CMT_FN F normalise_along(F v, F xh, float r, float mean_v, float mean_xh_v) {
   return r * (v - mean_v - xh * mean_xh_v);
 }
 
-// qk_norm: xh = x r, y = w xh; the same Jacobian without the mean.
+// qk_norm: xh = x size r, y = w xh; the same Jacobian without the mean.
 template <class F>
 CMT_FN F rms_along(F v, F xh, float r, float mean_xh_v) {
   return r * (v - xh * mean_xh_v);

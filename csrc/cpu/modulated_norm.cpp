@@ -10,8 +10,31 @@ const T* row_of(const Rows& m, int64_t b) {
   return m.data ? static_cast<const T*>(m.data) + b * m.stride : nullptr;
 }
 
+struct Moments {
+  float mean, r, size;
+};
+// The mean is taken about the first number of the row: of a row of equal numbers it is that number, and the variance 0.
 template <class T>
-void tangent_row(const ModulatedNorm& a, int64_t row, float mean, float r) {
+CMT_FN Moments moments_of(const T* x, int64_t D, float eps) {
+  Moments of{0.0f, 0.0f, 1.0f};
+  while (true) {
+    float size = of.size, origin = load(x, 1)[0] * size;
+    V total{}, squares{};
+    columns(D, [&](int64_t i, int64_t n) { total += first(load(x + i, n) * size - origin, n); });
+    float mean = origin + sum(total) / D;
+    columns(D, [&](int64_t i, int64_t n) {
+      V centred = first(load(x + i, n) * size - mean, n);
+      squares += centred * centred;
+    });
+    float all = sum(squares);
+    of = {mean, rsqrt_of(all / D + eps * size * size), size};
+    if (all <= kLargest || size != 1.0f) return of;
+    of.size = kShrunk;
+  }
+}
+
+template <class T>
+void tangent_row(const ModulatedNorm& a, int64_t row, Moments of) {
   int64_t b = row / a.T, D = a.D;
   auto x = static_cast<const T*>(a.x) + row * D;
   auto x_dot = a.x_dot ? static_cast<const T*>(a.x_dot) + row * D : nullptr;
@@ -22,14 +45,15 @@ void tangent_row(const ModulatedNorm& a, int64_t row, float mean, float r) {
     columns(D, [&](int64_t i, int64_t n) {
       V v = load(x_dot + i, n);
       s1 += v;
-      s2 += normalised(load(x + i, n), mean, r) * v;
+      s2 += normalised(load(x + i, n), of.size, of.mean, of.r) * v;
     });
   float m1 = sum(s1) / D, m2 = sum(s2) / D;
   columns(D, [&](int64_t i, int64_t n) {
-    V xh = normalised(load(x + i, n), mean, r), along{};
+    V xh = normalised(load(x + i, n), of.size, of.mean, of.r), along{};
     if (shift_dot) along = load(shift_dot + i, n);
     if (scale_dot) along = mad(xh, load(scale_dot + i, n), along);
-    if (x_dot) along = mad(normalise_along(load(x_dot + i, n), xh, r, m1, m2), 1.0f + load(scale + i, n), along);
+    if (x_dot)
+      along = mad(normalise_along(load(x_dot + i, n), xh, of.r * of.size, m1, m2), 1.0f + load(scale + i, n), along);
     store(y_dot + i, along, n);
   });
 }
@@ -42,21 +66,13 @@ void forward(const ModulatedNorm& a, const Context& context) {
       auto x = static_cast<const T*>(a.x) + row * D;
       auto y = static_cast<T*>(a.y) + row * D;
       auto shift = row_of<T>(a.shift, b), scale = row_of<T>(a.scale, b);
-      V total{};
-      columns(D, [&](int64_t i, int64_t n) { total += load(x + i, n); });
-      float mean = sum(total) / D;
-      V squares{};
+      Moments of = moments_of(x, D, a.eps);
+      a.stats[3 * row] = of.mean, a.stats[3 * row + 1] = of.r, a.stats[3 * row + 2] = of.size;
       columns(D, [&](int64_t i, int64_t n) {
-        V centred = first(load(x + i, n) - mean, n);
-        squares += centred * centred;
+        V xh = normalised(load(x + i, n), of.size, of.mean, of.r);
+        store(y + i, modulated(xh, load(scale + i, n), load(shift + i, n)), n);
       });
-      float r = rsqrt_of(sum(squares) / D + a.eps);
-      a.stats[2 * row] = mean;
-      a.stats[2 * row + 1] = r;
-      columns(D, [&](int64_t i, int64_t n) {
-        store(y + i, modulated(normalised(load(x + i, n), mean, r), load(scale + i, n), load(shift + i, n)), n);
-      });
-      if (b < a.k) tangent_row<T>(a, row, mean, r);
+      if (b < a.k) tangent_row<T>(a, row, of);
     }
   });
 }
@@ -67,10 +83,10 @@ void backward_row(const ModulatedNormBackward& a, int64_t row, float* dshift, fl
   auto x = static_cast<const T*>(a.x) + row * D, grad = static_cast<const T*>(a.grad) + row * D;
   auto scale = row_of<T>(a.scale, row / a.T);
   auto dx = static_cast<T*>(a.dx) + row * D;
-  float mean = a.stats[2 * row], r = a.stats[2 * row + 1];
+  float mean = a.stats[3 * row], r = a.stats[3 * row + 1], size = a.stats[3 * row + 2];
   V s1{}, s2{};
   columns(D, [&](int64_t i, int64_t n) {
-    V g = load(grad + i, n), xh = normalised(load(x + i, n), mean, r), w = g * (1.0f + load(scale + i, n));
+    V g = load(grad + i, n), xh = normalised(load(x + i, n), size, mean, r), w = g * (1.0f + load(scale + i, n));
     s1 += w;
     s2 += w * xh;
     store(dshift + i, load(dshift + i, n) + g, n);
@@ -78,8 +94,8 @@ void backward_row(const ModulatedNormBackward& a, int64_t row, float* dshift, fl
   });
   float m1 = sum(s1) / D, m2 = sum(s2) / D;
   columns(D, [&](int64_t i, int64_t n) {
-    V xh = normalised(load(x + i, n), mean, r), w = load(grad + i, n) * (1.0f + load(scale + i, n));
-    store(dx + i, normalise_along(w, xh, r, m1, m2), n);
+    V xh = normalised(load(x + i, n), size, mean, r), w = load(grad + i, n) * (1.0f + load(scale + i, n));
+    store(dx + i, normalise_along(w, xh, r * size, m1, m2), n);
   });
 }
 

@@ -6,37 +6,46 @@
 namespace cmt::CMT_ISA {
 namespace {
 
-// 1 / rms of a head; 1 if there is no norm.
+struct Scale {
+  float r, size;  // xh = x size r
+};
+// Of a head; 1 if there is no norm.
 template <class T>
-CMT_FN float scale_of(const T* x, int64_t d, float eps, bool norm) {
-  if (!norm) return 1.0f;
-  V squares{};
-  columns(d, [&](int64_t i, int64_t n) {
-    V v = load(x + i, n);
-    squares += v * v;
-  });
-  return rsqrt_of(sum(squares) / d + eps);
+CMT_FN Scale scale_of(const T* x, int64_t d, float eps, bool norm) {
+  float size = 1.0f, r = 1.0f, all;
+  while (norm) {
+    V squares{};
+    columns(d, [&](int64_t i, int64_t n) {
+      V v = load(x + i, n) * size;
+      squares += v * v;
+    });
+    all = sum(squares);
+    r = rsqrt_of(all / d + eps * size * size);
+    if (all <= kLargest || size != 1.0f) break;
+    size = kShrunk;
+  }
+  return {r, size};
 }
 
 template <class T>
-CMT_FN float mean_of_product(const T* x, const T* v, float r, int64_t d) {
+CMT_FN float mean_of_product(const T* x, const T* v, Scale s, int64_t d) {
   V total{};
-  columns(d, [&](int64_t i, int64_t n) { total += load(x + i, n) * r * load(v + i, n); });
+  columns(d, [&](int64_t i, int64_t n) { total += load(x + i, n) * s.size * s.r * load(v + i, n); });
   return sum(total) / d;
 }
 
 template <class T>
 CMT_FN void head(const T* x, const T* x_dot, T* y, T* y_dot, const float* w, const float* cos, const float* sin, int64_t d,
                  float eps) {
-  float r = scale_of(x, d, eps, w != nullptr);
-  float m = w && x_dot ? mean_of_product(x, x_dot, r, d) : 0.0f;
+  Scale of = scale_of(x, d, eps, w != nullptr);
+  float m = w && x_dot ? mean_of_product(x, x_dot, of, d) : 0.0f;
   auto value = [&](int64_t i, int64_t n) {
     V v = load(x + i, n);
-    return w ? v * r * load(w + i, n) : v;
+    return w ? v * of.size * of.r * load(w + i, n) : v;
   };
   auto along = [&](int64_t i, int64_t n) {
     V v = load(x_dot + i, n);
-    return w ? load(w + i, n) * rms_along(v, load(x + i, n) * r, r, m) : v;
+    return w ? load(w + i, n) * rms_along(v, load(x + i, n) * of.size * of.r, of.r * of.size, m) : v;
   };
   if (!cos) {
     columns(d, [&](int64_t i, int64_t n) {
@@ -93,11 +102,12 @@ CMT_FN void head_backward(const T* x, const T* grad, T* dx, const float* w, floa
     store(g + half + i, b, n);
   });
   columns(d - 2 * half, [&](int64_t i, int64_t n) { store(g + i, load(grad + i, n), n); });
-  float r = scale_of(x, d, eps, w != nullptr), m = 0.0f;
+  Scale of = scale_of(x, d, eps, w != nullptr);
+  float m = 0.0f;
   if (w) {
     V total{};
     columns(d, [&](int64_t i, int64_t n) {
-      V xh = load(x + i, n) * r, v = load(g + i, n);
+      V xh = load(x + i, n) * of.size * of.r, v = load(g + i, n);
       total += xh * v * load(w + i, n);
       store(dw + i, load(dw + i, n) + v * xh, n);
     });
@@ -105,7 +115,8 @@ CMT_FN void head_backward(const T* x, const T* grad, T* dx, const float* w, floa
   }
   columns(d, [&](int64_t i, int64_t n) {
     V v = load(g + i, n);
-    store(dx + i, w ? rms_along(v * load(w + i, n), load(x + i, n) * r, r, m) : v, n);
+    V xh = load(x + i, n) * of.size * of.r;
+    store(dx + i, w ? rms_along(v * load(w + i, n), xh, of.r * of.size, m) : v, n);
   });
 }
 

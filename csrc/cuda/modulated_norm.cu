@@ -11,7 +11,7 @@ CMT_FN const T* row_of(const Rows& m, int64_t b) {
 }
 
 template <class T, int N>
-CMT_FN void tangent_row(const ModulatedNorm& a, int64_t row, const Vec (&xh)[N], float r, bool whole) {
+CMT_FN void tangent_row(const ModulatedNorm& a, int64_t row, const Vec (&xh)[N], float r, bool whole) {  // r: of x itself
   int64_t b = row / a.T;
   int D = a.D;
   const T* x_dot = a.x_dot ? static_cast<const T*>(a.x_dot) + row * D : nullptr;
@@ -47,6 +47,31 @@ CMT_FN void tangent_row(const ModulatedNorm& a, int64_t row, const Vec (&xh)[N],
   }
 }
 
+struct Moments {
+  float mean, r, squares;
+};
+// Of a row in registers. The mean is taken about its first number, `origin`: of a row of equal numbers it is that number,
+// and the variance 0.
+template <int N>
+CMT_FN Moments moments_of(const Vec (&x)[N], float origin, int D, float eps) {
+  float total = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int j = 0; j < kVector; ++j)
+      total += (n * 32 + int(threadIdx.x)) * kVector + j < D ? x[n].v[j] - origin : 0.0f;
+  float mean = origin + warp_sum(total) / D;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      float centred = (n * 32 + int(threadIdx.x)) * kVector + j < D ? x[n].v[j] - mean : 0.0f;
+      squares += centred * centred;
+    }
+  squares = warp_sum(squares);
+  return {mean, rsqrt_of(squares / D + eps), squares};
+}
+
 // The blocks a multiprocessor must hold leave 128 registers a thread, 168 for the widest rows: none spills.
 //
 // Rows [first, last): with tangents or without, two instances, so that plain rows do not pay registers for tangents.
@@ -58,37 +83,32 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_kernel(Modula
   int D = a.D;
   const T *x = static_cast<const T*>(a.x) + row * D, *shift = row_of<T>(a.shift, b), *scale = row_of<T>(a.scale, b);
   Vec xh[N];
-  float total = 0.0f, squares = 0.0f;
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
-    xh[n] = load(x, (n * 32 + threadIdx.x) * kVector, D, whole);
-    total += sum(xh[n]);
+  for (int n = 0; n < N; ++n) xh[n] = load(x, (n * 32 + threadIdx.x) * kVector, D, whole);
+  float origin = to_float(x[0]), size = 1.0f;
+  Moments of = moments_of(xh, origin, D, a.eps);
+  if (!(of.squares <= kLargest)) {  // the same on every lane
+    size = kShrunk;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) xh[n].v[j] *= size;
+    of = moments_of(xh, origin * size, D, a.eps * size * size);
   }
-  float mean = warp_sum(total) / D;
-#pragma unroll
-  for (int n = 0; n < N; ++n)
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      float centred = (n * 32 + threadIdx.x) * kVector + j < D ? xh[n].v[j] - mean : 0.0f;
-      squares += centred * centred;
-    }
-  float r = rsqrt_of(warp_sum(squares) / D + a.eps);
-  if (threadIdx.x == 0) {
-    a.stats[2 * row] = mean;
-    a.stats[2 * row + 1] = r;
-  }
+  float mean = of.mean, r = of.r;
+  if (threadIdx.x == 0) a.stats[3 * row] = mean, a.stats[3 * row + 1] = r, a.stats[3 * row + 2] = size;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     int i = (n * 32 + threadIdx.x) * kVector;
     Vec s = load(scale, i, D, whole), h = load(shift, i, D, whole);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      xh[n].v[j] = normalised(xh[n].v[j], mean, r);
+      xh[n].v[j] = normalised(xh[n].v[j], 1.0f, mean, r);
       h.v[j] = modulated(xh[n].v[j], s.v[j], h.v[j]);
     }
     store(static_cast<T*>(a.y) + row * D, i, D, whole, h);
   }
-  if constexpr (kDual) tangent_row<T, N>(a, row, xh, r, whole);
+  if constexpr (kDual) tangent_row<T, N>(a, row, xh, r * size, whole);
 }
 
 // The block's sums of one kind, warp after warp, into its row of the partials.
@@ -119,14 +139,14 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_backward_kern
   for (int64_t t = from + threadIdx.y; t < to; t += kWarps) {
     int64_t row = b * a.T + t;
     const T *x = static_cast<const T*>(a.x) + row * D, *grad = static_cast<const T*>(a.grad) + row * D;
-    float mean = a.stats[2 * row], r = a.stats[2 * row + 1], m1 = 0.0f, m2 = 0.0f;
+    float mean = a.stats[3 * row], r = a.stats[3 * row + 1], size = a.stats[3 * row + 2], m1 = 0.0f, m2 = 0.0f;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       int i = (n * 32 + threadIdx.x) * kVector;
       Vec v = load(x, i, D, whole), g = load(grad, i, D, whole), s = load(scale, i, D, whole);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        float xh = normalised(v.v[j], mean, r), w = g.v[j] * (1.0f + s.v[j]);
+        float xh = normalised(v.v[j], size, mean, r), w = g.v[j] * (1.0f + s.v[j]);
         m1 += w;
         m2 += w * xh;
         dshift[n].v[j] += g.v[j];
@@ -141,7 +161,7 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_backward_kern
       Vec v = load(x, i, D, whole), g = load(grad, i, D, whole), s = load(scale, i, D, whole);
 #pragma unroll
       for (int j = 0; j < kVector; ++j)
-        v.v[j] = normalise_along(g.v[j] * (1.0f + s.v[j]), normalised(v.v[j], mean, r), r, m1, m2);
+        v.v[j] = normalise_along(g.v[j] * (1.0f + s.v[j]), normalised(v.v[j], size, mean, r), r * size, m1, m2);
       store(static_cast<T*>(a.dx) + row * D, i, D, whole, v);
     }
   }

@@ -55,6 +55,23 @@ CMT_FN float dot(const Head<P>& x, const Head<P>& y) {
   for (int p = 0; p < P; ++p) total += x.a[p] * y.a[p] + x.b[p] * y.b[p];
   return group_sum(total);
 }
+// x <- x / rms; 1/rms of x. Of a head whose squares overflow, x is taken smaller first. Both heads of a warp go through the
+// shuffles when one of them has to.
+template <int P>
+CMT_FN float normalise(Head<P>& x, float d, float eps) {
+  float squares = dot(x, x), size = 1.0f;
+  float others = __shfl_xor_sync(0xffffffffu, squares, kLanes);
+  if (!(squares <= kLargest && others <= kLargest)) {
+    if (!(squares <= kLargest)) size = kShrunk;
+#pragma unroll
+    for (int p = 0; p < P; ++p) x.a[p] *= size, x.b[p] *= size;
+    squares = dot(x, x);
+  }
+  float r = rsqrt_of(squares / d + eps * size * size);
+#pragma unroll
+  for (int p = 0; p < P; ++p) x.a[p] *= r, x.b[p] *= r;
+  return r * size;
+}
 template <int P>
 CMT_FN void turn(Head<P>& h, const float* cos, const float* sin, float direction, Shape s) {
   if (cos) each<P>(s, [&](int p, int i, bool) { rotate(h.a[p], h.b[p], cos[i], direction * sin[i]); });
@@ -76,14 +93,11 @@ __global__ void __launch_bounds__(32 * kWarps) qk_kernel(QkNorm a, int64_t heads
   Head<P> x = load_head<P>(static_cast<const T*>(a.qkv) + at, s), weight{}, x_dot{};
   if (w) weight = load_head<P>(w, s);
   if (dual) x_dot = load_head<P>(static_cast<const T*>(a.qkv_dot) + at, s);
-  float r = rsqrt_of(dot(x, x) / a.d + a.eps);
   Head<P> y = x;
+  float r = normalise(x, a.d, a.eps);  // of every head: the lanes of a warp stay together
   if (w) {
 #pragma unroll
-    for (int p = 0; p < P; ++p) {
-      x.a[p] *= r, x.b[p] *= r;
-      y.a[p] = x.a[p] * weight.a[p], y.b[p] = x.b[p] * weight.b[p];
-    }
+    for (int p = 0; p < P; ++p) y.a[p] = x.a[p] * weight.a[p], y.b[p] = x.b[p] * weight.b[p];
   }
   turn(y, cos, sin, 1.0f, s);
   if (live) store_head(static_cast<T*>(a.y) + at, y, s);
@@ -122,10 +136,9 @@ __global__ void __launch_bounds__(32 * kWarps) qk_backward_kernel(QkNormBackward
     turn(g, cos, sin, -1.0f, s);
     if (w) {
       Head<P> x = load_head<P>(static_cast<const T*>(a.qkv) + at, s);
-      float r = rsqrt_of(dot(x, x) / a.d + a.eps);
+      float r = normalise(x, a.d, a.eps);
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        x.a[p] *= r, x.b[p] *= r;
         if (live) dw.a[p] += g.a[p] * x.a[p], dw.b[p] += g.b[p] * x.b[p];
         g.a[p] *= weight.a[p], g.b[p] *= weight.b[p];
       }
