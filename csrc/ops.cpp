@@ -253,6 +253,11 @@ void implement(torch::stable::detail::StableLibrary& m) {
 }  // namespace
 }  // namespace cmt
 
+// For cmt_kernels/_native, by ctypes: whether CUDA kernels could be launched beside the torch that is loaded.
+extern "C" __attribute__((visibility("default"))) int cmt_finds_cuda_stream() {
+  return cmt::current_cuda_stream() != nullptr;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(cmt, CPU, m) { cmt::implement(m); }
 #ifdef CMT_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(cmt, CUDA, m) { cmt::implement(m); }

@@ -11,10 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda_stream.h"
 #include "kernels.h"
-
-// Only in CUDA builds of torch: weak, so that the same library loads beside a CPU-only torch.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace cmt {
 
@@ -23,11 +21,15 @@ using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
-// The instruction set of the CPU kernels: the widest this processor has, or what CMT_ISA (base, v3, v4) asks for.
+// The instruction set of the CPU kernels: the widest this processor has, or what CMT_ISA (base, v3, v4) asks for. A
+// library built for tests (CMT_EMULATED) has one more: csrc/cuda, compiled for the CPU.
 inline const Backend& cpu_backend() {
   static const Backend& chosen = []() -> const Backend& {
     const char* asked = std::getenv("CMT_ISA");
     std::string isa = asked ? asked : "";
+#ifdef CMT_EMULATED
+    if (isa == "emu") return cuda::backend;
+#endif
 #ifdef __x86_64__
     bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -53,10 +55,11 @@ struct Place {
   explicit Place(const Tensor& x) : backend(x.is_cuda() ? nullptr : &cpu_backend()), context{nullptr, run_parallel} {
     if (!x.is_cuda()) return;
 #ifdef CMT_WITH_CUDA
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "a CUDA tensor in a torch that was built without CUDA");
+    CurrentCudaStream current = current_cuda_stream();
+    STD_TORCH_CHECK(current, "a CUDA tensor, and no library that is loaded tells torch's CUDA stream");
     backend = &cuda::backend;
     guard.emplace(x.get_device_index());
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &context.stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(current(x.get_device_index(), &context.stream));
 #else
     STD_TORCH_CHECK(false, "the native ops were built without CUDA");
 #endif

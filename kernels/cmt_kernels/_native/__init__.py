@@ -2,21 +2,23 @@
 
 It holds CPU kernels for every instruction set of the build (chosen when the first op runs; `CMT_ISA` forces one) and,
 where nvcc was found, CUDA kernels. It links against torch's stable ABI and no Python, so a library built beside one
-torch or Python loads beside another.
+torch or Python loads beside another. `CMT_NATIVE_LIBRARY` names another build of it, for tests.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent
-LIBRARY, RECORD = FOLDER / "cmt_native.so", FOLDER / "build.json"
+LIBRARY = Path(os.environ.get("CMT_NATIVE_LIBRARY") or Path(__file__).parent / "cmt_native.so")
+RECORD = LIBRARY.with_name("build.json")
 FUSED = ("modulated_norm", "gated_residual")  # where torch.compile's own fusion is faster, see `covers`
 BUILD = "`python -m cmt_kernels._native.build` builds it"
 
@@ -26,7 +28,11 @@ def record() -> dict:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
-devices: tuple[str, ...] = ()  # device types that the loaded library has kernels for
+devices: tuple[str, ...] = ()  # device types that the loaded library has kernels for and can launch them on
+NO_STREAM = (
+    "the native extension has CUDA kernels but finds no CUDA stream to launch them on: torch {} has loaded no "
+    "libtorch_cuda.so with aoti_torch_get_current_cuda_stream"
+)
 
 
 @functools.cache
@@ -41,7 +47,23 @@ def _load() -> str | None:
         return f"{LIBRARY.name} does not load beside torch {torch.__version__}: {failure}"
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     devices = tuple(device for device in ("cpu", "cuda") if has("cmt::gelu", device.upper()))
+    if not _finds_cuda_stream():
+        devices = tuple(device for device in devices if device != "cuda")
     return None
+
+
+def _finds_cuda_stream() -> bool:
+    """Whether the loaded library found the function that tells torch's current CUDA stream (csrc/cuda_stream.h)."""
+    return bool(ctypes.CDLL(str(LIBRARY)).cmt_finds_cuda_stream())
+
+
+def _no_kernels(device: str) -> str:
+    """Why no native op computes on a device that is not in `devices`."""
+    if reason := _load():
+        return reason
+    if device == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key("cmt::gelu", "CUDA"):
+        return NO_STREAM.format(torch.__version__)
+    return f"the native extension has no kernels for {device} ({record().get('line', BUILD)})"
 
 
 def unavailable(device: str | None = None) -> str | None:
@@ -49,11 +71,9 @@ def unavailable(device: str | None = None) -> str | None:
 
     By default the device of the machine: where there is a GPU, a library without CUDA kernels is none.
     """
-    reason = _load()
+    _load()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if reason or device in devices:
-        return reason
-    return f"the native extension has no kernels for {device} ({record().get('line', BUILD)})"
+    return None if device in devices else _no_kernels(device)
 
 
 def covers(x: Tensor, op: str) -> bool:
@@ -63,9 +83,7 @@ def covers(x: Tensor, op: str) -> bool:
     dtype and RuntimeError for another device.
     """
     if x.device.type not in devices:
-        raise RuntimeError(
-            f"{op}: the native extension has no kernels for {x.device.type} ({record().get('line', BUILD)})"
-        )
+        raise RuntimeError(f"{op}: {_no_kernels(x.device.type)}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise TypeError(
             f"{op}: the native kernels take float32 and bfloat16, not {x.dtype}; CMT_KERNELS={op}:reference"

@@ -101,9 +101,22 @@ def commands(torch: Path, cuda: bool) -> dict[str, list[str]]:
     return todo
 
 
+def libraries(torch: Path) -> list[str]:
+    """What the library is linked with: torch without CUDA, which every torch has (csrc/cuda_stream.h)."""
+    return [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+
+
+def torch_folder() -> Path:
+    """The package torch, not imported. Raises Failed without one."""
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        raise Failed("torch is not here to build against; with torch installed, `python -m cmt_kernels._native.build`")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
 def digest(command: list[str], source: Path) -> str:
     """Changes when the command, the source or any header of csrc does."""
-    headers = [p for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh")]
+    headers = [p for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh") and p.parent.name != "emulation"]
     total = hashlib.sha256(repr(command).encode())
     for path in [*headers, source]:
         total.update(path.read_bytes())
@@ -131,14 +144,11 @@ def compile_all(into: Path) -> str:
     """Compile and link everything into a folder; what was built. Raises Failed where it cannot be."""
     if sys.platform != "linux":
         raise Failed(f"it is written for Linux, not {sys.platform}")
-    found = importlib.util.find_spec("torch")
-    if found is None or not found.submodule_search_locations:
-        raise Failed("torch is not here to build against; with torch installed, `python -m cmt_kernels._native.build`")
+    torch = torch_folder()
     if not compiler():
         raise Failed("no C++ compiler")
     if not CSRC.is_dir():
         raise Failed(f"no sources in {CSRC}")
-    torch = Path(next(iter(found.submodule_search_locations)))
     cuda, why = wants_cuda()
     OBJECTS.mkdir(parents=True, exist_ok=True)
     todo = commands(torch, cuda)
@@ -147,8 +157,7 @@ def compile_all(into: Path) -> str:
     into.mkdir(parents=True, exist_ok=True)
     partial = into / f"{LIBRARY}.{os.getpid()}"
     linker = [nvcc(), "-shared", "-cudart", "static"] if cuda else [compiler(), "-shared"]
-    libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    run([*linker, *map(str, objects), *libraries, "-o", str(partial)])
+    run([*linker, *map(str, objects), *libraries(torch), "-o", str(partial)])
     partial.rename(into / LIBRARY)  # a process that has the old one mapped keeps it
     isas = [name.removeprefix("gelu-") for name in todo if name.startswith("gelu-") and name != "gelu-cuda"]
     archs = "CUDA sm_" + " sm_".join(architectures()) if cuda else "no CUDA"
