@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cmt_kernels import assembler
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +38,7 @@ def about(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "assembler": str(assembler.choose(assembler.card())) if device == "cuda" else None,
         "commit": commit or None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 
 import torch
+from cmt_kernels import assembler
 
 from cmt_fast import __version__, distributed
 from cmt_fast.config import ConfigError
@@ -45,13 +46,14 @@ def allow_tf32(allowed: bool) -> None:
 
 def environment() -> dict[str, str | int]:
     """What a figure depends on besides the recipe."""
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    gpu = torch.cuda.is_available()
     return {
         "cmt_fast": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cuda": torch.version.cuda or "none",
-        "gpu": accelerator,
+        "gpu": torch.cuda.get_device_name() if gpu else "none",
+        "assembler": str(assembler.choose(assembler.card())) if gpu else "none",
         "cpu": _cpu(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),

@@ -116,7 +116,8 @@ def test_arrows(path):
     assert not [m for m in modules if m.split(".")[0] in ("tests", "bench")]
     if "kernels" in path.parts:
         assert not [m for m in modules if m.startswith("cmt_fast")]
-        assert "triton" not in {m.split(".")[0] for m in modules} or path.stem in ("triton", "triton_kernels")
+        near_triton = path.stem in ("triton", "triton_kernels", "assembler")
+        assert near_triton or "triton" not in {m.split(".")[0] for m in modules}
     elif room(path) in MAY:
         inner = {m.split(".")[1] for m in modules if m.startswith("cmt_fast.")}
         assert inner <= MAY[room(path)], f"{ids(path)} imports {sorted(inner - MAY[room(path)])}"

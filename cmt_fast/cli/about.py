@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import cmt_kernels
+from cmt_kernels import assembler
 
 from cmt_fast import config, log, machine
 from cmt_fast import workspace as ws
@@ -79,7 +80,19 @@ def doctor(args: argparse.Namespace) -> None:
         return print(f"{args.heartbeat}: alive {age:.0f} s ago")
     for key, value in machine.environment().items():
         print(f"{key:10s} {value}")
+    _assemblers()
     print(f"dali       {dali.version() or 'not installed'}")
     for op in cmt_kernels.OPS:
         print(f"op {op:18s} {' > '.join(cmt_kernels.available(op))}")
     print(f"recipes    {', '.join(config.recipes())}")
+
+
+def _assemblers() -> None:
+    """What could assemble Triton's kernels here, which does, and why attention refuses it where it does."""
+    card = assembler.card()
+    choice = assembler.choose(card)
+    for found in assembler.candidates():
+        taken = choice.assembler and found.path == choice.assembler.path
+        print(f"ptxas      {found.version_text} at {found.path}{f' (taken, {choice.why})' if taken else ''}")
+    if not choice.assembler or assembler.refusal(card):
+        print(f"ptxas      {assembler.refusal(card) or choice.why}")

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cmt_kernels import assembler
 from cmt_kernels.dual import Dual, value
 
 ORDER = ("native", "triton", "torch", "apex", "reference")
@@ -55,6 +56,8 @@ def _load(op: str, name: str, device: str) -> tuple[Callable | None, str, bool]:
     reason = _misplaced(name, device)
     if reason:
         return None, reason, False
+    if name == "triton" and device == "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        assembler.choose(assembler.card())  # before Triton compiles anything
     module = importlib.import_module(f"cmt_kernels.{op}.{name}")
     unavailable = getattr(module, "unavailable", lambda: None)
     reason = unavailable(device) if inspect.signature(unavailable).parameters else unavailable()

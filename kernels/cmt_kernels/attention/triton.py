@@ -11,12 +11,17 @@ grad mode it never does unless `CMT_ATTENTION` says so: there the value of a Dua
 import torch
 from torch import Tensor
 
+from cmt_kernels import assembler
 from cmt_kernels.attention import primal
 from cmt_kernels.dual import Dual
 from cmt_kernels.gate import Gate
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WIDEST = 256
+
+
+def unavailable(device: str) -> str | None:
+    return assembler.refusal(assembler.card()) if device == "cuda" else None
 
 
 def attention(qkv: Tensor | Dual) -> Tensor | Dual:
