@@ -2,6 +2,10 @@
 
 Every event's own time goes to the op whose range is nearest around it, and below an autograd node to the op that made it.
 "Between ops" is the rest of a part: reshapes, sums, and networks whose ops are not watched because the stage is compiled.
+
+A rollout that is a CUDA graph calls no op when it is replayed: its kernels belong to the launch of the graph, which no op of
+torch is around, and stand in one row. Runtime calls are told by another thread number than ranges, so the range around a
+launch is found by time.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ MATMULS = ("attention", "conv2d", "linear")
 NODE, RANGE = "autograd::engine::evaluate_function: ", "op "
 COMPILED = ("Torch-Compiled Region", "CompiledFxGraph", "CompiledFunction")
 ROLLOUT, WAITING = "teacher", "stalled"  # ranges that the meter opens
+LAUNCH, GRAPH = ("cudaGraphLaunch", "cuGraphLaunch", "hipGraphLaunch"), "CUDA graph"
 DASH = "–"
 
 
@@ -61,9 +66,10 @@ def table(
     round_: steps that a rollout is for, over which its time is spread; best: the roof's FLOP/s and bytes/s.
     """
     found = _Found([e for e in events if e.device_type == DeviceType.CPU], calls)
+    graphs = _graphs_ms(events) if cuda else {}
     spent: dict[tuple[str, str], float] = {}
     for e in found.events:
-        own = _own_ms(e, cuda)
+        own = graphs.get(e.id, 0.0) if id(e) in found.launches else _own_ms(e, cuda)
         if own:
             key = found.place(e)
             spent[key] = spent.get(key, 0.0) + own
@@ -117,6 +123,13 @@ class _Found:
         # of a pool's draws those that rolled out; the others took rows of a round that was there
         inside = [above for e in ranges if e.name == RANGE + "solver_step" for above in _up(e)]
         self.rollouts = {id(above) for above in inside if above.name == ROLLOUT}
+        self.launches: set[int] = set()  # of a rollout's graph
+        teachers = [e for e in events if e.name == ROLLOUT]
+        for e in events:
+            if e.name.startswith(LAUNCH):
+                around = [above for above in teachers if _holds(above, e)]
+                self.rollouts |= {id(above) for above in around}
+                self.launches |= {id(e)} if around else set()
         for e in ranges:
             op = e.name[len(RANGE) :]
             call = queues[op].pop(0) if queues.get(op) else None
@@ -141,7 +154,7 @@ class _Found:
 
     def work(self) -> dict[tuple[str, str], Work]:
         """(part, op) -> what its calls had to do; a backward of matmuls is twice the forward of the values."""
-        out: dict[tuple[str, str], Work] = {}
+        out = {(ROLLOUT, GRAPH): Work(len(self.launches))} if self.launches else {}
         for part, call in self.calls:
             cases, key = cases_of(call.op), (part, call.op)
             out[key] = out.get(key, Work()).plus(cases.flops(call.case), cases.nbytes(call.case, call.itemsize))
@@ -153,6 +166,8 @@ class _Found:
 
     def place(self, e: Any) -> tuple[str, str]:
         """(part, op) of an event's own time."""
+        if id(e) in self.launches:
+            return ROLLOUT, GRAPH
         inside = ""
         for above in _up(e):
             if id(above) in self.parts:
@@ -184,6 +199,19 @@ def _up(e: Any) -> Iterator[Any]:
 
 def _is_op(e: Any) -> bool:
     return e.name.startswith(RANGE) and e.name[len(RANGE) :] in cmt_kernels.OPS
+
+
+def _holds(e: Any, inner: Any) -> bool:
+    return e.time_range.start <= inner.time_range.start and inner.time_range.end <= e.time_range.end
+
+
+def _graphs_ms(events: Any) -> dict[int, float]:
+    """Correlation id of a launch -> ms of the kernels and copies on the device that carry it."""
+    out: dict[int, float] = {}
+    for e in events:
+        if e.device_type != DeviceType.CPU and not getattr(e, "is_user_annotation", False):
+            out[e.id] = out.get(e.id, 0.0) + 1e-3 * (e.time_range.end - e.time_range.start)
+    return out
 
 
 def _own_ms(e: Any, cuda: bool) -> float:

@@ -11,6 +11,7 @@ the roof. Times are the device's: on a GPU of its kernels, on a CPU of the calls
 where calls are short. The numbers that the stage computes are the same with and without.
 
 Inside a compiled network there are no ops to see: its kernels have Inductor's names in the trace and one row in the table.
+So has a rollout that is one CUDA graph, which is every rollout on a GPU that can be captured.
 Where the teacher rolls out for a round of steps, the steps begin with a round and rollouts are spread over its steps.
 """
 

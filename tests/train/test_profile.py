@@ -8,10 +8,14 @@ import json
 import cmt_kernels
 import pytest
 import torch
+from cmt_kernels.cases import cases_of
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmt_fast import cli, loop, stages
+from cmt_fast.profile_table import GRAPH, Call, table
 from cmt_fast.profiling import Profile, roof, window
 from cmt_fast.stages import Schedule
 from cmt_fast.workspace import Workspace
@@ -150,6 +154,47 @@ def test_the_command_line(capsys):
     assert "--profile-steps: 0 is not a positive number" in capsys.readouterr().err
 
 
+def events_of_a_gpu(launch: str) -> EventList:
+    """What torch's profiler gives of two steps on a GPU, the first with a rollout that is replayed, in microseconds."""
+    GPU, made = DeviceType.CUDA, []
+
+    def event(name, start, stop, id, device=DeviceType.CPU, thread=1, annotation=False):
+        made.append(
+            FunctionEvent(id, name, thread, start, stop, device_type=device, is_user_annotation=annotation, use_device="cuda")
+        )  # fmt: skip
+        return made[-1]
+
+    event("teacher", 0, 100, 1, annotation=True)
+    event("aten::normal_", 5, 10, 2).append_kernel("normal", 0, 3000.0)
+    event("cudaLaunchKernel", 6, 9, 60, thread=777)  # a runtime call has another thread number until it is linked
+    event("normal", 1000, 4000, 60, GPU)
+    event(launch, 20, 30, 61, thread=777)
+    for i in range(4):
+        event("kernel", 5000 + 2000 * i, 6000 + 2000 * i, 61, GPU)
+    event("teacher", 1000, 13000, 1, GPU, annotation=True)  # the range's shadow on the device is no kernel
+    event("op silu", 120, 140, 3, annotation=True)
+    event("aten::silu", 121, 139, 4).append_kernel("silu", 0, 2000.0)
+    event("silu", 14000, 16000, 62, GPU)
+    event("teacher", 200, 210, 5, annotation=True)  # the second step takes points of the round that is there
+    event("aten::index", 201, 209, 6).append_kernel("index", 0, 500.0)
+    events = EventList(made, use_device="cuda")
+    events._build_tree()
+    return events
+
+
+@pytest.mark.parametrize("launch", ["cudaGraphLaunch", "cuGraphLaunch_v12000"])
+def test_a_replayed_rollout_is_the_time_of_its_graph(launch):
+    silu = Call("silu", True, (0, 0), cases_of("silu").CASES[0], 4)
+    found, step_ms = table(events_of_a_gpu(launch), [silu], 0.02, 2, 8, None, cuda=True)
+    ms = {(r.part, r.op): r.ms for r in found}
+    # a rollout is for 8 steps, the others for the two that were profiled
+    assert ms["teacher", GRAPH] == pytest.approx(4 / 8) and ms["teacher", "between ops"] == pytest.approx(3 / 8)
+    assert ms["forward", "silu"] == pytest.approx(2 / 2) and ms["step", "points of trajectories"] == pytest.approx(0.25)
+    assert ms["step", "host and waiting"] == pytest.approx((20 - 4 - 3 - 2 - 0.5) / 2) and len(ms) == 5
+    assert {r.calls for r in found if r.op == GRAPH} == {1 / 8}
+    assert sum(ms.values()) == pytest.approx(step_ms) == pytest.approx(13 / 2 + 7 / 8)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_times_are_of_kernels(tmp_path):
     work = Workspace(tiny("digits", *SIZE, "device=cuda"), tmp_path)
@@ -157,5 +202,7 @@ def test_on_a_gpu_the_times_are_of_kernels(tmp_path):
     loop.train(work, ["mid"], Profile(3))
     found = rows(work)
     assert found["forward", "linear"]["ms"] > 0 and found["backward", "linear"]["ms"] > 0
-    assert found["teacher", "solver_step"]["calls"] == 16 / 4
+    # a replayed rollout calls no op: its kernels are its graph's, launched once for 4 steps
+    assert found["teacher", GRAPH]["calls"] == 1 / 4 and found["teacher", GRAPH]["ms"] > 0
+    assert not {op for part, op in found if part == "teacher"} & set(cmt_kernels.OPS)
     assert sum(r["share"] for r in found.values()) == pytest.approx(1, abs=0.05)

@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cmt_kernels.attention.reference import aligned, sdpa
 from cmt_kernels.attention.reference import attention as reference
 from cmt_kernels.cases import allowed, error
 
@@ -36,14 +36,13 @@ _remembered: dict[tuple, list[str]] = {}  # (T, d, dtype, device index) -> accur
 
 
 def _sdpa(backend: SDPBackend, qkv: Tensor) -> Tensor:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d)
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return sdpa(qkv).transpose(1, 2).flatten(2)
 
 
 def _flash(module: str, qkv: Tensor) -> Tensor:
     """flash-attn of any version: (B, T, H, d) each in, the output alone or first of a tuple out."""
-    out = importlib.import_module(module).flash_attn_func(*qkv.unbind(2))
+    out = importlib.import_module(module).flash_attn_func(*aligned(qkv).unbind(2))
     return (out[0] if isinstance(out, tuple) else out).flatten(2)
 
 

@@ -1,4 +1,9 @@
-"""attention in plain torch: scaled_dot_product_attention for the value, explicit matrices for the tangent."""
+"""attention in plain torch: scaled_dot_product_attention for the value, explicit matrices for the tangent.
+
+Torch's fused kernels read 16 bytes at once and do not look whether a tensor begins there: a view that does not, such as
+`buffer[1:]`, is a cudaErrorMisalignedAddress, after which the process can use the GPU no more. So what goes in and what
+comes back as a gradient is copied where it begins elsewhere. Other ops of torch that we call choose another kernel there.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,11 +12,32 @@ from torch import Tensor
 from cmt_kernels.dual import Dual, value
 
 IN_CACHE = 2**20  # elements of T x T matrices that a CPU core works on at a time
+BOUNDARY = 16  # bytes
+FUSED = ("cuda",)  # device types on which torch's attention reads BOUNDARY bytes at once
+
+
+def sdpa(qkv: Tensor) -> Tensor:
+    """Torch's attention of (B, T, 3, H, d) wherever it begins in memory: (B, H, T, d), with a gradient."""
+    q, k, v = aligned(qkv).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d)
+    o = F.scaled_dot_product_attention(q, k, v)
+    if o.requires_grad and _looks_at(o):
+        o.register_hook(aligned)
+    return o
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it where a fused kernel could not read it."""
+    return x.clone() if _looks_at(x) and x.data_ptr() % BOUNDARY else x
+
+
+def _looks_at(x: Tensor) -> bool:
+    """Whether the address of x is there to see and matters: a compiler aligns what it is given itself."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return x.device.type in FUSED and not traced
 
 
 def attention(qkv: Tensor | Dual) -> Tensor | Dual:
-    q, k, v = value(qkv).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d)
-    o = F.scaled_dot_product_attention(q, k, v)
+    o = sdpa(value(qkv))
     y = o.transpose(1, 2).flatten(2)
     if not isinstance(qkv, Dual):
         return y
