@@ -3,19 +3,25 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmt_kernels.dual import Dual, value
+from cmt_kernels import transforms
+from cmt_kernels.dual import Dual, tangent_rule, value
 
 IN_CACHE = 2**20  # elements of T x T matrices that a CPU core works on at a time
 
 
 def attention(qkv: Tensor | Dual) -> Tensor | Dual:
     q, k, v = value(qkv).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d)
-    o = F.scaled_dot_product_attention(q, k, v)
+    if transforms.active():  # of torch's own kernels only the unfused one has a forward derivative and a second one
+        with sdpa_kernel(SDPBackend.MATH):
+            o = F.scaled_dot_product_attention(q, k, v)
+    else:
+        o = F.scaled_dot_product_attention(q, k, v)
     y = o.transpose(1, 2).flatten(2)
     if not isinstance(qkv, Dual):
         return y
-    with torch.no_grad():
+    with tangent_rule():
         n, t, _, heads, _ = qkv.tangent.shape
         whole = n == 0 or not qkv.tangent.is_cpu or torch.compiler.is_compiling()
         rows = n if whole else max(1, IN_CACHE // (heads * t * t))
