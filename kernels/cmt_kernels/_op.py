@@ -11,6 +11,10 @@ A backend may say more about itself; `device` is "cpu", "cuda" or "other":
   that a tensor is where Triton or a native kernel could run is known here already;
 * `loses(device) -> str | None`: the measurement, in bench/results, in which another backend beat it. It then comes last
   in `available` and runs only when it is asked for.
+
+Under the transforms of `torch.func` and inside `forward_ad.dual_level` the reference runs, whatever `table` says: no
+kernel of ours has a rule for them, and the reference is the definition, only slower. A backend that was forced, and one
+that is called past the dispatch, raises there. `transforms.py` tells when.
 """
 
 from __future__ import annotations
@@ -26,15 +30,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmt_kernels import assembler
+from cmt_kernels import assembler, transforms
 from cmt_kernels.dual import Dual, value
 
 ORDER = ("native", "triton", "torch", "apex", "reference")
 DEVICES = ("cpu", "cuda", "other")
+TRANSFORMED = "under a transform"  # in place of a device: the tensors of torch.func and forward AD, wherever they are
 OPS = tuple(sorted(p.parent.name for p in Path(__file__).parent.glob("*/reference.py")))
 
 # device -> op -> [name, function], empty until the op first runs there
-_resolved: dict[str, dict[str, list]] = {device: {op: [] for op in OPS} for device in DEVICES}
+_resolved: dict[str, dict[str, list]] = {device: {op: [] for op in OPS} for device in (*DEVICES, TRANSFORMED)}
 _forced: str | None = os.environ.get("CMT_KERNELS") or None
 
 
@@ -84,7 +89,10 @@ def _resolve(op: str, device: str) -> None:
     """Fill `_resolved[device][op]` if it is empty."""
     if _resolved[device][op]:
         return
-    name = _wanted(op) or available(op, device)[0]
+    name = _wanted(op)
+    if device == TRANSFORMED and name not in (None, "reference"):
+        transforms.refuse(op, name)
+    name = name or ("reference" if device == TRANSFORMED else available(op, device)[0])
     function, reason, _ = _load(op, name, device)
     if function is None:
         raise RuntimeError(f"CMT_KERNELS asks for {name} of {op}: {reason}")
@@ -106,9 +114,9 @@ def _kind(device: str | None) -> str:
 def backend(op: str, x: Tensor | Dual | None = None) -> Callable:
     """The function that runs for `op` where the tensor x is; by default on this machine's GPU or else its CPU.
 
-    Raises RuntimeError if a forced backend cannot run.
+    The reference while a transform is active. Raises RuntimeError if a forced backend cannot run.
     """
-    device = _kind(None if x is None else value(x).device.type)
+    device = TRANSFORMED if transforms.active() else _kind(None if x is None else value(x).device.type)
     _resolve(op, device)
     return _resolved[device][op][1]
 
@@ -120,7 +128,7 @@ def available(op: str, device: str | None = None) -> list[str]:
 
 
 def table(device: str | None = None) -> dict[str, str]:
-    """op -> backend that runs on a device; printed at the start of a run and stored with it."""
+    """op -> backend that runs on a device, outside of transforms; printed at the start of a run and stored with it."""
     device = _kind(device)
     for op in OPS:
         _resolve(op, device)

@@ -6,7 +6,8 @@ and a module's `forward` is written once.
 
 * `value`: (B, ...), carries gradients as usual.
 * `tangent`: (k, ...) with k <= B, belongs to the **first k rows** of `value`. It never requires
-  grad and nothing is saved for it: tangent arithmetic runs under `no_grad` on detached values.
+  grad and nothing is saved for it: tangent arithmetic runs under `tangent_rule()`, which is `no_grad`, on detached values.
+  So it has no derivative of its own, and a Dual inside `torch.func.jvp` or `forward_ad.dual_level` is refused.
 
 The value of a dual forward is bitwise the value of the plain forward: the ops compute it by the
 same call, and the tangent beside it.
@@ -19,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cmt_kernels import transforms
 
 
 class Dual(NamedTuple):
@@ -41,6 +44,16 @@ def tangent(x: Tensor | Dual | None) -> Tensor | None:
     return x.tangent if isinstance(x, Dual) else None
 
 
+def tangent_rule() -> torch.no_grad:
+    """What tangent arithmetic runs under: no_grad. Raises RuntimeError where a derivative of it is taken by forward AD."""
+    if transforms.forward():
+        raise RuntimeError(
+            f"a Dual inside {transforms.names()}: tangents are constants here and their derivative would be zero; "
+            "differentiate plain tensors, or take the tangent by the Dual alone"
+        )
+    return torch.no_grad()
+
+
 def head(x: Tensor | Dual, k: int) -> Tensor:
     """The first k rows of the value, detached: what a tangent rule reads. (k, ...)."""
     return value(x)[:k].detach()
@@ -61,7 +74,7 @@ def linear_map(f: Callable[[Tensor], Tensor], x: Tensor | Dual) -> Tensor | Dual
     if not isinstance(x, Dual):
         return f(x)
     y = f(x.value)
-    with torch.no_grad():
+    with tangent_rule():
         return Dual(y, f(x.tangent))
 
 
@@ -72,7 +85,7 @@ def add(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
     if a_dot is None and b_dot is None:
         return total
     rows(a, b)
-    with torch.no_grad():
+    with tangent_rule():
         return Dual(total, b_dot if a_dot is None else a_dot if b_dot is None else a_dot + b_dot)
 
 
@@ -84,7 +97,7 @@ def combine(a: Tensor | Dual, weight_a: float, b: Tensor | Dual, weight_b: float
     if a_dot is None and b_dot is None:
         return total
     rows(a, b)
-    with torch.no_grad():
+    with tangent_rule():
         return Dual(
             total, b_dot * weight_b if a_dot is None else a_dot * weight_a if b_dot is None else f(a_dot, b_dot)
         )
@@ -96,7 +109,7 @@ def multiply(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
     k = rows(a, b)
     if k is None:
         return product
-    with torch.no_grad():
+    with tangent_rule():
         parts = [x_dot * head(y, k) for x_dot, y in ((tangent(a), b), (tangent(b), a)) if x_dot is not None]
         return Dual(product, sum(parts[1:], parts[0]).expand_as(product[:k]))
 
@@ -107,6 +120,6 @@ def concatenate(a: Tensor | Dual, b: Tensor | Dual, dim: int = 1) -> Tensor | Du
     k = rows(a, b)
     if k is None:
         return joined
-    with torch.no_grad():
+    with tangent_rule():
         dots = [torch.zeros_like(value(x)[:k]) if tangent(x) is None else tangent(x) for x in (a, b)]
         return Dual(joined, torch.cat(dots, dim=dim))

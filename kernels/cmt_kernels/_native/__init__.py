@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cmt_kernels import transforms
+
 LIBRARY = Path(os.environ.get("CMT_NATIVE_LIBRARY") or Path(__file__).parent / "cmt_native.so")
 RECORD = LIBRARY.with_name("build.json")
 FUSED = ("modulated_norm", "gated_residual")  # where torch.compile's own fusion is faster, see `covers`
@@ -110,8 +112,9 @@ def call(name: str, *arguments):
 
     That costs some 50 microseconds a call, most of what a small op takes; the gradient is the same function's.
     """
+    transforms.refuse(name, "native")
     op = getattr(torch.ops.cmt, name)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return op(*arguments)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
         return _functions[name].apply(*arguments)
@@ -145,6 +148,7 @@ def register(name: str, fake: Callable, setup_context: Callable, backward: Calla
     def no_second(ctx, *grads):
         raise NotImplementedError(f"cmt::{name} has no second derivative; CMT_KERNELS={name}:reference has")
 
+    backward = transforms.once(name)(backward)
     _functions[name] = _function(name, setup_context, backward)
     torch.library.register_fake(f"cmt::{name}", fake)
     torch.library.register_autograd(f"cmt::{name}", backward, setup_context=setup_context)

@@ -11,6 +11,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from cmt_kernels import transforms
+
 CHUNK = 2048 * 32  # elements a block, as apex's own applier
 
 
@@ -39,6 +41,7 @@ def adamw_ema(
     max_norm: float = 0.0,
 ) -> Tensor:
     """As the public function; g is overwritten."""
+    transforms.refuse("adamw_ema", "apex")
     import amp_C
 
     norm = torch.linalg.vector_norm(g)

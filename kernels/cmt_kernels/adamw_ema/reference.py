@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from cmt_kernels import transforms
+
 
 @torch.no_grad()
 def adamw_ema(
@@ -19,6 +21,10 @@ def adamw_ema(
     weight_decay: float = 0.0,
     max_norm: float = 0.0,
 ) -> Tensor:
+    if transforms.derivative():
+        raise RuntimeError(
+            f"adamw_ema: a step changes its buffers in place and has no derivative; active: {transforms.names()}"
+        )
     norm = torch.linalg.vector_norm(g)
     if max_norm > 0:
         g = g * torch.clamp(max_norm / (norm + 1e-6), max=1.0)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from cmt_kernels import transforms
+
 
 @torch.no_grad()
 def adamw_ema(
@@ -20,6 +22,7 @@ def adamw_ema(
     weight_decay: float = 0.0,
     max_norm: float = 0.0,
 ) -> Tensor:
+    transforms.refuse("adamw_ema", "torch")
     norm = torch.linalg.vector_norm(g)
     if max_norm > 0:
         g.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmt_kernels import transforms
 from cmt_kernels.gate import Gate
+from cmt_kernels.launch import placed
 
 BLOCK = 2048  # parameters a program of the update
 NORM_BLOCK = 4096  # gradients a program of the norm takes at a time
@@ -119,10 +121,12 @@ def _launch(
     n, g = p.numel(), g.contiguous()
     parts = max(min(PARTS, triton.cdiv(n, NORM_BLOCK)), 1)
     partial, norm = p.new_empty(parts), p.new_empty(())
-    norm_kernel[(parts,)](g, partial, n, ROUNDS=triton.cdiv(n, parts * NORM_BLOCK), BLOCK=NORM_BLOCK, num_warps=8)
+    placed("adamw_ema", norm_kernel)[(parts,)](
+        g, partial, n, ROUNDS=triton.cdiv(n, parts * NORM_BLOCK), BLOCK=NORM_BLOCK, num_warps=8
+    )
     tracks = [*emas[:TRACKS], *[None] * (TRACKS - len(emas))]
     weights = [1 - beta for beta in ema_betas[:TRACKS]] + [0.0] * (TRACKS - len(emas))
-    update_kernel[(max(triton.cdiv(n, BLOCK), 1),)](
+    placed("adamw_ema", update_kernel)[(max(triton.cdiv(n, BLOCK), 1),)](
         p,
         g,
         m,
@@ -172,6 +176,7 @@ def adamw_ema(
     max_norm: float = 0.0,
 ) -> Tensor:
     """As the public function, for contiguous float32 buffers only; g is left as it was."""
+    transforms.refuse("adamw_ema", "triton")
     for x in (p, g, m, v, *emas):
         if x.dtype != torch.float32 or x.shape != p.shape or not (x.is_contiguous() or x is g):
             raise ValueError("adamw_ema in Triton takes contiguous float32 buffers of one length")

@@ -8,8 +8,10 @@ comes back as a gradient is copied where it begins elsewhere. Other ops of torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmt_kernels.dual import Dual, value
+from cmt_kernels import transforms
+from cmt_kernels.dual import Dual, tangent_rule, value
 
 IN_CACHE = 2**20  # elements of T x T matrices that a CPU core works on at a time
 BOUNDARY = 16  # bytes
@@ -19,6 +21,9 @@ FUSED = ("cuda",)  # device types on which torch's attention reads BOUNDARY byte
 def sdpa(qkv: Tensor) -> Tensor:
     """Torch's attention of (B, T, 3, H, d) wherever it begins in memory: (B, H, T, d), with a gradient."""
     q, k, v = aligned(qkv).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d)
+    if transforms.active():  # of torch's own kernels only the unfused one has a forward derivative and a second one
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v)
     o = F.scaled_dot_product_attention(q, k, v)
     if o.requires_grad and _looks_at(o):
         o.register_hook(aligned)
@@ -32,7 +37,7 @@ def aligned(x: Tensor) -> Tensor:
 
 def _looks_at(x: Tensor) -> bool:
     """Whether the address of x is there to see and matters: a compiler aligns what it is given itself."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    traced = torch.compiler.is_compiling() or transforms.active()
     return x.device.type in FUSED and not traced
 
 
@@ -41,7 +46,7 @@ def attention(qkv: Tensor | Dual) -> Tensor | Dual:
     y = o.transpose(1, 2).flatten(2)
     if not isinstance(qkv, Dual):
         return y
-    with torch.no_grad():
+    with tangent_rule():
         n, t, _, heads, _ = qkv.tangent.shape
         whole = n == 0 or not qkv.tangent.is_cpu or torch.compiler.is_compiling()
         rows = n if whole else max(1, IN_CACHE // (heads * t * t))

@@ -11,10 +11,11 @@ grad mode it never does unless `CMT_ATTENTION` says so: there the value of a Dua
 import torch
 from torch import Tensor
 
-from cmt_kernels import assembler
+from cmt_kernels import assembler, transforms
 from cmt_kernels.attention import primal
 from cmt_kernels.dual import Dual
 from cmt_kernels.gate import Gate
+from cmt_kernels.launch import placed
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WIDEST = 256
@@ -25,6 +26,7 @@ def unavailable(device: str) -> str | None:
 
 
 def attention(qkv: Tensor | Dual) -> Tensor | Dual:
+    transforms.refuse("attention", "triton")
     if isinstance(qkv, Dual):
         o, o_dot, _ = torch.ops.cmt.attention(qkv.value, qkv.tangent)
         return Dual(o, o_dot)
@@ -94,7 +96,7 @@ def _launch(name: str, count: int, d: int, dtype: torch.dtype, arguments: dict) 
     block = tile["BN" if name == "backward_kv" else "BM"]
     grid = (-(-arguments["T"] // block) * count,)
     if grid[0]:
-        getattr(triton_kernels, name)[grid](**arguments, D0=d0, D1=d1, **tile)
+        placed("attention", getattr(triton_kernels, name))[grid](**arguments, D0=d0, D1=d1, **tile)
 
 
 def _forward(qkv: Tensor, qkv_dot: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +162,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[0], o, lse)
 
 
+@transforms.once("attention")
 def _gradient(ctx, do: Tensor, *_) -> tuple[Tensor, None]:
     return torch.ops.cmt.attention_backward(*ctx.saved_tensors, do), None
 

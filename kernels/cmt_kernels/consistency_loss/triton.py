@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmt_kernels import transforms
 from cmt_kernels.gate import Gate
+from cmt_kernels.launch import placed
 
 BLOCK = 4096
 WARPS = 8
@@ -78,7 +80,7 @@ def _launch(prediction: Tensor, target: Tensor, distance: str, c: float, with_gr
     gradient = torch.empty_like(prediction) if with_gradient else None
     if rows:
         block = min(BLOCK, triton.next_power_of_2(max(n, 1)))
-        distance_kernel[(rows,)](
+        placed("consistency_loss", distance_kernel)[(rows,)](
             prediction,
             target,
             loss,
@@ -105,6 +107,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1])
 
 
+@transforms.once("consistency_loss")
 def _backward(ctx, grad: Tensor | None, grad_gradient: Tensor | None):
     assert grad_gradient is None, "consistency_loss has no second derivative in Triton"
     (gradient,) = ctx.saved_tensors
@@ -118,6 +121,7 @@ _launch.register_autograd(_backward, setup_context=_save)
 
 def consistency_loss(prediction: Tensor, target: Tensor, distance: str = "pseudo_huber", c: float = 0.01) -> Tensor:
     """As the public function; the distance and c are compile-time constants of the kernel. No second derivative."""
+    transforms.refuse("consistency_loss", "triton")
     if distance not in DISTANCES:
         raise ValueError(f"distance {distance!r} is none of {', '.join(DISTANCES)}")
     assert prediction.shape == target.shape, "consistency_loss: prediction and target differ in shape"

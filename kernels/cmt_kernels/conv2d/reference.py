@@ -1,10 +1,9 @@
 """conv2d in plain torch."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, value
+from cmt_kernels.dual import Dual, tangent_rule, value
 
 
 def conv2d(x: Tensor | Dual, weight: Tensor, bias: Tensor | None = None) -> Tensor | Dual:
@@ -12,5 +11,5 @@ def conv2d(x: Tensor | Dual, weight: Tensor, bias: Tensor | None = None) -> Tens
     y = F.conv2d(value(x), weight, bias, padding=around)
     if not isinstance(x, Dual):
         return y
-    with torch.no_grad():
+    with tangent_rule():
         return Dual(y, F.conv2d(x.tangent, weight, padding=around))

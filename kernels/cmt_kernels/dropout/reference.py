@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, value
+from cmt_kernels.dual import Dual, tangent_rule, value
 
 _MASK = 0xFFFFFFFF
 
@@ -18,5 +18,5 @@ def dropout(x: Tensor | Dual, seeds: Tensor, p: float) -> Tensor | Dual:
     y = torch.where(keep, x_v / (1 - p), 0)
     if not isinstance(x, Dual):
         return y
-    with torch.no_grad():
+    with tangent_rule():
         return Dual(y, torch.where(keep[: len(x.tangent)], x.tangent / (1 - p), 0))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, value
+from cmt_kernels.dual import Dual, tangent_rule, value
 
 
 def fourier_embedding(t: Tensor | Dual, frequency: Tensor, phase: Tensor | None = None) -> Tensor | Dual:
@@ -18,7 +18,7 @@ def fourier_embedding(t: Tensor | Dual, frequency: Tensor, phase: Tensor | None 
     y = torch.cat((cos, sin), dim=-1) if phase is None else cos * math.sqrt(2)
     if not isinstance(t, Dual):
         return y
-    with torch.no_grad():
+    with tangent_rule():
         n = len(t.tangent)
         rate = t.tangent.to(dtype)[:, None] * w
         y_dot = torch.cat((-rate * sin[:n], rate * cos[:n]), -1) if phase is None else rate * sin[:n] * -math.sqrt(2)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, head, rows, tangent, value
+from cmt_kernels.dual import Dual, head, rows, tangent, tangent_rule, value
 
 
 def gated_residual(
@@ -16,7 +16,7 @@ def gated_residual(
     y = torch.addcmul(x_v, gate_v.unsqueeze(1).to(x_v.dtype), branch_v.to(x_v.dtype))
     if k is None:
         return y
-    with torch.no_grad():
+    with tangent_rule():
         x_dot, branch_dot, gate_dot = tangent(x), tangent(branch), tangent(gate)
         y_dot = torch.zeros_like(y[:k]) if x_dot is None else x_dot
         if branch_dot is not None:

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmt_kernels import transforms
 from cmt_kernels._row.triton import ROWS, SUMMED_ROWS, WIDTHS, among, checked, chunks, cut, paired, row_of, variants
 from cmt_kernels.dual import Dual, rows, tangent, value
 from cmt_kernels.gate import Gate
+from cmt_kernels.launch import placed
 
 COLUMNS = 256  # of a warp: with 512, as where rows are summed, ptxas spills a few bytes on sm_100
 
@@ -100,7 +102,7 @@ def _residual(
     block, warps = cut(d, COLUMNS)
     if x.numel():
         tangents = dots if k else (None, None, None)
-        _forward[(b * chunks(t, ROWS),)](
+        placed("gated_residual", _forward)[(b * chunks(t, ROWS),)](
             *(x, branch, gate, bias, *tangents, y, y_dot if k else None, t, k, d, block, ROWS),
             num_warps=warps,
             enable_fp_fusion=False,
@@ -123,7 +125,7 @@ def _residual_backward(dy: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | 
     dbranch, sums = torch.empty_like(branch), branch.new_empty(b, runs, 2, d, dtype=torch.float32)
     block, warps = cut(d, COLUMNS)
     if branch.numel():
-        _backward[(b * runs,)](
+        placed("gated_residual", _backward)[(b * runs,)](
             *(dy, branch, gate, bias, dbranch, sums, t, d, block, SUMMED_ROWS), num_warps=warps, enable_fp_fusion=False
         )
     dgate, total = sums.sum(1).unbind(1)
@@ -143,6 +145,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[1:4])
 
 
+@transforms.once("gated_residual")
 def _gradient(ctx, dy, _):
     if dy is None:
         return (None,) * 8
@@ -157,6 +160,7 @@ _residual.register_autograd(_gradient, setup_context=_save)
 def gated_residual(
     x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor | Dual, bias: Tensor | None = None
 ) -> Tensor | Dual:
+    transforms.refuse("gated_residual", "triton")
     k = rows(x, branch, gate)
     y, y_dot = _residual(*map(value, (x, branch, gate)), bias, *map(tangent, (x, branch, gate)), k or 0)
     return paired(y, y_dot, k)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, value
+from cmt_kernels.dual import Dual, tangent_rule, value
 
 
 def gelu(x: Tensor | Dual, bias: Tensor | None = None) -> Tensor | Dual:
@@ -14,5 +14,5 @@ def gelu(x: Tensor | Dual, bias: Tensor | None = None) -> Tensor | Dual:
     y = F.gelu(x_v, approximate="tanh")
     if not isinstance(x, Dual):
         return y
-    with torch.no_grad():
+    with tangent_rule():
         return Dual(y, torch.ops.aten.gelu_backward(x.tangent, x_v[: len(x.tangent)], approximate="tanh"))

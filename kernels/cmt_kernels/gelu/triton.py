@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmt_kernels import transforms
 from cmt_kernels._row.triton import ROWS, SUMMED_ROWS, WIDTHS, among, checked, chunks, cut, paired, row_of, variants
 from cmt_kernels.dual import Dual
 from cmt_kernels.gate import Gate
+from cmt_kernels.launch import placed
 
 WIDEST = 1024  # columns of a program
 SUMMED_CHUNKS = 512  # at most so many partial sums of a column
@@ -88,7 +90,7 @@ def _gelu(x: Tensor, bias: Tensor | None, x_dot: Tensor | None) -> tuple[Tensor,
     n, d, block, warps = _sizes(x)
     if x.numel():
         tangents = (x_dot, y_dot) if k else (None, None)
-        _forward[(chunks(n, ROWS), chunks(d, block))](
+        placed("gelu", _forward)[(chunks(n, ROWS), chunks(d, block))](
             *(x, bias, tangents[0], y, tangents[1], n, n // len(x) * k, d, block, ROWS),
             num_warps=warps,
             enable_fp_fusion=False,
@@ -109,7 +111,7 @@ def _gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, 
     each = max(SUMMED_ROWS, chunks(n, SUMMED_CHUNKS))
     dx, sums = torch.empty_like(x), x.new_zeros(chunks(n, each) if bias is not None else 0, d, dtype=torch.float32)
     if x.numel():
-        _backward[(chunks(n, each), chunks(d, block))](
+        placed("gelu", _backward)[(chunks(n, each), chunks(d, block))](
             *(dy, x, bias, dx, sums, n, each, d, block), num_warps=warps, enable_fp_fusion=False
         )
     return dx, sums.sum(0)
@@ -126,6 +128,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:2])
 
 
+@transforms.once("gelu")
 def _gradient(ctx, dy, _):
     if dy is None:
         return None, None, None
@@ -138,6 +141,7 @@ _gelu.register_autograd(_gradient, setup_context=_save)
 
 
 def gelu(x: Tensor | Dual, bias: Tensor | None = None) -> Tensor | Dual:
+    transforms.refuse("gelu", "triton")
     if not isinstance(x, Dual):
         return _gelu(x, bias, None)[0]
     return paired(*_gelu(x.value, bias, x.tangent), len(x.tangent))

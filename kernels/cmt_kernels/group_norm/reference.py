@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, linear_map, value
+from cmt_kernels.dual import Dual, linear_map, tangent_rule, value
 
 
 def group_norm(x: Tensor | Dual, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5) -> Tensor | Dual:
@@ -20,7 +20,7 @@ def group_norm(x: Tensor | Dual, weight: Tensor, bias: Tensor, groups: int, eps:
     )  # F.group_norm keeps no mean and r
     if not isinstance(x, Dual):
         return y
-    with torch.no_grad():  # the Jacobian of a norm is symmetric: its tangent is its backward, in one kernel
+    with tangent_rule():  # the Jacobian of a norm is symmetric: its tangent is its backward, in one kernel
         k = len(x.tangent)
         if k == 0:
             return Dual(y, torch.zeros_like(y[:0]))

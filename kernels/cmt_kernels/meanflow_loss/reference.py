@@ -16,6 +16,6 @@ def meanflow_loss(
             k = len(u.tangent)
             step = (t - r)[:k].to(u_v.dtype).view(-1, *[1] * (u_v.ndim - 1))
             target = torch.cat((target[:k] - step * u.tangent.to(u_v.dtype), target[k:]))
-    squared = (u_v - target).square().flatten(1).sum(1)
+    squared = (u_v - target.detach()).square().flatten(1).sum(1)  # forward AD looks through no_grad, not through detach
     weight = (squared.detach() + c) ** -p
     return weight * squared, squared.detach()

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmt_kernels import transforms
 from cmt_kernels.dual import Dual, tangent, value
 from cmt_kernels.gate import Gate
+from cmt_kernels.launch import placed
 
 BLOCK = 4096
 WARPS = 8
@@ -90,7 +92,7 @@ def _launch(
     du = torch.empty_like(u) if with_gradient else None
     if rows:
         block = min(BLOCK, triton.next_power_of_2(max(n, 1)))
-        loss_kernel[(rows,)](
+        placed("meanflow_loss", loss_kernel)[(rows,)](
             u,
             v,
             u_dot.contiguous() if k else None,
@@ -121,6 +123,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[2])
 
 
+@transforms.once("meanflow_loss")
 def _backward(ctx, grad: Tensor | None, grad_squared: Tensor | None, grad_du: Tensor | None):
     assert grad_squared is None and grad_du is None, "meanflow_loss has no second derivative in Triton"
     (du,) = ctx.saved_tensors
@@ -135,6 +138,7 @@ def meanflow_loss(
     u: Tensor | Dual, v: Tensor, t: Tensor, r: Tensor, p: float = 1.0, c: float = 1e-2
 ) -> tuple[Tensor, Tensor]:
     """As the public function; p and c are compile-time constants of the kernel. No second derivative."""
+    transforms.refuse("meanflow_loss", "triton")
     u_v, u_dot = value(u), tangent(u)
     assert u_v.shape == v.shape and t.shape == r.shape == u_v.shape[:1], "meanflow_loss: shapes of u, v, t, r"
     with_gradient = torch.is_grad_enabled() and u_v.requires_grad

@@ -3,17 +3,20 @@
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, head, rows, tangent, value
+from cmt_kernels import transforms
+from cmt_kernels.dual import Dual, head, rows, tangent, tangent_rule, value
 
 
 def modulated_norm(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
     k = rows(x, shift, scale)
     x_v, shift_v, scale_v = value(x), value(shift), value(scale)
     xh, mean, r = torch.native_layer_norm(x_v, x_v.shape[-1:], None, None, eps)  # F.layer_norm, but it keeps mean and r
+    if transforms.derivative():
+        xh = _normalised(x_v, eps)
     y = torch.addcmul(shift_v.unsqueeze(1).to(xh.dtype), xh, (1 + scale_v).unsqueeze(1).to(xh.dtype))
     if k is None:
         return y
-    with torch.no_grad():
+    with tangent_rule():
         x_dot, shift_dot, scale_dot = tangent(x), tangent(shift), tangent(scale)
         y_dot = torch.zeros_like(y[:k]) if shift_dot is None else shift_dot.unsqueeze(1).to(y.dtype)
         if x_dot is not None:  # the Jacobian of a norm is symmetric: its tangent is its backward, in one kernel
@@ -31,3 +34,10 @@ def modulated_norm(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual,
         if scale_dot is not None:
             y_dot = torch.addcmul(y_dot, xh[:k].detach(), scale_dot.unsqueeze(1).to(y.dtype))
         return Dual(y, y_dot.expand_as(y[:k]))
+
+
+def _normalised(x: Tensor, eps: float) -> Tensor:
+    """xh by its formula. In a derivative of a derivative torch's own norm takes the mean and 1/std for constants."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    return (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmt_kernels import transforms
 from cmt_kernels._row.triton import ROWS, SUMMED_ROWS, WIDTHS, among, checked, chunks, cut, paired, row_of, variants
 from cmt_kernels.dual import Dual, rows, tangent, value
 from cmt_kernels.gate import Gate
+from cmt_kernels.launch import placed
 
 
 @triton.jit
@@ -113,7 +115,7 @@ def _norm(
     block, warps = cut(d)
     if x.numel():
         tangents = (x_dot, shift_dot, scale_dot) if k else (None, None, None)
-        _forward[(b * chunks(t, ROWS),)](
+        placed("modulated_norm", _forward)[(b * chunks(t, ROWS),)](
             *(x, shift, scale, *tangents, y, y_dot if k else None, mean, rstd, t, k, eps, d, block, ROWS),
             num_warps=warps,
             enable_fp_fusion=False,
@@ -137,7 +139,7 @@ def _norm_backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Ten
     dx, sums = torch.empty_like(x), x.new_empty(b, runs, 2, d, dtype=torch.float32)
     block, warps = cut(d)
     if x.numel():
-        _backward[(b * runs,)](
+        placed("modulated_norm", _backward)[(b * runs,)](
             *(dy, x, scale, mean, rstd, dx, sums, t, d, block, SUMMED_ROWS), num_warps=warps, enable_fp_fusion=False
         )
     return dx, sums.sum(1).transpose(0, 1).contiguous()
@@ -157,6 +159,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.shift_dtype = shift.dtype
 
 
+@transforms.once("modulated_norm")
 def _gradient(ctx, dy, *_):
     if dy is None:
         return (None,) * 8
@@ -169,6 +172,7 @@ _norm.register_autograd(_gradient, setup_context=_save)
 
 
 def modulated_norm(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
+    transforms.refuse("modulated_norm", "triton")
     k = rows(x, shift, scale)
     y, y_dot, _, _ = _norm(*map(value, (x, shift, scale)), *map(tangent, (x, shift, scale)), k or 0, eps)
     return paired(y, y_dot, k)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, head, rows, tangent, value
+from cmt_kernels.dual import Dual, head, rows, tangent, tangent_rule, value
 
 
 def modulated_rms_norm(
@@ -18,7 +18,7 @@ def modulated_rms_norm(
     y = torch.addcmul(value(shift).unsqueeze(1).to(x_v.dtype), xh * w, factor)
     if k is None:
         return y
-    with torch.no_grad():
+    with tangent_rule():
         x_dot, shift_dot, scale_dot = tangent(x), tangent(shift), tangent(scale)
         y_dot = torch.zeros_like(y[:k]) if shift_dot is None else shift_dot.unsqueeze(1).to(y.dtype)
         if x_dot is not None:

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmt_kernels import transforms
 from cmt_kernels.gate import Gate
+from cmt_kernels.launch import placed
 from cmt_kernels.philox import Key
 
 BLOCK = 256  # Philox counters a program, four numbers each
@@ -99,7 +101,9 @@ def integers(key: Key, sample: Tensor, blocks: int) -> Tensor:
     """`cmt_kernels.philox.integers` by the kernel's generator, for the tests. sample: (B,) -> (B, blocks, 4) int64."""
     out = torch.empty(len(sample), blocks, 4, dtype=torch.int64, device=sample.device)
     grid = (triton.cdiv(blocks, BLOCK), len(sample))
-    integers_kernel[grid](out, sample.to(torch.int64).contiguous(), blocks, *map(_pattern, key), BLOCK=BLOCK)
+    placed("path_point", integers_kernel)[grid](
+        out, sample.to(torch.int64).contiguous(), blocks, *map(_pattern, key), BLOCK=BLOCK
+    )
     return out
 
 
@@ -123,7 +127,7 @@ def _launch(
     if n:
         block = min(BLOCK, triton.next_power_of_2(triton.cdiv(n, 4)))
         key = (_pattern(field) for field in (seed, stage, step, stream))
-        point_kernel[(len(x_0) * triton.cdiv(n, 4 * block),)](
+        placed("path_point", point_kernel)[(len(x_0) * triton.cdiv(n, 4 * block),)](
             x_0, alpha, sigma, alpha_dot, sigma_dot, sample.to(torch.int64).contiguous(), x_t, v, n, *key, BLOCK=block
         )
     return x_t, v
@@ -138,6 +142,7 @@ def path_point(
     x_0: Tensor, alpha: Tensor, sigma: Tensor, alpha_dot: Tensor, sigma_dot: Tensor, key: Key, sample: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As the public function."""
+    transforms.refuse("path_point", "triton")
     coefficients = (alpha, sigma, alpha_dot, sigma_dot)
     assert all(c.shape == x_0.shape[:1] for c in (*coefficients, sample)), "path_point: one coefficient and id a row"
     return _launch(x_0, *coefficients, sample, *key)

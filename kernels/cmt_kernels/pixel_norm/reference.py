@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, value
+from cmt_kernels.dual import Dual, tangent_rule, value
 
 
 def pixel_norm(x: Tensor | Dual, dim: int = 1, eps: float = 1e-4) -> Tensor | Dual:
@@ -15,7 +15,7 @@ def pixel_norm(x: Tensor | Dual, dim: int = 1, eps: float = 1e-4) -> Tensor | Du
     y = x_v / n.to(x_v.dtype)
     if not isinstance(x, Dual):
         return y
-    with torch.no_grad():
+    with tangent_rule():
         k = len(x.tangent)
         x_v, x_dot, n, length = x_v[:k].to(wide), x.tangent.to(wide), n[:k], length[:k]
         n_dot = (x_v * x_dot).sum(dim, keepdim=True) * scale / length

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, value
+from cmt_kernels.dual import Dual, tangent_rule, value
 
 
 def qk_norm(
@@ -23,7 +23,7 @@ def qk_norm(
     y = torch.cat((_rotate(y, cos, sin), v), dim=2)
     if not isinstance(qkv, Dual):
         return y
-    with torch.no_grad():
+    with tangent_rule():
         n = len(qkv.tangent)
         qk, qk_dot, v_dot = qk[:n], qkv.tangent[:, :, :2], qkv.tangent[:, :, 2:]
         if weight is not None:

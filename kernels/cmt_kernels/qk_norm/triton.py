@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmt_kernels import transforms
 from cmt_kernels._row.triton import SUMMED_ROWS, checked, chunks, paired, variants
 from cmt_kernels.dual import Dual
 from cmt_kernels.gate import Gate
+from cmt_kernels.launch import placed
 
 GROUP = 16  # heads of a program
 WARPS = 4
@@ -190,7 +192,7 @@ def _qk_norm(
     y, y_dot = torch.empty_like(qkv), qkv.new_empty(k, t, 3, h, d)
     if qkv.numel():
         tangents = (qkv_dot, y, y_dot) if k else (None, y, None)
-        _forward[(b * t, chunks(3 * h, GROUP))](
+        placed("qk_norm", _forward)[(b * t, chunks(3 * h, GROUP))](
             *(qkv, *parameters, *tangents, t, k * t, eps, h, d, _block(d), GROUP),
             num_warps=WARPS,
             enable_fp_fusion=False,
@@ -220,7 +222,7 @@ def _qk_norm_backward(
     dx = torch.empty_like(qkv)
     sums = qkv.new_empty(runs * groups if q_weight is not None else 0, 2, d, dtype=torch.float32)
     if qkv.numel():
-        _backward[(runs, groups)](
+        placed("qk_norm", _backward)[(runs, groups)](
             *(dy, qkv, *parameters, dx, sums, b * t, t, eps, h, d, _block(d), GROUP, SUMMED_ROWS),
             num_warps=WARPS,
             enable_fp_fusion=False,
@@ -240,6 +242,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.eps = inputs[6]
 
 
+@transforms.once("qk_norm")
 def _gradient(ctx, dy, _):
     if dy is None:
         return (None,) * 7
@@ -260,6 +263,7 @@ def qk_norm(
     sin: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor | Dual:
+    transforms.refuse("qk_norm", "triton")
     if q_weight is None and cos is None:
         return qkv
     if not isinstance(qkv, Dual):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cmt_kernels import _native
+from cmt_kernels import _native, transforms
 
 MASK = 0xFFFFFFFF
 
@@ -11,6 +11,7 @@ unavailable = _native.unavailable
 
 
 def random_bits(key: tuple[int, int, int, int], sample: Tensor, blocks: int) -> Tensor:
+    transforms.refuse("random_bits", "native")
     seed, stage, step, stream = key
     low = (seed & MASK, stage & MASK, step & MASK, stream & MASK)
     return torch.ops.cmt.random_bits(sample.to(torch.int64), blocks, *low)

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmt_kernels import transforms
 from cmt_kernels.gate import Gate
+from cmt_kernels.launch import placed
 
 BLOCK = 1024
 
@@ -61,7 +63,7 @@ def _launch(
     n = x.numel() // max(rows, 1)
     if n:
         block = min(BLOCK, triton.next_power_of_2(n))
-        step_kernel[(rows * triton.cdiv(n, block),)](
+        placed("solver_step", step_kernel)[(rows * triton.cdiv(n, block),)](
             x, f, m1, m2, coefficients, y, m0, net_in, n, x.numel(), GUIDED=len(f) == 2 * len(x), BLOCK=block
         )
 
@@ -81,6 +83,7 @@ def solver_step(
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As the public function. Earlier predictions may be of another dtype than x; shapes must be equal."""
+    transforms.refuse("solver_step", "triton")
     assert all(m is None or m.shape == x.shape for m in (m1, m2, y)), "solver_step: tensors not shaped like x"
     assert f.shape[1:] == x.shape[1:] and len(f) in (len(x), 2 * len(x)), "solver_step: outputs not shaped like x"
     fresh = lambda dtype: torch.empty(x.shape, dtype=dtype, device=x.device)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, value
+from cmt_kernels.dual import Dual, tangent_rule, value
 
 
 def time_embedding(t: Tensor | Dual, dim: int, max_frequency: float = 32.0) -> Tensor | Dual:
@@ -19,7 +19,7 @@ def time_embedding(t: Tensor | Dual, dim: int, max_frequency: float = 32.0) -> T
     y = torch.cat((cos, sin), dim=-1)
     if not isinstance(t, Dual):
         return y
-    with torch.no_grad():
+    with tangent_rule():
         n = len(t.tangent)
         rate = t.tangent.to(dtype)[:, None] * frequency
         return Dual(y, torch.cat((-rate * sin[:n], rate * cos[:n]), dim=-1))
