@@ -10,11 +10,13 @@
 //   * a launch that a GPU refuses is refused: cudaGetLastError() says so.
 // Not emulated: partial shuffle masks (refused), atomics, the timing of real races.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "fiber.h"
@@ -141,8 +143,7 @@ inline void run_block(dim3 index, bool reverse) {
   }
 }
 
-inline void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t,
-                   const std::function<void()>& body) {
+inline void run_blocks(const char* name, dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& body) {
   std::lock_guard<std::mutex> held(one_launch);
   static const char* order = std::getenv("CMT_EMULATED_ORDER");
   static const bool reverse = order && !std::strcmp(order, "reverse");
@@ -167,6 +168,40 @@ inline void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_bytes
     uint64_t i = reverse ? blocks - 1 - k : k;
     run_block(dim3(i % grid.x, i / grid.x % grid.y, i / (uint64_t(grid.x) * grid.y)), reverse);
   }
+}
+
+// Every kernel that the sources can launch, each instance of a template its own, known when the library is loaded. At the
+// end of the process `launches<tab>kernel` of each is added to the file that CMT_EMULATED_LAUNCHES names: a test sees what
+// it left out.
+struct Instance {
+  const std::string name;
+  uint64_t launches = 0;
+  explicit Instance(std::string name) : name(std::move(name)) {}
+  Instance(const Instance&) = delete;
+  ~Instance() {
+    const char* path = std::getenv("CMT_EMULATED_LAUNCHES");
+    FILE* file = path ? std::fopen(path, "a") : nullptr;
+    if (!file) return;
+    std::fprintf(file, "%llu\t%s\n", static_cast<unsigned long long>(launches), name.c_str());
+    std::fclose(file);
+  }
+};
+template <auto kKernel>
+struct InstanceOf {
+  static std::string name() {  // "... [with auto kKernel = norm_kernel<float, 2, true>; ...]"
+    std::string all = __PRETTY_FUNCTION__;
+    size_t from = all.find("kKernel = ") + 10;
+    return all.substr(from, all.find_first_of(";]", from) - from);
+  }
+  static inline Instance instance{name()};
+};
+
+// kernel<<<grid, block, dynamic_bytes, stream>>>(arguments): body calls the kernel.
+template <auto kKernel, class Body>
+void launch(dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t, const Body& body) {
+  Instance& instance = InstanceOf<kKernel>::instance;
+  ++instance.launches;
+  run_blocks(instance.name.c_str(), grid, block, dynamic_bytes, body);
 }
 
 }  // namespace emulation

@@ -49,7 +49,7 @@ def translated(text: str, name: str) -> str:
         kernel, arguments = launch[1], text[launch.end() : end - 1]
         out += [
             text[at : launch.start()],
-            f'emulation::launch("{kernel}", {launch[2]}, [=] {{ {kernel}({arguments}); }})',
+            f"emulation::launch<{kernel}>({launch[2]}, [=] {{ {kernel}({arguments}); }})",
         ]
         at = end
     text = "".join([*out, text[at:]])

@@ -1,0 +1,97 @@
+"""Every instance of the native kernels against the reference: each width of a row and of a head that they are compiled for,
+whole and not, more than one tile of columns, tangents on some rows. On a GPU they are the CUDA kernels; test_emulation.py runs
+these on the CUDA sources without one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cmt_kernels import _native
+from cmt_kernels.cases import cases_of, implementation, map_tensors, outputs, wide
+
+from tests.kernels.test_ops import LAYOUTS, assert_accurate, gradients, reference
+
+WIDTHS = (
+    1,
+    13,
+    256,
+    264,
+    512,
+    520,
+    760,
+    1000,
+    1024,
+    1151,
+    1280,
+)  # two to five vectors of 256; 1, 13 and 1151 are not whole
+HEADS = (2, 34, 64, 66, 96, 100, 128, 136, 256)  # two, three, four and eight pairs a lane
+ODD_HEADS = (1, 7, 63, 95, 127, 255)
+
+
+def instances() -> list[tuple[str, Any]]:
+    """(op, case): small, and together every kernel that is compiled."""
+    norm, gate, gelu, qk = (cases_of(op) for op in ("modulated_norm", "gated_residual", "gelu", "qk_norm"))
+    found = [("modulated_norm", norm.Case(2, 3, D, k)) for D in WIDTHS for k in (None, 1)]
+    found += [("modulated_norm", norm.Case(2, 70, 40, 1))]
+    found += [("gated_residual", gate.Case(2, 35, D, bias, 1)) for D in (13, 264) for bias in (False, True)]
+    found += [("gelu", gelu.Case(2, 20, D, bias, 1)) for D in (13, 264) for bias in (False, True)]
+    found += [("qk_norm", qk.Case(2, 3, 3, d, True, True, k)) for d in HEADS for k in (None, 1)]
+    found += [("qk_norm", qk.Case(2, 3, 3, d, True, False, 1)) for d in ODD_HEADS]
+    return found
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+LAID_OUT = ("contiguous", "misaligned")
+emulated = os.environ.get("CMT_ISA") == "emu"
+pytestmark = [
+    pytest.mark.usefixtures("nan_poison"),
+    pytest.mark.skipif(_native.unavailable("cpu") is not None, reason=str(_native.unavailable("cpu"))),
+]
+each_device = pytest.mark.parametrize(
+    "device", [pytest.param(d, marks=[pytest.mark.gpu] * (d == "cuda")) for d in DEVICES]
+)
+
+
+@each_device
+@pytest.mark.parametrize("op, case", [pytest.param(*i, id=f"{i[0]}-native-{i[1].id}") for i in instances()])
+def test_instance(op: str, case: Any, device: str) -> None:
+    function = implementation(op, "native")
+    for dtype in cases_of(op).DTYPES:
+        inputs = cases_of(op).inputs(case, dtype, device)
+        exact, plain = reference(op, wide(inputs)), reference(op, inputs)
+        exact_grads, plain_grads = (gradients(op, partial(reference, op), x) for x in (wide(inputs), inputs))
+        for layout in LAID_OUT:
+            laid_out = map_tensors(LAYOUTS[layout], inputs)
+            assert_accurate(outputs(op, function, laid_out), plain, exact)
+            ours = gradients(op, partial(outputs, op, function), laid_out, layout)
+            assert_accurate(ours, plain_grads, exact_grads)
+
+
+@each_device
+def test_what_the_cuda_kernels_do_not_take_raises(device: str) -> None:
+    if device == "cpu" and not emulated:
+        pytest.skip("the CPU kernels take every width")
+    for op, case, limit in (
+        ("modulated_norm", cases_of("modulated_norm").Case(1, 1, 1281), "at most 1280"),
+        ("qk_norm", cases_of("qk_norm").Case(1, 1, 1, 258), "up to 256"),
+    ):
+        with pytest.raises(RuntimeError, match=limit):
+            implementation(op, "native")(**cases_of(op).inputs(case, torch.float32, device))
+
+
+def digest() -> str:
+    """Of every bit that the native ops give for the instances, on the CPU."""
+    total = hashlib.sha256()
+    for op, case in instances():
+        call = partial(outputs, op, implementation(op, "native"))
+        for dtype in cases_of(op).DTYPES:
+            inputs = cases_of(op).inputs(case, dtype)
+            for y in [*call(inputs), *gradients(op, call, inputs)]:
+                total.update(y.detach().float().numpy().tobytes())
+    return total.hexdigest()
