@@ -6,6 +6,10 @@ integer on divisibility by 16 alone, which 72 is not, and would load two bytes a
 
 The value of `forward` is bitwise the same with DUAL as without: the same tiles, the same operations in the same order,
 and every multiply-add of it spelled as one fma, so that no compiler chooses where to contract.
+
+Both column tiles of an operand are loaded before the first product that reads either. With a load between the two
+products of one accumulator ptxas 12.8.93, the assembler of Triton 3.6 and 3.7, builds the second one's wgmma descriptor
+from a register that no path has written: values and gradients off by 7 to 50 % at T < 100 (H100, 2026-11-26).
 """
 
 import triton
@@ -139,9 +143,10 @@ def forward(
 
     for n0 in range(0, T, BN):
         k0 = load(k, n0, T, d, S_T, S_D, BN, 0, D0)
-        s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if D1 > 0:
             k1 = load(k, n0, T, d, S_T, S_D, BN, D0, D1)
+        s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if D1 > 0:
             s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
         if T % BN != 0:
             s = tl.where((n0 + tl.arange(0, BN) < T)[None, :], s, float("-inf"))
@@ -152,10 +157,11 @@ def forward(
         m = m_new
         if DUAL:
             k0_dot = load(k_dot, n0, T, d, Z_T, Z_D, BN, 0, D0)
+            if D1 > 0:
+                k1_dot = load(k_dot, n0, T, d, Z_T, Z_D, BN, D0, D1)
             s_dot = tl.dot(q0_dot, tl.trans(k0), input_precision="ieee")
             s_dot = tl.dot(q0, tl.trans(k0_dot), s_dot, input_precision="ieee")
             if D1 > 0:
-                k1_dot = load(k_dot, n0, T, d, Z_T, Z_D, BN, D0, D1)
                 s_dot = tl.dot(q1_dot, tl.trans(k1), s_dot, input_precision="ieee")
                 s_dot = tl.dot(q1, tl.trans(k1_dot), s_dot, input_precision="ieee")
             ps_dot = p * (s_dot * C)
@@ -163,16 +169,18 @@ def forward(
             w = ps_dot.to(k0.dtype)
         p16 = p.to(k0.dtype)
         v0 = load(v, n0, T, d, S_T, S_D, BN, 0, D0)
-        o0 = tl.dot(p16, v0, o0 * alpha[:, None], input_precision="ieee")
         if D1 > 0:
             v1 = load(v, n0, T, d, S_T, S_D, BN, D0, D1)
+        o0 = tl.dot(p16, v0, o0 * alpha[:, None], input_precision="ieee")
+        if D1 > 0:
             o1 = tl.dot(p16, v1, o1 * alpha[:, None], input_precision="ieee")
         if DUAL:
             v0_dot = load(v_dot, n0, T, d, Z_T, Z_D, BN, 0, D0)
+            if D1 > 0:
+                v1_dot = load(v_dot, n0, T, d, Z_T, Z_D, BN, D0, D1)
             t0 = tl.dot(w, v0, t0 * alpha[:, None], input_precision="ieee")
             t0 = tl.dot(p16, v0_dot, t0, input_precision="ieee")
             if D1 > 0:
-                v1_dot = load(v_dot, n0, T, d, Z_T, Z_D, BN, D0, D1)
                 t1 = tl.dot(w, v1, t1 * alpha[:, None], input_precision="ieee")
                 t1 = tl.dot(p16, v1_dot, t1, input_precision="ieee")
 
@@ -244,11 +252,12 @@ def backward_q(
     for n0 in range(0, T, BN):
         k0 = load(k, n0, T, d, S_T, S_D, BN, 0, D0)
         v0 = load(v, n0, T, d, S_T, S_D, BN, 0, D0)
-        s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-        dp = tl.dot(g0, tl.trans(v0), input_precision="ieee")
         if D1 > 0:
             k1 = load(k, n0, T, d, S_T, S_D, BN, D0, D1)
             v1 = load(v, n0, T, d, S_T, S_D, BN, D0, D1)
+        s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        dp = tl.dot(g0, tl.trans(v0), input_precision="ieee")
+        if D1 > 0:
             s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
             dp = tl.dot(g1, tl.trans(v1), dp, input_precision="ieee")
         p = tl.exp2(s * C2 - lse_t[:, None])
@@ -312,11 +321,12 @@ def backward_kv(
         t = m0 + tl.arange(0, BM)
         q0 = load(q, m0, T, d, S_T, S_D, BM, 0, D0)
         g0 = load(g, m0, T, d, G_T, G_D, BM, 0, D0)
-        s = tl.dot(k0, tl.trans(q0), input_precision="ieee")
-        dp = tl.dot(v0, tl.trans(g0), input_precision="ieee")
         if D1 > 0:
             q1 = load(q, m0, T, d, S_T, S_D, BM, D0, D1)
             g1 = load(g, m0, T, d, G_T, G_D, BM, D0, D1)
+        s = tl.dot(k0, tl.trans(q0), input_precision="ieee")
+        dp = tl.dot(v0, tl.trans(g0), input_precision="ieee")
+        if D1 > 0:
             s = tl.dot(k1, tl.trans(q1), s, input_precision="ieee")
             dp = tl.dot(v1, tl.trans(g1), dp, input_precision="ieee")
         if T % BM == 0:
