@@ -20,6 +20,10 @@ from cmt_kernels.gate import Gate
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WIDTHS = (384, 768, 1024, 1152)
 ROWS = 4  # of a program of a forward
+# A row whose sum of squares overflows fp32 is normalised at this size: there no square overflows or vanishes, and
+# eps size^2 is nothing beside their mean (csrc/row_math.h).
+SHRUNK = tl.constexpr(2.0**-80)
+LARGEST = tl.constexpr(3.4028234663852886e38)
 SUMMED_ROWS = 16  # of a program that leaves partial column sums
 
 

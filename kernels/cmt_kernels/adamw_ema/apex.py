@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cmt_kernels import transforms
+from cmt_kernels.adamw_ema.torch import clipped
 
 CHUNK = 2048 * 32  # elements a block, as apex's own applier
 
@@ -44,9 +45,7 @@ def adamw_ema(
     transforms.refuse("adamw_ema", "apex")
     import amp_C
 
-    norm = torch.linalg.vector_norm(g)
-    if max_norm > 0:
-        g.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    norm = clipped(g, max_norm)
     skip = torch.zeros(1, dtype=torch.int32, device=p.device)  # apex's overflow flag; 0: do not skip
     adamw, corrected = 1, 1
     amp_C.multi_tensor_adam(

@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 from cmt_kernels import transforms
+from cmt_kernels.magnitude import size_of
+
+
+def clip_factor(norm: Tensor, size: Tensor, max_norm: float) -> Tensor:
+    """What g size is multiplied by so that g is clipped, from the norm of g size: min(1, max_norm / |g|) / size."""
+    return torch.minimum(max_norm / (norm + 1e-6 * size), 1 / size)
 
 
 @torch.no_grad()
@@ -25,9 +31,10 @@ def adamw_ema(
         raise RuntimeError(
             f"adamw_ema: a step changes its buffers in place and has no derivative; active: {transforms.names()}"
         )
-    norm = torch.linalg.vector_norm(g)
+    size = size_of(g)
+    norm = torch.linalg.vector_norm(g * size)
     if max_norm > 0:
-        g = g * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        g = g * size * clip_factor(norm, size, max_norm)
     m.lerp_(g, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     p.mul_(1 - lr * weight_decay)
@@ -35,4 +42,4 @@ def adamw_ema(
     p.addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** step))
     for e, beta in zip(emas, ema_betas, strict=True):
         e.lerp_(p, 1 - beta)
-    return norm
+    return norm / size

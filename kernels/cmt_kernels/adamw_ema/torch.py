@@ -5,6 +5,20 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from cmt_kernels import transforms
+from cmt_kernels.adamw_ema.reference import clip_factor
+from cmt_kernels.magnitude import size_of
+
+
+def clipped(g: Tensor, max_norm: float) -> Tensor:
+    """The norm of g, which is clipped in place; max_norm 0 leaves g as it is."""
+    if g.is_cpu and (norm := torch.linalg.vector_norm(g)).isfinite():  # there the host has nothing to wait for
+        if max_norm > 0:
+            g.mul_(clip_factor(norm, torch.ones_like(norm), max_norm))
+        return norm
+    size = size_of(g)
+    norm = torch.linalg.vector_norm(g.mul_(size))
+    g.mul_(clip_factor(norm, size, max_norm) if max_norm > 0 else 1 / size)
+    return norm / size
 
 
 @torch.no_grad()
@@ -23,9 +37,7 @@ def adamw_ema(
     max_norm: float = 0.0,
 ) -> Tensor:
     transforms.refuse("adamw_ema", "torch")
-    norm = torch.linalg.vector_norm(g)
-    if max_norm > 0:
-        g.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    norm = clipped(g, max_norm)
     adamw(
         [p],
         [g],

@@ -1,8 +1,10 @@
 """adamw_ema in Triton: a pass for the gradient's norm, then one for clip, moments, parameters and every EMA track.
 
-The norm stays on the device: the first launch leaves partial sums of squares, every program of the second adds them up
-itself (at most PARTS numbers, from L2) and program 0 writes the result. Nothing waits for the host, the order of every
-sum is fixed, and step and lr reach the kernel only inside float arguments, so no step compiles anything.
+Squares are summed in float64, where none of fp32 overflows: of a gradient beyond 1.8e19 fp32 would make the norm infinite
+and its clipping a step of nothing. The norm stays on the device: the first launch leaves partial sums of squares, every
+program of the second adds them up itself (at most PARTS numbers, from L2) and program 0 writes the result. Nothing waits
+for the host, the order of every sum is fixed, and step and lr reach the kernel only inside float arguments, so no step
+compiles anything.
 """
 
 from __future__ import annotations
@@ -19,18 +21,19 @@ from cmt_kernels.launch import placed
 BLOCK = 2048  # parameters a program of the update
 NORM_BLOCK = 4096  # gradients a program of the norm takes at a time
 PARTS = 512  # most programs of the norm
+SMALL = tl.constexpr(2.0**64)  # norms beyond it: a gradient is multiplied by the clip's ratio in two factors
 TRACKS = 4  # EMA tracks in the update's launch; more of them cost a pass each
 SCALARS = ["b2", "one_b1", "one_b2", "decay", "size", "root", "eps", "max_norm", "w0", "w1", "w2", "w3"]
 
 
 @triton.jit
 def norm_kernel(g, partial, n, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
-    """partial[program_id(0)] = the sum of g^2 over ROUNDS blocks, a grid apart from each other."""
+    """partial[program_id(0)] = the sum of g^2 over ROUNDS blocks, a grid apart from each other, in float64."""
     pid = tl.program_id(0)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float64)
     for j in range(ROUNDS):
         i = (j * tl.num_programs(0) + pid).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(g + i, mask=i < n, other=0.0)
+        x = tl.load(g + i, mask=i < n, other=0.0).to(tl.float64)
         total += x * x
     tl.store(partial + pid, tl.sum(total, axis=0))
 
@@ -74,15 +77,17 @@ def update_kernel(
 ):
     """decay = 1 - lr wd, size = lr / (1 - b1^n), root = sqrt(1 - b2^n); tracks that are not there are None."""
     lane = tl.arange(0, PARTS)
-    length = tl.sqrt_rn(tl.sum(tl.load(partial + lane, mask=lane < parts, other=0.0), axis=0))
+    length = tl.sqrt(tl.sum(tl.load(partial + lane, mask=lane < parts, other=0.0), axis=0))
     if tl.program_id(0) == 0:
-        tl.store(norm, length)
+        tl.store(norm, length.to(tl.float32))
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     x = tl.load(g + i, mask=inside)
     if CLIP:
-        ratio = tl.div_rn(max_norm, length + 1e-6)
-        x *= tl.where(ratio > 1.0, 1.0, ratio)  # a norm that is NaN stays NaN
+        ratio = max_norm.to(tl.float64) / (length + 1e-6)
+        ratio = tl.where(ratio > 1.0, 1.0, ratio)  # a norm that is NaN stays NaN
+        size = tl.where(length > SMALL, 1.0 / SMALL, 1.0)  # in two factors: neither leaves the numbers of fp32
+        x = x * size * (ratio * (1.0 / size)).to(tl.float32)
     first = tl.load(m + i, mask=inside)
     first += one_b1 * (x - first)
     second = tl.load(v + i, mask=inside, other=0.0) * b2 + one_b2 * x * x
@@ -120,7 +125,7 @@ def _launch(
 ) -> Tensor:
     n, g = p.numel(), g.contiguous()
     parts = max(min(PARTS, triton.cdiv(n, NORM_BLOCK)), 1)
-    partial, norm = p.new_empty(parts), p.new_empty(())
+    partial, norm = p.new_empty(parts, dtype=torch.float64), p.new_empty(())
     placed("adamw_ema", norm_kernel)[(parts,)](
         g, partial, n, ROUNDS=triton.cdiv(n, parts * NORM_BLOCK), BLOCK=NORM_BLOCK, num_warps=8
     )
@@ -191,7 +196,7 @@ def gates() -> list[Gate]:
         Gate(
             f"norm-rounds{rounds}",
             norm_kernel,
-            {"g": "*fp32", "partial": "*fp32", "n": "i32:16"},
+            {"g": "*fp32", "partial": "*fp64", "n": "i32:16"},
             {"ROUNDS": rounds, "BLOCK": NORM_BLOCK},
             num_warps=8,
         )
@@ -200,7 +205,7 @@ def gates() -> list[Gate]:
     for tracks, clip in ((0, False), (1, False), (1, True), (2, True), (3, True), (4, True)):
         given = {f"e{i}": "*fp32" for i in range(tracks)}
         missing = {f"e{i}": None for i in range(tracks, TRACKS)}
-        pointers = dict.fromkeys(("p", "g", "m", "v", "partial", "norm"), "*fp32")
+        pointers = dict.fromkeys(("p", "g", "m", "v", "norm"), "*fp32") | {"partial": "*fp64"}
         signature = pointers | given | {"n": "i32:16", "parts": "i32:16"} | floats
         constexprs = {"CLIP": clip, "PARTS": PARTS, "BLOCK": BLOCK} | missing
         rows.append(Gate(f"update-emas{tracks}" + "-clip" * clip, update_kernel, signature, constexprs, num_warps=8))

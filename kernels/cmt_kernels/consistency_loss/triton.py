@@ -62,12 +62,12 @@ def distance_kernel(
         slope = 1 / root
     tl.store(loss + row, distance.to(wide))
     if gradient is not None:
-        scale = slope.to(wide)
-        tl.store(gradient + row * n + lane, scale * first, mask=lane < n)
+        # in float64: 1 / distance has no digits in fp32 where the distance is near its largest number
+        tl.store(gradient + row * n + lane, (slope * first.to(tl.float64)).to(wide), mask=lane < n)
         for j in range(1, ROUNDS):
             i = j * BLOCK + lane
             e = difference(prediction, target, row, i, n, wide)
-            tl.store(gradient + row * n + i, scale * e, mask=i < n)
+            tl.store(gradient + row * n + i, (slope * e.to(tl.float64)).to(wide), mask=i < n)
 
 
 @torch.library.custom_op("cmt::triton_consistency_loss", mutates_args=())

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cmt_kernels.dual import Dual, value
+from cmt_kernels.magnitude import size_of
 
 
 def meanflow_loss(
@@ -16,6 +17,12 @@ def meanflow_loss(
             k = len(u.tangent)
             step = (t - r)[:k].to(u_v.dtype).view(-1, *[1] * (u_v.ndim - 1))
             target = torch.cat((target[:k] - step * u.tangent.to(u_v.dtype), target[k:]))
-    squared = (u_v - target.detach()).square().flatten(1).sum(1)  # forward AD looks through no_grad, not through detach
-    weight = (squared.detach() + c) ** -p
-    return weight * squared, squared.detach()
+    difference = (u_v - target.detach()).flatten(1)  # forward AD looks through no_grad, not through detach
+    if p == 0:
+        squared = difference.square().sum(1)
+        return squared, squared.detach()
+    size = size_of(difference, 1)
+    squared = (difference * size).square().sum(1)  # of the difference at that size
+    size = size.squeeze(1)
+    weight = (squared.detach() + c * size * size) ** -p * size ** (2 * p - 2)
+    return weight * squared, squared.detach() / size / size

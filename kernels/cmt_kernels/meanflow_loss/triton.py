@@ -72,12 +72,12 @@ def loss_kernel(
     tl.store(loss + row, (weight * error).to(wide))
     tl.store(squared + row, error.to(wide))
     if du is not None:
-        scale = (2 * weight).to(wide)
-        tl.store(du + row * n + lane, scale * first, mask=lane < n)
+        scale = 2 * weight  # in float64: of an error beyond 1e19 fp32 would make it 0
+        tl.store(du + row * n + lane, (scale * first.to(tl.float64)).to(wide), mask=lane < n)
         for j in range(1, ROUNDS):
             i = j * BLOCK + lane
             e = residual(u, v, u_dot, dt, row, i, n, n_dot, wide)
-            tl.store(du + row * n + i, scale * e, mask=i < n)
+            tl.store(du + row * n + i, (scale * e.to(tl.float64)).to(wide), mask=i < n)
 
 
 @torch.library.custom_op("cmt::triton_meanflow_loss", mutates_args=())

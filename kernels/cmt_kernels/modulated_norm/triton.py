@@ -1,4 +1,6 @@
-"""modulated_norm in Triton. A forward keeps the mean and 1/std of each row for the backward."""
+"""modulated_norm in Triton. A forward keeps of each row for the backward its size, 1 or for a row whose squares overflow
+2^-80, and mean and 1/std at that size. The mean is taken about the row's first number: of equal numbers it is that one.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,31 @@ import triton.language as tl
 from torch import Tensor
 
 from cmt_kernels import transforms
-from cmt_kernels._row.triton import ROWS, SUMMED_ROWS, WIDTHS, among, checked, chunks, cut, paired, row_of, variants
+from cmt_kernels._row.triton import (
+    LARGEST,
+    ROWS,
+    SHRUNK,
+    SUMMED_ROWS,
+    WIDTHS,
+    among,
+    checked,
+    chunks,
+    cut,
+    paired,
+    row_of,
+    variants,
+)
 from cmt_kernels.dual import Dual, rows, tangent, value
 from cmt_kernels.gate import Gate
 from cmt_kernels.launch import placed
+
+
+@triton.jit
+def _centred(x_row, origin, in_row, D: tl.constexpr):
+    """(mean, x - mean, sum of its squares) of one row; origin: its first number."""
+    mu = origin + tl.sum(tl.where(in_row, x_row - origin, 0.0), 0) / D
+    centred = tl.where(in_row, x_row - mu, 0.0)
+    return mu, centred, tl.sum(centred * centred, 0)
 
 
 @triton.jit
@@ -26,6 +49,7 @@ def _forward(
     y_dot,
     mean,
     rstd,
+    size,
     T,
     k,
     eps,
@@ -45,19 +69,23 @@ def _forward(
         inside = among(first + i, T, in_row, BLOCK)
         row = image * T + first + i
         x_row = row_of(x, row, inside, cols, D)
-        mu = tl.sum(x_row, 0) / D
-        centred = tl.where(in_row, x_row - mu, 0.0)
-        r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, 0) / D + eps))
+        origin = tl.load(x + row * D, mask=exists, other=0.0).to(tl.float32)
+        mu, centred, squares = _centred(x_row, origin, in_row, D)
+        s = tl.where(squares <= LARGEST, 1.0, SHRUNK)
+        if s < 1.0:  # run time, the same for the whole program
+            mu, centred, squares = _centred(x_row * s, origin * s, in_row, D)
+        r = tl.div_rn(1.0, tl.sqrt_rn(squares / D + eps * s * s))
         xh = centred * r
         tl.store(y + row * D + cols, tl.fma(xh, gain, h), mask=inside)
         tl.store(mean + row, mu, mask=exists)
         tl.store(rstd + row, r, mask=exists)
+        tl.store(size + row, s, mask=exists)
         if y_dot is not None:  # noqa: SIM102  (compile time)
             if image < k:  # run time, the same for the whole program
                 t = tl.zeros((BLOCK,), tl.float32)
                 if x_dot is not None:
                     d = row_of(x_dot, row, inside, cols, D)
-                    t = r * (d - tl.sum(d, 0) / D - xh * (tl.sum(xh * d, 0) / D)) * gain
+                    t = r * s * (d - tl.sum(d, 0) / D - xh * (tl.sum(xh * d, 0) / D)) * gain
                 if scale_dot is not None:
                     t = tl.fma(xh, row_of(scale_dot, image, in_row, cols, D), t)
                 if shift_dot is not None:
@@ -66,7 +94,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(dy, x, scale, mean, rstd, dx, sums, T, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _backward(dy, x, scale, mean, rstd, size, dx, sums, T, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """dx, and in sums (B, runs, 2, D) the partial sums of dshift and dscale."""
     runs = tl.cdiv(T, ROWS)
     image = (tl.program_id(0) // runs).to(tl.int64)
@@ -83,9 +111,10 @@ def _backward(dy, x, scale, mean, rstd, dx, sums, T, D: tl.constexpr, BLOCK: tl.
         g = row_of(dy, row, inside, cols, D)
         mu = tl.load(mean + row, mask=exists, other=0.0)
         r = tl.load(rstd + row, mask=exists, other=0.0)
-        xh = tl.where(in_row, row_of(x, row, inside, cols, D) - mu, 0.0) * r
+        s = tl.load(size + row, mask=exists, other=0.0)
+        xh = tl.where(in_row, row_of(x, row, inside, cols, D) * s - mu, 0.0) * r
         w = g * gain
-        d = r * (w - tl.sum(w, 0) / D - xh * (tl.sum(w * xh, 0) / D))
+        d = r * s * (w - tl.sum(w, 0) / D - xh * (tl.sum(w * xh, 0) / D))
         tl.store(dx + row * D + cols, d, mask=inside)
         dshift += g
         dscale = tl.fma(g, xh, dscale)
@@ -104,34 +133,36 @@ def _norm(
     scale_dot: Tensor | None,
     k: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (B, T, D), its tangent (k, T, D), and mean and 1/std (B, T), fp32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y (B, T, D), its tangent (k, T, D), and mean, 1/std and size (B, T), fp32."""
     b, t, d = x.shape
     x, shift, scale, x_dot, shift_dot, scale_dot = checked(
         "modulated_norm", x, shift, scale, x_dot, shift_dot, scale_dot
     )
     y, y_dot = torch.empty_like(x), x.new_empty(k, t, d)
-    mean, rstd = (x.new_empty(b, t, dtype=torch.float32) for _ in range(2))
+    mean, rstd, size = (x.new_empty(b, t, dtype=torch.float32) for _ in range(3))
     block, warps = cut(d)
     if x.numel():
         tangents = (x_dot, shift_dot, scale_dot) if k else (None, None, None)
         placed("modulated_norm", _forward)[(b * chunks(t, ROWS),)](
-            *(x, shift, scale, *tangents, y, y_dot if k else None, mean, rstd, t, k, eps, d, block, ROWS),
+            *(x, shift, scale, *tangents, y, y_dot if k else None, mean, rstd, size, t, k, eps, d, block, ROWS),
             num_warps=warps,
             enable_fp_fusion=False,
         )
-    return y, y_dot, mean, rstd
+    return y, y_dot, mean, rstd, size
 
 
 @_norm.register_fake
 def _(x, shift, scale, x_dot, shift_dot, scale_dot, k, eps):
     b, t, d = x.shape
-    statistics = (x.new_empty(b, t, dtype=torch.float32) for _ in range(2))
+    statistics = (x.new_empty(b, t, dtype=torch.float32) for _ in range(3))
     return x.new_empty(b, t, d), x.new_empty(k, t, d), *statistics
 
 
 @torch.library.custom_op("cmt_triton::modulated_norm_backward", mutates_args=())
-def _norm_backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _norm_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, size: Tensor
+) -> tuple[Tensor, Tensor]:
     """dx (B, T, D) and, in fp32, (2, B, D): dshift and dscale."""
     b, t, d = x.shape
     dy, x, scale = checked("modulated_norm", dy, x, scale)
@@ -140,13 +171,15 @@ def _norm_backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Ten
     block, warps = cut(d)
     if x.numel():
         placed("modulated_norm", _backward)[(b * runs,)](
-            *(dy, x, scale, mean, rstd, dx, sums, t, d, block, SUMMED_ROWS), num_warps=warps, enable_fp_fusion=False
+            *(dy, x, scale, mean, rstd, size, dx, sums, t, d, block, SUMMED_ROWS),
+            num_warps=warps,
+            enable_fp_fusion=False,
         )
     return dx, sums.sum(1).transpose(0, 1).contiguous()
 
 
 @_norm_backward.register_fake
-def _(dy, x, scale, mean, rstd):
+def _(dy, x, scale, mean, rstd, size):
     b, t, d = x.shape
     return x.new_empty(b, t, d), x.new_empty(2, b, d, dtype=torch.float32)
 
@@ -163,8 +196,8 @@ def _save(ctx, inputs, output) -> None:
 def _gradient(ctx, dy, *_):
     if dy is None:
         return (None,) * 8
-    x, scale, mean, rstd = ctx.saved_tensors
-    dx, (dshift, dscale) = _norm_backward(dy, x, scale, mean, rstd)
+    x, scale, *statistics = ctx.saved_tensors
+    dx, (dshift, dscale) = _norm_backward(dy, x, scale, *statistics)
     return dx, dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), *(None,) * 5
 
 
@@ -174,14 +207,14 @@ _norm.register_autograd(_gradient, setup_context=_save)
 def modulated_norm(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
     transforms.refuse("modulated_norm", "triton")
     k = rows(x, shift, scale)
-    y, y_dot, _, _ = _norm(*map(value, (x, shift, scale)), *map(tangent, (x, shift, scale)), k or 0, eps)
+    y, y_dot, *_ = _norm(*map(value, (x, shift, scale)), *map(tangent, (x, shift, scale)), k or 0, eps)
     return paired(y, y_dot, k)
 
 
 def gates() -> list[Gate]:
     """Forward, plain and dual, and backward at the widths of DiT-S, B, L and XL."""
     found = []
-    inputs, fixed = {"x": "x", "shift": "x", "scale": "x"}, {"mean": "fp32", "rstd": "fp32"}
+    inputs, fixed = dict.fromkeys(("x", "shift", "scale"), "x"), dict.fromkeys(("mean", "rstd", "size"), "fp32")
     dots = {"x_dot": "x", "shift_dot": "x", "scale_dot": "x", "y_dot": "x"}
     for d in WIDTHS:
         block, warps = cut(d)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, head, rows, tangent, tangent_rule, value
+from cmt_kernels.dual import Dual, rows, tangent, tangent_rule, value
+from cmt_kernels.magnitude import size_of
 
 
 def modulated_rms_norm(
@@ -12,7 +13,9 @@ def modulated_rms_norm(
     k = rows(x, shift, scale)
     x_v = value(x)
     wide = x_v.to(torch.promote_types(x_v.dtype, torch.float32))
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    size = size_of(wide, -1)
+    wide = wide * size
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps * size * size)
     xh, w = (wide * r).to(x_v.dtype), weight.to(x_v.dtype)
     factor = (1 + value(scale)).unsqueeze(1).to(x_v.dtype)
     y = torch.addcmul(value(shift).unsqueeze(1).to(x_v.dtype), xh * w, factor)
@@ -22,8 +25,8 @@ def modulated_rms_norm(
         x_dot, shift_dot, scale_dot = tangent(x), tangent(shift), tangent(scale)
         y_dot = torch.zeros_like(y[:k]) if shift_dot is None else shift_dot.unsqueeze(1).to(y.dtype)
         if x_dot is not None:
-            wide_xh = head(x, k).to(wide.dtype) * r[:k]
-            xh_dot = r[:k] * (x_dot - wide_xh * (wide_xh * x_dot).mean(-1, keepdim=True))
+            wide_xh = wide[:k] * r[:k]
+            xh_dot = r[:k] * size[:k] * (x_dot - wide_xh * (wide_xh * x_dot).mean(-1, keepdim=True))
             y_dot = torch.addcmul(y_dot, xh_dot.to(y.dtype) * w, factor[:k])
         if scale_dot is not None:
             y_dot = torch.addcmul(y_dot, xh[:k].detach() * w, scale_dot.unsqueeze(1).to(y.dtype))

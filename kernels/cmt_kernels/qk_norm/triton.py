@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmt_kernels import transforms
-from cmt_kernels._row.triton import SUMMED_ROWS, checked, chunks, paired, variants
+from cmt_kernels._row.triton import LARGEST, SHRUNK, SUMMED_ROWS, checked, chunks, paired, variants
 from cmt_kernels.dual import Dual
 from cmt_kernels.gate import Gate
 from cmt_kernels.launch import placed
@@ -57,10 +57,20 @@ def _weights(q_weight, k_weight, heads, H: tl.constexpr, d: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _rms(a, b, eps, d: tl.constexpr):
-    """1 / rms of each row, (GROUP, 1)."""
-    mean = tl.sum(a * a + b * b, 1) / d
-    return tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean + eps))[:, None]
+def _normalised(a, b, is_qk, eps, d: tl.constexpr):
+    """Rows over their rms and 1 / rms, (GROUP, 1); 0 and 1 for values, whose infinities must meet no Jacobian.
+
+    A row whose squares overflow is taken smaller first (`SHRUNK`).
+    """
+    squares = tl.sum(a * a + b * b, 1)
+    size = tl.where(squares <= LARGEST, 1.0, SHRUNK)
+    if tl.min(size, 0) < 1.0:  # run time, the same for the whole program
+        small_a, small_b = a * size[:, None], b * size[:, None]
+        squares = tl.sum(small_a * small_a + small_b * small_b, 1)
+    r = tl.div_rn(tl.full(squares.shape, 1.0, tl.float32), tl.sqrt_rn(squares / d + eps * size * size))[:, None]
+    size = size[:, None]
+    zero = tl.zeros(a.shape, tl.float32)
+    return tl.where(is_qk, a * size * r, zero), tl.where(is_qk, b * size * r, zero), tl.where(is_qk, r * size, 1.0)
 
 
 @triton.jit
@@ -100,9 +110,8 @@ def _forward(
     y_a, y_b = a, b
     if q_weight is not None:
         w_a, w_b = _weights(q_weight, k_weight, heads, H, d, BLOCK)
-        r = tl.where(is_qk, _rms(a, b, eps, d), 1.0)
-        a, b = a * r, b * r
-        y_a, y_b = a * w_a, b * w_b
+        a, b, r = _normalised(a, b, is_qk, eps, d)
+        y_a, y_b = tl.where(is_qk, a * w_a, y_a), tl.where(is_qk, b * w_b, y_b)
     if cos is not None:
         y_a, y_b = _turn(y_a, y_b, cos, sin, token % T, is_qk, d, BLOCK, False)
     _write(y + start, heads, y_a, y_b, H, d, BLOCK)
@@ -152,8 +161,7 @@ def _backward(
                 g_a, g_b = _turn(g_a, g_b, cos, sin, token % T, is_qk, d, BLOCK, True)
             if q_weight is not None:
                 a, b = _halves(x + start, heads, H, d, BLOCK)
-                r = tl.where(is_qk, _rms(a, b, eps, d), 1.0)
-                a, b = a * r, b * r
+                a, b, r = _normalised(a, b, is_qk, eps, d)
                 dw_a, dw_b = tl.fma(g_a, a, dw_a), tl.fma(g_b, b, dw_b)
                 g_a, g_b = g_a * w_a, g_b * w_b
                 inner = tl.where(is_qk, (tl.sum(g_a * a + g_b * b, 1) / d)[:, None], 0.0)
