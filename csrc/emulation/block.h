@@ -59,11 +59,6 @@ inline cudaError_t last_error = cudaSuccess;
   abort();
 }
 
-inline void wait_as(State state) {
-  pool[current].state = state;
-  yield();
-}
-
 inline void open_barrier_if_full() {  // a thread that has returned counts as arrived
   if (!at_barrier || at_barrier < live) return;
   at_barrier = 0;
@@ -77,13 +72,18 @@ inline void sync_threads() {
   if (pool[current].state == State::kAtBarrier) yield();
 }
 
+inline unsigned first_of_warp() { return current / kLanes * kLanes; }
+inline unsigned lanes_of_warp() { return std::min(kLanes, threads - first_of_warp()); }
+
 // The last lane to come hands every lane its value, so a lane may go on, and even return, before the others wake.
 inline void exchange(unsigned first, unsigned lanes) {
+  unsigned waiting = 0, returned = 0;
   for (unsigned lane = 0; lane < lanes; ++lane) {
-    State state = pool[first + lane].state;
-    if (state == State::kReturned) fail("a shuffle after a lane of the warp has returned");
-    if (state != State::kInShuffle) return;
+    waiting += pool[first + lane].state == State::kInShuffle;
+    returned += pool[first + lane].state == State::kReturned;
   }
+  if (waiting && returned) fail("a shuffle after a lane of the warp has returned");
+  if (waiting < lanes) return;
   for (unsigned lane = 0; lane < lanes; ++lane) {
     Thread& t = pool[first + lane];
     t.received = t.partner < lanes ? pool[first + t.partner].sent : 0xffffffffu;
@@ -94,12 +94,11 @@ template <class T>
 T shuffle_xor(unsigned mask, T value, int lane_mask) {
   static_assert(sizeof(T) == 4, "a shuffle of 4 bytes");
   if (mask != 0xffffffffu) fail("a shuffle with a partial mask, which is not emulated");
-  unsigned first = current / kLanes * kLanes, lanes = threads - first < kLanes ? threads - first : kLanes;
   Thread& t = pool[current];
   std::memcpy(&t.sent, &value, 4);
-  t.partner = (current - first) ^ unsigned(lane_mask);
+  t.partner = (current - first_of_warp()) ^ unsigned(lane_mask);
   t.state = State::kInShuffle;
-  exchange(first, lanes);
+  exchange(first_of_warp(), lanes_of_warp());
   if (t.state == State::kInShuffle) yield();
   std::memcpy(&value, &t.received, 4);
   return value;
@@ -120,6 +119,7 @@ inline void run_threads() {  // the body of every fiber
     (*kernel_body)();
     --live;
     pool[current].state = State::kReturned;
+    exchange(first_of_warp(), lanes_of_warp());  // whoever waits in a shuffle waits for this lane
     open_barrier_if_full();
     yield();
   }

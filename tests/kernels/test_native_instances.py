@@ -14,8 +14,9 @@ import pytest
 import torch
 from cmt_kernels import _native
 from cmt_kernels.cases import cases_of, implementation, map_tensors, outputs, wide
+from torch import Tensor
 
-from tests.kernels.test_ops import LAYOUTS, assert_accurate, gradients, reference
+from tests.kernels.test_ops import LAYOUTS, assert_accurate, assert_half_the_digits, gradients, reference
 
 WIDTHS = (
     1,
@@ -34,15 +35,19 @@ HEADS = (2, 34, 64, 66, 96, 100, 128, 136, 256)  # two, three, four and eight pa
 ODD_HEADS = (1, 7, 63, 95, 127, 255)
 
 
+def tokens(width: int) -> int:
+    """Rows of an image: enough that the largest error of plain torch, which is the yardstick, is not luck."""
+    return max(3, 1500 // width)
+
+
 def instances() -> list[tuple[str, Any]]:
     """(op, case): small, and together every kernel that is compiled."""
     norm, gate, gelu, qk = (cases_of(op) for op in ("modulated_norm", "gated_residual", "gelu", "qk_norm"))
-    found = [("modulated_norm", norm.Case(2, 3, D, k)) for D in WIDTHS for k in (None, 1)]
-    found += [("modulated_norm", norm.Case(2, 70, 40, 1))]
-    found += [("gated_residual", gate.Case(2, 35, D, bias, 1)) for D in (13, 264) for bias in (False, True)]
-    found += [("gelu", gelu.Case(2, 20, D, bias, 1)) for D in (13, 264) for bias in (False, True)]
-    found += [("qk_norm", qk.Case(2, 3, 3, d, True, True, k)) for d in HEADS for k in (None, 1)]
-    found += [("qk_norm", qk.Case(2, 3, 3, d, True, False, 1)) for d in ODD_HEADS]
+    found = [("modulated_norm", norm.Case(2, tokens(D), D, k)) for D in WIDTHS for k in (None, 1)]
+    found += [("gated_residual", gate.Case(2, tokens(D), D, bias, 1)) for D in (13, 264) for bias in (False, True)]
+    found += [("gelu", gelu.Case(2, tokens(D), D, bias, 1)) for D in (13, 264) for bias in (False, True)]
+    found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, True, k)) for d in HEADS for k in (None, 1)]
+    found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, False, 1)) for d in ODD_HEADS]
     return found
 
 
@@ -58,6 +63,15 @@ each_device = pytest.mark.parametrize(
 )
 
 
+def assert_right(got: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
+    """By the rule of test_ops; of a sum over rows half the digits, for its error is that of an order of adding, and a row,
+    column or lane that is left out costs more."""
+    elementwise = [i for i, y in enumerate(got) if y.ndim >= 3]
+    assert_accurate(*([ys[i] for i in elementwise] for ys in (got, plain, exact)))
+    sums = [i for i in range(len(got)) if i not in elementwise]
+    assert_half_the_digits(*([ys[i] for i in sums] for ys in (got, exact)))
+
+
 @each_device
 @pytest.mark.parametrize("op, case", [pytest.param(*i, id=f"{i[0]}-native-{i[1].id}") for i in instances()])
 def test_instance(op: str, case: Any, device: str) -> None:
@@ -68,9 +82,9 @@ def test_instance(op: str, case: Any, device: str) -> None:
         exact_grads, plain_grads = (gradients(op, partial(reference, op), x) for x in (wide(inputs), inputs))
         for layout in LAID_OUT:
             laid_out = map_tensors(LAYOUTS[layout], inputs)
-            assert_accurate(outputs(op, function, laid_out), plain, exact)
+            assert_right(outputs(op, function, laid_out), plain, exact)
             ours = gradients(op, partial(outputs, op, function), laid_out, layout)
-            assert_accurate(ours, plain_grads, exact_grads)
+            assert_right(ours, plain_grads, exact_grads)
 
 
 @each_device
