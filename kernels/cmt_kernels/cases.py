@@ -125,5 +125,8 @@ def error(y: Tensor, exact: Tensor) -> float:
 
 
 def allowed(yardstick: Tensor, exact: Tensor) -> float:
-    """Twice the error of plain torch at its dtype, plus twice what rounding the exact answer to that dtype costs."""
+    """Twice the error of plain torch at its dtype, plus twice what rounding the exact answer to that dtype costs.
+
+    Of one run of plain torch: right for tensors of many numbers that are added up as torch does. `accuracy.limits` is for any.
+    """
     return 2 * (error(yardstick, exact) + error(exact.to(yardstick.dtype), exact))
