@@ -179,7 +179,7 @@ def solver_step(
 
 
 def consistency_loss(prediction: Tensor, target: Tensor, distance: str, c: float) -> Tensor:
-    l = ((prediction - target) ** 2).flatten(1).sum(1)
+    l = ((prediction - target.detach()) ** 2).flatten(1).sum(1)
     return {"squared_l2": l, "l2": torch.sqrt(l + 1e-16), "pseudo_huber": torch.sqrt(l + c**2) - c}[distance]
 
 

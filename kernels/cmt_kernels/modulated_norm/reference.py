@@ -10,9 +10,10 @@ from cmt_kernels.dual import Dual, head, rows, tangent, tangent_rule, value
 def modulated_norm(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
     k = rows(x, shift, scale)
     x_v, shift_v, scale_v = value(x), value(shift), value(scale)
-    xh, mean, r = torch.native_layer_norm(x_v, x_v.shape[-1:], None, None, eps)  # F.layer_norm, but it keeps mean and r
-    if transforms.derivative():
+    if transforms.derivative() and k is None:
         xh = _normalised(x_v, eps)
+    else:  # F.layer_norm, but it keeps mean and r
+        xh, mean, r = torch.native_layer_norm(x_v, x_v.shape[-1:], None, None, eps)
     y = torch.addcmul(shift_v.unsqueeze(1).to(xh.dtype), xh, (1 + scale_v).unsqueeze(1).to(xh.dtype))
     if k is None:
         return y
