@@ -137,7 +137,8 @@ class Sweep:
                             todo.insert(0, (t, d, dtype))
                         return
                 with self.lock:
-                    self.results.data["not_measured"] = left(todo, self.results["asked"]) if not under else []
+                    if not under:
+                        self.results.data["not_measured"] = left(todo, self.results["asked"])
                     self.results.add(row)
                     print(line(row), flush=True)
         finally:
@@ -185,6 +186,7 @@ def run(arguments: argparse.Namespace) -> int:
     results = Results(
         "sweep", device, arguments.json, tiny=arguments.tiny, backend=backend, asked=asked, sanitizer=None
     )
+    results.plan(left(todo, asked))
     sweep = Sweep(results, device, backend, Deadline(arguments.minutes))
     print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}; attention: {backend}")
     tool, workers = sanitizer(), 1 if arguments.tiny else arguments.workers

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: every part is a command that exists, none takes another's rows along, and what is missing is named."""
+"""`make gpu` without a GPU: every part is a command that exists, none takes another's rows along, what is missing is named."""
 
 from __future__ import annotations
 
