@@ -146,7 +146,10 @@ def load(
     left, begun = held_bytes(device), time.perf_counter()
     m = runs.Model(*model)
     work = runs.workspace(objective, m, device)
-    one = theirs(objective, m, work, precision) if how == "peer" else ours(objective, m, work, how, precision, points)
+    if how == "peer":
+        one, work.teacher = theirs(objective, m, work, precision), None  # it has its own copy
+    else:
+        one = ours(objective, m, work, how, precision, points)
     free(device)
     state |= {"one": one, "name": objective, "m": m, "work": work, "device": device, "held": held_bytes(device)}
     return {"still_gb": left * 1e-9, "held_gb": state["held"] * 1e-9, "load_s": time.perf_counter() - begun}
@@ -219,12 +222,12 @@ def turns(state: dict[str, Any], least: int, most: int, seconds: float, square: 
         state["square"] = torch.randn(square, square, device=device).to(PRECISIONS[one.precision])
     a, squares, first, end = state["square"], [], len(one.ms), time.perf_counter() + seconds
     timed(lambda: a @ a, device)
-    if not first:
-        timed(one.step, device)
+    timed(one.step, device)  # it allocates what the end of the last round gave back
     for i in range(most):
         if i >= least and time.perf_counter() > end:
             break
         one.turn(first + i, device)
         squares.append(timed(lambda: a @ a, device)[0])
+    free(device)  # another process may want it while this one waits
     return {"ms": list(one.ms.values())[first:], "host_ms": one.host_ms[first:], "rounds_ms": one.rounds_ms,
             "square_ms": squares, "pool_steps": one.pool.steps if one.pool else None}  # fmt: skip

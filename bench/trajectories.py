@@ -111,7 +111,7 @@ def measure(
     times: dict[tuple, list[float]] = {key: [] for key in found}
     end = time.perf_counter() + min(arguments.seconds, max(0.0, deadline.left_s))
     for i in range(50):
-        if i >= (2 if arguments.tiny else 3) and time.perf_counter() > end:
+        if (i >= (2 if arguments.tiny else 3) and time.perf_counter() > end) or (i and deadline.over):
             break
         for key, (call, count) in found.items():
             times[key].append(timed(call, arguments.device)[0] / count)

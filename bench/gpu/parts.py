@@ -76,6 +76,19 @@ def step(model: str, *objectives: str) -> Callable:
 
 
 OPS = ("attention", "modulated_norm", "gated_residual", "gelu", "qk_norm", "adamw_ema")
+ROLLOUTS = (
+    "--model",
+    "B256",
+    "--model",
+    "XL256",
+    "--at-once",
+    "16",
+    "--at-once",
+    "64",
+    "--seconds",
+    "5",
+    "--no-compile",
+)
 BENCH = partial(Part, needs=TRAINER)
 PARTS = {
     part.name: part
@@ -87,9 +100,8 @@ PARTS = {
         BENCH("step", 230, command=step("XL256", "FM", "CMT-MF", "MF")),
         Part("ops", 70, ("numpy",), bench("ops", *OPS, "--batch", "64", "--seconds", "0.2", "--compile",
                                           tiny=("attention", "gelu", "adamw_ema", "--batch", "1", "--seconds", "0.01"))),
-        BENCH("trajectories", 60, command=bench("trajectories", "--model", "B256", "--model", "XL256", "--seconds", "5",
-                                                "--no-compile", tiny=("--tiny", "--seconds", "0.01"))),
-        Part("pipeline", 40, (*TRAINER, "sklearn"), bench("pipeline", "--steps", "200")),
+        BENCH("trajectories", 60, command=bench("trajectories", *ROLLOUTS, tiny=("--tiny", "--seconds", "0.01"))),
+        Part("pipeline", 40, (*TRAINER, "sklearn"), bench("pipeline", "--steps", "60")),
         BENCH("step-xl1024", 60, command=step("XL1024", "MF", "FM")),
         BENCH("step-b256", 230, command=step("B256", "FM", "CMT-MF", "MF"), sitting=False),
         BENCH("step-b1024", 230, command=step("B1024", "FM", "CMT-MF", "MF"), sitting=False),

@@ -72,16 +72,19 @@ class Files:
 class Running:
     """A part under way."""
 
-    def __init__(self, part: Part, sitting: Sitting, limit_s: float) -> None:
+    def __init__(self, part: Part, sitting: Sitting, limit_s: float, alone: bool = True) -> None:
         self.part, self.limit_s, self.begun = part, limit_s, time.monotonic()
         told = limit_s - min(SPARE[0] * limit_s, SPARE[1])
         self.command = [sys.executable, *part.command(sitting, part.name, told / 60)]
         self.path = sitting.scratch / f"{part.name}.log"
         self.shown, self.stopped = 0, False
+        env = environment() | {"OUT": str(sitting.scratch)}
+        if not alone:  # many processes, and a team of threads in each would stand in the others' way
+            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 8)))
         with self.path.open("w") as log:
             self.process = subprocess.Popen(
-                self.command, cwd=ROOT, env=environment() | {"OUT": str(sitting.scratch)}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                self.command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
 
     @property
@@ -151,7 +154,8 @@ def run(
             limit = left * asked[0] / sum(asked)
             if limit < 1.0:
                 break
-            _run_beside([Running(part, sitting, limit) for part in together], files, names)
+            alone = len(together) == 1
+            _run_beside([Running(part, sitting, limit, alone) for part in together], files, names)
             files.bring(sitting.scratch / "reports")
     return files.summary
 

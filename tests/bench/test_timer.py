@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ class Gpu:
 
 
 @pytest.fixture
-def gpu(monkeypatch) -> Gpu:
+def gpu(monkeypatch) -> Iterator[Gpu]:
+    bench._flush.cache_clear()
     fake, empty = Gpu(), torch.empty
     for name in ("Event", "synchronize", "_sleep"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
@@ -49,7 +51,8 @@ def gpu(monkeypatch) -> Gpu:
         return buffer
 
     monkeypatch.setattr(bench.torch, "empty", flush)
-    return fake
+    yield fake
+    bench._flush.cache_clear()
 
 
 def test_the_call_is_issued_while_the_gpu_waits_on_an_empty_cache(gpu, passing):
