@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import torch
 from cmt_kernels import assembler
 
 ROOT = Path(__file__).parent.parent
+CARDS = ("h100", "h200", "a100")
 
 
 def device_name(device: str) -> str:
@@ -29,10 +33,11 @@ def device_name(device: str) -> str:
 
 
 def about(device: str) -> dict[str, Any]:
-    """What a number is worthless without."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    """What a number is worthless without. The commit is git's, or CMT_COMMIT's where the sources were carried over."""
+    commit = os.environ.get("CMT_COMMIT", "")
+    if not commit and shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device == "cpu" else None,
@@ -44,58 +49,166 @@ def about(device: str) -> dict[str, Any]:
     }
 
 
+def slug(device: str, name: str) -> str:
+    """The folder of a device's results: "cpu", "h100" for every H100, another card by its whole name."""
+    if device == "cpu":
+        return "cpu"
+    return next((c for c in CARDS if c in name.lower()), re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file as a whole: who is killed meanwhile leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    scratch.replace(path)
+
+
 def save(kind: str, device: str, results: dict[str, Any], path: Path | None = None) -> Path:
     """Write results as JSON: to the path given, else $OUT/<kind>.json where OUT is set, else
     bench/results/<device>/<date>-<kind>.json."""
     if path is None and os.environ.get("OUT"):
         path = Path(os.environ["OUT"]) / f"{kind}.json"
     elif path is None:
-        slug = "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", results["device"].lower()).strip("-")
-        path = ROOT / "bench" / "results" / slug / f"{results['date'][:16].replace(':', '')}-{kind}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+        folder = ROOT / "bench" / "results" / slug(device, results["device"])
+        path = folder / f"{results['date'][:16].replace(':', '')}-{kind}.json"
+    write_json(path, results)
     return path
 
 
-def clock(device: str) -> Callable[[Callable[[], Any]], float]:
-    """A function that times one call in ms. On a GPU: events, after a write that empties the L2 cache."""
-    if device != "cuda":
+class Results:
+    """A result file that is whole on disk after every row, so that a bench that is killed leaves what it measured.
 
-        def seconds(call: Callable[[], Any]) -> float:
+    `not_measured` names what it was asked for and has not come to: all of it at first, so that it holds whenever it ends.
+    """
+
+    def __init__(self, kind: str, device: str, path: Path | None = None, **more: Any) -> None:
+        self.data: dict[str, Any] = about(device) | more | {"not_measured": [], "rows": []}
+        self.path = save(kind, device, self.data, path)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.data[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.data[key] = value
+        self.write()
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Append rows."""
+        self.data["rows"] += rows
+        self.write()
+
+    def plan(self, names: Iterable[str]) -> None:
+        """What is to be measured."""
+        self.data["not_measured"] += names
+        self.write()
+
+    def done(self, name: str) -> None:
+        """It was measured, or has a row that says why it cannot be."""
+        if name in self.data["not_measured"]:
+            self.data["not_measured"].remove(name)
+            self.write()
+
+    def skip(self, name: str, why: str = "") -> None:
+        """Say that something is not measured, here and in the file."""
+        text = f"{name}: {why}" if why else name
+        print(f"not measured: {text}", flush=True)
+        missing = self.data["not_measured"]
+        self.data["not_measured"] = [x for x in missing if x != name] + [text]
+        self.write()
+
+    def write(self) -> None:
+        write_json(self.path, self.data)
+
+
+class Deadline:
+    """So many minutes from now; None: no end."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def left_s(self) -> float:
+        return self.end - time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        return self.left_s <= 0
+
+
+@functools.cache
+def _flush(device: str) -> torch.Tensor:
+    """More than any card's L2 cache holds."""
+    return torch.empty(Timer.BYTES, dtype=torch.int8, device=device)
+
+
+class Timer:
+    """ms of one call of `call`: of the wall clock on a CPU; on a GPU of its kernels alone, from a cold L2 cache.
+
+    The GPU is first given a write of 256 MiB, which leaves nothing of the call in its L2 cache, and then a wait until the
+    host has issued the whole call: so kernels run one after another from the first event to the last, and no launch is in
+    the time. The wait is half as long again as the host took; a call that outlasts it is timed again with a longer one.
+    Where that never suffices (a call that waits for the GPU itself) `host_bound` says so. host_ms: what issuing took.
+    """
+
+    SHORTEST_MS, LONGEST_MS, CYCLES_MS = 0.1, 60.0, 2_000_000  # of the wait; at no card's clock is it shorter
+    BYTES = 2**28
+
+    def __init__(self, call: Callable[[], Any], device: str) -> None:
+        self.call, self.gpu, self.wait_ms = call, device == "cuda", self.SHORTEST_MS
+        self.host_ms: list[float] = []
+        self.host_bound = False
+        self.flush = _flush(device) if self.gpu else None
+
+    def __call__(self) -> float:
+        if not self.gpu:
             start = time.perf_counter()
-            call()
+            self.call()
             return 1e3 * (time.perf_counter() - start)
+        for _ in range(4):
+            waited = self.wait_ms
+            ms, host = self._queued()
+            if host <= waited or waited >= self.LONGEST_MS:
+                break
+            self.wait_ms = min(1.5 * host, self.LONGEST_MS)
+        self.host_bound |= host > waited
+        self.host_ms.append(host)
+        return ms
 
-        return seconds
-
-    flush = torch.empty(2**28, dtype=torch.int8, device=device)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def events(call: Callable[[], Any]) -> float:
-        flush.zero_()
-        start.record()
-        call()
-        stop.record()
+    def _queued(self) -> tuple[float, float]:
+        """ms between the events, and ms that the host took to issue the call."""
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        return start.elapsed_time(stop)
-
-    return events
+        self.flush.zero_()
+        torch.cuda._sleep(int(self.wait_ms * self.CYCLES_MS))
+        begun = time.perf_counter()
+        first.record()
+        self.call()
+        last.record()
+        host = 1e3 * (time.perf_counter() - begun)
+        torch.cuda.synchronize()
+        return first.elapsed_time(last), host
 
 
 def turns(
-    calls: dict[str, Callable[[], Any]], device: str, seconds: float, least: int = 5, most: int = 500
+    calls: dict[str, Callable[[], Any]],
+    device: str,
+    seconds: float,
+    least: int = 5,
+    most: int = 500,
+    timers: dict[str, Timer] | None = None,
 ) -> dict[str, list[float]]:
     """Time the calls in turns, so that a drift of the machine meets all of them: ms of each turn of each call."""
-    measure = clock(device)
-    for call in calls.values():
-        measure(call), measure(call)
+    timers = timers or {name: Timer(call, device) for name, call in calls.items()}
+    for timer in timers.values():
+        timer(), timer()
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for i in range(most):
         if i >= least and time.perf_counter() > end:
             break
-        for name, call in calls.items():
-            times[name].append(measure(call))
+        for name, timer in timers.items():
+            times[name].append(timer())
     return times
 
 
@@ -107,10 +220,21 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 def interleave(
     calls: dict[str, Callable[[], Any]], device: str, seconds: float, least: int = 5, most: int = 500
-) -> dict[str, dict[str, float]]:
-    """p20, p50, p80 in ms of each call, timed in turns."""
-    times = turns(calls, device, seconds, least, most)
-    return {name: dict(zip(("p20_ms", "p50_ms", "p80_ms"), quantiles(t))) for name, t in times.items()}
+) -> dict[str, dict[str, Any]]:
+    """p20, p50, p80 in ms of each call, timed in turns; on a GPU what the host took to issue it, kept apart."""
+    timers = {name: Timer(call, device) for name, call in calls.items()}
+    times = turns(calls, device, seconds, least, most, timers)
+    out = {name: dict(zip(("p20_ms", "p50_ms", "p80_ms"), quantiles(t))) for name, t in times.items()}
+    if device == "cuda":
+        for name, timer in timers.items():
+            out[name] |= {"host_ms": quantiles(timer.host_ms)[1], "host_bound": timer.host_bound}
+    return out
+
+
+def spread(rows: list[dict[str, Any]]) -> float | None:
+    """The median over rows of (p80 - p20) / p50: how far a figure of this bench is to be trusted."""
+    found = [(r["p80_ms"] - r["p20_ms"]) / r["p50_ms"] for r in rows if r.get("p50_ms")]
+    return quantiles(found)[1] if found else None
 
 
 def roof(device: str, dtype: torch.dtype) -> dict[str, float]:

@@ -21,8 +21,10 @@ BENCHES = {
     "predict": "what a GPU's ceilings allow each op and step: predicted, for machines without one",
     "report": "write the README's tables from bench/results",
     "seeds": "a recipe over several seeds",
+    "sweep": "attention over tokens and head dims beside float64, crash by crash",
     "step": "whole training steps, eager and compiled, beside the published codes' way",
     "trajectories": "teacher rollouts, by how many run at once",
+    "train": "both digits recipes to their report, and the figures of every stage",
     "tune": "the solver that is chosen by measurement, and the mid-trainings that confirm or refute it",
     "zero": "loss curves and checkpoints of every ZeRO stage beside the local engine's, on CPU processes",
 }

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from cmt_kernels.cases import backends_on, cases_of, implementation
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import about, interleave, ops, save
+from bench import Deadline, Results, interleave, ops, spread
 
 SIZES = {
     "full": {"square": 8192, "copy": 2**30, "rows": (2048, 8192, 16384, 65536), "widths": (768, 1024, 1152),
@@ -25,7 +25,7 @@ SIZES = {
     "tiny": {"square": 64, "copy": 2**12, "rows": (64,), "widths": (64,), "heads": 8, "tokens": (16,), "d": (64, 72),
              "batch": 8, "parameters": 2**12},
 }  # fmt: skip
-PARTS = ("ceilings", "linears", "packed", "attention", "ops", "optimizers")
+PARTS = ("ceilings", "attention", "optimizers", "linears", "packed", "ops")  # by what they teach
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="sizes of a dry run")
     parser.add_argument("--seconds", type=float, default=0.3, help="time spent on one row")
+    parser.add_argument("--minutes", type=float, help="after which the rows that are left are not measured")
     parser.add_argument(
         "--json", type=Path, help="where to write; default bench/results/<device>/<date>-calibrate.json"
     )
@@ -169,19 +170,41 @@ def run(arguments: argparse.Namespace) -> int:
         if part not in PARTS:
             raise SystemExit(f"calibrate: {part!r} is not valid; valid are {', '.join(PARTS)}")
     b = Bench(arguments)
-    results: dict[str, Any] = about(b.device) | {"dtype": str(b.dtype), "tiny": b.tiny, "rows": []}
+    results = Results("calibrate", b.device, arguments.json, dtype=str(b.dtype), tiny=b.tiny)
+    results.plan(arguments.part or PARTS)
+    deadline = Deadline(arguments.minutes)
     print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}, {results['date']}")
-    functions = dict(zip(PARTS, (ceilings, linears, packed, attention, op_rows, optimizers)))
+    functions = dict(zip(PARTS, (ceilings, attention, optimizers, linears, packed, op_rows)))
     for part in arguments.part or PARTS:
-        for row in functions[part](b):
-            results["rows"].append(row)
-            if row.get("cannot"):
-                print(f"{part:11} {row['name']:52} no time: {row['cannot']}", flush=True)
-            else:
-                print(
-                    f"{part:11} {row['name']:52} {row['p50_ms']:9.4f} ms "
-                    f"({row['p20_ms']:.4f}-{row['p80_ms']:.4f}) {row['tflop_s']:8.1f} TFLOP/s {row['gb_s']:8.1f} GB/s",
-                    flush=True,
-                )
-    print("written to", save("calibrate", b.device, results, arguments.json))
+        rows, n = functions[part](b), 0
+        while not deadline.over and (row := next(rows, None)) is not None:
+            n += 1
+            results.add(row)
+            print(line(part, row), flush=True)
+        if deadline.over:
+            results.skip(part, f"{n} rows of it are there")
+            continue
+        results.done(part)
+        if part == "ceilings":
+            summed_up(results)
+    results["spread_median"] = spread(results["rows"])
+    print("written to", results.path)
     return int(any(row.get("wrong") for row in results["rows"]))
+
+
+def line(part: str, row: dict[str, Any]) -> str:
+    """One line of the table."""
+    if row.get("cannot"):
+        return f"{part:11} {row['name']:52} no time: {row['cannot']}"
+    return (
+        f"{part:11} {row['name']:52} {row['p50_ms']:9.4f} ms "
+        f"({row['p20_ms']:.4f}-{row['p80_ms']:.4f}) {row['tflop_s']:8.1f} TFLOP/s {row['gb_s']:8.1f} GB/s"
+    )
+
+
+def summed_up(results: Results) -> None:
+    """The ceilings where the cost model looks for them: the card's rates in its estimates are then these."""
+    best = {row["name"].split()[0]: row for row in results["rows"] if "p50_ms" in row}
+    if {"matmul", "copy"} <= best.keys() and "bfloat16" in results["dtype"]:
+        results["matmul_flop_s"] = {"bf16": best["matmul"]["tflop_s"] * 1e12}
+        results["roof"] = {"gb_s": best["copy"]["gb_s"], "gflop_s": best["matmul"]["tflop_s"] * 1e3}

@@ -28,10 +28,11 @@ WORLD = World(Path("linear"), rng.Random(0, 2, 5))
 
 def perturb(net: nn.Module, std: float = 0.02) -> nn.Module:
     """Move all parameters away from their start: with adaLN-zero's closed gates every tangent is zero."""
-    g = torch.Generator().manual_seed(1)
+    device = next(net.parameters()).device
+    g = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
-            p.add_((std * torch.randn(p.shape, generator=g)).to(p))
+            p.add_((std * torch.randn(p.shape, generator=g, device=device)).to(p))
     return net
 
 

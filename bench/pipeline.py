@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import about, save
+from bench import Deadline, Results
 from bench.loader import write_store
 from cmt_fast import config, loop
 from cmt_fast.data import dali
@@ -34,6 +34,7 @@ QUIET = [f"{s}.{key}=null" for s in ("mid", "post", "control") for key in ("eval
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=80, help="steps of every stage")
+    parser.add_argument("--minutes", type=float, help="after which the stages that are left are named")
     parser.add_argument(
         "--tiny", action="store_true", help="a dry run: width 32, one block, 8 steps, pre and mid alone"
     )
@@ -70,12 +71,21 @@ def bare(work: Workspace, name: str, steps: int) -> float:
 
 
 def measure(
-    label: str, recipe: str, more: list[str], names: list[str], steps: int, folder: Path
-) -> list[dict[str, Any]]:
+    label: str,
+    recipe: str,
+    more: list[str],
+    names: list[str],
+    steps: int,
+    folder: Path,
+    results: Results,
+    end: Deadline,
+) -> None:
     """A row for each stage of one run: trained by the loop, then its bare steps."""
     run = config.load(recipe, more)
-    work, rows = Workspace(run, folder / label.replace(" ", "-")), []
+    work = Workspace(run, folder / label.replace(" ", "-"))
     for name in names:
+        if end.over:
+            return
         batch, before = run.stage(name).batch, bare(work, name, steps)
         begun = time.perf_counter()
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
@@ -85,14 +95,14 @@ def measure(
         train_s = [row["wall"]["train_s"] for row in log if row["kind"] == "train"][-1]
         after = bare(work, name, steps)
         alone = (before + after) / 2
-        rows.append(
+        results.add(
             {"run": label, "recipe": recipe, "stage": name, "batch": batch, "steps": steps,
              "bare_images_per_s": steps * batch / alone, "bare_s": [before, after],
              "loop_images_per_s": steps * batch / train_s, "whole_images_per_s": steps * batch / whole,
              "train_s": train_s, "whole_s": whole, "loses": 1 - alone / train_s, "around_s": whole - train_s}
         )  # fmt: skip
-        print(line(rows[-1]), flush=True)
-    return rows
+        results.done(f"{label}, {name}")
+        print(line(results["rows"][-1]), flush=True)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -104,10 +114,13 @@ def line(row: dict[str, Any]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table, write the JSON; 1 where DALI is not installed."""
+    """Print the table, write the JSON, which says where DALI is not installed."""
     device, steps = arguments.device, 8 if arguments.tiny else arguments.steps
     small = TINY if arguments.tiny else []
-    results: dict[str, Any] = about(device) | {"tiny": arguments.tiny, "dali": dali.version(), "rows": []}
+    results = Results("pipeline", device, arguments.json, tiny=arguments.tiny, dali=dali.version())
+    end, several = Deadline(arguments.minutes), ["pre", "mid"] if arguments.tiny else ["pre", "mid", "post", "control"]
+    results.plan(f"{recipe}, {name}" for recipe in ("digits", "digits-mf") for name in several)
+    results.plan(f"latents {kind}, pre" for kind in ("torch", "dali"))
     print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}")
     print(
         "images/s of bare steps, of the loop, what the loop loses, seconds before and after it (start, grid, checkpoints)"
@@ -115,9 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for recipe in ("digits", "digits-mf"):
-            names = ["pre", "mid"] if arguments.tiny else ["pre", "mid", "post", "control"]
             more = [*overrides(steps, 64, device), *small]
-            results["rows"] += measure(recipe, recipe, more, names, steps, folder)
+            measure(recipe, recipe, more, several, steps, folder, results, end)
         write_store(folder / "store", 512, (4, 16, 16))
         latents = [
             *overrides(steps // 2, 32, device),
@@ -127,8 +139,8 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         for kind in ("torch", *(["dali"] if results["dali"] else [])):
             more = [*latents, f"loader.kind={kind}"]
-            results["rows"] += measure(f"latents {kind}", "digits-mf", more, ["pre"], steps // 2, folder)
+            measure(f"latents {kind}", "digits-mf", more, ["pre"], steps // 2, folder, results, end)
     if results["dali"] is None:
-        print("DALI is not installed: its row is missing")
-    print("written to", save("pipeline", device, results, arguments.json))
-    return int(results["dali"] is None)
+        results.skip("latents dali, pre", "DALI is not installed")
+    print("written to", results.path)
+    return 0

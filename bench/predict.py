@@ -60,21 +60,36 @@ def rows(batch: int) -> list[dict[str, Any]]:
     return out
 
 
-def training_us(objective: str, size: str, tokens: int, way: str, card: str) -> float:
-    """Microseconds a student image of a DiT's step in bf16, batch 64, one GPU."""
+def training_us(
+    objective: str, size: str, tokens: int, way: str, card: str, batch: int = BATCH, teacher: float = 1.0
+) -> float:
+    """Microseconds a student image of a DiT's step in bf16, one GPU; teacher: its forwards an image of mid-training.
+
+    By torch op by op (`way` "eager") every row of MeanFlow has a tangent, as published codes have it.
+    """
     side = 2 * math.isqrt(tokens)
     net = cost.network(Dit(size=size), "linear", (4, side, side), 1000)
-    return estimate.step_us(estimate.step_work(objective), net, CARDS[card], way, "bf16", BATCH)
+    work = estimate.step_work(objective, teacher)
+    if way == "eager":
+        work = [term._replace(times=1.0) if term.kind == "tangent" else term for term in work]
+    return estimate.step_us(work, net, CARDS[card], way, "bf16", batch)
 
 
-def step_us(objective: str, model: str, how: str, precision: str) -> float | None:
-    """The prediction that stands beside a measured row: ours compiled in bf16, on a card that the cost model knows."""
-    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
-    card = next((c for c in GPUS if c in name), None)
-    size = model.rstrip("0123456789")
-    if card is None or size not in SIZES or how != "compiled" or precision != "bf16":
+def card_of(name: str) -> str | None:
+    """The card of the cost model that a device's name speaks of."""
+    return next((c for c in GPUS if c in name.lower()), None)
+
+
+def step_us(
+    objective: str, model: str, how: str, precision: str, device: str, batch: int = BATCH, teacher: float = 1.0
+) -> float | None:
+    """The prediction that stands beside a measured row in bf16, on a card that the cost model knows: of torch.compile for
+    a compiled step, of our kernels for an eager one, of torch op by op for the peer's."""
+    card, size = card_of(device), model.rstrip("0123456789")
+    way = {"compiled": "compile", "eager": "fused", "eager, recipe's points": "fused", "peer": "eager"}.get(how)
+    if card is None or size not in SIZES or precision != "bf16" or way is None:
         return None
-    return training_us(objective, size, int(model[len(size) :]), "compile", card)
+    return training_us(objective, size, int(model[len(size) :]), way, card, batch, teacher)
 
 
 def steps() -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from bench import gpu_tables
+
 PAGES = (Path("README.md"), Path("bench/README.md"))
 RESULTS = Path("bench/results/cpu")
 ROWS = {
@@ -28,7 +30,8 @@ def run(_: argparse.Namespace) -> int:
         text = page.read_text("utf-8")
         for name in re.findall(r"<!-- table: ([\w-]+) -->", text):
             kind, _, recipe = name.partition("-")
-            body = TABLES[kind](recipe)
+            on_card = kind in gpu_tables.CARDS
+            body = gpu_tables.table(RESULTS.parent, kind, recipe) if on_card else TABLES[kind](recipe)
             pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
             text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
         page.write_text(text, "utf-8")

@@ -101,8 +101,8 @@ class Bench(Workspace):
         return self.teacher
 
     def build(self) -> nn.Module:
-        """A fresh network with open gates."""
-        with torch.random.fork_rng(devices=[]):
+        """A fresh network with open gates, made where it will be: drawing an XL's weights on a CPU takes many seconds."""
+        with torch.random.fork_rng(devices=[]), self.device:
             torch.manual_seed(self.run.seed)
             return perturb(
                 models.build(self.run.model, self.run.path, self.run.sigma_data, self.data.shape, self.data.classes)
@@ -146,16 +146,21 @@ class Ours:
     """
 
     def __init__(self, work: Bench, objective: str, stage: Stage, share: Ours | None = None) -> None:
-        self.stage = stage
         self.engine = LocalEngine(work.build(), stage, work.device)
         if share:
             for name in ("p", "g", "m", "v", "emas"):
                 setattr(self.engine, name, getattr(share.engine, name))
             bind(self.engine.net, self.engine.p)
             bind(self.engine.net, self.engine.g, grad=True)
-        name = OBJECTIVES[objective].stage
-        work.run = dataclasses.replace(work.run, **{name: stage})
-        self.source = Source(work, name, stage, self.engine)
+        self.work, self.objective = work, objective
+        self.take(stage)
+
+    def take(self, stage: Stage) -> None:
+        """Go on with rows of another batch, or points of other trajectories, on the same engine."""
+        self.stage, self.source, self.pool = stage, None, None  # what the last rows held goes first
+        name = OBJECTIVES[self.objective].stage
+        self.work.run = dataclasses.replace(self.work.run, **{name: stage})
+        self.source = Source(self.work, name, stage, self.engine)
         self.pool, self.step = self.source.pool, 0
 
     def loss(self) -> Tensor:

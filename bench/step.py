@@ -1,9 +1,10 @@
 """Whole training steps of every stage beside the same steps as the published codes take them, eager and compiled.
 
 Ours are the trainer's: rows, pool of trajectories, loss, backward, optimizer, with the cost of a round of trajectories shared
-out over its steps. All steps of one objective take turns, and a ratio is taken turn by turn: `peer` (bench/peer.py) over ours,
-per image. Mid-training draws as many points from a trajectory as it cost network calls, so that both pay one teacher forward a
-row; a row with the recipe's own number of points stands beside it. "Shipped" is the fastest of ours whose precision is safe.
+out over its steps. On a CPU all steps of one objective take turns, and a ratio is taken turn by turn: `peer` (bench/peer.py) over
+ours, per image; on a GPU each has a process of its own (bench/apart.py). Mid-training draws as many points from a trajectory
+as it cost network calls, so that both pay one teacher forward a row; a row with the recipe's own number of points stands beside
+it. "Shipped" is the fastest of ours whose precision is safe.
 
 Images a second and a GPU-hour; MFU over a matmul that takes its turn with the steps and, in bf16, over the datasheet's figure;
 peak memory; bytes saved for backward; on a GPU the host's time to issue a step. FLOPs are those the algorithm needs once: a
@@ -22,14 +23,13 @@ from typing import Any
 import torch
 from cmt_kernels import table
 
-from bench import about, peer, predict, quantiles, runs, save
-from bench.networks import saved_bytes
+from bench import Deadline, Results, apart, predict, quantiles, runs
+from bench.contender import PRECISIONS, Contender, free, ours, theirs, timed
+from bench.worker import out_of_memory
 from cmt_fast import compiled, cost, estimate
 
 DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the SXM cards
 DEFAULT = {"cpu": ("digits", "w384d6t64"), "cuda": ("XL256", "XL1024", "L256", "B256", "B1024")}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RARELY = 4  # of so many turns, one for a round of trajectories and for what is slow and known to lose
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="time compiled steps too"
     )
     parser.add_argument(
+        "--apart",
+        action=argparse.BooleanOptionalAction,
+        help="each contender in a process of its own; default on a GPU, whose memory holds no two",
+    )
+    parser.add_argument(
         "--tiny", action="store_true", help="a dry run: width 32, one block, 2 turns, MF alone compiled"
     )
     parser.add_argument("--json", type=Path, help="where to write; default bench/results/<device>/<date>-step.json")
@@ -60,66 +65,6 @@ def step_flops(name: str, work: tuple[float, float], teacher: float = 1.0) -> fl
     """FLOPs a student image of a step; work: of one forward, and of attention in it; teacher: its forwards a row."""
     net = cost.Network("", 0, *work)
     return cost.flops_image(estimate.step_work(name, teacher), {"student": net, "teacher": net})
-
-
-class Contender:
-    """One way to take a step: what is called, what a round of trajectories adds to every step, and what was measured."""
-
-    def __init__(self, how: str, precision: str, step: Callable, net: torch.nn.Module, teacher: float = 0.0) -> None:
-        self.how, self.precision, self.step, self.net, self.teacher = how, precision, step, net, teacher
-        self.pool = getattr(step, "pool", None)
-        self.rare = False
-        self.ms: dict[int, float] = {}  # by turn
-        self.host_ms: list[float] = []
-        self.rounds_ms: list[float] = []
-        self.peak_gb: float | None = None
-        self.saved: int | None = None
-
-    def warm(self, device: str) -> None:
-        """First calls, with their memory."""
-        if self.pool:
-            self.step.fill()
-        self.saved = saved_bytes(self.step.loss, self.net)
-        self.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            if self.pool:
-                self.step.fill()
-            self.step()
-            torch.cuda.synchronize()
-            grown = torch.cuda.max_memory_allocated() - before
-            weights = sum(p.nbytes for p in self.net.parameters())
-            held = (4 + len(self.step.stage.ema)) * weights + (weights if self.teacher else 0)
-            self.peak_gb = (held + grown) * 1e-9
-
-    def turn(self, i: int, device: str) -> None:
-        """Time one step, and now and then a round."""
-        if self.rare and i % RARELY:
-            return
-        if self.pool and i % RARELY == 0:
-            self.rounds_ms.append(timed(self.step.fill, device)[0])
-        ms, host = timed(self.step, device)
-        self.ms[i] = ms + (self.rounds_ms[-1] / self.pool.steps if self.pool else 0.0)
-        self.host_ms.append(host)
-
-
-def timed(call: Callable[[], Any], device: str) -> tuple[float, float]:
-    """ms of one call, and ms until it returned: on a GPU work is still under way then."""
-    if device != "cuda":
-        start = time.perf_counter()
-        call()
-        return (1e3 * (time.perf_counter() - start),) * 2
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    first.record()
-    call()
-    host = 1e3 * (time.perf_counter() - start)
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last), host
 
 
 def ways(name: str, m: runs.Model, arguments: argparse.Namespace) -> list[tuple[str, str, bool, int | None]]:
@@ -152,26 +97,24 @@ def contenders(
         if compiles and max(compiling, default=0.0) > 0.6 * share_s:
             print(f"{name} {m.name}: not compiled, that takes {max(compiling):.0f} s (--minutes)", flush=True)
             continue
+        one, why = None, ""
         try:
-            begun = time.perf_counter()
-            stage = runs.stage_of(work, name, m, precision, compiles, points)
-            step = runs.Ours(work, name, stage, share)
-            share = share or step
-            calls = step.pool.teacher_forwards if step.pool else float(name == "ECD")
-            one = Contender(how, precision, step, step.engine.net, calls)
+            one = ours(name, m, work, how, precision, points, share)
+            share = share or one.step
             if compiles:
-                if step.pool:
-                    step.fill()
-                compiled.guard(step.engine, step.loss, name)
+                one.compile(name)
+                compiling.append(one.compile_s)
             one.warm(device)
-            if compiles:
-                compiling.append(time.perf_counter() - begun)
-            one.rare = device == "cpu" and (precision == "bf16" or points is not None)
-            yield one
-        except (compiled.CompileError, torch.OutOfMemoryError) as error:
-            one = step = None
-            gc.collect()
-            yield {"how": how, "precision": precision, "cannot": " ".join(str(error).split())[:200]}
+        except Exception as error:
+            if not (isinstance(error, compiled.CompileError) or out_of_memory(error)):
+                raise
+            one, why = None, " ".join(str(error).split())[:200]
+        free(device)
+        if one is None:
+            yield {"how": how, "precision": precision, "cannot": why}
+            continue
+        one.rare = device == "cpu" and (precision == "bf16" or points is not None)
+        yield one
 
 
 def first_that_fits(
@@ -180,22 +123,20 @@ def first_that_fits(
     """The peer's step at this batch, or at the largest half, quarter, ... of it that the memory allows."""
     rows, why = m.batch, ""
     while rows >= (16 if name.startswith("CMT") else 1):
-        stage = runs.stage_of(work, name, m._replace(batch=rows), "fp32", False, None)
+        one = None
         try:
-            teaches = name.startswith("CMT") or name == "ECD"
-            teacher = peer.plain(work.teacher).requires_grad_(False).eval() if teaches else torch.nn.Identity()
-            net, place = peer.plain(work.build()).to(device), torch.device(device)
-            data = peer.Rows(work.data.x.to(place), work.data.labels.to(place), work.data.classes)
-            one = Contender("peer", precision, peer.Step(stage, net, teacher, data, precision), net, float(teaches))
+            one = theirs(name, m._replace(batch=rows), work, precision)
             one.warm(device)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            one, why = None, " ".join(str(error).split())[:200]
+        if one:
             yield one
             return
-        except torch.OutOfMemoryError as error:
-            why, one, net, teacher = str(error), None, None, None
-            gc.collect()
-            torch.cuda.empty_cache()
-            rows //= 2
-    yield {"how": "peer", "precision": precision, "cannot": " ".join(why.split())[:200]}
+        free(device)  # out of the handler: the exception's frames hold what failed
+        rows //= 2
+    yield {"how": "peer", "precision": precision, "cannot": why}
 
 
 def measure(
@@ -223,39 +164,53 @@ def measure(
             square_ms[precision].append(timed(square, device)[0])
         for one in there:
             one.turn(i, device)
-    roofs = {p: 1e3 * flops / quantiles(square_ms[p])[1] for p, (flops, _) in squares.items()}
     peers = {one.precision: one for one in there if one.how == "peer"}
-    work = cost.dit_forward(m.width, m.depth, m.tokens, runs.OBJECTIVES[name].recipe != "digits")
     base = {"objective": name, "model": m.name, "tokens": m.tokens, "width": m.width, "depth": m.depth}
     rows = [base | {"batch": m.batch} | cannot for cannot in out]
     for one in there:
-        batch = one.step.stage.batch
-        p20, p50, p80 = quantiles(list(one.ms.values()))
-        teacher = one.teacher if one.pool else 1.0
-        flops = step_flops(name, work, teacher)
-        speed = 1e3 * batch / p50
-        card = torch.cuda.get_device_name() if device == "cuda" else ""
-        known = next((v for name_of, v in DATASHEET.items() if name_of in card), None)
-        row = base | {
-            "batch": batch, "how": one.how, "precision": one.precision,
-            "teacher_forwards": one.teacher if name.startswith("CMT") else None,
-            "turns": len(one.ms), "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "images_per_s": speed,
-            "images_per_gpu_hour" if device == "cuda" else "images_per_core_hour":
-                3600 * speed / (1 if device == "cuda" else torch.get_num_threads()),
-            "gflop_image": flops * 1e-9, "mfu_measured": flops * speed / roofs[one.precision],
-            "matmul_flop_s": roofs[one.precision],
-            "mfu_datasheet": flops * speed / known if known and one.precision == "bf16" else None,
-            "peak_gb": one.peak_gb, "saved_mb": one.saved * 1e-6,
-            "host_ms": quantiles(one.host_ms)[1] if device == "cuda" else None,
-            "round_ms": quantiles(one.rounds_ms)[1] if one.rounds_ms else None,
-            "over_peer": {p: ratio(q, one) for p, q in peers.items() if one.how != "peer"},
-            "predicted_us": predict.step_us(name, m.name, one.how, one.precision),
-        }  # fmt: skip
-        rows.append(row)
-    safe = [r for r in rows if r["how"] in ("eager", "compiled") and "p50_ms" in r]
-    if safe:
-        min(safe, key=lambda r: r["p50_ms"] / r["batch"])["shipped"] = True
+        fitted = {"batch": one.step.stage.batch, "teacher": one.teacher, "peak_gb": one.peak_gb, "saved": one.saved,
+                  "compile_s": one.compile_s, "guarded": one.guarded}  # fmt: skip
+        times = {"ms": list(one.ms.values()), "host_ms": one.host_ms, "rounds_ms": one.rounds_ms,
+                 "square_ms": square_ms[one.precision]}  # fmt: skip
+        row = make_row(name, m, one.how, one.precision, fitted, times, device, squares[one.precision][0])
+        rows.append(row | {"over_peer": {p: ratio(q, one) for p, q in peers.items() if one.how != "peer"}})
+    ship(rows)
     return rows
+
+
+def make_row(
+    name: str, m: runs.Model, how: str, precision: str, fitted: dict, times: dict, device: str, square: float
+) -> dict[str, Any]:
+    """The row of one contender. fitted, times: as `bench.contender` gives them; square: FLOPs of the matmul between turns."""
+    batch, teacher, mid = fitted["batch"], fitted["teacher"], name.startswith("CMT")
+    p20, p50, p80 = quantiles(times["ms"])
+    work = cost.dit_forward(m.width, m.depth, m.tokens, runs.OBJECTIVES[name].recipe != "digits")
+    flops, speed = step_flops(name, work, teacher if mid and how != "peer" else 1.0), 1e3 * batch / p50
+    rate, gpu = 1e3 * square / quantiles(times["square_ms"])[1], device == "cuda"
+    card = torch.cuda.get_device_name() if gpu else ""
+    known = next((v for name_of, v in DATASHEET.items() if name_of in card), None)
+    guess = predict.step_us(name, m.name, how, precision, card, batch, teacher if mid else 1.0)
+    return {
+        "objective": name, "model": m.name, "tokens": m.tokens, "width": m.width, "depth": m.depth, "batch": batch,
+        "how": how, "precision": precision, "teacher_forwards": teacher if mid else None,
+        "turns": len(times["ms"]), "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "images_per_s": speed,
+        "images_per_gpu_hour" if gpu else "images_per_core_hour": 3600 * speed / (1 if gpu else torch.get_num_threads()),
+        "gflop_image": flops * 1e-9, "mfu_measured": flops * speed / rate, "matmul_flop_s": rate,
+        "mfu_datasheet": flops * speed / known if known and precision == "bf16" else None,
+        "peak_gb": fitted["peak_gb"], "saved_mb": fitted["saved"] * 1e-6, "compile_s": fitted["compile_s"],
+        "guarded": fitted["guarded"], "too_large": fitted.get("tried", []),
+        "host_ms": quantiles(times["host_ms"])[1] if gpu else None,
+        "round_ms": quantiles(times["rounds_ms"])[1] if times["rounds_ms"] else None, "over_peer": {},
+        "predicted_us": guess, "measured_over_predicted": 1e6 / speed / guess if guess else None,
+    }  # fmt: skip
+
+
+def ship(rows: list[dict[str, Any]]) -> None:
+    """Mark the fastest of ours: each objective's, of safe precision."""
+    for name in {r["objective"] for r in rows}:
+        safe = [r for r in rows if r["objective"] == name and r["how"] in ("eager", "compiled") and "p50_ms" in r]
+        if safe:
+            min(safe, key=lambda r: r["p50_ms"] / r["batch"])["shipped"] = True
 
 
 def ratio(theirs: Contender, ours: Contender) -> dict[str, float]:
@@ -278,7 +233,8 @@ def line(row: dict[str, Any]) -> str:
         f"{label} {row['p50_ms']:9.2f} ({row['p20_ms']:.2f}-{row['p80_ms']:.2f}) {row['images_per_s']:9.1f} {hour:11,.0f} "
         f"{some(row['mfu_datasheet'], '7.1%')} {row['mfu_measured']:6.1%} {some(row['peak_gb'], '7.2f')} "
         f"{row['saved_mb']:9.1f} {some(row['host_ms'], '7.2f')}  {over}{'  shipped' if row.get('shipped') else ''}"
-        + (f"  PREDICTED {guess:.0f} us an image, measured {1e6 / row['images_per_s']:.0f}" if guess else "")
+        + (f"  compiled in {row['compile_s']:.0f} s" if row["compile_s"] else "")
+        + (f"  PREDICTED {guess:.0f} us an image, measured / it {row['measured_over_predicted']:.2f}" if guess else "")
     )
 
 
@@ -291,28 +247,51 @@ def matmuls(device: str, tiny: bool) -> dict[str, tuple[float, Callable[[], Any]
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table, write the JSON; 1 if a step cannot run."""
-    squares = matmuls(arguments.device, arguments.tiny)
-    results: dict[str, Any] = about(arguments.device) | {"tiny": arguments.tiny, "ops": table(), "rows": []}
-    print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}")
-    per = "GPU" if arguments.device == "cuda" else "core"
-    print(
-        f"step ms p50 (p20-p80), images/s, images/{per}-hour, MFU datasheet, MFU measured, peak GB, MB saved, host ms, peer/ours"
-    )
-    names = ["dry"] if arguments.tiny else arguments.model or DEFAULT[arguments.device]
+    device = arguments.device
+    names = ["dry"] if arguments.tiny else arguments.model or DEFAULT[device]
     try:
         models = [runs.model(name, arguments.batch) for name in names]
     except ValueError as error:
         raise SystemExit(f"step: {error}") from None
-    objectives = [o for o in runs.OBJECTIVES if o not in ("ECT", "ECD") or arguments.device == "cuda" or arguments.tiny]
+    kind = f"step-{names[0].lower()}" if arguments.model and len(models) == 1 else "step"
+    results = Results(kind, device, arguments.json, tiny=arguments.tiny, ops=table())
+    print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}")
+    per = "GPU" if device == "cuda" else "core"
+    print(
+        f"step ms p50 (p20-p80), images/s, images/{per}-hour, MFU datasheet, MFU measured, peak GB, MB saved, host ms, peer/ours"
+    )
+    objectives = [o for o in runs.OBJECTIVES if o not in ("ECT", "ECD") or device == "cuda" or arguments.tiny]
+    chosen = arguments.objective or objectives
+    apart = device == "cuda" if arguments.apart is None else arguments.apart
+    (in_workers if apart else in_turns)(models, chosen, arguments, results)
+    print("written to", results.path)
+    return int(any("cannot" in row for row in results["rows"]))
+
+
+def in_workers(models: list[runs.Model], chosen: list[str], arguments: argparse.Namespace, results: Results) -> None:
+    """Every contender in a process of its own."""
+    deadline = Deadline(arguments.minutes)
+
+    def row_of(*of: Any) -> dict[str, Any]:
+        n = 256 if arguments.tiny else 8192 if arguments.device == "cuda" else 1024
+        return make_row(*of, arguments.device, 2.0 * n**3)
+
+    for i, m in enumerate(models):
+        share = Deadline(min(deadline.left_s, 1e6) / (len(models) - i) / 60)
+        apart.Apart(m, arguments, results, line, row_of).run(chosen, share)
+        ship([row for row in results["rows"] if row["model"] == m.name])
+    results.write()
+
+
+def in_turns(models: list[runs.Model], chosen: list[str], arguments: argparse.Namespace, results: Results) -> None:
+    """All contenders of an objective in this process, turn by turn."""
+    squares = matmuls(arguments.device, arguments.tiny)
     minutes = arguments.minutes or (5.5 if arguments.device == "cpu" else float("inf"))
-    todo = [(m, name) for m in models for name in arguments.objective or objectives]
+    todo = [(m, name) for m in models for name in chosen]
     end, compiling = time.perf_counter() + 60 * minutes, []
     for i, (m, name) in enumerate(todo):
         share_s = (end - time.perf_counter()) / (len(todo) - i)
         for row in measure(name, m, arguments, squares, compiling, share_s):
-            results["rows"].append(row)
+            results.add(row)
             print(line(row), flush=True)
         gc.collect()
-    kind = f"step-{names[0].lower()}" if arguments.model and len(models) == 1 else "step"
-    print("written to", save(kind, arguments.device, results, arguments.json))
-    return int(any("cannot" in row for row in results["rows"]))

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import about, quantiles, runs, save
-from bench.step import timed
+from bench import Deadline, Results, quantiles, runs
+from bench.contender import timed
 from cmt_fast import stages
 from cmt_fast.compiled import compile_network
 from cmt_fast.objectives import ROWS
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--at-once", type=int, action="append", help="trajectories of a rollout; default by powers of 4"
     )
+    parser.add_argument("--minutes", type=float, help="of all models, after which those that are left are named")
     parser.add_argument("--seconds", type=float, default=20.0, help="of one model's turns, at least 3 of them")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="time a compiled teacher too"
@@ -96,15 +97,21 @@ def ways(
     return out
 
 
-def measure(name: str, m: runs.Model, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one model."""
+def measure(
+    name: str, m: runs.Model, arguments: argparse.Namespace, deadline: Deadline, results: Results
+) -> list[dict[str, Any]]:
+    """The rows of one model, mode paper's first; ways that the deadline leaves no time for are named."""
     found = ways(name, m, arguments)
+    for key, (call, _) in list(found.items()):
+        if deadline.over and key[0] != "paper":
+            results.skip(f"{m.name} {' '.join(map(str, key))} at once")
+            del found[key]
+        else:
+            call()
     times: dict[tuple, list[float]] = {key: [] for key in found}
-    for call, _ in found.values():
-        call()
-    end = time.perf_counter() + arguments.seconds
+    end = time.perf_counter() + min(arguments.seconds, max(0.0, deadline.left_s))
     for i in range(50):
-        if i >= (2 if arguments.tiny else 3) and time.perf_counter() > end:
+        if (i >= (2 if arguments.tiny else 3) and time.perf_counter() > end) or (i and deadline.over):
             break
         for key, (call, count) in found.items():
             times[key].append(timed(call, arguments.device)[0] / count)
@@ -126,7 +133,8 @@ def measure(name: str, m: runs.Model, arguments: argparse.Namespace) -> list[dic
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table, write the JSON."""
-    results: dict[str, Any] = about(arguments.device) | {"tiny": arguments.tiny, "rows": []}
+    results = Results("trajectories", arguments.device, arguments.json, tiny=arguments.tiny)
+    deadline = Deadline(arguments.minutes)
     print(f"{results['device']}, torch {results['torch']}, commit {results['commit']}")
     print("trajectories/s, teacher ms a student image p50 (p20-p80) at one forward a row, mode paper's over it")
     names = ["dry"] if arguments.tiny else arguments.model or DEFAULT[arguments.device]
@@ -134,10 +142,13 @@ def run(arguments: argparse.Namespace) -> int:
         models = [runs.model(name) for name in names]
     except ValueError as error:
         raise SystemExit(f"trajectories: {error}") from None
+    results.plan(m.name for m in models)
     for m in models:
+        if deadline.over:
+            break
         torch._dynamo.reset()
-        for row in measure(arguments.objective, m, arguments):
-            results["rows"].append(row)
+        for row in measure(arguments.objective, m, arguments, deadline, results):
+            results.add(row)
             r = row["paper_over"]
             print(
                 f"{row['model']:9} {row['mode']:5} {row['how']:8} {row['precision']:4} {row['at_once']:4} at once "
@@ -146,5 +157,6 @@ def run(arguments: argparse.Namespace) -> int:
                 f"   {r['p50']:.2f} ({r['p20']:.2f}-{r['p80']:.2f})",
                 flush=True,
             )
-    print("written to", save("trajectories", arguments.device, results, arguments.json))
+        results.done(m.name)
+    print("written to", results.path)
     return 0

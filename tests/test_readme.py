@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import gpu_tables
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.S)
@@ -34,6 +36,9 @@ def test_tables_are_generated_not_typed():
     assert len(marks) == len(set(marks))
     for mark in marks:
         kind, _, recipe = mark.partition("-")
+        if kind in gpu_tables.CARDS:  # what no card has measured yet says so in place of a table
+            assert recipe in gpu_tables.TABLES, mark
+            continue
         name = {"predicted": "predicted/ops", "predicted-steps": "predicted/steps", "native": "cpu/ops"}.get(
             mark, "cpu/" + (f"{recipe}-{kind}" if recipe else kind)
         )
