@@ -45,7 +45,7 @@ void tangent_row(const ModulatedNorm& a, int64_t row, Moments of) {
     columns(D, [&](int64_t i, int64_t n) {
       V v = load(x_dot + i, n);
       s1 += v;
-      s2 += normalised(load(x + i, n), of.size, of.mean, of.r) * v;
+      s2 += first(normalised(load(x + i, n), of.size, of.mean, of.r) * v, n);  // beyond the row xh may be infinite
     });
   float m1 = sum(s1) / D, m2 = sum(s2) / D;
   columns(D, [&](int64_t i, int64_t n) {
@@ -88,7 +88,7 @@ void backward_row(const ModulatedNormBackward& a, int64_t row, float* dshift, fl
   columns(D, [&](int64_t i, int64_t n) {
     V g = load(grad + i, n), xh = normalised(load(x + i, n), size, mean, r), w = g * (1.0f + load(scale + i, n));
     s1 += w;
-    s2 += w * xh;
+    s2 += first(w * xh, n);
     store(dshift + i, load(dshift + i, n) + g, n);
     store(dscale + i, load(dscale + i, n) + g * xh, n);
   });

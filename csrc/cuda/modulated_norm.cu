@@ -50,16 +50,15 @@ CMT_FN void tangent_row(const ModulatedNorm& a, int64_t row, const Vec (&xh)[N],
 struct Moments {
   float mean, r, squares;
 };
-// Of a row in registers. The mean is taken about its first number, `origin`: of a row of equal numbers it is that number,
-// and the variance 0.
+// Of a row in registers, with `origin`, its first number, beyond D. The mean is taken about it: of a row of equal numbers
+// it is that number, and the variance 0.
 template <int N>
 CMT_FN Moments moments_of(const Vec (&x)[N], float origin, int D, float eps) {
   float total = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int n = 0; n < N; ++n)
 #pragma unroll
-    for (int j = 0; j < kVector; ++j)
-      total += (n * 32 + int(threadIdx.x)) * kVector + j < D ? x[n].v[j] - origin : 0.0f;
+    for (int j = 0; j < kVector; ++j) total += x[n].v[j] - origin;
   float mean = origin + warp_sum(total) / D;
 #pragma unroll
   for (int n = 0; n < N; ++n)
@@ -83,9 +82,15 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_kernel(Modula
   int D = a.D;
   const T *x = static_cast<const T*>(a.x) + row * D, *shift = row_of<T>(a.shift, b), *scale = row_of<T>(a.scale, b);
   Vec xh[N];
-#pragma unroll
-  for (int n = 0; n < N; ++n) xh[n] = load(x, (n * 32 + threadIdx.x) * kVector, D, whole);
   float origin = to_float(x[0]), size = 1.0f;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    int i = (n * 32 + threadIdx.x) * kVector;
+    xh[n] = load(x, i, D, whole);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j)
+      if (i + j >= D) xh[n].v[j] = origin;  // a number of the row: xh stays finite beyond it too, for inf times 0 is NaN
+  }
   Moments of = moments_of(xh, origin, D, a.eps);
   if (!(of.squares <= kLargest)) {  // the same on every lane
     size = kShrunk;
@@ -148,7 +153,7 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_backward_kern
       for (int j = 0; j < kVector; ++j) {
         float xh = normalised(v.v[j], size, mean, r), w = g.v[j] * (1.0f + s.v[j]);
         m1 += w;
-        m2 += w * xh;
+        m2 += i + j < D ? w * xh : 0.0f;  // beyond the row xh may be infinite
         dshift[n].v[j] += g.v[j];
         dscale[n].v[j] += g.v[j] * xh;
       }

@@ -84,7 +84,7 @@ def update_kernel(
     inside = i < n
     x = tl.load(g + i, mask=inside)
     if CLIP:
-        ratio = max_norm.to(tl.float64) / (length + 1e-6)
+        ratio = max_norm / (length + 1e-6)
         ratio = tl.where(ratio > 1.0, 1.0, ratio)  # a norm that is NaN stays NaN
         size = tl.where(length > SMALL, 1.0 / SMALL, 1.0)  # in two factors: neither leaves the numbers of fp32
         x = x * size * (ratio * (1.0 / size)).to(tl.float32)
