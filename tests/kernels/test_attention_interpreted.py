@@ -42,6 +42,48 @@ LAYOUTS = {
 }
 
 
+INF, NAN = float("inf"), float("nan")
+# (B, T, 3, 1, d) random numbers, each of these a factor or what takes the place of some of them
+EXTREMES = {
+    "logits-of-3e9": lambda x: (
+        (2 * x).round() * torch.tensor([2.0**14, 2.0**14, 1.0]).view(3, 1, 1)
+    ),  # no sum is rounded
+    "one-huge-query": lambda x: one_query((2 * x).round(), 2.0**33),
+    "equal-1e4": lambda x: torch.full_like(x, 1e4),
+    "equal-logits-of-1e9": lambda x: torch.cat((torch.full_like(x[:, :, :2], 2e4), x[:, :, 2:]), dim=2),
+    "values-of-3e38": lambda x: torch.cat((x[:, :, :2], torch.full_like(x[:, :, 2:], 3e38)), dim=2),
+    "denormals": lambda x: x * 1e-40,
+    "zeros": torch.zeros_like,
+    "one-key-of-minus-inf": lambda x: keys(x, slice(4, 5), -INF),
+    "first-block-of-minus-inf": lambda x: keys(x, slice(0, 16), -INF),
+    "last-key-of-minus-inf": lambda x: keys(x, slice(-1, None), -INF),
+    "keys-of-minus-inf": lambda x: keys(x, slice(None), -INF),
+    "one-key-of-inf": lambda x: keys(x, slice(4, 5), INF),
+    "nan-query": lambda x: one_query(x, NAN),
+    "inf-value": lambda x: x.index_put((torch.tensor(0), torch.tensor(3), torch.tensor(2)), torch.tensor(INF)),
+}
+
+
+def keys(x: torch.Tensor, which: slice, number: float) -> torch.Tensor:
+    """Queries above zero, and some keys of the first row of the batch one number: logits of +-inf, not NaN."""
+    x = torch.cat((x[:, :, :1].abs() + 0.1, x[:, :, 1:]), dim=2)
+    x[0, which, 1] = number
+    return x
+
+
+def one_query(x: torch.Tensor, factor: float) -> torch.Tensor:
+    x = x.clone()
+    x[0, 2, 0] *= factor
+    return x
+
+
+def softmax_itself(qkv: torch.Tensor | Dual) -> torch.Tensor | Dual:
+    """Attention as its formula says, without a fused kernel, for autograd."""
+    q, k, v = (qkv.value if isinstance(qkv, Dual) else qkv).permute(2, 0, 3, 1, 4)
+    y = (torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v).transpose(1, 2).flatten(2)
+    return Dual(y, reference(qkv).tangent) if isinstance(qkv, Dual) else y
+
+
 def laid_out(case: Case, dtype: torch.dtype, layout: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The value of the case as a leaf that wants a gradient, and its tangent if it has one."""
     qkv = inputs(case, dtype)["qkv"]
@@ -53,8 +95,11 @@ def everything(function, x: torch.Tensor, x_dot: torch.Tensor | None, layout: st
     """Value, gradient along a fixed direction, and the tangent if there is one."""
     y = function(x if x_dot is None else Dual(x, x_dot))
     y, tangents = (y.value, [y.tangent]) if isinstance(y, Dual) else (y, [])
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
-    return [y.detach(), torch.autograd.grad(y, x, LAYOUTS[layout](direction))[0], *tangents]
+    return [y.detach(), torch.autograd.grad(y, x, LAYOUTS[layout](direction_of(y)))[0], *tangents]
+
+
+def direction_of(y: torch.Tensor) -> torch.Tensor:
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
 
 
 def check_accuracy(case: Case, dtype: torch.dtype, layout: str) -> None:
@@ -86,17 +131,43 @@ def check_bits(case: Case, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=False))
 
 
+def check_extreme(name: str, backend: str) -> None:
+    """Value, gradient and tangent are finite exactly where softmax itself in float64 is, and as near it as in float32."""
+    from cmt_kernels.attention.triton import attention
+
+    x, x_dot = (EXTREMES[name](y) if i == 0 else y for i, y in enumerate(inputs(Case(2, 33, 1, 16, 2))["qkv"]))
+    got = everything({"triton": attention, "reference": reference}[backend], x.requires_grad_(), x_dot)
+    plain = everything(softmax_itself, x, x_dot)
+    exact = everything(softmax_itself, x.detach().double().requires_grad_(), x_dot.double())
+    for part, y, yardstick, truth in zip(("value", "gradient", "tangent"), got, plain, exact, strict=True):
+        finite = truth.isfinite()
+        if part != "value" and "3e38" in name:  # products of a value and a gradient pass float32 in plain torch too
+            continue
+        assert torch.equal(y.isfinite(), finite), f"{part}: {int((y.isfinite() != finite).sum())} differ in finiteness"
+        wrong, limit = error(y[finite], truth[finite]), allowed(yardstick[finite], truth[finite])
+        limit += x.shape[1] * 2.0**-149  # each of T products may be denormal
+        if part == "gradient":
+            limit += cancelled(x.detach().nan_to_num(0, 0, 0), direction_of(got[0]))
+        assert wrong <= limit, f"{part} errs by {wrong:.2e}, allowed {limit:.2e}"
+
+
+def cancelled(x: torch.Tensor, do: torch.Tensor) -> float:
+    """What rounding of dP and delta, two sums of d products whose difference may be zero, costs dq and dk."""
+    size, d = x.abs().amax(dim=(0, 1, 3, 4)).double(), x.shape[-1]
+    return (d**1.5 * torch.finfo(x.dtype).eps * do.abs().max().double() * size[2] * size[:2].max()).item()
+
+
 def check_ops() -> None:
     """Schema, fakes, autograd registration and AOT dispatch of every op."""
     import cmt_kernels.attention.triton  # noqa: F401
 
     x, x_dot = laid_out(Case(2, 5, 1, 8, 1), torch.float32, "contiguous")
-    o, _, lse = (y.detach() for y in torch.ops.cmt.attention(x))
+    o, _, norms = (y.detach() for y in torch.ops.cmt.attention(x))
     plain = x.detach()
     torch.library.opcheck(torch.ops.cmt.attention.default, (x,))
     torch.library.opcheck(torch.ops.cmt.attention.default, (x, x_dot))
     torch.library.opcheck(torch.ops.cmt.attention.default, (x, x_dot[:0]))
-    torch.library.opcheck(torch.ops.cmt.attention_backward.default, (plain, o, lse, torch.randn_like(o)))
+    torch.library.opcheck(torch.ops.cmt.attention_backward.default, (plain, o, norms, torch.randn_like(o)))
 
 
 def check_compile() -> None:
@@ -113,14 +184,14 @@ def check_compile() -> None:
 
 
 def check_saved() -> None:
-    """Backward keeps qkv, the output and one number per query; nothing of the tangent."""
+    """Backward keeps qkv, the output and two numbers per query; nothing of the tangent."""
     from cmt_kernels.attention.triton import attention
 
     x, x_dot = laid_out(Case(3, 7, 2, 36, 3), torch.float32, "contiguous")
     seen: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda y: seen.append(y) or y, lambda y: y):
         y = attention(Dual(x, x_dot))
-    assert sum(z.nbytes for z in seen) == x.nbytes + y.value.nbytes + 4 * 3 * 2 * 7
+    assert sum(z.nbytes for z in seen) == x.nbytes + y.value.nbytes + 2 * 4 * 3 * 2 * 7
     assert y.value.requires_grad and not y.tangent.requires_grad
 
 
@@ -146,6 +217,9 @@ def checks() -> dict[str, object]:
     table |= {f"{name}-{c.id}": (check_accuracy, c, torch.float32, name) for name in LAYOUTS for c in CASES[3:4]}
     bits = ((CASES[3], torch.float32), (CASES[5], torch.float16))
     table |= {f"bits-{dtype}-{c.id}": (check_bits, c, dtype) for c, dtype in bits}
+    table |= {
+        f"{backend}-{name}": (check_extreme, name, backend) for backend in ("triton", "reference") for name in EXTREMES
+    }
     return table | {f.__name__: (f,) for f in (check_ops, check_compile, check_saved, check_refusals)}
 
 

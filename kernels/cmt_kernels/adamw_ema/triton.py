@@ -86,8 +86,8 @@ def update_kernel(
     if CLIP:
         ratio = max_norm / (length + 1e-6)
         ratio = tl.where(ratio > 1.0, 1.0, ratio)  # a norm that is NaN stays NaN
-        size = tl.where(length > SMALL, 1.0 / SMALL, 1.0)  # in two factors: neither leaves the numbers of fp32
-        x = x * size * (ratio * (1.0 / size)).to(tl.float32)
+        part = tl.where(length > SMALL, 1.0 / SMALL, 1.0)  # in two factors: neither leaves the numbers of fp32
+        x = x * part.to(tl.float32) * (ratio * (1.0 / part)).to(tl.float32)
     first = tl.load(m + i, mask=inside)
     first += one_b1 * (x - first)
     second = tl.load(v + i, mask=inside, other=0.0) * b2 + one_b2 * x * x

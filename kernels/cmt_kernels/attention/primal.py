@@ -3,6 +3,7 @@
 Torch's fused backends, flash-attn where it is installed, and our kernel differ by factors that depend on T, the head
 dim and the card. `measured` times those that run and are accurate once per (T, d, dtype, device), remembers the order
 in this process and in `~/.cache/cmt_fast/attention.json` under the device's name and the versions, and calls the first.
+Our kernel is among them only where it has been proven (proof.py).
 
 Their values differ in the last bits. A Dual always takes our kernel, and its value must be bitwise the plain one, so in
 grad mode a plain call takes ours too; only under `no_grad` (teachers, samplers) is the measured one called. Whoever
@@ -12,7 +13,6 @@ every plain call, with its own autograd, and gives the bitwise promise up.
 
 import importlib
 import importlib.util
-import json
 import os
 import statistics
 from collections.abc import Callable
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cmt_kernels.attention import proof, remembered
 from cmt_kernels.attention.reference import aligned, sdpa
 from cmt_kernels.attention.reference import attention as reference
 from cmt_kernels.cases import allowed, error
@@ -70,7 +71,7 @@ def forced() -> str | None:
 
 
 def cache_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmt_fast" / "attention.json"
+    return remembered.path("attention.json")
 
 
 def machine(device: torch.device) -> str:
@@ -108,10 +109,13 @@ def measure(
         try:
             wrong = error(library(few), exact)
             library(qkv)
+            refused = proof.refusal(few) if name == "triton" else None
         except Exception as fault:  # a library that cannot run here is no candidate; why is kept in the report
             report[name] = f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else ''}"
             continue
-        if wrong <= allowed(yardstick, exact):
+        if refused:
+            report[name] = refused  # it was plain torch that ran under its name
+        elif wrong <= allowed(yardstick, exact):
             times[name] = []
         else:
             report[name] = f"errs by {wrong:.1e}, more than {allowed(yardstick, exact):.1e}"
@@ -122,34 +126,18 @@ def measure(
     return sorted(medians, key=medians.__getitem__), report | medians
 
 
-def _read() -> dict:
-    try:
-        return json.loads(cache_file().read_text())
-    except (OSError, ValueError):  # no cache yet, or one that cannot be read: measure again
-        return {}
-
-
 def order(t: int, h: int, d: int, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Libraries fit for this call, fastest first: from memory, from the cache, or measured now."""
     key = (t, d, dtype, device.index)
     if key not in _remembered:
         here, label = machine(device), f"T{t}-d{d}-{str(dtype).removeprefix('torch.')}"
-        kept = _read().get(here, {}).get(label)
+        kept = remembered.read(cache_file(), here).get(label)
         if kept is None:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return ["triton"]  # nothing can be timed inside a graph; not remembered
             names, report = measure(t, h, d, dtype, device)
             kept = {"order": names, "report": report}
-            everything = _read()
-            everything.setdefault(here, {})[label] = kept
-            path = cache_file()
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                scratch = path.with_suffix(f".{os.getpid()}")
-                scratch.write_text(json.dumps(everything, indent=1))
-                scratch.replace(path)
-            except OSError:
-                pass  # a home that cannot be written: remembered in this process alone
+            remembered.keep(cache_file(), here, label, kept)
         _remembered[key] = kept["order"] or ["triton"]
     return _remembered[key]
 
@@ -165,7 +153,8 @@ def table() -> dict[str, str]:
 def measured(qkv: Tensor) -> Tensor:
     """qkv: (B, T, 3, H, d) on a CUDA device -> (B, T, H d), by the fastest library; no gradient."""
     _, t, _, h, d = qkv.shape
-    return LIBRARIES[order(t, h, d, qkv.dtype, qkv.device)[0]](qkv).contiguous()
+    with proof.alone():
+        return LIBRARIES[order(t, h, d, qkv.dtype, qkv.device)[0]](qkv).contiguous()
 
 
 @measured.register_fake

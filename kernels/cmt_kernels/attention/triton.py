@@ -6,19 +6,30 @@ qkv is read where it lies, whatever its strides; the backward writes dq, dk and 
 
 Of a plain call under `no_grad` (a teacher's rollout, a sampler) `primal` may choose a faster library by measurement. In
 grad mode it never does unless `CMT_ATTENTION` says so: there the value of a Dual must be bitwise the plain value.
+
+No kernel computes a shape on a GPU before it has agreed with float64 there: `proof` chooses among `candidates`, and
+where none is right both ops are plain torch (reference.py).
 """
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cmt_kernels import assembler, transforms
-from cmt_kernels.attention import primal
+from cmt_kernels.attention import primal, proof, reference
 from cmt_kernels.dual import Dual
 from cmt_kernels.gate import Gate
 from cmt_kernels.launch import placed
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WIDEST = 256
+FAR = 2**31  # elements: offsets within a sample, and strides between samples, are 32-bit integers
+KERNELS = {"forward": ("forward",), "backward": ("backward_q", "backward_kv")}
+Tiles = dict[str, dict[str, int]]  # kernel -> what `tiles` gives
 
 
 def unavailable(device: str) -> str | None:
@@ -67,6 +78,38 @@ def tiles(kernel: str, d: int, dtype: torch.dtype, t: int) -> dict[str, int]:
     }[kernel]
 
 
+def candidates(kind: str, d: int, dtype: torch.dtype, t: int) -> list[Tiles]:
+    """Tiles of the kernels of "forward" or "backward", to try in this order; the first are `tiles`.
+
+    Where those are wrong or do not run: half the keys a block, then blocks of 32, too few rows for wgmma, so that
+    mma.sync multiplies, which is older than every assembler in use.
+    """
+    if dtype == torch.float32:
+        others = [{"num_warps": 4, "num_stages": 1}]
+    else:
+        others = [{"BN": 32}, {"BM": 32, "BN": 32, "num_warps": 4}]
+    first = {kernel: tiles(kernel, d, dtype, t) for kernel in KERNELS[kind]}
+    found = [first]
+    for other in others:
+        tried = {kernel: tile | other for kernel, tile in first.items()}
+        if tried not in found:
+            found.append(tried)
+    return found
+
+
+def versions(device: torch.device) -> str:
+    """What the code of a kernel depends on besides its source, the card and torch: Triton and its assembler."""
+    import triton
+
+    if device.type != "cuda":
+        return f"triton {triton.__version__}, interpreted"
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    major, minor = torch.cuda.get_device_capability(device)
+    found = re.search(r"V(\d+[\d.]*)", get_ptxas_version(10 * major + minor))
+    return f"triton {triton.__version__}, ptxas {found[1] if found else 'unknown'}"
+
+
 def _aligned(d: int, *tensors: Tensor) -> bool:
     """Whether every row of every head begins at a multiple of 16 bytes and has adjacent columns."""
     return all(
@@ -78,88 +121,134 @@ def _aligned(d: int, *tensors: Tensor) -> bool:
     )
 
 
-def _check(qkv: Tensor) -> None:
+def _check(qkv: Tensor, *others: Tensor) -> None:
+    """Raises ValueError for what the kernels cannot compute."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention: qkv is (B, T, 3, H, d), not {tuple(qkv.shape)}")
     if qkv.dtype not in TYPES:
         raise ValueError(f"attention: the Triton kernels take {', '.join(map(str, TYPES))}, not {qkv.dtype}")
     if qkv.shape[4] > WIDEST:
         raise ValueError(f"attention: the Triton kernels take head dims up to {WIDEST}, not {qkv.shape[4]}")
+    for x in (qkv, *others):
+        if x.device != qkv.device:
+            raise ValueError(f"attention: one tensor is on {qkv.device}, another on {x.device}")
+        if max(x.stride(0), 1 + sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:]))) >= FAR:
+            raise ValueError(f"attention: the Triton kernels take samples of less than 2^31 elements: {tuple(x.shape)}")
 
 
-def _launch(name: str, count: int, d: int, dtype: torch.dtype, arguments: dict) -> None:
+def _launch(name: str, count: int, d: int, dtype: torch.dtype, tile: dict[str, int], arguments: dict) -> None:
     """Run kernel `name` over count (row, head) pairs."""
     from cmt_kernels.attention import triton_kernels
 
     d0, d1 = columns(d, dtype)
-    tile = tiles(name, d, dtype, arguments["T"])
     block = tile["BN" if name == "backward_kv" else "BM"]
     grid = (-(-arguments["T"] // block) * count,)
     if grid[0]:
         placed("attention", getattr(triton_kernels, name))[grid](**arguments, D0=d0, D1=d1, **tile)
 
 
-def _forward(qkv: Tensor, qkv_dot: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    _check(qkv)
+def _shift(t: int, dtype: torch.dtype) -> int:
+    """The forward's exponent at the maximum is -SHIFT: 2^-SHIFT <= 1/T. 0 in float16, where p would be denormal."""
+    return 0 if dtype == torch.float16 else math.ceil(math.log2(max(t, 1)))
+
+
+def forward(qkv: Tensor, qkv_dot: Tensor | None, chosen: Tiles) -> tuple[Tensor, Tensor, Tensor]:
+    """o (B, T, H d), o_dot (k, T, H d) and norms (B, H, 2, T) of the kernels with these tiles."""
     b, t, _, h, d = qkv.shape
     o = qkv.new_empty(b, t, h * d)
-    lse = qkv.new_empty(b, h, t, dtype=torch.float32)
-    k, o_dot = 0, qkv.new_empty(0, t, h * d)
-    if qkv_dot is not None:
-        if qkv_dot.dtype != qkv.dtype or qkv_dot.shape[1:] != qkv.shape[1:] or len(qkv_dot) > b:
-            raise ValueError(
-                f"attention: the tangent is {qkv_dot.dtype} {tuple(qkv_dot.shape)}, "
-                f"the value {qkv.dtype} {tuple(qkv.shape)}"
-            )
-        k, o_dot = len(qkv_dot), qkv.new_empty(len(qkv_dot), t, h * d)
+    norms = qkv.new_empty(b, h, 2, t, dtype=torch.float32)
+    k = 0 if qkv_dot is None else len(qkv_dot)
+    o_dot = qkv.new_empty(k, t, h * d)
     for first, rows, dual in ((0, k, True), (k, b - k, False)):
         z, z_out = (qkv_dot, o_dot) if dual and k else (qkv, o)
-        arguments = {"qkv": qkv, "qkv_dot": z, "o": o, "o_dot": z_out, "lse": lse, "first": first}
-        arguments |= {"s_b": qkv.stride(0), "z_b": z.stride(0), "T": t, "H": h, "d": d}
+        arguments = {"qkv": qkv, "qkv_dot": z, "o": o, "o_dot": z_out, "norms": norms, "first": first}
+        arguments |= {"s_b": qkv.stride(0), "z_b": z.stride(0), "T": t, "H": h, "d": d, "SHIFT": _shift(t, qkv.dtype)}
         arguments |= dict(zip(("S_T", "S_3", "S_H", "S_D"), qkv.stride()[1:]))
         arguments |= dict(zip(("Z_T", "Z_3", "Z_H", "Z_D"), z.stride()[1:]))
         arguments |= {"ALIGNED": _aligned(d, qkv, z), "DUAL": dual}
-        _launch("forward", rows * h, d, qkv.dtype, arguments)
-    return o, o_dot, lse
+        _launch("forward", rows * h, d, qkv.dtype, chosen["forward"], arguments)
+    return o, o_dot, norms
+
+
+def backward(qkv: Tensor, o: Tensor, norms: Tensor, do: Tensor, chosen: Tiles) -> Tensor:
+    """dqkv (B, T, 3, H, d) of the kernels with these tiles."""
+    b, t, _, h, d = qkv.shape
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    delta = norms.new_empty(b, h, t)
+    arguments = {"qkv": qkv, "norms": norms, "do": do, "dqkv": dqkv, "delta": delta}
+    arguments |= {"s_b": qkv.stride(0), "g_b": do.stride(0), "T": t, "H": h, "d": d}
+    arguments |= dict(zip(("S_T", "S_3", "S_H", "S_D"), qkv.stride()[1:]))
+    arguments |= {"G_T": do.stride(1), "G_D": do.stride(2), "ALIGNED": _aligned(d, qkv, do)}
+    _launch("backward_q", b * h, d, qkv.dtype, chosen["backward_q"], arguments | {"o": o})
+    _launch("backward_kv", b * h, d, qkv.dtype, chosen["backward_kv"], arguments)
+    return dqkv
+
+
+def runner(kind: str, chosen: Tiles) -> Callable[..., tuple[Tensor, ...] | Tensor]:
+    """`forward` or `backward` with these tiles."""
+    return partial({"forward": forward, "backward": backward}[kind], chosen=chosen)
+
+
+def _plain(qkv: Tensor, qkv_dot: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What `forward` gives, in plain torch. From a copy where addresses are odd: torch's own kernels fault on those."""
+    x, z = (
+        y if y is None or y.data_ptr() % 16 == 0 else y.clone(memory_format=torch.contiguous_format)
+        for y in (qkv, qkv_dot)
+    )
+    with torch.autocast(qkv.device.type, enabled=False):
+        y = reference.attention(x if z is None else Dual(x, z))
+        o, o_dot = y if isinstance(y, Dual) else (y, y.new_empty(0, *y.shape[1:]))
+        return o.contiguous(), o_dot.contiguous(), reference.norms(qkv)
 
 
 @torch.library.custom_op("cmt::attention", mutates_args=())
 def _attention(qkv: Tensor, qkv_dot: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """o (B, T, H d), its tangent (k, T, H d), and lse (B, H, T) fp32, in powers of two."""
-    return _forward(qkv, qkv_dot)
+    """o (B, T, H d), its tangent (k, T, H d), and norms (B, H, 2, T) fp32.
+
+    Of each query the largest logit before the scale, and log2 of the sum of exp(scale (logit - largest)).
+    """
+    _check(qkv, *(() if qkv_dot is None else (qkv_dot,)))
+    if qkv_dot is not None and (
+        qkv_dot.dtype != qkv.dtype or qkv_dot.shape[1:] != qkv.shape[1:] or len(qkv_dot) > len(qkv)
+    ):
+        raise ValueError(
+            f"attention: the tangent is {qkv_dot.dtype} {tuple(qkv_dot.shape)}, "
+            f"the value {qkv.dtype} {tuple(qkv.shape)}"
+        )
+    chosen = proof.choose("forward", qkv, qkv_dot)
+    if chosen is not None:
+        return forward(qkv, qkv_dot, chosen)
+    return _plain(qkv, qkv_dot)
 
 
 @torch.library.custom_op("cmt::attention_backward", mutates_args=())
-def _backward(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor) -> Tensor:
+def _backward(qkv: Tensor, o: Tensor, norms: Tensor, do: Tensor) -> Tensor:
     """dqkv (B, T, 3, H, d) contiguous, from do (B, T, H d)."""
-    b, t, _, h, d = qkv.shape
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     do = do.to(qkv.dtype)
-    arguments = {"qkv": qkv, "lse": lse, "do": do, "dqkv": dqkv, "delta": torch.empty_like(lse)}
-    arguments |= {"s_b": qkv.stride(0), "g_b": do.stride(0), "T": t, "H": h, "d": d}
-    arguments |= dict(zip(("S_T", "S_3", "S_H", "S_D"), qkv.stride()[1:]))
-    arguments |= {"G_T": do.stride(1), "G_D": do.stride(2), "ALIGNED": _aligned(d, qkv, do)}
-    _launch("backward_q", b * h, d, qkv.dtype, arguments | {"o": o})
-    _launch("backward_kv", b * h, d, qkv.dtype, arguments)
-    return dqkv
+    _check(qkv, do)
+    chosen = proof.choose("backward", qkv, do)
+    if chosen is not None:
+        return backward(qkv, o, norms, do, chosen)
+    with torch.autocast(qkv.device.type, enabled=False):
+        return reference.gradient(qkv, do)
 
 
 @_attention.register_fake
 def _(qkv: Tensor, qkv_dot: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     b, t, _, h, d = qkv.shape
     k = 0 if qkv_dot is None else qkv_dot.shape[0]
-    return qkv.new_empty(b, t, h * d), qkv.new_empty(k, t, h * d), qkv.new_empty(b, h, t, dtype=torch.float32)
+    return qkv.new_empty(b, t, h * d), qkv.new_empty(k, t, h * d), qkv.new_empty(b, h, 2, t, dtype=torch.float32)
 
 
 @_backward.register_fake
-def _(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor) -> Tensor:
+def _(qkv: Tensor, o: Tensor, norms: Tensor, do: Tensor) -> Tensor:
     return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
 
 
 def _save(ctx, inputs, output) -> None:
-    o, o_dot, lse = output  # neither the tangent nor lse has a gradient, and the tangent is not kept
-    ctx.mark_non_differentiable(o_dot, lse)
-    ctx.save_for_backward(inputs[0], o, lse)
+    o, o_dot, norms = output  # neither the tangent nor norms has a gradient, and the tangent is not kept
+    ctx.mark_non_differentiable(o_dot, norms)
+    ctx.save_for_backward(inputs[0], o, norms)
 
 
 @transforms.once("attention")
@@ -191,12 +280,19 @@ def gates() -> list[Gate]:
             constexprs = {"T": t, "H": h, "d": d, "S_T": 3 * h * d, "S_3": h * d, "S_H": d, "S_D": 1}
             constexprs |= {"ALIGNED": True, "D0": d0, "D1": d1, "BM": tile["BM"], "BN": tile["BN"]}
             if name == "forward":
-                constexprs |= {"Z_T": 3 * h * d, "Z_3": h * d, "Z_H": d, "Z_D": 1, "DUAL": dual}
+                constexprs |= {
+                    "Z_T": 3 * h * d,
+                    "Z_3": h * d,
+                    "Z_H": d,
+                    "Z_D": 1,
+                    "DUAL": dual,
+                    "SHIFT": _shift(t, dtype),
+                }
             else:
                 constexprs |= {"G_T": h * d, "G_D": 1}
             kernel = getattr(triton_kernels, name)
             kinds = dict.fromkeys(("qkv", "qkv_dot", "o", "o_dot", "do", "dqkv"), "*" + TYPES[dtype])
-            kinds |= {"lse": "*fp32", "delta": "*fp32"}
+            kinds |= {"norms": "*fp32", "delta": "*fp32"}
             signature = {a: "constexpr" if a in constexprs else kinds.get(a, "i32") for a in kernel.arg_names}
             rows.append(
                 Gate(

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the least finite float32: the maximum of no logits, and of -inf alone
 
 
 @triton.jit
@@ -84,12 +85,23 @@ def place(T: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def probability(s, m, log_l, C2: tl.constexpr):
+    """Softmax of the logits s of a query whose largest is m, and whose sum of exp2(C2 (s - m)) is 2^log_l: at most 1.
+
+    m and log_l apart: from logits of 1e7 on their sum is coarser than log_l in float32. The minimum, because a backward
+    that sums a logit in another order than `forward` may find it above m; a NaN logit of a real query is in log_l.
+    """
+    x = tl.minimum(s - m, 0.0)
+    return tl.exp2(tl.fma(x, tl.full(x.shape, C2, tl.float32), tl.broadcast_to(-log_l, x.shape)))
+
+
+@triton.jit(do_not_specialize=["first", "s_b", "z_b"])
 def forward(
     qkv,
     qkv_dot,
     o,
     o_dot,
-    lse,
+    norms,
     first,
     s_b,
     z_b,
@@ -108,13 +120,15 @@ def forward(
     DUAL: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    SHIFT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """o (B, T, H d), lse (B, H, T) in powers of two, o_dot (k, T, H d) of rows [first, first + grid / (H blocks)).
+    """o (B, T, H d), norms (B, H, 2, T), o_dot (k, T, H d) of rows [first, first + grid / (H blocks)).
 
     qkv has strides (s_b, S_T, S_3, S_H, S_D), qkv_dot (z_b, Z_T, ...), read only if DUAL. One pass over the keys keeps,
-    per query, the maximum m, l = sum p, o~ = sum p v, and with DUAL r = sum p s. and t~ = sum (p s.) v + p v.
+    per query, the maximum m, l = sum p, o~ = sum p v, and with DUAL r = sum p s. and t~ = sum (p s.) v + p v. Here p is
+    2^-SHIFT at the maximum, at most 1 / T, so that no sum of p v exceeds the largest v.
     """
     m0, h, b = place(T, H, BM)
     b += first
@@ -124,7 +138,7 @@ def forward(
     k = q + S_3
     v = k + S_3
     q0 = load(q, m0, T, d, S_T, S_D, BM, 0, D0)
-    m = tl.full((BM,), float("-inf"), tl.float32)
+    m = tl.full((BM,), LOWEST, tl.float32)
     l = tl.zeros((BM,), tl.float32)
     o0 = tl.zeros((BM, D0), tl.float32)
     if D1 > 0:
@@ -150,9 +164,9 @@ def forward(
             s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
         if T % BN != 0:
             s = tl.where((n0 + tl.arange(0, BN) < T)[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * C2)
-        p = tl.exp2(tl.fma(s, tl.full(s.shape, C2, tl.float32), tl.broadcast_to(-m_new[:, None], s.shape)))
-        alpha = tl.exp2(m - m_new)
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(tl.fma(s - m_new[:, None], tl.full(s.shape, C2, tl.float32), tl.full(s.shape, -SHIFT, tl.float32)))
+        alpha = tl.exp2((m - m_new) * C2)
         l = tl.fma(l, alpha, tl.sum(p, 1))
         m = m_new
         if DUAL:
@@ -185,7 +199,9 @@ def forward(
                 t1 = tl.dot(p16, v1_dot, t1, input_precision="ieee")
 
     t = m0 + tl.arange(0, BM)
-    tl.store(lse + (b * H + h) * T + t, m + tl.log2(l), mask=t < T)
+    norms += (b * H + h) * (2 * T)
+    tl.store(norms + t, m, mask=t < T)
+    tl.store(norms + T + t, tl.log2(l) + SHIFT, mask=t < T)
     out = b.to(tl.int64) * (T * H * d) + h * d
     o0 = o0 / l[:, None]
     store(o + out, o0, m0, T, d, H * d, BM, 0, D0)
@@ -199,11 +215,11 @@ def forward(
             store(o_dot + out, t1 / l[:, None] - mu[:, None] * o1, m0, T, d, H * d, BM, D0, D1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_b", "g_b"])
 def backward_q(
     qkv,
     o,
-    lse,
+    norms,
     do,
     dqkv,
     delta,
@@ -247,7 +263,9 @@ def backward_q(
         dq1 = tl.zeros((BM, D1), tl.float32)
     t = m0 + tl.arange(0, BM)
     tl.store(delta + (b * H + h) * T + t, e, mask=t < T)
-    lse_t = tl.load(lse + (b * H + h) * T + t, mask=t < T, other=0.0)
+    norms += (b * H + h) * (2 * T)
+    m = tl.load(norms + t, mask=t < T, other=0.0)
+    log_l = tl.load(norms + T + t, mask=t < T, other=0.0)
 
     for n0 in range(0, T, BN):
         k0 = load(k, n0, T, d, S_T, S_D, BN, 0, D0)
@@ -260,7 +278,7 @@ def backward_q(
         if D1 > 0:
             s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
             dp = tl.dot(g1, tl.trans(v1), dp, input_precision="ieee")
-        p = tl.exp2(s * C2 - lse_t[:, None])
+        p = probability(s, m[:, None], log_l[:, None], C2)
         if T % BN != 0:
             p = tl.where((n0 + tl.arange(0, BN) < T)[None, :], p, 0.0)
         ds = (p * (dp - e[:, None])).to(k0.dtype)
@@ -273,10 +291,10 @@ def backward_q(
         store(dqkv + 3 * (out - h * d) + h * d, dq1 * C, m0, T, d, 3 * H * d, BM, D0, D1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_b", "g_b"])
 def backward_kv(
     qkv,
-    lse,
+    norms,
     do,
     dqkv,
     delta,
@@ -305,7 +323,7 @@ def backward_kv(
     k = q + S_3
     v = k + S_3
     g = sample(do, b, h, g_b, d * G_D, ALIGNED)
-    lse += (b * H + h) * T
+    norms += (b * H + h) * (2 * T)
     delta += (b * H + h) * T
     k0 = load(k, n0, T, d, S_T, S_D, BN, 0, D0)
     v0 = load(v, n0, T, d, S_T, S_D, BN, 0, D0)
@@ -330,12 +348,14 @@ def backward_kv(
             s = tl.dot(k1, tl.trans(q1), s, input_precision="ieee")
             dp = tl.dot(v1, tl.trans(g1), dp, input_precision="ieee")
         if T % BM == 0:
-            lse_t = tl.load(lse + t)
+            m = tl.load(norms + t)
+            log_l = tl.load(norms + T + t)
             e = tl.load(delta + t)
         else:  # a query past the end has q = do = 0 and adds nothing
-            lse_t = tl.load(lse + t, mask=t < T, other=0.0)
+            m = tl.load(norms + t, mask=t < T, other=0.0)
+            log_l = tl.load(norms + T + t, mask=t < T, other=0.0)
             e = tl.load(delta + t, mask=t < T, other=0.0)
-        p = tl.exp2(s * C2 - lse_t[None, :])
+        p = probability(s, m[None, :], log_l[None, :], C2)
         p16 = p.to(k0.dtype)
         ds = (p * (dp - e[None, :])).to(k0.dtype)
         dv0 = tl.dot(p16, g0, dv0, input_precision="ieee")
