@@ -31,7 +31,6 @@ STABLE_TORCH_LIBRARY(cmt, m) {
 namespace cmt {
 namespace {
 
-using torch::stable::contiguous;
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -48,7 +47,7 @@ Two gelu_op(const Tensor& x_in, const Maybe& bias_in, const Maybe& x_dot_in) {
   bool half = is_bf16(x_in, op);
   STD_TORCH_CHECK(x_in.dim() >= 1, op, ": x must have a dimension");
   int64_t D = x_in.size(x_in.dim() - 1), k = tangent_rows({&x_dot_in}, x_in.size(0), op);
-  Tensor x = contiguous(x_in);
+  Tensor x = dense(x_in);
   Maybe bias = parameter(bias_in, x, {D}, op, "bias"), x_dot = activation(x_dot_in, x, k, op, "the tangent of x");
   Tensor y = empty(x, shape_of(x)), y_dot = tangent_like(x, k);
   if (x.numel()) {
@@ -64,7 +63,7 @@ Two gelu_backward_op(const Tensor& grad_in, const Tensor& x_in, const Maybe& bia
   const char* op = "gelu_backward";
   bool half = is_bf16(x_in, op);
   int64_t D = x_in.size(x_in.dim() - 1);
-  Tensor x = contiguous(x_in), grad = *activation(grad_in, x, x.size(0), op, "grad");
+  Tensor x = dense(x_in), grad = *activation(grad_in, x, x.size(0), op, "grad");
   Maybe bias = parameter(bias_in, x, {D}, op, "bias");
   int64_t n = D ? x.numel() / D : 0;
   Chunks chunks(n, kChunks);
@@ -86,7 +85,7 @@ Three modulated_norm_op(const Tensor& x_in, const Tensor& shift_in, const Tensor
   STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
   int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2);
   int64_t k = tangent_rows({&x_dot_in, &shift_dot_in, &scale_dot_in}, B, op);
-  Tensor x = contiguous(x_in);
+  Tensor x = dense(x_in);
   Maybe x_dot = activation(x_dot_in, x, k, op, "the tangent of x");
   Maybe shift = modulation(shift_in, x, B, op, "shift"), scale = modulation(scale_in, x, B, op, "scale");
   Maybe shift_dot = modulation(shift_dot_in, x, k, op, "the tangent of shift");
@@ -108,7 +107,7 @@ Three modulated_norm_backward_op(const Tensor& grad_in, const Tensor& x_in, cons
   bool half = is_bf16(x_in, op);
   STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
   int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2);
-  Tensor x = contiguous(x_in), grad = *activation(grad_in, x, B, op, "grad");
+  Tensor x = dense(x_in), grad = *activation(grad_in, x, B, op, "grad");
   Maybe scale = modulation(scale_in, x, B, op, "scale"), stats = parameter(stats_in, x, {B, T, 3}, op, "stats");
   Chunks chunks(T, kChunks);
   Tensor dx = empty(x, {B, T, D}), dshift = empty(x, {B, D}), dscale = empty(x, {B, D});
@@ -131,7 +130,7 @@ Two gated_residual_op(const Tensor& x_in, const Tensor& branch_in, const Tensor&
   STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
   int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2);
   int64_t k = tangent_rows({&x_dot_in, &branch_dot_in, &gate_dot_in}, B, op);
-  Tensor x = contiguous(x_in), branch = *activation(branch_in, x, B, op, "branch");
+  Tensor x = dense(x_in), branch = *activation(branch_in, x, B, op, "branch");
   Maybe gate = modulation(gate_in, x, B, op, "gate"), bias = parameter(bias_in, x, {D}, op, "bias");
   Maybe x_dot = activation(x_dot_in, x, k, op, "the tangent of x");
   Maybe branch_dot = activation(branch_dot_in, x, k, op, "the tangent of branch");
@@ -153,7 +152,7 @@ Three gated_residual_backward_op(const Tensor& grad_in, const Tensor& branch_in,
   bool half = is_bf16(branch_in, op);
   STD_TORCH_CHECK(branch_in.dim() == 3, op, ": branch must be (B, T, D)");
   int64_t B = branch_in.size(0), T = branch_in.size(1), D = branch_in.size(2);
-  Tensor branch = contiguous(branch_in), grad = *activation(grad_in, branch, B, op, "grad");
+  Tensor branch = dense(branch_in), grad = *activation(grad_in, branch, B, op, "grad");
   Maybe gate = modulation(gate_in, branch, B, op, "gate"), bias = parameter(bias_in, branch, {D}, op, "bias");
   Chunks chunks(T, kChunks);
   Tensor dbranch = empty(branch, {B, T, D}), dgate = empty(branch, {B, D});
@@ -171,7 +170,7 @@ Three gated_residual_backward_op(const Tensor& grad_in, const Tensor& branch_in,
 struct Heads {  // (B, T, 3, H, d) and the tables of its norm and its rotation
   Heads(const Tensor& qkv_in, const Maybe& q_in, const Maybe& k_in, const Maybe& cos_in, const Maybe& sin_in,
         const char* op)
-      : half(is_bf16(qkv_in, op)), qkv(contiguous(qkv_in)) {
+      : half(is_bf16(qkv_in, op)), qkv(dense(qkv_in)) {
     STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3, op, ": qkv must be (B, T, 3, H, d)");
     STD_TORCH_CHECK(q_in.has_value() == k_in.has_value(), op, ": q_weight and k_weight come together");
     STD_TORCH_CHECK(cos_in.has_value() == sin_in.has_value(), op, ": cos and sin come together");
@@ -227,7 +226,7 @@ Tensor random_bits_op(const Tensor& sample_in, int64_t blocks, int64_t seed, int
   const char* op = "random_bits";
   STD_TORCH_CHECK(sample_in.scalar_type() == ScalarType::Long, op, ": sample must be int64");
   STD_TORCH_CHECK(sample_in.dim() == 1 && blocks >= 0, op, ": sample must be (B,), blocks not negative");
-  Tensor sample = contiguous(sample_in), out = empty(sample, {sample.size(0), blocks, 4});
+  Tensor sample = dense(sample_in), out = empty(sample, {sample.size(0), blocks, 4});
   if (out.numel()) {
     Place place(sample);
     place.backend->random_bits({static_cast<const int64_t*>(sample.const_data_ptr()),

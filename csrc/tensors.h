@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -92,6 +93,22 @@ inline Shape shape_of(const Tensor& x) {
   return shape;
 }
 
+// What `make` allocates. The stable ABI passes on that a call failed, not why: no memory, or an earlier error of the GPU.
+// `_native.told` (Python) tells which.
+template <class Make>
+Tensor allocated(const Shape& shape, Make make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    std::string text;
+    for (int64_t size : shape) text += (text.empty() ? "" : " x ") + std::to_string(size);
+    throw std::runtime_error("cmt: not allocated: a tensor of " + text + " numbers");
+  }
+}
+inline Tensor dense(const Tensor& x) {
+  return allocated(shape_of(x), [&] { return torch::stable::contiguous(x); });
+}
+
 // An activation like `x`, contiguous; a tangent has k rows instead.
 inline Maybe activation(const Maybe& y, const Tensor& x, int64_t rows, const char* op, const char* name) {
   if (!y) return std::nullopt;
@@ -99,7 +116,7 @@ inline Maybe activation(const Maybe& y, const Tensor& x, int64_t rows, const cha
   Shape shape = shape_of(x);
   shape[0] = rows;
   check_shape(*y, shape, op, name);
-  return torch::stable::contiguous(*y);
+  return dense(*y);
 }
 
 // A modulation vector (rows, D) whose last dimension is dense: the chunks of one adaLN output are taken as they are.
@@ -107,7 +124,7 @@ inline Maybe modulation(const Maybe& m, const Tensor& x, int64_t rows, const cha
   if (!m) return std::nullopt;
   check_same(*m, x, op, name);
   check_shape(*m, {rows, x.size(x.dim() - 1)}, op, name);
-  return m->stride(1) == 1 || m->size(1) <= 1 ? *m : torch::stable::contiguous(*m);
+  return m->stride(1) == 1 || m->size(1) <= 1 ? *m : dense(*m);
 }
 
 // A parameter or table in fp32, contiguous.
@@ -116,7 +133,7 @@ inline Maybe parameter(const Maybe& p, const Tensor& x, const Shape& shape, cons
   STD_TORCH_CHECK(p->scalar_type() == ScalarType::Float, op, ": ", name, " must be float32 here");
   STD_TORCH_CHECK(p->device() == x.device(), op, ": ", name, " is on another device than the first argument");
   check_shape(*p, shape, op, name);
-  return torch::stable::contiguous(*p);
+  return dense(*p);
 }
 
 // k: rows of the tangents, which must agree; 0 if there are none.
@@ -135,9 +152,11 @@ inline const void* pointer(const Maybe& x) { return x ? x->const_data_ptr() : nu
 inline const float* floats(const Maybe& x) { return static_cast<const float*>(pointer(x)); }
 inline Rows rows(const Maybe& m) { return {pointer(m), m ? m->stride(0) : 0}; }
 
-inline Tensor empty(const Tensor& like, const Shape& shape) { return torch::stable::new_empty(like, shape); }
+inline Tensor empty(const Tensor& like, const Shape& shape) {
+  return allocated(shape, [&] { return torch::stable::new_empty(like, shape); });
+}
 inline Tensor empty_floats(const Tensor& like, const Shape& shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Float);
+  return allocated(shape, [&] { return torch::stable::new_empty(like, shape, ScalarType::Float); });
 }
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 

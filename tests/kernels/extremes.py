@@ -42,7 +42,13 @@ from tests.kernels.formulas import by_hand
 from tests.kernels.test_ops import with_leaves
 
 LARGEST = 3e38  # of fp32 and, rounded, of bf16
-VALUES = (0.0, -0.0, 1e-40, *(s * v for v in (10.2, 20.0, 100.0, 1e4, 1e13, LARGEST, math.inf) for s in (1, -1)), math.nan)
+VALUES = (
+    0.0,
+    -0.0,
+    1e-40,
+    *(s * v for v in (10.2, 20.0, 100.0, 1e4, 1e13, LARGEST, math.inf) for s in (1, -1)),
+    math.nan,
+)
 HEADROOM = 2.0**-20
 NO_FLOATS = ("random_bits",)
 
@@ -102,12 +108,16 @@ def planted(x: Tensor, value: float) -> Iterator[Tensor]:
         once[len(x) // 2] = value
         yield from (alone, once, mixed)
         return
-    once.view(-1, x.shape[-1])[torch.arange(x.numel() // x.shape[-1]), torch.arange(x.numel() // x.shape[-1]) % x.shape[-1]] = value
+    once.view(-1, x.shape[-1])[
+        torch.arange(x.numel() // x.shape[-1]), torch.arange(x.numel() // x.shape[-1]) % x.shape[-1]
+    ] = value
     ways = (alone, once, mixed, x)
     yield torch.stack([ways[min(i, 3)][i] for i in range(len(x))])
 
 
-def calls(op: str, argument: str, value: float, dtype: torch.dtype, device: str) -> Iterator[tuple[dict, Tensor | None]]:
+def calls(
+    op: str, argument: str, value: float, dtype: torch.dtype, device: str
+) -> Iterator[tuple[dict, Tensor | None]]:
     """(inputs, the gradient's direction or None for the ordinary one) with the value planted in the argument."""
     module = cases_of(op)
     case = module.Case(**PLANS[op].sizes)
@@ -214,7 +224,9 @@ def gelu_exactly(x: Tensor | Dual, bias: Tensor) -> Tensor | Dual:
     """x sigmoid(2 p): in the reference's 1 + tanh p float64 has no digits left below -7."""
     v = x.value + bias
     p = math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)
-    slope = torch.sigmoid(2 * p) + v * torch.sigmoid(2 * p) * torch.sigmoid(-2 * p) * math.sqrt(8 / math.pi) * (1 + 0.134145 * v * v)
+    slope = torch.sigmoid(2 * p) + v * torch.sigmoid(2 * p) * torch.sigmoid(-2 * p) * math.sqrt(8 / math.pi) * (
+        1 + 0.134145 * v * v
+    )
     return Dual(v * torch.sigmoid(2 * p), slope.detach() * x.tangent)
 
 

@@ -19,7 +19,7 @@ from cmt_kernels import Dual
 from cmt_kernels.accuracy import limits
 from cmt_kernels.attention.cases import Case, inputs
 from cmt_kernels.attention.reference import attention as reference
-from cmt_kernels.cases import error
+from cmt_kernels.cases import allowed, error
 
 ROOT = Path(__file__).parents[2]
 CASES = (

@@ -229,6 +229,21 @@ def test_gelu_far_out_and_nan() -> None:
 
 
 @built
+def test_no_memory_is_torch_s_own_error() -> None:
+    """In forward and backward; a trainer that halves its batch catches this one."""
+    huge = torch.ones(1, 1, 1).expand(2**20, 2**20, 2**10)  # 2^52 bytes, were it ever copied
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory: a tensor of 1048576 x 1048576 x 1024 numbers"):
+        implementation("gelu", "native")(huge)
+    x = torch.ones(2, 3, 8, requires_grad=True)
+    y = implementation("gelu", "native")(x)
+    failing = _native._told(lambda ctx, grad: torch.ops.cmt.gelu(huge, None, None))
+    with pytest.raises(torch.OutOfMemoryError):
+        failing(None, torch.ones_like(y))
+    other = RuntimeError("gelu: bias has the wrong shape")
+    assert _native.told(other) is other
+
+
+@built
 @each_op
 def test_nothing_to_do(op: str) -> None:
     inputs = map_tensors(lambda x: x[:, :0] if x.ndim >= 3 else x, big(op, torch.float32))

@@ -122,9 +122,25 @@ def call(name: str, *arguments):
 
 
 def below_autograd(op: Callable, *arguments):
-    """An op's kernel, past its registered gradient."""
+    """An op's kernel, past its registered gradient. Raises torch.OutOfMemoryError where memory ends."""
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+        try:
+            return op(*arguments)
+        except RuntimeError as failure:
+            raise told(failure) from None
+
+
+def told(failure: RuntimeError) -> RuntimeError:
+    """The error as torch's own ops raise it: the library learns that an allocation failed (csrc/tensors.h), not why."""
+    text = next((line for line in str(failure).splitlines() if "cmt: not allocated" in line), None)
+    if text is None:
+        return failure
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as earlier:  # no memory is missing: the GPU had failed before
+            return earlier
+    return torch.OutOfMemoryError(f"out of memory: {text.partition('not allocated: ')[2]}; torch's own words are above")
 
 
 def _function(name: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
@@ -139,6 +155,19 @@ def _function(name: str, setup_context: Callable, backward: Callable) -> type[to
     return type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in members.items()})
 
 
+def _told(backward: Callable) -> Callable:
+    """A gradient whose errors are `told`."""
+
+    @functools.wraps(backward)
+    def gradient(ctx, *grads):
+        try:
+            return backward(ctx, *grads)
+        except RuntimeError as failure:
+            raise told(failure) from None
+
+    return gradient
+
+
 def register(name: str, fake: Callable, setup_context: Callable, backward: Callable, backward_fake: Callable) -> None:
     """Shapes and gradient of `cmt::<name>`; `cmt::<name>_backward` has no gradient and says so."""
 
@@ -148,7 +177,7 @@ def register(name: str, fake: Callable, setup_context: Callable, backward: Calla
     def no_second(ctx, *grads):
         raise NotImplementedError(f"cmt::{name} has no second derivative; CMT_KERNELS={name}:reference has")
 
-    backward = transforms.once(name)(backward)
+    backward = transforms.once(name)(_told(backward))
     _functions[name] = _function(name, setup_context, backward)
     torch.library.register_fake(f"cmt::{name}", fake)
     torch.library.register_autograd(f"cmt::{name}", backward, setup_context=setup_context)
