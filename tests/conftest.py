@@ -1,13 +1,19 @@
-"""Every test starts from the same seed on one thread; `gpu` tests are skipped without a CUDA device."""
+"""Every test starts from the same seed on one thread; `gpu` tests are skipped without a CUDA device.
+
+With one, a test that ruins the process's use of it does not take the next ones along (isolation.py).
+"""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.isolation import Isolation
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.pluginmanager.register(Isolation(config), "isolation")
 
 
 # files that keep a process busy for minutes: begun first, so that no process is left waiting for another at the end
