@@ -13,6 +13,11 @@ GPU = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m bench gpu --device $(DEVICE
 demo: .venv/demo ; $(BIN)/python -m cmt_kernels._native.build && $(BIN)/cmt train digits --out runs/digits
 # one test process a core, one thread each
 test: native ; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+# The native ops' tests on csrc/cuda, compiled for the CPU, and on the CPU kernels, with AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: .venv/dev
+	$(BIN)/python -m tests.kernels.emulated --sanitize --native-tests
+	$(BIN)/python -m tests.kernels.emulated --sanitize --reverse --native-tests
+	$(BIN)/python -m tests.kernels.emulated --sanitize --cpu --native-tests
 bench: native ; $(BIN)/python -m bench ops
 gpu: ; $(GPU)
 gpu-dry: ; $(MAKE) gpu DEVICE=cpu TINY=1
@@ -22,4 +27,4 @@ format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
 .venv/bin/python: ; $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q "$(TORCH)"
 .venv/%: .venv/bin/python pyproject.toml ; $(BIN)/python -m pip install -q -e ".[$*]" && touch $@
 native: .venv/dev ; $(BIN)/python -m cmt_kernels._native.build
-.PHONY: demo test bench gpu gpu-dry lint format native
+.PHONY: demo test sanitize bench gpu gpu-dry lint format native

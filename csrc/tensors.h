@@ -55,7 +55,9 @@ inline void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t
 struct Place {
   explicit Place(const Tensor& x) : backend(x.is_cuda() ? nullptr : &cpu_backend()), context{nullptr, run_parallel} {
     if (!x.is_cuda()) return;
-#ifdef CMT_WITH_CUDA
+#if defined(CMT_EMULATED)
+    STD_TORCH_CHECK(false, "the CUDA kernels of this library were compiled for the CPU");
+#elif defined(CMT_WITH_CUDA)
     CurrentCudaStream current = current_cuda_stream();
     STD_TORCH_CHECK(current, "a CUDA tensor, and no library that is loaded tells torch's CUDA stream");
     backend = &cuda::backend;

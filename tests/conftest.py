@@ -1,18 +1,24 @@
-"""Every test starts from the same seed on one thread; `gpu` tests are skipped without a CUDA device."""
+"""Every test starts from the same seed on one thread; `gpu` tests are skipped without a CUDA device.
+
+With one, a test that ruins the process's use of it does not take the next ones along (isolation.py).
+"""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.isolation import Isolation
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.pluginmanager.register(Isolation(config), "isolation")
 
 
 # files that keep a process busy for minutes: begun first, so that no process is left waiting for another at the end
-LONG = ("test_zero", "test_gates", "test_compile", "test_resume", "test_cli", "test_recipes", "test_attention_interpreted",
-        "test_row_ops_interpreted", "test_native_gates", "test_report")  # fmt: skip
+LONG = ("test_zero", "test_gates", "test_emulation", "test_compile", "test_resume", "test_cli", "test_recipes",
+        "test_attention_interpreted", "test_row_ops_interpreted", "test_native_gates", "test_report")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@
     ... --reverse -m ...     blocks and threads from the last to the first
     ... --sanitize -m ...    a build with AddressSanitizer and UndefinedBehaviorSanitizer, of the CPU kernels too
     ... --cpu -m ...         the CPU kernels of that build instead of the emulated ones
+    ... --native-tests       the tests of the native ops (NATIVE_TESTS), instead of -m
 
 In it every CPU tensor goes through the CUDA kernels (`CMT_ISA=emu`). The sources are compiled as they are but for what a C++
 compiler cannot read: `kernel<<<...>>>(...)` and the storage of __shared__ arrays (`translated`). csrc/emulation has the rest.
@@ -29,6 +30,11 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-omit-f
 # no -march: a machine of any age runs it; _FORTIFY_SOURCE forbids to jump between stacks
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-D__CUDACC__",
          "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-attributes"]  # fmt: skip
+
+# pytest's arguments for the tests of the native ops, of these what computes: not the compiler, instruction sets, threads
+NATIVE_TESTS = ["-q", "-p", "no:cacheprovider", "-k",
+                "native and not (opcheck or compile or instruction or threads or says_why)",
+                *(f"tests/kernels/test_{name}.py" for name in ("ops", "native", "native_instances"))]  # fmt: skip
 
 LAUNCH = re.compile(r"(\w+(?:<[^<>;{}]*>)?)<<<(.*?)>>>\(", re.DOTALL)
 DYNAMIC = re.compile(r"extern __shared__ float (\w+)\[\];")
@@ -114,7 +120,8 @@ def environment(order: str = "forward", sanitize: bool = False, isa: str = "emu"
         "CMT_ISA": isa,
         "CMT_EMULATED_ORDER": order,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "CUDA_VISIBLE_DEVICES": "",  # its CUDA kernels are no GPU's
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")])),
     }
     if sanitize:
         runtime = subprocess.run([build.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True)
@@ -129,11 +136,13 @@ def main() -> int:
     parser.add_argument("--reverse", action="store_true")
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--native-tests", action="store_true")
     parser.add_argument("-m", dest="python", nargs=argparse.REMAINDER, help="what Python runs")
     given = parser.parse_args()
     print(f"built {library(given.sanitize)}")
     env = environment("reverse" if given.reverse else "forward", given.sanitize, "" if given.cpu else "emu")
-    return subprocess.run([sys.executable, "-m", *given.python], env=os.environ | env).returncode if given.python else 0
+    python = ["pytest", *NATIVE_TESTS] if given.native_tests else given.python
+    return subprocess.run([sys.executable, "-m", *python], env=os.environ | env, cwd=ROOT).returncode if python else 0
 
 
 if __name__ == "__main__":

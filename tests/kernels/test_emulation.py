@@ -18,9 +18,6 @@ from tests.kernels import emulated
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 ORDERS = ("forward", "reverse")
-TESTS = [f"tests/kernels/test_{name}.py" for name in ("ops", "native", "native_instances")]
-# of these, what computes: not the compiler, the processor's instruction sets, threads
-COMPUTING = "native and not (opcheck or compile or instruction or threads or says_why)"
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +43,7 @@ def launches(log: Path) -> Counter:
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_native_tests_hold_on_the_cuda_sources(library: Path, tmp_path: Path, order: str) -> None:
     log = tmp_path / "launches"
-    options = ["-q", "-n0", "-p", "no:cacheprovider", "-k", COMPUTING]
-    done = python("-m", "pytest", *options, *TESTS, order=order, launches=log)
+    done = python("-m", "pytest", *emulated.NATIVE_TESTS, order=order, launches=log)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     found = launches(log)
     assert len(found) > 50 and not [kernel for kernel, count in found.items() if not count]
