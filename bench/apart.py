@@ -1,8 +1,9 @@
 """Contenders of `bench step`, each in a process of its own: one that runs out of memory, crashes or hangs ends alone.
 
-Ours first: the largest batch, half of it, mid-training with the recipe's own points. Then the peer's, halved until it fits
-beside the idle weights of ours; then both at the peer's batch, in alternating rounds, since no two networks of this size train
-in one process. Compiled steps come last, each only if the time that is left is likely to suffice. Every row is written at once.
+Each has the card to itself: ours first (the largest batch, half of it, mid-training with the recipe's own points), then the
+peer's, halved until it fits. Then both at the peer's batch, in alternating rounds of two processes, since no two networks of
+this size train in one. Compiled steps come last, each only if the time that is left is likely to suffice. Every row is written
+at once.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ class Apart:
         """Rows of ours, of the peer, and of both at the peer's batch."""
         precision, rows = self.precision(name), []
         label = (name, "eager", precision, self.m.batch)
+        theirs.stop()
         if self.attempt(label, lambda: ours.load(name, "eager", precision)):
             for batch in self.batches():
                 if rows and rows[-1]["batch"] <= batch:  # the one before was halved as far
@@ -177,6 +179,7 @@ class Apart:
                 how, points = "eager, recipe's points", own.per_trajectory
                 row = self.timed(ours, name, how, precision, rows[-1]["batch"], points)
                 rows += [row] if row else []
+        ours.stop()
         label = (name, "peer", precision, self.m.batch)
         if theirs.deadline.over or not self.attempt(label, lambda: theirs.load(name, "peer", precision)):
             return
@@ -193,6 +196,7 @@ class Apart:
         batch, label = peer["batch"], (name, EQUAL, precision, peer["batch"])
 
         def call() -> dict[str, Any]:
+            ours.load(name, "eager", precision)
             fitted, mine, other = ours.fit(batch), [], []
             if fitted["batch"] != batch:
                 raise Refused({"failed": f"{batch} rows do not fit beside the peer's"})
@@ -204,7 +208,7 @@ class Apart:
             over = dict(zip(("p20", "p50", "p80"), quantiles(ratios)))
             return row | {"over_peer": {precision: over}, "over_peer_by": ALTERNATING.format(len(mine))}
 
-        if not ours.loaded or ours.worker is None or ours.deadline.over:
+        if not rows or ours.deadline.over:
             return
         row = self.attempt(label, call)
         if row:

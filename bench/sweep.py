@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", help="default 22 sizes of 1 to 1100")
     parser.add_argument("--dims", type=int, nargs="+", help="head dims; default 14 sizes of 16 to 128")
     parser.add_argument("--dtypes", choices=TYPES, nargs="+", help="default both")
-    parser.add_argument("--workers", type=int, default=min(6, os.cpu_count() or 1))
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--minutes", type=float, help="after which the shapes that are left are named")
     parser.add_argument("--tiny", action="store_true", help="a dry run: four shapes")
     parser.add_argument("--json", type=Path, help="where to write; default bench/results/<device>/<date>-sweep.json")
