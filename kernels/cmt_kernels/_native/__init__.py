@@ -71,9 +71,9 @@ def unavailable(device: str | None = None) -> str | None:
 
     By default the device of the machine: where there is a GPU, a library without CUDA kernels is none.
     """
-    _load()
+    reason = _load()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return None if device in devices else _no_kernels(device)
+    return reason if reason or device in devices else _no_kernels(device)
 
 
 def covers(x: Tensor, op: str) -> bool:
