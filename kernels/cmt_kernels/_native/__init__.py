@@ -75,7 +75,7 @@ def unavailable(device: str | None = None) -> str | None:
     """
     reason = _load()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return reason or (None if device in devices else _no_kernels(device))
+    return reason if reason or device in devices else _no_kernels(device)
 
 
 def covers(x: Tensor, op: str) -> bool:
