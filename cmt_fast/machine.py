@@ -34,7 +34,7 @@ def device(name: str) -> torch.device:
             f"device: {name!r} is not there for process {distributed.local_rank()}; this machine has {count} CUDA devices"
         )
     allow_tf32(False)
-    torch.cuda.set_device(found)  # kernels are launched on the current device
+    torch.cuda.set_device(found)  # what is made without a device, and NCCL, go to the current one
     return found
 
 

@@ -20,8 +20,8 @@ def device_of(op: str, arguments: Iterable[Any]) -> torch.device | None:
     for x in arguments:
         if isinstance(x, Tensor):
             if found is None:
-                found = x.device
-            elif x.device != found:
+                found, index = x.device, x.get_device()
+            elif x.get_device() != index:  # -1 on a CPU
                 raise ValueError(f"{op}: its tensors are on two devices, {found} and {x.device}")
     return found
 
