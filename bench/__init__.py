@@ -27,17 +27,22 @@ def device_name(device: str) -> str:
     return model[1] if model else platform.processor() or platform.machine()
 
 
+def commit() -> str | None:
+    """The commit of this tree: what a carried copy says of itself (bench/kit.py), else what git says."""
+    if (ROOT / "COMMIT").exists():
+        return (ROOT / "COMMIT").read_text().strip() or None
+    described = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(described, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+
+
 def about(device: str) -> dict[str, Any]:
     """What a number is worthless without."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": commit or None,
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
