@@ -32,19 +32,25 @@ def device_name(device: str) -> str:
     return model[1] if model else platform.processor() or platform.machine()
 
 
+def commit() -> str | None:
+    """The commit of this tree: what a carried copy says of itself (CMT_COMMIT; COMMIT, by bench/kit.py), else what git says."""
+    carried = ROOT / "COMMIT"
+    said = os.environ.get("CMT_COMMIT") or (carried.read_text() if carried.exists() else "")
+    if not said and shutil.which("git"):
+        described = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+        said = subprocess.run(described, cwd=ROOT, capture_output=True, text=True).stdout
+    return said.strip() or None
+
+
 def about(device: str) -> dict[str, Any]:
-    """What a number is worthless without. The commit is git's, or CMT_COMMIT's where the sources were carried over."""
-    commit = os.environ.get("CMT_COMMIT", "")
-    if not commit and shutil.which("git"):
-        command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """What a number is worthless without."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "assembler": str(assembler.choose(assembler.card())) if device == "cuda" else None,
-        "commit": commit or None,
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -14,6 +14,7 @@ BENCHES = {
     "dual": "what a tangent costs, beside the plain forward and torch.func.jvp",
     "gates": "registers, spills and shared memory of every kernel, compiled without a GPU",
     "gpu": "all that a machine with a GPU is for, in parts",
+    "kit": "a folder that a machine with torch and triton runs with no network",
     "loader": "rows a second of every loader, against what a training step takes",
     "modes": "mid-training from trajectories in paper mode, in a pool and from a cache, over several seeds",
     "ops": "times of every op, backend and case",
