@@ -4,7 +4,10 @@ S = c Q K^T,  S. = c (Q. K^T + Q K.^T),  P = softmax S,  mu_i = sum_j P_ij S._ij
 O = P V,      O. = (P S.) V + P V. - diag(mu) O
 
 On a CUDA device a plain call under `no_grad` goes to the fastest library by measurement (primal.py), whose value is not
-bitwise a Dual's. In grad mode, and everywhere under `CMT_ATTENTION=triton`, it is.
+bitwise a Dual's. In grad mode, and everywhere under `CMT_ATTENTION=triton`, it is. On a GPU a kernel of ours computes
+only what it has proven there (proof.py); what it has not is plain torch, and a line says so.
+
+Finite where the formula in float64 is, as long as the logits and dO V^T fit float32.
 """
 
 from torch import Tensor

@@ -58,8 +58,8 @@ def allowed(dtype: torch.dtype, t: int, d: int) -> float:
 
 def layout(x: Tensor) -> tuple[int, ...]:
     """What code depends on besides sizes: the strides inside a row, then its stride and its address to 16 bytes."""
-    size = x.element_size()
-    return *x.stride()[1:], x.stride(0) * size % 16 // size, x.data_ptr() % 16 // size
+    strides, size = x.stride(), x.element_size()
+    return *strides[1:], strides[0] * size % 16 // size, x.data_ptr() % 16 // size
 
 
 def alike(x: Tensor, rows: int, generator: torch.Generator) -> Tensor:

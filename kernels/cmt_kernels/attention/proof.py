@@ -93,9 +93,9 @@ def table() -> dict[str, str]:
 def prove(
     t: int, h: int, d: int, dtype: torch.dtype, dual: bool = False, device: str | torch.device = "cuda"
 ) -> dict[str, list[Verdict]]:
-    """ "forward" (with a tangent if dual) and "backward" -> a verdict of each candidate, made now and kept nowhere.
+    """Verdicts of every candidate, made now and kept nowhere, under "forward" and "backward": what a sweep calls.
 
-    For contiguous tensors, (2, t, 3, h, d): what a sweep calls. The kernels in use are the first that is right.
+    For contiguous tensors, qkv (2, t, 3, h, d), with a tangent if dual. In use is the first candidate that is right.
     """
     from cmt_kernels.attention import triton as kernels
 

@@ -14,7 +14,7 @@ where none is right both ops are plain torch (reference.py).
 import math
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -121,6 +121,12 @@ def _aligned(d: int, *tensors: Tensor) -> bool:
     )
 
 
+@lru_cache
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first of a sample to its last."""
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides))
+
+
 def _check(qkv: Tensor, *others: Tensor) -> None:
     """Raises ValueError for what the kernels cannot compute."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
@@ -132,7 +138,7 @@ def _check(qkv: Tensor, *others: Tensor) -> None:
     for x in (qkv, *others):
         if x.device != qkv.device:
             raise ValueError(f"attention: one tensor is on {qkv.device}, another on {x.device}")
-        if max(x.stride(0), 1 + sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:]))) >= FAR:
+        if max(x.stride(0), _span(x.shape[1:], x.stride()[1:])) >= FAR:
             raise ValueError(f"attention: the Triton kernels take samples of less than 2^31 elements: {tuple(x.shape)}")
 
 
