@@ -1,9 +1,10 @@
 """adamw_ema in Triton: a pass for the gradient's norm, then one for clip, moments, parameters and every EMA track.
 
 Squares are summed in float64, where none of fp32 overflows: of a gradient beyond 1.8e19 fp32 would make the norm infinite
-and its clipping a step of nothing. The norm stays on the device: the first launch leaves partial sums of squares, every program of the second adds them up
-itself (at most PARTS numbers, from L2) and program 0 writes the result. Nothing waits for the host, the order of every
-sum is fixed, and step and lr reach the kernel only inside float arguments, so no step compiles anything.
+and its clipping a step of nothing. The norm stays on the device: the first launch leaves partial sums of squares, every
+program of the second adds them up itself (at most PARTS numbers, from L2) and program 0 writes the result. Nothing waits
+for the host, the order of every sum is fixed, and step and lr reach the kernel only inside float arguments, so no step
+compiles anything.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cmt_kernels.gate import Gate
 BLOCK = 2048  # parameters a program of the update
 NORM_BLOCK = 4096  # gradients a program of the norm takes at a time
 PARTS = 512  # most programs of the norm
-SMALL = tl.constexpr(2.0**64)  # norms beyond it: a gradient is multiplied by the clip's ratio in two factors
+FAR = tl.constexpr(2.0**64)  # norms beyond it: a gradient is multiplied by the clip's ratio in two factors
 TRACKS = 4  # EMA tracks in the update's launch; more of them cost a pass each
 SCALARS = ["b2", "one_b1", "one_b2", "decay", "size", "root", "eps", "max_norm", "w0", "w1", "w2", "w3"]
 
@@ -83,8 +84,8 @@ def update_kernel(
     if CLIP:
         ratio = max_norm / (length + 1e-6)
         ratio = tl.where(ratio > 1.0, 1.0, ratio)  # a norm that is NaN stays NaN
-        size = tl.where(length > SMALL, 1.0 / SMALL, 1.0)  # in two factors: neither leaves the numbers of fp32
-        x = x * size * (ratio * (1.0 / size)).to(tl.float32)
+        down = tl.where(length > FAR, 1.0 / FAR, 1.0)  # in two factors: neither leaves the numbers of fp32
+        x = x * down * (ratio * (1.0 / down)).to(tl.float32)
     first = tl.load(m + i, mask=inside)
     first += one_b1 * (x - first)
     second = tl.load(v + i, mask=inside, other=0.0) * b2 + one_b2 * x * x

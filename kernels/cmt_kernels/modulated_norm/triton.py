@@ -169,7 +169,9 @@ def _norm_backward(
     block, warps = cut(d)
     if x.numel():
         _backward[(b * runs,)](
-            *(dy, x, scale, mean, rstd, size, dx, sums, t, d, block, SUMMED_ROWS), num_warps=warps, enable_fp_fusion=False
+            *(dy, x, scale, mean, rstd, size, dx, sums, t, d, block, SUMMED_ROWS),
+            num_warps=warps,
+            enable_fp_fusion=False,
         )
     return dx, sums.sum(1).transpose(0, 1).contiguous()
 
