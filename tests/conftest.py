@@ -18,7 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # files that keep a process busy for minutes: begun first, so that no process is left waiting for another at the end
 LONG = ("test_zero", "test_gates", "test_emulation", "test_compile", "test_resume", "test_cli", "test_recipes",
-        "test_attention_interpreted", "test_row_ops_interpreted", "test_native_gates", "test_report")  # fmt: skip
+        "test_attention_interpreted", "test_extremes",
+        "test_row_ops_interpreted", "test_native_gates", "test_report")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ from cmt_kernels.launch import placed
 BLOCK = 2048  # parameters a program of the update
 NORM_BLOCK = 4096  # gradients a program of the norm takes at a time
 PARTS = 512  # most programs of the norm
-SMALL = tl.constexpr(2.0**64)  # norms beyond it: a gradient is multiplied by the clip's ratio in two factors
+FAR = tl.constexpr(2.0**64)  # norms beyond it: a gradient is multiplied by the clip's ratio in two factors
 TRACKS = 4  # EMA tracks in the update's launch; more of them cost a pass each
 SCALARS = ["b2", "one_b1", "one_b2", "decay", "size", "root", "eps", "max_norm", "w0", "w1", "w2", "w3"]
 
@@ -86,8 +86,8 @@ def update_kernel(
     if CLIP:
         ratio = max_norm / (length + 1e-6)
         ratio = tl.where(ratio > 1.0, 1.0, ratio)  # a norm that is NaN stays NaN
-        part = tl.where(length > SMALL, 1.0 / SMALL, 1.0)  # in two factors: neither leaves the numbers of fp32
-        x = x * part.to(tl.float32) * (ratio * (1.0 / part)).to(tl.float32)
+        down = tl.where(length > FAR, 1.0 / FAR, 1.0)  # in two factors: neither leaves the numbers of fp32
+        x = x * down.to(tl.float32) * (ratio * (1.0 / down)).to(tl.float32)
     first = tl.load(m + i, mask=inside)
     first += one_b1 * (x - first)
     second = tl.load(v + i, mask=inside, other=0.0) * b2 + one_b2 * x * x
