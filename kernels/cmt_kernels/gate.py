@@ -14,7 +14,8 @@ from typing import Any
 class Gate:
     """name: unique in its op; kernel: a `triton.jit` function; signature: run-time argument -> Triton type (`*bf16`,
     `i32`, `i32:16` for a multiple of 16; pointers count as multiples of 16); constexprs: the other arguments;
-    instruction: an SASS mnemonic that must appear on sm_90; fp_fusion: as `enable_fp_fusion` of its launches."""
+    instruction: an SASS mnemonic that must appear on sm_90; fp_fusion: as `enable_fp_fusion` of its launches;
+    architectures: it is compiled for these alone, None for all."""
 
     name: str
     kernel: Any
@@ -24,3 +25,4 @@ class Gate:
     num_stages: int = 3
     instruction: str | None = None
     fp_fusion: bool = True
+    architectures: tuple[int, ...] | None = None

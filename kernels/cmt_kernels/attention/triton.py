@@ -30,6 +30,8 @@ WIDEST = 256
 FAR = 2**31  # elements: offsets within a sample, and strides between samples, are 32-bit integers
 KERNELS = {"forward": ("forward",), "backward": ("backward_q", "backward_kv")}
 Tiles = dict[str, dict[str, int]]  # kernel -> what `tiles` gives
+# T -> head dims at which ptxas 12.8.93 made wrong code for sm_90, and others of their kind: few tokens, a split head dim
+SMALL = {16: (32, 36, 40, 48, 96), 33: (36,), 64: (36, 72, 80), 77: (36, 72), 100: (72,), 1024: (64, 72)}
 
 
 def unavailable(device: str) -> str | None:
@@ -266,7 +268,7 @@ _attention.register_autograd(_gradient, setup_context=_save)
 
 
 def gates() -> list[Gate]:
-    """Every kernel in bf16 and fp32 at the head dims of real runs, for T = 256, and for a T that needs masks.
+    """Every kernel in bf16 and fp32 at the head dims of real runs, for T = 256, and for a T that needs masks; SMALL on sm_90.
 
     One is left out, because it spills at every tile (300 bytes on sm_90 at the best): the dual forward in float32 at head
     dim 128, where a thread holds a row of q and of its tangent, 256 numbers. It runs, slowly.
@@ -277,14 +279,16 @@ def gates() -> list[Gate]:
     for dtype, d, t in (
         *((dtype, d, 256) for dtype in (torch.bfloat16, torch.float32) for d in (64, 72, 80, 96, 128)),
         *((torch.bfloat16, d, 250) for d in (64, 72)),
+        *((torch.bfloat16, d, t) for t, dims in SMALL.items() for d in dims),
     ):
         h, (d0, d1) = 12, columns(d, dtype)
+        aligned = d * dtype.itemsize % 16 == 0
         for name, dual in (("forward", False), ("forward", True), ("backward_q", None), ("backward_kv", None)):
             if dual and dtype == torch.float32 and d == 128:
                 continue
             tile = tiles(name, d, dtype, t)
             constexprs = {"T": t, "H": h, "d": d, "S_T": 3 * h * d, "S_3": h * d, "S_H": d, "S_D": 1}
-            constexprs |= {"ALIGNED": True, "D0": d0, "D1": d1, "BM": tile["BM"], "BN": tile["BN"]}
+            constexprs |= {"ALIGNED": aligned, "D0": d0, "D1": d1, "BM": tile["BM"], "BN": tile["BN"]}
             if name == "forward":
                 constexprs |= {
                     "Z_T": 3 * h * d,
@@ -299,7 +303,8 @@ def gates() -> list[Gate]:
             kernel = getattr(triton_kernels, name)
             kinds = dict.fromkeys(("qkv", "qkv_dot", "o", "o_dot", "do", "dqkv"), "*" + TYPES[dtype])
             kinds |= {"norms": "*fp32", "delta": "*fp32"}
-            signature = {a: "constexpr" if a in constexprs else kinds.get(a, "i32") for a in kernel.arg_names}
+            number = "i32:16" if t in SMALL else "i32"  # strides of a row of a contiguous batch are multiples of 16
+            signature = {a: "constexpr" if a in constexprs else kinds.get(a, number) for a in kernel.arg_names}
             rows.append(
                 Gate(
                     f"attention {name}{' dual' * bool(dual)} d{d} T{t} {TYPES[dtype]}",
@@ -309,6 +314,7 @@ def gates() -> list[Gate]:
                     tile["num_warps"],
                     tile["num_stages"],
                     "HGMMA" if dtype == torch.bfloat16 else None,
+                    architectures=(90,) if t in SMALL else None,
                 )
             )
     return rows
