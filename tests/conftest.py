@@ -1,9 +1,12 @@
 """Every test starts from the same seed on one thread; `gpu` tests are skipped without a CUDA device.
 
-With one, a test that ruins the process's use of it does not take the next ones along (isolation.py).
+With one, a test that ruins the process's use of it does not take the next ones along (isolation.py). Such a machine may lack
+what the trainer needs: files of tests that cannot be imported for it are skipped and say so, those of the kernels run.
 """
 
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,28 @@ def pytest_configure(config: pytest.Config) -> None:
 LONG = ("test_zero", "test_gates", "test_emulation", "test_compile", "test_resume", "test_cli", "test_recipes",
         "test_attention_interpreted", "test_extremes",
         "test_row_ops_interpreted", "test_native_gates", "test_report")  # fmt: skip
+
+
+NEEDED = (
+    "numpy",
+    "pydantic",
+    "yaml",
+    "safetensors",
+    "xxhash",
+    "rich",
+    "PIL",
+    "jinja2",
+)  # by the trainer, not by the kernels
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    report = yield
+    missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", str(report.longrepr)) if report.failed else None
+    if missing and missing[1] in NEEDED and isinstance(collector, pytest.Module):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), None, f"Skipped: needs {missing[1]}, which is not installed")
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

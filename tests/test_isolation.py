@@ -108,3 +108,23 @@ def test_without_a_fault_nothing_runs_elsewhere(tmp_path: Path) -> None:
     tests = TESTS.replace("planted_gpu.fault = True", "pass").replace("os._exit(139)", "pass").replace("1 == 2", "1")
     text, outcomes = pytest_on(tmp_path, tests)
     assert "27 passed, 1 skipped" in text and "unusable" not in text and set(outcomes.values()) == {"PASSED"}
+
+
+@pytest.mark.parametrize("lacks, outcome", [("pydantic", "27 passed, 2 skipped"), ("of_our_own", "1 error")])
+def test_a_package_of_the_trainer_that_is_not_there_is_a_skip_that_says_so(tmp_path, lacks: str, outcome: str) -> None:
+    """And a module of any other name that cannot be found is an error, as ever."""
+    blocked = f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, *_):
+        if name == {lacks!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+    (tmp_path / "blocked.py").write_text(blocked)
+    (tmp_path / "test_other.py").write_text(f"import {lacks}\n\ndef test_never():\n    assert 0\n")
+    tests = TESTS.replace("planted_gpu.fault = True", "pass").replace("os._exit(139)", "pass").replace("1 == 2", "1")
+    text, _ = pytest_on(tmp_path, tests, "-p", "blocked", "--continue-on-collection-errors", "test_other.py")
+    assert outcome in text and ("needs pydantic, which is not installed" in text) == (lacks == "pydantic"), text
