@@ -124,11 +124,17 @@ def environment(order: str = "forward", sanitize: bool = False, isa: str = "emu"
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")])),
     }
     if sanitize:
-        runtime = subprocess.run([build.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True)
-        found["LD_PRELOAD"] = runtime.stdout.strip()  # before everything else, for Python is not built with it
+        # before everything else, for Python is built without them: ASan, and what throws, which ASan wants to find
+        found["LD_PRELOAD"] = " ".join(map(runtime, ("libasan.so", "libstdc++.so")))
         found["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=1"
         found["UBSAN_OPTIONS"] = "halt_on_error=1:print_stacktrace=1"
     return found
+
+
+def runtime(name: str) -> str:
+    """Where the compiler has a library."""
+    command = [build.compiler(), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:
