@@ -11,13 +11,14 @@ that nothing had written. A newer one lies in the same wheels, in the CUDA toolk
   assembler's and keeps what it compiled under the assembler's full version, so nothing that another one made is reused;
 * `refusal` says why the kernels that use wgmma may not run with what was chosen.
 
-What is known of wgmma (sm_90 alone) in public and by our own gate (`python -m bench gates`, which searches the machine code):
+What is known of wgmma (sm_90 alone), in public and by our own search of the machine code (`python -m bench gates`):
 
-* below 12.9: registers are read that nothing wrote. github.com/fla-org/flash-linear-attention/pull/1262 has 12.8.93 with
-  wrong numbers and a shared-memory fault; our gate finds it in our own kernels. Refused.
+* 12.8: registers are read that nothing wrote. github.com/fla-org/flash-linear-attention/pull/1262 has 12.8.93 with wrong
+  numbers and a shared-memory fault; of 120 kernels of attention in Triton 3.6's PTX, T 1 to 1024, it makes 39 so. Refused.
 * 12.9 to 13.2: the input registers of a running wgmma may be written again, mended in 13.3:
   github.com/triton-lang/triton/pull/11781, CUDA 13.3 release notes. 13.0.88 besides writes shared memory out of bounds in
-  the pull request above, where 13.1.80 is right. Used where nothing newer is there.
+  the pull request above, where 13.1.80 is right. Used where nothing newer is there: in those 120 kernels 12.6.85, 12.9.86,
+  13.0.88, 13.1.80, 13.3.33, 13.4.59 and 13.5.37 do neither (2026-11-27). What a card says of them is another question.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ Version = tuple[int, ...]
 
 # versions below -> rank (0 is best), whether refused, what is wrong; the first row that holds counts
 WGMMA_FAULTS: tuple[tuple[Version, int, bool, str], ...] = (
+    ((12, 8), 2, False, "is older than all that were tried on a card"),
     ((12, 9), 3, True, "reads registers that nothing wrote in wgmma kernels (flash-linear-attention #1262)"),
     ((13, 0), 1, False, "may write input registers of a running wgmma (triton #11781)"),
     ((13, 1), 2, False, "may write shared memory out of bounds (flash-linear-attention #1262)"),

@@ -80,7 +80,8 @@ def test_order_of_preference() -> None:
     versions = [(13, 0, 88), (12, 9, 86), (12, 8, 93), (13, 5, 37), (13, 1, 80), (13, 3, 33), (12, 6, 85)]
     found = [assembler.Assembler(f"/{v}", v, "here") for v in versions]
     ordered = [a.version[:2] for a in assembler.preferred(found, wgmma=True)]
-    assert ordered == [(13, 5), (13, 3), (13, 1), (12, 9), (13, 0), (12, 8), (12, 6)]
+    assert ordered == [(13, 5), (13, 3), (13, 1), (12, 9), (13, 0), (12, 6), (12, 8)]
+    assert [v for v in versions if assembler.wgmma_fault(v)[1]] == [(12, 8, 93)]
     assert [a.version[:2] for a in assembler.preferred(found, wgmma=False)] == sorted({v[:2] for v in versions})[::-1]
 
 
