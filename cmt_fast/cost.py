@@ -129,6 +129,13 @@ def network(model: Model, path: str, shape: tuple[int, ...], classes: int, name:
     return Network(name or f"DiT-{model.size}/{model.patch}", count, *work, width, depth, tokens, heads)
 
 
+def dit_network(width: int, depth: int, tokens: int) -> Network:
+    """The two-time DiT of these sizes on latents of 4 channels; heads of 64 columns where no published size has others."""
+    heads = next((h for w, d, h in dit.SIZES.values() if (w, d) == (width, depth)), max(1, width // 64))
+    side = 2 * math.isqrt(tokens)
+    return network(Dit(width=width, depth=depth, heads=heads), "linear", (4, side, side), 1000)
+
+
 @functools.lru_cache(maxsize=16)
 def feature_network(distance: str, shape: tuple[int, ...], width: int = 64) -> Network:
     """The network behind a perceptual distance; its five slices. width: of the first stage of a classifier of latents."""

@@ -167,26 +167,29 @@ def step_us(work: list[Term], net: Network, card: Card, how: str, precision: str
     return reckon(work, known, batch, batch, card._replace(steps=()), 1, precision, how).step_us / batch
 
 
-def calibration(
-    work: list[Term], known: dict[str, Network], card: Card, precision: str
-) -> tuple[float, str]:  # fmt: skip
-    """Measured over predicted time of this network's steps on this card, and how to mark what it is applied to.
+def calibration(work: list[Term], known: dict[str, Network], card: Card, precision: str) -> tuple[float, str]:
+    """Measured over predicted time of a network's steps on this card, and how to mark what it is applied to.
 
-    Of the very same work it is that step's own ratio, else the mean of the ratios of all steps of this network.
+    Of the very same work it is that step's own ratio, else the mean of the ratios of all steps of this network; of a DiT
+    that nobody has measured the mean over those that were, which is what the model's passes and rates miss on this card.
     """
-    net, ratios = known["student"], []
-    mine = _units(work, known)
-    for step in card.steps:
-        if (step.width, step.depth, step.tokens, step.precision) != (net.width, net.depth, net.tokens, precision):
-            continue
-        plain = step_work(step.objective, step.teacher)
-        ratio = step.us / step_us(plain, net, card, "fused", precision, step.batch)
-        if mine == _units(plain, {"student": net, "teacher": net}):
+    net, mine = known["student"], _units(work, known)
+    steps = [step for step in card.steps if step.precision == precision] if net.depth else []
+    own = [s for s in steps if (s.width, s.depth, s.tokens) == (net.width, net.depth, net.tokens)]
+    ratios = []
+    for step in own or steps:
+        of, plain = (
+            net if own else cost.dit_network(step.width, step.depth, step.tokens),
+            step_work(step.objective, step.teacher),
+        )
+        ratio = step.us / step_us(plain, of, card, "fused", precision, step.batch)
+        if own and mine == _units(plain, {"student": net, "teacher": net}):
             return ratio, f"measured: {step.source}"
         ratios.append((ratio, step.source))
     if not ratios:
         return 1.0, "predicted"
-    return sum(r for r, _ in ratios) / len(ratios), f"predicted, scaled by the measured steps of {ratios[0][1]}"
+    whose = "the" if own else "another network's"
+    return sum(r for r, _ in ratios) / len(ratios), f"predicted, scaled by {whose} measured steps of {ratios[0][1]}"
 
 
 def _units(work: list[Term], known: dict[str, Network]) -> dict[tuple[str, str], float]:

@@ -207,6 +207,13 @@ def test_cards_are_corrected_by_results(tmp_path):
     other = estimate.reckon(list(FULL), known, 64, 64, h100, 1, "bf16", "fused")
     assert other.mark.startswith("predicted, scaled by the measured")
     assert estimate.reckon(list(TRAIN), known, 64, 64, h100, 1, "tf32", "fused").mark == "predicted"
+    large = dit("L", 256)  # of a network that nobody has measured here, what the model missed of another
+    elsewhere = estimate.reckon(list(TRAIN), {"student": large, "teacher": large}, 64, 64, h100, 1, "bf16", "fused")
+    plainly = estimate.reckon(
+        list(TRAIN), {"student": large, "teacher": large}, 64, 64, CARDS["h100"], 1, "bf16", "fused"
+    )
+    assert elsewhere.mark.startswith("predicted, scaled by another network's measured steps of nvidia-h100")
+    assert elsewhere.work_us == pytest.approx(2 * plainly.work_us)
     for rate in (9e14, {"bf16": 9e14, "fp32": 4e13}):
         (folder / "step.json").write_text(json.dumps(about | {"matmul_flop_s": rate}))
         again = card("h100", tmp_path)
