@@ -132,7 +132,7 @@ def _width(opcode: str, operands: tuple[str, ...], index: int) -> int:
         if len(kinds) == 1 and name == "I2F" and kinds[0][0] in "US":
             named = ["F32", kinds[0]]
         return 2 if named[min(index, 1)].endswith("64") else 1
-    if name.startswith("D") and name in OTHER:
+    if name == "RET" or name.startswith("D") and name in OTHER:
         return 2
     if name in MEMORY or "64" in parts and name in ("UIADD3", "UMOV", "MOV", "UISETP", "ISETP", "USEL", "SEL", "IADD"):
         return _wide(opcode)
@@ -201,7 +201,10 @@ def instruction(address: int, text: str) -> Instruction:
 
 
 def _following(code: list[Instruction], base: int) -> list[list[int]]:
-    """Indices of the instructions that may run after each. Raises ValueError for a jump that is not understood."""
+    """Indices of the instructions that may run after each. Raises ValueError for a jump that is not understood.
+
+    A CALL goes into the subroutine and past it, and is taken to write all that the subroutine writes; a RET ends its path.
+    """
     places = {one.address + base: i for i, one in enumerate(code)}
 
     def target(one: Instruction) -> int:
@@ -217,9 +220,13 @@ def _following(code: list[Instruction], base: int) -> list[list[int]]:
     out = []
     for i, one in enumerate(code):
         after = [i + 1] if i + 1 < len(code) else []
-        if one.name in ("BRX", "JMP", "CALL", "RET"):
+        if one.name in ("BRX", "JMP"):
             raise ValueError(f"{one.name} is not followed: {one.text}")
-        if one.name == "EXIT":
+        if one.name == "CALL":
+            out.append([target(one), *after])
+        elif one.name == "RET":
+            out.append([])
+        elif one.name == "EXIT":
             out.append(after if one.guard else [])
         elif one.name == "BRA":
             conditional = one.guard or len(one.operands) > 1
@@ -241,7 +248,22 @@ def kernel(name: str, lines: Iterable[tuple[int, str]]) -> Kernel:
     lines = list(lines)
     base = lines[0][0]
     code = [instruction(address - base, text) for address, text in lines]
-    return Kernel(name, code, _following(code, base))
+    following = _following(code, base)
+    for i, one in enumerate(code):
+        if one.name == "CALL":
+            code[i] = one._replace(writes=_writes_of(code, following, following[i][0]))
+    return Kernel(name, code, following)
+
+
+def _writes_of(code: list[Instruction], following: list[list[int]], start: int) -> frozenset[str]:
+    """All that a subroutine may write: what runs from where it begins to where it returns."""
+    seen, work = set(), [start]
+    while work:
+        i = work.pop()
+        if i not in seen:
+            seen.add(i)
+            work += following[i]
+    return frozenset().union(*(code[i].writes for i in seen))
 
 
 def read(text: str) -> list[tuple[int, str]]:
