@@ -128,9 +128,10 @@ def check_a_wrong_tangent_moves_the_plain_call_too() -> None:
     with card(forward=wrong_forward((0,), dual_only=True)) as seen:
         assert right(dual=False) and seen.lines == []
         assert right() and "tangent errs" in seen.lines[0] and NEXT in seen.lines[0]
-        assert proof.choose("forward", inputs(CASE)["qkv"].value, None) == proof._settled[next(iter(proof._settled))][1]
         dual, plain = everything(attention), everything(attention, dual=False)
-        assert torch.equal(dual[0], plain[0]) and {i for i, _ in proof._settled.values()} == {0, 1}
+        assert torch.equal(dual[0], plain[0])
+        used = [(launch[0], i) for (_, launch), (i, _) in proof._settled.items()]
+        assert sorted(used) == [("backward", 0), ("forward", 1), ("forward", 1)]
 
 
 def check_all_wrong_falls_back() -> None:
