@@ -53,6 +53,8 @@ def everything(function, x: torch.Tensor, x_dot: torch.Tensor | None, layout: st
     """Value, gradient along a fixed direction, and the tangent if there is one."""
     y = function(x if x_dot is None else Dual(x, x_dot))
     y, tangents = (y.value, [y.tangent]) if isinstance(y, Dual) else (y, [])
+    # not rounded alike for all dtypes: at T = 1 plain torch's gradient is exact, as its softmax of one number is 1, and what
+    # takes p from the logsumexp would have to be (4.8e-7 in dv here); the direction's own rounding is the least that counts
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
     return [y.detach(), torch.autograd.grad(y, x, LAYOUTS[layout](direction))[0], *tangents]
 
