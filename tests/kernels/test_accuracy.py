@@ -132,7 +132,7 @@ def products(inputs: dict[str, Any], product: Callable) -> list[Tensor]:
     shape, x = x.shape, x.flatten(0, -2)
     y = product(x, w.mT) + (0 if bias is None else bias)
     direction = torch.randn((*shape[:-1], len(w)), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    d = direction.to(y).flatten(0, -2)
+    d = direction.bfloat16().to(x).flatten(0, -2)
     return [y.view(*shape[:-1], -1), product(d, w).view(shape), product(d.mT, x)]
 
 

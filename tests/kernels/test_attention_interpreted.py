@@ -99,6 +99,8 @@ def everything(function, x: torch.Tensor, x_dot: torch.Tensor | None, layout: st
 
 
 def direction_of(y: torch.Tensor) -> torch.Tensor:
+    # not rounded alike for all dtypes: at T = 1 plain torch's gradient is exact, as its softmax of one number is 1, and what
+    # takes p from the logsumexp would have to be (4.8e-7 in dv here); the direction's own rounding is the least that counts
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
 
 
