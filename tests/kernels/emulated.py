@@ -14,6 +14,7 @@ compiler cannot read: `kernel<<<...>>>(...)` and the storage of __shared__ array
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import re
 import subprocess
@@ -88,6 +89,12 @@ def library(sanitize: bool = False) -> Path:
     folder = SANITIZED if sanitize else FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     build.OBJECTS.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two test processes one builds, and the other finds it built
+        return _library(folder, sanitize)
+
+
+def _library(folder: Path, sanitize: bool) -> Path:
     torch = build.torch_folder()
     todo = {}
     for name, cxx in build.commands(torch, cuda=False).items():

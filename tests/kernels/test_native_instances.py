@@ -37,7 +37,7 @@ ODD_HEADS = (1, 7, 63, 95, 127, 255)
 
 def tokens(width: int) -> int:
     """Rows of an image: enough that the largest error of plain torch, which is the yardstick, is not luck."""
-    return max(3, 1500 // width)
+    return min(max(3, 1500 // width), 100)
 
 
 def instances() -> list[tuple[str, Any]]:
