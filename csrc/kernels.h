@@ -39,7 +39,7 @@ struct ModulatedNorm {
   const void *x, *x_dot;
   Rows shift, scale, shift_dot, scale_dot;
   void *y, *y_dot;
-  float* stats;  // (B, T, 3): mean, r, size (row_math.h)
+  float* stats;  // (B, T, 2): mean / 2, 2 r (row_math.h, Kept)
   int64_t B, T, D, k;
   float eps;
   bool bf16;

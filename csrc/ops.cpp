@@ -90,7 +90,7 @@ Three modulated_norm_op(const Tensor& x_in, const Tensor& shift_in, const Tensor
   Maybe shift = modulation(shift_in, x, B, op, "shift"), scale = modulation(scale_in, x, B, op, "scale");
   Maybe shift_dot = modulation(shift_dot_in, x, k, op, "the tangent of shift");
   Maybe scale_dot = modulation(scale_dot_in, x, k, op, "the tangent of scale");
-  Tensor y = empty(x, {B, T, D}), y_dot = empty(x, {k, T, D}), stats = empty_floats(x, {B, T, 3});
+  Tensor y = empty(x, {B, T, D}), y_dot = empty(x, {k, T, D}), stats = empty_floats(x, {B, T, 2});
   if (x.numel()) {
     Place place(x);
     place.backend->modulated_norm(
@@ -108,7 +108,7 @@ Three modulated_norm_backward_op(const Tensor& grad_in, const Tensor& x_in, cons
   STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
   int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2);
   Tensor x = dense(x_in), grad = *activation(grad_in, x, B, op, "grad");
-  Maybe scale = modulation(scale_in, x, B, op, "scale"), stats = parameter(stats_in, x, {B, T, 3}, op, "stats");
+  Maybe scale = modulation(scale_in, x, B, op, "scale"), stats = parameter(stats_in, x, {B, T, 2}, op, "stats");
   Chunks chunks(T, kChunks);
   Tensor dx = empty(x, {B, T, D}), dshift = empty(x, {B, D}), dscale = empty(x, {B, D});
   Tensor partials = empty_floats(x, {B, chunks.count, 2, D});

@@ -66,6 +66,16 @@ template <class F>
 CMT_FN F normalised(F x, float size, float mean, float r) {
   return mad(x, F{} + size, F{} - mean) * r;
 }
+// What is kept for the backward is mean and 1/std of x itself, as half the mean and twice 1/std: x - mean may be twice the
+// largest number, half of it is not.
+struct Kept {
+  float half_mean, twice_r;
+};
+CMT_FN Kept kept(float size, float mean, float r) { return {mean * (0.5f / size), 2.0f * r * size}; }
+template <class F>
+CMT_FN F normalised_again(F x, Kept k) {
+  return mad(x, F{} + 0.5f, F{} - k.half_mean) * k.twice_r;
+}
 template <class F>
 CMT_FN F modulated(F xh, F scale, F shift) {
   return mad(xh, 1.0f + scale, shift);

@@ -67,7 +67,8 @@ void forward(const ModulatedNorm& a, const Context& context) {
       auto y = static_cast<T*>(a.y) + row * D;
       auto shift = row_of<T>(a.shift, b), scale = row_of<T>(a.scale, b);
       Moments of = moments_of(x, D, a.eps);
-      a.stats[3 * row] = of.mean, a.stats[3 * row + 1] = of.r, a.stats[3 * row + 2] = of.size;
+      Kept k = kept(of.size, of.mean, of.r);
+      a.stats[2 * row] = k.half_mean, a.stats[2 * row + 1] = k.twice_r;
       columns(D, [&](int64_t i, int64_t n) {
         V xh = normalised(load(x + i, n), of.size, of.mean, of.r);
         store(y + i, modulated(xh, load(scale + i, n), load(shift + i, n)), n);
@@ -83,10 +84,10 @@ void backward_row(const ModulatedNormBackward& a, int64_t row, float* dshift, fl
   auto x = static_cast<const T*>(a.x) + row * D, grad = static_cast<const T*>(a.grad) + row * D;
   auto scale = row_of<T>(a.scale, row / a.T);
   auto dx = static_cast<T*>(a.dx) + row * D;
-  float mean = a.stats[3 * row], r = a.stats[3 * row + 1], size = a.stats[3 * row + 2];
+  Kept k{a.stats[2 * row], a.stats[2 * row + 1]};
   V s1{}, s2{};
   columns(D, [&](int64_t i, int64_t n) {
-    V g = load(grad + i, n), xh = normalised(load(x + i, n), size, mean, r), w = g * (1.0f + load(scale + i, n));
+    V g = load(grad + i, n), xh = normalised_again(load(x + i, n), k), w = g * (1.0f + load(scale + i, n));
     s1 += w;
     s2 += first(w * xh, n);
     store(dshift + i, load(dshift + i, n) + g, n);
@@ -94,8 +95,8 @@ void backward_row(const ModulatedNormBackward& a, int64_t row, float* dshift, fl
   });
   float m1 = sum(s1) / D, m2 = sum(s2) / D;
   columns(D, [&](int64_t i, int64_t n) {
-    V xh = normalised(load(x + i, n), size, mean, r), w = load(grad + i, n) * (1.0f + load(scale + i, n));
-    store(dx + i, normalise_along(w, xh, r * size, m1, m2), n);
+    V xh = normalised_again(load(x + i, n), k), w = load(grad + i, n) * (1.0f + load(scale + i, n));
+    store(dx + i, 0.5f * normalise_along(w, xh, k.twice_r, m1, m2), n);
   });
 }
 

@@ -10,6 +10,10 @@ CMT_FN const T* row_of(const Rows& m, int64_t b) {
   return m.data ? static_cast<const T*>(m.data) + b * m.stride : nullptr;
 }
 
+// No xh of a row is larger than sqrt(D), D <= 1280. Beyond the row, where w is 0, it may be infinite: of numbers of 1e37 that
+// are all but equal.
+constexpr float kMost = 64.0f;
+
 template <class T, int N>
 CMT_FN void tangent_row(const ModulatedNorm& a, int64_t row, const Vec (&xh)[N], float r, bool whole) {  // r: of x itself
   int64_t b = row / a.T;
@@ -47,19 +51,17 @@ CMT_FN void tangent_row(const ModulatedNorm& a, int64_t row, const Vec (&xh)[N],
   }
 }
 
-struct Moments {
-  float mean, r, squares;
-};
-// Of a row in registers, with `origin`, its first number, beyond D. The mean is taken about it: of a row of equal numbers
-// it is that number, and the variance 0.
+// Of a row in registers, beyond D filled with its first number, `origin`, about which the mean is taken: of a row of equal
+// numbers it is that number, and the variance 0.
 template <int N>
-CMT_FN Moments moments_of(const Vec (&x)[N], float origin, int D, float eps) {
-  float total = 0.0f, squares = 0.0f;
+CMT_FN void moments_of(const Vec (&x)[N], float origin, int D, float& mean, float& squares) {
+  float total = 0.0f;
 #pragma unroll
   for (int n = 0; n < N; ++n)
 #pragma unroll
     for (int j = 0; j < kVector; ++j) total += x[n].v[j] - origin;
-  float mean = origin + warp_sum(total) / D;
+  mean = origin + warp_sum(total) / D;
+  squares = 0.0f;
 #pragma unroll
   for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -68,7 +70,6 @@ CMT_FN Moments moments_of(const Vec (&x)[N], float origin, int D, float eps) {
       squares += centred * centred;
     }
   squares = warp_sum(squares);
-  return {mean, rsqrt_of(squares / D + eps), squares};
 }
 
 // The blocks a multiprocessor must hold leave 128 registers a thread, 168 for the widest rows: none spills.
@@ -84,24 +85,21 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_kernel(Modula
   Vec xh[N];
   float origin = to_float(x[0]), size = 1.0f;
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
-    int i = (n * 32 + threadIdx.x) * kVector;
-    xh[n] = load(x, i, D, whole);
-#pragma unroll
-    for (int j = 0; j < kVector; ++j)
-      if (i + j >= D) xh[n].v[j] = origin;  // a number of the row: xh stays finite beyond it too, for inf times 0 is NaN
-  }
-  Moments of = moments_of(xh, origin, D, a.eps);
-  if (!(of.squares <= kLargest)) {  // the same on every lane
-    size = kShrunk;
+  for (int n = 0; n < N; ++n) xh[n] = load(x, (n * 32 + threadIdx.x) * kVector, D, whole, origin);
+  float mean, r, squares;
+#pragma unroll 1
+  while (true) {
+    moments_of(xh, origin, D, mean, squares);
+    r = rsqrt_of(squares / D + a.eps * size * size);
+    if (squares <= kLargest || size != 1.0f) break;  // the same on every lane
+    size = kShrunk, origin *= size;
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int j = 0; j < kVector; ++j) xh[n].v[j] *= size;
-    of = moments_of(xh, origin * size, D, a.eps * size * size);
   }
-  float mean = of.mean, r = of.r;
-  if (threadIdx.x == 0) a.stats[3 * row] = mean, a.stats[3 * row + 1] = r, a.stats[3 * row + 2] = size;
+  Kept k = kept(size, mean, r);
+  if (threadIdx.x == 0) a.stats[2 * row] = k.half_mean, a.stats[2 * row + 1] = k.twice_r;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     int i = (n * 32 + threadIdx.x) * kVector;
@@ -113,7 +111,7 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_kernel(Modula
     }
     store(static_cast<T*>(a.y) + row * D, i, D, whole, h);
   }
-  if constexpr (kDual) tangent_row<T, N>(a, row, xh, r * size, whole);
+  if constexpr (kDual) tangent_row<T, N>(a, row, xh, 0.5f * k.twice_r, whole);
 }
 
 // The block's sums of one kind, warp after warp, into its row of the partials.
@@ -144,16 +142,17 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_backward_kern
   for (int64_t t = from + threadIdx.y; t < to; t += kWarps) {
     int64_t row = b * a.T + t;
     const T *x = static_cast<const T*>(a.x) + row * D, *grad = static_cast<const T*>(a.grad) + row * D;
-    float mean = a.stats[3 * row], r = a.stats[3 * row + 1], size = a.stats[3 * row + 2], m1 = 0.0f, m2 = 0.0f;
+    Kept k{a.stats[2 * row], a.stats[2 * row + 1]};
+    float m1 = 0.0f, m2 = 0.0f;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       int i = (n * 32 + threadIdx.x) * kVector;
       Vec v = load(x, i, D, whole), g = load(grad, i, D, whole), s = load(scale, i, D, whole);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        float xh = normalised(v.v[j], size, mean, r), w = g.v[j] * (1.0f + s.v[j]);
+        float xh = normalised_again(v.v[j], k), w = g.v[j] * (1.0f + s.v[j]);
         m1 += w;
-        m2 += i + j < D ? w * xh : 0.0f;  // beyond the row xh may be infinite
+        m2 += w * within(xh, kMost);
         dshift[n].v[j] += g.v[j];
         dscale[n].v[j] += g.v[j] * xh;
       }
@@ -166,7 +165,7 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_backward_kern
       Vec v = load(x, i, D, whole), g = load(grad, i, D, whole), s = load(scale, i, D, whole);
 #pragma unroll
       for (int j = 0; j < kVector; ++j)
-        v.v[j] = normalise_along(g.v[j] * (1.0f + s.v[j]), normalised(v.v[j], size, mean, r), r * size, m1, m2);
+        v.v[j] = 0.5f * normalise_along(g.v[j] * (1.0f + s.v[j]), normalised_again(v.v[j], k), k.twice_r, m1, m2);
       store(static_cast<T*>(a.dx) + row * D, i, D, whole, v);
     }
   }

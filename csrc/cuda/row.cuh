@@ -28,19 +28,19 @@ struct Vec {
   float v[kVector];
 };
 
-// The vector of columns [i, i + 8) of a row of D; columns beyond D are 0.
-CMT_FN Vec load(const float* row, int i, int D, bool whole) {
+// The vector of columns [i, i + 8) of a row of D; columns beyond D are `beyond`.
+CMT_FN Vec load(const float* row, int i, int D, bool whole, float beyond = 0.0f) {
   Vec x;
   if (whole && i < D) {
     float4 a = *reinterpret_cast<const float4*>(row + i), b = *reinterpret_cast<const float4*>(row + i + 4);
     x = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
   } else {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) x.v[j] = i + j < D ? row[i + j] : 0.0f;
+    for (int j = 0; j < kVector; ++j) x.v[j] = i + j < D ? row[i + j] : beyond;
   }
   return x;
 }
-CMT_FN Vec load(const bf16* row, int i, int D, bool whole) {
+CMT_FN Vec load(const bf16* row, int i, int D, bool whole, float beyond = 0.0f) {
   Vec x;
   if (whole && i < D) {
     uint4 raw = *reinterpret_cast<const uint4*>(row + i);
@@ -52,7 +52,7 @@ CMT_FN Vec load(const bf16* row, int i, int D, bool whole) {
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) x.v[j] = i + j < D ? to_float(row[i + j]) : 0.0f;
+    for (int j = 0; j < kVector; ++j) x.v[j] = i + j < D ? to_float(row[i + j]) : beyond;
   }
   return x;
 }

@@ -1,7 +1,6 @@
 """modulated_norm in C++ and CUDA (csrc): one pass for value and tangent; the backward sums over T in fixed chunks.
 
-Kept for the backward: x, scale, and of each row in fp32 its size, 1 or for a row whose squares overflow 2^-80, and mean
-and 1/std at that size.
+Kept for the backward: x, scale, and half the mean and 2/std of each row in fp32 (`Kept` in csrc/row_math.h).
 """
 
 import torch
@@ -26,7 +25,7 @@ def modulated_norm(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual,
 
 def _fake(x, shift, scale, x_dot, shift_dot, scale_dot, eps):
     k = next((m.shape[0] for m in (x_dot, shift_dot, scale_dot) if m is not None), 0)
-    return x.new_empty(x.shape), x.new_empty(k, *x.shape[1:]), x.new_empty(*x.shape[:2], 3, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(k, *x.shape[1:]), x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,5 +1,6 @@
-"""modulated_norm in Triton. A forward keeps of each row for the backward its size, 1 or for a row whose squares overflow
-2^-80, and mean and 1/std at that size. The mean is taken about the row's first number: of equal numbers it is that one.
+"""modulated_norm in Triton. The mean is taken about the row's first number: of equal numbers it is that one.
+
+A forward keeps half the mean and 2/std of each row for the backward: x - mean may be twice the largest number of fp32.
 """
 
 from __future__ import annotations
@@ -47,9 +48,8 @@ def _forward(
     scale_dot,
     y,
     y_dot,
-    mean,
-    rstd,
-    size,
+    half_mean,
+    twice_r,
     T,
     k,
     eps,
@@ -77,9 +77,8 @@ def _forward(
         r = tl.div_rn(1.0, tl.sqrt_rn(squares / D + eps * s * s))
         xh = centred * r
         tl.store(y + row * D + cols, tl.fma(xh, gain, h), mask=inside)
-        tl.store(mean + row, mu, mask=exists)
-        tl.store(rstd + row, r, mask=exists)
-        tl.store(size + row, s, mask=exists)
+        tl.store(half_mean + row, mu * (0.5 / s), mask=exists)
+        tl.store(twice_r + row, 2.0 * r * s, mask=exists)
         if y_dot is not None:  # noqa: SIM102  (compile time)
             if image < k:  # run time, the same for the whole program
                 t = tl.zeros((BLOCK,), tl.float32)
@@ -94,7 +93,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(dy, x, scale, mean, rstd, size, dx, sums, T, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _backward(dy, x, scale, half_mean, twice_r, dx, sums, T, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """dx, and in sums (B, runs, 2, D) the partial sums of dshift and dscale."""
     runs = tl.cdiv(T, ROWS)
     image = (tl.program_id(0) // runs).to(tl.int64)
@@ -109,12 +108,11 @@ def _backward(dy, x, scale, mean, rstd, size, dx, sums, T, D: tl.constexpr, BLOC
         inside = among(first + i, T, in_row, BLOCK)
         row = image * T + first + i
         g = row_of(dy, row, inside, cols, D)
-        mu = tl.load(mean + row, mask=exists, other=0.0)
-        r = tl.load(rstd + row, mask=exists, other=0.0)
-        s = tl.load(size + row, mask=exists, other=0.0)
-        xh = tl.where(in_row, row_of(x, row, inside, cols, D) * s - mu, 0.0) * r
+        half = tl.load(half_mean + row, mask=exists, other=0.0)
+        r = tl.load(twice_r + row, mask=exists, other=0.0)
+        xh = tl.where(in_row, row_of(x, row, inside, cols, D) * 0.5 - half, 0.0) * r
         w = g * gain
-        d = r * s * (w - tl.sum(w, 0) / D - xh * (tl.sum(w * xh, 0) / D))
+        d = 0.5 * r * (w - tl.sum(w, 0) / D - xh * (tl.sum(w * xh, 0) / D))
         tl.store(dx + row * D + cols, d, mask=inside)
         dshift += g
         dscale = tl.fma(g, xh, dscale)
@@ -133,36 +131,34 @@ def _norm(
     scale_dot: Tensor | None,
     k: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y (B, T, D), its tangent (k, T, D), and mean, 1/std and size (B, T), fp32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (B, T, D), its tangent (k, T, D), and mean / 2 and 2 / std (B, T), fp32."""
     b, t, d = x.shape
     x, shift, scale, x_dot, shift_dot, scale_dot = checked(
         "modulated_norm", x, shift, scale, x_dot, shift_dot, scale_dot
     )
     y, y_dot = torch.empty_like(x), x.new_empty(k, t, d)
-    mean, rstd, size = (x.new_empty(b, t, dtype=torch.float32) for _ in range(3))
+    half_mean, twice_r = (x.new_empty(b, t, dtype=torch.float32) for _ in range(2))
     block, warps = cut(d)
     if x.numel():
         tangents = (x_dot, shift_dot, scale_dot) if k else (None, None, None)
         placed("modulated_norm", _forward)[(b * chunks(t, ROWS),)](
-            *(x, shift, scale, *tangents, y, y_dot if k else None, mean, rstd, size, t, k, eps, d, block, ROWS),
+            *(x, shift, scale, *tangents, y, y_dot if k else None, half_mean, twice_r, t, k, eps, d, block, ROWS),
             num_warps=warps,
             enable_fp_fusion=False,
         )
-    return y, y_dot, mean, rstd, size
+    return y, y_dot, half_mean, twice_r
 
 
 @_norm.register_fake
 def _(x, shift, scale, x_dot, shift_dot, scale_dot, k, eps):
     b, t, d = x.shape
-    statistics = (x.new_empty(b, t, dtype=torch.float32) for _ in range(3))
+    statistics = (x.new_empty(b, t, dtype=torch.float32) for _ in range(2))
     return x.new_empty(b, t, d), x.new_empty(k, t, d), *statistics
 
 
 @torch.library.custom_op("cmt_triton::modulated_norm_backward", mutates_args=())
-def _norm_backward(
-    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, size: Tensor
-) -> tuple[Tensor, Tensor]:
+def _norm_backward(dy: Tensor, x: Tensor, scale: Tensor, half_mean: Tensor, twice_r: Tensor) -> tuple[Tensor, Tensor]:
     """dx (B, T, D) and, in fp32, (2, B, D): dshift and dscale."""
     b, t, d = x.shape
     dy, x, scale = checked("modulated_norm", dy, x, scale)
@@ -171,7 +167,7 @@ def _norm_backward(
     block, warps = cut(d)
     if x.numel():
         placed("modulated_norm", _backward)[(b * runs,)](
-            *(dy, x, scale, mean, rstd, size, dx, sums, t, d, block, SUMMED_ROWS),
+            *(dy, x, scale, half_mean, twice_r, dx, sums, t, d, block, SUMMED_ROWS),
             num_warps=warps,
             enable_fp_fusion=False,
         )
@@ -179,7 +175,7 @@ def _norm_backward(
 
 
 @_norm_backward.register_fake
-def _(dy, x, scale, mean, rstd, size):
+def _(dy, x, scale, half_mean, twice_r):
     b, t, d = x.shape
     return x.new_empty(b, t, d), x.new_empty(2, b, d, dtype=torch.float32)
 
@@ -214,7 +210,7 @@ def modulated_norm(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual,
 def gates() -> list[Gate]:
     """Forward, plain and dual, and backward at the widths of DiT-S, B, L and XL."""
     found = []
-    inputs, fixed = dict.fromkeys(("x", "shift", "scale"), "x"), dict.fromkeys(("mean", "rstd", "size"), "fp32")
+    inputs, fixed = dict.fromkeys(("x", "shift", "scale"), "x"), dict.fromkeys(("half_mean", "twice_r"), "fp32")
     dots = {"x_dot": "x", "shift_dot": "x", "scale_dot": "x", "y_dot": "x"}
     for d in WIDTHS:
         block, warps = cut(d)
