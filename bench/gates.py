@@ -75,7 +75,7 @@ def gates(op: str) -> list[Gate]:
 
 def compile_gate(gate: Gate, arch: int) -> Any:
     """Triton's CompiledKernel of one gate, by the assembler that runs would take, through Triton's own cache."""
-    assembler.choose()
+    assembler.choose(arch)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -216,7 +216,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     if arguments.assembler:
         os.environ.update(dict.fromkeys(assembler.VARIABLES, str(arguments.assembler)))
-    print(f"assembler: {assembler.choose()}")
+    print(f"assembler for sm_{SEARCHED}: {assembler.choose(SEARCHED)}")
     rows = triton_rows([op for op in gated_ops() if arguments.op in (None, op)], arguments.jobs)
     rows += [row for row in cuda_rows() if arguments.op in (None, row["op"])]
     print(HEADER)

@@ -88,11 +88,11 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def _assemblers() -> None:
-    """What could assemble Triton's kernels here, which does, and why attention refuses it where it does."""
-    card = assembler.card()
+    """What could assemble Triton's kernels here, which does (without a GPU: for an H100), and why attention refuses it."""
+    card = assembler.card() or assembler.WGMMA
     choice = assembler.choose(card)
     for found in assembler.candidates():
         taken = choice.assembler and found.path == choice.assembler.path
-        print(f"ptxas      {found.version_text} at {found.path}{f' (taken, {choice.why})' if taken else ''}")
+        print(f"ptxas      {found.version_text} at {found.path}{f' (for sm_{card}, {choice.why})' if taken else ''}")
     if not choice.assembler or assembler.refusal(card):
         print(f"ptxas      {assembler.refusal(card) or choice.why}")

@@ -1,4 +1,5 @@
-"""Which ptxas turns Triton's PTX into machine code: the newest at hand that has no known fault, chosen before the first compile.
+"""Which ptxas turns Triton's PTX into machine code on sm_90: the newest at hand without a known fault, chosen before the
+first compile.
 
 The assembler is a dependency like any other, and a wrong one is silent: the one in the wheels of Triton 3.6 and 3.7 made
 attention wrong on an H100 by 20 to 50 % (2026-11-26, bf16, T 33 to 77, head dims of 36, 72 and 80), by reading registers
@@ -19,6 +20,9 @@ What is known of wgmma (sm_90 alone), in public and by our own search of the mac
   github.com/triton-lang/triton/pull/11781, CUDA 13.3 release notes. 13.0.88 besides writes shared memory out of bounds in
   the pull request above, where 13.1.80 is right. Used where nothing newer is there: in those 120 kernels 12.6.85, 12.9.86,
   13.0.88, 13.1.80, 13.3.33, 13.4.59 and 13.5.37 do neither (2026-11-27). What a card says of them is another question.
+
+On other architectures Triton keeps its own: of nothing like it is anything known there, and newer is not better for its own
+sake (13.4.59 spills in 7 of our kernels for sm_80 of which 12.9.86 spills in none).
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
-ARCHITECTURES = (80, 90, 100)  # what must be assembled where no card says what is
+OURS = "CMT_ASSEMBLER"  # NAME=path of what was set here, so that a child process does not take it for a user's wish
 TOOLKIT = Path("/usr/local/cuda")
 WGMMA = 90  # the one architecture with wgmma
 Version = tuple[int, ...]
@@ -74,7 +78,7 @@ class Choice(NamedTuple):
         return f"{self.assembler}, {self.why}" if self.assembler else self.why
 
 
-_chosen: dict[str, Choice] = {}  # "choice" -> that of this process, once it is made
+_chosen: dict[int | None, tuple[Choice, str | None]] = {}  # architecture -> its choice, the path that was set for it
 
 
 @functools.cache
@@ -123,10 +127,10 @@ def wgmma_fault(of: Version) -> tuple[int, bool, str]:
     return next((row[1:] for row in WGMMA_FAULTS if of < row[0]), (0, False, ""))
 
 
-def preferred(found: list[Assembler], wgmma: bool) -> list[Assembler]:
-    """Best first: by what is known of them where the kernels use wgmma, then the newest."""
+def preferred(found: list[Assembler]) -> list[Assembler]:
+    """Best first for wgmma: by what is known of them, then the newest."""
     newest = sorted(found, key=lambda a: a.version, reverse=True)
-    return sorted(newest, key=lambda a: wgmma_fault(a.version)[0]) if wgmma else newest
+    return sorted(newest, key=lambda a: wgmma_fault(a.version)[0])
 
 
 def assembles(assembler: Assembler, architecture: int) -> bool:
@@ -168,42 +172,60 @@ def used(architecture: int) -> Assembler | None:
     return Assembler(path, version(path) or (0,), origin)
 
 
-def _forget() -> None:
-    """Make Triton ask for the version again where it did before this choice: its cache key must be the new one's."""
+def _asked() -> dict[str, str]:
+    """What a user set of VARIABLES."""
+    ours = (os.environ.get(OURS) or "").split(os.pathsep)
+    found = {name: os.environ.get(name) for name in VARIABLES}
+    return {name: path for name, path in found.items() if path and f"{name}={path}" not in ours}
+
+
+def _set(path: str | None) -> None:
+    """Make Triton assemble with this one, None: with its own; a user's wish stays. Its cache key is made anew: where it
+    asked for the version before, it would keep code of this one under the name of that one."""
     from triton.backends.nvidia import compiler
 
+    asked = _asked()
+    ours = {name: path for name in VARIABLES if path and name not in asked}
+    record = os.pathsep.join(f"{name}={path}" for name in ours)
+    wanted = {**dict.fromkeys(VARIABLES), **asked, **ours, OURS: record}
+    if all((os.environ.get(name) or "") == (value or "") for name, value in wanted.items()):
+        return
+    for name, value in wanted.items():
+        os.environ.pop(name, None)
+        if value:
+            os.environ[name] = value
     for function in (compiler.get_ptxas_version, compiler.CUDABackend.hash):
         getattr(function, "cache_clear", lambda: None)()
 
 
-def choose(architecture: int | None = None) -> Choice:
-    """What Triton assembles with in this process, made on the first call: before Triton compiles anything of ours.
+def choose(architecture: int | None) -> Choice:
+    """What Triton assembles with for sm_<architecture>, set from here on; to be called before Triton compiles for it.
 
-    architecture: 90 for sm_90; None where there is no card, and then it must serve all of ARCHITECTURES.
+    The search is made once a process. None: of no card, and then nothing is chosen.
     """
-    if "choice" not in _chosen:
-        _chosen["choice"] = _choose(architecture)
-    return _chosen["choice"]
-
-
-def _choose(architecture: int | None) -> Choice:
     if importlib.util.find_spec("triton") is None:
         return Choice(None, "triton is not installed")
-    asked = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    found = candidates()
-    needed = ARCHITECTURES if architecture is None else (architecture,)
-    if len(asked) < len(VARIABLES):
-        best = next((a for a in preferred(found, WGMMA in needed) if all(assembles(a, n) for n in needed)), None)
-        os.environ.update({name: best.path for name in VARIABLES if best and name not in asked})
-    _forget()
-    runs = used(WGMMA if architecture is None else architecture)
+    if architecture not in _chosen:
+        _chosen[architecture] = _choose(architecture)
+    else:
+        _set(_chosen[architecture][1])
+    return _chosen[architecture][0]
+
+
+def _choose(architecture: int | None) -> tuple[Choice, str | None]:
+    asked, found, path = _asked(), candidates(), None
+    if architecture == WGMMA and len(asked) < len(VARIABLES):
+        path = next((a.path for a in preferred(found) if assembles(a, architecture)), None)
+    _set(path)
+    runs = used(architecture or WGMMA)
     if runs is None:
-        return Choice(None, "no ptxas runs")
-    dead = [name for name, path in asked.items() if version(path) is None]
-    says = [name for name, path in asked.items() if path == runs.path]
+        return Choice(None, "no ptxas runs"), path
+    dead = [name for name, wish in asked.items() if version(wish) is None]
+    says = [name for name, wish in asked.items() if wish == runs.path]
     if says:
-        return Choice(runs._replace(origin=runs.path), f"as {says[0]} says")
-    return Choice(runs, f"{dead[0]} names none that runs" if dead else f"of {len(found)} at hand")
+        return Choice(runs._replace(origin=runs.path), f"as {says[0]} says"), path
+    why = f"{dead[0]} names none that runs" if dead else f"of {len(found)} at hand" if path else "Triton's own choice"
+    return Choice(runs, why), path
 
 
 def refusal(architecture: int | None) -> str | None:

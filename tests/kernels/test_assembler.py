@@ -34,7 +34,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Plant]:
     monkeypatch.setattr(assembler, "_chosen", {})
     monkeypatch.setattr(assembler, "TOOLKIT", tmp_path / "toolkit")
     monkeypatch.setattr(_op, "_resolved", {device: {op: [] for op in _op.OPS} for device in _op.DEVICES})
-    for name in (*assembler.VARIABLES, "CUDA_HOME", "CUDA_PATH", "TRITON_INTERPRET"):
+    for name in (*assembler.VARIABLES, assembler.OURS, "CUDA_HOME", "CUDA_PATH", "TRITON_INTERPRET"):
         monkeypatch.setenv(name, "")  # so that it is put back as it was
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", "/bin:/usr/bin")
@@ -48,7 +48,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Plant]:
         return path
 
     yield planted
-    assembler._forget()
+    assembler._set(None)
 
 
 OWN, BLACKWELL = "triton/backends/nvidia/bin/ptxas", "triton/backends/nvidia/bin/ptxas-blackwell"
@@ -65,7 +65,7 @@ def test_the_newest_is_found_wherever_it_lies(plant: Plant, where: str, monkeypa
     assert choice.assembler.path == str(newest) and choice.assembler.version == (13, 4, 59)
     assert choice.why == "of 2 at hand" and assembler.refusal(90) is None
     assert {os.environ[name] for name in assembler.VARIABLES} == {str(newest)}
-    assert [assembler.used(n).path for n in (80, 90, 100)] == 3 * [str(newest)]
+    assert assembler.used(90).path == str(newest)
 
 
 def test_each_is_asked_for_its_version_once(plant: Plant) -> None:
@@ -79,16 +79,15 @@ def test_each_is_asked_for_its_version_once(plant: Plant) -> None:
 def test_order_of_preference() -> None:
     versions = [(13, 0, 88), (12, 9, 86), (12, 8, 93), (13, 5, 37), (13, 1, 80), (13, 3, 33), (12, 6, 85)]
     found = [assembler.Assembler(f"/{v}", v, "here") for v in versions]
-    ordered = [a.version[:2] for a in assembler.preferred(found, wgmma=True)]
+    ordered = [a.version[:2] for a in assembler.preferred(found)]
     assert ordered == [(13, 5), (13, 3), (13, 1), (12, 9), (13, 0), (12, 6), (12, 8)]
     assert [v for v in versions if assembler.wgmma_fault(v)[1]] == [(12, 8, 93)]
-    assert [a.version[:2] for a in assembler.preferred(found, wgmma=False)] == sorted({v[:2] for v in versions})[::-1]
 
 
 def test_one_that_does_not_know_the_card_is_passed_over(plant: Plant) -> None:
     old = plant(OWN, "12.9.86")
-    plant(CU13, "13.5.37", refuses="--gpu-name=sm_70")
-    assert assembler.choose(70).assembler.path == str(old)
+    plant(CU13, "13.5.37", refuses="--gpu-name=sm_90a")
+    assert assembler.choose(90).assembler.path == str(old)
 
 
 def test_what_runs_nothing_is_no_candidate(plant: Plant, tmp_path: Path) -> None:
@@ -110,6 +109,18 @@ def test_what_a_user_set_is_never_overridden(plant: Plant, name: str, monkeypatc
     assert (assembler.refusal(90) is None) != reads
 
 
+def test_a_wish_that_is_the_best_outlives_a_switch(plant: Plant, monkeypatch) -> None:
+    best = plant(CU13, "13.4.59")
+    for name in assembler.VARIABLES:
+        with monkeypatch.context() as patch:
+            patch.setattr(assembler, "_chosen", {})
+            patch.setenv(name, str(best))
+            assert assembler.choose(90).assembler.path == str(best)
+            assembler.choose(80)
+            assert [os.environ.get(v) for v in assembler.VARIABLES if v == name] == [str(best)]
+            assert not any(os.environ.get(v) for v in assembler.VARIABLES if v != name)
+
+
 def test_a_variable_that_names_nothing_is_said(plant: Plant, monkeypatch) -> None:
     plant(CU13, "13.4.59")
     for name in assembler.VARIABLES:
@@ -129,10 +140,27 @@ def test_a_bad_one_keeps_attention_out_and_no_other_op(plant: Plant, monkeypatch
 
 
 @pytest.mark.parametrize("card", [80, 100, None])
-def test_a_card_without_wgmma_takes_the_same_one(plant: Plant, monkeypatch, card: int | None) -> None:
-    plant(OWN, "12.8.93")
+def test_without_wgmma_triton_keeps_its_own(plant: Plant, monkeypatch, card: int | None) -> None:
+    plant(CU13, "12.8.93")
     monkeypatch.setattr(assembler, "card", lambda: card)
-    assert "triton" in available("attention", "cuda")
+    assert "triton" in available("attention", "cuda") and not any(os.environ.get(v) for v in assembler.VARIABLES)
+    assert assembler.choose(card).why == "Triton's own choice" and "backends" in assembler.used(card or 90).path
+
+
+def test_compilers_for_several_cards_switch(plant: Plant) -> None:
+    newest = plant(CU13, "13.4.59")
+    own = assembler.choose(80).assembler.path
+    for _ in range(2):
+        assert assembler.choose(90).assembler.path == assembler.used(90).path == str(newest)
+        assert assembler.choose(80).assembler.path == assembler.used(80).path == own != str(newest)
+
+
+def test_a_child_process_does_not_take_it_for_a_wish(plant: Plant, monkeypatch) -> None:
+    plant(CU13, "13.4.59")
+    assembler.choose(90)
+    monkeypatch.setattr(assembler, "_chosen", {})  # as in a child: nothing but the environment is inherited
+    assert assembler.choose(90).why == "of 1 at hand"
+    assert assembler.choose(80).why == "Triton's own choice" and "backends" in assembler.used(80).path
 
 
 def test_dispatch_chooses_before_it_loads_triton_kernels_for_a_gpu(plant: Plant, monkeypatch) -> None:
@@ -164,7 +192,7 @@ def test_it_is_printed_and_stored(plant: Plant, monkeypatch, capsys) -> None:
     monkeypatch.setattr(assembler, "card", lambda: 90)
     assert machine.environment()["assembler"] == "ptxas 13.4.59 of nvidia-cuda-nvcc, of 2 at hand"
     about._assemblers()
-    assert f"ptxas      13.4.59 at {newest} (taken, of 2 at hand)" in capsys.readouterr().out
+    assert f"ptxas      13.4.59 at {newest} (for sm_90, of 2 at hand)" in capsys.readouterr().out
 
 
 def test_doctor_says_why_attention_has_no_triton(plant: Plant, monkeypatch, capsys) -> None:

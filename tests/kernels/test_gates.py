@@ -54,6 +54,21 @@ def test_a_missing_instruction_is_caught() -> None:
     assert gates.measure("planted", planted(8, "HGMMA"), 80)["instruction"] is None
 
 
+def test_a_fault_of_the_assembler_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here of a register that is never written, planted in the disassembly of a right kernel (tests/bench/test_sass.py has
+    what a bad assembler really did)."""
+    row = gates.measure("planted", planted(8), 90)
+    assert row["faults"] == "" and gates.wrong(row) == ""
+    right = gates.sass.disassemble
+
+    def bad(*arguments) -> list[list[tuple[int, str]]]:
+        return [[(at, text.replace("EXIT", "MOV R1, UR50")) for at, text in lines] for lines in right(*arguments)]
+
+    monkeypatch.setattr(gates.sass, "disassemble", bad)
+    row = gates.measure("planted", planted(8), 90)
+    assert gates.wrong(row).startswith("UR50 read, never written at 0x") and "WRONG: UR50" in gates.line(row)
+
+
 def test_arguments_of_a_gate_are_those_of_its_kernel() -> None:
     with pytest.raises(ValueError, match="N"):
         gates.compile_gate(Gate("short", spilling_kernel.table, {"x": "*fp32", "y": "*fp32"}, {}), 90)
