@@ -33,6 +33,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -93,9 +94,12 @@ def version(path: str) -> Version | None:
 
 
 def _package(name: str) -> list[Path]:
-    """The folders of a package, [] where it is not installed."""
+    """The folders of a package, [] where it is not installed; several where its parts lie in several places."""
     spec = importlib.util.find_spec(name)
-    return [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return list(
+        dict.fromkeys(Path(f) for f in (*folders, *(os.path.join(p, name) for p in sys.path)) if os.path.isdir(f))
+    )
 
 
 def _places() -> list[tuple[str, str]]:

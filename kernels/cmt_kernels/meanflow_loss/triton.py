@@ -20,6 +20,7 @@ from cmt_kernels.launch import placed
 
 BLOCK = 4096
 WARPS = 8
+FAR = tl.constexpr(2.0**100)
 
 
 @triton.jit
@@ -72,12 +73,15 @@ def loss_kernel(
     tl.store(loss + row, (weight * error).to(wide))
     tl.store(squared + row, error.to(wide))
     if du is not None:
-        scale = 2 * weight  # in float64: of an error beyond 1e19 fp32 would make it 0
-        tl.store(du + row * n + lane, (scale * first.to(tl.float64)).to(wide), mask=lane < n)
+        # 2 w, which fp32 makes 0 of an error beyond 1e38: there in two factors
+        root = tl.sqrt(2 * weight)
+        scale = tl.where(error > FAR, root, 2 * weight).to(wide)
+        again = tl.where(error > FAR, root, 1.0).to(wide)
+        tl.store(du + row * n + lane, scale * first * again, mask=lane < n)
         for j in range(1, ROUNDS):
             i = j * BLOCK + lane
             e = residual(u, v, u_dot, dt, row, i, n, n_dot, wide)
-            tl.store(du + row * n + i, (scale * e.to(tl.float64)).to(wide), mask=i < n)
+            tl.store(du + row * n + i, scale * e * again, mask=i < n)
 
 
 @torch.library.custom_op("cmt::triton_meanflow_loss", mutates_args=())
