@@ -3,8 +3,8 @@
 A kernel may be right at every shape that a test names and wrong at the next one, or take the whole process along by a read out
 of bounds. So shapes go to workers, a few at once (what takes time is compiling); a worker that dies names its shape, and another
 goes on. A shape is wrong where an error, as a share of the float64 norm, is more than twice plain torch's own at that dtype plus
-twice what rounding to it and recomputing p from float32 logits cost: over a whole tensor that holds for any order of sums. A few small shapes run under
-compute-sanitizer besides, where it is installed.
+twice what rounding to it and recomputing p from float32 logits cost: over a whole tensor that holds for any order of sums. A few
+small shapes run under compute-sanitizer besides, where it is installed.
 """
 
 from __future__ import annotations
