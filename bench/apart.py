@@ -1,9 +1,9 @@
 """Contenders of `bench step`, each in a process of its own: one that runs out of memory, crashes or hangs ends alone.
 
 Each has the card to itself: ours first (the largest batch, half of it, mid-training with the recipe's own points), then the
-peer's, halved until it fits. Then both at the peer's batch, in alternating rounds of two processes, since no two networks of
-this size train in one. Compiled steps come last, each only if the time that is left is likely to suffice. Every row is written
-at once.
+peer's, from a quarter of it on a GPU, halved until it fits. Then both at the peer's batch, in alternating rounds of two
+processes, since no two networks of this size train in one. Compiled steps come last, each only if the time that is left is
+likely to suffice. Every row is written at once.
 """
 
 from __future__ import annotations
@@ -183,7 +183,9 @@ class Apart:
         label = (name, "peer", precision, self.m.batch)
         if theirs.deadline.over or not self.attempt(label, lambda: theirs.load(name, "peer", precision)):
             return
-        peer = self.timed(theirs, name, "peer", precision, self.m.batch)
+        # published steps of an XL ran out of an H100's memory at 32 rows: larger batches would cost a process each to say so
+        first = self.m.batch // 4 if self.arguments.device == "cuda" else self.m.batch
+        peer = self.timed(theirs, name, "peer", precision, max(first, 16))
         if not peer:
             return
         for row in rows:

@@ -150,6 +150,6 @@ def train(found: list[dict[str, Any]], results: Path) -> str:
 TABLES = {
     "step": (step, ("step.json", "step-*.json")),
     "sweep": (sweep, ("sweep.json",)),
-    "ops": (ops, ("ops.json",)),
+    "ops": (ops, ("ops.json", "ops-compiled.json")),
     "train": (train, ("train.json",)),
 }

@@ -103,7 +103,9 @@ def saved_bytes(call: Callable[[], Any], keep: nn.Module) -> int:
         s = x.untyped_storage()
         if s.data_ptr() not in own:
             storages[s.data_ptr()] = s  # kept alive, so that no address comes twice
-        return x
+        return (
+            x.detach()
+        )  # an op's output holds the op's node, which holds what is packed: a circle that nothing would free
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = call()

@@ -75,7 +75,7 @@ def step(model: str, *objectives: str) -> Callable:
     return bench("step", "--model", model, *options, tiny=dry if model == "XL256" else (*dry[:6], "--no-compile"))
 
 
-OPS = ("attention", "modulated_norm", "gated_residual", "gelu", "qk_norm", "adamw_ema")
+OPS = ("modulated_norm", "gated_residual", "gelu", "qk_norm", "adamw_ema", "attention")
 ROLLOUTS = (
     "--model",
     "B256",
@@ -89,6 +89,7 @@ ROLLOUTS = (
     "5",
     "--no-compile",
 )
+TINY_OPS = ("attention", "gelu", "adamw_ema", "--batch", "1", "--seconds", "0.01")
 BENCH = partial(Part, needs=TRAINER)
 PARTS = {
     part.name: part
@@ -98,11 +99,13 @@ PARTS = {
         Part("train", 330, (*TRAINER, "sklearn", "matplotlib"), train, beside=True),
         Part("calibrate", 50, ("numpy",), bench("calibrate", tiny=("--tiny", "--seconds", "0.01"))),
         BENCH("step", 230, command=step("XL256", "FM", "CMT-MF", "MF")),
-        Part("ops", 70, ("numpy",), bench("ops", *OPS, "--batch", "64", "--seconds", "0.2", "--compile",
-                                          tiny=("attention", "gelu", "adamw_ema", "--batch", "1", "--seconds", "0.01"))),
+        Part("ops", 70, ("numpy",), bench("ops", *OPS, "--batch", "64", "--seconds", "0.2", tiny=TINY_OPS)),
         BENCH("trajectories", 60, command=bench("trajectories", *ROLLOUTS, tiny=("--tiny", "--seconds", "0.01"))),
         Part("pipeline", 40, (*TRAINER, "sklearn"), bench("pipeline", "--steps", "60")),
         BENCH("step-xl1024", 60, command=step("XL1024", "MF", "FM")),
+        # Inductor takes longer than a sitting gives on a slow host: an H100's gave no row in 56 s (2026-11-27)
+        Part("ops-compiled", 400, ("numpy",), bench("ops", *OPS, "--batch", "64", "--seconds", "0.2", "--compile",
+                                                    tiny=(*TINY_OPS, "--compile")), sitting=False),
         BENCH("step-b256", 230, command=step("B256", "FM", "CMT-MF", "MF"), sitting=False),
         BENCH("step-b1024", 230, command=step("B1024", "FM", "CMT-MF", "MF"), sitting=False),
         BENCH("step-l256", 230, command=step("L256", "FM", "CMT-MF", "MF"), sitting=False),

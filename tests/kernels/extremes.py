@@ -330,6 +330,8 @@ LIMITS = (
           "logits are fp32: those of 1e13 are rounded to 1e6, and softmax is of the rest"),
     Limit("attention", ("reference",), ("qkv.0", "qkv.1"), lambda v: 1e4 <= abs(v) < 1e13,
           "torch's fused kernels there keep logsumexp alone: from logits of 1e4 on its rounding shows", ("cuda",)),
+    Limit("attention", ("reference",), ("gradient",), lambda v: abs(v) == 1e-40,
+          "torch's fused kernels there take numbers below 1.2e-38 for 0", ("cuda",)),
     Limit("attention", ("triton",), ("qkv.tangent",), lambda v: abs(v) == 1e-40,
           "every product of a number below 1.2e-38 is rounded to 1.4e-45, and a sum over T tokens has T of them"),
     Limit("gelu", ("reference",), ("x", "bias"), lambda v: v == -10.2,
