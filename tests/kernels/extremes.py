@@ -4,9 +4,8 @@
     python -m tests.kernels.emulated -m tests.kernels.extremes native             the CUDA sources, emulated
     TRITON_INTERPRET=1 python -m tests.kernels.extremes triton                    the Triton kernels, interpreted
 
-**Planting.** One argument of a call is changed, the others are those of the op's cases. Of its rows (dim 0) one is made of
-the value alone, one has it once a line, one has both signs of it among its own numbers, and one is left alone. A vector is
-planted in these three ways one after the other.
+**Planting.** One argument of a call is changed. Of its rows (dim 0) one is made of the value alone, one has it once a line, one
+has both signs of it among its own numbers, and one is left alone. A vector is planted in these three ways one after the other.
 
 **How large.** An argument in which the op is linear (tangent, gradient, weight, gate, factor of a product) takes its
 largest value 2^-20 below that of the dtype: it scales out of the answer, and larger is only the overflow of a sum's terms.
