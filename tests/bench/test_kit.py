@@ -72,7 +72,7 @@ def run_there(folder: Path, *command: str) -> subprocess.CompletedProcess:
 def test_the_two_lines_run_the_carried_project_and_nothing_of_this_one(folder: Path) -> None:
     code = (
         f"import cmt_fast, cmt_kernels, bench, {PLANTED}; from cmt_kernels import _native; "
-        f"print(*(m.__file__ for m in (cmt_fast, cmt_kernels, bench, {PLANTED})), _native.FOLDER, sep='\\n'); "
+        f"print(*(m.__file__ for m in (cmt_fast, cmt_kernels, bench, {PLANTED})), _native.LIBRARY, sep='\\n'); "
         "print(_native.unavailable('cpu') is None); print(bench.commit())"
     )
     done = run_there(folder, "-c", f'"{code}"')
