@@ -1,13 +1,15 @@
 """`python -m bench predict`: what a GPU's ceilings allow, for machines without one. Predicted, not measured.
 
 Ops: the bytes and FLOPs of the cases that `python -m bench ops --device cuda --batch 64` times, over a copy's GB/s and a
-matmul's FLOP/s of the card; no launch, no latency: a kernel takes longer. Steps: the trainer's cost model (`cmt estimate`).
-`make gpu` measures the same rows, and `bench step` prints both.
+matmul's FLOP/s of the card, as `python -m bench calibrate` measured them where its results lie in bench/results; no launch,
+no latency: a kernel takes longer. Steps: the trainer's cost model (`cmt estimate`), bare and, on a card whose steps were
+measured, scaled by measured over predicted. `make gpu` measures the same rows; `bench step` prints both.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from datetime import date
@@ -20,11 +22,12 @@ from cmt_kernels.cases import cases_of
 
 from bench import ROOT
 from bench.ops import resize
-from cmt_fast import cost, estimate
-from cmt_fast.cards import CARDS
+from cmt_fast import cards, cost, estimate
+from cmt_fast.cards import CARDS, Card
 from cmt_fast.schema import Dit
 
-TARGET = ROOT / "bench" / "results" / "predicted" / "ops.json"
+MEASURED = ROOT / "bench" / "results"
+TARGET = MEASURED / "predicted" / "ops.json"
 STEPS = TARGET.with_name("steps.json")
 
 GPUS = ("h100", "h200")
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, default=TARGET)
 
 
-def rows(batch: int) -> list[dict[str, Any]]:
+def rows(batch: int, known: dict[str, Card]) -> list[dict[str, Any]]:
     """A row for each op and case: bytes, FLOPs, the roof that binds and the microseconds it allows on each card."""
     out = []
     for op in OPS:
@@ -53,26 +56,28 @@ def rows(batch: int) -> list[dict[str, Any]]:
                 "bytes": nbytes,
                 "flops": flops,
             }
-            for card in GPUS:
-                memory, matmul = 1e6 * nbytes / CARDS[card].copy, 1e6 * flops / CARDS[card].matmul["bf16"]
-                row[card] = {"us": max(memory, matmul), "roof": "memory" if memory >= matmul else "matmul"}
+            for name, card in known.items():
+                memory, matmul = 1e6 * nbytes / card.copy, 1e6 * flops / card.matmul["bf16"]
+                row[name] = {"us": max(memory, matmul), "roof": "memory" if memory >= matmul else "matmul"}
             out.append(row)
     return out
 
 
-def training_us(
-    objective: str, size: str, tokens: int, way: str, card: str, batch: int = BATCH, teacher: float = 1.0
-) -> float:
-    """Microseconds a student image of a DiT's step in bf16, one GPU; teacher: its forwards an image of mid-training.
+def training(
+    objective: str, size: str, tokens: int, way: str, card: Card, batch: int = BATCH, teacher: float = 1.0
+) -> tuple[float, str]:
+    """(microseconds a student image of a DiT's step in bf16 on one GPU, how to mark it); teacher: its forwards an image.
 
-    By torch op by op (`way` "eager") every row of MeanFlow has a tangent, as published codes have it.
+    The bare cost model for a card without measured steps (`Card.steps`), else scaled by them as `cmt estimate` does. By torch
+    op by op (`way` "eager") every row of MeanFlow has a tangent, as published codes have it.
     """
     side = 2 * math.isqrt(tokens)
     net = cost.network(Dit(size=size), "linear", (4, side, side), 1000)
     work = estimate.step_work(objective, teacher)
     if way == "eager":
         work = [term._replace(times=1.0) if term.kind == "tangent" else term for term in work]
-    return estimate.step_us(work, net, CARDS[card], way, "bf16", batch)
+    bill = estimate.reckon(work, {"student": net, "teacher": net}, batch, batch, card, 1, "bf16", way)
+    return bill.step_us / batch, bill.mark
 
 
 def card_of(name: str) -> str | None:
@@ -89,37 +94,49 @@ def step_us(
     way = {"compiled": "compile", "eager": "fused", "eager, recipe's points": "fused", "peer": "eager"}.get(how)
     if card is None or size not in SIZES or precision != "bf16" or way is None:
         return None
-    return training_us(objective, size, int(model[len(size) :]), way, card, batch, teacher)
+    return training(objective, size, int(model[len(size) :]), way, CARDS[card], batch, teacher)[0]
 
 
-def steps() -> list[dict[str, Any]]:
-    """A row for each network and objective: microseconds an image on each card, torch.compile alone and with our kernels."""
-    return [
-        {"model": f"{size}{tokens}", "objective": objective}
-        | {card: {way: training_us(objective, size, tokens, way, card) for way in WAYS} for card in GPUS}
-        for size in SIZES
-        for tokens in TOKENS
-        for objective in OBJECTIVES
-    ]
+def steps(known: dict[str, Card]) -> list[dict[str, Any]]:
+    """A row for each network and objective: microseconds an image on each card by the bare model, torch.compile alone and
+    with our kernels; `scaled`, of the latter, and its mark where steps of the card were measured, else None."""
+    out = []
+    for size, tokens, objective in itertools.product(SIZES, TOKENS, OBJECTIVES):
+        row: dict[str, Any] = {"model": f"{size}{tokens}", "objective": objective}
+        for name, card in known.items():
+            bare = card._replace(steps=())
+            us = {way: training(objective, size, tokens, way, bare)[0] for way in WAYS}
+            scaled, mark = training(objective, size, tokens, "fused", card) if card.steps else (None, None)
+            row[name] = us | {"scaled": scaled, "mark": mark}
+        out.append(row)
+    return out
+
+
+def cell(us: float | None) -> str:
+    return f"{us:8.0f}" if us is not None else " " * 8
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables and write them as JSON, marked as predicted."""
-    found = rows(arguments.batch)
+    known = {name: cards.card(name, MEASURED) for name in GPUS}
+    found = rows(arguments.batch, known)
     print("PREDICTED from ceilings, not measured: at least so many microseconds")
     for row in found:
         cells = "  ".join(f"{card} {row[card]['us']:9.1f} ({row[card]['roof']})" for card in GPUS)
         print(f"{row['op']:17} {row['case']:40} {row['dtype']:8} {cells}")
-    training = steps()
+    whole = steps(known)
     print(
-        "PREDICTED from a cost model, not measured: microseconds a student image of a step, compiled and with kernels"
+        "PREDICTED from a cost model: microseconds a student image of a step, compiled, with kernels, and the latter scaled"
     )
-    for row in training:
-        cells = "  ".join(f"{card} {' '.join(f'{us:8.0f}' for us in row[card].values())}" for card in GPUS)
+    for row in whole:
+        cells = "  ".join(f"{card} {' '.join(cell(us) for us in list(row[card].values())[:3])}" for card in GPUS)
         print(f"{row['model']:8} {row['objective']:7} {cells}")
-    ceilings = {c: {"gb_s": CARDS[c].copy * 1e-9, "gflop_s": CARDS[c].matmul["bf16"] * 1e-9} for c in GPUS}
+    ceilings = {
+        name: {"gb_s": card.copy * 1e-9, "gflop_s": card.matmul["bf16"] * 1e-9, "measured": card.measured}
+        for name, card in known.items()
+    }
     about = {"predicted": True, "date": date.today().isoformat(), "ceilings": ceilings}
-    for path, table in ((arguments.json, found), (arguments.json.with_name(STEPS.name), training)):
+    for path, table in ((arguments.json, found), (arguments.json.with_name(STEPS.name), whole)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(about | {"rows": table}, indent=1) + "\n")
         print("written to", path)

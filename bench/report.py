@@ -197,17 +197,25 @@ def zero(_: str) -> str:
 
 
 def predicted_steps() -> str:
-    """Microseconds a student image by the cost model of `python -m bench predict`."""
+    """Microseconds a student image by the cost model of `python -m bench predict`, bare and scaled by measured steps."""
     data = json.loads((RESULTS.parent / "predicted" / "steps.json").read_text())
     cards = list(data["ceilings"])
+    heads = "us an image (predicted): compiled, with kernels, the latter scaled by measured steps"
     lines = [
-        f"| step, bf16, batch 64 | {' | '.join(f'{card}, us an image (predicted): compiled, with kernels' for card in cards)} |",
+        f"| step, bf16, batch 64 | {' | '.join(f'{card}, {heads}' for card in cards)} |",
         "|---|" + "---|" * len(cards),
     ]
     for row in data["rows"]:
-        cells = " | ".join(", ".join(f"{us:,.0f}" for us in row[card].values()) for card in cards)
-        lines.append(f"| {row['model']} {row['objective']} | {cells} |")
-    return "\n".join(lines) + "\n"
+        cells = []
+        for card in cards:
+            of = row[card]
+            mark = "" if "another" in str(of["mark"]) else "*"
+            scaled = "not measured" if of["scaled"] is None else f"{of['scaled']:,.0f}{mark}"
+            cells.append(f"{of['compile']:,.0f}, {of['fused']:,.0f}, {scaled}")
+        lines.append(f"| {row['model']} {row['objective']} | {' | '.join(cells)} |")
+    return (
+        "\n".join(lines) + "\n\n\\* by steps of this very network; the others by those of the networks with a star.\n"
+    )
 
 
 def footer(data: dict) -> str:

@@ -128,7 +128,7 @@ def reckon(
     if processes > 1 and mark.startswith("measured"):
         mark += " on one card, communication predicted"
     student = known["student"].parameters
-    optimizer = cost.optimizer_us(student, tracks, card, how, processes if zero else 1)
+    optimizer = scale * cost.optimizer_us(student, tracks, card, how, processes if zero else 1)
     calls = sum(t.times * (batch / t.rows if t.rows else passes) * known[t.of].parameters
                 for t in work if t.of in ("teacher", "guide")) if sharded else 0  # fmt: skip
     sent = cost.communication_us(zero, student, calls, card, processes, passes)
@@ -136,8 +136,8 @@ def reckon(
     step = batch / processes * total + optimizer + sent
     hours = steps * step / 3.6e9
     lines.append(
-        f"step: {batch}/{processes} rows x {total:,.1f} us" + (f" (x {scale:.3g}, {mark})" if scale != 1 else "")
-        + f" + optimizer {optimizer:,.0f} us + communication {sent:,.0f} us = {step:,.0f} us"
+        f"step: {batch}/{processes} rows x {total:,.1f} us + optimizer {optimizer:,.0f} us"
+        + (f" (both times {scale:.3g}, {mark})" if scale != 1 else "") + f" + communication {sent:,.0f} us = {step:,.0f} us"
     )  # fmt: skip
     lines.append(
         f"{steps:,} steps x {step:,.0f} us = {hours:,.2f} h x {processes} = {hours * processes:,.2f} GPU-hours"

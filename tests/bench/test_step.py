@@ -8,6 +8,7 @@ import torch
 from bench import peer, predict, runs
 from bench.step import step_flops
 from cmt_fast import cost, rng
+from cmt_fast.cards import CARDS, Step
 from cmt_fast.models.dit import SIZES
 from cmt_fast.objectives import ROWS, Batch, Points, World
 from cmt_fast.objectives.consistency import earlier_time
@@ -34,7 +35,22 @@ def test_flops_are_the_cost_models(tokens):
 def test_predictions_are_the_cost_models(size, tokens):
     for way, wanted in zip(predict.WAYS, PREDICTED[size, tokens]):
         for objective, us in zip(("FM", "CMT-MF", "MF"), wanted):
-            assert predict.training_us(objective, size, tokens, way, "h100") == pytest.approx(us, rel=0.003)
+            assert predict.training(objective, size, tokens, way, CARDS["h100"])[0] == pytest.approx(us, rel=0.003)
+
+
+def test_predictions_are_scaled_by_measured_steps():
+    """To a step that was measured the scaled prediction is that measurement; a card without steps has none."""
+    took = Step("MF", "bf16", 0.0, *SIZES["XL"][:2], 256, 64, 3000.0, "h100/step.json at 1234567, eager")
+    rows = predict.steps({"h100": CARDS["h100"]._replace(steps=(took,)), "h200": CARDS["h200"]})
+    by = {(row["model"], row["objective"]): row for row in rows}
+    own, other = by["XL256", "MF"]["h100"], by["L256", "MF"]["h100"]
+    assert own["scaled"] == pytest.approx(took.us) and own["mark"].startswith("measured: h100/step.json")
+    ratio = took.us / own["fused"]
+    assert other["scaled"] == pytest.approx(ratio * other["fused"], rel=0.01) and "another network's" in other["mark"]
+    assert {row["h200"]["scaled"] for row in rows} == {None}
+    assert own["fused"] == predict.step_us(
+        "MF", "XL256", "eager", "bf16", "NVIDIA H100"
+    )  # beside measurements, the bare one
 
 
 class Twins:

@@ -204,6 +204,7 @@ def test_cards_are_corrected_by_results(tmp_path):
     assert same.work_us == pytest.approx(
         2 * estimate.reckon(list(TRAIN), known, 64, 64, CARDS["h100"], 1, "bf16", "fused").work_us
     )
+    assert same.step_us / 64 == pytest.approx(2 * us)  # of the step that was measured its own time, optimizer and all
     other = estimate.reckon(list(FULL), known, 64, 64, h100, 1, "bf16", "fused")
     assert other.mark.startswith("predicted, scaled by the measured")
     assert estimate.reckon(list(TRAIN), known, 64, 64, h100, 1, "tf32", "fused").mark == "predicted"
