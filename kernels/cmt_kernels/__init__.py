@@ -7,6 +7,7 @@ One folder per op: formula and shapes in its `__init__`, plain torch in `referen
 from cmt_kernels._op import OPS, available, table, through, use
 from cmt_kernels.adamw_ema import adamw_ema
 from cmt_kernels.attention import attention
+from cmt_kernels.attention.proof import table as proofs
 from cmt_kernels.clip import clip
 from cmt_kernels.consistency_loss import consistency_loss
 from cmt_kernels.conv2d import conv2d
@@ -50,6 +51,7 @@ __all__ = [
     "modulated_rms_norm",
     "path_point",
     "pixel_norm",
+    "proofs",
     "qk_norm",
     "random_bits",
     "silu",

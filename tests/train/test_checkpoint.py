@@ -8,9 +8,12 @@ import shutil
 
 import pytest
 import torch
+from cmt_kernels.attention import proof
 
-from cmt_fast import checkpoint
+from cmt_fast import checkpoint, loop
 from cmt_fast.checkpoint import CheckpointError
+from cmt_fast.workspace import Workspace
+from tests.train.tiny import tiny
 
 
 @pytest.fixture
@@ -94,3 +97,11 @@ def test_only_the_newest_are_kept(stage):
     for step in (3, 4, 5):
         checkpoint.save(stage, step, {"model": {"w": torch.zeros(2)}}, {"done": False})
     assert checkpoint.steps(stage) == [4, 5]
+
+
+def test_what_kernels_proved_is_stored_with_a_run(tmp_path, monkeypatch):
+    """A launch that fell back to plain torch is named in every checkpoint after it."""
+    said = {"attention forward T77 H2 d72 bfloat16": "attention forward T77 H2 d72 bfloat16: plain torch computes it"}
+    monkeypatch.setattr(proof, "_lines", dict(said))
+    loop.train(Workspace(tiny(), tmp_path), ["pre"])
+    assert checkpoint.latest(tmp_path / "pre").manifest["proofs"] == said
