@@ -55,9 +55,7 @@ def test_every_row_of_a_step_has_its_figures_and_one_of_ours_is_shipped(results)
         theirs = next(r for r in mine if r["how"] == "peer")
         assert sum(r.get("shipped", False) for r in mine) == 1 and theirs["over_peer"] == {}
         for r in mine:
-            assert r["p20_ms"] <= r["p50_ms"] <= r["p80_ms"] and r["saved_mb"] > 0 and r["mfu_measured"] > 0
-            # a processor without bf16 units has no roof in a matmul of 256 by 256: a step of other shapes may pass it
-            assert r["mfu_measured"] < 1 or r["precision"] == "bf16"
+            assert r["p20_ms"] <= r["p50_ms"] <= r["p80_ms"] and r["saved_mb"] > 0 and 0 < r["mfu_measured"] < 1
             assert r["gflop_image"] > 0 and r["host_ms"] is None and r["images_per_core_hour"] > r["images_per_s"]
         assert not any(r["precision"] == "bf16" for r in mine) or name not in ("ECT", "ECD")
     saved = {r["how"]: r["saved_mb"] for r in rows if r["objective"] == "MF" and r["precision"] == "fp32"}
