@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import quantiles
+
 CARDS = ("h100", "h200", "a100")
 STAGES = {"pre": "pre-training", "mid": "mid-training", "post": "post-training", "control": "control"}
 
@@ -94,6 +96,12 @@ def sweep(found: list[dict[str, Any]], _: Path) -> str:
     tool = data["sanitizer"]
     if tool:
         lines.append(f"\ncompute-sanitizer (memcheck): {tool['shapes']} shapes, {tool['errors']} errors.")
+    proofs = sorted(r["proof_ms"] for r in own if r.get("proof_ms") is not None)
+    if proofs:
+        lines.append(
+            f"\nProof at first use, the dearest launch of each of {len(proofs)} shapes: {quantiles(proofs)[1]:.0f} ms in the "
+            f"median, {proofs[-1]:.0f} at most, compiling left out."
+        )
     note = "\nErrors against float64 plain torch, as shares of its norm; the largest of the shapes that are right.\n"
     return "\n".join(lines) + "\n" + note + footer(found)
 

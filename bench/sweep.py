@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from cmt_kernels import Dual
+from cmt_kernels.attention import proof
 from cmt_kernels.cases import Draw, backends_on, implementation
 
 from bench import Deadline, Results
@@ -70,12 +71,15 @@ def answer(state: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(t: int, d: int, dtype: str, device: str, backend: str) -> dict[str, Any]:
-    """Errors of value, tangent and gradient as shares of their float64 norms, what each may be, and which are wrong."""
+    """Errors of value, tangent and gradient as shares of their float64 norms, what each may be, and which are wrong;
+    proof_ms: the dearest proof of a launch of this shape, None where nothing is proven."""
     function, plain = implementation("attention", backend), implementation("attention", "reference")
     draw = Draw(TYPES[dtype], device)
     x, x_dot, g = (draw.normal(n, t, 3, H, d) for n in (B, K, B))
     g = g[:, :, 0].flatten(2)
+    before = proof.spent()
     got, bits = three(function, x, x_dot, g)
+    proofs = [ms for label, ms in proof.spent().items() if label not in before]
     exact, _ = three(plain, x.double(), x_dot.double(), g.double())
     yardstick, _ = three(plain, x, x_dot, g)
     errors, limits, again = {}, {}, recomputed(x)
@@ -83,7 +87,7 @@ def compare(t: int, d: int, dtype: str, device: str, backend: str) -> dict[str, 
         errors[name] = share(got[name], truth)
         limits[name] = 2 * (share(yardstick[name], truth) + share(truth.to(TYPES[dtype]), truth) + again)
     wrong = [name for name in errors if not errors[name] <= limits[name]] + ["bits"] * (not bits)
-    return {"error": errors, "allowed": limits, "wrong": wrong}
+    return {"error": errors, "allowed": limits, "wrong": wrong, "proof_ms": max(proofs, default=None)}
 
 
 def recomputed(x: torch.Tensor) -> float:
@@ -159,7 +163,8 @@ def line(row: dict[str, Any]) -> str:
     if "crash" in row:
         return f"{label} CRASH {row['crash']}"
     errors = "  ".join(f"{name} {e:.1e}" for name, e in row["error"].items())
-    return f"{label} {'WRONG ' + ' '.join(row['wrong']) if row['wrong'] else 'ok'}  {errors}"
+    proven = f"  proven in {row['proof_ms']:.0f} ms" if row["proof_ms"] is not None else ""
+    return f"{label} {'WRONG ' + ' '.join(row['wrong']) if row['wrong'] else 'ok'}  {errors}{proven}"
 
 
 def left(todo: list[tuple[int, int, str]], asked: int) -> list[str]:

@@ -26,7 +26,10 @@ FILES = {
         "rows": [
             {"T": 64, "d": 72, "dtype": "bf16", "wrong": ["tangent"], "error": {}},
             {"T": 16, "d": 40, "dtype": "bf16", "crash": "killed by SIGSEGV"},
-            {"T": 256, "d": 72, "dtype": "bf16", "wrong": [], "error": {"value": 2e-3, "tangent": 3e-3, "gradient": 4e-3}},
+            {"T": 256, "d": 72, "dtype": "bf16", "wrong": [], "error": {"value": 2e-3, "tangent": 3e-3, "gradient": 4e-3},
+             "proof_ms": 12.0},
+            {"T": 100, "d": 72, "dtype": "bf16", "wrong": [], "error": {"value": 2e-3, "tangent": 3e-3, "gradient": 4e-3},
+             "proof_ms": 40.0},
             {"T": 256, "d": 72, "dtype": "bf16", "wrong": [], "error": {}, "under": "compute-sanitizer"},
         ],
     },
@@ -81,9 +84,9 @@ def test_tables_of_a_card(pages, tmp_path):
         in text
     )
     assert "| XL256 MF published way bf16 | 64 |" in text and "| 64 | no |" in text
-    assert "| bf16 | 3 | 16 to 256, 40 to 72 | 1 | 1 | 1 | 2.0e-03 | 3.0e-03 | 4.0e-03 |" in text
+    assert "| bf16 | 4 | 16 to 256, 40 to 72 | 2 | 1 | 1 | 2.0e-03 | 3.0e-03 | 4.0e-03 |" in text
     assert "**bf16 T 64, d 72**: wrong tangent" in text and "**bf16 T 16, d 40**: killed by SIGSEGV" in text
-    assert "2 shapes, 1 errors" in text
+    assert "2 shapes, 1 errors" in text and "of each of 2 shapes: 26 ms in the median, 40 at most" in text
     assert (
         "| gelu B64 bfloat16 | 0.0900 (triton) | 0.3000 | 0.0800 | 0.0700 (apex) | apex | 0.0670 | 1.34 | 0.050 |"
         in text

@@ -97,6 +97,7 @@ def check_right_kernels_are_used() -> None:
         assert right() and right() and seen.lines == [] and seen.examined == ["forward", "backward"]
         assert sorted(v.split(": ")[1].split(",")[0] for v in proof.table().values()) == ["tiles 0 used"] * 2
         assert right(dual=False) and seen.examined == ["forward", "backward", "forward"]  # plain is a launch of its own
+        assert proof.spent().keys() == proof.table().keys() and all(ms > 0 for ms in proof.spent().values())
 
 
 def check_a_wrong_tile_is_not_used() -> None:

@@ -90,6 +90,15 @@ def table() -> dict[str, str]:
     return dict(_lines)
 
 
+def spent() -> dict[str, float]:
+    """Launch -> milliseconds that comparing its candidates took, compiling them left out; a verdict that was remembered
+    counts what it took when it was made."""
+    found: dict[str, float] = {}
+    for (label, _), verdict in list(_verdicts.items()):
+        found[label] = found.get(label, 0.0) + verdict.ms
+    return found
+
+
 def prove(
     t: int, h: int, d: int, dtype: torch.dtype, dual: bool = False, device: str | torch.device = "cuda"
 ) -> dict[str, list[Verdict]]:
