@@ -21,6 +21,8 @@ from cmt_kernels.attention.cases import Case, inputs
 from cmt_kernels.attention.reference import attention as reference
 from cmt_kernels.cases import allowed, error
 
+from tests.kernels import interpreter
+
 ROOT = Path(__file__).parents[2]
 CASES = (
     Case(4, 1, 1, 64, 1),
@@ -242,6 +244,7 @@ def test_interpreted(name: str, results: dict[str, str]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    interpreter.patch_once()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel forgets to write is NaN
     for name, (check, *arguments) in checks().items():

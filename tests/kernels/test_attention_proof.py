@@ -28,6 +28,8 @@ from cmt_kernels.attention import agreement, examine, proof, remembered
 from cmt_kernels.attention.cases import Case, inputs
 from cmt_kernels.attention.reference import attention as reference
 
+from tests.kernels import interpreter
+
 ROOT = Path(__file__).parents[2]
 CASE = Case(3, 5, 1, 16, 2)
 NEXT = "tiles 1 used"
@@ -336,6 +338,7 @@ def test_a_rank_alone_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    interpreter.patch_once()
     warnings.simplefilter("ignore")
     for name, check in checks().items():
         try:

@@ -90,8 +90,12 @@ def test_what_the_cuda_kernels_do_not_take_raises(device: str) -> None:
 
 
 def digest() -> str:
-    """Of every bit that the native ops give for the instances, on the CPU."""
+    """Of every bit that the native ops give for the instances and, of random_bits, for its cases, on the CPU."""
     total = hashlib.sha256()
+    bits = cases_of("random_bits")
+    for case in bits.CASES:
+        for y in outputs("random_bits", implementation("random_bits", "native"), bits.inputs(case)):
+            total.update(y.numpy().tobytes())
     for op, case in instances():
         call = partial(outputs, op, implementation(op, "native"))
         for dtype in cases_of(op).DTYPES:

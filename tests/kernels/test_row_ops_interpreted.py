@@ -22,6 +22,8 @@ from cmt_kernels.accuracy import limits
 from cmt_kernels.cases import cases_of, error, implementation, map_tensors, outputs, wide, without_tangents
 from torch import Tensor
 
+from tests.kernels import interpreter
+
 OPS = ("modulated_norm", "gated_residual", "gelu", "qk_norm")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKS = ("forward", "gradient", "value", "saved", "mixtures", "strided", "compiled", "opcheck", "float64")
@@ -170,6 +172,7 @@ def run() -> None:
     """Every check of every op; `op check ok` or `op check` and the failure, a line each."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    interpreter.patch_once()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel forgets to write is NaN
     for op in sys.argv[1:] or OPS:

@@ -25,10 +25,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
 
+from tests.kernels import interpreter
 from tests.kernels.formulas import by_hand
 from tests.kernels.test_ops import EXACT, assert_half_the_digits, with_leaves
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    interpreter.quicken()
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
 

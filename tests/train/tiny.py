@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from cmt_fast.engine import LocalEngine
 from cmt_fast.schema import Run, Stage
 from cmt_fast.source import Source
 from cmt_fast.workspace import Workspace
+from tests.train import command_server
 
 SMALL = [
     "model.width=16",
@@ -45,9 +44,7 @@ def tiny(recipe: str = "digits", *more: str) -> Run:
 
 def cmt(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """The command line in a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "cmt_fast", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
+    return command_server.run(arguments, cwd)
 
 
 def metrics(folder: Path) -> list[dict]:
