@@ -18,7 +18,8 @@ from cmt_kernels._native import build
 from cmt_kernels.cases import backends_on, implementation
 
 from tests.kernels import emulated
-from tests.kernels.extremes import LIMITS, NO_FLOATS, PLANS, limit_of, rows
+from tests.kernels.extreme_limits import LIMITS
+from tests.kernels.extremes import NO_FLOATS, PLANS, limit_of, rows
 
 BACKENDS = [
     pytest.param(op, name, device, id=f"{op}-{name}-{device}", marks=[pytest.mark.gpu] * (device == "cuda"))
