@@ -20,9 +20,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # files that keep a process busy for minutes: begun first, so that no process is left waiting for another at the end
-LONG = ("test_zero", "test_gates", "test_emulation", "test_compile", "test_resume", "test_cli", "test_recipes",
-        "test_attention_interpreted", "test_extremes",
-        "test_row_ops_interpreted", "test_native_gates", "test_report")  # fmt: skip
+LONG = ("test_zero", "test_compile", "test_extremes", "test_resume", "test_apart", "test_emulation", "test_recipes", "test_gpu",
+        "test_native_gates", "test_cli", "test_isolation", "test_attention_interpreted", "test_gates", "test_transforms",
+        "test_small_ops_interpreted", "test_attention_proof", "test_row_ops_interpreted", "test_commands", "test_native",
+        "test_runs", "test_cuda_stream")  # fmt: skip
 
 
 NEEDED = (

@@ -309,5 +309,8 @@ def _deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # its all-reduce for inference, which ZeRO does not call: it would be compiled here, 45 s at the first start
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     distributed.alone(device)
     return deepspeed

@@ -26,12 +26,15 @@ from cmt_kernels.cases import allowed, cases_of, implementation, map_tensors, mu
 from cmt_kernels.philox import Key
 from torch import Tensor
 
+from tests.kernels import interpreter
 from tests.kernels.formulas import by_hand
 from tests.kernels.test_ops import LAYOUTS, assert_accurate, gradients, gradients_of_reference, reference, with_leaves
 
 SMALL = ("solver_step", "path_point", "meanflow_loss", "consistency_loss", "adamw_ema")
 LOSSES = ("meanflow_loss", "consistency_loss")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    interpreter.patch_once()
 
 here = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter in a process of its own")
 pytestmark = pytest.mark.usefixtures("nan_poison")
