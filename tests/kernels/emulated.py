@@ -133,7 +133,7 @@ def environment(order: str = "forward", sanitize: bool = False, isa: str = "emu"
     if sanitize:
         # before everything else, for Python is built without them: ASan, and what throws, which ASan wants to find
         found["LD_PRELOAD"] = " ".join(map(runtime, ("libasan.so", "libstdc++.so")))
-        found["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=1"
+        found["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1"
         found["UBSAN_OPTIONS"] = "halt_on_error=1:print_stacktrace=1"
     return found
 
