@@ -74,8 +74,16 @@ def _extreme(qkv: Tensor) -> bool:
         return False
     if transforms.active():  # a vmapped number decides nothing
         return False
-    q, k, v = (x.abs().amax().item() for x in qkv.detach().unbind(2))
-    return not (q * k * qkv.shape[-1] ** 0.5 <= LOGITS and v <= VALUES)  # so NaN is extreme
+    bounded = lambda q, k, v: q * k * qkv.shape[-1] ** 0.5 <= LOGITS and v <= VALUES  # so NaN is extreme
+    if bounded(*3 * [_size(qkv)]):  # one pass over memory, which is nearly always enough
+        return False
+    return not bounded(*map(_size, qkv.unbind(2)))
+
+
+def _size(x: Tensor) -> float:
+    """The largest |x|; NaN if there is one."""
+    least, most = x.detach().aminmax()
+    return max(-least.item(), most.item())
 
 
 def _softmax(q: Tensor, k: Tensor) -> Tensor:
