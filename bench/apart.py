@@ -88,6 +88,12 @@ class Side:
         self.worker = None
 
 
+def first_of_peer(batch: int, device: str) -> int:
+    """The batch that the peer is first asked for. Published steps of an XL ran out of an H100's memory at 32 rows: there
+    larger ones would cost a process each to say so."""
+    return min(batch, max(16, batch // 4)) if device == "cuda" else batch
+
+
 class Apart:
     """All objectives of one model. make_row(objective, model, how, precision, fitted, times) -> a row of the table."""
 
@@ -183,9 +189,7 @@ class Apart:
         label = (name, "peer", precision, self.m.batch)
         if theirs.deadline.over or not self.attempt(label, lambda: theirs.load(name, "peer", precision)):
             return
-        # published steps of an XL ran out of an H100's memory at 32 rows: larger batches would cost a process each to say so
-        first = self.m.batch // 4 if self.arguments.device == "cuda" else self.m.batch
-        peer = self.timed(theirs, name, "peer", precision, max(first, 16))
+        peer = self.timed(theirs, name, "peer", precision, first_of_peer(self.m.batch, self.arguments.device))
         if not peer:
             return
         for row in rows:

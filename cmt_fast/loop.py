@@ -139,7 +139,8 @@ def train_stage(
                 log.commit()
                 unseen = bool(row and stop and not last)  # a row of metrics whose evaluation is still to be made
                 now = {"nimg": n * stage.batch, "done": last, "unseen": unseen, "wall": wall, "bill": account.add()}
-                _save(folder, n, engine, always | now | {"proofs": cmt_kernels.proofs()}, sums)
+                now["proofs"] = cmt_kernels.proofs()
+                _save(folder, n, engine, always | now, sums)
                 meter.lap("checkpoint")
                 account.settle(n, end=last or bool(stop))
                 if stop and not last:

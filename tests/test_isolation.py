@@ -74,7 +74,7 @@ def pytest_on(folder: Path, tests: str, *arguments: str) -> tuple[str, dict[str,
     return done.stdout + done.stderr, outcomes
 
 
-@pytest.mark.parametrize("spread", [(), ("-n", "2", "--dist", "loadfile")], ids=" ".join)
+@pytest.mark.parametrize("spread", [(), ("-n", "2"), ("-n", "2", "--dist", "loadfile")], ids=" ".join)
 def test_only_the_guilty_fail(tmp_path: Path, spread: tuple[str, ...]) -> None:
     """b and f leave the device unusable, e fails of itself, g kills its process: c, h and every i pass."""
     if spread:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from bench import step
-from bench.apart import Side
+from bench.apart import Side, first_of_peer
 from bench.worker import Died, Late, Refused, Worker
 
 # planted in a worker before it serves: the peer's loss at more than so many rows
@@ -72,7 +72,7 @@ def test_an_objective_has_ours_the_peer_and_a_ratio_at_equal_batch(tmp_path):
 @pytest.mark.parametrize("fault", [FULL, KILLED], ids=["out of memory", "killed by the system"])
 def test_what_does_not_fit_is_halved_and_set_beside_ours_at_that_batch(tmp_path, plant, fault):
     plant(fault, rows=4)
-    names = ("MF",) if fault == FULL else ("FM",)
+    names = ("MF", "FM") if fault == FULL else ("FM",)
     code, data = bench(tmp_path, *(f"--objective={name}" for name in names))
     assert code == 0 and data["not_measured"] == []
     for name in names:
@@ -107,6 +107,14 @@ def test_a_contender_that_hangs_is_ended_and_named(tmp_path, plant, monkeypatch)
     code, data = bench(tmp_path, "--objective", "FM")
     assert code == 0 and [row["how"] for row in data["rows"]] == ["eager"]
     assert data["not_measured"] == ["FM dry eager beside the peer", "FM dry peer: batch 16, no answer in 3 s"]
+
+
+FIRST = [(128, "cuda", 32), (64, "cuda", 16), (32, "cuda", 16), (8, "cuda", 8), (64, "cpu", 64), (8, "cpu", 8)]
+
+
+@pytest.mark.parametrize("batch, device, first", FIRST)
+def test_the_peer_begins_at_no_larger_a_batch_than_ours(batch, device, first):
+    assert first_of_peer(batch, device) == first
 
 
 def side() -> Side:

@@ -40,16 +40,17 @@ def launches(log: Path) -> Counter:
     return found
 
 
-def test_the_native_tests_hold_on_the_cuda_sources(library: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_native_tests_hold_on_the_cuda_sources(library: Path, tmp_path: Path, order: str) -> None:
     log = tmp_path / "launches"
-    done = python("-m", "pytest", *emulated.NATIVE_TESTS, order="forward", launches=log)
+    done = python("-m", "pytest", *emulated.NATIVE_TESTS, order=order, launches=log)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     found = launches(log)
     assert len(found) > 50 and not [kernel for kernel, count in found.items() if not count]
 
 
 def test_the_order_of_threads_changes_no_bit(library: Path, tmp_path: Path) -> None:
-    """Of any kernel: what holds in one order then holds in the other, in which whoever reads before a barrier reads NaN."""
+    """Of any kernel."""
     code, log = "from tests.kernels.test_native_instances import digest; print(digest())", tmp_path / "launches"
     runs = [python("-c", code, order=order, launches=log) for order in ORDERS]
     assert all(done.returncode == 0 for done in runs), runs

@@ -53,6 +53,8 @@ def run(arguments: tuple[str, ...], cwd: Path | None = None, timeout_s: float = 
 
 def child(request: dict) -> int:
     """What the forked process does."""
+    from cmt_fast.cli import main
+
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT, 0o600), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -99,6 +101,6 @@ if __name__ == "__main__":
     import sklearn.datasets  # noqa: F401  imported before the fork, as the data set needs it
     import torch._dynamo  # noqa: F401
 
-    from cmt_fast.cli import main
+    import cmt_fast.cli  # noqa: F401
 
     serve()

@@ -75,7 +75,8 @@ def _extreme(qkv: Tensor) -> bool:
     if transforms.active():  # a vmapped number decides nothing
         return False
     bounded = lambda q, k, v: q * k * qkv.shape[-1] ** 0.5 <= LOGITS and v <= VALUES  # so NaN is extreme
-    if bounded(*3 * [_size(qkv)]):  # one pass over memory, which is nearly always enough
+    size = _size(qkv)
+    if bounded(size, size, size):  # one pass over memory, which is nearly always enough
         return False
     return not bounded(*map(_size, qkv.unbind(2)))
 
