@@ -21,7 +21,7 @@ sanitize: .venv/dev
 bench: native ; $(BIN)/python -m bench ops
 gpu: ; $(GPU)
 gpu-dry: ; $(MAKE) gpu DEVICE=cpu TINY=1
-# one folder that a machine with torch and triton runs with no network; KIT="--python 3.11" and more: bench/kit.py
+# one folder that a machine with torch and triton runs with no network; KIT="--python 3.11" and more: bench/harness/kit.py
 gpu-kit: .venv/dev ; PYTHONPATH=.:kernels $(BIN)/python -m bench kit $(KIT)
 gpu-%: ; $(GPU) $*
 lint: .venv/dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -9,25 +9,41 @@ import argparse
 import importlib
 import sys
 
+# name: its module, what it measures
 BENCHES = {
-    "calibrate": "what this machine does at its best: ceilings, linears, attention, norms, optimizers",
-    "dual": "what a tangent costs, beside the plain forward and torch.func.jvp",
-    "gates": "registers, spills and shared memory of every kernel, compiled without a GPU",
-    "gpu": "all that a machine with a GPU is for, in parts",
-    "kit": "a folder that a machine with torch and triton runs with no network",
-    "loader": "rows a second of every loader, against what a training step takes",
-    "modes": "mid-training from trajectories in paper mode, in a pool and from a cache, over several seeds",
-    "ops": "times of every op, backend and case",
-    "pipeline": "what the trainer loses around its steps",
-    "predict": "what a GPU's ceilings allow each op and step: predicted, for machines without one",
-    "report": "write the README's tables from bench/results",
-    "seeds": "a recipe over several seeds",
-    "sweep": "attention over tokens and head dims beside float64, crash by crash",
-    "step": "whole training steps, eager and compiled, beside the published codes' way",
-    "trajectories": "teacher rollouts, by how many run at once",
-    "train": "both digits recipes to their report, and the figures of every stage",
-    "tune": "the solver that is chosen by measurement, and the mid-trainings that confirm or refute it",
-    "zero": "loss curves and checkpoints of every ZeRO stage beside the local engine's, on CPU processes",
+    "calibrate": (
+        "kernels.calibrate",
+        "what this machine does at its best: ceilings, linears, attention, norms, optimizers",
+    ),
+    "dual": ("training.dual", "what a tangent costs, beside the plain forward and torch.func.jvp"),
+    "gates": ("kernels.resources", "registers, spills and shared memory of every kernel, compiled without a GPU"),
+    "gpu": ("harness.gpu_suite", "all that a machine with a GPU is for, in parts"),
+    "kit": ("harness.kit", "a folder that a machine with torch and triton runs with no network"),
+    "loader": ("training.loader", "rows a second of every loader, against what a training step takes"),
+    "modes": (
+        "experiments.modes",
+        "mid-training from trajectories in paper mode, in a pool and from a cache, over several seeds",
+    ),
+    "ops": ("kernels.ops", "times of every op, backend and case"),
+    "pipeline": ("training.pipeline", "what the trainer loses around its steps"),
+    "predict": (
+        "training.predict",
+        "what a GPU's ceilings allow each op and step: predicted, for machines without one",
+    ),
+    "report": ("harness.tables", "write the README's tables from bench/results"),
+    "seeds": ("experiments.seeds", "a recipe over several seeds"),
+    "sweep": ("kernels.sweep", "attention over tokens and head dims beside float64, crash by crash"),
+    "step": ("training.step", "whole training steps, eager and compiled, beside the published codes' way"),
+    "trajectories": ("training.trajectories", "teacher rollouts, by how many run at once"),
+    "train": ("training.train", "both digits recipes to their report, and the figures of every stage"),
+    "tune": (
+        "experiments.tune",
+        "the solver that is chosen by measurement, and the mid-trainings that confirm or refute it",
+    ),
+    "zero": (
+        "training.zero",
+        "loss curves and checkpoints of every ZeRO stage beside the local engine's, on CPU processes",
+    ),
 }
 
 
@@ -35,8 +51,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measurements; JSON goes to bench/results.")
     what = parser.add_subparsers(dest="what", required=True)
     asked = next((a for a in sys.argv[1:] if a in BENCHES), None)
-    module = importlib.import_module(f"bench.{asked}") if asked else None
-    for name, text in BENCHES.items():
+    module = importlib.import_module(f"bench.{BENCHES[asked][0]}") if asked else None
+    for name, (_, text) in BENCHES.items():
         sub = what.add_parser(name, help=text, description=module.__doc__ if name == asked else text)
         if name == asked:
             module.add_arguments(sub)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.isolation import Isolation
+from tests.fixtures.isolation import Isolation
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cmt_fast import cli, config
-from tests.commands import DOCUMENTS, ROOT, blocks, cmt, commands, verbs
+from cmt_fast import cli, recipes
+from cmt_fast.config import loading
+from tests.fixtures.commands import DOCUMENTS, ROOT, blocks, cmt, commands, verbs
 
 BLOCKS = [b for document in DOCUMENTS for b in blocks(document)]
 ids = lambda b: f"{b.document}:{b.line}"
@@ -33,7 +34,7 @@ def test_no_document_is_left_out():
 
 @pytest.mark.parametrize("block", BLOCKS, ids=ids)
 def test_a_block_says_how_it_is_run(block):
-    assert block.kind, "a comment before the block must say how it is run on a CPU; see tests/commands.py"
+    assert block.kind, "a comment before the block must say how it is run on a CPU; see tests/fixtures/commands.py"
     if block.kind == "cpu":
         assert verbs(block.lines) == verbs(commands(block.body)), (
             "the CPU form must be the same commands in the same order"
@@ -62,7 +63,7 @@ def test_commands_parse(block, line):
     assert not [r for r in overrides if "=" not in r]
     recipe = getattr(args, "recipe", None)
     if recipe and not recipe.startswith("runs/"):  # that is a run, of which a command takes either
-        config.load(recipe if recipe in config.recipes() else str(ROOT / recipe), overrides)
+        loading.load(recipe if recipe in recipes.recipes() else str(ROOT / recipe), overrides)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cmt_fast import cli, config
-from tests.commands import ROOT, cmt
+from cmt_fast import cli
+from cmt_fast.config import loading
+from tests.fixtures.commands import ROOT, cmt
 
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text("utf-8")
@@ -230,7 +231,7 @@ def test_the_commands_of_a_service_parse(service):
         assert not rest
         recipe = getattr(args, "recipe", None)
         if recipe:
-            config.load(recipe)
+            loading.load(recipe)
     if not s["healthcheck"].get("disable"):
         out = default(" ".join(s["command"])).split("--out ")[1].split()[0]
         assert out in default(" ".join(s["healthcheck"]["test"])), "the health check looks at the run that is trained"

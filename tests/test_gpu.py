@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu
 from bench.__main__ import BENCHES
-from bench.gpu import runner
-from bench.gpu.parts import PARTS, Part, Sitting
+from bench.harness import gpu_suite
+from bench.harness.gpu_suite import runner
+from bench.harness.gpu_suite.parts import PARTS, Part, Sitting
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,7 +142,7 @@ def test_a_sitting_is_planned_for_the_minutes_that_it_has():
     together = [
         max(part.seconds for part in parts) for parts in runner.rounds([p for p in PARTS.values() if p.sitting])
     ]
-    assert sum(together) == 60 * gpu.MINUTES
+    assert sum(together) == 60 * gpu_suite.MINUTES
     assert [[p.name for p in parts] for parts in runner.rounds(list(PARTS.values()))][:2] == [
         ["tests", "sweep", "train"],
         ["calibrate"],
@@ -158,14 +158,14 @@ def test_a_missing_package_stops_its_part_alone_and_is_named(tmp_path, monkeypat
         monkeypatch.setitem(PARTS, name, part)
     monkeypatch.setenv("OUT", str(tmp_path))
     options = partial(argparse.Namespace, device="cpu", tiny=True, minutes=5.0, unpack=None)
-    assert gpu.run(options(part=["sound"])) == 0
-    assert gpu.run(options(part=[])) == 1
+    assert gpu_suite.run(options(part=["sound"])) == 0
+    assert gpu_suite.run(options(part=[])) == 1
     said = capsys.readouterr().out
     assert "lacking       NOT RUN: needs no_such_package" in said and "killed        killed by SIGKILL" in said
     assert "not measured: all of it" in said
     assert sorted(f.name for f in tmp_path.iterdir()) == ["gpu.json", "gpu.log"]
     with pytest.raises(SystemExit, match="'oops' is not valid; valid are killed, sound, lacking"):
-        gpu.run(options(part=["oops"]))
+        gpu_suite.run(options(part=["oops"]))
 
 
 def test_a_sitting_elsewhere_is_unpacked_beside_what_is_there(tmp_path):
@@ -173,14 +173,14 @@ def test_a_sitting_elsewhere_is_unpacked_beside_what_is_there(tmp_path):
     for name, status in (("step", "ok"), ("ops", "killed by SIGKILL")):
         bundle = {"summary": facts | {"parts": {name: {"status": status}}}, "results": {name: {"rows": [name]}}}
         (tmp_path / "gpu.json").write_text(json.dumps(bundle))
-        gpu.unpack(tmp_path / "gpu.json", tmp_path / "results")
+        gpu_suite.unpack(tmp_path / "gpu.json", tmp_path / "results")
     folder = tmp_path / "results" / "h100"
     assert sorted(f.name for f in folder.iterdir()) == ["ops.json", "step.json", "summary.json"]
     assert json.loads((folder / "step.json").read_text())["rows"] == ["step"]
     assert set(json.loads((folder / "summary.json").read_text())["parts"]) == {"step", "ops"}
     (tmp_path / "gpu.json").write_text(json.dumps({"summary": facts | {"tiny": True}, "results": {}}))
     with pytest.raises(SystemExit, match="dry run"):
-        gpu.unpack(tmp_path / "gpu.json", tmp_path / "results")
+        gpu_suite.unpack(tmp_path / "gpu.json", tmp_path / "results")
 
 
 def test_the_makefile_names_parts_that_exist():
@@ -194,4 +194,4 @@ def test_no_gpu_is_said_at_once():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit, match="no CUDA device; `make gpu-dry`"):
-        gpu.run(argparse.Namespace(part=[], device="cuda", tiny=False, minutes=1.0, unpack=None))
+        gpu_suite.run(argparse.Namespace(part=[], device="cuda", tiny=False, minutes=1.0, unpack=None))

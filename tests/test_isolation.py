@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import isolation
+from tests.fixtures import isolation
 
 ROOT = Path(__file__).parents[1]
 GPU = """

@@ -162,7 +162,7 @@ def test_what_reads_pickles_imports_numpy_alone():
     import subprocess
     import sys
 
-    code = "import sys, cmt_fast.convert.sandbox; print([m for m in ('torch', 'pydantic', 'yaml') if m in sys.modules])"
+    code = "import sys, cmt_fast.safe_pickle.sandbox; print([m for m in ('torch', 'pydantic', 'yaml') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

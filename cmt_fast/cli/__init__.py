@@ -1,69 +1,121 @@
-"""The `cmt` command: parse, build, call. What a user got wrong is one line on stderr and exit code 2."""
+"""The `cmt` command: parse, resolve, call. What a user got wrong is one line on stderr and exit code 2.
+
+A command is a module with `add_arguments(parser)`, which names what to call. Only the module of the command that is asked
+for is imported: `cmt --help` needs neither torch nor the schema.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from collections.abc import Iterator
 
-from cmt_fast import __version__, checkpoint, config, distributed, loop
-from cmt_fast.cli import about, ckpt, data, estimate, evaluate, features, judge, train, trajectories, tune
+from cmt_fast import __version__
 from cmt_fast.cli.parser import Parser
-from cmt_fast.compiled import CompileError
-from cmt_fast.config import ConfigError
+from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.runtime.signals import Stopped
+
+# command: its module, what it is for
+COMMANDS = {
+    "train": ("train", "train the stages of a recipe; the same command again goes on where it stopped"),
+    "search": ("search", "train one stage over a grid of settings and record the figures"),
+    "estimate": ("estimate", "what a recipe will cost: memory, FLOPs, hours, energy; what each idea saves"),
+    "tune-teacher": (
+        "tune_teacher",
+        "measure the teacher's solver by step doubling and propose the cheapest order, grid and number of calls",
+    ),
+    "trajectories": (
+        "trajectories",
+        "trajectories of a run's teacher into a store, which a stage's trajectories.cache names; the same command again goes on where it stopped, and under torchrun the processes share the work",
+    ),
+    "train-features": (
+        "train_features",
+        "train the classifier behind the distance latent_lpips on a recipe's data; the same command again goes on",
+    ),
+    "sample": ("sample", "samples of a trained stage as .npz, as a picture, or both"),
+    "report": ("report", "write RUN/report.html and RUN/report.md"),
+    "theory": ("theory", "solver order and gradient bias on a Gaussian mixture, against the paper's slopes"),
+    "eval": ("eval", "Fréchet distance (FID, FD-DINOv2), accuracy, precision and recall of a trained stage"),
+    "ckpt": ("ckpt", "list, verify, import and export checkpoints; reconstruct an EMA profile"),
+    "data": ("data", "stores of latents: encode images, import others' files, verify, stats"),
+    "recipes": ("recipes", "the recipes that come with the package: ls, show, copy, validate"),
+    "doctor": ("doctor", "what this machine has: versions, devices, ops; whether a run is alive"),
+}
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands, each declared in the module that runs it."""
+def parser(asked: str | None = None) -> argparse.ArgumentParser:
+    """All commands by name; with its arguments only the one that is asked for."""
     root = Parser(prog="cmt", description="Consistency Mid-Training: from a diffusion model to one or two steps.")
     root.add_argument("--version", action="version", version=f"cmt-fast {__version__}")
     root.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it; LOCAL_RANK says it too
     commands = root.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
-
-    def command(name: str, call, text: str) -> argparse.ArgumentParser:
+    for name, (module, text) in COMMANDS.items():
         p = commands.add_parser(name, help=text, description=text)
-        p.set_defaults(call=call)
-        return p
-
-    for module in (train, estimate, tune, trajectories, features, judge, evaluate, ckpt, data, about):
-        module.add(command)
+        if name == asked:
+            importlib.import_module(f"cmt_fast.cli.{module}").add_arguments(p)
     return root
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        args, rest = parser().parse_known_args(arguments)
+        root = parser(next((a for a in arguments if a in COMMANDS), None))
+        args, rest = root.parse_known_args(arguments)
         if rest:
             if any(r.startswith("-") for r in rest) or not hasattr(args, "overrides"):
-                known = [a for p in _subparsers() for a in p._option_string_actions]
-                raise ConfigError(f"cmt {args.command}: unknown argument {rest[0]!r}{config.nearest(rest[0], known)}")
+                known = [a for p in _subparsers(root) for a in p._option_string_actions]
+                raise ConfigError(f"cmt {args.command}: unknown argument {rest[0]!r}{nearest(rest[0], known)}")
             args.overrides += rest
         args.call(args)
         return 0
-    except (ConfigError, checkpoint.CheckpointError) as error:
-        print(f"cmt: {error}", file=sys.stderr)
-        return 2
-    except loop.Stopped as stopped:
+    except Stopped as stopped:
         print("cmt: stopped; a checkpoint is on disk, the same command goes on from it", file=sys.stderr)
         return int(stopped.code or 1)
-    except (CompileError, FloatingPointError, OSError) as error:
-        print(f"cmt: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        text = distributed.lost(error)
-        if text is None:
+    except Exception as error:
+        code = _told(error)
+        if code is None:
             raise
-        print(f"cmt: {text}", file=sys.stderr)
-        return 1
+        return code
     finally:
-        distributed.stop()
+        if "torch" in sys.modules:
+            from cmt_fast.runtime import distributed
+
+            distributed.stop()
 
 
-def _subparsers(root: argparse.ArgumentParser | None = None):
+def _told(error: Exception) -> int | None:
+    """The exit code of an error that is told in one line; None for one that is a fault of ours."""
+    if isinstance(error, ConfigError):
+        text, code = str(error), 2
+    elif isinstance(error, (FloatingPointError, OSError)):
+        text, code = str(error), 1
+    else:
+        text, code = _of_torch(error)
+    if text is not None:
+        print(f"cmt: {text}", file=sys.stderr)
+    return None if text is None else code
+
+
+def _of_torch(error: Exception) -> tuple[str | None, int]:
+    """The line and exit code of an error of a module that imports torch."""
+    from cmt_fast.engine.compile import CompileError
+    from cmt_fast.runtime import distributed
+    from cmt_fast.storage.checkpoint import CheckpointError
+
+    if isinstance(error, CheckpointError):
+        return str(error), 2
+    if isinstance(error, CompileError):
+        return str(error), 1
+    return distributed.lost(error) if isinstance(error, RuntimeError) else None, 1
+
+
+def _subparsers(root: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """Every command's parser, and those of its actions."""
-    for group in (root or parser())._actions:
+    for group in root._actions:
         if isinstance(group, argparse._SubParsersAction):
             for inner in group.choices.values():
                 yield inner

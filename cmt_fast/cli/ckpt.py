@@ -6,15 +6,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from cmt_fast import checkpoint, config, posthoc
-from cmt_fast import workspace as ws
-from cmt_fast.cli.parser import Command
-from cmt_fast.config import ConfigError
+from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.engine import posthoc_ema
+from cmt_fast.run import folder as folder_
+from cmt_fast.run import workspace
+from cmt_fast.storage import checkpoint
 
 
-def add(command: Command) -> None:
-    """Declare these commands."""
-    p = command("ckpt", lambda args: None, "list, verify, import and export checkpoints; reconstruct an EMA profile")
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Declare its arguments."""
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, call, text: str) -> argparse.ArgumentParser:
@@ -54,11 +55,11 @@ def add(command: Command) -> None:
 
 
 def reconstruct(args: argparse.Namespace) -> None:
-    posthoc.reconstruct(args.run, args.sigma_rel, args.out)
+    posthoc_ema.reconstruct(args.run, args.sigma_rel, args.out)
 
 
 def list_(args: argparse.Namespace) -> None:
-    ws.stored_run(args.run)
+    folder_.stored_run(args.run)
     bad = 0
     for folder in sorted(args.run.glob("*/checkpoints/step-*")):
         if args.action == "ls":
@@ -78,11 +79,11 @@ def list_(args: argparse.Namespace) -> None:
 def import_(args: argparse.Namespace) -> None:
     from cmt_fast.convert import files, importing
 
-    run = config.load(args.recipe, args.overrides)
+    run = loading.load(args.recipe, args.overrides)
     if run.pre is None:
         raise ConfigError(f"--recipe: {args.recipe} has no stage pre, which is what a file is imported as")
     source = files.read(args.file, args.ema)
-    work = ws.Workspace(run, args.out)
+    work = workspace.Workspace(run, args.out)
     parity = importing.compare(source, work, args.family)
     print(importing.text(source, parity))
     importing.write(source, parity, work)
@@ -93,7 +94,7 @@ def import_(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     from cmt_fast.convert import exporting
 
-    work, stage = ws.open_stage(args.stage)
+    work, stage = workspace.open_stage(args.stage)
     found = exporting.collect(work, stage, args.ema)
     if args.format == "safetensors":
         for name in ("vae", "license"):

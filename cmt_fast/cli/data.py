@@ -10,21 +10,19 @@ from pathlib import Path
 
 import torch
 
-from cmt_fast import codec, distributed, machine
-from cmt_fast.cli.parser import Command, Parser
-from cmt_fast.config import ConfigError
-from cmt_fast.data import encode as encoding
-from cmt_fast.data import foreign, latents, opening
+from cmt_fast.cli.parser import Parser
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.data import autoencoder, encoding, importing, latents, opening
 from cmt_fast.data import shards as webdataset
 from cmt_fast.data.writing import ROWS
+from cmt_fast.runtime import distributed, machine
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def add(command: Command) -> None:
-    """Declare these commands."""
-    p = command("data", lambda args: None, "stores of latents: encode images, import others' files, verify, stats")
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Declare its arguments."""
     actions = p.add_subparsers(dest="action", required=True, parser_class=Parser, metavar="ACTION")
 
     def action(name: str, call: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
@@ -64,7 +62,7 @@ def add(command: Command) -> None:
     p = action("import", convert, "latents or images as other projects store them, into a store")
     p.add_argument("source", type=Path, metavar="FILE_OR_FOLDER")
     p.add_argument("out", type=Path, metavar="OUT", help="the store, a new folder")
-    p.add_argument("--format", required=True, choices=foreign.FORMATS)
+    p.add_argument("--format", required=True, choices=importing.FORMATS)
     p.add_argument(
         "--dtype", choices=tuple(DTYPES), default="fp16", help="of the store (default: fp16; 8-bit images stay)"
     )
@@ -135,7 +133,7 @@ def encode(args: argparse.Namespace) -> None:
     device = machine.device(args.device)
     distributed.start(device)
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    vae = codec.Codec.open(args.vae, device, dtype=PRECISIONS[precision], download=args.download)
+    vae = autoencoder.Codec.open(args.vae, device, dtype=PRECISIONS[precision], download=args.download)
     settings = encoding.Settings(args.size, args.statistics, DTYPES[args.dtype], precision, args.batch, args.flip)
     with _progress("encode") as tell, _stoppable():
         index = encoding.encode(
@@ -151,7 +149,7 @@ def convert(args: argparse.Namespace) -> None:
     if not 1e-6 <= args.factor <= 1e6 or (args.factor != 1 and args.format == "edm"):
         raise ConfigError(f"--factor: {args.factor} is not valid; it is a positive number, of latents alone")
     with _progress("import") as tell:
-        index = foreign.convert(
+        index = importing.convert(
             args.source, args.out, args.format, dtype=DTYPES[args.dtype], kind=args.statistics, flip=args.flip,
             shard_rows=args.shard_rows, factor=args.factor, tell=tell,
         )  # fmt: skip

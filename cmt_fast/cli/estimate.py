@@ -7,18 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cmt_fast import config, cost, estimate, stages
-from cmt_fast.cards import RESULTS, Card, card
-from cmt_fast.cli.parser import Command
-from cmt_fast.config import ConfigError
-from cmt_fast.engine.sizing import gb
-from cmt_fast.estimate import Rows
-from cmt_fast.schema import Run
+from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import Run
+from cmt_fast.cost import estimate, flops, plan
+from cmt_fast.cost.estimate import Rows
+from cmt_fast.cost.hardware import RESULTS, Card, card
+from cmt_fast.engine.sharding import gb
+from cmt_fast.run import resolved, validation
 
 
-def add(command: Command) -> None:
-    """Declare this command."""
-    p = command("estimate", run_estimate, "what a recipe will cost: memory, FLOPs, hours, energy; what each idea saves")
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Declare its arguments."""
+    p.set_defaults(call=run_estimate)
     p.add_argument("recipe", help="name or YAML file")
     p.add_argument("overrides", nargs="*", metavar="a.b=value")
     p.add_argument(
@@ -38,7 +39,7 @@ def run_estimate(args: argparse.Namespace) -> None:
         raise ConfigError(f"--gpus: {args.gpus} is not valid; it is 1 or more")
     if args.results and not args.results.is_dir():
         raise ConfigError(f"--results: {str(args.results)!r} is no folder")
-    run = config.load(args.recipe, args.overrides)
+    run = loading.load(args.recipe, args.overrides)
     at = card(args.gpu, args.results or (RESULTS if RESULTS.is_dir() else None))
     found = figures(run, at, args.gpus, args.price)
     if args.json:
@@ -52,13 +53,13 @@ def figures(run: Run, at: Card, gpus: int, price: float | None = None) -> dict[s
     """All that is printed, as plain data. Raises ConfigError where the run makes no sense or does not divide."""
     rows = estimate.rows_of(run)
     try:
-        stages.check(run, rows.shape, rows.classes)
-        found = {name: _stage(run, name, rows, at, gpus, price) for name in stages.names(run)}
+        validation.check(run, rows.shape, rows.classes)
+        found = {name: _stage(run, name, rows, at, gpus, price) for name in resolved.names(run)}
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    trained = [found[name] for name in estimate.TRAINED]
+    trained = [found[name] for name in plan.TRAINED]
     total = {key: sum(s[key] for s in trained) for key in ("images", "hours", "gpu_hours", "flops")}
     return {
         "recipe": run.name,
@@ -70,13 +71,13 @@ def figures(run: Run, at: Card, gpus: int, price: float | None = None) -> dict[s
         "notes": sorted({note for s in found.values() for note in s.pop("notes")}),
         "stages": found,
         "total": {
-            "stages": list(estimate.TRAINED),
+            "stages": list(plan.TRAINED),
             **total,
             "mark": " and ".join(sorted({s["mark"] for s in trained})),
             **_energy(total["gpu_hours"], at, price),
         },
-        "classifier": estimate.classifier(run, rows, at),
-        "savings": estimate.savings(run, rows, at, gpus),
+        "classifier": plan.classifier(run, rows, at),
+        "savings": plan.savings(run, rows, at, gpus),
     }
 
 
@@ -90,7 +91,7 @@ def _stage(run: Run, name: str, rows: Rows, at: Card, gpus: int, price: float | 
     memory = choice.state_bytes + choice.teacher_bytes + (kept or 0)
     if memory > at.memory:
         notes.append(f"{name}: {gb(int(memory))} a process are more than the {gb(int(at.memory))} of a card")
-    work = cost.terms(run, name)
+    work = flops.terms(run, name)
     return {
         "networks": {of: n._asdict() for of, n in known.items()},
         **bill._asdict(),
@@ -147,7 +148,7 @@ def text(found: dict[str, Any]) -> list[str]:
     head = f"{'stage':8} {'images':>8} {'GFLOP/image':>12} {'EFLOP':>8} {'us/image':>9} {'of peak':>7} "
     out += ["", head + f"{'hours':>8} {'GPU-hours':>10} {'kWh':>8} {'price':>9}  mark"]
     for name, s in found["stages"].items():
-        apart = "" if name in estimate.TRAINED else "  apart"
+        apart = "" if name in plan.TRAINED else "  apart"
         each = 1e3 * s["flops_image"] / 1e12
         out.append(
             f"{name:8} {s['images'] / 1e6:7,.4g}M {each:12,.4g} {s['flops'] / 1e18:8,.3g} {s['work_us']:9,.0f} "
@@ -207,7 +208,7 @@ def explained(found: dict[str, Any]) -> list[str]:
         out += ["", f"{name} ({s['precision']})", *(f"  {line}" for line in s["lines"])]
     own = {name: s["lines"] for name, s in found["stages"].items()}
     for line in found["savings"]:
-        if line["bills"] and line["what"] != estimate.RECIPE:
+        if line["bills"] and line["what"] != plan.RECIPE:
             out += ["", line["what"]]
             for name, lines in line["bills"].items():
                 same = own.get(name) == lines

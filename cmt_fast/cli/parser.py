@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 
-from cmt_fast import config
-from cmt_fast.config import ConfigError
-
-# command(name, call, text) -> the parser of one more command; call(arguments) runs it
-Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
+from cmt_fast.config.errors import ConfigError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,7 +13,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         match = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        hint = config.nearest(match[1], re.findall(r"[\w-]+", match[2])) if match else ""
+        hint = nearest(match[1], re.findall(r"[\w-]+", match[2])) if match else ""
         raise ConfigError(f"{self.prog}: {message}{hint}")
 
 

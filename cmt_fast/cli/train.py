@@ -9,33 +9,22 @@ from pathlib import Path
 import cmt_kernels
 import yaml
 
-from cmt_fast import (
-    cards,
-    config,
-    cost,
-    distributed,
-    estimate,
-    loop,
-    machine,
-    metrics,
-    profiling,
-    report,
-    search,
-    stages,
-    teacher,
-    tuning,
-)
-from cmt_fast import workspace as ws
-from cmt_fast.cli.parser import Command
-from cmt_fast.config import ConfigError
-from cmt_fast.data import check_loader
+from cmt_fast.config import errors, fingerprint, loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.cost import estimate, flops, hardware
+from cmt_fast.data.loaders import check_loader
+from cmt_fast.evaluation import judges
 from cmt_fast.objectives import ROWS
-from cmt_fast.schema import STAGES
+from cmt_fast.report import page
+from cmt_fast.run import folder, resolved, workspace
+from cmt_fast.runtime import distributed, machine
+from cmt_fast.teacher import precision, solver_record
+from cmt_fast.train import loop, profiler
 
 
-def add(command: Command) -> None:
-    """Declare these commands."""
-    p = command("train", train, "train the stages of a recipe; the same command again goes on where it stopped")
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Declare its arguments."""
+    p.set_defaults(call=train)
     p.add_argument("recipe", nargs="?", default="digits", help="name or YAML file (default: digits)")
     p.add_argument("overrides", nargs="*", metavar="a.b=value")
     p.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
@@ -52,21 +41,11 @@ def add(command: Command) -> None:
     )
     p.add_argument("--profile-steps", type=int, default=4, metavar="N", help="how many (default: 4)")
 
-    p = command("search", run_search, "train one stage over a grid of settings and record the figures")
-    p.add_argument("recipe")
-    p.add_argument("stage", metavar="STAGE", choices=STAGES)
-    p.add_argument("overrides", nargs="*", metavar="a.b=value")
-    p.add_argument(
-        "--grid", action="append", required=True, metavar="a.b=v1,v2 [c=v1,v2]", help="crossed; repeat to add grids"
-    )
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--record", type=Path, help="where the table is written (default: OUT/search.json)")
-
 
 def _resolve(recipe: str, overrides: list[str]):
     if "=" in recipe and not Path(recipe).is_file():  # `cmt train post.lr=1e-3` means digits
         recipe, overrides = "digits", [recipe, *overrides]
-    return config.load(recipe, overrides)
+    return loading.load(recipe, overrides)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -74,51 +53,51 @@ def train(args: argparse.Namespace) -> None:
         raise ConfigError(f"--profile-steps: {args.profile_steps} is not a positive number")
     run = _resolve(args.recipe, args.overrides)
     out = args.out or Path("runs") / re.sub(r"[^\w.-]+", "-", run.name)
-    have = stages.names(run)
+    have = resolved.names(run)
     names = args.stages.split(",") if args.stages else have
     for name in names:
         if name not in have:
             raise ConfigError(
-                f"--stages: {name!r} is not valid; this recipe has {', '.join(have)}{config.nearest(name, have)}"
+                f"--stages: {name!r} is not valid; this recipe has {', '.join(have)}{errors.nearest(name, have)}"
             )
     if args.parents:
-        ws.stored_run(args.parents)
+        folder.stored_run(args.parents)
     distributed.start(machine.device(run.device), run.timeout_s)
-    work = ws.Workspace(run, out, args.parents)
+    work = workspace.Workspace(run, out, args.parents)
     names = [name for name in have if name in names]
     for i, name in enumerate(names):
         stage = run.stage(name)
-        for parent in stages.called(stage).values():
+        for parent in resolved.called(stage).values():
             if "/" not in parent and parent not in names[:i]:
                 work.weights(parent)
         work.others(stage)
     for name in names:  # what cannot be done is said before the first stage begins
-        stages.passes(run, name, distributed.size())
+        resolved.passes(run, name, distributed.size())
         work.sizing(name)
-        teacher.check(name, run.stage(name), work.device)
+        precision.check(name, run.stage(name), work.device)
     if any(ROWS[run.stage(name).objective.kind].draws == "data" for name in names):
         check_loader(run.loader, work.data)
     if args.dry_run:
         return _dry_run(work, names) if distributed.rank() == 0 else None
-    metrics.check_files(run.eval)
+    judges.check_files(run.eval)
     work.compare()
     if distributed.rank() == 0:
         _ops(work.device.type)
-    loop.train(work, names, profiling.Profile(args.profile_steps) if args.profile else None)
-    report.write(out)
+    loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None)
+    page.write(out)
 
 
 def _ops(device: str) -> None:
     print("ops: " + ", ".join(f"{op} {name}" for op, name in cmt_kernels.table(device).items()))
 
 
-def _dry_run(work: ws.Workspace, names: list[str]) -> None:
-    print(yaml.safe_dump(config.dump(work.run), sort_keys=False).rstrip())
-    print(f"digest: {config.digest(work.run)}")
+def _dry_run(work: workspace.Workspace, names: list[str]) -> None:
+    print(yaml.safe_dump(loading.dump(work.run), sort_keys=False).rstrip())
+    print(f"digest: {fingerprint.digest(work.run)}")
     _ops(work.device.type)
     print(f"network: {work.parameters:,} parameters; device {work.device}; {work.data.n:,} rows of {work.data.shape}")
     for name in names:
-        c = cost.calls(work.run, name)
+        c = flops.calls(work.run, name)
         how = " (compiled)" if work.run.stage(name).compile else ""
         print(f"{name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards{how}")
         t = work.run.stage(name).trajectories
@@ -129,31 +108,27 @@ def _dry_run(work: ws.Workspace, names: list[str]) -> None:
             print(f"{'':>8}  {line}")
 
 
-def _auto(work: ws.Workspace, name: str) -> str:
-    kept = tuning.read(work.folder / name)
+def _auto(work: workspace.Workspace, name: str) -> str:
+    kept = solver_record.read(work.folder / name)
     if kept:
-        return f"nfe auto was settled: {tuning.override(name, kept.choice)}"
+        return f"nfe auto was settled: {solver_record.override(name, kept.choice)}"
     return f"nfe auto is settled when the stage begins; counted here with {work.run.stage(name).trajectories.calls}"
 
 
-def _step(work: ws.Workspace, name: str) -> str:
+def _step(work: workspace.Workspace, name: str) -> str:
     batch, n = work.run.stage(name).batch, distributed.size()
-    parts = stages.passes(work.run, name, n)
+    parts = resolved.passes(work.run, name, n)
     return f"a step: {batch} rows = {n} process{'es' * (n > 1)} x {parts} pass{'es' * (parts > 1)} x {batch // (n * parts)}"
 
 
-def _bill(work: ws.Workspace, name: str) -> str:
+def _bill(work: workspace.Workspace, name: str) -> str:
     """FLOPs of a stage and, on a device that the cost model knows, its hours: the short form of `cmt estimate`."""
     rows = estimate.Rows(work.data.shape, work.data.classes, work.data.n, None, "")
     known, _ = estimate.networks(work.run, name, rows)
-    each, images = cost.flops_image(cost.terms(work.run, name), known), cost.calls(work.run, name)["images"]
+    each, images = flops.flops_image(flops.terms(work.run, name), known), flops.calls(work.run, name)["images"]
     text = f"work: {each / 1e9:,.4g} GFLOP an image, {each * images / 1e15:,.4g} PFLOP"
-    at = cards.this(work.device)
+    at = hardware.this(work.device)
     if at is None:
         return text
     bill, _, _ = estimate.stage_bill(work.run, name, rows, at, distributed.size())
     return f"{text}; {bill.hours:,.3g} h on {distributed.size()} x {at.name} ({bill.mark})"
-
-
-def run_search(args: argparse.Namespace) -> None:
-    search.run(args.recipe, args.stage, args.overrides, args.grid, args.out, args.record)

@@ -7,26 +7,22 @@ import functools
 import sys
 from pathlib import Path
 
-from cmt_fast import config, distributed, log, machine, stages
-from cmt_fast import workspace as ws
-from cmt_fast.cli.parser import Command, checked
-from cmt_fast.config import ConfigError
-from cmt_fast.data import trajectories
+from cmt_fast.cli.parser import checked
+from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import STAGES
+from cmt_fast.data import trajectory_store
 from cmt_fast.data.latents import Index
 from cmt_fast.data.writing import ROWS
-from cmt_fast.schema import STAGES
-from cmt_fast.teacher import Teacher
-from cmt_fast.trajectories import roller
+from cmt_fast.run import resolved, workspace
+from cmt_fast.runtime import distributed, machine, progress
+from cmt_fast.teacher.pool import roller
+from cmt_fast.teacher.precision import Teacher
 
 
-def add(command: Command) -> None:
-    """Declare the command."""
-    p = command(
-        "trajectories",
-        write,
-        "trajectories of a run's teacher into a store, which a stage's trajectories.cache names; the same command again "
-        "goes on where it stopped, and under torchrun the processes share the work",
-    )
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Declare its arguments."""
+    p.set_defaults(call=write)
     p.add_argument("recipe", help="name or YAML file")
     p.add_argument("overrides", nargs="*", metavar="a.b=value")
     p.add_argument("--stage", choices=STAGES, default="mid", help="whose trajectories (default: mid)")
@@ -35,7 +31,7 @@ def add(command: Command) -> None:
     p.add_argument(
         "--n", "--count", type=int, required=True, help="trajectories (torchrun takes --n for its own: --count)"
     )
-    p.add_argument("--dtype", choices=tuple(trajectories.DTYPES), default="fp16")
+    p.add_argument("--dtype", choices=tuple(trajectory_store.DTYPES), default="fp16")
     p.add_argument("--shard-rows", type=int, default=ROWS)
 
 
@@ -43,14 +39,14 @@ def write(args: argparse.Namespace) -> None:
     for name in ("n", "shard_rows"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not at least 1")
-    run = config.load(args.recipe, args.overrides)
+    run = loading.load(args.recipe, args.overrides)
     stage = run.stage(args.stage)
-    if stage is None or not stages.trajectory_rows(stage):
+    if stage is None or not resolved.trajectory_rows(stage):
         raise ConfigError(f"--stage: {args.stage} of {run.name} draws from no trajectories")
     if stage.trajectories.nfe == "auto":
         raise ConfigError(f"{args.stage}.trajectories.nfe: 'auto' is chosen when a stage begins; name a number here")
     distributed.start(machine.device(run.device), run.timeout_s)
-    work = ws.Workspace(run, args.run or Path("runs") / run.name)
+    work = workspace.Workspace(run, args.run or Path("runs") / run.name)
     try:
         index = checked(lambda: make(work, args.stage, args.cache, args.n, args.dtype, args.shard_rows))
     except KeyboardInterrupt:
@@ -65,7 +61,9 @@ def write(args: argparse.Namespace) -> None:
         )
 
 
-def make(work: ws.Workspace, name: str, out: Path, n: int, dtype: str = "fp16", shard_rows: int = ROWS) -> Index | None:
+def make(
+    work: workspace.Workspace, name: str, out: Path, n: int, dtype: str = "fp16", shard_rows: int = ROWS
+) -> Index | None:
     """Write a stage's trajectories into OUT; the index on rank 0. Raises ConfigError for a teacher that cannot be had."""
     run = work.run
     stage = run.stage(name)
@@ -74,13 +72,13 @@ def make(work: ws.Workspace, name: str, out: Path, n: int, dtype: str = "fp16", 
     teacher = Teacher(name, stage, functools.cache(work.network), work.path, work.device)
     machine.allow_tf32(stage.precision == "tf32")
     try:
-        about = teacher.choose(run.seed, stages.INDEX[name], work.data.shape, work.data.classes)
+        about = teacher.choose(run.seed, resolved.INDEX[name], work.data.shape, work.data.classes)
         if distributed.rank() == 0:
             for line in teacher.lines(about):
-                log.say(f"{name:>8} {line}")
+                progress.say(f"{name:>8} {line}")
         facts = work.trajectories(stage)
         spread = run.sigma_data if dtype == "fp16" and run.path == "ve" else 0.0
-        rolled = trajectories.Rolled(
+        rolled = trajectory_store.Rolled(
             shape=work.data.shape, times=facts["times"], spread=spread, path=facts["path"], teacher=teacher_of,
             solver=facts["solver"], solver_xxh3_128=facts["solver_xxh3_128"], guidance=facts["guidance"],
             precision=about["precision"], seed=run.seed,
@@ -88,11 +86,11 @@ def make(work: ws.Workspace, name: str, out: Path, n: int, dtype: str = "fp16", 
         format = about["precision"]
         roll = roller(
             teacher.net(format), work.path, stage.trajectories, work.data.shape, work.data.classes, run.seed,
-            stages.INDEX[name], work.device, min(shard_rows, n), teacher.computing(format),
+            resolved.INDEX[name], work.device, min(shard_rows, n), teacher.computing(format),
         )  # fmt: skip
         names = getattr(work.data, "class_names", ()) or tuple(str(k) for k in range(work.data.classes))
-        with log.counting("trajectories", -(-n // distributed.size()), work.folder) as advance:
-            return trajectories.write(
+        with progress.counting("trajectories", -(-n // distributed.size()), work.folder) as advance:
+            return trajectory_store.write(
                 out, n, rolled, names, f"{run.name}, {stage.teacher}", dtype, shard_rows, roll, advance
             )
     finally:

@@ -13,12 +13,15 @@ from typing import Any
 
 import yaml
 
-from cmt_fast import bill, checkpoint, config, log, templates
-from cmt_fast.config import ConfigError
-from cmt_fast.convert.opcodes import shown
-from cmt_fast.schema import STAGES
-from cmt_fast.templates import Group, Section, Table
-from cmt_fast.workspace import Workspace
+from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import STAGES
+from cmt_fast.render import templates
+from cmt_fast.render.templates import Group, Section, Table
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.safe_pickle.opcodes import shown
+from cmt_fast.storage import checkpoint, metrics_log
+from cmt_fast.usage import ledger
 
 HOW = """from diffusers import DiffusionPipeline  # with cmt-fast installed: pip install cmt-fast
 pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
@@ -61,7 +64,7 @@ def markdown(
         Section("Figures", _judge(work, stage, about), [Group(_figures(work, stage, about), wide=True)]),
         Section("Sampler", [], [Group([_sampler(work)], wide=True)]),
         Section("Lineage", _licences(about), [Group([_lineage(about)], wide=True)]),
-        Section("Recipe", [], [], "The resolved run", yaml.safe_dump(config.dump(run), sort_keys=False)),
+        Section("Recipe", [], [], "The resolved run", yaml.safe_dump(loading.dump(run), sort_keys=False)),
     ]
     page = templates.markdown(run.name, sections)
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{page}"
@@ -81,12 +84,12 @@ def _spent(work: Workspace, about: dict[str, Any]) -> dict[str, Any]:
     whole = [b for b in bills if b and not b.from_nimg]
     if not whole or len(whole) < len(bills):
         return {"gpu_hours": None, "core_hours": None, "kwh": None, "stages": names}
-    gpu, core = (bill.total(whole, unit) for unit in ("gpu", "core"))
+    gpu, core = (ledger.total(whole, unit) for unit in ("gpu", "core"))
     kwh = None if core.seconds else gpu.kwh
     return {"gpu_hours": gpu.hours, "core_hours": core.hours, "kwh": kwh, "stages": names}
 
 
-def _bill(work: Workspace, node: dict[str, Any]) -> bill.Bill | None:
+def _bill(work: Workspace, node: dict[str, Any]) -> ledger.Bill | None:
     """The bill of a stage in the lineage, if the stage found here still is the one that is meant."""
     if node["stage"] not in STAGES:
         return None
@@ -94,7 +97,7 @@ def _bill(work: Workspace, node: dict[str, Any]) -> bill.Bill | None:
     with contextlib.suppress(checkpoint.CheckpointError):
         found = checkpoint.latest(folder)
         if found and node["ema"] in [file["xxh3_128"] for file in found.manifest["files"].values()]:
-            return bill.of_stage(folder, found.manifest)
+            return ledger.of_stage(folder, found.manifest)
     return None
 
 
@@ -137,7 +140,7 @@ def _judge(work: Workspace, stage: str, about: dict[str, Any]) -> list[str]:
 
 
 def _evaluated(work: Workspace, stage: str) -> dict[str, Any] | None:
-    rows = log.read(Path(work.stage_dir(stage)) / log.METRICS)
+    rows = metrics_log.read(Path(work.stage_dir(stage)) / metrics_log.METRICS)
     return next((row for row in reversed(rows) if row.get("kind") == "eval"), None)
 
 
@@ -156,7 +159,7 @@ def _figures(work: Workspace, stage: str, about: dict[str, Any]) -> list[Table]:
 
 
 def _sampler(work: Workspace) -> Table:
-    tree = config.dump(work.run)["sampler"]
+    tree = loading.dump(work.run)["sampler"]
     return Table("", ["setting", "value"], [[k, json.dumps(v)] for k, v in tree.items()], left=2)
 
 

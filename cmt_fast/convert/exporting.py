@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmt_fast import __version__, checkpoint, config
-from cmt_fast.config import ConfigError
+from cmt_fast import __version__
+from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.convert import card
-from cmt_fast.workspace import Workspace
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.storage import checkpoint
+from cmt_fast.storage import files as files_
 
 # what `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` runs of the folder: an import of the package
 REMOTE = '"""Loads with cmt-fast installed: pip install cmt-fast."""\n\nfrom cmt_fast.convert.pipeline import {name}\n'
@@ -49,7 +52,7 @@ def collect(work: Workspace, stage: str, track: int = 0) -> Export:
     about = {
         "version": __version__,
         "stage": stage,
-        "run": config.dump(work.run),
+        "run": loading.dump(work.run),
         "digest": m["config"],
         "lineage": lineage,
     }
@@ -63,7 +66,7 @@ def to_safetensors(export: Export, out: Path) -> None:
     try:
         tensors = {k: t.contiguous() for k, t in export.weights.items()}
         save_file(tensors, temporary, {"format": "pt", "cmt-fast": json.dumps(export.about, sort_keys=True)})
-        checkpoint.sync(temporary)
+        files_.sync(temporary)
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
@@ -84,7 +87,7 @@ def to_diffusers(export: Export, out: Path, vae: Path | None = None, license: st
     if vae is not None:
         export.work.codec(str(vae))  # refuses one that did not make the latents
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    tree = config.dump(run)
+    tree = loading.dump(run)
     stage = run.stage(export.stage)
     index = {
         "_class_name": ["pipeline", "CmtPipeline"],
@@ -115,7 +118,7 @@ def to_diffusers(export: Export, out: Path, vae: Path | None = None, license: st
             _copy(vae, temporary / "vae")
         _text(temporary / "README.md", card.markdown(export.work, export.stage, export.about, license, latents))
         os.replace(temporary, out)
-        checkpoint.sync(out.parent)
+        files_.sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -149,4 +152,4 @@ def _claim(out: Path) -> None:
 
 
 def _text(path: Path, text: str) -> None:
-    checkpoint.write_text(path, text if text.endswith("\n") else text + "\n")
+    files_.write_text(path, text if text.endswith("\n") else text + "\n")

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from cmt_fast.config import ConfigError, nearest
+from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.config.schema import Dit, Edm, Edm2, Mlp, Model
 from cmt_fast.convert import names
 from cmt_fast.convert.files import Source
-from cmt_fast.convert.opcodes import shown
 from cmt_fast.models import dit, edm, edm2
-from cmt_fast.schema import Dit, Edm, Edm2, Mlp, Model
+from cmt_fast.safe_pickle.opcodes import shown
 
 Weights = dict[str, Tensor]
 KINDS: dict[str, Any] = {"dit": Dit, "edm2": Edm2, "edm": Edm, "mlp": Mlp}

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cmt_fast.config import ConfigError, nearest
-from cmt_fast.convert import sandbox
-from cmt_fast.convert.opcodes import OPCODES, Refused, scan, shown
+from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.safe_pickle import sandbox
+from cmt_fast.safe_pickle.opcodes import OPCODES, Refused, scan, shown
 
 # names under which files keep several versions of a network, the wanted one first
 PREFERRED = ("ema", "ema_model", "model_ema", "G_ema", "net", "model", "state_dict", "module")

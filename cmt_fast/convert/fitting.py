@@ -7,7 +7,7 @@ from typing import Any
 from cmt_fast.convert.families import KINDS, Asks, Family, built
 from cmt_fast.convert.files import Source
 from cmt_fast.models import dit, edm, edm2
-from cmt_fast.workspace import Workspace
+from cmt_fast.run.workspace import Workspace
 
 
 def conflicts(source: Source, family: Family, asks: Asks, work: Workspace) -> list[str]:

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmt_fast import checkpoint, config
-from cmt_fast.config import ConfigError
+from cmt_fast.config import fingerprint
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.convert import families, fitting
 from cmt_fast.convert.files import Source
-from cmt_fast.convert.opcodes import shown
-from cmt_fast.workspace import Workspace
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.safe_pickle.opcodes import shown
+from cmt_fast.storage import checkpoint
 
 FIRST = 5  # names shown of a long list
 
@@ -109,7 +110,7 @@ def write(source: Source, parity: Parity, work: Workspace) -> Path:
             "nimg": 0,
             "done": True,
             "recipe": work.run.name,
-            "config": config.stage_digest(work.run, "pre"),
+            "config": fingerprint.stage_digest(work.run, "pre"),
             "parent": lineage(source, parity),
             "wall": {"train_s": 0.0, "eval_s": 0.0},
         }

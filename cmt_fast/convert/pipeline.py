@@ -19,9 +19,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from cmt_fast import models
-from cmt_fast.paths import Path as ForwardPath
-from cmt_fast.sample import Setting
-from cmt_fast.schema import Model, Sampler
+from cmt_fast.config.schema import Model, Sampler
+from cmt_fast.diffusion.paths import Path as ForwardPath
+from cmt_fast.diffusion.sampling import Setting
 
 
 class CmtNetwork(ModelMixin, ConfigMixin):
@@ -151,7 +151,7 @@ class CmtPipeline(DiffusionPipeline):
                     f"vae: is missing, these are latents of {about['vae']!r}; give from_pretrained(..., vae=AutoencoderKL) "
                     "or ask for output_type='latent'"
                 )
-            from cmt_fast.codec import Codec, Normalisation
+            from cmt_fast.data.autoencoder import Codec, Normalisation
 
             constants = Normalisation(tuple(about["mean"]), tuple(about["std"]), about["scale"])
             codec = getattr(self, "_codec", None)

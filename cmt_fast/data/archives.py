@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from cmt_fast.config import ConfigError
+from cmt_fast.config.errors import ConfigError
 
 MEMBER_BYTES = 64 << 20  # of one array or image
 JSON_BYTES = 256  # of a .json file for each file in the archive, beside a first MiB; EDM2's has 45

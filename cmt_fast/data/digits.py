@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cmt_fast.data import Dataset
-from cmt_fast.schema import Digits
+from cmt_fast.config.schema import Digits
+from cmt_fast.data.datasets import Dataset
 
 
 def load(config: Digits) -> Dataset:

@@ -12,11 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from cmt_fast import rng
-from cmt_fast.data import Dataset
-from cmt_fast.paths import Path, column
-from cmt_fast.schema import Gmm
-from cmt_fast.solvers import rollout, table
+from cmt_fast.config.schema import Gmm
+from cmt_fast.data.datasets import Dataset
+from cmt_fast.diffusion import rng
+from cmt_fast.diffusion.paths import Path, column
+from cmt_fast.diffusion.solvers import rollout, table
 
 _STAGE = 2**32 - 1  # of no training stage: the order of rows and their noise must not depend on what the rows are
 

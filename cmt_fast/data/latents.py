@@ -24,10 +24,12 @@ import xxhash
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from cmt_fast import checkpoint, rng
-from cmt_fast.codec import Normalisation
+from cmt_fast.config.schema.numbers import Count, Natural, schema
 from cmt_fast.data.archives import DatasetError, array, parse
-from cmt_fast.schema.numbers import Count, Natural, schema
+from cmt_fast.data.autoencoder import Normalisation
+from cmt_fast.diffusion import rng
+from cmt_fast.storage import checkpoint
+from cmt_fast.storage import files as files_
 
 INDEX, LABELS, CHECKSUMS = "index.json", "labels.npy", "checksums.npy"
 FORMAT = 1
@@ -184,7 +186,7 @@ class Store:
     @functools.cached_property
     def facts(self) -> dict[str, int | str]:
         """As data.Rows: the index names every row's checksum through the file that holds them."""
-        index = checkpoint.checksum(self.folder / INDEX)
+        index = files_.checksum(self.folder / INDEX)
         return {"rows": self.n, "shards": len(self.index.shards), "xxh3_128": index}
 
     def place(self, row: int) -> tuple[int, int]:
@@ -325,7 +327,7 @@ def write_index(folder: Path, facts: dict[str, Any]) -> None:
     if index.trajectories is None:
         del body["trajectories"]  # as every store of data has it
     body["xxh3_128"] = xxhash.xxh3_128_hexdigest(checkpoint.canonical(body))
-    checkpoint.write_text(folder / INDEX, json.dumps(body, indent=1, sort_keys=True) + "\n")
+    files_.write_text(folder / INDEX, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
 def mapped(path: Path, size: int) -> np.ndarray:

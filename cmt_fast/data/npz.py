@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cmt_fast import checkpoint
-from cmt_fast.data import Dataset
-from cmt_fast.schema import Npz
+from cmt_fast.config.schema import Npz
+from cmt_fast.data.datasets import Dataset
+from cmt_fast.storage import files
 
 
 def load(config: Npz) -> Dataset:
@@ -32,7 +32,7 @@ def load(config: Npz) -> Dataset:
     x = x / 127.5 - 1 if images.dtype == np.uint8 else x
     if not torch.isfinite(x).all():
         raise ValueError(f"data.path: images of {config.path!r} are not all finite")
-    checksum = checkpoint.checksum(Path(config.path))
+    checksum = files.checksum(Path(config.path))
     if labels is None:
         return Dataset(x, None, 0, checksum)
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:

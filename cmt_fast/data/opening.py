@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cmt_fast.codec import Normalisation
+from cmt_fast.config.schema import Latents
 from cmt_fast.data.archives import DatasetError
+from cmt_fast.data.autoencoder import Normalisation
 from cmt_fast.data.latents import Store, read_index
 from cmt_fast.data.shards import Shards
-from cmt_fast.schema import Latents
 
 
 def opened(folder: Path, flip: bool = False, normalisation: Normalisation | None = None) -> Store:

@@ -24,9 +24,10 @@ import xxhash
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from cmt_fast import checkpoint, rng
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.latents import CHECKSUMS, LABELS, Index, Shard, Store, mapped, write_index
+from cmt_fast.diffusion import rng
+from cmt_fast.storage import files as files_
 
 BLOCK = 512  # of a tar archive
 RECORD = 10240  # an archive ends on a multiple of it
@@ -141,10 +142,10 @@ def export(store: Store, out: Path, per_shard: int, seed: int, tell: Callable[[i
     write_index(part, {**TypeAdapter(Index).dump_python(index, mode="json"), "shards": shards, "files": files})
     made = Shards(part, index.flips)
     for i, rows in enumerate(torch.arange(index.rows).split(per_shard)):
-        checkpoint.write_text(made.archive(i).with_suffix(".idx"), made.index_file(rows, labels=True))
-    checkpoint.sync(part)
+        files_.write_text(made.archive(i).with_suffix(".idx"), made.index_file(rows, labels=True))
+    files_.sync(part)
     os.rename(part, out)
-    checkpoint.sync(out.parent)
+    files_.sync(out.parent)
 
 
 def _write_shard(store: Store, path: Path, rows: Tensor, labels: np.ndarray | None, first: int) -> list[int]:
@@ -165,11 +166,11 @@ def _write_shard(store: Store, path: Path, rows: Tensor, labels: np.ndarray | No
                 add(f"{first + i:09d}.npy", header + content)
                 if labels is not None:
                     add(f"{first + i:09d}.cls", f"{labels[i]:0{digits}d}".encode())
-    checkpoint.sync(path)
+    files_.sync(path)
     return checksums
 
 
 def _write_array(path: Path, values: np.ndarray) -> str:
     np.save(path, values, allow_pickle=False)
-    checkpoint.sync(path)
-    return checkpoint.checksum(path)
+    files_.sync(path)
+    return files_.checksum(path)

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from cmt_fast import checkpoint, distributed
 from cmt_fast.data import latents
 from cmt_fast.data.archives import DatasetError
+from cmt_fast.runtime import distributed
+from cmt_fast.storage import files as files_
 
 BROKEN = "broken.tsv"
 ROWS = 1024  # of a shard: 134 MB of 512-pixel latents in fp16, seconds of work on a GPU
@@ -99,12 +100,12 @@ class Writer:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self._shard(k))
-        checkpoint.sync(self.folder)
+        files_.sync(self.folder)
         record = {
             "key": key, "bytes": self._shard(k).stat().st_size, "labels": rows.labels, "notes": rows.notes,
             "checksums": [f"{c:016x}" for c in rows.checksums], "sums": rows.sums.tolist(),
         }  # fmt: skip
-        checkpoint.write_text(self._record(k), json.dumps(record))
+        files_.write_text(self._record(k), json.dumps(record))
 
     def finish(self, layout: Layout, keys: list[str], facts: dict[str, Any]) -> latents.Index:
         """Index, labels and checksums from the records of all shards, then OUT.part becomes OUT.
@@ -150,14 +151,14 @@ class Writer:
         )  # fmt: skip
         notes = [f"{name}\t{reason}\n" for r in records if r for name, reason in r["notes"]]
         if notes:
-            checkpoint.write_text(self.folder / BROKEN, "".join(notes))
+            files_.write_text(self.folder / BROKEN, "".join(notes))
         known = {s["file"] for s in shards} | {latents.INDEX, *files, *([BROKEN] if notes else [])}
         for path in self.folder.iterdir():
             if path.name not in known:
                 path.unlink()
-        checkpoint.sync(self.folder)
+        files_.sync(self.folder)
         os.rename(self.folder, self.out)
-        checkpoint.sync(self.out.parent)
+        files_.sync(self.out.parent)
         return latents.read_index(self.out)
 
     def _array(self, name: str, values: np.ndarray) -> str:
@@ -165,7 +166,7 @@ class Writer:
         np.save(buffer, values, allow_pickle=False)
         path = self.folder / name
         path.write_bytes(buffer.getvalue())
-        checkpoint.sync(path)
+        files_.sync(path)
         return xxhash.xxh3_128_hexdigest(buffer.getvalue())
 
 

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cmt_fast.config.schema import Run, Stage
 from cmt_fast.engine.buffers import load_named, named
 from cmt_fast.engine.local import LocalEngine
-from cmt_fast.engine.sizing import Choice, choose
-from cmt_fast.schema import Run, Stage
+from cmt_fast.engine.sharding import Choice, choose
 
 
 class Engine(Protocol):

@@ -13,10 +13,11 @@ import torch
 from cmt_kernels import adamw_ema
 from torch import Tensor, nn
 
-from cmt_fast import distributed, ema, optimizer
-from cmt_fast.compiled import compile_network
+from cmt_fast.config.schema import Stage
+from cmt_fast.engine import ema, optimizer
 from cmt_fast.engine.buffers import bind, constrain, flat, load_named, named, parts
-from cmt_fast.schema import Stage
+from cmt_fast.engine.compile import compile_network
+from cmt_fast.runtime import distributed
 
 
 class LocalEngine:

@@ -25,12 +25,12 @@ import torch
 from cmt_kernels import adamw_ema
 from torch import Tensor, nn
 
-from cmt_fast import distributed, ema, optimizer
-from cmt_fast.checkpoint import Tensors
-from cmt_fast.compiled import compile_network
-from cmt_fast.engine import buffers
-from cmt_fast.engine.sizing import Choice
-from cmt_fast.schema import Stage
+from cmt_fast.config.schema import Stage
+from cmt_fast.engine import buffers, ema, optimizer
+from cmt_fast.engine.compile import compile_network
+from cmt_fast.engine.sharding import Choice
+from cmt_fast.runtime import distributed
+from cmt_fast.storage.checkpoint import Tensors
 
 
 class ZeroEngine:

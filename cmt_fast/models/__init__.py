@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from cmt_fast.config.schema import Dit, Edm, Edm2, Mlp, Model
 from cmt_fast.models import dit, edm, edm2, mlp
 from cmt_fast.models.precond import AverageVelocity, Denoiser, NoiseDenoiser
-from cmt_fast.schema import Dit, Edm, Edm2, Mlp, Model
 
 
 def build(model: Model, path: str, sigma_data: float, shape: tuple[int, ...], classes: int) -> nn.Module:

@@ -12,7 +12,7 @@ from cmt_kernels import Dual
 from cmt_kernels.dual import head, rows, tangent, value
 from torch import Tensor, nn
 
-from cmt_fast.paths import column
+from cmt_fast.diffusion.paths import column
 
 
 class Denoiser(nn.Module):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cmt_fast.paths import Path
-from cmt_fast.rng import Random
+from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.rng import Random
 
 
 class Batch(NamedTuple):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cmt_fast.config.schema import CmtCm, CmtMf
 from cmt_fast.objectives.batch import Points, World
 from cmt_fast.objectives.distance import distance
-from cmt_fast.schema import CmtCm, CmtMf
 
 
 def cmt_cm(net, points: Points, config: CmtCm, world: World) -> tuple[Tensor, dict[str, Tensor]]:

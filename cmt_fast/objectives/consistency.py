@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cmt_fast import rng
+from cmt_fast.config.schema import Ecd, Ect
+from cmt_fast.diffusion import rng
+from cmt_fast.diffusion.paths import column
+from cmt_fast.diffusion.solvers import ve_step
 from cmt_fast.objectives.batch import Batch, World
 from cmt_fast.objectives.distance import distance
-from cmt_fast.paths import column
-from cmt_fast.schema import Ecd, Ect
-from cmt_fast.solvers import ve_step
 
 
 def earlier_time(t: Tensor, q: float, k: float, b: float, stage: int = 0) -> Tensor:

@@ -25,10 +25,10 @@ import torch
 from cmt_kernels import Dual
 from torch import Tensor
 
-from cmt_fast import rng
+from cmt_fast.config.schema import Scd, Sct
+from cmt_fast.diffusion import rng
+from cmt_fast.diffusion.paths import column
 from cmt_fast.objectives.batch import Batch, World
-from cmt_fast.paths import column
-from cmt_fast.schema import Scd, Sct
 
 
 def sct(net, batch: Batch, config: Sct, world: World) -> tuple[Tensor, dict[str, Tensor]]:

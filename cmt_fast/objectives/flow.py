@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cmt_fast import rng
+from cmt_fast.config.schema import Flow
+from cmt_fast.diffusion import rng
 from cmt_fast.objectives.batch import Batch, World
-from cmt_fast.schema import Flow
 
 
 def flow(net, batch: Batch, config: Flow, world: World) -> tuple[Tensor, dict[str, Tensor]]:

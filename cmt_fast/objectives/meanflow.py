@@ -13,10 +13,10 @@ from cmt_kernels import Dual, meanflow_loss
 from cmt_kernels.dual import value
 from torch import Tensor
 
-from cmt_fast import rng
+from cmt_fast.config.schema import IMeanFlow, MeanFlow
+from cmt_fast.diffusion import rng
+from cmt_fast.diffusion.paths import column
 from cmt_fast.objectives.batch import Batch, World
-from cmt_fast.paths import column
-from cmt_fast.schema import IMeanFlow, MeanFlow
 
 
 def meanflow(net, batch: Batch, config: MeanFlow, world: World) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from bench import step
-from bench.apart import Side, first_of_peer
-from bench.worker import Died, Late, Refused, Worker
+from bench.harness.worker import Died, Late, Refused, Worker
+from bench.training import step
+from bench.training.apart import Side, first_of_peer
 
 # planted in a worker before it serves: the peer's loss at more than so many rows
 BENEATH = """
@@ -118,7 +118,8 @@ def test_the_peer_begins_at_no_larger_a_batch_than_ours(batch, device, first):
 
 
 def side() -> Side:
-    from bench import Deadline, runs
+    from bench.harness.timing import Deadline
+    from bench.training import runs
 
     return Side(runs.model("dry"), argparse.Namespace(device="cpu", tiny=True, seconds=0.0), Deadline(2.0))
 
@@ -140,7 +141,7 @@ def test_memory_that_stays_taken_after_a_fault_costs_the_process(plant, monkeypa
 
 def test_a_worker_says_how_it_ended():
     with pytest.raises(Refused, match="KeyError"):
-        Worker("bench.contender").ask({"do": "nothing"}, 60)
+        Worker("bench.training.contender").ask({"do": "nothing"}, 60)
     for end, said in (("os._exit(7)", "ended with exit code 7"), ("os.kill(os.getpid(), 11)", "killed by SIGSEGV")):
         worker = dead(end)
         with pytest.raises(Died, match=said):

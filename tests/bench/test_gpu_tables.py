@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from bench import gpu_tables, report
+from bench.harness import gpu_tables, tables
 
 ABOUT = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11", "cuda": "13.0", "commit": "abc", "date": "2026-11-27T00:00",
          "not_measured": []}  # fmt: skip
@@ -52,13 +52,13 @@ FILES = {
 def pages(tmp_path, monkeypatch):
     """write(names) -> the page with their tables."""
     (tmp_path / "cpu").mkdir()
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "cpu")
-    monkeypatch.setattr(report, "PAGES", [tmp_path / "README.md"])
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "cpu")
+    monkeypatch.setattr(tables, "PAGES", [tmp_path / "README.md"])
 
     def write(*names: str) -> str:
         marks = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names)
         (tmp_path / "README.md").write_text(marks)
-        assert report.run(argparse.Namespace()) == 0
+        assert tables.run(argparse.Namespace()) == 0
         return (tmp_path / "README.md").read_text()
 
     return write

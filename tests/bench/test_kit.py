@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from cmt_kernels import _native
 
-from bench import ROOT, commit, kit
+from bench.harness import kit
+from bench.harness.results_file import ROOT, commit
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a kit is made of what git tracks")
 PLANTED = "planted_package"

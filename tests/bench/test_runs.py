@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from bench import report
+from bench.harness import tables
 
 SMALL = {
     "step": ["--tiny", "--no-compile", "--seconds", "0"],
@@ -37,10 +37,10 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("mark", ["step", "trajectories", "pipeline", "loader", "predicted-steps"])
 def test_a_table_is_made_of_what_a_bench_wrote(results, mark, monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "RESULTS", results / "cpu")
-    monkeypatch.setattr(report, "PAGES", [tmp_path / "README.md"])
+    monkeypatch.setattr(tables, "RESULTS", results / "cpu")
+    monkeypatch.setattr(tables, "PAGES", [tmp_path / "README.md"])
     (tmp_path / "README.md").write_text(f"before\n<!-- table: {mark} -->\n<!-- end -->\nafter\n")
-    assert report.run(argparse.Namespace()) == 0
+    assert tables.run(argparse.Namespace()) == 0
     first, _, *table, _, _ = (tmp_path / "README.md").read_text().splitlines()
     rows = [x for x in table if x.startswith("|")]
     assert first == "before" and len(rows) > 3

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from cmt_kernels import assembler
 
-from bench import gates, sass, sass_faults
+from bench.kernels import resources, sass, sass_faults
 
 PTX = Path(__file__).parent / "ptx"
-needs_triton = pytest.mark.skipif(gates.missing() is not None, reason=f"no nvdisasm: {gates.missing()}")
+needs_triton = pytest.mark.skipif(resources.missing() is not None, reason=f"no nvdisasm: {resources.missing()}")
 
 
 def span(kind: str, first: int, count: int) -> set[str]:
@@ -188,7 +188,7 @@ def test_a_race_over_the_loop_s_edge() -> None:
 
 def life_ranges(cubin: Path) -> dict[int, tuple[set[str], set[str]]]:
     """address -> (reads, writes) as nvdisasm's own table of life ranges says; {} where it prints none."""
-    command = [gates.tool("nvdisasm"), "-c", "-plr", "-lrm", "narrow", cubin]
+    command = [resources.tool("nvdisasm"), "-c", "-plr", "-lrm", "narrow", cubin]
     lines = [
         line for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines() if "// |" in line
     ]
@@ -227,18 +227,18 @@ def test_operands_are_as_nvdisasm_has_them(tmp_path: Path) -> None:
         "attention backward_kv d64 T256 bf16",
         "attention backward_q d72 T256 bf16",
     )
-    own = [(op, gate) for op in gates.gated_ops() for gate in gates.gates(op)]
+    own = [(op, gate) for op in resources.gated_ops() for gate in resources.gates(op)]
     some = [gate for op, gate in own if gate.name in asked] + [
-        next(g for op, g in own if op == name) for name in gates.gated_ops()
+        next(g for op, g in own if op == name) for name in resources.gated_ops()
     ]
     compared = 0
     for gate in some:
         path = tmp_path / "kernel.cubin"
-        path.write_bytes(gates.compile_gate(gate, 90).asm["cubin"])
+        path.write_bytes(resources.compile_gate(gate, 90).asm["cubin"])
         table = life_ranges(path)
         if not table:
             pytest.skip("this nvdisasm prints no life ranges of this assembler's code")
-        (lines,) = sass.disassemble([path.read_bytes()], 90, gates.tool("nvdisasm"))
+        (lines,) = sass.disassemble([path.read_bytes()], 90, resources.tool("nvdisasm"))
         for one in sass.kernel(gate.name, lines).code:
             reads, writes = table.get(one.address, (set(), set()))
             assert (reads, writes) == (one.reads, one.writes) or excused(one, reads, writes), f"{gate.name}: {one.text}"
@@ -264,8 +264,8 @@ def test_what_12_8_93_miscompiled_is_found(path: Path, tmp_path: Path) -> None:
     old = [a for a in assembler.candidates() if a.version == (12, 8, 93)]
     if not old:
         pytest.skip("needs ptxas 12.8.93: pip install nvidia-cuda-nvcc-cu12==12.8.93")
-    (lines,) = sass.disassemble([assembled(path, old[0].path, tmp_path)], 90, gates.tool("nvdisasm"))
-    said = gates.faults(lines)
+    (lines,) = sass.disassemble([assembled(path, old[0].path, tmp_path)], 90, resources.tool("nvdisasm"))
+    said = resources.faults(lines)
     expected = WRONG[path.name.split(".")[0]]
     assert said.startswith(f"{expected} read, never written at") and "UIADD3" in said if expected else said == ""
 
@@ -275,5 +275,5 @@ def test_every_other_assembler_at_hand_is_right_of_them(tmp_path: Path) -> None:
     others = [a for a in assembler.candidates() if not assembler.wgmma_fault(a.version)[1]]
     assert others
     for one in others:
-        codes = sass.disassemble([assembled(p, one.path, tmp_path) for p in FIXTURES], 90, gates.tool("nvdisasm"))
-        assert [gates.faults(lines) for lines in codes] == [""] * len(FIXTURES) and len(FIXTURES) == 4, one
+        codes = sass.disassemble([assembled(p, one.path, tmp_path) for p in FIXTURES], 90, resources.tool("nvdisasm"))
+        assert [resources.faults(lines) for lines in codes] == [""] * len(FIXTURES) and len(FIXTURES) == 4, one

@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import peer, predict, runs
-from bench.step import step_flops
-from cmt_fast import cost, rng
-from cmt_fast.cards import CARDS, Step
+from bench.training import baseline, predict, runs
+from bench.training.step import step_flops
+from cmt_fast.cost import flops
+from cmt_fast.cost.hardware import CARDS, Step
+from cmt_fast.diffusion import rng
+from cmt_fast.diffusion.rng import Random
+from cmt_fast.diffusion.solvers import rollout, table
 from cmt_fast.models.dit import SIZES
 from cmt_fast.objectives import ROWS, Batch, Points, World
 from cmt_fast.objectives.consistency import earlier_time
 from cmt_fast.objectives.meanflow import draw_times, tangent_rows
-from cmt_fast.rng import Random
-from cmt_fast.solvers import rollout, table
 
 ROUNDING = 1e-9  # of float64, through a network and a hundred solver operations
 
@@ -24,7 +25,7 @@ PREDICTED = {("B", 256): ((449, 571, 486), (377, 493, 410)), ("XL", 256): ((1946
 
 @pytest.mark.parametrize("tokens", [256, 1024])
 def test_flops_are_the_cost_models(tokens):
-    work = f, attention = cost.dit_forward(*SIZES["XL"][:2], tokens, True)
+    work = f, attention = flops.dit_forward(*SIZES["XL"][:2], tokens, True)
     assert step_flops("FM", work) == 3 * f
     assert step_flops("CMT-CM", work) == step_flops("ECT", work) == 4 * f
     assert step_flops("CMT-MF", work, teacher=0.25) == 3.25 * f
@@ -60,7 +61,7 @@ class Twins:
         self.work = runs.workspace(objective, runs.model("dry"), "cpu")
         self.stage = runs.stage_of(self.work, objective, runs.model("dry"), "fp32", False, None)
         self.ours, self.teacher = self.work.build().double(), self.work.network("teacher").double()
-        self.theirs, self.plain_teacher = peer.plain(self.ours), peer.plain(self.teacher)
+        self.theirs, self.plain_teacher = baseline.plain(self.ours), baseline.plain(self.teacher)
         self.rows = torch.arange(16)
         self.x_0, self.labels = self.work.data.x[:16].double(), self.work.data.labels[:16]
         self.random = Random(0, 1, 7)
@@ -86,14 +87,14 @@ class Twins:
 def test_flow_matching_is_the_same_loss():
     w = Twins("FM")
     t = torch.sigmoid(w.stage.objective.mean + w.stage.objective.std * w.random.gauss(rng.TIME, w.rows)).double()
-    w.same(w.objective(), peer.flow_loss(w.theirs, w.x_0, w.labels, t, w.eps))
+    w.same(w.objective(), baseline.flow_loss(w.theirs, w.x_0, w.labels, t, w.eps))
 
 
 def test_meanflow_by_one_pass_of_func_jvp_is_the_same_loss():
     w = Twins("MF")
     c = w.stage.objective
     t, r = draw_times(w.rows, tangent_rows(16, c.ratio), c, w.world, torch.float64)
-    w.same(w.objective(), peer.meanflow_loss(w.theirs, w.x_0, w.labels, t, r, w.eps, c))
+    w.same(w.objective(), baseline.meanflow_loss(w.theirs, w.x_0, w.labels, t, r, w.eps, c))
 
 
 @pytest.mark.parametrize("name", ["ECT", "ECD"])
@@ -103,7 +104,7 @@ def test_consistency_tuning_is_the_same_loss(name):
     t = torch.exp(c.mean + c.std * w.random.gauss(rng.TIME, w.rows)).double()
     teacher = w.plain_teacher if name == "ECD" else None
     r = earlier_time(t, c.q, c.k, c.b)
-    w.same(w.objective(), peer.consistency_loss(w.theirs, w.x_0, w.labels, t, r, w.eps, c, teacher))
+    w.same(w.objective(), baseline.consistency_loss(w.theirs, w.x_0, w.labels, t, r, w.eps, c, teacher))
 
 
 @pytest.mark.parametrize("name", ["CMT-CM", "CMT-MF"])
@@ -111,7 +112,7 @@ def test_mid_training_is_the_same_trajectories_and_loss(name):
     w = Twins(name)
     c, labels = w.stage.trajectories, torch.tensor([3, 4])
     noise = w.eps[:2] * (c.t_max if name == "CMT-CM" else 1.0)
-    solve = peer.dpm_solver if name == "CMT-CM" else peer.heun_solver
+    solve = baseline.dpm_solver if name == "CMT-CM" else baseline.heun_solver
     states, times = solve(w.plain_teacher, noise, labels, c)
     plan = table(w.work.path, c.solver, c.nfe, c.t_max, c.t_min, c.order)
     mine = rollout(w.teacher, w.work.path, plan, noise, labels)
@@ -121,12 +122,12 @@ def test_mid_training_is_the_same_trajectories_and_loss(name):
     if name == "CMT-CM":
         i = torch.arange(last).repeat_interleave(2)
         j, which = torch.full_like(i, last), torch.arange(2).repeat(last)
-        theirs = peer.cmt_cm_loss(w.theirs, states, times, labels, w.stage.objective.distance, w.stage.objective.c)
+        theirs = baseline.cmt_cm_loss(w.theirs, states, times, labels, w.stage.objective.distance, w.stage.objective.c)
     else:
         pick = torch.tensor([0, 5, 17, 40, 71])
         pairs = torch.triu_indices(last + 1, last + 1, offset=1)
         (i, j), which = pairs[:, pick // 2], pick % 2
-        theirs = peer.cmt_mf_loss(w.theirs, states, times, labels, pick)
+        theirs = baseline.cmt_mf_loss(w.theirs, states, times, labels, pick)
     points = Points(states[i, which], times[i], states[j, which], times[j], labels[which], None)
     ours = ROWS[w.stage.objective.kind].function(w.ours, points, w.stage.objective, w.world)[0]
     w.same(ours, theirs)
@@ -140,8 +141,11 @@ def test_a_bench_step_is_the_trainers_step_and_both_move_their_weights():
     ours = runs.Ours(work, "CMT-CM", stage)
     assert ours.pool.teacher_forwards == 1 and ours.pool.steps == m.pool_steps and ours.pool.rows == m.batch
     other = runs.Ours(work, "CMT-CM", stage, share=ours)
-    theirs = peer.Step(
-        stage, peer.plain(work.build()), peer.plain(work.teacher), peer.Rows(work.data.x, work.data.labels, 10)
+    theirs = baseline.Step(
+        stage,
+        baseline.plain(work.build()),
+        baseline.plain(work.teacher),
+        baseline.Rows(work.data.x, work.data.labels, 10),
     )
     for step, p in ((ours, ours.engine.p), (other, ours.engine.p), (theirs, theirs.net.net.final.weight)):
         before = p.detach().clone()

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from bench import sweep
-from bench.worker import Worker
+from bench.harness.worker import Worker
+from bench.kernels import sweep
 
 PLANTED = """
 import os, sys, torch

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import bench
-from bench import Results, Timer
+from bench.harness.results_file import Results
+from bench.harness.timing import Timer
 
 
 class Gpu:

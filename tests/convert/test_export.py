@@ -10,13 +10,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cmt_fast import checkpoint, config
-from cmt_fast import workspace as ws
-from cmt_fast.codec import Codec
+from cmt_fast.config import fingerprint, loading
 from cmt_fast.convert import card
-from tests.convert import small
+from cmt_fast.data.autoencoder import Codec
+from cmt_fast.run import workspace
+from cmt_fast.storage import checkpoint
 from tests.convert.test_import import cmt, same, tensors
-from tests.train import stores, synthetic
+from tests.fixtures import small, stores, synthetic
 
 NAME = "small <b>run</b> [x](http://y) | *a*\n---\n# title"
 
@@ -44,7 +44,7 @@ def test_safetensors_hold_the_run_and_go_back_in(ve, tmp_path, capsys):
         about = json.loads(file.metadata()["cmt-fast"])
     weights, manifest = load_file(out), checkpoint.complete(ve / "run/pre").manifest
     assert same(tensors(ve / "run"), weights) and all(t.dtype == torch.float32 for t in weights.values())
-    assert config.build(about["run"]) == config.load(str(ve / "small.yaml")) and about["digest"] == manifest["config"]
+    assert loading.build(about["run"]) == loading.load(str(ve / "small.yaml")) and about["digest"] == manifest["config"]
     assert about["lineage"]["ema"] == manifest["files"]["ema-0.safetensors"]["xxh3_128"]
     assert about["lineage"]["parent"]["file"] == "net.pkl"
     arguments = ("--recipe", ve / "small.yaml", "--out", tmp_path / "again")
@@ -88,7 +88,7 @@ def test_pipeline_gives_the_image_of_the_trainer(ve, tmp_path, capsys, monkeypat
         capsys, "ckpt", "export", ve / "run/pre", out, "--format", "diffusers", "--license", "cc-by-nc-sa-4.0"
     )
     assert code == 0, err
-    work, _ = ws.open_stage(str(ve / "run/pre"))
+    work, _ = workspace.open_stage(str(ve / "run/pre"))
     want = work.setting.generate(work.network("pre"), 4, 5, 3, solver=True)
     assert want.std() > 0.01 and torch.isfinite(want).all()
     with pytest.raises(ValueError, match="trust_remote_code"):
@@ -122,12 +122,18 @@ def test_pipeline_of_a_few_step_network_on_the_linear_path_makes_pictures(tmp_pa
     from cmt_fast.convert.pipeline import CmtPipeline
 
     recipe = small.recipe(tmp_path, {"kind": "dit", "width": 16, "depth": 1, "heads": 2}, "linear", channels=3)
-    run = config.load(str(recipe))
-    work = ws.Workspace(run, tmp_path / "run")
+    run = loading.load(str(recipe))
+    work = workspace.Workspace(run, tmp_path / "run")
     work.claim()
     torch.manual_seed(1)
     weights = {k: torch.randn(t.shape) * 0.2 for k, t in work.build().state_dict().items()}
-    about = {"stage": "post", "nimg": 8, "done": True, "recipe": run.name, "config": config.stage_digest(run, "post")}
+    about = {
+        "stage": "post",
+        "nimg": 8,
+        "done": True,
+        "recipe": run.name,
+        "config": fingerprint.stage_digest(run, "post"),
+    }
     files = {"model": weights, "ema-0": weights}
     checkpoint.save(tmp_path / "run/post", 2, files, {**about, "parent": None, "wall": {}})
     assert cmt(capsys, "ckpt", "export", tmp_path / "run/post", tmp_path / "pipe", "--format", "diffusers")[0] == 0
@@ -162,7 +168,7 @@ def test_latents_are_decoded_by_the_autoencoder_in_the_folder(tmp_path, capsys):
     assert code == 2 and "is not the autoencoder that made the latents" in err and not (tmp_path / "pipe").exists()
     code, _, err = cmt(capsys, *arguments, tmp_path / "vae")
     assert code == 0 and "some/vae" in (tmp_path / "pipe/README.md").read_text().replace("\\", ""), err
-    work, _ = ws.open_stage(str(tmp_path / "run/pre"))
+    work, _ = workspace.open_stage(str(tmp_path / "run/pre"))
     want = work.codec(str(tmp_path / "vae")).decode(work.setting.generate(work.network("pre"), 2, 3, 5, solver=True))
     for pipe in (
         CmtPipeline.from_pretrained(str(tmp_path / "pipe")),
@@ -179,9 +185,9 @@ def test_latents_are_decoded_by_the_autoencoder_in_the_folder(tmp_path, capsys):
 
 
 def test_card_escapes_what_users_wrote_and_says_where_weights_come_from(ve, tmp_path, capsys):
-    work, _ = ws.open_stage(str(ve / "run/pre"))
-    tree = config.dump(work.run) | {"name": NAME}
-    hostile = ws.Workspace(config.build(tree), ve / "run")
+    work, _ = workspace.open_stage(str(ve / "run/pre"))
+    tree = loading.dump(work.run) | {"name": NAME}
+    hostile = workspace.Workspace(loading.build(tree), ve / "run")
     lineage = {"stage": "pre", "nimg": 0, "config": "c" * 64, "ema": "e" * 32, "step": 0}
     file = {
         "file": "<script>|x|.pkl",

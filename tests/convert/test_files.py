@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cmt_fast.config import ConfigError
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.convert import files
-from tests.convert import archives, pickled
+from tests.fixtures import archives, pickled
 
 
 def state(seed: int = 0) -> dict[str, torch.Tensor]:

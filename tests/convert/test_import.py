@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cmt_fast import checkpoint, cli, config, models
-from cmt_fast import workspace as ws
+from cmt_fast import cli, models
+from cmt_fast.config import loading
 from cmt_fast.convert import families, fitting, names
-from tests.convert import small
-from tests.train.stores import make_store
+from cmt_fast.run import workspace
+from cmt_fast.storage import checkpoint
+from tests.fixtures import small
+from tests.fixtures.stores import make_store
 
 
 def cmt(capsys, *arguments) -> tuple[int, str, str]:
@@ -47,15 +49,15 @@ def test_edm2_snapshot_becomes_the_stage_pre_and_is_trained_on(tmp_path, capsys)
     parent = manifest["parent"]
     assert (parent["file"], parent["family"], parent["entry"], parent["class"]) == ("net.pkl", "edm2", "ema", "Node")
     assert len(parent["sha256"]) == 64 and parent["init_kwargs"] == small.ARGUMENTS and manifest["nimg"] == 0
-    work, _ = ws.open_stage(str(run / "pre"))
+    work, _ = workspace.open_stage(str(run / "pre"))
     mine, x, t = work.build(), torch.randn(2, 4, 8, 8), torch.tensor([0.5, 2.0])
     mine.load_state_dict({k: v.float() for k, v in names.edm2(state).items()})
     with torch.no_grad():
         assert torch.equal(work.network("pre")(x, t, t, torch.tensor([0, 2])), mine(x, t, t, torch.tensor([0, 2])))
     code, _, err = cmt(capsys, "ckpt", "import", tmp_path / "net.pkl", "--recipe", recipe, "--out", run)
     assert code == 2 and "holds checkpoints already" in err
-    work = ws.Workspace(config.load(str(recipe)), tmp_path / "more", run)
-    from cmt_fast import loop
+    work = workspace.Workspace(loading.load(str(recipe)), tmp_path / "more", run)
+    from cmt_fast.train import loop
 
     loop.train(work, ["mid"])
     later = checkpoint.complete(tmp_path / "more" / "mid").manifest["parent"]
@@ -170,7 +172,7 @@ def test_a_recipe_that_names_runs_which_are_not_there_yet(tmp_path, capsys, monk
     make_store(tmp_path / "store", 24, (4, 8, 8), classes=3)
     model = "model={kind: edm2, width: 16, multipliers: [1, 2], blocks: 1, attention: [4], head: 8, dropout: 0.0}"
     where = ["data.path=store", "data.expects=null", "data.mean=null", "data.std=null", model]
-    net = models.build(config.load("imagenet512-ecd", where).model, "ve", 0.5, (4, 8, 8), 3)
+    net = models.build(loading.load("imagenet512-ecd", where).model, "ve", 0.5, (4, 8, 8), 3)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, "teacher.safetensors")
     given = ["teacher.safetensors", "--recipe", "imagenet512-ecd", *where, "--out", "run"]
     code, said, wrong = cmt(capsys, "ckpt", "import", *given)

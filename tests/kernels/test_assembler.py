@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from cmt_kernels import _op, assembler, available
 
-from cmt_fast import machine
-from cmt_fast.cli import about
+from cmt_fast.cli import doctor
+from cmt_fast.runtime import machine
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -191,14 +191,14 @@ def test_it_is_printed_and_stored(plant: Plant, monkeypatch, capsys) -> None:
     monkeypatch.setattr(machine.torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(assembler, "card", lambda: 90)
     assert machine.environment()["assembler"] == "ptxas 13.4.59 of nvidia-cuda-nvcc, of 2 at hand"
-    about._assemblers()
+    doctor._assemblers()
     assert f"ptxas      13.4.59 at {newest} (for sm_90, of 2 at hand)" in capsys.readouterr().out
 
 
 def test_doctor_says_why_attention_has_no_triton(plant: Plant, monkeypatch, capsys) -> None:
     plant(OWN, "12.8.93")
     monkeypatch.setattr(assembler, "card", lambda: 90)
-    about._assemblers()
+    doctor._assemblers()
     assert "nothing wrote in wgmma kernels" in capsys.readouterr().out
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import gates_cuda
+from bench.kernels import resources_cuda
 
-pytestmark = pytest.mark.skipif(gates_cuda.missing() is not None, reason=str(gates_cuda.missing()))
+pytestmark = pytest.mark.skipif(resources_cuda.missing() is not None, reason=str(resources_cuda.missing()))
 
 SPILLS = """
 __global__ void __launch_bounds__(1024, 2) greedy_kernel(const float* x, float* y) {
@@ -23,13 +23,13 @@ __global__ void __launch_bounds__(1024, 2) greedy_kernel(const float* x, float* 
 """
 
 
-ASKED = [a for a in gates_cuda.ARCHITECTURES if os.environ.get("CMT_GATES", a) in (a, a.rstrip("a"))]
+ASKED = [a for a in resources_cuda.ARCHITECTURES if os.environ.get("CMT_GATES", a) in (a, a.rstrip("a"))]
 
 
 @pytest.mark.parametrize("arch", ASKED)
-@pytest.mark.parametrize("source", gates_cuda.sources(), ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", resources_cuda.sources(), ids=lambda source: source.stem)
 def test_no_kernel_spills(source: Path, arch: str) -> None:
-    rows = gates_cuda.parse(source.stem, gates_cuda.compile_log(source, arch))
+    rows = resources_cuda.parse(source.stem, resources_cuda.compile_log(source, arch))
     names = [row["name"] for row in rows]
     assert len(set(names)) == len(names), "kernels of one source share a name"
     assert not [row for row in rows if row["spill_bytes"] or row["local_bytes"]]
@@ -39,10 +39,10 @@ def test_no_kernel_spills(source: Path, arch: str) -> None:
 def test_a_spill_is_seen(tmp_path: Path) -> None:
     source = tmp_path / "greedy.cu"
     source.write_text(SPILLS)
-    (row,) = gates_cuda.parse("greedy", gates_cuda.compile_log(source, "80"))
+    (row,) = resources_cuda.parse("greedy", resources_cuda.compile_log(source, "80"))
     assert row["spill_bytes"] > 0 and row["name"] == "greedy_kernel-fp32"
 
 
 def test_a_log_that_is_not_understood_raises() -> None:
     with pytest.raises(ValueError, match="0 kernels, 0 understood"):
-        gates_cuda.parse("gelu", "")
+        resources_cuda.parse("gelu", "")

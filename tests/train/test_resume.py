@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmt_fast import checkpoint, config, loop
-from cmt_fast.schema import STAGES
-from cmt_fast.workspace import Workspace
-from tests.train.tiny import metrics, tiny
+from cmt_fast.config import loading
+from cmt_fast.config.schema import STAGES
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.storage import checkpoint
+from cmt_fast.train import loop
+from tests.fixtures.tiny import metrics, tiny
 
 KILLS = 20
 LONG = [
@@ -56,11 +58,11 @@ def test_sigkill_at_random_moments(stage, undisturbed, tmp_path):
     run, out = tiny("digits", *LONG), tmp_path / "run"
     for parent in STAGES[: STAGES.index(stage)]:
         shutil.copytree(undisturbed / parent, out / parent)
-    (tmp_path / "config.json").write_text(json.dumps(config.dump(run)))
+    (tmp_path / "config.json").write_text(json.dumps(loading.dump(run)))
     server = subprocess.Popen(
         [
             sys.executable,
-            str(Path(__file__).with_name("kill_server.py")),
+            str(Path(__file__).parents[1] / "fixtures" / "kill_server.py"),
             str(tmp_path / "config.json"),
             str(out),
             stage,

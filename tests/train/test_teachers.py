@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmt_fast import checkpoint, config, cost, loop
 from cmt_fast.cli import main
-from cmt_fast.config import ConfigError
-from cmt_fast.trajectories import Pool
-from cmt_fast.workspace import RUN_FILE, Workspace
-from tests.train.tiny import NO_EVAL, SMALL, source_of, tiny
+from cmt_fast.config import fingerprint
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.cost import flops
+from cmt_fast.run.folder import RUN_FILE
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.storage import checkpoint
+from cmt_fast.teacher.pool import Pool
+from cmt_fast.train import loop
+from tests.fixtures.tiny import NO_EVAL, SMALL, source_of, tiny
 
 WIDE = "model.width=24"
 
@@ -64,8 +68,8 @@ def test_meanflow_teacher_of_another_run_and_size(world: Path, tmp_path: Path) -
             "ema": ema(world / "mf/pre"),
         }
     }
-    assert config.stage_digest(run, "mid", found) == manifest(tmp_path / "run" / "mid")["config"]
-    assert config.stage_digest(run, "mid", found) != config.stage_digest(run, "mid")
+    assert fingerprint.stage_digest(run, "mid", found) == manifest(tmp_path / "run" / "mid")["config"]
+    assert fingerprint.stage_digest(run, "mid", found) != fingerprint.stage_digest(run, "mid")
 
 
 def guided_run(world: Path, *more: str):
@@ -86,7 +90,7 @@ def test_ecd_with_autoguidance(world: Path, tmp_path: Path) -> None:
     loop.train(work, ["post"])
     found = manifest(tmp_path / "run" / "post")["others"]
     assert found["autoguidance.network"]["ema"] == ema(world / "weak/pre") and "teacher" not in found
-    assert cost.calls(run, "post")["forwards"] == 640 * (4 + 2 * 2)
+    assert flops.calls(run, "post")["forwards"] == 640 * (4 + 2 * 2)
 
 
 def test_rollouts_are_autoguided_where_asked(world: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
     y  = c0 x + c1 m0 + c2 m1 + c3 m2                  the multistep update; y is written into the trajectory
     net_in = c_in y                                    what the network is fed next, in the dtype of f
 
-DPM-Solver++ of orders 1-3, Euler and Heun are rows of one coefficient table (cmt_fast/solvers.py).
+DPM-Solver++ of orders 1-3, Euler and Heun are rows of one coefficient table (cmt_fast/diffusion/solvers.py).
 """
 
 from torch import Tensor

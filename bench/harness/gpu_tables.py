@@ -1,0 +1,163 @@
+"""Tables of what `python -m bench gpu` measured on a card, at marks such as `<!-- table: h100-step -->`.
+
+Made from bench/results/<card>/ alone. Where nothing has been measured, the table says so and how to measure it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.harness.timing import quantiles
+
+CARDS = ("h100", "h200", "a100")
+STAGES = {"pre": "pre-training", "mid": "mid-training", "post": "post-training", "control": "control"}
+
+
+def table(results: Path, card: str, name: str) -> str:
+    """The table called `name` (of TABLES) of one card; results: the folder of all devices. Raises KeyError for another name."""
+    make, files = TABLES[name]
+    found = [
+        json.loads(file.read_text("utf-8")) for pattern in files for file in sorted((results / card).glob(pattern))
+    ]
+    if not any(data.get("rows") for data in found):
+        return f"Not measured yet; on such a card: `python -m bench gpu {files[0].partition('.')[0]}`.\n"
+    return make(found, results) + "\n"
+
+
+def footer(found: list[dict[str, Any]]) -> str:
+    """Where and when, and what is missing."""
+    data = found[0]
+    commits = ", ".join(dict.fromkeys(str(d["commit"]) for d in found))
+    text = f"\n{data['device']}, torch {data['torch']}, CUDA {data['cuda']}; commit {commits}, {data['date'][:10]}."
+    lacking = [name for d in found for name in d["not_measured"]]
+    return f"{text} Not measured: {'; '.join(lacking)}.\n" if lacking else f"{text}\n"
+
+
+def some(value: float | None, form: str) -> str:
+    """A figure, or nothing where there is none."""
+    return "" if value is None else format(value, form)
+
+
+def step(found: list[dict[str, Any]], _: Path) -> str:
+    """Each step: speed, share of the datasheet's rate, the prediction's error, and the published step's time over it."""
+    lines = [
+        "| step | batch | ms | images/s | MFU, datasheet | of a matmul here | host ms | peak GB | compiling, s "
+        "| predicted images/s | measured / predicted time | published step / it, per image |",
+        "|---|" + "---|" * 11,
+    ]
+    for r in (row for data in found for row in data["rows"]):
+        label = (
+            f"| {r['model']} {r['objective']} {'published way' if r['how'] == 'peer' else r['how']} {r['precision']} "
+        )
+        if "cannot" in r:
+            lines.append(f"{label}| {r['batch']} | {r['cannot'][:60]} |" + " |" * 9)
+            continue
+        over = next(iter(r["over_peer"].values()), None)
+        equal = "alternating" in r.get("over_peer_by", "")
+        guess = r["predicted_us"]
+        cells = (
+            f"{r['batch']}", f"{r['p50_ms']:.1f}", f"{r['images_per_s']:,.0f}", some(r["mfu_datasheet"], ".1%"),
+            f"{r['mfu_measured']:.1%}", some(r["host_ms"], ".0f"), some(r["peak_gb"], ".1f"), some(r["compile_s"], ".0f"),
+            f"{1e6 / guess:,.0f}" if guess else "", some(r["measured_over_predicted"], ".2f"),
+            f"{over['p50']:.2f}{', equal batch' if equal else ''}" if over else "",
+        )  # fmt: skip
+        lines.append(f"{label}| {' | '.join(cells)} |")
+    note = (
+        "\nEach in a process of its own, medians. At equal batch the ratio is of alternating rounds, else of one process after "
+        "the other.\n"
+    )
+    return "\n".join(lines) + "\n" + note + footer(found)
+
+
+def sweep(found: list[dict[str, Any]], _: Path) -> str:
+    """Attention: how many shapes are right, the largest error of each kind, and every shape that is not."""
+    data = found[0]
+    own = [r for r in data["rows"] if "under" not in r]
+    lines = [
+        f"| attention ({data['backend']}) | shapes | T, d | right | wrong | crashed | value | tangent | gradient |",
+        "|---|" + "---|" * 8,
+    ]
+    for dtype in dict.fromkeys(r["dtype"] for r in own):
+        rows = [r for r in own if r["dtype"] == dtype]
+        good = [r for r in rows if r.get("wrong") == []]
+        wrong, crashed = [r for r in rows if r.get("wrong")], [r for r in rows if "crash" in r]
+        spans = ", ".join(f"{min(r[k] for r in rows)} to {max(r[k] for r in rows)}" for k in ("T", "d"))
+        largest = [f"{max(r['error'][n] for r in good):.1e}" if good else "" for n in ("value", "tangent", "gradient")]
+        lines.append(
+            f"| {dtype} | {len(rows)} | {spans} | {len(good)} | {len(wrong)} | {len(crashed)} | {' | '.join(largest)} |"
+        )
+    lines += [
+        f"\n**{r['dtype']} T {r['T']}, d {r['d']}**: {r['crash'] if 'crash' in r else 'wrong ' + ', '.join(r['wrong'])}"
+        for r in own
+        if r.get("wrong") or "crash" in r
+    ]
+    tool = data["sanitizer"]
+    if tool:
+        lines.append(f"\ncompute-sanitizer (memcheck): {tool['shapes']} shapes, {tool['errors']} errors.")
+    proofs = sorted(r["proof_ms"] for r in own if r.get("proof_ms") is not None)
+    if proofs:
+        lines.append(
+            f"\nProof at first use, the dearest launch of each of {len(proofs)} shapes: {quantiles(proofs)[1]:.0f} ms in the "
+            f"median, {proofs[-1]:.0f} at most, compiling left out."
+        )
+    note = "\nErrors against float64 plain torch, as shares of its norm; the largest of the shapes that are right.\n"
+    return "\n".join(lines) + "\n" + note + footer(found)
+
+
+def ops(found: list[dict[str, Any]], _: Path) -> str:
+    """Each op and case: ours, the compiled reference and the best library, and what the ceilings allow."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in (r for data in found for r in data["rows"]):
+        cases.setdefault((row["op"], row["case"], row["dtype"]), {})[row["backend"]] = row
+    lines = [
+        "| op, case | ours, ms | plain torch | compiled | best library | fastest | predicted least | ours / it | host ms |",
+        "|---|" + "---|" * 8,
+    ]
+    for (op, case, dtype), rows in cases.items():
+        timed = {name: row["p50_ms"] for name, row in rows.items() if row.get("p50_ms")}
+        mine = min((n for n in ("native", "triton") if n in timed), key=timed.__getitem__, default=None)
+        others = timed.keys() - {"native", "triton", "reference", "compiled"}
+        library = min(others, key=timed.__getitem__, default=None)
+        if not timed:
+            continue
+        own = rows[mine] if mine else {}
+        cells = (
+            f"{timed[mine]:.4f} ({mine})" if mine else "", some(timed.get("reference"), ".4f"),
+            some(timed.get("compiled"), ".4f"), f"{timed[library]:.4f} ({library})" if library else "",
+            min(timed, key=timed.__getitem__), some(own.get("predicted_ms"), ".4f"),
+            some(own.get("measured_over_predicted"), ".2f"), some(own.get("host_ms"), ".3f"),
+        )  # fmt: skip
+        lines.append(f"| {op} {case} {dtype} | {' | '.join(cells)} |")
+    median = found[0].get("spread_median")
+    spread = f" Median of the spreads (p80 - p20) / p50: {median:.1%}." if median is not None else ""
+    note = (
+        f"\nTimes of kernels alone, from a cold L2 cache; what the host takes to issue a call stands apart.{spread}\n"
+    )
+    return "\n".join(lines) + "\n" + note + footer(found)
+
+
+def train(found: list[dict[str, Any]], results: Path) -> str:
+    """Distances of every stage on the card beside those of a processor's seeds."""
+    lines = ["| recipe, weights | steps | Fréchet, this card | Fréchet, CPU (all seeds) |", "|---|---|---|---|"]
+    ends = []
+    for row in (r for data in found for r in data["rows"]):
+        file = results / "cpu" / f"{row['recipe']}-seeds.json"
+        seeds = json.loads(file.read_text("utf-8"))["seeds"] if file.is_file() else []
+        for stage, figures in row["figures"].items():
+            for k, figure in figures.items():
+                there = [s["stages"].get(stage, {}).get(k) for s in seeds]
+                cpu = " / ".join(f"{f['frechet']:.2f}" for f in there if f)
+                lines.append(f"| {row['recipe']}, {STAGES.get(stage, stage)} | {k} | {figure['frechet']:.2f} | {cpu} |")
+        done = "to its report" if row["report"] and row["exit"] == 0 else f"not to its report (exit {row['exit']})"
+        ends.append(f"{row['recipe']} {done} in {row['seconds']:.0f} s")
+    return "\n".join(lines) + f"\n\n{'; '.join(ends)}, side by side.\n" + footer(found)
+
+
+TABLES = {
+    "step": (step, ("step.json", "step-*.json")),
+    "sweep": (sweep, ("sweep.json",)),
+    "ops": (ops, ("ops.json", "ops-compiled.json")),
+    "train": (train, ("train.json",)),
+}

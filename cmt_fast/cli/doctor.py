@@ -1,0 +1,50 @@
+"""`cmt doctor`: what this machine has."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import cmt_kernels
+from cmt_kernels import assembler
+
+from cmt_fast import recipes
+from cmt_fast.data import dali
+from cmt_fast.runtime import machine
+from cmt_fast.storage import heartbeat
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Declare its arguments."""
+    p.set_defaults(call=doctor)
+    p.add_argument("--heartbeat", type=Path, metavar="RUN", help="only this: fail unless RUN, or a run in it, is alive")
+    p.add_argument(
+        "--older-than", type=float, default=900.0, metavar="S", help="a heartbeat older than S seconds fails"
+    )
+
+
+def doctor(args: argparse.Namespace) -> None:
+    if args.heartbeat:
+        age = heartbeat.heartbeat(args.heartbeat)
+        if age is None or age > args.older_than:
+            ago = "has never been alive" if age is None else f"was alive {age:.0f} s ago"
+            raise OSError(f"{args.heartbeat}: {ago}, at most {args.older_than:.0f} s are allowed")
+        return print(f"{args.heartbeat}: alive {age:.0f} s ago")
+    for key, value in machine.environment().items():
+        print(f"{key:10s} {value}")
+    _assemblers()
+    print(f"dali       {dali.version() or 'not installed'}")
+    for op in cmt_kernels.OPS:
+        print(f"op {op:18s} {' > '.join(cmt_kernels.available(op))}")
+    print(f"recipes    {', '.join(recipes.recipes())}")
+
+
+def _assemblers() -> None:
+    """What could assemble Triton's kernels here, which does (without a GPU: for an H100), and why attention refuses it."""
+    card = assembler.card() or assembler.WGMMA
+    choice = assembler.choose(card)
+    for found in assembler.candidates():
+        taken = choice.assembler and found.path == choice.assembler.path
+        print(f"ptxas      {found.version_text} at {found.path}{f' (for sm_{card}, {choice.why})' if taken else ''}")
+    if not choice.assembler or assembler.refusal(card):
+        print(f"ptxas      {assembler.refusal(card) or choice.why}")

@@ -1,0 +1,95 @@
+"""`cmt eval`: figures of a trained stage, and the reference statistics that they are taken against."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from cmt_fast import recipes
+from cmt_fast.cli.parser import checked
+from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.evaluation import judges, references
+from cmt_fast.run import folder, workspace
+from cmt_fast.runtime import distributed, machine, progress
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Declare its arguments."""
+    p.set_defaults(call=evaluate)
+    p.add_argument("stage", metavar="RUN/STAGE", help="with --make-reference also a recipe")
+    p.add_argument("--steps", default="1,2", help="comma-separated numbers of network calls (default: 1,2)")
+    p.add_argument("--n", type=int, help="samples (default: the recipe's); with --make-reference rows (default: all)")
+    p.add_argument("--seed", type=int, help="seed of the noise (default: the recipe's)")
+    p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
+    p.add_argument("--metric", help="frechet, fid or fd_dinov2 (default: the recipe's, as for all below)")
+    p.add_argument("--reference", help="statistics: own .npz or .safetensors, ADM's or EDM's .npz, EDM2's .pkl")
+    p.add_argument("--weights", help="file of the extractor's weights: .pth, .pt or .safetensors")
+    p.add_argument("--vae", metavar="FOLDER_OR_ID", help="the autoencoder (default: the one that the store names)")
+    p.add_argument("--batch", type=int, help="samples at a time")
+    p.add_argument("--precision-recall", action="store_true", help="Kynkäänniemi et al. 2019, 3 neighbours")
+    p.add_argument("--make-reference", type=Path, metavar="FILE", help="write the data set's statistics and stop")
+    p.add_argument(
+        "--features", type=int, default=10_000, help="--make-reference: features kept for precision and recall"
+    )
+    p.add_argument("--json", action="store_true")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    try:
+        steps = tuple(int(s) for s in args.steps.split(","))
+    except ValueError:
+        raise ConfigError(f"--steps: {args.steps!r} is not a list of numbers like 1,2") from None
+    if min(steps) < 1 or (args.n is not None and args.n < 2):
+        raise ConfigError("--steps and --n: must be at least 1 and 2")
+    keys = ("metric", "reference", "weights", "vae", "batch")
+    given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    if args.make_reference:
+        return _make_reference(args, given)
+    distributed.start(machine.device("auto"))
+    work, stage = workspace.open_stage(args.stage, given)
+    judge = work.open_judge(args.precision_recall)
+    net, n = work.network(stage), args.n or work.run.eval.n
+    figures = checked(lambda: work.evaluate(net, steps, n, args.solver, args.seed, judge))
+    if distributed.rank():
+        return
+    against = judge.reference
+    out = {
+        "stage": args.stage,
+        "n": n,
+        "metric": judge.title(n),
+        "extractor": judge.name,
+        "reference": {"source": against.source, "n": against.n, "file": work.run.eval.reference},
+        "solver": args.solver,
+        "steps": figures,
+    }
+    if args.json:
+        print(json.dumps(out, indent=1))
+        return
+    print(f"{args.stage}: features {judge.name}; against {against.source}{f', {against.n:,} images' * bool(against.n)}")
+    for k, row in figures.items():
+        named = {judge.title(n) if key == "frechet" else key: value for key, value in row.items()}
+        print(f"{k:>4} steps  " + "  ".join(f"{key} {value:.4f}" for key, value in named.items()))
+
+
+def _make_reference(args: argparse.Namespace, given: dict) -> None:
+    file: Path = args.make_reference
+    if file.suffix not in (".npz", ".safetensors") or not file.parent.is_dir():
+        raise ConfigError(
+            f"--make-reference: {str(file)!r} must be an .npz or .safetensors file in a folder that exists"
+        )
+    if args.features < 0 or given.get("batch", 1) < 1:
+        raise ConfigError("--features and --batch: must be at least 0 and 1")
+    distributed.start(machine.device("auto"))
+    if args.stage in recipes.recipes() or args.stage.endswith((".yaml", ".yml")):
+        work = workspace.Workspace(folder.judged_by(loading.load(args.stage), given), file.parent)
+        if work.run.eval.metric == "frechet":
+            raise ConfigError("--metric: frechet's features belong to a run; name RUN/STAGE, or take fid or fd_dinov2")
+    else:
+        work, _ = workspace.open_stage(args.stage, given)
+    with progress.counting("reference", args.n or work.data.n, work.folder) as advance:
+        made = checked(lambda: judges.make_reference(work.judge, args.n, work.run.eval.batch, args.features, advance))
+    if distributed.rank() == 0:
+        references.write(file, made)
+        print(f"{file}: {made.n:,} images, features {made.extractor}")

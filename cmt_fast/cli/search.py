@@ -1,0 +1,26 @@
+"""`cmt search`: one stage over a grid of settings."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cmt_fast.config.schema import STAGES
+from cmt_fast.train import grid_search
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Declare its arguments."""
+    p.set_defaults(call=run_search)
+    p.add_argument("recipe")
+    p.add_argument("stage", metavar="STAGE", choices=STAGES)
+    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    p.add_argument(
+        "--grid", action="append", required=True, metavar="a.b=v1,v2 [c=v1,v2]", help="crossed; repeat to add grids"
+    )
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--record", type=Path, help="where the table is written (default: OUT/search.json)")
+
+
+def run_search(args: argparse.Namespace) -> None:
+    grid_search.run(args.recipe, args.stage, args.overrides, args.grid, args.out, args.record)

@@ -1,0 +1,33 @@
+"""`cmt train-features`: the classifier of latents behind the distance `latent_lpips`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.data import datasets
+from cmt_fast.perceptual import classifier
+from cmt_fast.runtime import distributed, machine
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Declare its arguments."""
+    p.set_defaults(call=train_features)
+    p.add_argument("recipe", help="name or YAML file; its data, seed and `features` are read")
+    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    p.add_argument("--out", type=Path, required=True, help="folder of the classifier; it gets latent_vgg.safetensors")
+
+
+def train_features(args: argparse.Namespace) -> None:
+    run = loading.load(args.recipe, args.overrides)
+    device = machine.device(run.device)
+    distributed.start(device)
+    try:
+        data = datasets.load(run.data)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    classifier.train(run, data, args.out, device)

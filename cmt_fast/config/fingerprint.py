@@ -1,0 +1,61 @@
+"""What of a run its weights depend on, as a digest, and how two runs differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from cmt_fast.config.loading import dump
+from cmt_fast.config.schema import Run
+
+# keys of a stage that change no weight, or its rounding alone as the number of processes does
+WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg", "micro_batch")
+# keys of a run that say where and how it is computed
+WHERE = ("device", "loader", "tensorboard", "engine", "zero_stage", "zero_teacher", "timeout_s")
+
+
+def digest(run: Run) -> str:
+    """sha256 of the resolved run, without what does not change its numbers: where and in what parts it is computed."""
+    tree = {k: v for k, v in dump(run).items() if k not in WHERE}
+    for stage in tree.values():
+        if isinstance(stage, dict):
+            stage.pop("micro_batch", None)
+    return _sha(tree)
+
+
+def stage_facts(run: Run, name: str) -> dict:
+    """All of a run that a stage's weights depend on: data, model, path, seed, its own settings and its ancestors'.
+
+    Of what lies outside the run only the name is in it; its checksums are in the stage's manifest. How often it is
+    looked at or saved is not in it: that may change while a stage is under way.
+    """
+    tree = dump(run)
+    facts = {k: tree[k] for k in ("data", "model", "path", "sigma_data", "seed")}
+    queue = [name]
+    while queue:
+        member = queue.pop(0)
+        facts[member] = {k: v for k, v in tree[member].items() if k not in WATCHING}
+        parents = run.stage(member).networks().values()
+        queue += [p for p in parents if "/" not in p and p not in facts]
+    return facts
+
+
+def stage_digest(run: Run, name: str, others: dict | None = None) -> str:
+    """sha256 of `stage_facts` and of what the stage reads outside its run: equal digests mean equal weights."""
+    return _sha(stage_facts(run, name) | ({"others": others} if others else {}))
+
+
+def _sha(tree: dict) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def changed(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """The dotted keys in which two dumped runs differ, as `key: old -> new`."""
+    out = []
+    for key in sorted(set(old) | set(new), key=str):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += changed(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key}: {a} -> {b}")
+    return out

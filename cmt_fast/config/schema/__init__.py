@@ -1,0 +1,33 @@
+"""The one schema: frozen dataclasses that a recipe's YAML and `a.b=value` overrides must fit (read by config.py).
+
+Every number a run depends on is here or in its recipe; the resolved form and its hash are saved with the run.
+"""
+
+from cmt_fast.config.schema.data import Data, Digits, Gmm, Latents, Npz
+from cmt_fast.config.schema.model import Dit, Edm, Edm2, Mlp, Model
+from cmt_fast.config.schema.objective import (
+    CmtCm,
+    CmtMf,
+    Denoise,
+    Distance,
+    Ecd,
+    Ect,
+    Flow,
+    IMeanFlow,
+    MeanFlow,
+    Objective,
+    Scd,
+    Sct,
+)
+from cmt_fast.config.schema.run import Dali, Eval, Features, Feed, Run, Sampler, Torch
+from cmt_fast.config.schema.stage import (
+    STAGES,
+    Anchor,
+    Autoguidance,
+    ConstantEma,
+    Ema,
+    Perceptual,
+    PowerEma,
+    Stage,
+    Trajectories,
+)

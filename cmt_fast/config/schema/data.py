@@ -1,0 +1,64 @@
+"""What a run may be trained on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cmt_fast.config.schema.numbers import Count, Natural, Positive, schema
+
+
+@schema
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, scaled to [-1, 1], ten classes."""
+
+    kind: Literal["digits"] = "digits"
+
+
+@schema
+class Gmm:
+    """A 2-D Gaussian mixture on a circle: denoiser, velocity and flow map are known in closed form."""
+
+    kind: Literal["gmm"] = "gmm"
+    components: Count = 6
+    radius: Positive = 1.0
+    std: Positive = 0.25
+    n: Count = 20000
+
+
+@schema
+class Npz:
+    """A file of one's own: `images` (N, C, H, W), float32 in [-1, 1] or uint8, and optionally `labels` (N,)."""
+
+    path: str
+    kind: Literal["npz"] = "npz"
+
+
+@schema
+class Expected:
+    """What a recipe's rows must be like: shape (C, H, W) of one, number of classes (0: no labels; by default any)."""
+
+    shape: tuple[Count, Count, Count]
+    classes: Natural | None = None
+
+
+@schema
+class Latents:
+    """A store made by `cmt data encode`, `import` or `shards`: latents, or 8-bit images in [-1, 1].
+
+    flip: mirror images are rows too. z = scale (x - mean) / std: a channel's own mean and std over the data unless given
+    here, as public checkpoints need (Stable Diffusion: mean 0, std 1, scale 0.18215). expects: another store is refused,
+    and the recipe can be checked where its store is not.
+    """
+
+    path: str
+    kind: Literal["latents"] = "latents"
+    flip: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    scale: Positive = 0.5
+    expects: Expected | None = None
+
+
+Data = Annotated[Digits | Gmm | Npz | Latents, Field(discriminator="kind")]

@@ -1,0 +1,128 @@
+"""The losses of all stages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cmt_fast.config.schema.numbers import Fraction, Natural, NotNegative, Positive, schema
+
+
+@schema
+class Denoise:
+    """EDM denoising: ln t ~ N(mean, std^2). `uncertainty`: each noise weighted by EDM2's learned log variance."""
+
+    kind: Literal["denoise"] = "denoise"
+    mean: float = -1.2
+    std: Positive = 1.2
+    uncertainty: bool = False
+
+
+@schema
+class Flow:
+    """Flow matching: t ~ logit-normal(mean, std)."""
+
+    kind: Literal["flow"] = "flow"
+    mean: float = -0.4
+    std: Positive = 1.0
+
+
+# the last three are of features: of the run's own classifier, of VGG16 on pixels, of a classifier of latents
+Distance = Literal["squared_l2", "l2", "pseudo_huber", "features", "lpips", "latent_lpips"]
+
+
+@schema
+class CmtCm:
+    """Consistency mid-training of a consistency function. `features`: squared l2 in a frozen network's features.
+
+    `lpips` and `latent_lpips` read their network from the stage's `perceptual.weights`.
+    """
+
+    kind: Literal["cmt_cm"] = "cmt_cm"
+    distance: Distance = "l2"
+    c: Positive = 0.01
+
+
+@schema
+class CmtMf:
+    """Consistency mid-training of an average velocity."""
+
+    kind: Literal["cmt_mf"] = "cmt_mf"
+
+
+@schema
+class Ect:
+    """Easy consistency tuning: r = t (1 - n(t)/q^(s+1)), n(t) = 1 + k sigmoid(-b t); s grows by one `doublings` times."""
+
+    kind: Literal["ect"] = "ect"
+    mean: float = -1.1
+    std: Positive = 2.0
+    q: Annotated[float, Field(gt=1)] = 64.0
+    k: NotNegative = 8.0
+    b: float = 1.0
+    doublings: Natural = 0
+    distance: Distance = "pseudo_huber"
+    c: Positive = 0.01
+    weight: Literal["inverse_step", "snr", "one"] = "inverse_step"
+
+
+@schema
+class Ecd(Ect):
+    """Easy consistency distillation: ECT with the teacher's ODE step from t to r in place of the data's noise."""
+
+    kind: Literal["ecd"] = "ecd"
+    weight: Literal["inverse_step", "snr", "one"] = "snr"
+    step: Literal["euler", "heun"] = "heun"
+
+
+@schema
+class MeanFlow:
+    """MeanFlow: the share `ratio` of rows has r < t and carries tangents; guidance inside the target by omega, kappa."""
+
+    kind: Literal["meanflow"] = "meanflow"
+    mean: float = -0.4
+    std: Positive = 1.0
+    ratio: Fraction = 0.25
+    p: NotNegative = 1.0
+    c: Positive = 0.01
+    omega: float = 1.0
+    kappa: float = 0.0
+    guide_t_min: Fraction = 0.0
+    guide_t_max: Fraction = 1.0
+
+
+@schema
+class IMeanFlow(MeanFlow):
+    """Improved MeanFlow: u + (t - r) sg(du/dt) regressed on v, the derivative along the model's own u(z, t, t)."""
+
+    kind: Literal["imeanflow"] = "imeanflow"
+    ratio: Fraction = 0.5
+
+
+@schema
+class Sct:
+    """Continuous-time consistency training in TrigFlow: ln t ~ N(mean, std^2), t = sigma_data tan(theta).
+
+    The derivative's share grows from 0 to 1 over `warmup_nimg`; the tangent g becomes g / (|g| + c), `c: null` leaves it
+    as it is. `weight`: of a row, 1 or 1/t.
+    """
+
+    kind: Literal["sct"] = "sct"
+    mean: float = -1.0
+    std: Positive = 1.4
+    warmup_nimg: Natural = 0
+    c: Positive | None = 0.1
+    weight: Literal["one", "inverse_t"] = "one"
+
+
+@schema
+class Scd(Sct):
+    """Continuous-time consistency distillation: `sct` along the teacher's ODE in place of the data's noise."""
+
+    kind: Literal["scd"] = "scd"
+
+
+Objective = Annotated[
+    Denoise | Flow | CmtCm | CmtMf | Ect | Ecd | MeanFlow | IMeanFlow | Sct | Scd, Field(discriminator="kind")
+]

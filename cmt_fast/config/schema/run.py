@@ -1,0 +1,127 @@
+"""One complete run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cmt_fast.config.schema.data import Data
+from cmt_fast.config.schema.model import Model
+from cmt_fast.config.schema.numbers import Count, Natural, NotNegative, Positive, schema
+from cmt_fast.config.schema.stage import Stage
+
+
+@schema
+class Sampler:
+    """Few-step sampling. `mid_times`: the times of a consistency model after the first, by number of steps.
+
+    Published second times on VE: 0.821 after ECT on 32 and 64 pixels, 1.526 for EDM2 networks (ImageNet at 64 and 512
+    pixels), 0.77569 to watch mid-training, which is node 7 of the 16-step grid from 80 to 0.002. They are read on VE
+    alone: flow maps jump on the uniform grid, 1 -> 0.5 -> 0 in two steps.
+    """
+
+    mid_times: dict[int, tuple[Positive, ...]] = Field(default_factory=lambda: {2: (0.821,), 4: (5.0, 1.5, 0.4)})
+    solver: Literal["dpmpp", "euler", "heun", "jump"] = "dpmpp"
+    order: Annotated[int, Field(ge=1, le=3)] = 2
+    t_max: Positive = 80.0
+    t_min: NotNegative = 0.002
+    guidance: float = 1.0
+    teacher_steps: Count = 16
+
+
+@schema
+class Eval:
+    """What is judged: steps of the sampler, number of samples, their seed; and in which features, against what.
+
+    metric: "frechet" in the features of a small classifier or of the data themselves; "fid" and "fd_dinov2" need
+    `weights`, a file of their network's, and `reference`, a file of statistics; `vae` decodes latents.
+    Without `vae` that is the autoencoder that the store names.
+    """
+
+    steps: tuple[Count, ...] = (1, 2)
+    n: Annotated[int, Field(ge=2)] = 4000
+    n_during: Annotated[int, Field(ge=2)] = 2000
+    seed: Natural = 1234
+    batch: Count = 1000
+    metric: Literal["frechet", "fid", "fd_dinov2"] = "frechet"
+    reference: str | None = None
+    weights: str | None = None
+    vae: str | None = None
+
+
+@schema
+class Torch:
+    """Rows by plain torch: in memory on the device, or read ahead from disk by a thread."""
+
+    kind: Literal["torch"] = "torch"
+
+
+@schema
+class Dali:
+    """The same rows by NVIDIA DALI. threads: of its pipeline; prefetch: steps it runs ahead.
+
+    workers: processes that read a latent store; 0 reads it in this one. WebDataset shards are read by DALI itself.
+    """
+
+    kind: Literal["dali"] = "dali"
+    threads: Count = 4
+    prefetch: Count = 2
+    workers: Natural = 0
+
+
+Feed = Annotated[Torch | Dali, Field(discriminator="kind")]
+
+
+@schema
+class Features:
+    """Training of the classifier behind the distance `latent_lpips` by `cmt train-features`: SGD, lr in steps.
+
+    `width`: of its first stage, the last is eight times as wide. The learning rate falls by `decay` every
+    `decay_every_epochs`.
+    """
+
+    width: Count = 64
+    epochs: Count = 100
+    batch: Count = 256
+    lr: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NotNegative = 1e-4
+    decay: Positive = 0.1
+    decay_every_epochs: Count = 30
+
+
+@schema
+class Run:
+    """One complete run: data, model, path, the three stages and the control.
+
+    `pre: null`: the student begins from nothing, its teacher comes from another run.
+
+    `zero_stage`, `zero_teacher`: how far the engine `zero` shards student and teacher; auto: by memory, see --dry-run.
+    `timeout_s`: of a collective call, after which a rank that does not answer is given up.
+    """
+
+    name: str
+    data: Data
+    model: Model
+    path: Literal["ve", "linear"]
+    pre: Stage | None
+    mid: Stage
+    post: Stage
+    control: Stage | None = None
+    sampler: Sampler = Field(default_factory=Sampler)
+    eval: Eval = Field(default_factory=Eval)
+    features: Features = Field(default_factory=Features)
+    seed: Natural = 0
+    sigma_data: Positive = 0.5
+    device: str = "auto"
+    engine: Literal["local", "zero"] = "local"
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    zero_teacher: Literal["auto", "whole", "sharded"] = "auto"
+    timeout_s: Positive = 1800.0
+    loader: Feed = Field(default_factory=Torch)
+    tensorboard: bool = False
+
+    def stage(self, name: str) -> Stage | None:
+        """The stage called `name`, None where a run has none."""
+        return getattr(self, name)

@@ -1,0 +1,150 @@
+"""A stage of training as data: its objective, its teacher's trajectories, its optimizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cmt_fast.config.schema.numbers import Count, Fraction, Natural, NotNegative, Positive, schema
+from cmt_fast.config.schema.objective import CmtCm, CmtMf, Ecd, Ect, Objective
+
+STAGES = ("pre", "mid", "post", "control")
+
+
+@schema
+class Trajectories:
+    """The teacher's rollouts. `pool`: shuffled points of many trajectories, `paper`: batch // nfe of them, all points.
+
+    `per_trajectory`: points (consistency models, at most all) or pairs (flow maps) drawn from each in mode pool.
+    `nfe`: network calls of a rollout; `auto`: the cheapest solver, order, shift and nfe whose measured error stays below
+    the student's own are chosen when the stage begins (`cmt tune-teacher` shows the table), whatever stands here.
+    `precision`: of the teacher in rollouts, by default the stage's own. Below fp32 the error of a few endpoints is measured
+    first; `auto` takes the cheapest format within `precision_limit`, their relative L2, a named one beyond it is refused.
+    `cache`: a folder that `cmt trajectories` wrote; then nothing is rolled out and no teacher is loaded for it.
+    """
+
+    solver: Literal["dpmpp", "euler", "heun", "jump"] = "dpmpp"
+    order: Annotated[int, Field(ge=1, le=3)] = 3
+    nfe: Count | Literal["auto"] = 16
+    t_max: Positive = 80.0
+    t_min: NotNegative = 0.002
+    shift: Positive = 1.0
+    guidance: float = 1.0
+    mode: Literal["pool", "paper"] = "pool"
+    per_trajectory: Count = 16
+    pool_steps: Count = 16
+    rollout_batch: Count = 1024
+    precision: Literal["stage", "auto", "fp32", "tf32", "bf16", "fp8"] = "stage"
+    precision_limit: Positive = 0.02
+    cache: str | None = None
+
+    @property
+    def calls(self) -> int:
+        """Network calls of a rollout; of `auto`, which is not settled before its stage begins, the published 16."""
+        return 16 if self.nfe == "auto" else self.nfe
+
+
+@schema
+class Anchor:
+    """Keeps a share of each post-training batch on the mid-training loss; `post_weight` scales the post loss beside it."""
+
+    objective: Annotated[CmtCm | CmtMf, Field(discriminator="kind")]
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    post_weight: Positive = 1.0
+
+
+@schema
+class ConstantEma:
+    """beta after a ramp: min(beta, (1 + n) / (10 + n)) at step n; `ramp: false`: beta from the first step on."""
+
+    kind: Literal["constant"] = "constant"
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    ramp: bool = True
+
+
+@schema
+class PowerEma:
+    """Power-function profile of relative width sigma_rel (Karras et al. 2024, EDM2); post-hoc reconstruction needs two."""
+
+    sigma_rel: Annotated[float, Field(gt=0, lt=0.28)]
+    kind: Literal["power"] = "power"
+
+
+Ema = Annotated[ConstantEma | PowerEma, Field(discriminator="kind")]
+
+
+@schema
+class Autoguidance:
+    """Guidance of the teacher by a weaker network (Karras et al. 2024): D = D_guide + scale (D_teacher - D_guide).
+
+    `network`: RUN/STAGE or an earlier stage. `trajectories`: the rollouts too, not the teacher's own steps alone.
+    """
+
+    network: str
+    scale: Positive = 2.05
+    trajectories: bool = False
+
+
+@schema
+class Perceptual:
+    """The network behind the distances `lpips` and `latent_lpips`.
+
+    `weights`: for `latent_lpips` what `cmt train-features` wrote; for `lpips` a .safetensors or .pt file of VGG16, with
+    the linear heads in it or in `heads`. `augment`: `latent_lpips` compares randomly augmented copies.
+    """
+
+    weights: str
+    heads: str | None = None
+    augment: bool = True
+
+
+@schema
+class Stage:
+    """One stage of training, as data. Lengths are in student images.
+
+    precision: fp32 is strict, tf32 lets a GPU round the factors of products to 10 bits, bf16 is autocast.
+    `start` names an earlier stage, `teacher` an earlier stage or one of another run as RUN/STAGE, of any size.
+    lr_schedule: "linear" to zero at the end, "inverse_sqrt" constant up to lr_knee_nimg and falling as 1/sqrt from there.
+    `micro_batch`: rows of one forward and backward of one process; a step makes as many as its batch needs (default: one).
+    """
+
+    objective: Objective
+    images_nimg: Count
+    batch: Count = 128
+    micro_batch: Count | None = None
+    start: Literal["pre", "mid", "post"] | None = None
+    teacher: str | None = None
+    autoguidance: Autoguidance | None = None
+    perceptual: Perceptual | None = None
+    trajectories: Trajectories | None = None
+    anchor: Anchor | None = None
+    teacher_guidance: float = 1.0
+    label_dropout: Fraction = 0.0
+    lr: Positive = 1e-3
+    lr_schedule: Literal["constant", "linear", "inverse_sqrt"] = "linear"
+    lr_knee_nimg: Natural = 0
+    warmup_nimg: Natural = 0
+    optimizer: Literal["adamw", "radam"] = "adamw"
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+    clip: NotNegative = 1.0
+    ema: Annotated[tuple[Ema, ...], Field(min_length=1)] = (ConstantEma(),)
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    compile: bool = False  # torch.compile of the network; rounds differently, so it belongs to the facts of a stage
+    checkpoint_every_nimg: Count | None = None
+    snapshot_every_nimg: Count | None = None
+    eval_every_nimg: Count | None = None
+    grid_every_nimg: Count | None = None
+
+    def networks(self) -> dict[str, str]:
+        """Key -> the stage whose network it names, as typed; of another run where there is a slash in it."""
+        guide = self.autoguidance.network if self.autoguidance else None
+        named = {"start": self.start, "teacher": self.teacher, "autoguidance.network": guide}
+        return {key: name for key, name in named.items() if name}
+
+    def distances(self) -> set[str]:
+        """The distances of its objective and its anchor."""
+        both = (self.objective, self.anchor.objective if self.anchor else None)
+        return {o.distance for o in both if isinstance(o, CmtCm | Ect | Ecd)}

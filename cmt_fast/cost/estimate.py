@@ -1,0 +1,244 @@
+"""What a recipe will cost on given cards, before it runs: memory, FLOPs, hours, energy, and what each idea saves.
+
+Every figure is counted (parameters, FLOPs), arithmetic (bytes), measured on such a card or, all others, predicted by
+cost.py. Evaluation, checkpoints and waiting for data are not in the hours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from cmt_fast import recipes
+from cmt_fast.config import errors, loading
+from cmt_fast.config.schema import Model, Run
+from cmt_fast.cost import flops as flops_
+from cmt_fast.cost import published, step_time
+from cmt_fast.cost.flops import OURS, Ideas, Network, Term
+from cmt_fast.cost.hardware import Card
+from cmt_fast.data import datasets
+from cmt_fast.engine import Choice, choose
+from cmt_fast.objectives.distance import PERCEPTUAL
+from cmt_fast.run import folder as folder_
+from cmt_fast.run import resolved
+
+POWER = 0.9  # of the board's power that training draws: assumed; hosts and cooling are not counted
+SAVED_U = 17  # values of U that a block keeps for its backward, by count
+
+
+class Rows(NamedTuple):
+    """Rows of the data: shape and classes; n of them, None where it is not known; their bytes on disk, and a note."""
+
+    shape: tuple[int, ...]
+    classes: int
+    n: int | None
+    store_bytes: float | None
+    note: str
+
+
+class Bill(NamedTuple):
+    """A stage on `processes` cards. Microseconds: work_us of an image, the others of a step; lines: the arithmetic."""
+
+    steps: int
+    images: int
+    flops_image: float
+    work_us: float
+    optimizer_us: float
+    communication_us: float
+    step_us: float
+    hours: float
+    gpu_hours: float
+    mark: str
+    lines: list[str]
+
+
+def rows_of(run: Run) -> Rows:
+    """Of the data at hand or, where the store is not here, of what the recipe expects. Raises ConfigError."""
+    expects = getattr(run.data, "expects", None)
+    if expects is None or Path(run.data.path).is_dir():
+        try:
+            data = datasets.load(run.data)
+        except errors.ConfigError:
+            raise
+        except ValueError as error:
+            raise errors.ConfigError(str(error)) from None
+        path = Path(getattr(run.data, "path", ""))
+        held = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if run.data.kind == "latents" else None
+        return Rows(data.shape, data.classes, data.n, held, "as it is on disk" if held else "no store")
+    n, size = published.images(run.data.path), 1
+    for side in expects.shape:
+        size *= side
+    latents = expects.shape[0] != 3
+    each = 4 * size if latents else size  # mean and std in fp16; 8-bit pixels
+    kind = "mean and std in fp16" if latents else "8-bit pixels"
+    note = f"{n:,} rows x {each:,} bytes, {kind}; arithmetic" if n else "rows unknown, the store is not here"
+    return Rows(expects.shape, expects.classes or 0, n, n * each if n else None, note)
+
+
+def networks(run: Run, name: str, rows: Rows) -> tuple[dict[str, Network], list[str]]:
+    """Student, teacher, guide and feature network of a stage, and notes on what had to be assumed of others' sizes."""
+    stage, notes = run.stage(name), []
+    make = lambda model: flops_.network(model, run.path, tuple(rows.shape), rows.classes)
+    out = {"student": make(run.model)}
+    named = stage.networks()
+    for of, key in (("teacher", "teacher"), ("guide", "autoguidance.network")):
+        if key in named:
+            model, note = _model(run, named[key])
+            out[of] = make(model)
+            notes += [note] * bool(note)
+    wanted = sorted(stage.distances() & set(PERCEPTUAL))
+    if wanted:
+        out["features"] = flops_.feature_network(wanted[0], tuple(rows.shape), run.features.width)
+    if "features" in stage.distances():
+        notes.append(f"{name}: the run's own classifier behind the distance 'features' is not counted")
+    return out, notes
+
+
+def _model(run: Run, name: str) -> tuple[Model, str]:
+    """The model of a stage of this run or of another: by its run, the recipe of its name, or a public network's."""
+    if "/" not in name:
+        return run.model, ""
+    folder = Path(name).parent
+    if (folder / folder_.RUN_FILE).is_file():
+        return folder_.stored_run(folder).model, ""
+    if folder.name in recipes.recipes():
+        return loading.load(
+            folder.name
+        ).model, f"{name} is not here; taken from the recipe {folder.name}, whose own training is not counted"
+    public = published.public_network(folder.name)
+    if public:
+        return public, f"{name} is not here; taken for EDM2-{public.size} by its name"
+    return run.model, f"{name} is not here and its size not known; taken for the student's"
+
+
+def reckon(
+    work: list[Term], known: dict[str, Network], images: int, batch: int, card: Card, processes: int, precision: str,
+    how: str, tracks: int = 1, zero: int | None = None, passes: int = 1, sharded: bool = False,
+) -> Bill:  # fmt: skip
+    """The bill of `images` student images in steps of `batch`; zero, sharded: as engine.Choice has them."""
+    total, lines = 0.0, []
+    for term in work:
+        rounds = ("tf32" if precision == "tf32" else "fp32") if term.of == "features" else precision
+        us, text = step_time.microseconds(term.kind, known[term.of], card, how, rounds)
+        small, more = step_time.call_us(term, known[term.of], us, card, rounds, processes)
+        total += term.times * us + small
+        what = f"{term.times:.4g} x {term.of} {term.kind} ({known[term.of].name}; {term.why})"
+        lines.append(f"{what}: {term.times * us + small:,.1f} us = {term.times:.4g} x [{text}]{more}")
+    scale, mark = calibration(work, known, card, precision)
+    total *= scale
+    if processes > 1 and mark.startswith("measured"):
+        mark += " on one card, communication predicted"
+    student = known["student"].parameters
+    optimizer = scale * step_time.optimizer_us(student, tracks, card, how, processes if zero else 1)
+    calls = sum(t.times * (batch / t.rows if t.rows else passes) * known[t.of].parameters
+                for t in work if t.of in ("teacher", "guide")) if sharded else 0  # fmt: skip
+    sent = step_time.communication_us(zero, student, calls, card, processes, passes)
+    steps = -(-images // batch)
+    step = batch / processes * total + optimizer + sent
+    hours = steps * step / 3.6e9
+    lines.append(
+        f"step: {batch}/{processes} rows x {total:,.1f} us + optimizer {optimizer:,.0f} us"
+        + (f" (both times {scale:.3g}, {mark})" if scale != 1 else "") + f" + communication {sent:,.0f} us = {step:,.0f} us"
+    )  # fmt: skip
+    lines.append(
+        f"{steps:,} steps x {step:,.0f} us = {hours:,.2f} h x {processes} = {hours * processes:,.2f} GPU-hours"
+    )
+    flops = flops_.flops_image(work, known)
+    return Bill(steps, steps * batch, flops, total, optimizer, sent, step, hours, hours * processes, mark, lines)
+
+
+def step_work(objective: str, teacher: float = 1.0) -> list[Term]:
+    """Work of a plain step of `python -m bench step`: FM, CMT (also CMT-CM, CMT-MF), MF, ECT, ECD.
+
+    teacher: its forwards an image of a CMT step. MF has tangents on a quarter of its rows; ECD Heun's step, unguided.
+    """
+    more = {
+        "FM": [],
+        "CMT": [Term("teacher", "forward", teacher, "rollouts")],
+        "MF": [Term("student", "tangent", 0.25, "rows with r < t")],
+        "ECT": [published.TARGET],
+        "ECD": [published.TARGET, Term("teacher", "forward", 2, "Heun's step")],
+    }
+    return [*published.TRAIN, *more[objective.partition("-")[0]]]
+
+
+def step_us(work: list[Term], net: Network, card: Card, how: str, precision: str, batch: int) -> float:
+    """Predicted microseconds an image of a step on one card, whose teacher is of the student's size."""
+    known = {"student": net, "teacher": net}
+    return reckon(work, known, batch, batch, card._replace(steps=()), 1, precision, how).step_us / batch
+
+
+def calibration(work: list[Term], known: dict[str, Network], card: Card, precision: str) -> tuple[float, str]:
+    """Measured over predicted time of a network's steps on this card, and how to mark what it is applied to.
+
+    Of the very same work it is that step's own ratio, else the mean of the ratios of all steps of this network; of a DiT
+    that nobody has measured the mean over those that were, which is what the model's passes and rates miss on this card.
+    """
+    net, mine = known["student"], _units(work, known)
+    steps = [step for step in card.steps if step.precision == precision] if net.depth else []
+    own = [s for s in steps if (s.width, s.depth, s.tokens) == (net.width, net.depth, net.tokens)]
+    ratios = []
+    for step in own or steps:
+        of, plain = (
+            net if own else flops_.dit_network(step.width, step.depth, step.tokens),
+            step_work(step.objective, step.teacher),
+        )
+        ratio = step.us / step_us(plain, of, card, "fused", precision, step.batch)
+        if own and mine == _units(plain, {"student": net, "teacher": net}):
+            return ratio, f"measured: {step.source}"
+        ratios.append((ratio, step.source))
+    if not ratios:
+        return 1.0, "predicted"
+    whose = "the" if own else "another network's"
+    return sum(r for r, _ in ratios) / len(ratios), f"predicted, scaled by {whose} measured steps of {ratios[0][1]}"
+
+
+def _units(work: list[Term], known: dict[str, Network]) -> dict[tuple[str, str], float]:
+    """Work by network and kind, to see whether two are the same."""
+    out: dict[tuple[str, str], float] = {}
+    for t in work:
+        key = (known[t.of].name, t.kind)
+        out[key] = round(out.get(key, 0.0) + t.times, 6)
+    return out
+
+
+def stage_bill(
+    run: Run, name: str, rows: Rows, card: Card, processes: int, ideas: Ideas = OURS
+) -> tuple[Bill, Choice, dict[str, Network]]:
+    """One stage of a run, with the sizing of its engine. Raises ConfigError where rows do not divide over the cards."""
+    stage = run.stage(name)
+    known, _ = networks(run, name, rows)
+    choice = sizing(run, name, known, card, processes)
+    passes = resolved.passes(run, name, processes)
+    bill = reckon(
+        flops_.terms(run, name, ideas), known, stage.images_nimg, stage.batch, card, processes, stage.precision, ideas.how,
+        len(stage.ema), choice.stage, passes, choice.teacher_sharded,
+    )  # fmt: skip
+    return bill, choice, known
+
+
+def sizing(run: Run, name: str, known: dict[str, Network], card: Card, processes: int) -> Choice:
+    """The engine's ZeRO stage by the memory of the card."""
+    stage = run.stage(name)
+    named = {key: text for key, text in stage.networks().items() if key != "start"}
+    by_key = {"teacher": "teacher", "autoguidance.network": "guide"}
+    held = sum({text: known[by_key[key]].parameters for key, text in named.items()}.values())
+    return choose(
+        run.engine, run.zero_stage, run.zero_teacher, known["student"].parameters, held, processes, len(stage.ema),
+        stage.precision == "bf16", int(card.memory),
+    )  # fmt: skip
+
+
+def activation_bytes(run: Run, name: str, net: Network, processes: int) -> float | None:
+    """What a DiT keeps for its backward in one pass of a process, by count; None for other networks."""
+    stage = run.stage(name)
+    if not net.depth:
+        return None
+    images = stage.batch / processes / resolved.passes(run, name, processes)
+    u = net.tokens * net.width * (2 if stage.precision == "bf16" else 4)
+    return images * u * (net.depth + SAVED_U if run.model.checkpoint_activations else SAVED_U * net.depth)
+
+
+def energy_kwh(gpu_hours: float, card: Card) -> float | None:
+    """Board power x its share in training x hours; None for a card whose power is not known."""
+    return None if card.watts is None else gpu_hours * card.watts * POWER / 1e3

@@ -1,0 +1,187 @@
+"""The work of a stage: parameters and FLOPs of its networks, and how often each is called for one student image."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from cmt_kernels import use
+
+from cmt_fast import models, schedule
+from cmt_fast.config.schema import Dit, Model, Run
+from cmt_fast.models import dit
+from cmt_fast.models.vgg import LatentVgg, PixelVgg
+from cmt_fast.objectives import ROWS
+from cmt_fast.objectives.distance import PERCEPTUAL
+from cmt_fast.run import resolved
+from cmt_fast.teacher import pool
+
+
+class Network(NamedTuple):
+    """flops: of one forward of one image; attention: those of them in a DiT's attention; depth 0: not a DiT."""
+
+    name: str
+    parameters: int
+    flops: float
+    attention: float = 0.0
+    width: int = 0
+    depth: int = 0
+    tokens: int = 0
+    heads: int = 1
+
+
+class Term(NamedTuple):
+    """Work for one student image: `times` of a kind (forward, backward, tangent, input_gradient, recompute) of a network.
+
+    of: student, teacher, guide or features; rows: of one call over all processes, where calls are small; why: a phrase.
+    """
+
+    of: str
+    kind: str
+    times: float
+    why: str
+    rows: int | None = None
+
+
+class Ideas(NamedTuple):
+    """What a stage is reckoned with. selective: tangents on rows with r != t alone; cached: trajectories are read from disk."""
+
+    selective: bool = True
+    cached: bool = False
+    how: str = "fused"
+
+
+OURS = Ideas()
+
+
+def dit_forward(
+    width: int, depth: int, tokens: int, two_times: bool, values: int = 16, features: int = 256
+) -> tuple[float, float]:
+    """FLOPs of one forward of one image, and those of attention in it. values: of a patch; features: of a time."""
+    attention = 4 * tokens**2 * width * depth
+    linear = 24 * tokens * width**2 * depth
+    times = 2 * (features * width + width**2) * (2 if two_times else 1)
+    return linear + attention + 12 * width**2 * depth + 4 * width**2 + times + 4 * values * tokens * width, attention
+
+
+@functools.lru_cache(maxsize=64)
+def network(model: Model, path: str, shape: tuple[int, ...], classes: int, name: str = "") -> Network:
+    """A recipe's network, built on shapes alone. Raises ValueError where model and rows do not fit."""
+    make = lambda: models.build(model, path, 0.5, shape, classes)
+    if not isinstance(model, Dit):
+        size = getattr(model, "size", None) or getattr(model, "preset", None) or f"{model.width} x {model.depth}"
+        return Network(name or f"{model.kind}-{size}", *_counted(make, shape, bool(classes)))
+    preset = zip((model.width, model.depth, model.heads), dit.SIZES[model.size])
+    width, depth, heads = (given or size for given, size in preset)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        count = sum(p.numel() for p in make().parameters())
+    tokens, features = (shape[1] // model.patch) ** 2, 256 if model.embeddings == "dit" else 64
+    work = dit_forward(width, depth, tokens, path == "linear", shape[0] * model.patch**2, features)
+    return Network(name or f"DiT-{model.size}/{model.patch}", count, *work, width, depth, tokens, heads)
+
+
+def dit_network(width: int, depth: int, tokens: int) -> Network:
+    """The two-time DiT of these sizes on latents of 4 channels; heads of 64 columns where no published size has others."""
+    heads = next((h for w, d, h in dit.SIZES.values() if (w, d) == (width, depth)), max(1, width // 64))
+    side = 2 * math.isqrt(tokens)
+    return network(Dit(width=width, depth=depth, heads=heads), "linear", (4, side, side), 1000)
+
+
+@functools.lru_cache(maxsize=16)
+def feature_network(distance: str, shape: tuple[int, ...], width: int = 64) -> Network:
+    """The network behind a perceptual distance; its five slices. width: of the first stage of a classifier of latents."""
+    if distance == "lpips":
+        return Network("VGG16", *_counted(PixelVgg, (3, *shape[1:]), None))
+    return Network("latent VGG", *_counted(lambda: LatentVgg(shape[0], 1000, width), shape, None))
+
+
+def _counted(make: Callable[[], Any], shape: tuple[int, ...], labelled: bool | None) -> tuple[int, float]:
+    """Parameters, and FLOPs of a forward's products, on shapes without numbers; labelled None: of a network's slices."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), use("reference"), torch.random.fork_rng(devices=[]):
+        net = make()
+        for module in net.modules():
+            if hasattr(module, "folded"):
+                module.folded = (
+                    True  # the normalisation of weights has no products, and is most of the time that this takes
+                )
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            x, t = torch.zeros(1, *shape), torch.ones(1)
+            if labelled is None:
+                net.slices(x)
+            else:
+                net(x, t, t, torch.zeros(1, dtype=torch.int64) if labelled else None)
+        count = sum(p.numel() for p in net.parameters())
+    return count, float(counter.get_total_flops())
+
+
+# ---------------------------------------------------------------------------------------------- what a stage does
+
+
+def terms(run: Run, name: str, ideas: Ideas = OURS) -> list[Term]:
+    """All network work of a stage for one student image: calls times share of the rows that make them."""
+    stage = run.stage(name)
+    assert stage is not None
+    own, anchored = (rows / stage.batch for rows in resolved.rows(stage))
+    o, needs = stage.objective, ROWS[stage.objective.kind]
+    out = [Term("student", "forward", 1.0, "every row"), Term("student", "backward", 1.0, "every row")]
+    if getattr(run.model, "checkpoint_activations", False):
+        out.append(Term("student", "recompute", 1.0, "activations are not kept"))
+    if needs.forwards > 3:
+        tangents = o.kind in ("sct", "scd")
+        out.append(Term("student", "tangent" if tangents else "forward", own, "tangents" if tangents else "target"))
+    if o.kind in ("meanflow", "imeanflow"):
+        guided = (o.omega, o.kappa) != (1.0, 0.0)
+        share = o.ratio if ideas.selective else 1.0
+        out.append(Term("student", "tangent", own * share, "rows with r < t" if ideas.selective else "all rows"))
+        if guided:
+            out.append(Term("student", "forward", own, "guidance without label"))
+        if o.kind == "imeanflow" or (guided and o.kappa):
+            out.append(Term("student", "forward", own * o.ratio, "u(z, t, t) on rows with r < t"))
+    guide = stage.autoguidance
+    if needs.teacher:
+        calls = own * (2 if o.kind == "ecd" and o.step == "heun" else 1)
+        out.append(Term("teacher", "forward", calls * (1 if stage.teacher_guidance == 1 else 2), "teacher's step"))
+        if guide:
+            out.append(Term("guide", "forward", calls, "guide of the teacher's step"))
+    points, t = resolved.trajectory_rows(stage), stage.trajectories
+    if points and t and not (ideas.cached or t.cache):
+        nfe = t.calls
+        each = pool.drawn(t, run.path, nfe // (2 if t.solver == "heun" else 1))
+        rows = max(1, points * (1 if t.mode == "paper" else t.pool_steps) // each)
+        calls, why = points / stage.batch * nfe / each, f"rollouts, {nfe} calls for {each} points"
+        out.append(Term("teacher", "forward", calls * (1 if t.guidance == 1 else 2), why, rows))
+        if guide and guide.trajectories:
+            out.append(Term("guide", "forward", calls, "guide of the rollouts", rows))
+    compared = [(o, own), (stage.anchor.objective, anchored)] if stage.anchor else [(o, own)]
+    share = sum(part for objective, part in compared if getattr(objective, "distance", "") in PERCEPTUAL)
+    if share:
+        out.append(Term("features", "forward", 2 * share, "features of image and target"))
+        out.append(Term("features", "input_gradient", share, "their gradient to the image"))
+    return out
+
+
+def calls(run: Run, name: str) -> dict[str, float]:
+    """Images, steps and network forwards of a stage (backward counted as two), one whatever the network's size."""
+    plan = schedule.schedule(run.stage(name))
+    images = plan.total * plan.batch
+    worth = {"forward": 1, "backward": 2, "tangent": 1}
+    forwards = sum(t.times * worth.get(t.kind, 0) for t in terms(run, name) if t.of != "features")
+    return {"steps": plan.total, "images": images, "forwards": images * forwards}
+
+
+def flops(kind: str, net: Network) -> float:
+    """FLOPs of one piece of work on one image. Of weights that are frozen only the image's gradient is taken, 1 F."""
+    each = {"forward": 1, "recompute": 1, "backward": 2, "tangent": 1, "input_gradient": 1}[kind]
+    return each * net.flops + (net.attention if kind == "tangent" else 0)
+
+
+def flops_image(work: list[Term], networks: dict[str, Network]) -> float:
+    """FLOPs that the algorithm needs for one student image; recomputed activations are not among them."""
+    return sum(t.times * flops(t.kind, networks[t.of]) for t in work if t.kind != "recompute")

@@ -1,0 +1,168 @@
+"""What a card can do: facts of its datasheet, what was measured on one, and what bench/results say of this very machine.
+
+A card's matmul and copy rates come from a datasheet times the share that a large call reaches, or from a result of
+`python -m bench` where one lies in the folder of results. Where a figure is from is kept beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cmt_fast.config.errors import ConfigError, nearest
+
+
+class Step(NamedTuple):
+    """A measured training step of a DiT, ours. teacher: its forwards an image; us: microseconds an image; source: file and
+    commit."""
+
+    objective: str
+    precision: str
+    teacher: float
+    width: int
+    depth: int
+    tokens: int
+    batch: int
+    us: float
+    source: str
+
+
+class Card(NamedTuple):
+    """peak, matmul: FLOP/s by precision (datasheet; of a large matmul); copy: bytes/s, read and written; watts: of the
+    board; link, network: bytes/s that a card sends inside its machine and that its network card sends outside; flash: its
+    attention over an H100's; gemm: (width, share of the large matmul's rate that a DiT's linear layers reach).
+
+    measured: figure -> where it was measured; all others are of the datasheet or assumed.
+    """
+
+    name: str
+    peak: dict[str, float]
+    matmul: dict[str, float]
+    copy: float
+    memory: float
+    watts: float | None
+    link: float
+    network: float
+    flash: float
+    measured: dict[str, str]
+    steps: tuple[Step, ...] = ()
+    per_machine: int = 8
+    gemm: tuple[tuple[int, float], ...] = ((0, 0.0), (768, 0.70), (1024, 0.78), (1152, 0.82))
+
+
+BEFORE = "on one card of the kind, before this project"
+# of the datasheet: what an H100's large bf16 matmul reaches, taken for other precisions and cards too, and what its copy does
+REACHED, COPIED = 798 / 989.4, 3.0 / 3.35
+# on a processor, read off digits-seeds.json and dual.json of bench/results/cpu: 16 tokens of 128 wide, 256 tokens of 384
+GEMM_CPU = ((0, 0.0), (128, 0.15), (384, 0.63))
+
+
+def _nvidia(name, bf16, tf32, fp32, bandwidth, memory, watts, link, network, flash=1.0, **measured) -> Card:
+    """TFLOP/s, TB/s, GB, W, GB/s; measured: matmul in bf16 TFLOP/s and copy in TB/s."""
+    peak = {"bf16": bf16 * 1e12, "tf32": tf32 * 1e12, "fp32": fp32 * 1e12}
+    matmul = {p: REACHED * rate for p, rate in peak.items()}
+    if "matmul" in measured:
+        matmul["bf16"] = measured["matmul"] * 1e12
+    copy = measured.get("copy", COPIED * bandwidth) * 1e12
+    known = {{"matmul": "matmul bf16", "copy": "copy"}[key]: BEFORE for key in measured}
+    return Card(name, peak, matmul, copy, memory * 1e9, watts, link * 1e9, network * 1e9, flash, known)
+
+
+# datasheets: dense rates of the SXM boards, bandwidth, memory, board power; NVLink one way, network of a machine of eight
+CARDS = {
+    card.name: card
+    for card in (
+        _nvidia("h100", 989.4, 494.7, 66.9, 3.35, 80, 700, 450, 50, matmul=798, copy=3.0),
+        _nvidia("h200", 989.4, 494.7, 66.9, 4.8, 141, 700, 450, 50, matmul=790, copy=4.3),
+        _nvidia("a100", 312, 156, 19.5, 2.039, 80, 400, 300, 25, flash=312 / 989.4),
+    )
+}
+NAMES = (*CARDS, "cpu")
+
+
+RESULTS = Path("bench/results")  # of `python -m bench`, in a checkout
+
+
+def this(device: torch.device) -> Card | None:
+    """The card that a run is on, None for one that is not known here."""
+    results = RESULTS if RESULTS.is_dir() else None
+    here = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else "cpu"
+    name = next((name for name in NAMES if name in here), None)
+    try:
+        return card(name, results) if name else None
+    except ConfigError:  # a processor without results
+        return None
+
+
+def card(name: str, results: Path | None) -> Card:
+    """The card called `name`, corrected by what was measured on one. Raises ConfigError with the nearest name.
+
+    results: the folder of `python -m bench`'s results, a folder for each device; None where there is none.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"--gpu: {name!r} is not valid; valid are {', '.join(NAMES)}{nearest(name, NAMES)}")
+    found = _files(name, results)
+    if name == "cpu":
+        return _cpu(found, results)
+    base = CARDS[name]
+    matmul, copy, measured = dict(base.matmul), base.copy, dict(base.measured)
+    for source, result in found:
+        rates = result.get("matmul_flop_s", {})
+        for precision, rate in (rates if isinstance(rates, dict) else {"bf16": rates}).items():
+            matmul[precision], measured[f"matmul {precision}"] = rate, source
+        if "gb_s" in result.get("roof", {}):
+            copy, measured["copy"] = result["roof"]["gb_s"] * 1e9, source
+    return base._replace(matmul=matmul, copy=copy, measured=measured, steps=_steps(found))
+
+
+def _cpu(found: list[tuple[str, dict]], results: Path | None) -> Card:
+    """This machine's processor, by the roof that `python -m bench ops` measured."""
+    source, roof = next(((s, r["roof"]) for s, r in reversed(found) if "gflop_s" in r.get("roof", {})), (None, None))
+    if source is None:
+        raise ConfigError(
+            f"--gpu: 'cpu' has no results in {results or 'bench/results'}; make them: python -m bench ops"
+        )
+    rate, copy = roof["gflop_s"] * 1e9, roof["gb_s"] * 1e9
+    rates = dict.fromkeys(("bf16", "tf32", "fp32"), rate)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    measured = dict.fromkeys(("matmul fp32", "matmul tf32", "matmul bf16", "copy"), f"{source}, all precisions by fp32")
+    flash = rate / CARDS["h100"].matmul["bf16"]
+    return Card("cpu", rates, rates, copy, memory, None, copy, copy, flash, measured, _steps(found), 1, GEMM_CPU)
+
+
+def _files(name: str, results: Path | None) -> list[tuple[str, dict[str, Any]]]:
+    """(file and commit, result) of every result of this device, oldest first."""
+    out = []
+    for file in sorted(results.glob("*/*.json")) if results else []:
+        if file.parent.name == "predicted" or (name == "cpu") != (file.parent.name == "cpu"):
+            continue
+        result = json.loads(file.read_text("utf-8"))
+        if not isinstance(result, dict) or result.get("tiny"):
+            continue
+        if name == "cpu" or name in str(result.get("device", "")).lower():
+            out.append((f"{file.parent.name}/{file.name} at {result.get('commit')}", result))
+    return sorted(out, key=lambda pair: str(pair[1].get("date", "")))
+
+
+def _steps(found: list[tuple[str, dict]]) -> tuple[Step, ...]:
+    """The rows of whole steps of DiTs in results: ours, the fastest way of each precision."""
+    keys = ("objective", "width", "depth", "tokens", "batch", "images_per_s")
+    out: dict[tuple, Step] = {}
+    for source, result in found:
+        rows = result.get("rows", [])
+        for row in rows if isinstance(rows, list) else []:
+            if row.get("how") not in ("eager", "compiled") or not all(row.get(key) for key in keys):
+                continue
+            objective, width, depth, tokens, batch, speed = (row[key] for key in keys)
+            precision = row.get("precision") or ("fp32" if source.startswith("cpu/") else "bf16")
+            teacher = row.get("teacher_forwards")
+            teacher = float(objective.startswith("CMT")) if teacher is None else teacher
+            which = (objective, precision, teacher, width, depth, tokens)
+            step = Step(*which, batch, 1e6 / speed, f"{source}, {row['how']}")
+            if which not in out or step.us < out[which].us:
+                out[which] = step
+    return tuple(out.values())

@@ -1,0 +1,78 @@
+"""Samples of a network: labels, starting noise and sampler as a function of (seed, index), so sets compare one to one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cmt_fast.config.schema import Sampler
+from cmt_fast.diffusion import rng
+from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
+from cmt_fast.diffusion.guidance import guided
+from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.rng import Random
+from cmt_fast.diffusion.solvers import rollout, table
+
+
+class Setting:
+    """How a run's networks are sampled: path, sampler, shape of a row, classes, device."""
+
+    def __init__(self, path: Path, config: Sampler, shape: tuple[int, ...], classes: int, device: torch.device) -> None:
+        self.path, self.config, self.shape, self.classes, self.device = path, config, shape, classes, device
+
+    def mid_times(self, steps: int) -> tuple[float, ...]:
+        """The times after the first of a consistency model's `steps`. Raises ValueError if the recipe names none."""
+        if steps == 1:
+            return ()
+        times = self.config.mid_times.get(steps)
+        if times is None or len(times) != steps - 1:
+            known = ", ".join(str(k) for k in sorted({1, *self.config.mid_times}))
+            raise ValueError(f"sampler.mid_times: has no {steps - 1} times for {steps} steps; it serves {known}")
+        return times
+
+    def labels(self, index: Tensor) -> Tensor | None:
+        """Equal numbers of each class: index mod classes."""
+        return index % self.classes if self.classes else None
+
+    def noise(self, seed: int, index: Tensor) -> Tensor:
+        """Unit starting noise of sample `index` (n,) -> (n, ...)."""
+        return Random(seed, 0, 0).normal(rng.SAMPLE, index, self.shape)
+
+    def few_steps(self, net: Callable, steps: int, seed: int, index: Tensor) -> Tensor:
+        """`steps` network calls as a flow map: consistency sampling on VE, jumps on linear flow. (n, ...)."""
+        z, labels = self.noise(seed, index), self.labels(index)
+        if self.path.name == "linear":
+            return sample_jumps(net, z, steps, labels)
+        mids = self.mid_times(steps)
+        noises = [Random(seed, 0, i + 1).normal(rng.RENOISE, index, self.shape) for i in range(len(mids))]
+        return sample_consistency(net, z * self.config.t_max, self.config.t_max, mids, noises, labels)
+
+    def solve(self, net: Callable, steps: int, seed: int, index: Tensor) -> Tensor:
+        """`steps` network calls of the ODE solver, as a diffusion model is sampled; guided if the recipe says so. (n, ...)."""
+        c = self.config
+        if self.path.name == "linear" and c.solver == "dpmpp":
+            raise ValueError("sampler.solver: dpmpp is for path ve here; valid are euler, heun, jump")
+        plan = table(self.path, c.solver, steps, c.t_max, c.t_min, c.order)
+        z = self.noise(seed, index) * (c.t_max if self.path.name == "ve" else 1.0)
+        return rollout(guided(net, c.guidance), self.path, plan, z, self.labels(index), dense=False)
+
+    @torch.no_grad()
+    def draw(self, net: Callable, steps: int, seed: int, index: Tensor, solver: bool = False) -> Tensor:
+        """Samples `index` (n,) in data units, float32, on the device. (n, ...)."""
+        call = self.solve if solver else self.few_steps
+        return call(net, steps, seed, index.to(self.device)).float()
+
+    def generate(self, net: Callable, steps: int, n: int, seed: int, solver: bool = False, batch: int = 1000) -> Tensor:
+        """Samples 0..n-1 in data units, float32. (n, ...) on the CPU."""
+        return torch.cat([self.draw(net, steps, seed, index, solver).cpu() for index in torch.arange(n).split(batch)])
+
+
+def check(config: Sampler, path: str, steps: tuple[int, ...]) -> None:
+    """Raises ValueError when a recipe asks for steps or a solver that its sampler does not have."""
+    setting = Setting(Path(path), config, (1,), 0, torch.device("cpu"))
+    for s in steps:
+        if path == "ve":
+            setting.mid_times(s)
+    table(Path(path), config.solver, config.teacher_steps, config.t_max, config.t_min, config.order)

@@ -1,0 +1,118 @@
+"""Feature spaces that need no weights from elsewhere: the data themselves, and a small classifier trained on them.
+
+Inception (FID) and DINOv2 (FD-DINOv2) have files of their own beside this one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cmt_fast.data.datasets import Rows, in_memory
+
+
+class Extractor(Protocol):
+    """A feature space. name: network, hash of its weights, resize rule; what is stored with statistics and compared.
+
+    images: whether it looks at pixels (B, 1 or 3, H, W) in [-1, 1], else at rows as the data set has them.
+    short: what the Fréchet distance in it is called on 50,000 samples, where `published` weights are used.
+    """
+
+    name: str
+    images: bool
+    short: str
+    published: bool
+
+    def features(self, x: Tensor) -> Tensor: ...
+
+    def classes(self, x: Tensor) -> Tensor | None: ...
+
+
+class Identity:
+    """The data themselves as features, for vectors."""
+
+    name, images, short, published = "identity", False, "", False
+
+    def features(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def classes(self, x: Tensor) -> None:
+        return None
+
+
+class Classifier(nn.Module):
+    """A 64-32 MLP trained on the real images from a fixed seed; its last hidden layer is the feature space.
+
+    Small on purpose: seconds on a CPU, the same weights every time on one machine, stored with its hash.
+    """
+
+    images, short, published = False, "", False
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(dim, 64), nn.SiLU(), nn.Linear(64, 32), nn.SiLU())
+        self.head = nn.Linear(32, classes)
+        self.name = "classifier-64-32"
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (N, 32)."""
+        return self.body(x.flatten(1))
+
+    @torch.no_grad()
+    def classes(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (N,) the likeliest class."""
+        return self.head(self.body(x.flatten(1))).argmax(1)
+
+    def differentiable(self, x: Tensor) -> Tensor:
+        """Features with gradient, for the distance "features". (N, ...) -> (N, 32)."""
+        return self.body(x.flatten(1))
+
+
+def train_classifier(data: Rows, seed: int = 0, epochs: int = 40, batch: int = 128) -> Classifier:
+    """AdamW 3e-3 with linear decay on all rows, cross-entropy, from `seed`; leaves the global generator as it was."""
+    data = in_memory(data)
+    assert data.labels is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Classifier(data.x[0].numel(), data.classes)
+        steps = epochs * -(-len(data.x) // batch)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / steps)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(data.x)).split(batch):
+                optimizer.zero_grad()
+                F.cross_entropy(net.head(net.body(data.x[rows].flatten(1))), data.labels[rows]).backward()
+                optimizer.step()
+                schedule.step()
+    return net.eval().requires_grad_(False)
+
+
+def extractor(data: Rows, cache: Path) -> Extractor:
+    """The run's feature space: the classifier for labelled images (kept in `cache`), else the data themselves."""
+    if data.labels is None or len(data.shape) == 1:
+        return Identity()
+    file = cache / "extractor.safetensors"
+    net = Classifier(math.prod(data.shape), data.classes)
+    if file.is_file():
+        net.load_state_dict(load_file(file))
+        net.eval().requires_grad_(False)
+    else:
+        net = train_classifier(data)
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".tmp-{os.getpid()}")  # every rank may be at it
+        save_file(net.state_dict(), temporary)
+        temporary.replace(file)
+    digest = xxhash.xxh3_128()
+    for tensor in net.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    net.name = f"classifier-64-32@{digest.hexdigest()[:12]}"
+    return net

@@ -1,0 +1,113 @@
+"""The report's page as data, and its three renderings: HTML, Markdown, terminal.
+
+A page is a list of sections of tables and pictures; the templates beside this file know nothing of training.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from cmt_fast.runtime.progress import say
+
+
+class Table(NamedTuple):
+    """head and rows of text; left: how many columns are left-aligned text; strong: the last row in bold."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    left: int = 1
+    strong: bool = False
+    kind: str = "table"
+
+
+class Picture(NamedTuple):
+    """file: its name in the folder beside the Markdown; svg: the element's text, or else base64 of a PNG."""
+
+    title: str
+    file: str
+    svg: str = ""
+    base64: str = ""
+    kind: str = "picture"
+
+
+class Group(NamedTuple):
+    """Tables and pictures side by side where there is room; wide: one under another."""
+
+    items: list[Table | Picture]
+    wide: bool = False
+
+
+class Section(NamedTuple):
+    """A heading, lines of text, groups, and text to fold away. The first section has no title: it heads the page."""
+
+    title: str
+    text: list[str]
+    groups: list[Group]
+    fold_title: str = ""
+    fold: str = ""
+
+
+def png(title: str, file: str, path: Path) -> Picture:
+    """A picture from a PNG file."""
+    return Picture(title, file, base64=base64.b64encode(path.read_bytes()).decode())
+
+
+def html(title: str, sections: list[Section]) -> str:
+    """One self-contained page, escaped by jinja."""
+    return _render("report.html.j2", title, sections)
+
+
+def markdown(title: str, sections: list[Section]) -> str:
+    """The same page; pictures are links into `report/`, see `write_pictures`."""
+    return re.sub(r"\n{3,}", "\n\n", _render("report.md.j2", title, sections))
+
+
+def write_pictures(folder: Path, sections: list[Section]) -> None:
+    """Every picture of the sections as a file in `folder`."""
+    for picture in (i for s in sections for g in s.groups for i in g.items if isinstance(i, Picture)):
+        folder.mkdir(exist_ok=True)
+        (folder / picture.file).write_bytes(picture.svg.encode() or base64.b64decode(picture.base64))
+
+
+def _render(template: str, title: str, sections: list[Section]) -> str:
+    environment = jinja2.Environment(
+        autoescape=template.endswith(".html.j2"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["md"] = escape_markdown
+    text = (resources.files("cmt_fast") / "templates" / template).read_text("utf-8")
+    return environment.from_string(text).render(title=title, sections=sections)
+
+
+def escape_markdown(text: str) -> str:
+    """One line in which nothing is markup."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!~&])", r"\\\1", " ".join(text.split()))
+
+
+def show(table: Table) -> None:
+    """A table on the terminal: drawn by rich, or as aligned plain text where there is none."""
+    console = Console()
+    if console.is_terminal:
+        drawn = RichTable(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for i, title in enumerate(table.head):
+            drawn.add_column(Text(title), justify="left" if i < table.left else "right")
+        for row in table.rows:
+            drawn.add_row(*map(Text, row))
+        console.print(drawn)
+        return
+    widths = [max(map(len, column)) for column in zip(table.head, *table.rows)]
+    say(table.title)
+    for row in [table.head, *table.rows]:
+        cells = (c.ljust(w) if i < table.left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        say("  " + "  ".join(cells).rstrip())

@@ -1,0 +1,331 @@
+"""What each section of the report says: facts of a run in, tables and pictures out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cmt_fast.config import loading
+from cmt_fast.render import plots
+from cmt_fast.render.templates import Group, Picture, Section, Table, png
+from cmt_fast.report.standing import Curve, Judged, Stand
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.teacher import solver_record
+from cmt_fast.usage import meters
+from cmt_fast.usage.meters import Amount
+
+DASH, RATIO = "–", "post / control"
+DATA = {
+    "digits": "8 x 8 handwritten digits",
+    "gmm": "points of a 2-D Gaussian mixture",
+    "npz": "images of a file",
+    "latents": "rows of a store",
+}
+TEXT = 99  # every column is text
+
+
+def number(value: float | None, form: str = ".4g") -> str:
+    """A figure, or a dash where there is none."""
+    return DASH if value is None else format(value, form)
+
+
+def steps_text(k: int | str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{k} step{'s' * (int(k) > 1)}"
+
+
+def head(work: Workspace, stands: dict[str, Stand], judged: dict[str, Judged]) -> Section:
+    """One sentence on the run, the result in a line per number of steps, lineage."""
+    run, shape = work.run, " x ".join(map(str, work.data.shape))
+    kinds = {name: s.objective for name, s in stands.items()}
+    first = f"pre-trained as a diffusion model ({kinds['pre']}, path {run.path})" if run.pre else f"on path {run.path}"
+    what = (
+        f"A network ({run.model.kind}, {work.parameters:,} parameters) for {DATA[run.data.kind]} ({work.data.n:,} of "
+        f"{shape}): {first}, mid-trained ({kinds['mid']}, teacher {run.mid.teacher or 'cached'}) "
+        f"and post-trained ({kinds['post']}) into a generator of {' or '.join(map(str, run.eval.steps))} steps"
+    )
+    if run.control:
+        begins = "straight from the pre-trained network" if run.control.start else "from nothing"
+        what += f"; the control is post-trained ({kinds['control']}) {begins}"
+    text = [f"{what}."]
+    for k in map(str, run.eval.steps):
+        a, b = (judged[name].few[k] if name in judged else None for name in ("post", "control"))
+        if a and b and b["frechet"] > 0:
+            with_, without = a["frechet"], b["frechet"]
+            text.append(
+                f"{steps_text(k)}: Fréchet distance {with_:.4g} with mid-training, {without:.4g} without "
+                f"(ratio {with_ / without:.3g})."
+            )
+    rows = []
+    for s in stands.values():
+        m, parent = s.manifest or {}, DASH
+        if m.get("parent"):
+            p = m["parent"]
+            anew = p["stage"] in stands and stands[p["stage"]].ema != p["ema"]
+            parent = f"{p['stage']} @ {p['nimg']:,}, {p['ema'][:12]}" + " (trained anew since)" * anew
+        digest = m.get("config", DASH)[:12]
+        rows.append([s.name, s.objective, parent, number(m.get("nimg"), ","), s.ema[:12] or DASH, digest, s.state])
+    columns = ["stage", "objective", "starts from (images, EMA)", "images", "EMA checksum", "config digest", "state"]
+    return Section("", text, [Group([Table("Lineage", columns, rows, left=TEXT)], wide=True)])
+
+
+def quality_table(work: Workspace, done: dict[str, Stand], judged: dict[str, Judged], k: int) -> Table:
+    """What every network makes in k steps, against the teacher's many."""
+    sampler, rows = work.run.sampler, []
+    n = str(sampler.teacher_steps)
+    entries: list[tuple[str, str, int, dict | None]] = []
+    if "pre" in done:
+        entries.append((f"teacher, {steps_text(n)}", "pre", 0, judged["pre"].solver[n]))
+    for name, s in done.items():
+        title = "pre-trained" if name == "pre" else name
+        entries.append((title, *s.path, judged[name].few[str(k)]))
+    columns = {
+        "frechet": f"{distance_title(work)}, {work.judge.name}",
+        "accuracy": "accuracy",
+        "sliced_wasserstein": "sliced Wasserstein",
+    }
+    columns = {c: title for c, title in columns.items() if any(f and c in f for *_, f in entries)}
+    for title, path, nimg, figures in entries:
+        form = lambda c: ".1%" if c == "accuracy" else ".4g"
+        cells = [number(figures[c], form(c)) if figures else "not finite" for c in columns]
+        rows.append([title, *cells, f"{nimg:,}", path])
+    a, b = (next((e for e in entries if e[0] == name), None) for name in ("post", "control"))
+    share = lambda x, y: number(x / y, ".3g") if y else DASH
+    both = bool(a and b and a[3] and b[3])
+    if a and b and a[3] and b[3]:
+        rows.append([RATIO, *(share(a[3][c], b[3][c]) for c in columns), share(a[2], b[2]), ""])
+    return Table(steps_text(k), ["network", *columns.values(), "student images", "path"], rows, strong=both)
+
+
+def summary(tables: list[Table], steps: tuple[int, ...], extractor: str) -> Table:
+    """The quality tables as one for the terminal: distance and accuracy by number of steps."""
+    names = [title.partition(",")[0] for title in tables[0].head]
+    shown = [i for i, title in enumerate(names) if title in ("Fréchet", "FID", "FD-DINOv2", "accuracy")]
+    columns = ["network", "images", *(f"{names[i]} @{k}" for k in steps for i in shown)]
+    rows = []
+    for title, *_, nimg, _ in tables[0].rows:
+        found = [next((row for row in t.rows if row[0] == title), [DASH] * len(names)) for t in tables]
+        rows.append([title, nimg, *(row[i] for row in found for i in shown)])
+    return Table(f"{names[shown[0]]}: {extractor}; @k: in k steps", columns, rows)
+
+
+def distance_title(work: Workspace) -> str:
+    """FID and FD-DINOv2 where the figures follow those protocols, Fréchet where they do not."""
+    name = work.judge.title(work.run.eval.n)
+    return "Fréchet" if name.startswith("frechet") else name
+
+
+def quality(work: Workspace, tables: list[Table]) -> Section:
+    """The tables with and without mid-training, and in what post-training and control differ besides."""
+    run, e = work.run, work.run.eval
+    text = (
+        f"Each network draws {e.n:,} samples with its EMA weights, from the same noise and labels (seed {e.seed}). "
+        "Student images: what was trained on after pre-training, added up along the path. Lower distances are better. "
+        f"The teacher is the pre-trained network through the ODE solver ({run.sampler.solver}); the row pre-trained is "
+        "the same network as a generator of few steps."
+    )
+    groups = [Group([*tables], wide=True)]
+    if run.control:
+        tree = loading.dump(run)
+        rows = [row for row in differences(tree["post"], tree["control"]) if not row[0].endswith("_every_nimg")]
+        note = "The control is a recipe of its own, not post-training with one thing left out."
+        groups.append(Group([Table("Settings that differ", ["key", "post", "control"], rows, note, TEXT)], wide=True))
+    return Section("Quality, with and without mid-training", [text], groups)
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[list[str]]:
+    """Dotted keys in which two settings differ, with both values; a table that only one has is one row."""
+    rows: list[list[str]] = []
+    for key in {**a, **b}:
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            rows += differences(x, y, f"{prefix}{key}.")
+        elif x != y:
+            plain = str.maketrans("", "", '"{}')
+            rows.append([f"{prefix}{key}", *(DASH if v is None else json.dumps(v).translate(plain) for v in (x, y))])
+    return rows
+
+
+def reach_table(reached: list[dict[str, Any]]) -> Table:
+    """How many images the control needs for what mid-training reaches."""
+    rows = []
+    for r in reached:
+        n, last = r["control_nimg"], r["control_last"]
+        if n is None:
+            text = f"not reached within {last:,} images"
+            times = f"> {last / r['nimg']:.2f}" if last >= r["nimg"] else DASH
+        elif n > r["control_first"]:
+            text, times = f"{round(n):,}", f"{n / r['nimg']:.2f}"
+        else:
+            text, times = f"at most {n:,}, its first evaluation", f"<= {n / r['nimg']:.2f}"
+        own = [steps_text(r["steps"]), f"end of {r['stage']}", number(r["frechet"]), f"{r['nimg']:,}"]
+        rows.append([*own, text, times])
+    columns = ["samples in", "at the", "Fréchet", "its student images", "images the control needs", "ratio of images"]
+    note = (
+        "The first point at which the control's distance is at or below; log distance is interpolated linearly between "
+        "evaluations. Images are not compute: teacher rollouts cost network calls besides, see the seconds below."
+    )
+    return Table("Images the control needs to reach what mid-training reaches", columns, rows, note, left=2)
+
+
+def curves(
+    work: Workspace, judged: dict[str, Judged], lines: dict[int, dict[str, Curve]], reached: list[dict[str, Any]]
+) -> Section:
+    """Fréchet distance against student images, one panel per number of steps."""
+    run, figures, n = work.run, [], work.run.sampler.teacher_steps
+    teacher = judged["pre"].during[str(n)] if "pre" in judged else None
+    level = (f"teacher, {steps_text(n)}", teacher["frechet"]) if teacher else None
+    for k, stages in lines.items():
+        if stages:
+            title = f"Samples in {steps_text(k)}: Fréchet distance by student images."
+            figures.append(Picture(title, f"quality-{k}.svg", plots.quality(steps_text(k), stages, level)))
+    groups = [Group(figures)] if figures else []
+    if reached:
+        groups.append(Group([reach_table(reached)], wide=True))
+    text = (
+        f"Judged during training, the dotted line too, on {run.eval.n_during:,} samples; the tables above are on "
+        f"{run.eval.n:,}, and distances fall with the number of samples. "
+        "Post-training goes on from the images of mid-training."
+    )
+    return Section("Quality by images", [text], groups)
+
+
+def training(stands: dict[str, Stand]) -> Section:
+    """Losses, images, seconds of every stage that has begun."""
+    rows, figures = [], []
+    for s in stands.values():
+        train, m = s.kind("train"), s.manifest
+        if not train:
+            continue
+        first, last = train[0], train[-1]
+        wall = m["wall"] if m and m["step"] == last["step"] else last["wall"]  # a manifest's holds the last judging
+        losses = [number(first["loss"]), number(last["loss"]), f"{first['lr']:.3g} to {last['lr']:.3g}"]
+        times = [f"{wall['train_s']:,.1f}", f"{wall['eval_s']:,.1f}", f"{last['wall']['images_per_s']:,.0f}"]
+        rows.append([s.name, s.objective, f"{last['nimg']:,}", f"{s.stage.batch:,}", *losses, *times])
+        loss, lr = ([(row["nimg"], row[key]) for row in train] for key in ("loss", "lr"))
+        title = f"{s.name}: loss, and learning rate (dotted)."
+        figures.append(Picture(title, f"loss-{s.name}.svg", plots.loss(s.name, loss, lr)))
+    columns = ["stage", "objective", "images", "batch", "first loss", "last loss", "learning rate"]
+    columns += ["s training", "s judging", "images/s"]
+    note = (
+        "First and last are means over about a fiftieth of the stage. Losses of different objectives do not compare. "
+        "Seconds of training hold the teacher's rollouts; images/s are of training alone."
+    )
+    table = Table("", columns, rows, note, left=2)
+    return Section("Stages", [], [Group([table], wide=True), Group(figures)] if rows else [])
+
+
+UNITS = {"gpu": "GPU", "core": "core"}
+
+
+def kwh(amount: Amount) -> str:
+    """Energy as text: at least what was measured, where some of it is unknown."""
+    if amount.kwh is not None or amount.joules is None:
+        return number(amount.kwh)
+    return f"at least {amount.joules / 3.6e6:.4g}"
+
+
+def bill(stands: dict[str, Stand]) -> Section:
+    """Device-hours of every stage by what they went into, energy, images an hour."""
+    tables, text, reasons = [], [], set()
+    for unit, title in UNITS.items():
+        billed = [s for s in stands.values() if s.bill and s.bill.amounts.get(unit)]
+        used = [phase for phase in meters.PHASES if any(phase in s.bill.amounts[unit] for s in billed)]
+        rows, whole, by_phase = [], Amount(), dict.fromkeys(used, Amount())
+        span, spans = (3600, "hours") if any(s.bill.total(unit).hours > 0.1 for s in billed) else (1, "seconds")
+        for s in billed:
+            own, total = s.bill.amounts[unit], s.bill.total(unit)
+            whole = whole.plus(total)
+            by_phase = {phase: by_phase[phase].plus(own.get(phase, Amount())) for phase in used}
+            nimg = (s.manifest["nimg"] if s.manifest else 0) - s.bill.from_nimg
+            rate = f"{nimg / total.hours:,.0f}" if total.hours and nimg > 0 else DASH
+            parts = [number(own[phase].seconds / span) if phase in own else DASH for phase in used]
+            rows.append([s.name, number(total.seconds / span), *parts, kwh(total), rate])
+            if s.bill.from_nimg:
+                text.append(f"The bill of {s.name} begins at {s.bill.from_nimg:,} images: nobody counted before.")
+            if total.unmeasured_s:
+                reasons.add(s.bill.reason or "a process was killed, and what it used last is unknown")
+        if not rows:
+            continue
+        shares = [number(amount.hours / whole.hours if whole.hours else None, ".1%") for amount in by_phase.values()]
+        energy = [kwh(amount) for amount in by_phase.values()]
+        if whole.joules is not None:
+            rows.append(["kWh", "", *energy, "", ""])
+        rows.append(["all", number(whole.seconds / span), *shares, kwh(whole), ""])
+        columns = ["stage", f"{title}-{spans}", *used, "kWh", f"images per {title}-hour"]
+        tables.append(Table("", columns, rows, strong=True))
+    if not tables:
+        return Section("Bill", [], [])
+    text.insert(0, (
+        "Time with the device held, over all processes and restarts. Stalled: waiting for "
+        "rows, and what kills took that had to be done again. Start-up holds compilation. Judging in `cmt report` is not in it."
+    ))  # fmt: skip
+    text += [f"Energy is unknown in part: {reason}." for reason in sorted(reasons)]
+    return Section("Bill", text, [Group([*tables], wide=True)])
+
+
+def solvers(chosen: dict[str, tuple[solver_record.Kept, list[str]]]) -> Section:
+    """The tables by which `nfe: auto` was settled."""
+    text, tables = [], []
+    for name, (kept, lines) in chosen.items():
+        text += [f"{name}: {line}." for line in lines]
+        rows = [[*solver_record.cells(row), solver_record.serves(row, kept.limit)] for row in kept.rows]
+        note = "RMS per dimension, from step doubling. An order in brackets was not extrapolated by."
+        tables.append(Table(f"{name}: endpoint error", [*solver_record.HEAD, "serves"], rows, note))
+    return Section("The teacher's solver", text, [Group(tables)] if tables else [])
+
+
+def samples(stands: dict[str, Stand]) -> Section:
+    """The last grid of every stage, and one stage over its training."""
+
+    def picture(s: Stand, path: Path, which: str = "") -> Picture:
+        return png(f"{s.name} at {int(path.stem) * s.stage.batch:,} images.", f"grid-{s.name}{which}.png", path)
+
+    last: list[Table | Picture] = [picture(s, s.grids[-1]) for s in stands.values() if s.grids]
+    groups, text = [Group(last)] if last else [], "Same noise and labels everywhere."
+    story = next((stands[n] for n in ("mid", "post", "control") if n in stands and len(stands[n].grids) > 2), None)
+    if story:
+        count, have = min(4, len(story.grids)), len(story.grids)
+        chosen = [story.grids[i * (have - 1) // (count - 1)] for i in range(count)]
+        groups.append(Group([picture(story, path, f"-{i + 1}") for i, path in enumerate(chosen)]))
+        text += f" First every stage at its end, then {story.name} in the course of its training."
+    return Section("Samples", [text], groups)
+
+
+def theory(figures: dict[str, Any]) -> Section:
+    """Solver order and gradient bias on a Gaussian mixture."""
+    solver, bias = figures["solver"], figures["bias"]
+    two = lambda slope: f"{round(slope, 2) + 0.0:.2f}"  # no -0.00
+    errors = [[str(n), *(f"{rms[i]:.3g}" for rms in solver["rms"].values())] for i, n in enumerate(solver["nfe"])]
+    errors.append(["slope", *(two(solver["slopes"][order]) for order in solver["rms"])])
+    rows = [[name, r["swept"], r["expected"], two(r["slope_mse"]), two(r["slope_bias"])] for name, r in bias.items()]
+    columns = ["target", "swept", "expected slopes", "slope of MSE", "slope of B"]
+    table = Table("Solver error (RMS)", ["network calls", *(f"order {o}" for o in solver["rms"])], errors, strong=True)
+    order = Picture("Error at the end of the path; dashed: fitted slopes.", "solver.svg", plots.solver_order(solver))
+    drawn = [
+        Picture(f"{title}, by what is swept.", f"{key}.svg", plots.bias(title, bias, key))
+        for key, title in (("mse", "MSE of the target"), ("bias", "B, the gradient's bias"))
+    ]
+    text = (
+        "Measured on a Gaussian mixture whose denoiser and flow map are known; slopes are fitted in log-log. MSE: the "
+        "regression target's squared error. B: squared bias of the gradient that it gives."
+    )
+    groups = [Group([order, table]), Group([*drawn]), Group([Table("Gradient bias", columns, rows, left=3)], wide=True)]
+    return Section("Theory, where the answer is known", [text], groups, "All figures as text", figures["text"])
+
+
+def surroundings(work: Workspace, about: dict[str, Any]) -> Section:
+    """Environment, ops and the resolved recipe."""
+    row = lambda pairs: [[str(k), str(v)] for k, v in pairs.items()]
+    tables = [
+        Table("Machine and versions", ["what", "which"], row(about["environment"]), left=TEXT),
+        Table("Ops", ["op", "backend"], row(about["ops"]), left=TEXT),
+    ]
+    recipe = yaml.safe_dump(loading.dump(work.run), sort_keys=False, allow_unicode=True)
+    text = f"Config digest {about['digest']}."
+    if about.get("parents"):
+        text += f" Stages not trained here are from {about['parents']}."
+    return Section("Environment and recipe", [text], [Group([*tables])], "The resolved recipe", recipe)

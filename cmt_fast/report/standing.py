@@ -1,0 +1,62 @@
+"""What a report knows of a run: how far each stage has come, and how its network was judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cmt_fast.config.schema import Stage
+from cmt_fast.usage.ledger import Bill
+
+Curve = list[tuple[int, float]]  # (student images, Fréchet distance)
+
+
+class Stand(NamedTuple):
+    """How far a stage has come. manifest: of its newest sound checkpoint; state: one phrase for the reader.
+
+    bill: None where nobody counted.
+    """
+
+    name: str
+    stage: Stage
+    rows: list[dict[str, Any]]
+    manifest: dict[str, Any] | None
+    done: bool
+    state: str
+    grids: list[Path]
+    bill: Bill | None = None
+
+    @property
+    def ema(self) -> str:
+        """Checksum of the EMA weights, empty without a checkpoint."""
+        return self.manifest["files"]["ema-0.safetensors"]["xxh3_128"] if self.manifest else ""
+
+    @property
+    def objective(self) -> str:
+        """What it trains on, the anchor too."""
+        return self.stage.objective.kind + (f" + {self.stage.anchor.objective.kind}" if self.stage.anchor else "")
+
+    @property
+    def path(self) -> tuple[str, int]:
+        """The stages behind its weights as `pre → mid → post`, and the images of those after pre-training."""
+        names, nimg, node = [], 0, self.manifest
+        while node:
+            names.insert(0, node["stage"])
+            nimg += node["nimg"] if node["stage"] != "pre" else 0
+            node = node.get("parent")
+        return " → ".join(names), nimg
+
+    def kind(self, kind: str) -> list[dict[str, Any]]:
+        """Its rows of one kind in metrics.jsonl."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+
+class Judged(NamedTuple):
+    """Figures of one network by number of steps, as a few-step generator and by the solver; None: not finite.
+
+    during: those by the solver on as many samples as are judged in training, to be drawn beside those curves.
+    """
+
+    few: dict[str, dict[str, float] | None]
+    solver: dict[str, dict[str, float] | None]
+    during: dict[str, dict[str, float] | None]

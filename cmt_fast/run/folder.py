@@ -1,0 +1,45 @@
+"""A run's folder on disk.
+
+RUN/run.json      resolved recipe, its hash, op table, environment
+RUN/<stage>/      metrics.jsonl, checkpoints/, snapshots/, grids/
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import Run
+
+RUN_FILE = "run.json"
+
+
+def _about(folder: Path) -> dict:
+    """run.json of a run."""
+    return json.loads((folder / RUN_FILE).read_text("utf-8"))
+
+
+def stored_run(folder: Path) -> Run:
+    """The resolved run of a folder. Raises ConfigError naming the folder."""
+    file = folder / RUN_FILE
+    try:
+        return loading.build(json.loads(file.read_text("utf-8"))["run"])
+    except FileNotFoundError:
+        raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {RUN_FILE}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"RUN: {file} cannot be read ({error})") from None
+
+
+def _parents(folder: Path) -> Path | None:
+    """Where the stages are that a stored run did not train itself."""
+    stored_run(folder)
+    parents = _about(folder).get("parents")
+    return Path(parents) if parents else None
+
+
+def judged_by(run: Run, evaluation: dict) -> Run:
+    """The run with other keys of `eval`. Raises ConfigError for values that are not valid."""
+    tree = loading.dump(run)
+    return loading.build({**tree, "eval": {**tree["eval"], **evaluation}}) if evaluation else run

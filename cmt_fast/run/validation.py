@@ -1,0 +1,154 @@
+"""What each key allows by itself but not together."""
+
+from __future__ import annotations
+
+from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.config.schema import STAGES, Run, Stage
+from cmt_fast.diffusion import sampling
+from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.solvers import table
+from cmt_fast.objectives import ROWS
+from cmt_fast.objectives.distance import PERCEPTUAL
+from cmt_fast.run.resolved import INDEX, cached, candidates, names, pool, rows, trajectory_rows
+from cmt_fast.teacher import solver_error
+
+
+def check(run: Run, shape: tuple[int, ...], classes: int) -> None:
+    """Raises ConfigError for what each key allows by itself but not together."""
+    for name in names(run):
+        stage = run.stage(name)
+        assert stage is not None
+        _check_stage(run, name, stage, shape, classes)
+    _as_config_error("sampler", lambda: sampling.check(run.sampler, run.path, run.eval.steps))
+
+
+def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], classes: int) -> None:
+    needs = ROWS[stage.objective.kind]
+    kinds = [("objective", stage.objective.kind)] + (
+        [("anchor.objective", stage.anchor.objective.kind)] if stage.anchor else []
+    )
+    for key, kind in kinds:
+        if ROWS[kind].path != run.path:
+            valid = ", ".join(
+                k for k, row in ROWS.items() if row.path == run.path and (key == "objective" or "cmt" in k)
+            )
+            raise ConfigError(
+                f"{name}.{key}.kind: {kind!r} is for the path {ROWS[kind].path!r}, this run's is {run.path!r}; valid are {valid}"
+            )
+    _check_networks(name, stage)
+    _check_perceptual(name, stage, shape)
+    if (stage.lr_schedule == "inverse_sqrt") != bool(stage.lr_knee_nimg):
+        raise ConfigError(
+            f"{name}.lr_knee_nimg: {stage.lr_knee_nimg} with lr_schedule {stage.lr_schedule!r}; "
+            "inverse_sqrt needs the images at which it begins to fall, the others take none"
+        )
+    if stage.label_dropout and (needs.draws == "trajectories" or stage.objective.kind in ("ecd", "scd")):
+        raise ConfigError(
+            f"{name}.label_dropout: {stage.label_dropout} with {stage.objective.kind}, whose target the teacher makes with labels"
+        )
+    points = trajectory_rows(stage)
+    if points and not stage.trajectories:
+        raise ConfigError(
+            f"{name}.trajectories: is missing, {' and '.join(k for _, k in kinds)} draw from the teacher's trajectories"
+        )
+    if ((points and not cached(stage)) or needs.teacher) and not stage.teacher:
+        raise ConfigError(f"{name}.teacher: is missing; it names the stage whose network is the teacher")
+    if not rows(stage)[0] or (stage.anchor and not rows(stage)[1]):
+        raise ConfigError(
+            f"{name}.anchor.share: {stage.anchor and stage.anchor.share} leaves no row of the batch of {stage.batch} to one side"
+        )
+    if (
+        stage.label_dropout or stage.teacher_guidance != 1 or (stage.trajectories and stage.trajectories.guidance != 1)
+    ) and not classes:
+        raise ConfigError(f"{name}: label_dropout and guidance need class labels, and this data has none")
+    if getattr(stage.objective, "distance", "") == "features" and (not classes or len(shape) == 1):
+        raise ConfigError(
+            f"{name}.objective.distance: 'features' needs labelled images to train the feature network on"
+        )
+    if getattr(stage.objective, "uncertainty", False) and run.model.kind != "edm2":
+        raise ConfigError(
+            f"{name}.objective.uncertainty: needs a model of kind edm2, and this run's is {run.model.kind}"
+        )
+    if stage.trajectories and points:
+        t = stage.trajectories
+        if t.cache and t.nfe == "auto":
+            raise ConfigError(
+                f"{name}.trajectories.nfe: 'auto' is chosen with the teacher, cached trajectories have theirs"
+            )
+        _as_config_error(
+            f"{name}.trajectories", lambda: table(Path(run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift)
+        )
+        if t.nfe != "auto":
+            _as_config_error(name, lambda: pool(run, name, t, None, shape, classes, "cpu"))
+        elif not candidates(run, name):
+            raise ConfigError(
+                f"{name}.trajectories.nfe: auto finds nothing to choose from; with {points} rows x {t.pool_steps} steps in "
+                f"mode {t.mode} none of {', '.join(map(str, solver_error.NFE))} makes whole trajectories"
+            )
+
+
+def _check_networks(name: str, stage: Stage) -> None:
+    """The stages it names come before it, or are of another run; what guides has something to guide, once."""
+    earlier = [s for s in STAGES[: INDEX[name]] if s != "control"]
+    for key, parent in stage.networks().items():
+        valid, last = earlier, parent
+        if "/" in parent and key != "start":
+            valid, last = list(STAGES), parent.rpartition("/")[2]
+        if last in valid:
+            continue
+        hint = nearest(last, valid)
+        if "/" in parent and key != "start":
+            raise ConfigError(f"{name}.{key}: {parent!r} does not end in a stage; valid are {', '.join(valid)}{hint}")
+        wrong = f"does not come before {name}" if parent in STAGES else "is no stage"
+        other = "" if key == "start" else "; of another run RUN/STAGE"
+        raise ConfigError(f"{name}.{key}: {parent!r} {wrong}; valid are {', '.join(valid) or 'none'}{other}{hint}")
+    guide = stage.autoguidance
+    if guide is None:
+        return
+    rollouts = guide.trajectories and trajectory_rows(stage)
+    if not (ROWS[stage.objective.kind].teacher or rollouts):
+        raise ConfigError(
+            f"{name}.autoguidance: guides nothing here, {stage.objective.kind} takes no step of a teacher"
+        )
+    if stage.teacher_guidance != 1:
+        raise ConfigError(f"{name}.teacher_guidance: {stage.teacher_guidance} beside autoguidance; only one may guide")
+    if rollouts and stage.trajectories and stage.trajectories.guidance != 1:
+        raise ConfigError(
+            f"{name}.trajectories.guidance: {stage.trajectories.guidance} beside autoguidance.trajectories; only one may guide"
+        )
+
+
+def _check_perceptual(name: str, stage: Stage, shape: tuple[int, ...]) -> None:
+    """A distance of features has its network and images that fit it."""
+    wanted = sorted(stage.distances() & set(PERCEPTUAL))
+    if not wanted and stage.perceptual:
+        raise ConfigError(
+            f"{name}.perceptual: no distance of this stage reads it; those that do are {', '.join(PERCEPTUAL)}"
+        )
+    if len(wanted) > 1:
+        raise ConfigError(
+            f"{name}.anchor.objective.distance: {' and '.join(wanted)} in one stage; there is one network"
+        )
+    if wanted and not stage.perceptual:
+        raise ConfigError(
+            f"{name}.perceptual.weights: is missing, the distance {wanted[0]!r} reads its network from there"
+        )
+    if not wanted:
+        return
+    if len(shape) != 3:
+        raise ConfigError(f"{name}.objective.distance: {wanted[0]!r} needs images, the data has the shape {shape}")
+    if wanted == ["lpips"] and (shape[0] not in (1, 3) or min(shape[1:]) < 16):
+        fit = "images of 1 or 3 channels and 16 pixels or more"
+        raise ConfigError(f"{name}.objective.distance: 'lpips' needs {fit}, the data has the shape {shape}")
+
+
+def _as_config_error(key: str, call) -> None:
+    try:
+        call()
+    except ConfigError:
+        raise
+    except ValueError as error:
+        text = str(error)
+        raise ConfigError(
+            text if text.startswith(key) else f"{key}.{text}" if ":" in text.split(" ")[0] else f"{key}: {text}"
+        ) from None

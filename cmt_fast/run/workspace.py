@@ -1,0 +1,342 @@
+"""A run's folder and what lives around it: data, device, networks in and out of it, the judge.
+
+RUN/run.json      resolved recipe, its hash, op table, environment
+RUN/<stage>/      metrics.jsonl, checkpoints/, snapshots/, grids/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import cmt_kernels
+import torch
+from torch import Tensor, nn
+
+from cmt_fast import engine, models
+from cmt_fast.config import errors, fingerprint, loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import STAGES, Run, Stage
+from cmt_fast.data import datasets
+from cmt_fast.data import trajectory_store as rolled
+from cmt_fast.data.autoencoder import Codec
+from cmt_fast.data.latents import Index
+from cmt_fast.diffusion.paths import Path as ForwardPath
+from cmt_fast.diffusion.sampling import Setting
+from cmt_fast.engine import load_named, sharding
+from cmt_fast.evaluation import features, judges
+from cmt_fast.perceptual import distance
+from cmt_fast.run import resolved
+from cmt_fast.run.folder import RUN_FILE, _about, _parents, judged_by, stored_run
+from cmt_fast.run.networks import _network, check, parameters
+from cmt_fast.runtime import distributed, machine, progress
+from cmt_fast.storage import checkpoint, files
+
+
+class Workspace:
+    """One run on one device. Raises ConfigError for data, model or device that cannot be had; writes nothing."""
+
+    def __init__(self, run: Run, folder: Path, parents: Path | None = None) -> None:
+        """folder: the run's own; parents: where stages that are not trained here are found (default: the same)."""
+        self.run, self.folder, self.parents = run, folder, parents or folder
+        self.device = machine.device(run.device)
+        try:
+            self.data = datasets.load(run.data)
+            check(run, self.data.shape, self.data.classes)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.path = ForwardPath(run.path, run.sigma_data)
+        self.setting = Setting(self.path, run.sampler, self.data.shape, self.data.classes, self.device)
+
+    def build(self) -> nn.Module:
+        """A fresh network, initialised from the run's seed."""
+        return _network(self.run, self.data.shape, self.data.classes, self.run.seed)
+
+    def stage_dir(self, name: str) -> Path:
+        """Where a stage lives: in this run, or where its parents are; RUN/STAGE in the other run."""
+        folder, parents = self.folder, self.parents
+        if "/" in name:
+            folder, name = Path(name).parent, Path(name).name
+            parents = _parents(folder) or folder
+        return folder / name if checkpoint.steps(folder / name) else parents / name
+
+    def finished(self, name: str) -> checkpoint.Checkpoint:
+        """The last checkpoint of a finished stage. Raises ConfigError if it is not there, or another run's does not fit."""
+        where = self.stage_dir(name)
+        if "/" in name or where.parent != self.folder:
+            fits(self, str(where) if "/" not in name else name)
+        try:
+            return checkpoint.complete(where)
+        except checkpoint.CheckpointError as error:
+            raise ConfigError(f"{name}: {error}; train it first") from None
+
+    def weights(self, name: str) -> tuple[Mapping[str, Tensor], dict]:
+        """The hand-over of a finished stage: its first EMA track and its manifest. Raises ConfigError as `finished`."""
+        found = self.finished(name)
+        return found.stream("ema-0"), found.manifest
+
+    def network(self, name: str) -> nn.Module:
+        """The frozen network of a finished stage of this run or, as RUN/STAGE, of another; EMA weights, in fp32.
+
+        Raises ConfigError when weights and network differ in a name or shape.
+        """
+        weights, run = self.weights(name)[0], stored_run(Path(name).parent) if "/" in name else self.run
+        try:
+            net = _network(run, self.data.shape, self.data.classes).to(self.device)
+            load_named(net, weights)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        return models.fold(net.requires_grad_(False).eval())
+
+    @property
+    def latents(self) -> Index | None:
+        """What the store says of its latents; None where rows are no latents."""
+        index = self.data.index if self.run.data.kind == "latents" else None
+        return index if index is not None and index.kind != "pixels" else None
+
+    def codec(self, source: str | None = None) -> Codec:
+        """The autoencoder of this run's latents, from `source` or from where the store says that it was.
+
+        Raises ConfigError when the data are no latents, or it is not there or not the one that made them.
+        """
+        index = self.latents
+        if index is None:
+            raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
+        if not (source or index.vae):
+            raise ConfigError("--vae or eval.vae: is missing, and the store does not say which autoencoder made it")
+        found = Codec.open(source or index.vae, self.device, self.data.normalisation)
+        if index.vae_xxh3_128 and found.digest != index.vae_xxh3_128:
+            raise ConfigError(
+                f"--vae or eval.vae: {found.name!r} is not the autoencoder that made the latents, its weights differ"
+            )
+        return found
+
+    @functools.cached_property
+    def _decoder(self) -> Codec | None:
+        try:
+            return self.codec(self.run.eval.vae)
+        except ConfigError:
+            return None
+
+    def visible(self, x: Tensor) -> tuple[Tensor, str]:
+        """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
+        index = self.latents
+        if index is None:
+            return x, ""
+        if self._decoder:
+            return self._decoder.decode(x), ""
+        channels = 3 if x.shape[1] >= 3 else 1
+        n = self.data.normalisation
+        std = torch.tensor([n.scale * a / b for a, b in zip(index.std, n.std)])[:channels].view(-1, 1, 1)
+        return x[:, :channels] / (3 * std), f"latents, {channels} of {x.shape[1]}"
+
+    def identity(self, stage: Stage) -> str:
+        """Checksums of the weights that a stage's trajectories depend on, the guide's too. Raises ConfigError as `finished`."""
+        guide = stage.autoguidance
+        named = [stage.teacher, guide.network] if guide and guide.trajectories else [stage.teacher]
+        if not stage.teacher:
+            raise ConfigError("teacher: is missing")
+        manifests = [self.finished(name).manifest for name in named if name]
+        return " + ".join(m["files"]["ema-0.safetensors"]["xxh3_128"] for m in manifests)
+
+    def trajectories(self, stage: Stage) -> dict:
+        """What a stage's trajectories are, as `data.trajectories.check` compares it; "teacher" where it is at hand."""
+        about = rolled.meant(self.run, stage, self.data.shape, self.data.classes)
+        with contextlib.suppress(ConfigError):
+            about["teacher"] = self.identity(stage)
+        return about
+
+    def others(self, stage: Stage) -> dict[str, dict]:
+        """What a stage reads outside this run, by key, with checksums: networks of other runs, cached trajectories, the
+        perceptual network's.
+
+        Raises ConfigError for what is not there or does not fit.
+        """
+        found: dict[str, dict] = {}
+        cache = resolved.cached(stage)
+        if cache:
+            found["trajectories.cache"] = rolled.check(cache, self.trajectories(stage))
+        for key, name in resolved.called(stage).items():
+            if "/" in name:
+                m = self.finished(name).manifest
+                found[key] = {"stage": name, "config": m["config"], "ema": m["files"]["ema-0.safetensors"]["xxh3_128"]}
+        if stage.perceptual:
+            found["perceptual"] = distance.checksums(stage.perceptual)
+        return found
+
+    def rows(self) -> dict:
+        """What another run's network must have been trained on to be read here: shape, classes, normalisation."""
+        own = {"shape": self.data.shape, "classes": self.data.classes}
+        own |= {"normalisation": getattr(self.data, "normalisation", None)}
+        return json.loads(json.dumps(own))
+
+    def sizing(self, name: str) -> engine.Choice:
+        """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it.
+
+        Raises ConfigError where the engine cannot be had or cannot do what the stage asks for.
+        """
+        run, stage = self.run, self.run.stage(name)
+        assert stage is not None
+        held = {
+            name for key, name in resolved.called(stage).items() if key != "start"
+        }  # teacher and guide, of any size
+        teacher = sum(self._parameters(stored_run(Path(n).parent)) if "/" in n else self.parameters for n in held)
+        bf16, tracks, processes = stage.precision == "bf16", len(stage.ema), distributed.size()
+        memory = sharding.memory_bytes(self.device)
+        choice = engine.choose(
+            run.engine, run.zero_stage, run.zero_teacher, self.parameters, teacher, processes, tracks, bf16, memory
+        )
+        try:
+            engine.check(run, stage, choice)
+        except ValueError as error:
+            text = str(error)
+            raise ConfigError(f"{name}.{text}" if text.startswith("compile") else text) from None
+        return choice
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Parameters of the network."""
+        return self._parameters(self.run)
+
+    def _parameters(self, run: Run) -> int:
+        return parameters(run, self.data.shape, self.data.classes)
+
+    @functools.cached_property
+    def space(self) -> features.Extractor:
+        return features.extractor(self.data, self.folder if self.folder.is_dir() else self.parents)
+
+    @functools.cached_property
+    def judge(self) -> judges.Judge:
+        return self.open_judge()
+
+    def open_judge(self, rows: bool = False) -> judges.Judge:
+        """What `eval` asks for; rows: with precision and recall. Raises ConfigError naming the key that is missing."""
+        decode = (lambda: self.codec(self.run.eval.vae).decode) if self.latents else None
+        return judges.open_judge(self.data, self.run.eval, lambda: self.space, self.device, decode, rows)
+
+    def evaluate(
+        self, net, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None,
+        judge: judges.Judge | None = None, quiet: bool = False,
+    ) -> dict:  # fmt: skip
+        """{steps: {"frechet", "sliced_wasserstein", "accuracy", ...}} of n samples each; every rank must call it.
+
+        Batches go round the ranks, so the world's size changes the order of sums and nothing else. Raises
+        FloatingPointError, on every rank, when samples are not finite.
+        """
+        e, out, judge = self.run.eval, {}, judge or self.judge
+        seed = e.seed if seed is None else seed
+        for k in steps:
+            tally, broken = judge.tally(), False
+            with progress.counting(f"{k} step{'s' * (k > 1)}", n, self.folder, quiet) as advance:
+                for i, index in enumerate(torch.arange(n).split(e.batch)):
+                    if i % distributed.size() == distributed.rank() and not broken:
+                        samples = self.setting.draw(net, k, seed, index, solver)
+                        broken = not bool(torch.isfinite(samples).all())
+                        if not broken:
+                            tally.add(samples, self.setting.labels(index))
+                    advance(len(index))
+            if distributed.largest(int(broken)):
+                raise FloatingPointError(f"samples of {k} steps are not finite")
+            out[str(k)] = tally.figures()
+        return out
+
+    def compare(self) -> Run | None:
+        """The run stored in the folder, if any; stages not begun may differ from it.
+
+        Raises ConfigError when a stage that has begun was trained with other settings, its own or its ancestors', or on
+        other rows.
+        """
+        if not (self.folder / RUN_FILE).is_file():
+            return None
+        stored = stored_run(self.folder)
+        for name in STAGES:
+            if not checkpoint.steps(self.folder / name) or stored.stage(name) is None:
+                continue
+            mine = fingerprint.stage_facts(self.run, name) if self.run.stage(name) else {name: None}
+            differs = fingerprint.changed(fingerprint.stage_facts(stored, name), mine)
+            if differs:
+                raise ConfigError(
+                    f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
+                    "choose another folder"
+                )
+            rows = fingerprint.changed(_about(self.folder).get("data") or self.data.facts, self.data.facts)
+            if rows:
+                raise ConfigError(
+                    f"data: these are not the rows that {self.folder / name} was trained on ({'; '.join(rows)})"
+                )
+        return stored
+
+    def claim(self, names: list[str] | tuple[str, ...] = ()) -> None:
+        """Create the folder and write run.json; names: the stages that an engine will train.
+
+        Raises ConfigError as `compare` does.
+        """
+        stored = self.compare()
+        if (
+            stored
+            and loading.dump(stored) == loading.dump(self.run)
+            and _about(self.folder).get("data") == self.data.facts
+        ):
+            return
+        if distributed.rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            about = {
+                "digest": fingerprint.digest(self.run),
+                "run": loading.dump(self.run),
+                "rows": self.rows(),
+                "data": self.data.facts,
+                "environment": machine.environment(),
+                "ops": cmt_kernels.table(self.device.type),
+                "engine": {name: self.sizing(name)._asdict() for name in names},
+                "parents": str(self.parents) if self.parents != self.folder else None,
+            }
+            files.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process (group) at a time: a second one is refused at once; the system frees the lock of a dead one."""
+        if distributed.rank():
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"--out: {self.folder} is in use by another process") from None
+            yield
+
+
+def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, str]:
+    """`RUN/stage` as typed; evaluation: keys of `eval` that differ from the run's. Raises ConfigError naming what is valid."""
+    path = Path(text)
+    if path.name not in STAGES:
+        raise ConfigError(
+            f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{errors.nearest(path.name, STAGES)}"
+        )
+    run = judged_by(stored_run(path.parent), evaluation or {})
+    return Workspace(run, path.parent, _parents(path.parent)), path.name
+
+
+def fits(work: Workspace, name: str) -> None:
+    """Raises ConfigError unless the network RUN/STAGE means the same thing here: path, scale of the data, rows.
+
+    Its size may be another. A run whose rows are not on record must have the same data in its recipe.
+    """
+    folder, mine = Path(name).parent, work.run
+    other = stored_run(folder)
+    pairs = [(key, getattr(other, key), getattr(mine, key)) for key in ("path", "sigma_data")]
+    stored = _about(folder).get("rows")
+    if stored is None:
+        pairs.append(("data", loading.dump(other)["data"], loading.dump(mine)["data"]))
+    else:
+        pairs += [(key, stored.get(key), value) for key, value in work.rows().items()]
+    for key, theirs, ours in pairs:
+        if theirs != ours:
+            raise ConfigError(f"{name}: its {key} is {theirs}, this run's is {ours}; its network cannot be read here")

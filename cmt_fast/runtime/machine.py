@@ -1,0 +1,72 @@
+"""The machine that a run is on: its device, and what of it figures depend on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+from cmt_kernels import assembler
+
+from cmt_fast import __version__
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.runtime import distributed
+
+
+def device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: {name!r} is not valid; valid are auto, cpu, cuda, cuda:N") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {name!r} is not valid; valid are auto, cpu, cuda, cuda:N")
+    if found.type == "cpu":
+        return found
+    if found.index is not None and distributed.local_rank():
+        raise ConfigError(f"device: {name!r} is one GPU, and several processes were started; use device=cuda")
+    found = torch.device("cuda", distributed.local_rank() if found.index is None else found.index)
+    count = torch.cuda.device_count()
+    if found.index >= count:
+        raise ConfigError(
+            f"device: {name!r} is not there for process {distributed.local_rank()}; this machine has {count} CUDA devices"
+        )
+    allow_tf32(False)
+    torch.cuda.set_device(found)  # what is made without a device, and NCCL, go to the current one
+    return found
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may round the factors of matmuls and convolutions to 10 bits; torch's own default does for convolutions."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def environment() -> dict[str, str | int]:
+    """What a figure depends on besides the recipe."""
+    gpu = torch.cuda.is_available()
+    return {
+        "cmt_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda or "none",
+        "gpu": torch.cuda.get_device_name() if gpu else "none",
+        "assembler": str(assembler.choose(assembler.card())) if gpu else "none",
+        "cpu": _cpu(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "processes": distributed.size(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,216 @@
+"""Checkpoints: safetensors and a manifest with checksums, no pickle, visible only when complete.
+
+    STAGE/checkpoints/step-00001200/  manifest.json  model.safetensors  ema-0.safetensors  optimizer.safetensors
+
+Written to a temporary folder, every file synced, then renamed: a folder with its final name is whole, or
+its checksums say that it is not, and the one before it is used. Files hold full tensors by name whatever engine and
+number of processes wrote them, and may be written and read tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cmt_fast.storage.files import checksum, sync, write_text
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another kind: one line that says which and why."""
+
+
+class Tensors(Mapping[str, Tensor]):
+    """fp32 tensors by name, of known shapes, each fetched when it is asked for: nobody holds all of them.
+
+    Where tensors are sharded over ranks a fetch is a collective call, so every rank fetches all, in `sorted` order.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], fetch: Callable[[str], Tensor]) -> None:
+        self.shapes, self.fetch = dict(shapes), fetch
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self.fetch(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint on disk. manifest: step, nimg, stage, config hash, lineage, file checksums."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The named tensors of one file ("model", "ema-0", "optimizer"). Raises CheckpointError."""
+        return load_file(self._file(name))
+
+    def stream(self, name: str) -> Tensors:
+        """The same, read tensor by tensor as they are asked for. Raises CheckpointError, for a name it lacks too."""
+        file = safe_open(self._file(name), "pt")
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  no dict
+
+        def fetch(key: str) -> Tensor:
+            return file.get_tensor(key)
+
+        return Tensors(shapes, fetch)
+
+    def _file(self, name: str) -> Path:
+        path = self.folder / f"{name}.safetensors"
+        if path.name not in self.manifest["files"]:
+            raise CheckpointError(f"{self.folder}: holds no {name}; it has {', '.join(self.manifest['files'])}")
+        return path
+
+
+def folder_of(stage_dir: Path, step: int) -> Path:
+    return stage_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def save(
+    stage_dir: Path,
+    step: int,
+    files: Mapping[str, Mapping[str, Tensor]],
+    about: dict[str, Any],
+    keep: int = 2,
+    write: bool = True,
+) -> Path:
+    """Write one checkpoint and prune all but the newest `keep`. Returns its folder; raises OSError when the disk refuses.
+
+    On several ranks all call it, one of them with `write`: the others only take part in fetching sharded tensors.
+    """
+    pending = _pull(files)
+    try:
+        return _save(stage_dir, step, files, pending, about, keep) if write else folder_of(stage_dir, step)
+    finally:
+        for _ in pending:  # a disk that refuses must not leave the other ranks waiting for a fetch
+            pass
+
+
+def _pull(files: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Tensor]:
+    """Every tensor that is fetched, in the order in which it is written."""
+    for tensors in files.values():
+        if isinstance(tensors, Tensors):
+            yield from (tensors[name] for name in sorted(tensors))
+
+
+def _save(stage_dir: Path, step: int, files, pending: Iterator[Tensor], about: dict[str, Any], keep: int) -> Path:
+    final = folder_of(stage_dir, step)
+    temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        sums = {}
+        for name, tensors in files.items():
+            path = temporary / f"{name}.safetensors"
+            if isinstance(tensors, Tensors):
+                write_tensors(path, tensors.shapes, pending)
+            else:
+                save_file({k: t.detach().contiguous() for k, t in tensors.items()}, path)
+            sync(path)
+            sums[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
+        body = {"format": FORMAT, "step": step, **about, "files": sums}
+        body["xxh3_128"] = xxhash.xxh3_128_hexdigest(canonical(body))
+        write_text(temporary / "manifest.json", json.dumps(body, indent=1))
+        sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in steps(stage_dir)[:-keep]:
+        shutil.rmtree(folder_of(stage_dir, old), ignore_errors=True)
+    return final
+
+
+def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[Tensor]) -> None:
+    """A safetensors file of fp32 tensors, one after the other, sorted by name: the bytes that `save_file` writes."""
+    header, end = {}, 0
+    for name in sorted(shapes):
+        start, end = end, end + 4 * torch.Size(shapes[name]).numel()
+        header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(shapes):
+            tensor = next(tensors).detach().to("cpu", torch.float32).contiguous()
+            assert tuple(tensor.shape) == tuple(shapes[name]), name
+            file.write(memoryview(tensor.reshape(-1).numpy()).cast("B"))
+
+
+def steps(stage_dir: Path) -> list[int]:
+    """Steps of the checkpoints that stand under their final names, oldest first."""
+    names = (p.name for p in (stage_dir / "checkpoints").glob("step-*"))
+    return sorted(int(n[5:]) for n in names if n[5:].isdigit())
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Read the manifest and check every size and checksum. Raises CheckpointError naming the file."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        body = {k: v for k, v in manifest.items() if k != "xxh3_128"}
+        if manifest["xxh3_128"] != xxhash.xxh3_128_hexdigest(canonical(body)):
+            raise CheckpointError(f"{path}: was changed after it was written")
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path}: has format {manifest['format']}, this version reads {FORMAT}")
+        files = manifest["files"].items()
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: is no checkpoint, it has no manifest.json") from None
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    for name, want in files:
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != want["bytes"]:
+            raise CheckpointError(f"{file}: is missing or has not the {want['bytes']} bytes of the manifest")
+        if checksum(file) != want["xxh3_128"]:
+            raise CheckpointError(f"{file}: does not match its checksum")
+    return Checkpoint(folder, manifest)
+
+
+def latest(stage_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies, None if there is none at all; says on stderr which ones it passed over."""
+    found = steps(stage_dir)
+    for step in reversed(found):
+        try:
+            return verify(folder_of(stage_dir, step))
+        except CheckpointError as error:
+            print(f"checkpoint passed over: {error}", file=sys.stderr)
+    if found:
+        raise CheckpointError(f"{stage_dir}: none of its {len(found)} checkpoints is whole")
+    return None
+
+
+def complete(stage_dir: Path) -> Checkpoint:
+    """The final checkpoint of a finished stage. Raises CheckpointError if the stage is not finished."""
+    found = latest(stage_dir)
+    if found is None:
+        raise CheckpointError(f"{stage_dir}: holds no checkpoint")
+    if not found.manifest.get("done"):
+        raise CheckpointError(f"{stage_dir}: is not finished (step {found.manifest['step']})")
+    return found
+
+
+def canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True).encode()

@@ -1,0 +1,22 @@
+"""Whether a run is alive: the time of RUN/heartbeat."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+HEARTBEAT = "heartbeat"  # RUN/heartbeat: its time is when the run last did something
+
+
+def beat(run: Path) -> None:
+    """Say that the run is alive: the time of RUN/heartbeat is now. A folder that cannot be written is passed over."""
+    if run.is_dir():
+        with contextlib.suppress(OSError):
+            (run / HEARTBEAT).touch()
+
+
+def heartbeat(folder: Path) -> float | None:
+    """Seconds since a run in `folder`, or in a folder of it, last was alive; None if none ever was."""
+    times = [f.stat().st_mtime for f in (folder / HEARTBEAT, *folder.glob(f"*/{HEARTBEAT}")) if f.is_file()]
+    return max(0.0, time.time() - max(times)) if times else None

@@ -1,0 +1,95 @@
+"""Rollouts into a buffer that stays where it is: the whole of one is a CUDA graph on a GPU, and a call elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from cmt_fast.diffusion.guidance import Net
+from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.solvers import Table, rollout
+
+
+class Rolling:
+    """Integrates what stands in nodes[0] (n, ...), under labels (n,) | None, into nodes (N + 1, n, ...), in place.
+
+    At most `batch` rows go at once. On a GPU one rollout is captured once and replayed: of the buffer itself where all
+    rows go at once, else of a window that rows are copied through, whose last turn may hold rows of the turn before.
+    Every rollout is a replay, the first too, so a run that is taken up again makes the same bits. What cannot be captured
+    is called, and one line says so. What a rollout allocates stays with its graph: `batch` bounds it.
+    """
+
+    def __init__(
+        self,
+        teacher: Net,
+        path: Path,
+        plan: Table,
+        nodes: Tensor,
+        labels: Tensor | None,
+        batch: int,
+        *,
+        computing: Callable[[], AbstractContextManager] = nullcontext,
+        graph: bool = True,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        """computing: what a rollout is run in, such as an autocast; graph: whether one can be captured at all."""
+        self.teacher, self.path, self.plan, self.computing, self.tell = teacher, path, plan, computing, tell
+        self.nodes, self.labels, self.batch = nodes, labels, min(batch, nodes.shape[1])
+        self.graph = graph and nodes.is_cuda
+        self._replay: Callable[[], None] | None = None
+        self._window: tuple[Tensor, Tensor | None] = nodes, labels
+
+    def __call__(self) -> None:
+        """Roll out all rows."""
+        if self.graph and self._replay is None:
+            self._capture()
+        for part in torch.arange(self.nodes.shape[1]).split(self.batch):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            self._turn(rows) if self._replay else self._roll(self.nodes[:, rows], _of(self.labels, rows))
+
+    def _roll(self, nodes: Tensor, labels: Tensor | None) -> None:
+        with self.computing():
+            rollout(self.teacher, self.path, self.plan, nodes[0], labels, nodes=nodes)
+
+    def _capture(self) -> None:
+        if self.batch < self.nodes.shape[1]:
+            self._window = self.nodes[:, : self.batch].clone(), _of(self.labels, slice(self.batch), copy=True)
+        try:
+            self._replay = captured(lambda: self._roll(*self._window))
+        except RuntimeError as error:
+            self.graph, self._window = False, (self.nodes, self.labels)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self.tell(f"the teacher's rollouts are called one network after the other, no CUDA graph: {reason[:200]}")
+
+    def _turn(self, rows: slice) -> None:
+        """One replay, through the window where it is not the buffer."""
+        assert self._replay is not None
+        nodes, labels = self._window
+        if nodes is self.nodes:
+            return self._replay()
+        n = rows.stop - rows.start
+        nodes[0, :n] = self.nodes[0, rows]
+        if labels is not None and self.labels is not None:
+            labels[:n] = self.labels[rows]
+        self._replay()
+        self.nodes[:, rows] = nodes[:, :n]
+
+
+def captured(call: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of `call`, which has run once before: its replay. Raises RuntimeError where it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()  # compiles kernels, copies coefficients, chooses algorithms
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory meanwhile
+        call()
+    return graph.replay
+
+
+def _of(labels: Tensor | None, rows: slice, copy: bool = False) -> Tensor | None:
+    return None if labels is None else labels[rows].clone() if copy else labels[rows]

@@ -1,0 +1,94 @@
+"""What was chosen for `nfe: auto`, and why: RUN/STAGE/solver.json, written before the first step and read from there ever after."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import Trajectories
+from cmt_fast.teacher.solver_error import Estimate, Solver
+
+FILE = "solver.json"
+
+
+# ---------------------------------------------------------------------------------------------- what is kept
+
+
+class Kept(NamedTuple):
+    """RUN/STAGE/solver.json: what `nfe: auto` was settled to, and on what grounds.
+
+    epsilon: {"value": mean square per dimension, "source": how it is known, ...}; networks: checksums of those rolled out;
+    rows: the table, a row per estimate; calls: network calls spent on it, over all trajectories.
+    """
+
+    choice: dict[str, Any]
+    serves: bool
+    limit: float
+    epsilon: dict[str, Any]
+    networks: dict[str, str]
+    trajectories: int
+    calls: int
+    rows: list[dict[str, Any]]
+
+
+def read(folder: Path) -> Kept | None:
+    """What was settled for the stage in `folder`, if it was. Raises ConfigError for a file that cannot be read."""
+    try:
+        return Kept(**json.loads((folder / FILE).read_text("utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{folder / FILE}: cannot be read ({error}); remove it to measure again") from None
+
+
+def settled(folder: Path, config: Trajectories) -> Trajectories:
+    """The trajectories of the stage in `folder` with numbers in place of `auto`. Raises ConfigError before it is settled."""
+    if config.nfe != "auto":
+        return config
+    kept = read(folder)
+    if kept is None:
+        raise ConfigError(
+            f"{folder.name}.trajectories.nfe: auto is settled when the stage begins, {folder} holds no {FILE}"
+        )
+    return dataclasses.replace(config, **kept.choice)
+
+
+def rows_of(estimates: Iterable[Estimate]) -> list[dict[str, Any]]:
+    """Estimates as plain data; infinite numbers are null."""
+    finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
+    return [
+        {**e.setting._asdict(), **{k: finite(v) for k, v in e._asdict().items() if k != "setting"}} for e in estimates
+    ]
+
+
+HEAD = ["solver", "NFE", "calls/row", "error", "from", "to", "order seen"]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of `rows_of` as the cells under `HEAD`; an order in brackets was no ground to extrapolate."""
+    number = lambda v: "inf" if v is None else f"{v:.3g}"
+    p = row["observed"]
+    observed = "-" if p is None else f"{p:.2f}" if row["clean"] else f"({p:.1f})"
+    named = Solver(*(row[k] for k in Solver._fields))
+    return [
+        named.title(),
+        str(row["nfe"]),
+        f"{row['cost']:.3g}",
+        *(number(row[k]) for k in ("error", "low", "high")),
+        observed,
+    ]
+
+
+def serves(row: dict[str, Any], limit: float) -> str:
+    """Whether the upper end of a row's error stays below a limit, in a word."""
+    return "yes" if row["high"] is not None and row["high"] <= limit else "no"
+
+
+def override(stage: str, choice: dict[str, Any]) -> str:
+    """The choice as overrides of a recipe."""
+    return " ".join(f"{stage}.trajectories.{key}={value}" for key, value in choice.items())

@@ -1,0 +1,229 @@
+"""The training loop: one function for every stage.
+
+A stage starts from the EMA of the stage before, draws rows of data or points of the teacher's
+trajectories, and takes optimizer steps; every step's numbers are a function of (seed, stage, step), so a
+killed run that is started again ends with the same weights, EMA and metrics as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import cmt_kernels
+import torch
+from torch import Tensor
+
+from cmt_fast import engine as engines
+from cmt_fast import schedule
+from cmt_fast.config import errors, fingerprint
+from cmt_fast.config.schema import Stage
+from cmt_fast.engine import Engine, compile
+from cmt_fast.run import resolved
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import distributed, machine
+from cmt_fast.runtime.progress import say
+from cmt_fast.runtime.signals import Stopped, noted
+from cmt_fast.storage import checkpoint
+from cmt_fast.storage.metrics_log import Log
+from cmt_fast.train import monitor, solver_choice
+from cmt_fast.train.batches import Source
+from cmt_fast.train.profiler import Profile
+from cmt_fast.usage import ledger, meters
+
+LOOK_S = 5.0  # seconds between looks for a signal: torchrun gives its processes 30 to save and end
+
+
+def train(work: Workspace, names: list[str], profile: Profile | None = None) -> None:
+    """Train the named stages of a run in order; finished ones are passed over, unfinished ones go on.
+
+    profile: profiles some steps of the first stage that is trained.
+    """
+    meter = meters.Meter.of(work.device)
+    with work.lock(), noted() as asked:
+        work.claim(names)
+        for name in names:
+            train_stage(work, name, asked, meter, profile)
+
+
+def train_stage(
+    work: Workspace,
+    name: str,
+    asked: list[int],
+    meter: meters.Meter | None = None,
+    profile: Profile | None = None,
+) -> None:
+    """One stage, from its start or its last checkpoint to its end. Raises FloatingPointError when the loss is not finite.
+
+    asked: signals that ask the process to stop; meter: what this process has spent and no stage was billed for yet.
+    """
+    run, folder = work.run, work.folder / name
+    stage = run.stage(name)
+    assert stage is not None
+    plan = schedule.schedule(stage)
+    passes = resolved.passes(run, name, distributed.size())
+    found = checkpoint.latest(folder)
+    if found and found.manifest.get("done"):
+        if distributed.rank() == 0:
+            say(f"{name:>8} done ({found.manifest['nimg']} images)")
+        return
+    others = work.others(stage) | solver_choice.settle(work, name)
+    if found:
+        _same(name, found.manifest, others)
+    choice = work.sizing(name)
+    first, meter = distributed.rank() == 0, meter or meters.Meter.of(work.device)
+    if run.engine != "local" and first:
+        for line in choice.lines(work.parameters, distributed.size()):
+            say(f"{name:>8} {line}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as ending:
+        account = ledger.Account(folder, meter, found.manifest if found else None, first)
+        ending.callback(account.close)
+        machine.allow_tf32(stage.precision == "tf32")
+        ending.callback(machine.allow_tf32, False)
+        engine = engines.build(run, work.build(), stage, work.device, passes, choice)
+        lineage = _parent(work, stage, engine, found is None)
+        wall = {"train_s": 0.0, "eval_s": 0.0}  # of the steps that count; the bill has the lost ones too
+        if found:
+            _load(engine, found)
+            wall = dict(found.manifest["wall"])
+        log = Log(folder, engine.step_count, plan.total, name, not first, run.tensorboard)
+        ending.callback(log.close)
+        source = Source(work, name, stage, engine, meter, found)
+        ending.callback(source.close)
+        if found is None and source.trajectories.get("errors"):
+            log.row("trajectories", 1, stage.batch, source.trajectories)
+        always = {  # what every checkpoint of the stage says alike
+            "stage": name,
+            "recipe": run.name,
+            "config": fingerprint.stage_digest(run, name, others),
+            "parent": lineage,
+            "others": others,
+            "engine": {"kind": run.engine, "stage": choice.stage, "processes": distributed.size()},
+        } | ({"trajectories": source.trajectories} if source.trajectories else {})
+        if stage.compile:
+            compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
+        meter.lap("startup")
+        if found and found.manifest.get("unseen"):
+            monitor.look(work, name, stage, engine, plan, engine.step_count, False, log)
+            wall["eval_s"] += meter.lap("evaluation")
+        sums, look_every = Sums(found), 1
+        steps = range(engine.step_count, plan.total)
+        if profile and not profile.done and first:
+            every = source.pool.steps if source.pool else 1
+            kept = profile.over(steps, plan, every, work.device, stage.precision, stage.compile, folder)
+            steps = ending.enter_context(contextlib.closing(kept))
+        for step in steps:
+            for part in range(passes):
+                loss, scalars = source.loss(engine, step, part)
+                engine.backward(loss)
+                sums.add({"loss": loss.detach(), **scalars}, passes)
+            lr = plan.lr(stage, step)
+            sums.add({"grad_norm": engine.step(lr)})
+            n, last = step + 1, step + 1 == plan.total
+            row = n % plan.log_every == 0 or last
+            # a look costs a collective call and waits for the device: every row, and every LOOK_S between
+            stop = distributed.largest(asked[0] if asked else 0) if row or n % look_every == 0 else 0
+            if row or stop:
+                wall["train_s"] += meter.lap("train")
+            if row:
+                means = sums.means(n - (n - 1) // plan.log_every * plan.log_every)
+                if not all(map(_finite, means.values())):
+                    raise FloatingPointError(f"{name}: loss {means['loss']} at step {n}; the last checkpoint is sound")
+                speed = n * stage.batch / wall["train_s"]
+                spent = {**wall, "images_per_s": speed, "bill": account.add()}
+                log.row("train", n, n * stage.batch, {**means, "lr": lr}, spent)
+                log.advance(n, f"loss {means['loss']:.4g}  {speed:.0f} img/s")
+                look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
+                # one who stops does not wait for an evaluation: it is made up for on resuming
+                if (last or not stop) and monitor.look(work, name, stage, engine, plan, n, last, log):
+                    wall["eval_s"] += meter.lap("evaluation")
+            if n % plan.checkpoint_every == 0 or last or stop:
+                log.commit()
+                unseen = bool(row and stop and not last)  # a row of metrics whose evaluation is still to be made
+                now = {"nimg": n * stage.batch, "done": last, "unseen": unseen, "wall": wall, "bill": account.add()}
+                now["proofs"] = cmt_kernels.proofs()
+                _save(folder, n, engine, always | now, sums)
+                meter.lap("checkpoint")
+                account.settle(n, end=last or bool(stop))
+                if stop and not last:
+                    raise Stopped(128 + stop)
+
+
+def _load(engine: Engine, found: checkpoint.Checkpoint) -> None:
+    """Go on from a checkpoint. Raises CheckpointError when it lacks what the engine needs."""
+    try:
+        engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
+    except KeyError as error:
+        raise checkpoint.CheckpointError(f"{found.folder}: holds no {error}; it is of another version") from None
+
+
+def _same(name: str, manifest: dict, others: dict) -> None:
+    """Raises ConfigError when a stage that has begun would go on with other networks of other runs."""
+    moved = fingerprint.changed(manifest.get("others", {}), others)
+    if moved:
+        raise errors.ConfigError(f"{name}.{moved[0]}: has changed since this stage began; start it in a new folder")
+
+
+def _parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict | None:
+    """Start from the parent stage's EMA, and say in the lineage which file that was."""
+    if stage.start is None:
+        return None
+    weights, manifest = work.weights(stage.start)
+    if fresh:
+        engine.start_from(weights)
+    return {
+        "stage": stage.start,
+        "step": manifest["step"],
+        "nimg": manifest["nimg"],
+        "config": manifest["config"],
+        "ema": manifest["files"]["ema-0.safetensors"]["xxh3_128"],
+        "parent": manifest["parent"],
+    }
+
+
+class Sums:
+    """Scalars of the steps since the last row of metrics; they stay on their device until a row or a checkpoint is due."""
+
+    def __init__(self, found: checkpoint.Checkpoint | None) -> None:
+        """found: its row may have been cut in two; this rank goes on with its own part, or the mean if ranks are others."""
+        row, self.sums = found.manifest.get("row") if found else None, dict[str, Tensor]()
+        if row:
+            ranks = row["sums"]
+            same = len(ranks) == distributed.size()
+            mine = ranks[distributed.rank()] if same else [sum(s) / len(ranks) for s in zip(*ranks)]
+            self.sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in zip(row["keys"], mine)}
+
+    def add(self, scalars: dict[str, Tensor], passes: int = 1) -> None:
+        """Scalars of one of a step's passes."""
+        for key, value in scalars.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value.double() / passes
+
+    def means(self, steps: int) -> dict[str, float]:
+        """Over the steps of a row and all ranks; the next row begins."""
+        found = {k: float(distributed.mean_(v.clone()) / steps) for k, v in self.sums.items()}
+        self.sums = {}
+        return found
+
+    def state(self) -> dict | None:
+        """What a checkpoint in the middle of a row keeps: every rank's sums."""
+        ranks = distributed.every_rank([float(v) for v in self.sums.values()])
+        return {"keys": list(self.sums), "sums": ranks} if self.sums else None
+
+
+def _save(folder: Path, step: int, engine: Engine, about: dict, sums: Sums) -> None:
+    """A checkpoint, written by rank 0; all ranks take part in gathering it. Raises OSError on all if the disk refuses.
+
+    A stop does not wait for the row that would have seen that the loss is not finite: that is seen here.
+    """
+    row = sums.state()
+    if row and not all(_finite(v) for values in row["sums"] for v in values):
+        raise FloatingPointError(
+            f"{about['stage']}: the loss is not finite at step {step}; the last checkpoint is sound"
+        )
+    about, first = {**about, "row": row}, distributed.rank() == 0
+    distributed.agreed(lambda: checkpoint.save(folder, step, engine.state(), about, write=first))
+
+
+def _finite(x: float) -> bool:
+    return abs(x) < float("inf")

@@ -1,0 +1,218 @@
+"""`nfe: auto`, settled when a stage begins: the student's own one-step error, and the solver that stays below it.
+
+epsilon = E|f(x_T, T) - Psi(x_T)|^2 per dimension, Psi the limit of the most accurate rollouts at hand. It is known
+
+* by measurement, where the stage starts from a network that is a few-step student already (post-training's anchor,
+  which starts from mid-training) or where a finished student is named;
+* else from a pilot: the stage itself in two miniatures of s and 2s steps, s at most `PILOT` and an eighth of the stage,
+  each with its whole schedule in small, on trajectories of the most accurate affordable setting. Their errors are
+  continued as a power law to the stage's length: epsilon(n) = epsilon(2s) (epsilon(2s) / epsilon(s))^log2(n / 2s).
+  Curves of this kind flatten, so the law errs on the side of a small epsilon, which asks for a better solver, not for a
+  worse one. It is an extrapolation and is printed as one.
+
+The rollouts and networks are fp32: rounding in tf32 or bf16 is no part of a solver's error. What was chosen is written
+to RUN/STAGE/solver.json before the first step and read from there ever after; it enters the stage's manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmt_fast import engine as engines
+from cmt_fast import schedule
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import Stage
+from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
+from cmt_fast.run import resolved
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import distributed, progress
+from cmt_fast.storage import checkpoint, files
+from cmt_fast.teacher import solver_error, solver_record
+from cmt_fast.teacher.precision import Teacher
+from cmt_fast.train.batches import Source
+
+PILOT = 200  # steps of the shorter of the two miniatures, at most
+PROBE = 16  # network calls near which the limit is looked for
+
+
+def settle(work: Workspace, name: str) -> dict[str, dict]:
+    """Choose what `nfe: auto` of a stage is, unless that is done. Returns what the manifest keeps of it, {} without auto.
+
+    Every rank must call it. Raises ConfigError where the stage has begun with other networks than were rolled out.
+    """
+    stage, folder = work.run.stage(name), work.folder / name
+    assert stage is not None
+    if not (stage.trajectories and stage.trajectories.nfe == "auto" and resolved.trajectory_rows(stage)):
+        return {}
+    kept = solver_record.read(folder)
+    if kept and kept.networks != networks(work, stage):
+        if checkpoint.steps(folder):
+            raise ConfigError(
+                f"{name}.teacher: is not the network that {folder / solver_record.FILE} was measured with"
+            )
+        kept = None
+    if kept is None:
+        kept = measure(work, name)
+        distributed.agreed(lambda: write(work, name, kept) if distributed.rank() == 0 else None)
+        distributed.barrier()
+        kept = solver_record.read(folder)
+        assert kept is not None
+        if distributed.rank() == 0:
+            for line in summary(name, kept):
+                progress.say(f"{name:>8} {line}")
+    return {"trajectories": kept.choice}
+
+
+def write(work: Workspace, name: str, kept: solver_record.Kept) -> None:
+    """RUN/STAGE/solver.json, whole or not at all."""
+    (work.folder / name).mkdir(parents=True, exist_ok=True)
+    files.write_text(work.folder / name / solver_record.FILE, json.dumps(kept._asdict(), indent=1))
+
+
+def summary(name: str, kept: solver_record.Kept) -> list[str]:
+    """What was chosen and why, for the terminal and the report."""
+    e = kept.epsilon
+    chosen = next(row for row in kept.rows if all(row[k] == v for k, v in kept.choice.items()))
+    below = "at most" if kept.serves else "ABOVE, with every candidate,"
+    return [
+        f"solver: {solver_record.override(name, kept.choice)}; error {chosen['error']:.3g} ({chosen['low']:.3g} to "
+        f"{chosen['high']:.3g}), its upper end {below} {kept.limit:.3g}",
+        f"one-step error of the student {math.sqrt(e['value']):.3g} RMS per dimension (epsilon {e['value']:.3g}), "
+        f"{e['source']}",
+        f"measured on {kept.trajectories} trajectories with {kept.calls:,} network calls"
+        + (f", {e['calls']:,} more in the pilot" if e.get("calls") else ""),
+    ]
+
+
+def networks(work: Workspace, stage: Stage) -> dict[str, str]:
+    """Checksums of the networks that are rolled out."""
+    named = {k: n for k, n in stage.networks().items() if k != "start"}
+    return {k: work.finished(n).manifest["files"]["ema-0.safetensors"]["xxh3_128"] for k, n in named.items()}
+
+
+def endpoints(
+    work: Workspace, name: str, advance: Callable[[int], None], count: int = solver_error.COUNT
+) -> solver_error.Endpoints:
+    """Rollouts of a stage's teacher, under its guidance."""
+    stage = work.run.stage(name)
+    assert stage is not None and stage.trajectories is not None
+    rolled = Teacher(name, stage, work.network, work.path, work.device).net("fp32")
+    t, data = stage.trajectories, work.data
+    x, labels = solver_error.starts(work.path, t, data.shape, data.classes, work.run.seed, work.device, count)
+    return solver_error.Endpoints(rolled, work.path, x, labels, t, advance)
+
+
+def measure(
+    work: Workspace, name: str, count: int = solver_error.COUNT, nfes: tuple[int, ...] = solver_error.NFE,
+    epsilon: float | None = None, student: str | None = None, margin: float = solver_error.MARGIN, whole: bool = False,
+    grids: bool = False,
+) -> solver_record.Kept:  # fmt: skip
+    """Estimate and choose. epsilon: as typed; student: RUN/STAGE to measure it of; whole: the table to its end; grids: other
+    grids than the recipe's too.
+
+    Raises ConfigError where no candidate divides.
+    """
+    stage = work.run.stage(name)
+    assert stage is not None
+    candidates = resolved.candidates(work.run, name, nfes, grids)
+    if not candidates:
+        raise ConfigError(f"--nfe: {', '.join(map(str, nfes))}: none makes whole trajectories of {name}'s batches")
+    with progress.counting("solver", solver_error.calls(candidates), work.folder) as advance:
+        ends = endpoints(work, name, advance, count)
+        probe = min((nfe for _, nfe in candidates), key=lambda nfe: abs(nfe - PROBE))
+        sure = solver_error.best(ends.estimate(s, n) for s, n in candidates if n == probe)
+        limit = ends.limit(sure.setting, probe)[0]
+        known = _epsilon(work, name, stage, ends, limit, sure, epsilon, student)
+        bound = margin * math.sqrt(known["value"])
+        estimates, choice = solver_error.choose(ends, candidates, bound, whole)
+    common = solver_error.best(estimates)
+    limit = ends.limit(common.setting, common.nfe)[0]
+    rows = solver_record.rows_of(estimates)
+    for row, e in zip(rows, estimates):
+        row["common"] = ends.distance(e, limit) if math.isfinite(e.error) else None
+    return solver_record.Kept(
+        choice={**choice.setting._asdict(), "nfe": choice.nfe}, serves=choice.high <= bound, limit=bound, epsilon=known,
+        networks=networks(work, stage), trajectories=ends.count, calls=ends.calls * ends.count * guidance(stage), rows=rows,
+    )  # fmt: skip
+
+
+def guidance(stage: Stage) -> int:
+    """Network calls of one guided call."""
+    t, guide = stage.trajectories, stage.autoguidance
+    return 1 if t is None or (t.guidance == 1 and not (guide and guide.trajectories)) else 2
+
+
+def _epsilon(
+    work: Workspace, name: str, stage: Stage, ends: solver_error.Endpoints, limit: Tensor, sure: solver_error.Estimate,
+    epsilon: float | None, student: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The student's one-step error, a mean square per dimension, and how it is known."""
+    if epsilon is not None:
+        return {"value": epsilon, "source": "as given"}
+    parent = stage.start
+    if student is None and parent and work.run.stage(parent).objective.kind not in ("denoise", "flow"):
+        student = parent
+    if student:
+        value = one_step_error(work, work.network(student), ends, limit)
+        return {"value": value, "source": f"measured of {student}", "student": student}
+    total = schedule.schedule(stage).total
+    short = max(1, min(PILOT, total // 8))
+    how = dataclasses.replace(solver_error.apply(stage.trajectories, sure.setting, sure.nfe), precision="fp32")
+    errors, rows = [], 0
+    for steps in (short, 2 * short):
+        net = pilot(work, name, dataclasses.replace(stage, trajectories=how), steps)
+        errors.append(one_step_error(work, net, ends, limit))
+        rows += steps * stage.batch
+    ratio = min(errors[1] / errors[0], 1.0)
+    value = errors[1] * ratio ** math.log2(max(total / (2 * short), 1.0))
+    source = f"extrapolated to {total:,} steps from pilots of {short} and {2 * short}"
+    seen = {str(s * stage.batch): e for s, e in zip((short, 2 * short), errors)}
+    calls = round(rows * (3 + sure.cost * guidance(stage)))
+    return {"value": value, "source": source, "pilots": seen, "calls": calls}
+
+
+def pilot(work: Workspace, name: str, stage: Stage, steps: int) -> Callable:
+    """The stage in `steps` steps, its whole schedule made small; nothing is written. Returns its EMA network."""
+    total, run = schedule.schedule(stage).total, work.run
+    small = dataclasses.replace(
+        stage, images_nimg=steps * stage.batch, warmup_nimg=stage.warmup_nimg * steps // total, compile=False,
+        lr_knee_nimg=max(stage.lr_knee_nimg * steps // total, int(stage.lr_schedule == "inverse_sqrt")),
+    )  # fmt: skip
+    plan, passes = schedule.schedule(small), resolved.passes(run, name, distributed.size())
+    engine = engines.build(run, work.build(), small, work.device, passes, work.sizing(name))
+    if small.start:
+        engine.start_from(work.weights(small.start)[0])
+    source = Source(work, name, small, engine)
+    try:
+        for step in range(plan.total):
+            for part in range(passes):
+                engine.backward(source.loss(engine, step, part)[0])
+            engine.step(plan.lr(small, step))
+    finally:
+        source.close()
+    return engine.average()
+
+
+@torch.no_grad()
+def one_step_error(work: Workspace, net: Callable, ends: solver_error.Endpoints, limit: Tensor) -> float:
+    """E|f(x_T, T) - Psi(x_T)|^2 per dimension over the starts of all ranks; limit: Psi (n, D)."""
+    parts = []
+    for rows in torch.arange(len(ends.x), device=ends.x.device).split(ends.config.rollout_batch):
+        x, labels = ends.x[rows], None if ends.labels is None else ends.labels[rows]
+        jump = work.path.name == "linear"
+        made = (
+            sample_jumps(net, x, 1, labels) if jump else sample_consistency(net, x, ends.config.t_max, (), [], labels)
+        )
+        parts.append(made)
+    f = distributed.gather_rows(torch.cat(parts)).cpu().double().flatten(1)
+    value = float((f - limit).square().mean())
+    if not math.isfinite(value):
+        raise FloatingPointError("the student's one-step endpoints are not finite")
+    return value

@@ -1,0 +1,158 @@
+"""Bad input: one line that names the key, what it was and what is valid; exit code 2; nothing on disk changes."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from cmt_fast.cli import main
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.train import loop
+from tests.fixtures.tiny import NO_EVAL, SMALL, cmt, tiny
+
+SHRUNK = [*SMALL, *NO_EVAL]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a run of one stage, damaged and foreign files."""
+    folder = tmp_path_factory.mktemp("bad")
+    loop.train(Workspace(tiny(), folder / "run"), ["pre"])
+    (folder / "bad.yaml").write_text("name: [1\n")
+    (folder / "list.yaml").write_text("- a\n")
+    (folder / "twice.yaml").write_text("name: a\nname: b\n")
+    (folder / "evil.yaml").write_text("name: !!python/object/apply:os.system ['touch pwned']\n")
+    (folder / "text.npz").write_text("no archive")
+    np.savez(folder / "wrong.npz", pictures=np.zeros((2, 1, 8, 8), np.uint8))
+    np.savez(folder / "flat.npz", images=np.zeros((2, 8), np.float32))
+    np.savez(folder / "pickled.npz", images=np.array([{}], dtype=object))
+    (folder / "file").write_text("")
+    return folder
+
+
+CASES = [
+    # arguments, what the one line must contain
+    (["train", "digit"], ["recipe", "'digit'", "did you mean digits?"]),
+    (["train", "nowhere/r.yaml"], ["recipe", "nowhere/r.yaml", "digits-mf"]),
+    (["train", "bad.yaml"], ["bad.yaml", "line", "not valid YAML"]),
+    (["train", "list.yaml"], ["list.yaml", "no mapping"]),
+    (["train", "twice.yaml"], ["twice.yaml", "name", "twice"]),
+    (["train", "evil.yaml"], ["evil.yaml", "not valid YAML"]),
+    (["train", "digits", "post.lrr=1e-3"], ["post.lrr", "unknown key", "did you mean lr?"]),
+    (["train", "digits", "pots.lr=1e-3"], ["pots", "unknown key", "did you mean post?"]),
+    (["train", "digits", "post.lr=fast"], ["post.lr", "fast", "number"]),
+    (["train", "digits", "post.lr=-1"], ["post.lr", "-1", "greater than 0"]),
+    (["train", "digits", "post.lr=.inf"], ["post.lr", "finite"]),
+    (["train", "digits", "post.batch=0"], ["post.batch", "0", "greater than or equal to 1"]),
+    (["train", "digits", "post.batch=1.5"], ["post.batch", "1.5", "integer"]),
+    (["train", "digits", "post.objective.kind=etc"], ["post.objective.kind", "'etc'", "did you mean ect?"]),
+    (["train", "digits", "post.objective.distance=lpip"], ["post.objective.distance", "lpip", "pseudo_huber"]),
+    (["train", "digits", "post.objective.q=0.5"], ["post.objective.q", "0.5", "greater than 1"]),
+    (["train", "digits", "model.kind=unet"], ["model.kind", "'unet'", "dit"]),
+    (["train", "digits", "model.patch=3"], ["model.patch", "3", "8"]),
+    (["train", "digits", "model.heads=3"], ["model.heads", "3"]),
+    (["train", "digits", "model.kind=mlp", "model.size=null"], ["model.size", "unknown key"]),
+    (["train", "digits", "path=vp"], ["path", "'vp'", "ve"]),
+    (["train", "digits", "path=linear"], ["pre.objective.kind", "denoise", "linear", "flow"]),
+    (["train", "digits", "post"], ["override", "'post'", "a.b=value"]),
+    (["train", "digits", "name.first=x"], ["name", "digits", "first"]),
+    (["train", "digits", "pre.start=mid"], ["pre.start", "'mid'", "does not come before pre"]),
+    (["train", "digits", "mid.teacher=null"], ["mid.teacher", "missing"]),
+    (["train", "digits", "mid.trajectories=null"], ["mid.trajectories", "missing", "cmt_cm"]),
+    (["train", "digits", "mid.trajectories.mode=paper", "mid.batch=100"], ["mid.batch", "100", "16"]),
+    (
+        ["train", "digits", "mid.trajectories.solver=heun", "mid.trajectories.nfe=15"],
+        ["mid.trajectories", "nfe 15", "even"],
+    ),
+    (["train", "digits", "mid.trajectories.solver=jump"], ["mid.trajectories", "jump", "ve"]),
+    (["train", "gmm", "mid.trajectories.guidance=2"], ["mid", "guidance", "class labels"]),
+    (["train", "digits", "eval.steps=[1, 3]"], ["sampler.mid_times", "3 steps", "1, 2, 4"]),
+    (["train", "digits", "device=gpu"], ["device", "'gpu'", "cpu"]),
+    (["train", "digits", "device=cuda:99"], ["device", "'cuda:99'", "CUDA devices"]),
+    (["train", "digits", "data={kind: npz, path: none.npz}"], ["data.path", "none.npz", "does not exist"]),
+    (["train", "digits", "data={kind: npz, path: text.npz}"], ["data.path", "text.npz"]),
+    (["train", "digits", "data={kind: npz, path: wrong.npz}"], ["data.path", "wrong.npz", "'images'"]),
+    (["train", "digits", "data={kind: npz, path: flat.npz}"], ["data.path", "(2, 8)", "(N, C, H, W)"]),
+    (["train", "digits", "data={kind: npz, path: pickled.npz}"], ["data.path", "pickled.npz"]),
+    (["train", "digits", "data={kind: npz}"], ["data.path", "missing"]),
+    (["train", "digits", "eval.metric=fid"], ["eval.weights", "missing"]),
+    (
+        ["train", "digits", "eval.metric=fid", "eval.weights=none.pth"],
+        ["eval.weights", "'none.pth'", "eval.metric=frechet"],
+    ),
+    (["train", "digits", "mid.label_dropout=0.1"], ["mid.label_dropout", "cmt_cm"]),
+    (["train", "digits", "loader.kind=dalli"], ["loader.kind", "'dalli'", "did you mean dali?"]),
+    (["train", "digits", "loader.kind=dali"], ["loader.kind", "'dali'", "in memory", "torch"]),
+    (["train", "digits", "data={kind: latents, path: none}"], ["data.path", "'none'", "no folder"]),
+    (["train", "digits", "data={kind: latents, path: run}"], ["run", "no store", "index.json"]),
+    (["train", "digits", "data={kind: latents, path: run, flop: true}"], ["data.flop", "did you mean flip?"]),
+    (["data", "verfy", "run"], ["verfy", "did you mean verify?"]),
+    (["data", "verify", "run"], ["run", "no store"]),
+    (["data", "stats", "nowhere"], ["nowhere", "no store"]),
+    (["data", "encode", "nowhere", "out", "--vae", "v", "--size", "64"], ["IMAGES", "nowhere"]),
+    (["data", "encode", "run", "out", "--vae", "v", "--size", "0"], ["--size", "at least 1"]),
+    (["data", "import", "text.npz", "out", "--format", "edm2"], ["text.npz", "no zip"]),
+    (["data", "import", "text.npz", "out", "--format", "edm3"], ["--format", "edm3", "did you mean edm"]),
+    (["data", "import", "flat.npz", "out", "--format", "npy", "--factor", "nan"], ["--factor", "nan", "positive"]),
+    (["data", "import", "flat.npz", "out", "--format", "edm2"], ["flat.npz", "(2, 8)"]),
+    (["sample", "run/pre", "--decode", "--out", "x.npz"], ["--decode", "digits", "no latents"]),
+    (["sample", "run/pre", "--vae", "v", "--out", "x.npz"], ["--vae", "--decode"]),
+    (["train", "digits", "--stages", "pre,past", "--out", "x"], ["--stages", "'past'", "did you mean post?"]),
+    (["train", "digits", *SHRUNK, "--stages", "post", "--out", "run"], ["mid", "train it first"]),
+    (["train", "digits", *SHRUNK, "seed=7", "--out", "run"], ["--out", "another configuration", "seed: 0 -> 7"]),
+    (["train", "digits", "--from", "nowhere", "--out", "x"], ["RUN", "nowhere"]),
+    (["train", "digits", "--otu", "x"], ["--otu", "did you mean --out?"]),
+    (["trian"], ["trian", "did you mean train?"]),
+    (["sample", "run/pots", "--out", "x.npz"], ["RUN/STAGE", "run/pots", "did you mean post?"]),
+    (["sample", "nowhere/post", "--out", "x.npz"], ["RUN", "nowhere"]),
+    (["sample", "run/mid", "--out", "x.npz"], ["mid", "no checkpoint"]),
+    (["sample", "run/pre", "--steps", "0", "--out", "x.npz"], ["--steps", "at least 1"]),
+    (["sample", "run/pre", "--steps", "3", "--out", "x.npz"], ["sampler.mid_times", "3 steps"]),
+    (["sample", "run/pre", "--out", "no/folder/x.npz"], ["--out", "no/folder"]),
+    (["sample", "run/pre"], ["nothing to write"]),
+    (["eval", "run/pre", "--steps", "one"], ["--steps", "'one'"]),
+    (["report", "nowhere"], ["RUN", "nowhere"]),
+    (["ckpt", "verify", "nowhere"], ["RUN", "nowhere"]),
+    (["ckpt", "reconstruct", "run/pre", "--sigma-rel", "0.1", "--out", "e.safetensors"], ["run/pre", "snapshots"]),
+    (["recipes", "show", "digitz"], ["digitz", "did you mean digits?"]),
+    (["recipes", "copy", "digits", "file"], ["'file'", "exists"]),
+    (["search", "digits", "control", "--grid", "control.lr", "--out", "s"], ["--grid", "control.lr", "a.b=v1,v2"]),
+    (["search", "digits", "control", "--grid", "control.lr=1,x", "--out", "s"], ["control.lr", "x"]),
+]
+
+
+def tree(folder) -> dict[str, int]:
+    return {
+        os.path.join(root, f): os.stat(os.path.join(root, f)).st_mtime_ns
+        for root, _, files in os.walk(folder)
+        for f in files
+    }
+
+
+@pytest.mark.parametrize("arguments, words", CASES, ids=[" ".join(a for a in c[0] if a not in SHRUNK) for c in CASES])
+def test_one_line_and_nothing_changes(arguments, words, world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    before = tree(world)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("cmt: "), err
+    for word in words:
+        assert word in err, err
+    assert {k: v for k, v in tree(world).items() if not k.endswith(".lock")} == {
+        k: v for k, v in before.items() if not k.endswith(".lock")
+    }
+
+
+def test_exit_code_of_the_process(tmp_path):
+    done = cmt("train", "digits", "pre.lr=slow", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_process_is_refused(tmp_path):
+    work = Workspace(tiny(), tmp_path)
+    with work.lock():
+        done = cmt("train", "digits", *SHRUNK, "--out", str(tmp_path))
+    assert done.returncode == 2 and "in use by another process" in done.stderr

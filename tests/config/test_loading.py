@@ -1,0 +1,95 @@
+"""The schema: recipes are valid, a round trip changes nothing, YAML's traps are closed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cmt_fast import recipes
+from cmt_fast.config import fingerprint, loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.run.workspace import Workspace
+
+
+@pytest.mark.parametrize("name", recipes.recipes())
+def test_recipes_are_named_by_their_files_and_say_what_they_are(name):
+    assert loading.load(name).name == name
+    first = recipes.recipe_text(name).splitlines()[0]
+    assert first.startswith("# ") and 30 < len(first) < 160
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-mf", "gmm"])
+def test_our_own_recipes_are_complete_and_valid(name, tmp_path):
+    run = loading.load(name)
+    Workspace(run, tmp_path)
+    assert run.control is not None
+    own = run.mid.images_nimg + run.post.images_nimg
+    assert run.control.images_nimg == own, "the control gets as many student images as mid and post together"
+    assert run.control.start == "pre" and run.control.anchor is None
+
+
+@pytest.mark.parametrize("name", recipes.recipes())
+def test_round_trip(name):
+    run = loading.load(name)
+    again = loading.build(loading.dump(run))
+    assert again == run and fingerprint.digest(again) == fingerprint.digest(run)
+
+
+def test_digest_sees_every_change_but_the_device():
+    base = fingerprint.digest(loading.load("digits"))
+    assert fingerprint.digest(loading.load("digits", ["device=cpu"])) == base
+    assert fingerprint.digest(loading.load("digits", ["post.lr=1e-5"])) != base
+
+
+@pytest.mark.parametrize("text, want", [("1e-3", 1e-3), ("1.0e-3", 1e-3), ("2e3", 2000.0), ("3", 3.0), (".5", 0.5)])
+def test_numbers_are_numbers(text, want):
+    run = loading.load("digits", [f"post.lr={text}"])
+    assert run.post.lr == want and isinstance(run.post.lr, float)
+
+
+def test_overrides_reach_into_lists_and_new_keys():
+    run = loading.load("digits", ["pre.ema=[{kind: power, sigma_rel: 0.1}]", "sampler.guidance=2"])
+    assert run.pre.ema[0].sigma_rel == 0.1 and run.sampler.guidance == 2.0
+
+
+def test_billion_laughs_and_tags_are_refused():
+    with pytest.raises(ConfigError):
+        loading.parse_yaml("a: !!python/name:os.system", "x")
+    with pytest.raises(ConfigError):
+        loading.parse_yaml("{[1]: 2}", "x")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=40))
+def test_any_override_is_a_run_or_one_line(text):
+    try:
+        loading.load("digits", [text])
+    except ConfigError as error:
+        assert "\n" not in str(error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(
+        ["seed", "pre.lr", "post.batch", "mid.objective", "model.size", "sampler.mid_times", "eval.steps", "pre.ema"]
+    ),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=4), s, max_size=3),
+        max_leaves=5,
+    ),
+)
+def test_any_value_is_a_run_or_one_line(key, value):
+    tree = loading.parse_yaml(recipes.recipe_text("digits"), "digits")
+    node = tree
+    *parents, last = key.split(".")
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    try:
+        run = loading.build(tree)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert loading.build(loading.dump(run)) == run

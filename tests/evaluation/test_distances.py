@@ -1,0 +1,137 @@
+"""Fréchet distance and moments against other ways to compute them, over ranks too; precision and recall by brute force."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+from cmt_fast.config import loading
+from cmt_fast.evaluation import distances as distances_
+from cmt_fast.evaluation import judges, neighbours
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import distributed
+
+
+def gaussian(n: int, dim: int, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dim, dim, generator=g, dtype=torch.float64)
+    return torch.randn(n, dim, generator=g, dtype=torch.float64) @ mix + torch.randn(
+        dim, generator=g, dtype=torch.float64
+    )
+
+
+@pytest.mark.parametrize(
+    "n, dim", [(400, 24), (30, 24), (15, 24)], ids=["full rank", "barely", "fewer rows than features"]
+)
+def test_frechet_is_scipys(n, dim):
+    """By the matrix square root of the product, the other published way.
+
+    A zero eigenvalue that is rounded to 1e-16 of the largest has the square root 1e-8: singular ones keep half the digits.
+    """
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = (distances_.moments(gaussian(n, dim, seed)) for seed in (1, 2))
+    root = linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy())
+    want = float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace()) - 2 * root.trace().real
+    rel = 1e-9 if n > dim else dim * 2**-26
+    assert distances_.frechet(a, b) == pytest.approx(want, rel=rel)
+    assert distances_.frechet(a, b) == pytest.approx(distances_.frechet(b, a), rel=rel)
+
+
+def test_frechet_of_commuting_covariances():
+    """sum (sqrt l_a - sqrt l_b)^2 where both have the same eigenvectors, and a tenth of the eigenvalues are zero."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(40, 40, generator=g, dtype=torch.float64)).Q
+    la, lb = (torch.rand(40, generator=g, dtype=torch.float64) for _ in range(2))
+    la[:4], lb[2:6] = 0, 0
+    a, b = (distances_.Moments(torch.zeros(40).double(), q * v @ q.T) for v in (la, lb))
+    assert distances_.frechet(a, b) == pytest.approx(float((la.sqrt() - lb.sqrt()).square().sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e6])
+def test_a_stream_has_the_moments_of_the_whole(shift):
+    x = gaussian(1000, 16, 0) + shift
+    stream = distances_.Stream()
+    for part in x.split([1, 0, 300, 7, 692]):
+        stream.add(part)
+    n, found = stream.over_ranks()
+    want = distances_.moments(x)
+    scale = want.covariance.abs().max()
+    assert n == 1000
+    assert (found.mean - want.mean).abs().max() <= 1e-12 * want.mean.abs().max()
+    assert (found.covariance - want.covariance).abs().max() <= 1e-9 * scale
+    sums = (x.T @ x - 1000 * torch.outer(x.mean(0), x.mean(0))) / 999
+    assert ((sums - want.covariance).abs().max() > 1e-9 * scale) == bool(shift), "plain sums would have done"
+
+
+def test_a_stream_of_one_is_refused():
+    stream = distances_.Stream()
+    stream.add(torch.randn(1, 3))
+    with pytest.raises(ValueError, match="at least 2"):
+        stream.over_ranks()
+
+
+def _rank(work: Workspace, rank: int, world: int, meet: str, results) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=world)
+    net = work.build().eval()
+    figures = work.evaluate(net, (1,), 200, judge=work.open_judge(rows=True), quiet=True)["1"]
+    short = work.evaluate(net, (1,), 40, quiet=True)["1"]  # one batch: the other ranks have no sample
+    uneven = distributed.gather_uneven(torch.full((rank, 2), rank) if rank else None) if world > 1 else None
+    made = judges.make_reference(work.judge, 100, 30, 10, lambda n: None)
+    bad = 0
+    try:
+        work.evaluate(lambda x, *_: x * float("nan" if rank == 0 else 1), (1,), 200, quiet=True)
+    except FloatingPointError:
+        bad = 1
+    uneven = None if uneven is None else uneven.tolist()
+    results.put((rank, figures, short, uneven, made.moments.covariance.tolist(), made.features.tolist(), bad))
+    distributed.stop()
+
+
+def test_figures_do_not_depend_on_how_many_ranks_there_are(tmp_path):
+    context, found = multiprocessing.get_context("fork"), {}
+    work = Workspace(loading.load("gmm", ["data.n=500", "eval.batch=48"]), tmp_path)
+    for world in (1, 3):
+        results = context.Queue()
+        ranks = [
+            context.Process(target=_rank, args=(work, r, world, str(tmp_path / f"meet-{world}"), results))
+            for r in range(world)
+        ]
+        for p in ranks:
+            p.start()
+        found[world] = sorted((results.get(timeout=60) for _ in ranks), key=lambda row: row[0])
+        for p in ranks:
+            p.join(60)
+            assert p.exitcode == 0
+    one = found[1][0]
+    assert {"frechet", "sliced_wasserstein", "precision", "recall"} <= one[1].keys()
+    for _, figures, short, uneven, covariance, features, bad in found[3]:
+        for mine, want in ((figures, one[1]), (short, one[2])):
+            assert {k: pytest.approx(v, rel=1e-9, abs=1e-12) for k, v in want.items()} == mine
+        assert uneven == [[1, 1], [2, 2], [2, 2]]
+        assert torch.allclose(torch.tensor(covariance), torch.tensor(one[4]), rtol=1e-12, atol=1e-15)
+        assert sorted(features) == sorted(one[5]) and len(features) == 10
+        assert bad == 1, "samples that one rank finds not finite stop every rank"
+
+
+def test_precision_and_recall_by_brute_force():
+    real, made = gaussian(60, 5, 0), gaussian(50, 5, 1) * 0.7
+
+    def covered(points, centres):
+        distances = [sorted(math.dist(c, d) for j, d in enumerate(centres) if j != i) for i, c in enumerate(centres)]
+        return sum(any(math.dist(p, c) <= d[2] for c, d in zip(centres, distances)) for p in points) / len(points)
+
+    want = covered(made.tolist(), real.tolist()), covered(real.tolist(), made.tolist())
+    assert 0 < want[0] < 1 and 0 < want[1] < 1
+    for block in (7, 4096):
+        assert neighbours.precision_recall(real, made, block=block) == want
+    assert neighbours.precision_recall(real, real.clone()) == (1, 1)
+    assert neighbours.precision_recall(real, made + 1e3) == (0, 0)
+    with pytest.raises(ValueError, match="3-th neighbour in a set of 3"):
+        neighbours.precision_recall(real[:3], made)

@@ -1,0 +1,198 @@
+"""The report of a small run: what the page says, that it stands alone, that nothing is judged twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.report import page
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.storage import checkpoint
+from cmt_fast.train import loop
+from tests.fixtures.tiny import tiny
+
+HOSTILE = "<script>alert(1)</script> | `$x$` \"'&"
+WATCHED = [f"{s}.eval_every_nimg=320" for s in ("mid", "post", "control")] + ["mid.grid_every_nimg=160"]
+SHORT = ["pre.images_nimg=64", "mid.images_nimg=64", "post.images_nimg=64", "control.images_nimg=64", "eval.n=20"]
+
+
+def train(folder, stages, *more, parents=None):
+    run = dataclasses.replace(tiny("digits", *more), name=HOSTILE)
+    work = Workspace(run, folder, parents)
+    loop.train(work, stages)
+    return work
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """All four stages, judged and drawn on the way, and their report."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("report") / "run"
+    train(folder, ["pre", "mid", "post", "control"], *WATCHED)
+    return folder, page.write(folder)
+
+
+def test_the_page_holds_both_tables_and_every_section(run, capsys):
+    folder, _ = run
+    for text in ((folder / "report.html").read_text(), (folder / "report.md").read_text()):
+        for title in (
+            "1 step",
+            "2 steps",
+            "Lineage",
+            "Images the control needs to reach what mid",
+            "The resolved recipe",
+        ):
+            assert title in text
+        assert re.search(r"Fréchet, classifier-64-32@[0-9a-f]{12}", text)
+        for row in ("teacher, 16 steps", "pre → mid → post", "pre → control", "post / control"):
+            assert row in text
+    html = (folder / "report.html").read_text()
+    assert html.count("<svg ") == 2 + 4 and html.count("data:image/png") == 4 + 4
+
+
+def test_the_page_loads_nothing_and_names_no_fid(run):
+    html = (run[0] / "report.html").read_text()
+    text = re.sub(r"base64,[^\"]*", "", html)
+    assert "FID" not in text and "FID" not in (run[0] / "report.md").read_text()
+    assert set(re.findall(r"https?://[\w./-]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert all(x.startswith(("#", "data:")) for x in re.findall(r"(?:src|href)=\"([^\"]*)", text))
+    assert "<script" not in text and "@import" not in text and "default-src 'none'" in text
+
+
+def test_a_hostile_name_is_text(run):
+    html, markdown = ((run[0] / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "<h1>&lt;script&gt;alert(1)&lt;/script&gt; | `$x$` &#34;&#39;&amp;</h1>" in html
+    assert "<script" not in html and "# \\<script\\>alert(1)" in markdown
+
+
+def test_the_pictures_of_the_markdown_are_there(run):
+    links = re.findall(r"\]\((report/[^)]+)\)", (run[0] / "report.md").read_text())
+    assert len(links) == 14 and all((run[0] / link).stat().st_size > 500 for link in links)
+    assert not re.search(r"<metadata|<\?xml|<!--", (run[0] / "report" / "quality-1.svg").read_text())
+
+
+def test_figures_are_the_judge_s(run):
+    folder, out = run
+    work = Workspace(page.stored_run(folder), folder)
+    assert out["quality"]["post"]["few"]["2"] == work.evaluate(work.network("post"), (2,), 200)["2"]
+    assert out["quality"]["pre"]["solver"]["16"] == work.evaluate(work.network("pre"), (16,), 200, solver=True)["16"]
+    assert out["quality"]["pre"]["during"]["16"] == work.evaluate(work.network("pre"), (16,), 100, solver=True)["16"]
+    stored = json.loads((folder / "post" / "figures.json").read_text())
+    assert stored["few"] == out["quality"]["post"]["few"]
+    assert (
+        stored["key"]["ema"] == checkpoint.complete(folder / "post").manifest["files"]["ema-0.safetensors"]["xxh3_128"]
+    )
+
+
+def test_student_images_add_up_along_the_path(run):
+    folder, out = run
+    assert {(r["stage"], r["nimg"]) for r in out["reach"]} == {("mid", 640), ("post", 1280)}
+    assert (
+        "| post |" in (folder / "report.md").read_text()
+        and "| 1,280 | pre → mid → post |" in (folder / "report.md").read_text()
+    )
+
+
+def test_the_second_report_judges_nothing_and_a_new_checkpoint_alone(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(run[0], folder)
+    called = []
+    evaluate = Workspace.evaluate
+    monkeypatch.setattr(Workspace, "evaluate", lambda self, *a, **k: called.append(a[1:]) or evaluate(self, *a, **k))
+    before = (folder / "report.html").read_text()
+    page.write(folder)
+    assert not called and (folder / "report.html").read_text() == before
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder / "report.html")
+
+    found = checkpoint.complete(folder / "mid")
+    files = {name: found.tensors(name) for name in ("model", "ema-0", "optimizer")}
+    about = {k: v for k, v in found.manifest.items() if k not in ("format", "step", "files", "xxh3_128")}
+    checkpoint.save(folder / "mid", found.manifest["step"], files | {"ema-0": files["model"]}, about)
+    page.write(folder)
+    assert called == [((1,), 200), ((2,), 200)]
+    assert "trained anew since" in (folder / "report.html").read_text()  # post comes from another mid
+
+
+def test_an_unfinished_run_reports_what_it_has(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with pytest.raises(ConfigError, match="is no run"):
+        page.write(folder)
+    work = train(folder, [], *SHORT)
+    work.claim()
+    with pytest.raises(ConfigError, match="no finished stage.*pre: not trained"):
+        page.write(folder)
+    loop.train(work, ["pre"])
+    out = page.write(folder)
+    text = out["markdown"].read_text()
+    assert "| control | ect | – | – | – | – | not trained |" in text and "Images the control" not in text
+    assert list(out["quality"]) == ["pre"] and not out["reach"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
+        page.write(folder)
+
+
+def test_stages_of_another_run(run, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in run[0].rglob("*")}
+    train(tmp_path / "child", ["post"], *WATCHED, parents=run[0])
+    out = page.write(tmp_path / "child")
+    assert list(out["quality"]) == ["pre", "mid", "post", "control"] and {r["nimg"] for r in out["reach"]} == {
+        640,
+        1280,
+    }
+    assert out["quality"]["mid"] == run[1]["quality"]["mid"]
+    assert before == {p: p.stat().st_mtime_ns for p in run[0].rglob("*")}
+
+
+def test_samples_that_are_not_finite_are_said_to_be(tmp_path, monkeypatch):
+    def broken(self, net, steps, n, solver=False, seed=None):
+        if solver:
+            raise FloatingPointError("samples are not finite")
+        return {str(k): {"frechet": 1.5, "sliced_wasserstein": 0.5, "accuracy": 0.25} for k in steps}
+
+    train(tmp_path / "run", ["pre"], *SHORT)
+    monkeypatch.setattr(Workspace, "evaluate", broken)
+    text = page.write(tmp_path / "run")["markdown"].read_text()
+    assert "| teacher, 16 steps | not finite | not finite | not finite | 0 | pre |" in text
+    assert "| pre-trained | 1.5 | 25.0% | 0.5 | 0 | pre |" in text
+
+
+def test_a_mixture_gets_its_theory_once(tmp_path, monkeypatch):
+    from cmt_fast.evaluation import theory
+
+    figures = {
+        "solver": {"nfe": [8, 16], "rms": {"1": [0.2, 0.1], "2": [0.04, 0.01]}, "slopes": {"1": 1.0, "2": 2.0}},
+        "bias": {
+            "<b>D": {"swept": "1/q", "x": [0.1, 0.01], "mse": [1e-2, 1e-4], "bias": [1e-3, 1e-3], "slope_mse": 2.0,
+                     "slope_bias": -1e-9, "expected": "MSE 2"},
+        },
+    }  # fmt: skip
+    calls = []
+    monkeypatch.setattr(theory, "measure", lambda: calls.append(1) or figures)
+    train(tmp_path, ["pre"], *SHORT, "data={kind: gmm, n: 200}", "model={kind: mlp, width: 8, depth: 1}")
+    page.write(tmp_path)
+    html = page.write(tmp_path)["html"].read_text()
+    assert calls == [1] and json.loads((tmp_path / "theory.json").read_text()) == figures
+    assert "Fréchet, identity" in html and "accuracy" not in html
+    for text in ("order 2: slope 2.00", "&lt;b&gt;D", "gradient", "MSE of the target"):
+        assert text in html
+    assert "-0.00" not in re.sub(r"<pre>.*?</pre>", "", html, flags=re.S) and "<b>D" not in html
+
+
+@pytest.mark.parametrize(
+    "target, images",
+    [(20.0, 100), (16.0, 100), (8.0, 150), (4.0, 200), (2.0, 300), (1.9, None), (0.0, None)],
+)
+def test_reach_interpolates_the_log_distance(target, images):
+    assert page.reach([(100, 16.0), (200, 4.0), (300, 2.0)], target) == (images and pytest.approx(images))
+
+
+def test_reach_of_nothing():
+    assert page.reach([], 1.0) is None
+    assert page.reach([(10, 1.0), (20, 0.0)], 0.0) == pytest.approx(20)

@@ -1,0 +1,108 @@
+"""Checkpoints: damage of any kind is found, the one before is used, a full disk leaves the old one."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from cmt_kernels.attention import proof
+
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.storage import checkpoint
+from cmt_fast.storage.checkpoint import CheckpointError
+from cmt_fast.train import loop
+from tests.fixtures.tiny import tiny
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """A stage with checkpoints at steps 1 and 2."""
+    for step in (1, 2):
+        tensors = {"w": torch.randn(40, 5), "b": torch.randn(3)}
+        checkpoint.save(
+            tmp_path, step, {"model": tensors, "ema-0": {"w": tensors["w"] * 2}}, {"nimg": step, "done": False}
+        )
+    return tmp_path
+
+
+def test_round_trip(stage):
+    found = checkpoint.latest(stage)
+    assert found.manifest["step"] == 2 and torch.equal(found.tensors("ema-0")["w"] / 2, found.tensors("model")["w"])
+    with pytest.raises(CheckpointError, match="holds no optimizer"):
+        found.tensors("optimizer")
+
+
+def test_every_flipped_bit_is_found_and_the_one_before_is_used(stage, capsys):
+    dice, folder = random.Random(0), checkpoint.folder_of(stage, 2)
+    files = sorted(folder.iterdir())
+    for _ in range(300):
+        file = dice.choice(files)
+        good = file.read_bytes()
+        bad = bytearray(good)
+        bad[dice.randrange(len(bad))] ^= 1 << dice.randrange(8)
+        file.write_bytes(bad)
+        if file.name != "manifest.json" or _same_json(good, bad) is False:
+            assert checkpoint.latest(stage).manifest["step"] == 1, file.name
+        file.write_bytes(good)
+    assert "passed over" in capsys.readouterr().err
+
+
+def _same_json(a: bytes, b: bytearray) -> bool:
+    """A flip in a manifest's white space changes nothing that is read."""
+    try:
+        return json.loads(a) == json.loads(bytes(b).decode())
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "missing", "trailing", "no manifest", "swapped", "not json"])
+def test_other_damage(stage, damage):
+    folder = checkpoint.folder_of(stage, 2)
+    file = folder / "model.safetensors"
+    good = file.read_bytes()
+    {
+        "truncate": lambda: file.write_bytes(good[:-7]),
+        "empty": lambda: file.write_bytes(b""),
+        "missing": file.unlink,
+        "trailing": lambda: file.write_bytes(good + b"x"),
+        "no manifest": (folder / "manifest.json").unlink,
+        "swapped": lambda: shutil.copy(folder / "ema-0.safetensors", file),
+        "not json": lambda: (folder / "manifest.json").write_text("[1, 2"),
+    }[damage]()
+    with pytest.raises(CheckpointError):
+        checkpoint.verify(folder)
+    assert checkpoint.latest(stage).manifest["step"] == 1
+
+
+def test_nothing_whole_is_an_error_not_a_fresh_start(stage):
+    for step in (1, 2):
+        (checkpoint.folder_of(stage, step) / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of its 2"):
+        checkpoint.latest(stage)
+
+
+def test_a_failing_write_keeps_the_old_one(stage, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(stage, 3, {"model": {"w": torch.zeros(2)}}, {"done": False})
+    assert checkpoint.steps(stage) == [1, 2] and not list((stage / "checkpoints").glob(".tmp*"))
+
+
+def test_only_the_newest_are_kept(stage):
+    for step in (3, 4, 5):
+        checkpoint.save(stage, step, {"model": {"w": torch.zeros(2)}}, {"done": False})
+    assert checkpoint.steps(stage) == [4, 5]
+
+
+def test_what_kernels_proved_is_stored_with_a_run(tmp_path, monkeypatch):
+    """A launch that fell back to plain torch is named in every checkpoint after it."""
+    said = {"attention forward T77 H2 d72 bfloat16": "attention forward T77 H2 d72 bfloat16: plain torch computes it"}
+    monkeypatch.setattr(proof, "_lines", dict(said))
+    loop.train(Workspace(tiny(), tmp_path), ["pre"])
+    assert checkpoint.latest(tmp_path / "pre").manifest["proofs"] == said
