@@ -36,7 +36,7 @@ ENDS = {
 SCRIPT = """
 import os, pathlib, resource, signal, subprocess, sys, time
 import torch
-from bench import Results
+from bench.harness.results_file import Results
 results = Results("planted", "cpu", pathlib.Path(sys.argv[1]))
 results.plan(["all of it"])
 results.add({{"name": "first"}})

@@ -16,7 +16,7 @@ from tests.fixtures import isolation
 ROOT = Path(__file__).parents[1]
 GPU = """
 import torch
-from tests import isolation
+from tests.fixtures import isolation
 
 fault = None
 

@@ -16,7 +16,8 @@ from bench.training.apart import Side, first_of_peer
 # planted in a worker before it serves: the peer's loss at more than so many rows
 BENEATH = """
 import os, signal, sys, time, torch
-from bench import peer, runs, worker
+from bench.harness import worker
+from bench.training import baseline as peer, runs
 real = peer.Step.loss
 def loss(self):
     if self.stage.batch > {rows}:
@@ -127,7 +128,7 @@ def side() -> Side:
 def test_memory_that_stays_taken_after_a_fault_costs_the_process(plant, monkeypatch):
     """What cannot be freed: the held bytes are a planted figure here, as a CPU does not say."""
     script = BENEATH.format(fault=KEPT, rows=4).replace(
-        "worker.serve", "from bench import contender\n"
+        "worker.serve", "from bench.training import contender\n"
         "contender.held_bytes = lambda device: 10**9 if hasattr(peer, 'kept') else 0\nworker.serve",
     )  # fmt: skip
     monkeypatch.setattr(Worker, "python", staticmethod(lambda: [sys.executable, "-c", script]))

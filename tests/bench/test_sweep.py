@@ -15,7 +15,8 @@ from bench.kernels import sweep
 PLANTED = """
 import os, sys, torch
 from cmt_kernels import Dual
-from bench import sweep, worker
+from bench.kernels import sweep
+from bench.harness import worker
 real = sweep.implementation
 def implementation(op, backend):
     f = real(op, "reference")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import bench
+from bench.harness import results_file, timing
 from bench.harness.results_file import Results
 from bench.harness.timing import Timer
 
@@ -40,7 +40,7 @@ class Gpu:
 
 @pytest.fixture
 def gpu(monkeypatch) -> Iterator[Gpu]:
-    bench._flush.cache_clear()
+    timing._flush.cache_clear()
     fake, empty = Gpu(), torch.empty
     for name in ("Event", "synchronize", "_sleep"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
@@ -51,9 +51,9 @@ def gpu(monkeypatch) -> Iterator[Gpu]:
         monkeypatch.setattr(type(buffer), "zero_", lambda self: fake.said.append("flush"), raising=False)
         return buffer
 
-    monkeypatch.setattr(bench.torch, "empty", flush)
+    monkeypatch.setattr(timing.torch, "empty", flush)
     yield fake
-    bench._flush.cache_clear()
+    timing._flush.cache_clear()
 
 
 def test_the_call_is_issued_while_the_gpu_waits_on_an_empty_cache(gpu, passing):
@@ -67,7 +67,7 @@ def test_the_call_is_issued_while_the_gpu_waits_on_an_empty_cache(gpu, passing):
 def passing(monkeypatch):
     """passing(ms): so much time passes, by the only clock that there is."""
     now = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     return lambda ms: now.__setitem__(0, now[0] + 1e-3 * ms)
 
 
@@ -101,4 +101,4 @@ def test_results_are_whole_after_every_row(tmp_path):
     ("name", "folder"), [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA L40S", "nvidia-l40s")]
 )
 def test_the_folder_of_a_card(name, folder):
-    assert bench.slug("cuda", name) == folder and bench.slug("cpu", name) == "cpu"
+    assert results_file.slug("cuda", name) == folder and results_file.slug("cpu", name) == "cpu"

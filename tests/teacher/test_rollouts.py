@@ -20,6 +20,7 @@ from cmt_fast.runtime import distributed
 from cmt_fast.teacher import precision as teacher
 from cmt_fast.teacher.pool import Pool
 from cmt_fast.teacher.precision import Teacher
+from cmt_fast.teacher import rollouts
 from cmt_fast.teacher.rollouts import Rolling
 from tests.fixtures.tiny import tiny
 
@@ -111,7 +112,7 @@ class Recorded:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.captures = self.replays = 0
-        patch.setattr(rollout, "captured", self.capture)
+        patch.setattr(rollouts, "captured", self.capture)
 
     def capture(self, call):
         self.captures += 1
@@ -150,7 +151,7 @@ def test_what_cannot_be_captured_is_called_and_said(monkeypatch) -> None:
     def refuse(call):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(rollout, "captured", refuse)
+    monkeypatch.setattr(rollouts, "captured", refuse)
     for index in (0, 1):
         p.draw(index * p.steps, torch.arange(16))
         assert torch.equal(p._states, rebuilt(p, index)[0])

@@ -124,7 +124,7 @@ def test_who_stops_does_not_wait_for_an_evaluation(tmp_path, monkeypatch):
     run = tiny("digits", "pre.images_nimg=256", "pre.eval_every_nimg=32", "pre.grid_every_nimg=32")
     whole, out = Workspace(run, tmp_path / "whole"), Workspace(run, tmp_path / "run")
     loop.train(whole, ["pre"])
-    looks, look = [], loop.watch.look
+    looks, look = [], loop.monitor.look
     monkeypatch.setattr(loop.watch, "look", lambda *given: looks.append(given[5]) or look(*given))
     with monkeypatch.context() as asked:
         asked.setattr(loop._signals, "__enter__", lambda self: [15])

@@ -86,7 +86,7 @@ def _render(template: str, title: str, sections: list[Section]) -> str:
         autoescape=template.endswith(".html.j2"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["md"] = escape_markdown
-    text = (resources.files("cmt_fast") / "templates" / template).read_text("utf-8")
+    text = (resources.files(__name__) / template).read_text("utf-8")
     return environment.from_string(text).render(title=title, sections=sections)
 
 
