@@ -7,13 +7,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from cmt_kernels._native import build
 
+from tests import forked
 from tests.kernels import emulated
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
@@ -28,7 +28,9 @@ def library() -> Path:
 def python(*arguments: str, order: str, launches: Path | None = None) -> subprocess.CompletedProcess:
     """Python on the emulated library."""
     env = os.environ | emulated.environment(order) | ({"CMT_EMULATED_LAUNCHES": str(launches)} if launches else {})
-    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, cwd=emulated.ROOT)
+    return subprocess.run(
+        [*forked.python("torch"), *arguments], env=env, capture_output=True, text=True, cwd=emulated.ROOT
+    )
 
 
 def launches(log: Path) -> Counter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from cmt_kernels import Dual, _native, use
 from cmt_kernels._op import backend
 from cmt_kernels.cases import cases_of, implementation, map_tensors, outputs, without_tangents
 from torch import Tensor
+
+from tests import forked
 
 OPS = ("gated_residual", "gelu", "modulated_norm", "qk_norm")
 built = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason=str(_native.unavailable("cpu")))
@@ -135,7 +136,7 @@ print(torch.ops.cmt.gelu(x, None, None)[0].view(torch.int32).sum().item())
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
     path = str(Path(_native.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return subprocess.run([*forked.python("torch"), "-c", code], env=environment, capture_output=True, text=True)
 
 
 @built

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from cmt_fast.config import ConfigError
 from cmt_fast.data import latents
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.latents import Store
+from tests import forked
 from tests.train import synthetic
 
 
@@ -157,7 +157,7 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(world, encoded):
     folder, _ = world
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "cmt_fast", *encode(folder, "killed")], env=env, stdout=subprocess.DEVNULL
+        [*forked.python(), "-m", "cmt_fast", *encode(folder, "killed")], env=env, stdout=subprocess.DEVNULL
     )
     half = folder / "killed.part" / "shard-00002.json"
     deadline = time.monotonic() + 240

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from cmt_fast import checkpoint, config, loop
 from cmt_fast.schema import STAGES
 from cmt_fast.workspace import Workspace
+from tests import forked
 from tests.train.tiny import metrics, tiny
 
 KILLS = 20
@@ -59,7 +59,7 @@ def test_sigkill_at_random_moments(stage, undisturbed, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config.dump(run)))
     server = subprocess.Popen(
         [
-            sys.executable,
+            *forked.python(),
             str(Path(__file__).with_name("kill_server.py")),
             str(tmp_path / "config.json"),
             str(out),

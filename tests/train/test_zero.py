@@ -16,6 +16,7 @@ import torch
 from cmt_fast import stages
 from cmt_fast.config import ConfigError
 from cmt_fast.engine import LocalEngine, choose, sizing
+from tests import forked
 from tests.train.test_engine import CPU, net, stage
 from tests.train.tiny import tiny
 
@@ -26,7 +27,7 @@ GB = 10**9
 def figures(tmp_path_factory) -> dict:
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("zero")
-    command = [sys.executable, "-m", "tests.train.zero_group", str(folder)]
+    command = [*forked.python(), "-m", "tests.train.zero_group", str(folder)]
     extensions = folder / "extensions"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(extensions)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=env)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cmt_fast.engine import LocalEngine
 from cmt_fast.schema import Run, Stage
 from cmt_fast.source import Source
 from cmt_fast.workspace import Workspace
-from tests.train import command_server
+from tests import forked
 
 SMALL = [
     "model.width=16",
@@ -44,7 +45,8 @@ def tiny(recipe: str = "digits", *more: str) -> Run:
 
 def cmt(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """The command line in a process of its own."""
-    return command_server.run(arguments, cwd)
+    command, environment = [*forked.python(), "-m", "cmt_fast", *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def metrics(folder: Path) -> list[dict]:
