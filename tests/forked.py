@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import importlib
 import json
@@ -34,7 +35,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).parents[1]
 CLIENT = Path(__file__).with_name("fork_client.py")
 LEVELS = {
-    "torch": ("numpy", "torch"),
+    "torch": ("numpy", "torch", "pytest"),
     "trainer": ("sklearn.datasets", "torch._dynamo", "cmt_fast.cli", "bench.contender"),
 }
 SWITCHES = ("CMT_", "TRITON_")  # variables that are read when a module is imported
@@ -143,7 +144,7 @@ def switches(environment: dict[str, str]) -> dict[str, str]:
 
 
 def become(request: dict[str, Any]) -> NoReturn:
-    """Do what `python ARGUMENTS` would do in a fresh process, and end as it does."""
+    """Do what `python ARGUMENTS` would do in a fresh process, and end as it does, but that modules are not taken apart."""
     code = 1
     with contextlib.suppress(OSError):  # a group of another session
         os.setpgid(0, request["group"])
@@ -167,15 +168,16 @@ def become(request: dict[str, Any]) -> NoReturn:
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
-        except OSError:
-            code = code or 120
+    ctypes.CDLL(None).exit(code & 0xFF)  # libraries see the end of the process
     os._exit(code & 0xFF)
 
 
 def _run(what: str, *arguments: str) -> None:
-    """`-m MODULE ...`, `-c CODE ...` or `SCRIPT ...`."""
+    """`-m MODULE ...`, `-c CODE ...` or `SCRIPT ...`; `-u` before it is for those who use files by number, and ignored."""
+    if what == "-u":
+        return _run(*arguments)
     first = os.getcwd() if what == "-m" else "" if what == "-c" else str(Path(what).parent)
     more = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
     sys.path[:] = [first, *more, *sys.path[1:]]
