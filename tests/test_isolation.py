@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.fixtures import isolation
+from tests.fixtures import forked, isolation
 
 ROOT = Path(__file__).parents[1]
 GPU = """
+import os, sys
 import torch
+sys.executable = os.environ["PLANTED_PYTHON"]  # processes of xdist and of isolation.py are forked too
 from tests.fixtures import isolation
 
 fault = None
@@ -60,10 +62,24 @@ def pytest_on(folder: Path, tests: str, *arguments: str) -> tuple[str, dict[str,
     (folder / "test_planted.py").write_text(tests)
     (folder / "pytest.ini").write_text("[pytest]\n")
     path = os.pathsep.join([str(folder), str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "pytest", "-p", "planted_gpu", "-p", "tests.conftest", "-p", "no:cacheprovider"]
+    command = [
+        *forked.python("torch"),
+        "-m",
+        "pytest",
+        "-p",
+        "planted_gpu",
+        "-p",
+        "tests.conftest",
+        "-p",
+        "no:cacheprovider",
+    ]
+    wrapper = folder / "python"
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(forked.python("torch"))} "$@"\n')
+    wrapper.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
         [*command, "-rA", *arguments, "test_planted.py"], cwd=folder, capture_output=True, text=True,
-        env={**{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}, "PYTHONPATH": path}, timeout=300,
+        env=env | {"PYTHONPATH": path, "PLANTED_PYTHON": str(wrapper)}, timeout=300,
     )  # fmt: skip
     said = re.findall(
         r"^(PASSED|FAILED|ERROR) (?:\S*test_planted.py::)(test_\w(?:\[\d+\])?)", done.stdout, re.MULTILINE

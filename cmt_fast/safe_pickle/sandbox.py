@@ -25,7 +25,9 @@ REFUSED, TRIED = 3, 77  # exit codes of the child
 RESULTS = ("tensors.safetensors", "about.json")
 # events of reading and writing itself; "open" is looked at more closely
 HARMLESS = {"mmap.__new__", "builtins.id", "object.__getattr__", "sys._getframe"}
-PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from cmt_fast.safe_pickle import sandbox; sandbox.child(*sys.argv[1:4])"
+PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[4:]; from cmt_fast.safe_pickle import sandbox; sandbox.child(*sys.argv[1:4])"
+)
 
 
 def read(path: Path, out: Path, seconds: int | None = None) -> dict[str, Any]:

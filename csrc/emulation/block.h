@@ -2,8 +2,8 @@
 // where they wait for each other.
 //
 // It is deterministic, and looks for what a GPU does not say:
-//   * CMT_EMULATED_ORDER=reverse runs blocks and threads from the last to the first: a kernel without races gives the
-//     same bits both ways;
+//   * CMT_EMULATED_ORDER=reverse runs blocks and threads from the last to the first, it is read at every launch: a kernel
+//     without races gives the same bits both ways;
 //   * shared memory is NaNs at the start of a block;
 //   * a shuffle that not every lane of the warp reaches, a barrier that not every thread reaches, and a 16-byte access
 //     at another address than a multiple of 16 stop the process and say where;
@@ -145,8 +145,8 @@ inline void run_block(dim3 index, bool reverse) {
 
 inline void run_blocks(const char* name, dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& body) {
   std::lock_guard<std::mutex> held(one_launch);
-  static const char* order = std::getenv("CMT_EMULATED_ORDER");
-  static const bool reverse = order && !std::strcmp(order, "reverse");
+  const char* order = std::getenv("CMT_EMULATED_ORDER");
+  const bool reverse = order && !std::strcmp(order, "reverse");
   if (order && !reverse && std::strcmp(order, "forward")) fail("CMT_EMULATED_ORDER may be forward or reverse");
   unsigned n = block.x * block.y * block.z;
   bool some = grid.x && grid.y && grid.z && n;

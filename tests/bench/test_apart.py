@@ -12,6 +12,7 @@ import pytest
 from bench.harness.worker import Died, Late, Refused, Worker
 from bench.training import step
 from bench.training.apart import Side, first_of_peer
+from tests.fixtures import forked
 
 # planted in a worker before it serves: the peer's loss at more than so many rows
 BENEATH = """
@@ -33,13 +34,19 @@ HANGING = "time.sleep(600)"
 WRONG = "raise ValueError('planted: not memory')"
 
 
+@pytest.fixture(autouse=True)
+def forks(monkeypatch):
+    """Workers that have imported already; `test_a_worker_says_how_it_ended` starts one as a bench does."""
+    monkeypatch.setattr(Worker, "python", staticmethod(lambda: [*forked.python(), "-m", "bench.worker"]))
+
+
 @pytest.fixture
 def plant(monkeypatch):
     """plant(fault, rows): the peer's step has this fault at more than so many rows."""
 
     def plant(fault: str, rows: int) -> None:
         script = BENEATH.format(fault=fault, rows=rows)
-        monkeypatch.setattr(Worker, "python", staticmethod(lambda: [sys.executable, "-c", script]))
+        monkeypatch.setattr(Worker, "python", staticmethod(lambda: [*forked.python(), "-c", script]))
 
     return plant
 
@@ -131,7 +138,7 @@ def test_memory_that_stays_taken_after_a_fault_costs_the_process(plant, monkeypa
         "worker.serve", "from bench.training import contender\n"
         "contender.held_bytes = lambda device: 10**9 if hasattr(peer, 'kept') else 0\nworker.serve",
     )  # fmt: skip
-    monkeypatch.setattr(Worker, "python", staticmethod(lambda: [sys.executable, "-c", script]))
+    monkeypatch.setattr(Worker, "python", staticmethod(lambda: [*forked.python(), "-c", script]))
     one = side()
     one.load("FM", "peer", "fp32")
     first = one.worker.process.pid
@@ -140,7 +147,8 @@ def test_memory_that_stays_taken_after_a_fault_costs_the_process(plant, monkeypa
     one.close()
 
 
-def test_a_worker_says_how_it_ended():
+def test_a_worker_says_how_it_ended(monkeypatch):
+    monkeypatch.undo()
     with pytest.raises(Refused, match="KeyError"):
         Worker("bench.training.contender").ask({"do": "nothing"}, 60)
     for end, said in (("os._exit(7)", "ended with exit code 7"), ("os.kill(os.getpid(), 11)", "killed by SIGSEGV")):

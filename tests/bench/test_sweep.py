@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 
 import pytest
 
 from bench.harness.worker import Worker
 from bench.kernels import sweep
+from tests.fixtures import forked
 
 PLANTED = """
 import os, sys, torch
@@ -57,7 +57,7 @@ def test_plain_torch_is_right_at_every_shape(tmp_path):
 
 
 def test_what_is_wrong_is_named_and_a_crash_is_its_shapes_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(Worker, "python", staticmethod(lambda: [sys.executable, "-c", PLANTED]))
+    monkeypatch.setattr(Worker, "python", staticmethod(lambda: [*forked.python(), "-c", PLANTED]))
     tokens = ["2", "3", "4", "5", "7", "8", "9"]
     code, data = run(
         tmp_path, "--backend", "planted", "--tokens", *tokens, "--dims", "16", "--dtypes", "fp32", "--workers", "1"

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cmt_fast.storage import checkpoint
+from tests.fixtures import forked
 from tests.fixtures.tiny import NO_EVAL, SMALL, cmt, metrics
 
 TINY = [*SMALL, *NO_EVAL, "mid.eval_every_nimg=320"]
@@ -146,7 +147,7 @@ def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_and_its_exit_code(tmp_path, number):
     command = [
-        sys.executable,
+        *forked.python(),
         "-m",
         "cmt_fast",
         "train",

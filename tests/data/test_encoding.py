@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.autoencoder import Codec, Normalisation
 from cmt_fast.data.latents import Store
 from cmt_fast.render import grids
-from tests.fixtures import synthetic
+from tests.fixtures import forked, synthetic
 
 
 def test_images_of_every_kind_are_read_as_rgb():
@@ -157,7 +156,7 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(world, encoded):
     folder, _ = world
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "cmt_fast", *encode(folder, "killed")], env=env, stdout=subprocess.DEVNULL
+        [*forked.python(), "-m", "cmt_fast", *encode(folder, "killed")], env=env, stdout=subprocess.DEVNULL
     )
     half = folder / "killed.part" / "shard-00002.json"
     deadline = time.monotonic() + 240

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from cmt_fast.cli import main
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.importing import convert
 from cmt_fast.data.latents import Store
-from tests.fixtures import hostile_stores
+from tests.fixtures import forked, hostile_stores
 
 NAMES = list(hostile_stores.CASES)
 
@@ -54,7 +53,7 @@ def test_is_refused_in_one_line_and_nothing_is_written(cases, name, monkeypatch)
 
 def test_refused_with_little_memory(cases):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.fixtures.hostile_stores", str(cases)]
+    command = [*forked.python(), "-m", "tests.fixtures.hostile_stores", str(cases)]
     root = Path(__file__).parent.parent.parent
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root, timeout=120)
     assert done.returncode == 0, done.stderr

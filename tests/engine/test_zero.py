@@ -17,6 +17,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.engine import LocalEngine, choose, sharding
 from cmt_fast.run import resolved
 from tests.engine.test_engine import CPU, net, stage
+from tests.fixtures import forked
 from tests.fixtures.tiny import tiny
 
 GB = 10**9
@@ -26,7 +27,7 @@ GB = 10**9
 def figures(tmp_path_factory) -> dict:
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("zero")
-    command = [sys.executable, "-m", "tests.fixtures.zero_group", str(folder)]
+    command = [*forked.python(), "-m", "tests.fixtures.zero_group", str(folder)]
     extensions = folder / "extensions"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(extensions)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=env)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
-import sys
 import traceback
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from cmt_kernels.attention.cases import Case, inputs
 from cmt_kernels.attention.reference import attention as reference
 from cmt_kernels.cases import allowed, error
 
+from tests.fixtures import forked
 from tests.kernels import interpreter
 
 ROOT = Path(__file__).parents[2]
@@ -230,7 +230,7 @@ def checks() -> dict[str, object]:
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, "-m", "tests.kernels.test_attention_interpreted"]
+    command = [*forked.python("torch"), "-m", "tests.kernels.test_attention_interpreted"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line)

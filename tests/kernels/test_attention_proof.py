@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import subprocess
-import sys
 import tempfile
 import traceback
 import warnings
@@ -28,6 +27,7 @@ from cmt_kernels.attention import agreement, examine, proof, remembered
 from cmt_kernels.attention.cases import Case, inputs
 from cmt_kernels.attention.reference import attention as reference
 
+from tests.fixtures import forked
 from tests.kernels import interpreter
 
 ROOT = Path(__file__).parents[2]
@@ -266,7 +266,7 @@ def checks() -> dict[str, Callable]:
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, "-m", "tests.kernels.test_attention_proof"]
+    command = [*forked.python("torch"), "-m", "tests.kernels.test_attention_proof"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cmt_kernels._native import build
 
+from tests.fixtures import forked
 from tests.kernels import emulated
 
 pytestmark = [
@@ -58,7 +58,7 @@ def planted(folder: Path, source: str = STREAM, soname: str = "libtorch_cuda.so"
 def ask(*arguments: str) -> list[str]:
     """What a fresh process with the library of the emulation says, line by line."""
     env = os.environ | emulated.environment()
-    done = subprocess.run([sys.executable, "-c", ASK, *arguments], env=env, capture_output=True, text=True)
+    done = subprocess.run([*forked.python("torch"), "-c", ASK, *arguments], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -17,6 +17,8 @@ from cmt_kernels import OPS, _op, available, silu, table, use
 from cmt_kernels._op import DEVICES, ORDER, backend
 from cmt_kernels.cases import cases_of
 
+from tests.fixtures import forked
+
 X = torch.randn(2, 3)
 
 
@@ -26,7 +28,7 @@ def missing(op: str) -> str:
 
 def run_python(code: str, kernels: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"CMT_KERNELS": kernels, "PYTHONPATH": str(Path(_op.__file__).parents[1])}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return subprocess.run([*forked.python("torch"), "-c", code], env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from cmt_kernels._native import build
 
+from tests.fixtures import forked
 from tests.kernels import emulated
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
@@ -25,10 +25,12 @@ def library() -> Path:
     return emulated.library()
 
 
-def python(*arguments: str, order: str, launches: Path | None = None) -> subprocess.CompletedProcess:
+def python(*arguments: str, launches: Path) -> subprocess.CompletedProcess:
     """Python on the emulated library."""
-    env = os.environ | emulated.environment(order) | ({"CMT_EMULATED_LAUNCHES": str(launches)} if launches else {})
-    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, cwd=emulated.ROOT)
+    env = os.environ | emulated.environment() | {"CMT_EMULATED_LAUNCHES": str(launches)}
+    return subprocess.run(
+        [*forked.python("torch"), *arguments], env=env, capture_output=True, text=True, cwd=emulated.ROOT
+    )
 
 
 def launches(log: Path) -> Counter:
@@ -40,21 +42,32 @@ def launches(log: Path) -> Counter:
     return found
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_the_native_tests_hold_on_the_cuda_sources(library: Path, tmp_path: Path, order: str) -> None:
-    log = tmp_path / "launches"
-    done = python("-m", "pytest", *emulated.NATIVE_TESTS, order=order, launches=log)
+def test_the_native_tests_hold_on_the_cuda_sources(library: Path, tmp_path: Path) -> None:
+    """In both orders of threads."""
+    log, names = tmp_path / "launches", tmp_path / "names"
+    options = ["-p", "tests.kernels.both_orders", f"--junitxml={names}"]
+    done = python("-m", "pytest", *emulated.NATIVE_TESTS, *options, launches=log)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     found = launches(log)
-    assert len(found) > 50 and not [kernel for kernel, count in found.items() if not count]
+    assert len(found) > 50 and not [kernel for kernel, count in found.items() if count < 2]
+    ran = [names.read_text().count(f"[{order}") for order in ORDERS]
+    assert ran[0] == ran[1] > 350, ran
 
 
 def test_the_order_of_threads_changes_no_bit(library: Path, tmp_path: Path) -> None:
     """Of any kernel."""
-    code, log = "from tests.kernels.test_native_instances import digest; print(digest())", tmp_path / "launches"
-    runs = [python("-c", code, order=order, launches=log) for order in ORDERS]
-    assert all(done.returncode == 0 for done in runs), runs
-    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) == 65
+    log = tmp_path / "launches"
+    code = f"""
+import os
+from tests.kernels.test_native_instances import digest
+for order in {ORDERS}:
+    os.environ["CMT_EMULATED_ORDER"] = order
+    print(digest())
+"""
+    done = python("-c", code, launches=log)
+    assert done.returncode == 0, done.stderr
+    digests = done.stdout.split()
+    assert len(digests) == 2 and digests[0] == digests[1] and len(digests[0]) == 64
     assert not [kernel for kernel, count in launches(log).items() if count < 2]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from cmt_kernels import OPS, Dual, _native
 from cmt_kernels._native import build
 from cmt_kernels.cases import backends_on, implementation
 
+from tests.fixtures import forked
 from tests.kernels import emulated
 from tests.kernels.extreme_limits import LIMITS
 from tests.kernels.extremes import NO_FLOATS, PLANS, limit_of, rows
@@ -50,7 +50,9 @@ def test_finite_where_the_truth_is_and_near_it(op: str, name: str, device: str) 
 def table_of(command: list[str], **environment: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, *command], env=environment, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [*forked.python("torch"), *command], env=environment, cwd=root, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

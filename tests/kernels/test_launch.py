@@ -8,7 +8,6 @@ import importlib.util
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from cmt_kernels import OPS, launch
 from cmt_kernels.cases import cases_of, implementation, outputs
 from cmt_kernels.launch import device_of, placed
 
+from tests.fixtures import forked
 from tests.kernels.test_ops import with_leaves
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,20 +69,8 @@ def current(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_in_the_interpreter() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "every_op",
-        __file__,
-    ]
+    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", "every_op"]
+    command = [*forked.python("torch"), "-m", "pytest", *options, __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

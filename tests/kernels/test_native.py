@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from cmt_kernels import Dual, _native, use
 from cmt_kernels._op import backend
 from cmt_kernels.cases import cases_of, implementation, map_tensors, outputs, without_tangents
 from torch import Tensor
+
+from tests.fixtures import forked
 
 OPS = ("gated_residual", "gelu", "modulated_norm", "qk_norm")
 built = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason=str(_native.unavailable("cpu")))
@@ -135,7 +136,7 @@ print(torch.ops.cmt.gelu(x, None, None)[0].view(torch.int32).sum().item())
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
     path = str(Path(_native.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return subprocess.run([*forked.python("torch"), "-c", code], env=environment, capture_output=True, text=True)
 
 
 @built
@@ -289,9 +290,14 @@ def test_random_bits_are_the_reference_s_on_every_instruction_set() -> None:
 
 
 @built
-def test_random_bits_refuse_what_is_no_row_of_ids() -> None:
+def test_opcheck_of_random_bits() -> None:
     implementation("random_bits", "native")
     torch.library.opcheck(torch.ops.cmt.random_bits.default, (torch.arange(5), 3, 1, 2, 3, 4))
+
+
+@built
+def test_random_bits_refuse_what_is_no_row_of_ids() -> None:
+    implementation("random_bits", "native")
     for sample in (torch.ones(3), torch.ones(2, 2, dtype=torch.int64)):
         with pytest.raises(RuntimeError, match="random_bits: sample must be"):
             torch.ops.cmt.random_bits(sample, 3, 1, 2, 3, 4)

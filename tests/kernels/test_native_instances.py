@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from cmt_kernels import _native
-from cmt_kernels.cases import cases_of, implementation, map_tensors, outputs, wide
+from cmt_kernels.cases import cases_of, implementation, map_tensors, outputs
 
-from tests.kernels.test_ops import LAYOUTS, assert_accurate, gradients, gradients_of_reference, most, reference
+from tests.kernels.test_ops import LAYOUTS, assert_accurate, gradients, gradients_of_reference, most, reference, right
 
 WIDTHS = (
     1,
@@ -68,8 +68,8 @@ def test_instance(op: str, case: Any, device: str) -> None:
     function = implementation(op, "native")
     for dtype in cases_of(op).DTYPES:
         inputs = cases_of(op).inputs(case, dtype, device)
-        exact, plain = (reference(op, x) for x in (wide(inputs), inputs))
-        exact_grads, plain_grads = (gradients_of_reference(op, x) for x in (wide(inputs), inputs))
+        exact, plain = right(op, case, dtype, device, reference)
+        exact_grads, plain_grads = right(op, case, dtype, device, gradients_of_reference)
         for layout in LAID_OUT:
             laid_out = map_tensors(LAYOUTS[layout], inputs)
             assert_accurate(outputs(op, function, laid_out), plain, exact, most(op, case, dtype, device, reference))

@@ -22,6 +22,7 @@ from cmt_kernels.accuracy import limits
 from cmt_kernels.cases import cases_of, error, implementation, map_tensors, outputs, wide, without_tangents
 from torch import Tensor
 
+from tests.fixtures import forked
 from tests.kernels import interpreter
 
 OPS = ("modulated_norm", "gated_residual", "gelu", "qk_norm")
@@ -192,7 +193,7 @@ def verdicts() -> dict[tuple[str, str], str]:
     root = Path(__file__).parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.test_row_ops_interpreted"],
+        [*forked.python("torch"), "-m", "tests.kernels.test_row_ops_interpreted"],
         env=environment,
         capture_output=True,
         text=True,

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import re
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from cmt_kernels.cases import allowed, cases_of, implementation, map_tensors, mu
 from cmt_kernels.philox import Key
 from torch import Tensor
 
+from tests.fixtures import forked
 from tests.kernels import interpreter
 from tests.kernels.formulas import by_hand
 from tests.kernels.test_ops import LAYOUTS, assert_accurate, gradients, gradients_of_reference, reference, with_leaves
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("nan_poison")
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [*forked.python("torch"), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -10,7 +10,6 @@ import importlib.util
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
 
+from tests.fixtures import forked
 from tests.kernels import interpreter
 from tests.kernels.formulas import by_hand
 from tests.kernels.test_ops import EXACT, assert_half_the_digits, with_leaves
@@ -58,7 +58,8 @@ of_arguments = pytest.mark.parametrize("op, argument", ARGUMENTS)
 def test_in_the_interpreter() -> None:
     """The same of the Triton kernels, in a process that interprets them: what the dispatch would run, it refuses."""
     chosen = "triton or every_transform and (-x] or -qkv] or -u] or prediction]) or optimizer"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", chosen]
+    command = [*forked.python("torch"), "-m", "pytest", *options, __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

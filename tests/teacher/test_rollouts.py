@@ -18,9 +18,9 @@ from cmt_fast.diffusion.solvers import rollout
 from cmt_fast.models.fp8 import Fp8Linear, in_fp8, shared
 from cmt_fast.runtime import distributed
 from cmt_fast.teacher import precision as teacher
+from cmt_fast.teacher import rollouts
 from cmt_fast.teacher.pool import Pool
 from cmt_fast.teacher.precision import Teacher
-from cmt_fast.teacher import rollouts
 from cmt_fast.teacher.rollouts import Rolling
 from tests.fixtures.tiny import tiny
 

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from cmt_fast.config.schema import STAGES
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import loop
+from tests.fixtures import forked
 from tests.fixtures.tiny import metrics, tiny
 
 KILLS = 20
@@ -61,7 +61,7 @@ def test_sigkill_at_random_moments(stage, undisturbed, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(loading.dump(run)))
     server = subprocess.Popen(
         [
-            sys.executable,
+            *forked.python(),
             str(Path(__file__).parents[1] / "fixtures" / "kill_server.py"),
             str(tmp_path / "config.json"),
             str(out),
