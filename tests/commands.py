@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/performance.md", "docker/README.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/performance.md", "docker/README.md")
 FENCE = re.compile(
     r"(?:<!--\s*(?P<kind>run|cpu form|cpu|not run)(?::\s*(?P<text>.*?))?\s*-->\n)?```bash\n(?P<body>.*?)```", re.S
 )

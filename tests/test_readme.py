@@ -47,7 +47,7 @@ def test_the_file_tree_names_files_that_are_there():
 
 def test_the_ideas_name_files_that_are_there():
     text = (ROOT / "docs" / "ideas.md").read_text("utf-8")
-    named = re.findall(r"`([\w./]+\.(?:py|cpp|cu|h))`", text)
+    named = re.findall(r"`(\w+/[\w./]+\.(?:py|cpp|cu|h))`", text)
     assert len(named) > 20
     assert not [name for name in named if not (ROOT / name).is_file()]
 
