@@ -1,151 +1,181 @@
-"""Who may import whom: the arrows of the house, read off the sources."""
+"""The house: every module is in a room, who may import whom, what is imported late, how long files and functions are.
+
+Rooms come from paths relative to the repository, so a clone may stand anywhere. ARROWS is the one table of imports.
+"""
 
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+import subprocess
+import sys
+from pathlib import Path, PurePath
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-OURS = sorted((ROOT / "cmt_fast").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
-ALL = OURS + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "bench").rglob("*.py")) + [ROOT / "setup.py"]
-ids = lambda p: str(p.relative_to(ROOT))
+ROOT = Path(__file__).parents[1]
+FILES = sorted(
+    path.relative_to(ROOT)
+    for top in ("cmt_fast", "kernels", "bench", "tests")
+    for path in (ROOT / top).rglob("*.py")
+    if "ptx" not in path.parts
+)
+OURS = [path for path in FILES if path.parts[0] in ("cmt_fast", "kernels")]
 
-# module -> what of cmt_fast it may import; a folder's entry holds for every file in it
-MAY = {
-    "schema": {"schema"},
-    "rng": set(),
-    "distributed": set(),
-    "accounting": {"distributed"},
-    "bill": {"accounting", "distributed"},
-    "checkpoint": set(),
-    "log": set(),
-    "pictures": set(),
-    "paths": set(),
-    "config": {"schema"},
-    "ema": {"schema"},
-    "facts": {"bill", "schema"},
-    "solvers": {"paths"},
-    "objectives": {"objectives", "paths", "rng", "schema", "solvers"},
-    "models": {"models", "paths", "schema"},
-    "codec": {"config"},
-    "data": {"checkpoint", "codec", "config", "data", "distributed", "paths", "pictures", "rng", "schema", "solvers"},
-    "trajectories": {"distributed", "objectives", "paths", "rng", "schema", "solvers", "trajectories"},
-    "tuning": {"config", "distributed", "paths", "rng", "schema", "solvers", "trajectories"},
-    "teacher": {"config", "distributed", "machine", "models", "paths", "rng", "schema", "solvers", "trajectories"},
-    "sample": {"paths", "rng", "schema", "solvers"},
-    "metrics": {"config", "convert", "data", "distributed", "metrics", "schema"},
-    "compiled": set(),
-    "cards": {"config"},
-    "cost": {"cards", "models", "objectives", "schema", "stages", "trajectories"},
-    "published": {"cost", "schema"},
-    "estimate": {
-        "cards",
-        "config",
-        "cost",
-        "data",
-        "engine",
-        "objectives",
-        "published",
-        "schema",
-        "stages",
-        "workspace",
-    },
-    "engine": {"checkpoint", "compiled", "distributed", "ema", "engine", "optimizer", "schema"},
-    "optimizer": {"schema"},
-    "posthoc": {"checkpoint", "config", "ema"},
-    "plots": set(),
-    "augment": {"rng"},
-    "perceptual": {"augment", "checkpoint", "config", "models", "rng", "schema"},
-    "classifier": {"checkpoint", "config", "data", "distributed", "log", "models", "perceptual", "schema"},
-    "convert": {
-        "__version__",
-        "bill",
-        "checkpoint",
-        "codec",
-        "config",
-        "convert",
-        "log",
-        "models",
-        "paths",
-        "sample",
-        "schema",
-        "templates",
-        "workspace",
-    },
-}
-# heavy packages and the one module each may be imported in
+# room -> rooms that it may import, itself aside; the order is the house's, from the ground up
+ARROWS: dict[str, set[str]] = {
+    "cmt_kernels": set(),
+    "cmt_fast": set(),  # the version
+    "config": {"recipes"},
+    "recipes": {"config"},
+    "storage": set(),
+    "runtime": {"cmt_fast", "config", "storage"},
+    "render": {"runtime"},
+    "safe_pickle": set(),
+    "schedule": {"config"},
+    "diffusion": {"config"},
+    "models": {"config", "diffusion"},
+    "objectives": {"config", "diffusion"},
+    "data": {"config", "diffusion", "render", "runtime", "storage"},
+    "perceptual": {"config", "data", "diffusion", "models", "runtime", "storage"},
+    "engine": {"config", "runtime", "storage"},
+    "teacher": {"config", "diffusion", "models", "objectives", "runtime", "storage"},
+    "usage": {"runtime", "storage"},
+    "evaluation": {"config", "data", "diffusion", "objectives", "runtime", "safe_pickle"},
+    "run": {"config", "data", "diffusion", "engine", "evaluation", "models", "objectives", "perceptual", "runtime", "schedule",
+            "storage", "teacher"},
+    "train": {"config", "data", "diffusion", "engine", "evaluation", "objectives", "perceptual", "render", "run", "runtime",
+              "schedule", "storage", "teacher", "usage"},
+    "cost": {"config", "data", "engine", "models", "objectives", "recipes", "run", "runtime", "schedule", "storage", "teacher"},
+    "report": {"config", "evaluation", "render", "run", "runtime", "storage", "teacher", "train", "usage"},
+    "convert": {"cmt_fast", "config", "data", "diffusion", "models", "render", "run", "runtime", "safe_pickle", "storage", "usage"},
+    "cli": {"any"},
+    "bench": {"any"},
+    "tests": {"any"},
+}  # fmt: skip
+TOPS = ("bench", "tests")  # nothing imports them
+# heavy packages and the one module each may be imported in, late
 DOORS = {
-    "diffusers": "codec",
-    "deepspeed": "engine/zero",
-    "nvidia": "data/dali",
-    "pynvml": "accounting",
-    "sklearn": "data/digits",
-    "PIL": "pictures",
-    "matplotlib": "plots",
-    "tensorboard": "log",
-    "triton": "*/triton",
-    "torch_fidelity": "metrics/inception",
+    "diffusers": "cmt_fast/data/autoencoder",
+    "deepspeed": "cmt_fast/engine/zero",
+    "nvidia": "cmt_fast/data/dali",
+    "pynvml": "cmt_fast/usage/meters",
+    "sklearn": "cmt_fast/data/digits",
+    "PIL": "cmt_fast/render/grids",
+    "matplotlib": "cmt_fast/render/plots",
+    "tensorboard": "cmt_fast/storage/metrics_log",
+    "torch_fidelity": "cmt_fast/evaluation/inception",
 }
+TRITON = ("triton", "triton_kernels", "assembler")  # the modules of cmt_kernels that may name it
+STANDALONE = PurePath("cmt_fast/convert/pipeline.py")  # what diffusers runs to load an exported stage: nothing of ours does
 
 
-def imports(path: Path) -> list[tuple[str, bool]]:
-    """(module, at import time) for every import in a file."""
-    tree = ast.parse(path.read_text("utf-8"))
+def room(path: PurePath) -> str:
+    """The room of a file, by its path in the repository. Raises KeyError for a room that is in no table."""
+    first, *rest = path.parts
+    if first in TOPS:
+        name = first
+    elif first == "kernels":
+        name = "cmt_kernels" if rest[0] == "cmt_kernels" else f"kernels/{rest[0]}"
+    elif rest[0] == "__main__.py":
+        name = "cli"
+    else:
+        name = "cmt_fast" if rest[0] == "__init__.py" else rest[0].removesuffix(".py")
+    if name not in ARROWS:
+        raise KeyError(f"{path} is in no room of the house; the rooms are {', '.join(ARROWS)}")
+    return name
+
+
+def imports(source: str) -> list[tuple[str, bool]]:
+    """(module, at import time) for every import in a file; names of `cmt_fast` itself as modules of it."""
+    tree = ast.parse(source)
     top = {id(n) for n in tree.body}
     out = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             out += [(a.name, id(node) in top) for a in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            if node.module in ("cmt_fast", "cmt_fast.data", "cmt_fast.models"):
-                out += [(f"{node.module}.{a.name}", id(node) in top) for a in node.names]
-            else:
-                out.append((node.module, id(node) in top))
+            wide = node.module == "cmt_fast"
+            out += [(f"cmt_fast.{a.name}" if wide else node.module, id(node) in top) for a in node.names]
     return out
 
 
-def room(path: Path) -> str:
-    return path.relative_to(ROOT / "cmt_fast").parts[0].removesuffix(".py")
+def imported(module: str) -> str | None:
+    """The room that a module is in; None where it is not ours."""
+    first, _, rest = module.partition(".")
+    if first in (*TOPS, "cmt_kernels"):
+        return first
+    if first != "cmt_fast":
+        return None
+    name = rest.partition(".")[0]
+    return "cmt_fast" if name == "__version__" or not name else name
 
 
-@pytest.mark.parametrize("path", OURS, ids=ids)
-def test_arrows(path):
-    modules = [m for m, _ in imports(path)]
-    assert not [m for m in modules if m.split(".")[0] in ("tests", "bench")]
-    if "kernels" in path.parts:
-        assert not [m for m in modules if m.startswith("cmt_fast")]
-        near_triton = path.stem in ("triton", "triton_kernels", "assembler")
-        assert near_triton or "triton" not in {m.split(".")[0] for m in modules}
-    elif room(path) in MAY:
-        inner = {m.split(".")[1] for m in modules if m.startswith("cmt_fast.")}
-        assert inner <= MAY[room(path)], f"{ids(path)} imports {sorted(inner - MAY[room(path)])}"
+def faults(path: PurePath, source: str) -> list[str]:
+    """What a file of the package may not import, and what it imports too early."""
+    mine, found = room(path), []
+    may = ARROWS[mine]
+    for module, at_import in imports(source):
+        theirs, package = imported(module), module.partition(".")[0]
+        if mine not in TOPS:
+            allowed = theirs in (None, mine, "cmt_kernels") or theirs in may or ("any" in may and theirs not in TOPS)
+            if not allowed or (mine == "cmt_kernels" and package == "cmt_fast"):
+                found.append(f"{path}: {mine} may not import {module}")
+        if mine == "cmt_kernels" and package == "triton" and path.stem not in TRITON:
+            found.append(f"{path}: imports triton; only {', '.join(TRITON)} do")
+        if package in DOORS and mine not in TOPS and path != STANDALONE:
+            if str(path.with_suffix("")) != DOORS[package]:
+                found.append(f"{path}: {module} has one door, {DOORS[package]}.py")
+            elif at_import and package != "PIL":
+                found.append(f"{path}: {module} is imported when the module is")
+    return found
 
 
-# what diffusers runs to load an exported stage: nothing of ours imports it
-STANDALONE = ROOT / "cmt_fast/convert/pipeline.py"
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_arrows_and_doors(path):
+    assert not faults(path, (ROOT / path).read_text("utf-8"))
 
 
-@pytest.mark.parametrize("path", [p for p in OURS if p != STANDALONE], ids=ids)
-def test_heavy_packages_have_one_door_and_are_imported_late(path):
-    for module, at_import in imports(path):
-        package = module.split(".")[0]
-        if package in DOORS and DOORS[package] != "*/triton":
-            assert str(path.relative_to(ROOT / "cmt_fast")).removesuffix(".py") == DOORS[package], module
-            assert not at_import or package == "PIL", f"{module} is imported when {ids(path)} is"
+@pytest.mark.parametrize(
+    "path, source, said",
+    [
+        ("cmt_fast/objectives/new.py", "from cmt_fast.train import loop", "objectives may not import cmt_fast.train"),
+        ("cmt_fast/diffusion/new.py", "def f():\n    from cmt_fast.data import latents", "diffusion may not import"),
+        ("kernels/cmt_kernels/new/triton.py", "import cmt_fast.config", "cmt_kernels may not import"),
+        ("cmt_fast/cli/new.py", "from tests.fixtures import tiny", "cli may not import tests"),
+        ("cmt_fast/train/new.py", "def f():\n    import deepspeed", "one door, cmt_fast/engine/zero.py"),
+        ("cmt_fast/engine/zero.py", "import deepspeed", "is imported when the module is"),
+        ("kernels/cmt_kernels/new/native.py", "import triton", "imports triton"),
+    ],
+)
+def test_what_is_planted_is_found(path, source, said):
+    assert said in "\n".join(faults(PurePath(path), source))
 
 
-@pytest.mark.parametrize("path", ALL, ids=ids)
+@pytest.mark.parametrize("path", ["cmt_fast/shed/new.py", "cmt_fast/new.py", "kernels/other/new.py"])
+def test_an_unknown_room_fails(path):
+    with pytest.raises(KeyError, match="no room"):
+        faults(PurePath(path), "")
+
+
+def test_the_arrows_have_no_circle_but_the_recipes():
+    """config reads recipes, which name what is wrong by config's errors: the one pair; all others point down."""
+    order, seen = list(ARROWS), set()
+    for mine in order:
+        for theirs in ARROWS[mine] - {"any"}:
+            assert order.index(theirs) < order.index(mine) or (mine, theirs) == ("config", "recipes"), (mine, theirs)
+        seen.add(mine)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_no_file_above_400_lines(path):
-    assert len(path.read_text("utf-8").splitlines()) <= 400
+    assert len((ROOT / path).read_text("utf-8").splitlines()) <= 400
 
 
-@pytest.mark.parametrize("path", OURS, ids=ids)
+@pytest.mark.parametrize("path", OURS, ids=str)
 def test_public_functions_have_docstrings(path):
-    tree = ast.parse(path.read_text("utf-8"))
-    assert ast.get_docstring(tree), f"{ids(path)} has no module docstring"
-    if path.name in ("reference.py", "torch.py", "triton.py", "native.py", "cases.py") and "kernels" in path.parts:
+    tree = ast.parse((ROOT / path).read_text("utf-8"))
+    assert ast.get_docstring(tree) or not tree.body, f"{path} has no module docstring"
+    if path.name in ("reference.py", "torch.py", "triton.py", "native.py", "cases.py") and path.parts[0] == "kernels":
         return  # a backend's docstring is the public function's
     for node in tree.body:
         if (
@@ -154,24 +184,27 @@ def test_public_functions_have_docstrings(path):
             and path.parent.name != "cli"
         ):
             short = isinstance(node, ast.FunctionDef) and len(node.body) == 1
-            assert short or ast.get_docstring(node), f"{ids(path)}: {node.name} has no docstring"
+            assert short or ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+def loaded(code: str, names: tuple[str, ...]) -> list[str]:
+    """Which of the packages a fresh process has imported after `code`."""
+    text = f"import sys\n{code}\nprint([m for m in {names!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True, cwd=ROOT)
+    return ast.literal_eval(out.stdout.splitlines()[-1])
 
 
 def test_what_reads_pickles_imports_numpy_alone():
     """The sandboxed child starts small, and what it does not have it cannot be made to use."""
-    import subprocess
-    import sys
-
-    code = "import sys, cmt_fast.safe_pickle.sandbox; print([m for m in ('torch', 'pydantic', 'yaml') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    assert loaded("import cmt_fast.safe_pickle.sandbox", ("torch", "pydantic", "yaml")) == []
 
 
-def test_importing_the_package_is_light():
-    import subprocess
-    import sys
+@pytest.mark.parametrize("command", ["--help", "recipes ls"])
+def test_help_and_the_list_of_recipes_import_nothing_heavy(command):
+    code = f"import cmt_fast.cli\ntry:\n    cmt_fast.cli.main({command.split()!r})\nexcept SystemExit:\n    pass"
+    assert loaded(code, ("torch", "numpy", "pydantic", "yaml", "rich", "cmt_kernels")) == []
 
+
+def test_importing_the_trainer_is_light():
     heavy = ("diffusers", "sklearn", "matplotlib", "triton", "deepspeed", "nvidia.dali", "torchvision", "tensorboard")
-    code = f"import sys, cmt_fast.cli; print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    assert loaded("import cmt_fast.cli.train, cmt_fast.cli.ckpt, cmt_fast.cli.data", heavy) == []

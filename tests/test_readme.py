@@ -1,4 +1,7 @@
-"""The README's targets exist; its file tree names files that are there. Its commands are run by test_commands.py."""
+"""The pages: targets, files, links and tests that they name exist; their tables are what the command writes.
+
+Their commands are run by test_commands.py.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,25 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from bench.harness import gpu_tables
+from bench.harness import gpu_tables, tables
+from bench.harness.pages import keys, picture, promises
+from cmt_fast import cli
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.S)
 LINES = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+PAGES = sorted(p for pattern in ("*.md", "docs/*.md", "bench/*.md", "docker/*.md") for p in ROOT.glob(pattern))
+MARK = re.compile(r"<!-- table: ([\w-]+) -->")
+ids = lambda p: str(p.relative_to(ROOT)) if isinstance(p, Path) else str(p)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """The command works on the pages of the folder where it is called."""
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.mark.parametrize("target", [x.split()[1] for x in LINES if x.startswith("make ")])
@@ -31,15 +46,97 @@ def test_the_file_tree_names_files_that_are_there():
             assert (root / name).exists() or list(root.rglob(name)), f"{name} is not under {folder}"
 
 
+def test_the_ideas_name_files_that_are_there():
+    text = (ROOT / "docs" / "ideas.md").read_text("utf-8")
+    named = re.findall(r"`(\w+/[\w./]+\.(?:py|cpp|cu|h))`", text)
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
 def test_tables_are_generated_not_typed():
-    marks = re.findall(r"<!-- table: ([\w-]+) -->", TEXT + (ROOT / "bench" / "README.md").read_text("utf-8"))
+    marks = [mark for page in PAGES for mark in MARK.findall(page.read_text("utf-8"))]
     assert len(marks) == len(set(marks))
     for mark in marks:
         kind, _, recipe = mark.partition("-")
         if kind in gpu_tables.CARDS:  # what no card has measured yet says so in place of a table
             assert recipe in gpu_tables.TABLES, mark
             continue
-        name = {"predicted": "predicted/ops", "predicted-steps": "predicted/steps", "native": "cpu/ops"}.get(
-            mark, "cpu/" + (f"{recipe}-{kind}" if recipe else kind)
-        )
+        if mark in ("keys", "promises", "published", "recipes"):  # of the sources, not of a measurement
+            continue
+        name = {
+            "predicted": "predicted/ops", "predicted-steps": "predicted/steps", "native": "cpu/ops",
+            "stages-digits": "cpu/digits-seeds",
+        }.get(mark, "cpu/" + (f"{recipe}-{kind}" if recipe else kind))  # fmt: skip
         assert (ROOT / "bench" / "results" / f"{name}.json").is_file(), mark
+
+
+def test_every_page_with_a_table_is_written_by_the_command():
+    marked = {p.relative_to(ROOT) for p in PAGES if MARK.search(p.read_text("utf-8"))}
+    assert marked == set(tables.PAGES)
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=str)
+def test_pages_hold_what_the_command_writes(page):
+    text = page.read_text("utf-8")
+    assert tables.filled(text) == text, "run `python -m bench report`"
+
+
+def test_keys_and_texts_are_the_same_set(tmp_path, monkeypatch):
+    """A key without a sentence is an error, and a sentence without a key."""
+    texts = yaml.safe_load(keys.TEXTS.read_text("utf-8"))
+    monkeypatch.setattr(keys, "TEXTS", tmp_path / "keys.yaml")
+    lacking = {**texts, "Stage": {k: v for k, v in texts["Stage"].items() if k != "lr"}}
+    for changed, words in ((lacking, "Stage.lr has no text"), ({**texts, "Run": {**texts["Run"], "x": "y"}}, "Run.x")):
+        keys.TEXTS.write_text(yaml.safe_dump(changed))
+        with pytest.raises(ValueError, match=words):
+            keys.table()
+
+
+def test_a_promise_without_its_test_is_an_error():
+    found = promises.functions()
+    assert "(../tests/test_readme.py)" in promises.link("test_make_targets_exist", found)
+    with pytest.raises(ValueError, match="in 0 test files"):
+        promises.link("test_that_nobody_wrote", found)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name in a page: its headings as GitHub spells them, and its own anchors."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", t).lower().replace(" ", "-") for t in titles} | set(
+        re.findall(r'<a id="(.*?)"', text)
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_go_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_pictures_are_small():
+    files = [p for p in (ROOT / "docs").rglob("*") if p.suffix in (".png", ".svg")]
+    assert files and not [ids(p) for p in files if p.stat().st_size > 150 * 1024]
+
+
+SMALL = ["model.width=16", "model.depth=1", "model.heads=2", "eval.n=40", "eval.n_during=40"]
+
+
+def test_a_picture_is_drawn_of_a_run(tmp_path):
+    lengths = [
+        f"{s}.{key}={n}" for s in ("pre", "mid", "post", "control") for key, n in (("images_nimg", 64), ("batch", 32))
+    ]
+    less = ["mid.trajectories.pool_steps=2", "post.trajectories.pool_steps=2"]
+    assert cli.main(["train", "digits", "--out", str(tmp_path / "run"), *SMALL, *lengths, *less]) == 0
+    files = picture.draw(tmp_path / "run", tables.RESULTS, tmp_path / "docs")
+    grids = {f"digits-{stage}.png" for stage in ("pre", "mid", "post", "control")}
+    assert {f.name for f in files} == {"digits.png", *grids}
+    assert all(f.read_bytes().startswith(b"\x89PNG") for f in files)
+    with pytest.raises(ValueError, match="cannot be sampled"):
+        picture.samples(tmp_path / "run" / "nothing")

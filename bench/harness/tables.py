@@ -1,4 +1,7 @@
-"""`python -m bench report`: writes the tables of README.md and bench/README.md, between their `<!-- table: NAME -->` marks."""
+"""`python -m bench report`: writes the tables of the README and the other pages, between their `<!-- table: NAME -->` marks.
+
+With `--picture RUN` it draws the recipe's pictures in docs/ too, from a finished run of it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,17 @@ import re
 from pathlib import Path
 
 from bench.harness import gpu_tables
+from bench.harness.pages import keys, picture, promises, recipe_tables
 
-PAGES = (Path("README.md"), Path("bench/README.md"))
+PAGES = (
+    Path("README.md"),
+    Path("bench/README.md"),
+    Path("docs/keys.md"),
+    Path("docs/performance.md"),
+    Path("docs/promises.md"),
+    Path("docs/published-settings.md"),
+    Path("docs/results.md"),
+)
 RESULTS = Path("bench/results/cpu")
 ROWS = {
     "teacher": "pre-trained, ODE solver",
@@ -21,21 +33,28 @@ ROWS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments: the marks in the pages say which tables."""
+    """The marks in the pages say which tables; pictures are drawn only from runs that are named."""
+    parser.add_argument("--picture", type=Path, nargs="*", default=[], metavar="RUN", help="draw docs/RECIPE.png too")
 
 
-def run(_: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Rewrite the tables in place."""
     for page in PAGES:
-        text = page.read_text("utf-8")
-        for name in re.findall(r"<!-- table: ([\w-]+) -->", text):
-            kind, _, recipe = name.partition("-")
-            on_card = kind in gpu_tables.CARDS
-            body = gpu_tables.table(RESULTS.parent, kind, recipe) if on_card else TABLES[kind](recipe)
-            pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
-        page.write_text(text, "utf-8")
+        page.write_text(filled(page.read_text("utf-8")), "utf-8")
+    for folder in getattr(args, "picture", []):
+        print(*picture.draw(folder, RESULTS, Path("docs")), sep="\n")
     return 0
+
+
+def filled(text: str) -> str:
+    """A page with every table made anew."""
+    for name in re.findall(r"<!-- table: ([\w-]+) -->", text):
+        kind, _, recipe = name.partition("-")
+        on_card = kind in gpu_tables.CARDS
+        body = gpu_tables.table(RESULTS.parent, kind, recipe) if on_card else TABLES[kind](recipe)
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
+    return text
 
 
 def span(values: list[float], digits: int = 2) -> str:
@@ -356,6 +375,11 @@ def tune(recipe: str) -> str:
 
 
 TABLES = {
+    "keys": keys.table,
+    "promises": promises.table,
+    "published": recipe_tables.published,
+    "recipes": recipe_tables.settings,
+    "stages": lambda recipe: recipe_tables.stages(RESULTS, recipe),
     "modes": modes,
     "tune": tune,
     "seeds": seeds,

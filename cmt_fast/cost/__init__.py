@@ -1,0 +1,1 @@
+"""What a run will cost: work, time, hardware, published budgets. Predicted."""

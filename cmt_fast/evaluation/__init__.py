@@ -1,0 +1,1 @@
+"""How good samples are: distances, reference statistics, judges, and a world with a known answer."""

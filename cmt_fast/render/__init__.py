@@ -1,0 +1,1 @@
+"""Arrays in, pictures out: grids of samples, plots, page templates."""

@@ -1,0 +1,1 @@
+"""A run: its folder, its stages with every name resolved, their networks."""

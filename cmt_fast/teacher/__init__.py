@@ -1,0 +1,1 @@
+"""The teacher's trajectories: rollouts, the pool that points are drawn from, precision and solver."""

@@ -1,0 +1,1 @@
+"""What was used: hours and energy, measured, over ranks and restarts."""
