@@ -58,7 +58,7 @@ def test_commands_parse(block, line):
     arguments = cmt(line)
     if arguments is None:
         return
-    args, rest = cli.parser().parse_known_args(arguments)
+    args, rest = cli.parser(arguments[0]).parse_known_args(arguments)
     overrides = [*getattr(args, "overrides", []), *rest]
     assert not [r for r in overrides if "=" not in r]
     recipe = getattr(args, "recipe", None)

@@ -227,7 +227,7 @@ def test_the_commands_of_a_service_parse(service):
     for words in lines:
         arguments = cmt(" ".join(map(default, words)))
         assert arguments, words
-        args, rest = cli.parser().parse_known_args(arguments)
+        args, rest = cli.parser(arguments[0]).parse_known_args(arguments)
         assert not rest
         recipe = getattr(args, "recipe", None)
         if recipe:

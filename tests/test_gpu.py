@@ -134,7 +134,7 @@ def test_every_part_is_a_command_that_parses(name, tiny, tmp_path):
     if module == "bench":
         assert rest[0] in BENCHES
         parser = argparse.ArgumentParser(exit_on_error=False)
-        importlib.import_module(f"bench.{rest[0]}").add_arguments(parser)
+        importlib.import_module(f"bench.{BENCHES[rest[0]][0]}").add_arguments(parser)
         assert parser.parse_args(rest[1:]).minutes in (None, 1.0)
 
 

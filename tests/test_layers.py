@@ -66,7 +66,9 @@ DOORS = {
     "torch_fidelity": "cmt_fast/evaluation/inception",
 }
 TRITON = ("triton", "triton_kernels", "assembler")  # the modules of cmt_kernels that may name it
-STANDALONE = PurePath("cmt_fast/convert/pipeline.py")  # what diffusers runs to load an exported stage: nothing of ours does
+STANDALONE = PurePath(
+    "cmt_fast/convert/pipeline.py"
+)  # what diffusers runs to load an exported stage: nothing of ours does
 
 
 def room(path: PurePath) -> str:

@@ -18,6 +18,7 @@ from bench.harness.results_file import Results
 from bench.harness.timing import Deadline, quantiles
 from bench.harness.worker import Died, Late, Refused, Worker
 from bench.training import runs
+from cmt_fast.config import loading
 
 BLOCK_S = 6.0  # a block to compile, at most: an H100's host took 94 to 165 s for 28, 51 to 62 s for 12 (2026-11-26)
 ROUNDS, SLACK_GB = 4, 0.07
@@ -182,7 +183,7 @@ class Apart:
                     continue
                 row = self.timed(ours, name, "eager", precision, batch)
                 rows += [row] if row else []
-            own = runs.config.load(runs.OBJECTIVES[name].recipe).stage(runs.OBJECTIVES[name].stage).trajectories
+            own = loading.load(runs.OBJECTIVES[name].recipe).stage(runs.OBJECTIVES[name].stage).trajectories
             if own and name.startswith("CMT") and rows:
                 how, points = "eager, recipe's points", own.per_trajectory
                 row = self.timed(ours, name, how, precision, rows[-1]["batch"], points)

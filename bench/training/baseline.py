@@ -326,7 +326,7 @@ class Step:
         if self.kind in NAN_MASKED:
             for p in self.net.parameters():
                 torch.nan_to_num(p.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=p.grad)
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.stage.clip)
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.stage.grad_clip_norm)
         self.optimizer.step()
         for name, p in self.net.named_parameters():
             self.ema[name].copy_(p.detach().lerp(self.ema[name], self.beta))

@@ -21,6 +21,7 @@ from bench.harness.results_file import Results
 from bench.harness.timing import Deadline, quantiles
 from bench.training import runs
 from bench.training.contender import timed
+from cmt_fast.config import loading
 from cmt_fast.engine.compile import compile_network
 from cmt_fast.objectives import ROWS
 from cmt_fast.run import resolved
@@ -117,7 +118,7 @@ def measure(
             break
         for key, (call, count) in found.items():
             times[key].append(timed(call, arguments.device)[0] / count)
-    stage = runs.config.load(runs.OBJECTIVES[name].recipe).stage(runs.OBJECTIVES[name].stage)
+    stage = loading.load(runs.OBJECTIVES[name].recipe).stage(runs.OBJECTIVES[name].stage)
     points = stage.trajectories.nfe
     base = next(t for key, t in times.items() if key[0] == "paper")
     rows = []

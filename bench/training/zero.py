@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-import bench
+from bench.harness import results_file
 from cmt_fast import engine as engines
 from cmt_fast.config import loading
 from cmt_fast.run import resolved
@@ -259,6 +259,6 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
     if arguments.out:
-        about_run = bench.about("cpu") | {"environment": machine.environment()}
+        about_run = results_file.about("cpu") | {"environment": machine.environment()}
         arguments.out.write_text(json.dumps(about_run | figures, indent=1) + "\n")
     return 0

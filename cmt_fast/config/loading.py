@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
@@ -20,6 +21,10 @@ from cmt_fast.recipes import recipe_text
 
 # the tags of all unions, which pydantic puts between the keys of an error's place
 _KINDS = {kind for part in vars(schema).values() if isinstance(kind := getattr(part, "kind", None), str)}
+
+
+# (the key that holds it where that matters, name of before) -> today's
+RENAMED = {("", "clip"): "grad_clip_norm", ("anchor", "share"): "fraction"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,15 +72,39 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run:
         raise ConfigError(f"recipe: {recipe!r} holds no mapping at its top level")
     for override in overrides:
         _override(tree, override)
+    for note in renamed(tree)[1]:
+        print(f"note: {note}", file=sys.stderr)
     return build(tree)
 
 
 def build(tree: dict) -> Run:
-    """A Run from plain data. Raises ConfigError for the first thing that is wrong."""
+    """A Run from plain data, keys under their names of before too. Raises ConfigError for the first thing that is wrong."""
     try:
-        return TypeAdapter(Run).validate_python(tree)
+        return TypeAdapter(Run).validate_python(renamed(tree)[0])
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
+
+
+def renamed(tree: Any, prefix: str = "") -> tuple[Any, list[str]]:
+    """Plain data with today's keys, and for each that had a name of before `old is now new`.
+
+    Raises ConfigError where both names are given.
+    """
+    if not isinstance(tree, dict):
+        return tree, []
+    out, notes = {}, []
+    for key, value in tree.items():
+        parent = prefix.rpartition(".")[2]
+        now = RENAMED.get((parent if parent == "anchor" else "", key), key)
+        if now != key and prefix:
+            if now in tree:
+                raise ConfigError(f"{prefix}.{key}: is now {prefix}.{now}, and both are given")
+            notes.append(f"{prefix}.{key} is now {prefix}.{now}")
+        else:
+            now = key
+        out[now], more = renamed(value, f"{prefix}.{key}".lstrip("."))
+        notes += more
+    return out, notes
 
 
 def _override(tree: dict, text: str) -> None:

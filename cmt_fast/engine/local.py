@@ -60,7 +60,7 @@ class LocalEngine:
         betas = [ema.beta(profile, self.step_count) for profile in s.ema]
         lr, eps, decay = optimizer.settings(s, self.step_count, lr)
         norm = adamw_ema(
-            self.p, self.g, self.m, self.v, self.emas, betas, self.step_count, lr, s.betas, eps, decay, s.clip
+            self.p, self.g, self.m, self.v, self.emas, betas, self.step_count, lr, s.betas, eps, decay, s.grad_clip_norm
         )
         self.g.zero_()
         constrain(self.net)

@@ -67,7 +67,7 @@ class ZeroEngine:
         return {
             "train_micro_batch_size_per_gpu": 1,  # the loop cuts batches into passes; DeepSpeed only counts them
             "gradient_accumulation_steps": self.passes,
-            "gradient_clipping": self.stage.clip if self.level else 0.0,
+            "gradient_clipping": self.stage.grad_clip_norm if self.level else 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": self.level},
         }
@@ -248,7 +248,7 @@ class AdamWEma(torch.optim.Optimizer):
         if self.engine.level == 0:
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.engine.net.parameters()]
             self.norm = self._update(
-                self.engine.whole, torch.cat([g.reshape(-1) for g in grads]), self.engine.stage.clip
+                self.engine.whole, torch.cat([g.reshape(-1) for g in grads]), self.engine.stage.grad_clip_norm
             )
             return
         for p in [p for group in self.param_groups for p in group["params"] if p.grad is not None]:

@@ -16,7 +16,7 @@ INDEX = {name: i for i, name in enumerate(STAGES)}  # enters every random key: n
 
 def rows(stage: Stage) -> tuple[int, int]:
     """Rows of a batch on the stage's own objective, and on its anchor."""
-    anchored = round(stage.anchor.share * stage.batch) if stage.anchor else 0
+    anchored = round(stage.anchor.fraction * stage.batch) if stage.anchor else 0
     return stage.batch - anchored, anchored
 
 
@@ -40,7 +40,7 @@ def passes(run: Run, name: str, processes: int) -> int:
     where = f"over {count} passes of {processes} processes"
     if own % shards or anchored % shards:
         raise ConfigError(
-            f"{name}.anchor.share: {own} rows of the objective and {anchored} of the anchor do not divide {where}"
+            f"{name}.anchor.fraction: {own} rows of the objective and {anchored} of the anchor do not divide {where}"
         )
     ratio = getattr(stage.objective, "ratio", None)
     if ratio is not None and round(ratio * (own // shards)) * shards != round(ratio * own):

@@ -55,7 +55,7 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
         raise ConfigError(f"{name}.teacher: is missing; it names the stage whose network is the teacher")
     if not rows(stage)[0] or (stage.anchor and not rows(stage)[1]):
         raise ConfigError(
-            f"{name}.anchor.share: {stage.anchor and stage.anchor.share} leaves no row of the batch of {stage.batch} to one side"
+            f"{name}.anchor.fraction: {stage.anchor and stage.anchor.fraction} leaves no row of the batch of {stage.batch} to one side"
         )
     if (
         stage.label_dropout or stage.teacher_guidance != 1 or (stage.trajectories and stage.trajectories.guidance != 1)

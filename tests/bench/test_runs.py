@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from bench.__main__ import BENCHES
 from bench.harness import tables
 
 SMALL = {
@@ -25,7 +26,7 @@ def results(tmp_path_factory):
     """What every bench writes, at its smallest."""
     folder = tmp_path_factory.mktemp("results")
     for name, options in SMALL.items():
-        module = importlib.import_module(f"bench.{name}")
+        module = importlib.import_module(f"bench.{BENCHES[name][0]}")
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         where = folder / ("predicted/ops.json" if name in DEVICELESS else f"cpu/{name}.json")

@@ -93,3 +93,18 @@ def test_any_value_is_a_run_or_one_line(key, value):
         assert "\n" not in str(error)
     else:
         assert loading.build(loading.dump(run)) == run
+
+
+def test_a_renamed_key_is_read_and_says_its_new_name(tmp_path, capsys):
+    text = recipes.recipe_text("digits")
+    old = tmp_path / "old.yaml"
+    old.write_text(text.replace("fraction:", "share:").replace("\nmid:\n", "\nmid:\n  clip: 0.5\n"))
+    assert "share: 0.75" in old.read_text()
+    run = loading.load(str(old))
+    assert run.post.anchor.fraction == 0.75 and run.mid.grad_clip_norm == 0.5
+    said = capsys.readouterr().err
+    assert "note: mid.clip is now mid.grad_clip_norm" in said
+    assert "note: post.anchor.share is now post.anchor.fraction" in said
+    assert loading.build(loading.dump(run)) == run and not capsys.readouterr().err
+    with pytest.raises(ConfigError, match="mid.clip: is now mid.grad_clip_norm, and both are given"):
+        loading.load(str(old), ["mid.grad_clip_norm=1"])

@@ -27,7 +27,7 @@ def stage(**more) -> Stage:
 
 def test_engine_equals_torch_adamw_clip_and_a_plain_ema():
     ours, theirs = net(), net()
-    e = LocalEngine(ours, stage(weight_decay=0.1, clip=0.5, ema=(ConstantEma(beta=0.9),)), CPU)
+    e = LocalEngine(ours, stage(weight_decay=0.1, grad_clip_norm=0.5, ema=(ConstantEma(beta=0.9),)), CPU)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1)
     average = [p.detach().clone() for p in theirs.parameters()]
     for step in range(1, 30):
@@ -51,7 +51,7 @@ def test_radam_is_the_optimizer_of_torch(decay):
     """Fifty steps, the first five of which do not trust the variance yet."""
     for betas in ((0.9, 0.999), (0.9, 0.99)):
         ours, theirs = net(), net()
-        e = LocalEngine(ours, stage(optimizer="radam", betas=betas, weight_decay=decay, clip=0.0), CPU)
+        e = LocalEngine(ours, stage(optimizer="radam", betas=betas, weight_decay=decay, grad_clip_norm=0.0), CPU)
         optimizer = torch.optim.RAdam(
             theirs.parameters(), lr=1e-2, betas=betas, weight_decay=decay, decoupled_weight_decay=True
         )

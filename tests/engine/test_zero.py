@@ -135,7 +135,10 @@ def test_the_deepspeed_launcher_starts_the_command(tmp_path):
 
 
 def test_passes_in_the_local_engine_sum_to_the_whole_batch():
-    whole, parts = LocalEngine(net(), stage(clip=0.0), CPU), LocalEngine(net(), stage(clip=0.0), CPU, passes=4)
+    whole, parts = (
+        LocalEngine(net(), stage(grad_clip_norm=0.0), CPU),
+        LocalEngine(net(), stage(grad_clip_norm=0.0), CPU, passes=4),
+    )
     x = torch.randn(16, 5)
     whole.backward(whole(x).square().mean())
     for rows in x.split(4):

@@ -108,7 +108,7 @@ def test_a_recipe_is_valid_where_its_data_are_not(recipe: str, capsys, monkeypat
 IMAGENET512 = {
     "model.size": "XXL", "model.dropout": 0.0, "sigma_data": 0.5,
     "mid.images_nimg": 12_800_000, "mid.batch": 128, "mid.lr": 2e-4, "mid.lr_schedule": "linear", "mid.betas": [0.9, 0.999],
-    "mid.clip": 0.0, "mid.ema.0.beta": 0.999, "mid.ema.0.ramp": False, "mid.objective.distance": "latent_lpips",
+    "mid.grad_clip_norm": 0.0, "mid.ema.0.beta": 0.999, "mid.ema.0.ramp": False, "mid.objective.distance": "latent_lpips",
     "mid.trajectories.solver": "dpmpp", "mid.trajectories.order": 3, "mid.trajectories.nfe": 16,
     "mid.trajectories.t_max": 80.0, "mid.trajectories.t_min": 0.002, "mid.trajectories.guidance": 1.0,
     "post.images_nimg": 16_000_000, "post.batch": 128, "post.lr": 1e-6, "post.lr_schedule": "constant",

@@ -19,8 +19,8 @@ from tests.fixtures import hostile_pickles, pickled
 # reads every case in one process whose audit hook notes what reading does
 READ_ALL = """
 import io, json, sys
-from cmt_fast.convert import pickles
-from cmt_fast.convert.opcodes import Refused
+from cmt_fast.safe_pickle import pickles
+from cmt_fast.safe_pickle.opcodes import Refused
 from pathlib import Path
 seen, out = [], {}
 harmless = {"mmap.__new__", "builtins.id", "object.__getattr__", "sys._getframe"}
@@ -124,7 +124,7 @@ def test_the_second_wall_ends_the_process(tmp_path, escape):
     code = f"""
     import os, sys
     sys.path[:] = sys.argv[1:]
-    from cmt_fast.convert import pickles, sandbox
+    from cmt_fast.safe_pickle import pickles, sandbox
     def read(*_):
         {escape.format(tmp_path / "canary", tmp_path / "net.pkl")}
     pickles.read = read
@@ -141,7 +141,7 @@ def test_memory_is_limited(tmp_path):
     code = f"""
     import sys
     sys.path[:] = sys.argv[1:]
-    from cmt_fast.convert import pickles, sandbox
+    from cmt_fast.safe_pickle import pickles, sandbox
     pickles.read = lambda *_: bytearray(1 << 31)
     sandbox.child({str(tmp_path / "net.pkl")!r}, {str(tmp_path)!r}, "20")
     """

@@ -25,7 +25,7 @@ from cmt_fast.teacher.precision import Teacher
 from cmt_fast.train import loop
 from cmt_fast.train.batches import Source
 from tests.fixtures.tiny import metrics, source_of, stop_after_a_checkpoint, tiny
-from tests.teacher.test_rollout import network
+from tests.teacher.test_rollouts import network
 
 CPU = torch.device("cpu")
 

@@ -151,7 +151,7 @@ def test_the_profiler_ends_with_the_stage(run, tmp_path):
 
 
 def test_the_command_line(capsys):
-    arguments = cli.parser().parse_args(["train", "digits", "--profile", "--profile-steps", "2"])
+    arguments = cli.parser("train").parse_args(["train", "digits", "--profile", "--profile-steps", "2"])
     assert arguments.profile and arguments.profile_steps == 2
     assert cli.main(["train", "digits", "--profile", "--profile-steps", "0"]) == 2
     assert "--profile-steps: 0 is not a positive number" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -125,10 +126,9 @@ def test_who_stops_does_not_wait_for_an_evaluation(tmp_path, monkeypatch):
     whole, out = Workspace(run, tmp_path / "whole"), Workspace(run, tmp_path / "run")
     loop.train(whole, ["pre"])
     looks, look = [], loop.monitor.look
-    monkeypatch.setattr(loop.watch, "look", lambda *given: looks.append(given[5]) or look(*given))
+    monkeypatch.setattr(loop.monitor, "look", lambda *given: looks.append(given[5]) or look(*given))
     with monkeypatch.context() as asked:
-        asked.setattr(loop._signals, "__enter__", lambda self: [15])
-        asked.setattr(loop._signals, "__exit__", lambda *_: None)
+        asked.setattr(loop, "noted", lambda: contextlib.nullcontext([15]))
         with pytest.raises(loop.Stopped) as stopped:
             loop.train(out, ["pre"])
     manifest = checkpoint.latest(tmp_path / "run" / "pre").manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -230,7 +231,7 @@ def test_a_killed_and_resumed_run_bills_each_stage_once(tmp_path, paced, monkeyp
     alive.append(paced.t - begun)
     stands = {name: report.stand(work, name) for name in ("pre", "mid")}
     pre, mid = (stand.bill for stand in stands.values())
-    seconds = lambda bill: {phase: amount.seconds for phase, amount in ledger.amounts["core"].items()}
+    seconds = lambda bill: {phase: amount.seconds for phase, amount in bill.amounts["core"].items()}
     # the first process: 20 steps, checkpoints at 8 and 16, evaluated at 20; from step 16 on all was done again
     assert seconds(pre) == {
         "startup": 2 * BUILD_S, "train": 40 * STEP_S, "evaluation": 2 * LOOK_S, "checkpoint": 5 * SAVE_S,
@@ -258,8 +259,7 @@ def test_a_killed_and_resumed_run_bills_each_stage_once(tmp_path, paced, monkeyp
 def test_a_stop_by_signal_loses_nothing(tmp_path, paced, monkeypatch):
     work = Workspace(tiny("digits", *RUN), tmp_path)
     with monkeypatch.context() as asked:
-        asked.setattr(loop._signals, "__enter__", lambda self: [15])
-        asked.setattr(loop._signals, "__exit__", lambda *_: None)
+        asked.setattr(loop, "noted", lambda: contextlib.nullcontext([15]))
         with pytest.raises(loop.Stopped):
             loop.train(work, ["pre"])
     assert not (tmp_path / "pre" / ledger.ALIVE).exists()

@@ -50,7 +50,7 @@ class Anchor:
     """Keeps a share of each post-training batch on the mid-training loss; `post_weight` scales the post loss beside it."""
 
     objective: Annotated[CmtCm | CmtMf, Field(discriminator="kind")]
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     post_weight: Positive = 1.0
 
 
@@ -129,7 +129,7 @@ class Stage:
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0
-    clip: NotNegative = 1.0
+    grad_clip_norm: NotNegative = 1.0
     ema: Annotated[tuple[Ema, ...], Field(min_length=1)] = (ConstantEma(),)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False  # torch.compile of the network; rounds differently, so it belongs to the facts of a stage
