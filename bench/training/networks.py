@@ -14,16 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmt_fast.config.schema import Flow, MeanFlow
 from cmt_fast.diffusion import rng
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.models.dit import DiT
 from cmt_fast.models.precond import AverageVelocity
-from cmt_fast.objectives import Batch, World
+from cmt_fast.objectives import Batch, LossContext
 from cmt_fast.objectives.flow import flow
 from cmt_fast.objectives.meanflow import draw_times, meanflow, tangent_rows
 
 CHANNELS, PATCH, CLASSES = 4, 2, 10
 MEANFLOW = MeanFlow()  # a quarter of the rows has r != t
-WORLD = World(Path("linear"), rng.Random(0, 2, 5))
+WORLD = LossContext(ProbabilityPath("linear"), rng.Random(0, 2, 5))
 
 
 def perturb(net: nn.Module, std: float = 0.02) -> nn.Module:

@@ -27,7 +27,7 @@ from cmt_fast.data import dali
 from cmt_fast.engine import LocalEngine
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.train import loop
-from cmt_fast.train.batches import Source
+from cmt_fast.train.batches import BatchProvider
 
 TINY = ["model.width=32", "model.depth=1", "model.heads=2"]
 QUIET = [f"{s}.{key}=null" for s in ("mid", "post", "control") for key in ("eval_every_nimg", "grid_every_nimg")]
@@ -57,7 +57,7 @@ def bare(work: Workspace, name: str, steps: int) -> float:
     """Seconds of `steps` steps of a stage with nothing around them: rows, loss, backward, optimizer."""
     stage = work.run.stage(name)
     engine = LocalEngine(work.build(), stage, work.device)
-    source = Source(work, name, stage, engine)
+    source = BatchProvider(work, name, stage, engine)
     wait = torch.cuda.synchronize if work.device.type == "cuda" else lambda: None
     try:
         for step in range(-2, steps):

@@ -1,6 +1,6 @@
 """The stages that benches run: a recipe's, around another network and seeded rows, with a teacher that was not trained.
 
-Rows, loss, trajectories and optimizer are the trainer's own (`Source`, `Pool`, the local engine); what a run has on disk is
+Rows, loss, trajectories and optimizer are the trainer's own (`BatchProvider`, `Pool`, the local engine); what a run has on disk is
 not there. Gates are moved away from zero, so that tangents and trajectories are not.
 """
 
@@ -20,13 +20,13 @@ from cmt_fast.config import loading
 from cmt_fast.config.schema import Dit, Ecd, Run, Stage
 from cmt_fast.data import datasets
 from cmt_fast.data.datasets import Dataset
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.engine import LocalEngine
 from cmt_fast.engine.buffers import bind
 from cmt_fast.models.dit import SIZES
 from cmt_fast.run import resolved
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.train.batches import Source
+from cmt_fast.train.batches import BatchProvider
 
 
 class Model(NamedTuple):
@@ -93,7 +93,7 @@ class Bench(Workspace):
 
     def __init__(self, run: Run, rows: Dataset, device: torch.device) -> None:
         self.run, self.data, self.device = run, rows, device
-        self.path = Path(run.path, run.sigma_data)
+        self.path = ProbabilityPath(run.path, run.sigma_data)
         self.folder = pathlib.Path()  # nothing of the run is in it
         self.teacher: Any = None
 
@@ -163,7 +163,7 @@ class Ours:
         self.stage, self.source, self.pool = stage, None, None  # what the last rows held goes first
         name = OBJECTIVES[self.objective].stage
         self.work.run = dataclasses.replace(self.work.run, **{name: stage})
-        self.source = Source(self.work, name, stage, self.engine)
+        self.source = BatchProvider(self.work, name, stage, self.engine)
         self.pool, self.step = self.source.pool, 0
 
     def loss(self) -> Tensor:

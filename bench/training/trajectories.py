@@ -23,7 +23,7 @@ from bench.training import runs
 from bench.training.contender import timed
 from cmt_fast.config import loading
 from cmt_fast.engine.compile import compile_network
-from cmt_fast.objectives import ROWS
+from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.run import resolved
 from cmt_fast.teacher.precision import Teacher
 
@@ -66,7 +66,7 @@ def ways(
     """(mode, how, precision, trajectories at once) -> the call, and the trajectories that it rolls out."""
     work = runs.workspace(name, m, arguments.device)
     stage = runs.stage_of(work, name, m, "fp32", False, None)
-    assert ROWS[stage.objective.kind].draws == "trajectories" and stage.trajectories is not None
+    assert OBJECTIVES[stage.objective.kind].draws == "trajectories" and stage.trajectories is not None
     gpu, net, name_of = arguments.device == "cuda", work.network("teacher"), runs.OBJECTIVES[name].stage
     out: dict[tuple[str, str, str, int], tuple[Callable, int]] = {}
 

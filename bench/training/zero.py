@@ -153,8 +153,8 @@ def do(jobs: list[dict[str, Any]]) -> Callable[[], None]:
 def again(space: Workspace, name: str) -> None:
     """Load a stage's last checkpoint into an engine and write what the engine then holds to OUT/again."""
     stage = space.run.stage(name)
-    passes = resolved.passes(space.run, name, distributed.size())
-    engine = engines.build(space.run, space.build(), stage, space.device, passes, space.sizing(name))
+    passes = resolved.grad_accum_steps(space.run, name, distributed.size())
+    engine = engines.build(space.run, space.build(), stage, space.device, passes, space.sharding_plan(name))
     found = checkpoint.latest(space.folder / name)
     engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
     checkpoint.save(space.folder / "again", engine.step_count, engine.state(), {}, write=distributed.rank() == 0)

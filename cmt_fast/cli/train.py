@@ -14,7 +14,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.cost import estimate, flops, hardware
 from cmt_fast.data.loaders import check_loader
 from cmt_fast.evaluation import judges
-from cmt_fast.objectives import ROWS
+from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
 from cmt_fast.run import folder, resolved, workspace
 from cmt_fast.runtime import distributed, machine
@@ -70,12 +70,12 @@ def train(args: argparse.Namespace) -> None:
         for parent in resolved.called(stage).values():
             if "/" not in parent and parent not in names[:i]:
                 work.weights(parent)
-        work.others(stage)
+        work.external_inputs(stage)
     for name in names:  # what cannot be done is said before the first stage begins
-        resolved.passes(run, name, distributed.size())
-        work.sizing(name)
+        resolved.grad_accum_steps(run, name, distributed.size())
+        work.sharding_plan(name)
         precision.check(name, run.stage(name), work.device)
-    if any(ROWS[run.stage(name).objective.kind].draws == "data" for name in names):
+    if any(OBJECTIVES[run.stage(name).objective.kind].draws == "data" for name in names):
         check_loader(run.loader, work.data)
     if args.dry_run:
         return _dry_run(work, names) if distributed.rank() == 0 else None
@@ -103,7 +103,7 @@ def _dry_run(work: workspace.Workspace, names: list[str]) -> None:
         t = work.run.stage(name).trajectories
         if t and t.nfe == "auto":
             print(f"{'':>8}  {_auto(work, name)}")
-        sizing = work.sizing(name).lines(work.parameters, distributed.size())
+        sizing = work.sharding_plan(name).lines(work.parameters, distributed.size())
         for line in [*sizing, _step(work, name), _bill(work, name)]:
             print(f"{'':>8}  {line}")
 
@@ -117,7 +117,7 @@ def _auto(work: workspace.Workspace, name: str) -> str:
 
 def _step(work: workspace.Workspace, name: str) -> str:
     batch, n = work.run.stage(name).batch, distributed.size()
-    parts = resolved.passes(work.run, name, n)
+    parts = resolved.grad_accum_steps(work.run, name, n)
     return f"a step: {batch} rows = {n} process{'es' * (n > 1)} x {parts} pass{'es' * (parts > 1)} x {batch // (n * parts)}"
 
 

@@ -15,7 +15,7 @@ from cmt_fast.config import errors, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run, Trajectories
 from cmt_fast.data.gmm import Exact
-from cmt_fast.diffusion.paths import Path as ForwardPath
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.render import templates
 from cmt_fast.run import folder as folder_
 from cmt_fast.run import resolved, workspace
@@ -144,7 +144,7 @@ def closed_form(run: Run, args: argparse.Namespace, nfes: tuple[int, ...]) -> No
 
 def against_truth(run: Run, path: str, nfes: tuple[int, ...], count: int, grids: bool) -> tuple[list[dict], int]:
     """`tuning.rows_of` every setting on a mixture, each with its "true" error; and the network calls of all trajectories."""
-    way = ForwardPath(path, run.sigma_data)
+    way = ProbabilityPath(path, run.sigma_data)
     how = Trajectories() if path == "ve" else Trajectories(solver="heun", t_max=1.0, t_min=0.0)
     mine = run.stage("mid").trajectories if run.stage("mid") else None
     how = dataclasses.replace(mine, nfe=16) if mine and run.path == path else how

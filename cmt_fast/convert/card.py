@@ -89,7 +89,7 @@ def _spent(work: Workspace, about: dict[str, Any]) -> dict[str, Any]:
     return {"gpu_hours": gpu.hours, "core_hours": core.hours, "kwh": kwh, "stages": names}
 
 
-def _bill(work: Workspace, node: dict[str, Any]) -> ledger.Bill | None:
+def _bill(work: Workspace, node: dict[str, Any]) -> ledger.Usage | None:
     """The bill of a stage in the lineage, if the stage found here still is the one that is meant."""
     if node["stage"] not in STAGES:
         return None

@@ -19,9 +19,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from cmt_fast import models
-from cmt_fast.config.schema import Model, Sampler
-from cmt_fast.diffusion.paths import Path as ForwardPath
-from cmt_fast.diffusion.sampling import Setting
+from cmt_fast.config.schema import Model, SamplerConfig
+from cmt_fast.diffusion.paths import ProbabilityPath
+from cmt_fast.diffusion.sampling import Sampler
 
 
 class CmtNetwork(ModelMixin, ConfigMixin):
@@ -46,8 +46,8 @@ class CmtNetwork(ModelMixin, ConfigMixin):
         return self.net(x, t, r, labels, drop)
 
 
-class _Chosen(Setting):
-    """A Setting whose noise and labels may be given; those that are not are the trainer's own for (seed, index)."""
+class _Chosen(Sampler):
+    """A Sampler whose noise and labels may be given; those that are not are the trainer's own for (seed, index)."""
 
     def __init__(self, *arguments, noise: Tensor | None, labels: Tensor | None) -> None:
         super().__init__(*arguments)
@@ -124,8 +124,8 @@ class CmtPipeline(DiffusionPipeline):
         if latents is not None and tuple(latents.shape) != (n, *shape):
             raise ValueError(f"latents: has the shape {tuple(latents.shape)}, not {(n, *shape)}")
         device = self.network.device
-        sampler = TypeAdapter(Sampler).validate_python(self.config.sampler or {})
-        path = ForwardPath(known["path"], known["sigma_data"])
+        sampler = TypeAdapter(SamplerConfig).validate_python(self.config.sampler or {})
+        path = ProbabilityPath(known["path"], known["sigma_data"])
         setting = _Chosen(path, sampler, shape, classes, device, noise=_on(latents, device), labels=_on(labels, device))
         steps = num_inference_steps or (sampler.teacher_steps if self.config.many_steps else 1)
         # the network itself, not its holder: solvers ask it for its preconditioning

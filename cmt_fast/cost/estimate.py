@@ -17,7 +17,7 @@ from cmt_fast.cost import published, step_time
 from cmt_fast.cost.flops import OURS, Ideas, Network, Term
 from cmt_fast.cost.hardware import Card
 from cmt_fast.data import datasets
-from cmt_fast.engine import Choice, choose
+from cmt_fast.engine import ShardingPlan, choose
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import folder as folder_
 from cmt_fast.run import resolved
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     note: str
 
 
-class Bill(NamedTuple):
+class StageCost(NamedTuple):
     """A stage on `processes` cards. Microseconds: work_us of an image, the others of a step; lines: the arithmetic."""
 
     steps: int
@@ -114,7 +114,7 @@ def _model(run: Run, name: str) -> tuple[Model, str]:
 def reckon(
     work: list[Term], known: dict[str, Network], images: int, batch: int, card: Card, processes: int, precision: str,
     how: str, tracks: int = 1, zero: int | None = None, passes: int = 1, sharded: bool = False,
-) -> Bill:  # fmt: skip
+) -> StageCost:  # fmt: skip
     """The bill of `images` student images in steps of `batch`; zero, sharded: as engine.Choice has them."""
     total, lines = 0.0, []
     for term in work:
@@ -144,7 +144,7 @@ def reckon(
         f"{steps:,} steps x {step:,.0f} us = {hours:,.2f} h x {processes} = {hours * processes:,.2f} GPU-hours"
     )
     flops = flops_.flops_image(work, known)
-    return Bill(steps, steps * batch, flops, total, optimizer, sent, step, hours, hours * processes, mark, lines)
+    return StageCost(steps, steps * batch, flops, total, optimizer, sent, step, hours, hours * processes, mark, lines)
 
 
 def step_work(objective: str, teacher: float = 1.0) -> list[Term]:
@@ -204,12 +204,12 @@ def _units(work: list[Term], known: dict[str, Network]) -> dict[tuple[str, str],
 
 def stage_bill(
     run: Run, name: str, rows: Rows, card: Card, processes: int, ideas: Ideas = OURS
-) -> tuple[Bill, Choice, dict[str, Network]]:
+) -> tuple[StageCost, ShardingPlan, dict[str, Network]]:
     """One stage of a run, with the sizing of its engine. Raises ConfigError where rows do not divide over the cards."""
     stage = run.stage(name)
     known, _ = networks(run, name, rows)
-    choice = sizing(run, name, known, card, processes)
-    passes = resolved.passes(run, name, processes)
+    choice = sharding_plan(run, name, known, card, processes)
+    passes = resolved.grad_accum_steps(run, name, processes)
     bill = reckon(
         flops_.terms(run, name, ideas), known, stage.images_nimg, stage.batch, card, processes, stage.precision, ideas.how,
         len(stage.ema), choice.stage, passes, choice.teacher_sharded,
@@ -217,7 +217,7 @@ def stage_bill(
     return bill, choice, known
 
 
-def sizing(run: Run, name: str, known: dict[str, Network], card: Card, processes: int) -> Choice:
+def sharding_plan(run: Run, name: str, known: dict[str, Network], card: Card, processes: int) -> ShardingPlan:
     """The engine's ZeRO stage by the memory of the card."""
     stage = run.stage(name)
     named = {key: text for key, text in stage.networks().items() if key != "start"}
@@ -234,7 +234,7 @@ def activation_bytes(run: Run, name: str, net: Network, processes: int) -> float
     stage = run.stage(name)
     if not net.depth:
         return None
-    images = stage.batch / processes / resolved.passes(run, name, processes)
+    images = stage.batch / processes / resolved.grad_accum_steps(run, name, processes)
     u = net.tokens * net.width * (2 if stage.precision == "bf16" else 4)
     return images * u * (net.depth + SAVED_U if run.model.checkpoint_activations else SAVED_U * net.depth)
 

@@ -14,7 +14,7 @@ from cmt_fast import models, schedule
 from cmt_fast.config.schema import Dit, Model, Run
 from cmt_fast.models import dit
 from cmt_fast.models.vgg import LatentVgg, PixelVgg
-from cmt_fast.objectives import ROWS
+from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import resolved
 from cmt_fast.teacher import pool
@@ -129,7 +129,7 @@ def terms(run: Run, name: str, ideas: Ideas = OURS) -> list[Term]:
     stage = run.stage(name)
     assert stage is not None
     own, anchored = (rows / stage.batch for rows in resolved.rows(stage))
-    o, needs = stage.objective, ROWS[stage.objective.kind]
+    o, needs = stage.objective, OBJECTIVES[stage.objective.kind]
     out = [Term("student", "forward", 1.0, "every row"), Term("student", "backward", 1.0, "every row")]
     if getattr(run.model, "checkpoint_activations", False):
         out.append(Term("student", "recompute", 1.0, "activations are not kept"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from cmt_fast.config.schema import Run
 from cmt_fast.cost import flops, published, step_time
-from cmt_fast.cost.estimate import Bill, Rows, reckon, stage_bill
+from cmt_fast.cost.estimate import Rows, StageCost, reckon, stage_bill
 from cmt_fast.cost.flops import OURS, Ideas
 from cmt_fast.cost.hardware import Card
 from cmt_fast.run import resolved
@@ -58,7 +58,7 @@ def savings(run: Run, rows: Rows, card: Card, processes: int) -> list[dict[str, 
     return out
 
 
-def _line(label: str, bills: dict[str, Bill]) -> dict[str, Any]:
+def _line(label: str, bills: dict[str, StageCost]) -> dict[str, Any]:
     images = sum(b.images for b in bills.values())
     return {
         "what": label,

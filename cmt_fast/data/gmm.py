@@ -15,7 +15,7 @@ from torch import Tensor
 from cmt_fast.config.schema import Gmm
 from cmt_fast.data.datasets import Dataset
 from cmt_fast.diffusion import rng
-from cmt_fast.diffusion.paths import Path, column
+from cmt_fast.diffusion.paths import ProbabilityPath, column
 from cmt_fast.diffusion.solvers import rollout, table
 
 _STAGE = 2**32 - 1  # of no training stage: the order of rows and their noise must not depend on what the rows are
@@ -39,7 +39,7 @@ def load(config: Gmm) -> Dataset:
 class Exact:
     """The closed-form network of a mixture on a path, with the trainer's call: net(x, t, r, labels)."""
 
-    def __init__(self, config: Gmm, path: Path) -> None:
+    def __init__(self, config: Gmm, path: ProbabilityPath) -> None:
         self.config, self.path = config, path
 
     def _posterior(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ from cmt_fast.data.loaders import loader
 from cmt_fast.data.shards import Shards
 from cmt_fast.data.writing import Layout, Writer, key_of
 from cmt_fast.diffusion import rng
-from cmt_fast.diffusion.paths import Path as ForwardPath
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
 from cmt_fast.runtime import distributed
 
@@ -108,7 +108,7 @@ def meant(run: Run, stage: Stage, shape: tuple[int, ...], classes: int) -> dict[
     """What a recipe says of a stage's trajectories: all that they depend on but the teacher's weights."""
     t, guide = stage.trajectories, stage.autoguidance
     assert t is not None
-    plan = table(ForwardPath(run.path, run.sigma_data), t.solver, t.nfe, t.t_max, t.t_min, t.order, t.shift)
+    plan = table(ProbabilityPath(run.path, run.sigma_data), t.solver, t.nfe, t.t_max, t.t_min, t.order, t.shift)
     auto = guide.scale if guide and guide.trajectories else None
     return {
         "shape": shape,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cmt_fast.diffusion.guidance import Net
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import rollout, table
 
 # ---------------------------------------------------------------------------------------------- few-step samplers
@@ -30,4 +30,11 @@ def sample_consistency(
 @torch.no_grad()
 def sample_jumps(net: Net, z: Tensor, steps: int, labels: Tensor | None) -> Tensor:
     """MeanFlow sampling: z_r = z_t - (t - r) u(z_t, r, t) on the uniform grid 1 -> 0. z: (B, ...) -> (B, ...)."""
-    return rollout(net, Path("linear"), table(Path("linear"), "jump", steps, 1.0, 0.0), z, labels, dense=False)
+    return rollout(
+        net,
+        ProbabilityPath("linear"),
+        table(ProbabilityPath("linear"), "jump", steps, 1.0, 0.0),
+        z,
+        labels,
+        dense=False,
+    )

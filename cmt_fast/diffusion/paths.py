@@ -21,7 +21,7 @@ def column(t: Tensor, like: Tensor) -> Tensor:
     return t.view(-1, *[1] * (like.ndim - 1)) if t.ndim else t
 
 
-class Path(NamedTuple):
+class ProbabilityPath(NamedTuple):
     """One of the three paths, by name: "ve", "linear", "trig"."""
 
     name: str

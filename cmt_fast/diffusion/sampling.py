@@ -7,19 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmt_fast.config.schema import Sampler
+from cmt_fast.config.schema import SamplerConfig
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
 from cmt_fast.diffusion.guidance import guided
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import rollout, table
 
 
-class Setting:
+class Sampler:
     """How a run's networks are sampled: path, sampler, shape of a row, classes, device."""
 
-    def __init__(self, path: Path, config: Sampler, shape: tuple[int, ...], classes: int, device: torch.device) -> None:
+    def __init__(
+        self, path: ProbabilityPath, config: SamplerConfig, shape: tuple[int, ...], classes: int, device: torch.device
+    ) -> None:
         self.path, self.config, self.shape, self.classes, self.device = path, config, shape, classes, device
 
     def mid_times(self, steps: int) -> tuple[float, ...]:
@@ -69,10 +71,10 @@ class Setting:
         return torch.cat([self.draw(net, steps, seed, index, solver).cpu() for index in torch.arange(n).split(batch)])
 
 
-def check(config: Sampler, path: str, steps: tuple[int, ...]) -> None:
+def check(config: SamplerConfig, path: str, steps: tuple[int, ...]) -> None:
     """Raises ValueError when a recipe asks for steps or a solver that its sampler does not have."""
-    setting = Setting(Path(path), config, (1,), 0, torch.device("cpu"))
+    setting = Sampler(ProbabilityPath(path), config, (1,), 0, torch.device("cpu"))
     for s in steps:
         if path == "ve":
             setting.mid_times(s)
-    table(Path(path), config.solver, config.teacher_steps, config.t_max, config.t_min, config.order)
+    table(ProbabilityPath(path), config.solver, config.teacher_steps, config.t_max, config.t_min, config.order)

@@ -17,7 +17,7 @@ from cmt_kernels import solver_step
 from torch import Tensor
 
 from cmt_fast.diffusion.guidance import Net
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 
 
 class Row(NamedTuple):
@@ -41,7 +41,7 @@ class Table(NamedTuple):
         return len(self.rows)
 
 
-def grid(path: Path, steps: int, t_max: float, t_min: float, shift: float = 1.0) -> tuple[float, ...]:
+def grid(path: ProbabilityPath, steps: int, t_max: float, t_min: float, shift: float = 1.0) -> tuple[float, ...]:
     """steps + 1 times from t_max to t_min: uniform in log SNR (geometric) on VE, uniform on linear flow, then shifted.
 
     The shift t' = s t / (1 + (s - 1) t) moves linear-flow times towards noise; labels are the shifted times.
@@ -53,7 +53,9 @@ def grid(path: Path, steps: int, t_max: float, t_min: float, shift: float = 1.0)
     return tuple(shift * t / (1 + (shift - 1) * t) for t in times)
 
 
-def dpmpp_coefficients(path: Path, t: float, s: float, order: int, r0: float = 1.0, r1: float = 1.0) -> tuple:
+def dpmpp_coefficients(
+    path: ProbabilityPath, t: float, s: float, order: int, r0: float = 1.0, r1: float = 1.0
+) -> tuple:
     """DPM-Solver++ multistep update t -> s in data prediction (Lu et al. 2022); h: step of lambda = log(alpha/sigma).
 
     r0, r1: earlier steps over h. x <- (sigma_s/sigma_t) x - alpha_s (p1 D0 + p2 D1 + p3 D2) with
@@ -77,12 +79,12 @@ def dpmpp_coefficients(path: Path, t: float, s: float, order: int, r0: float = 1
     return ratio, a_s * c[0], a_s * c[1], a_s * c[2]
 
 
-def _alpha_sigma(path: Path, t: float) -> tuple[float, float]:
+def _alpha_sigma(path: ProbabilityPath, t: float) -> tuple[float, float]:
     alpha, sigma, _, _ = path.coefficients(torch.tensor(t, dtype=torch.float64))
     return float(alpha), float(sigma)
 
 
-def _log_snr(path: Path, t: float) -> float:
+def _log_snr(path: ProbabilityPath, t: float) -> float:
     """lambda = log(alpha / sigma): -inf at pure noise, +inf at data."""
     alpha, sigma = _alpha_sigma(path, t)
     return -math.inf if alpha <= 0 else math.inf if sigma <= 0 else math.log(alpha / sigma)
@@ -99,7 +101,9 @@ def ve_heun(ratio):
     return c, -c
 
 
-def table(path: Path, solver: str, nfe: int, t_max: float, t_min: float, order: int = 3, shift: float = 1.0) -> Table:
+def table(
+    path: ProbabilityPath, solver: str, nfe: int, t_max: float, t_min: float, order: int = 3, shift: float = 1.0
+) -> Table:
     """The solver's rows for `nfe` network calls. DPM-Solver++ climbs and ends by the ladder 1, 2, .., order, .., 2, 1.
 
     Raises ValueError for an odd nfe of Heun, times that are not the path's and a solver that the path does not have.
@@ -139,7 +143,7 @@ def table(path: Path, solver: str, nfe: int, t_max: float, t_min: float, order: 
     return Table(times, tuple(rows), prediction)
 
 
-def _coefficients(plan: Table, path: Path, scale: float, scalings: Callable | None) -> Tensor:
+def _coefficients(plan: Table, path: ProbabilityPath, scale: float, scalings: Callable | None) -> Tensor:
     """(nfe, 8) float64: what `cmt_kernels.solver_step` multiplies by after each network call.
 
     A data-prediction table on linear flow reads D = x - t v off the network's velocity v = c_skip x + c_out F.
@@ -163,7 +167,7 @@ def _on(device: torch.device, rows: tuple[tuple[float, ...], ...]) -> tuple[Tens
 @torch.no_grad()
 def rollout(
     net: Net,
-    path: Path,
+    path: ProbabilityPath,
     plan: Table,
     x: Tensor,
     labels: Tensor | None = None,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cmt_fast.config.schema import Run, Stage
 from cmt_fast.engine.buffers import load_named, named
 from cmt_fast.engine.local import LocalEngine
-from cmt_fast.engine.sharding import Choice, choose
+from cmt_fast.engine.sharding import ShardingPlan, choose
 
 
 class Engine(Protocol):
@@ -27,7 +27,7 @@ class Engine(Protocol):
     net: nn.Module
     stage: Stage
     step_count: int
-    passes: int
+    grad_accum_steps: int
 
     def __call__(self, *args: Any) -> Any:
         """The module's forward in the stage's precision."""
@@ -36,7 +36,7 @@ class Engine(Protocol):
         """The same forward, never compiled."""
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one of the step's `passes` scalar losses; their mean is what is differentiated."""
+        """Accumulate the gradients of one of the step's `grad_accum_steps` scalar losses; their mean is what is differentiated."""
 
     def step(self, lr: float) -> Tensor:
         """Average over ranks, clip, AdamW, EMAs, weight constraints. Returns the gradient's norm before clipping, ()."""
@@ -60,7 +60,7 @@ class Engine(Protocol):
         """Restore what `state` of any engine on any number of processes gave after `step` steps."""
 
 
-def check(run: Run, stage: Stage, choice: Choice) -> None:
+def check(run: Run, stage: Stage, choice: ShardingPlan) -> None:
     """Raises ValueError where the engine of a run cannot be had, or cannot do what a stage asks for."""
     if run.engine == "local":
         return
@@ -70,13 +70,15 @@ def check(run: Run, stage: Stage, choice: Choice) -> None:
         raise ValueError("compile: ZeRO stage 3 gathers weights inside the network, which is no single graph")
 
 
-def build(run: Run, net: nn.Module, stage: Stage, device: torch.device, passes: int, choice: Choice) -> Engine:
+def build(
+    run: Run, net: nn.Module, stage: Stage, device: torch.device, grad_accum_steps: int, choice: ShardingPlan
+) -> Engine:
     """The engine a run asks for, as `choose` sized it and `check` let it pass."""
     if run.engine == "local":
-        return LocalEngine(net, stage, device, passes)
+        return LocalEngine(net, stage, device, grad_accum_steps)
     from cmt_fast.engine.zero import ZeroEngine
 
-    return ZeroEngine(net, stage, device, passes, choice)
+    return ZeroEngine(net, stage, device, grad_accum_steps, choice)
 
 
 __all__ = ["Choice", "Engine", "LocalEngine", "build", "check", "choose", "load_named", "named"]

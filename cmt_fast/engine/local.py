@@ -23,9 +23,9 @@ from cmt_fast.runtime import distributed
 class LocalEngine:
     """One module trained by AdamW. `engine(...)` is the module's forward in the stage's precision."""
 
-    def __init__(self, net: nn.Module, stage: Stage, device: torch.device, passes: int = 1) -> None:
+    def __init__(self, net: nn.Module, stage: Stage, device: torch.device, grad_accum_steps: int = 1) -> None:
         """passes: forwards and backwards that make up one step, each on its share of the rows."""
-        self.net, self.stage, self.device, self.passes = net.to(device), stage, device, passes
+        self.net, self.stage, self.device, self.grad_accum_steps = net.to(device), stage, device, grad_accum_steps
         self.step_count = 0
         self.p = flat(net)
         self.g = torch.zeros_like(self.p)
@@ -50,7 +50,7 @@ class LocalEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""
-        (loss if self.passes == 1 else loss / self.passes).backward()
+        (loss if self.grad_accum_steps == 1 else loss / self.grad_accum_steps).backward()
 
     def step(self, lr: float) -> Tensor:
         """Clip, AdamW or RAdam, EMAs, constraints; gradients are averaged over ranks. Returns their norm before clipping."""

@@ -22,7 +22,7 @@ import torch
 SHARE = 0.6  # of a process's memory that states may take; activations and buckets get the rest
 
 
-class Choice(NamedTuple):
+class ShardingPlan(NamedTuple):
     """A ZeRO stage (None: the local engine), whether the teacher is sharded, and the arithmetic behind both.
 
     state_bytes: a process's weights, gradients, optimizer state and EMA; teacher_bytes: its part of the frozen teacher.
@@ -70,16 +70,16 @@ def choose(
     tracks: int,
     bf16: bool,
     memory: int,
-) -> Choice:
+) -> ShardingPlan:
     """The first of (1, whole teacher), (2, whole), (3, whole), (3, sharded) whose states take at most SHARE of `memory`.
 
     One process has nothing to share: stage 0. engine: "local" or "zero"; stage: "auto" or a number; teacher: "auto",
     "whole" or "sharded"; parameters, teacher_parameters (0 without a teacher): counts; memory: bytes of one process.
     """
 
-    def sized(s: int | None, sharded: bool, why: str) -> Choice:
+    def sized(s: int | None, sharded: bool, why: str) -> ShardingPlan:
         held = 4 * teacher_parameters // (processes if sharded else 1)
-        return Choice(s, sharded, state_bytes(s, parameters, processes, tracks, bf16), held, memory, why)
+        return ShardingPlan(s, sharded, state_bytes(s, parameters, processes, tracks, bf16), held, memory, why)
 
     if engine == "local":
         return sized(None, False, "every process holds everything")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from cmt_fast.config.schema import Stage
 from cmt_fast.engine import buffers, ema, optimizer
 from cmt_fast.engine.compile import compile_network
-from cmt_fast.engine.sharding import Choice
+from cmt_fast.engine.sharding import ShardingPlan
 from cmt_fast.runtime import distributed
 from cmt_fast.storage.checkpoint import Tensors
 
@@ -36,10 +36,12 @@ from cmt_fast.storage.checkpoint import Tensors
 class ZeroEngine:
     """One module trained by AdamW under a ZeRO stage. Every method is a collective call: all ranks make it."""
 
-    def __init__(self, net: nn.Module, stage: Stage, device: torch.device, passes: int, choice: Choice) -> None:
+    def __init__(
+        self, net: nn.Module, stage: Stage, device: torch.device, grad_accum_steps: int, choice: ShardingPlan
+    ) -> None:
         assert choice.stage is not None
         self.level, self.choice = choice.stage, choice
-        self.net, self.stage, self.device, self.passes = net.to(device), stage, device, passes
+        self.net, self.stage, self.device, self.grad_accum_steps = net.to(device), stage, device, grad_accum_steps
         self.step_count = 0
         self.parameters = dict(net.named_parameters())
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
@@ -65,8 +67,8 @@ class ZeroEngine:
 
     def _config(self) -> dict[str, Any]:
         return {
-            "train_micro_batch_size_per_gpu": 1,  # the loop cuts batches into passes; DeepSpeed only counts them
-            "gradient_accumulation_steps": self.passes,
+            "train_micro_batch_size_per_gpu": 1,  # the loop cuts batches into parts; DeepSpeed only counts them
+            "gradient_accumulation_steps": self.grad_accum_steps,
             "gradient_clipping": self.stage.grad_clip_norm if self.level else 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": self.level},

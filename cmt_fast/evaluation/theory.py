@@ -28,7 +28,7 @@ from torch import Tensor
 from cmt_fast.config.schema import Gmm
 from cmt_fast.data.gmm import Exact, means
 from cmt_fast.diffusion import rng
-from cmt_fast.diffusion.paths import Path, column
+from cmt_fast.diffusion.paths import ProbabilityPath, column
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import rollout, table, update, ve_step
 from cmt_fast.objectives.consistency import earlier_time
@@ -61,7 +61,7 @@ def measure(samples: int = 20000, seed: int = 0) -> dict[str, Any]:
     are asymptotic, N >= 32. The nominal order 3 converges like 2: the ladder's first and last steps are of low order.
     """
     clock = time.perf_counter()
-    path = Path("ve")
+    path = ProbabilityPath("ve")
     net = Exact(MIXTURE, path)
     out = {"solver": _solver(net, path, samples, seed)}
     _say(f"solver order, {time.perf_counter() - clock:.0f} s")
@@ -134,7 +134,7 @@ def draw(samples: int, seed: int) -> Draws:
     component = random.integers(rng.DATA, ids, MIXTURE.components)
     t = torch.exp(MEAN + STD * random.gauss(rng.TIME, ids).double()).clamp(T_LOW, T_MAX).sort().values
     x_0 = means(MIXTURE, torch.float64)[component] + MIXTURE.std * random.normal(rng.SAMPLE, ids, (2,)).double()
-    x_t, eps = Path("ve").point(x_0, t, random.key(rng.NOISE), ids)
+    x_t, eps = ProbabilityPath("ve").point(x_0, t, random.key(rng.NOISE), ids)
     return Draws(x_0, eps, x_t, t)
 
 
@@ -146,7 +146,7 @@ def _field(x: Tensor, t: Tensor, sigma_data: float, count: int, seed: int) -> Te
     return torch.cos(inputs @ w.T + 2 * math.pi * b)
 
 
-def _solver(net: Exact, path: Path, samples: int, seed: int) -> dict[str, Any]:
+def _solver(net: Exact, path: ProbabilityPath, samples: int, seed: int) -> dict[str, Any]:
     x = T_MAX * Random(seed, 0, 0).normal(rng.START, torch.arange(samples), (2,)).double()
     exact = psi(net, x, torch.full((samples,), T_MAX, dtype=x.dtype))
     rms: dict[str, list[float]] = {}
@@ -158,7 +158,7 @@ def _solver(net: Exact, path: Path, samples: int, seed: int) -> dict[str, Any]:
     return {"nfe": list(NFE), "rms": rms, "slopes": slopes}
 
 
-def _bias(net: Exact, path: Path, samples: int, seed: int, clock: float) -> dict[str, Any]:
+def _bias(net: Exact, path: ProbabilityPath, samples: int, seed: int, clock: float) -> dict[str, Any]:
     d = draw(samples, seed)
     target = psi(net, d.x_t, d.t)
     c_out = d.t * path.sigma_data / torch.sqrt(d.t**2 + path.sigma_data**2)

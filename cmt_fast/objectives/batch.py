@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 
 
@@ -44,13 +44,13 @@ class Points(NamedTuple):
     kept: Kept | None = None
 
 
-class World(NamedTuple):
+class LossContext(NamedTuple):
     """path; random numbers of this step; teacher (guided, frozen) or None; progress in [0, 1); features for distances.
 
     nimg: student images seen before this step; perceptual: (x, target, random, sample (B,), features of target) -> (B,).
     """
 
-    path: Path
+    path: ProbabilityPath
     random: Random
     teacher: Callable | None = None
     progress: float = 0.0

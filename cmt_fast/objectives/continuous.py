@@ -28,21 +28,21 @@ from torch import Tensor
 from cmt_fast.config.schema import Scd, Sct
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
-from cmt_fast.objectives.batch import Batch, World
+from cmt_fast.objectives.batch import Batch, LossContext
 
 
-def sct(net, batch: Batch, config: Sct, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+def sct(net, batch: Batch, config: Sct, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
     """(1/D) ||F - F^- - g||^2 with the conditional dx/dt = eps of the data. Returns (B,)."""
-    t, x_t, eps = _draw(batch, config, world)
-    return _loss(net, batch, config, world, t, x_t, eps, batch.x_0)
+    t, x_t, eps = _draw(batch, config, context)
+    return _loss(net, batch, config, context, t, x_t, eps, batch.x_0)
 
 
-def scd(net, batch: Batch, config: Scd, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+def scd(net, batch: Batch, config: Scd, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
     """(1/D) ||F - F^- - g||^2 with dx/dt = (x - D_teacher) / t of the (guided) teacher. Returns (B,)."""
-    t, x_t, _ = _draw(batch, config, world)
+    t, x_t, _ = _draw(batch, config, context)
     with torch.no_grad():
-        x_hat = world.teacher(x_t, t, t, batch.labels)
-    return _loss(net, batch, config, world, t, x_t, (x_t - x_hat) / column(t, x_t), x_hat)
+        x_hat = context.teacher(x_t, t, t, batch.labels)
+    return _loss(net, batch, config, context, t, x_t, (x_t - x_hat) / column(t, x_t), x_hat)
 
 
 def warm_up(nimg: int, warmup_nimg: int) -> float:
@@ -50,24 +50,26 @@ def warm_up(nimg: int, warmup_nimg: int) -> float:
     return min(1.0, nimg / warmup_nimg) if warmup_nimg else 1.0
 
 
-def _draw(batch: Batch, config: Sct | Scd, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    t = torch.exp(config.mean + config.std * world.random.gauss(rng.TIME, batch.sample)).to(batch.x_0.dtype)
-    x_t, eps = world.path.point(batch.x_0, t, world.random.key(rng.NOISE), batch.sample)
+def _draw(batch: Batch, config: Sct | Scd, context: LossContext) -> tuple[Tensor, Tensor, Tensor]:
+    t = torch.exp(config.mean + config.std * context.random.gauss(rng.TIME, batch.sample)).to(batch.x_0.dtype)
+    x_t, eps = context.path.point(batch.x_0, t, context.random.key(rng.NOISE), batch.sample)
     return t, x_t, eps
 
 
-def _loss(net, batch: Batch, config: Sct | Scd, world: World, t: Tensor, x_t: Tensor, x_dot: Tensor, x_hat: Tensor):
-    length = torch.sqrt(t**2 + world.path.sigma_data**2)  # s / cos(theta)
-    sin, cos = t / length, world.path.sigma_data / length
+def _loss(
+    net, batch: Batch, config: Sct | Scd, context: LossContext, t: Tensor, x_t: Tensor, x_dot: Tensor, x_hat: Tensor
+):
+    length = torch.sqrt(t**2 + context.path.sigma_data**2)  # s / cos(theta)
+    sin, cos = t / length, context.path.sigma_data / length
     along = Dual(x_t, column(length, x_t) * x_dot), Dual(t, length)
     d = net(*along, None, batch.labels, batch.drop)
     with torch.no_grad():
-        share = warm_up(world.nimg, config.warmup_nimg)
+        share = warm_up(context.nimg, config.warmup_nimg)
         g = share * d.tangent + (1 - share) * column(cos**2 / sin, x_t) * (d.value - x_hat)
         size = column(g.flatten(1).norm(dim=1), g)
         if config.c is not None:
             g = g / (size + config.c)
-    residual = (d.value - d.value.detach()) / column(world.path.sigma_data * sin, x_t) + g
+    residual = (d.value - d.value.detach()) / column(context.path.sigma_data * sin, x_t) + g
     loss = residual.square().flatten(1).mean(1)
     weight = 1 / t if config.weight == "inverse_t" else torch.ones_like(t)
     return weight * loss, {"mse": (d.value.detach() - x_hat).square().flatten(1).mean(1), "tangent": size.flatten()}

@@ -5,13 +5,19 @@ from __future__ import annotations
 from cmt_kernels import consistency_loss
 from torch import Tensor
 
-from cmt_fast.objectives.batch import Kept, World
+from cmt_fast.objectives.batch import Kept, LossContext
 
 PERCEPTUAL = ("lpips", "latent_lpips")  # those whose network is the stage's `perceptual.weights`
 
 
 def distance(
-    x: Tensor, target: Tensor, name: str, c: float, world: World, sample: Tensor | None, kept: Kept | None = None
+    x: Tensor,
+    target: Tensor,
+    name: str,
+    c: float,
+    context: LossContext,
+    sample: Tensor | None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """x, target: (B, ...), sample: (B,) global row ids or None -> (B,), gradient to x only.
 
@@ -20,12 +26,12 @@ def distance(
     """
     known = kept.features if kept and kept.distance == name else None
     if name in PERCEPTUAL:
-        if world.perceptual is None:
+        if context.perceptual is None:
             raise ValueError(f"distance: {name!r} needs a network, perceptual.weights names it")
-        return world.perceptual(x, target.detach(), world.random, sample, known)
+        return context.perceptual(x, target.detach(), context.random, sample, known)
     if name != "features":
         return consistency_loss(x, target, name, c)
-    if world.features is None:
+    if context.features is None:
         raise ValueError("distance: 'features' needs a feature network, and this data has none")
-    wanted = known[0] if known else world.features(target.detach())
-    return consistency_loss(world.features(x), wanted, "squared_l2", c)
+    wanted = known[0] if known else context.features(target.detach())
+    return consistency_loss(context.features(x), wanted, "squared_l2", c)

@@ -16,32 +16,32 @@ from torch import Tensor
 from cmt_fast.config.schema import IMeanFlow, MeanFlow
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
-from cmt_fast.objectives.batch import Batch, World
+from cmt_fast.objectives.batch import Batch, LossContext
 
 
-def meanflow(net, batch: Batch, config: MeanFlow, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+def meanflow(net, batch: Batch, config: MeanFlow, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
     """The adaptively weighted regression of u on sg[v - (t - r) du/dt], du/dt along v. Returns (B,).
 
     Guidance (MeanFlow, sec. 4.2 and appendix): v <- omega v + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null)
     inside [guide_t_min, guide_t_max] on rows with labels, of effective scale omega / (1 - kappa). Rows with r = t
     reuse the training forward as u(z, t, t | c). A network with dropout has it in these calls too (published: without).
     """
-    return _regress(net, batch, config, world, own=False)
+    return _regress(net, batch, config, context, own=False)
 
 
-def improved(net, batch: Batch, config: IMeanFlow, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+def improved(net, batch: Batch, config: IMeanFlow, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
     """Improved MeanFlow: ||u + (t - r) sg(du/dt) - v||^2, adaptively weighted, du/dt along u(z, t, t). Returns (B,).
 
     Guidance enters v as in `meanflow`. There is no second head for v: u(z, t, t) is it, and the rows with r = t are its
     loss. Guidance as an input of the network is not built.
     """
-    return _regress(net, batch, config, world, own=True)
+    return _regress(net, batch, config, context, own=True)
 
 
-def _regress(net, batch: Batch, config: MeanFlow | IMeanFlow, world: World, own: bool):
+def _regress(net, batch: Batch, config: MeanFlow | IMeanFlow, context: LossContext, own: bool):
     k = tangent_rows(len(batch.x_0), config.ratio)
-    t, r = draw_times(batch.sample, k, config, world, batch.x_0.dtype)
-    z, v = world.path.point(batch.x_0, t, world.random.key(rng.NOISE), batch.sample)
+    t, r = draw_times(batch.sample, k, config, context, batch.x_0.dtype)
+    z, v = context.path.point(batch.x_0, t, context.random.key(rng.NOISE), batch.sample)
     guide = guidance_mask(batch, t, config)
     with torch.no_grad():
         null = None if guide is None else net(z, t, t, batch.labels, torch.ones_like(guide))
@@ -73,11 +73,11 @@ def tangent_rows(rows: int, ratio: float) -> int:
 
 
 def draw_times(
-    sample: Tensor, k: int, config: MeanFlow | IMeanFlow, world: World, dtype: torch.dtype
+    sample: Tensor, k: int, config: MeanFlow | IMeanFlow, context: LossContext, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Two logit-normal draws a row, sorted to r <= t; rows from k on have r = t. (B,), (B,)."""
     a, b = (
-        torch.sigmoid(config.mean + config.std * world.random.gauss(stream, sample)).to(dtype)
+        torch.sigmoid(config.mean + config.std * context.random.gauss(stream, sample)).to(dtype)
         for stream in (rng.TIME, rng.TIME_R)
     )
     t, r = torch.maximum(a, b), torch.minimum(a, b)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmt_fast.config.schema import Stage
-from cmt_fast.usage.ledger import Bill
+from cmt_fast.usage.ledger import Usage
 
 Curve = list[tuple[int, float]]  # (student images, Fréchet distance)
 
@@ -24,7 +24,7 @@ class Stand(NamedTuple):
     done: bool
     state: str
     grids: list[Path]
-    bill: Bill | None = None
+    bill: Usage | None = None
 
     @property
     def ema(self) -> str:

@@ -6,8 +6,8 @@ import torch
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES, Run, Stage, Trajectories
-from cmt_fast.diffusion.paths import Path
-from cmt_fast.objectives import ROWS
+from cmt_fast.diffusion.paths import ProbabilityPath
+from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.teacher import solver_error
 from cmt_fast.teacher.pool import Pool
 
@@ -20,11 +20,11 @@ def rows(stage: Stage) -> tuple[int, int]:
     return stage.batch - anchored, anchored
 
 
-def passes(run: Run, name: str, processes: int) -> int:
+def grad_accum_steps(run: Run, name: str, processes: int) -> int:
     """Forwards and backwards of each process in one step. Raises ConfigError where rows do not divide evenly.
 
     Every pass of every process takes rows of each kind in the whole batch's proportion: only then is the mean over
-    passes and processes the mean over the batch.
+    parts and processes the mean over the batch.
     """
     stage = run.stage(name)
     assert stage is not None
@@ -52,7 +52,7 @@ def passes(run: Run, name: str, processes: int) -> int:
 def trajectory_rows(stage: Stage) -> int:
     """Rows of a batch that are points of teacher trajectories."""
     own, anchored = rows(stage)
-    return anchored + (own if ROWS[stage.objective.kind].draws == "trajectories" else 0)
+    return anchored + (own if OBJECTIVES[stage.objective.kind].draws == "trajectories" else 0)
 
 
 def cached(stage: Stage) -> str | None:
@@ -62,7 +62,7 @@ def cached(stage: Stage) -> str | None:
 
 def called(stage: Stage) -> dict[str, str]:
     """As `Stage.networks`, without those that only cached trajectories were made by: what must be at hand."""
-    steps = ROWS[stage.objective.kind].teacher or not cached(stage)
+    steps = OBJECTIVES[stage.objective.kind].teacher or not cached(stage)
     return {key: name for key, name in stage.networks().items() if key == "start" or steps}
 
 
@@ -80,7 +80,7 @@ def pool(
     """
     stage = run.stage(name)
     assert stage is not None
-    path, rows = Path(run.path, run.sigma_data), trajectory_rows(stage)
+    path, rows = ProbabilityPath(run.path, run.sigma_data), trajectory_rows(stage)
     return Pool(teacher, path, how, shape, classes, rows, run.seed, INDEX[name], device, **options)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.schema import STAGES, Run, Stage
 from cmt_fast.diffusion import sampling
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
-from cmt_fast.objectives import ROWS
+from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run.resolved import INDEX, cached, candidates, names, pool, rows, trajectory_rows
 from cmt_fast.teacher import solver_error
@@ -23,17 +23,17 @@ def check(run: Run, shape: tuple[int, ...], classes: int) -> None:
 
 
 def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], classes: int) -> None:
-    needs = ROWS[stage.objective.kind]
+    needs = OBJECTIVES[stage.objective.kind]
     kinds = [("objective", stage.objective.kind)] + (
         [("anchor.objective", stage.anchor.objective.kind)] if stage.anchor else []
     )
     for key, kind in kinds:
-        if ROWS[kind].path != run.path:
+        if OBJECTIVES[kind].path != run.path:
             valid = ", ".join(
-                k for k, row in ROWS.items() if row.path == run.path and (key == "objective" or "cmt" in k)
+                k for k, row in OBJECTIVES.items() if row.path == run.path and (key == "objective" or "cmt" in k)
             )
             raise ConfigError(
-                f"{name}.{key}.kind: {kind!r} is for the path {ROWS[kind].path!r}, this run's is {run.path!r}; valid are {valid}"
+                f"{name}.{key}.kind: {kind!r} is for the path {OBJECTIVES[kind].path!r}, this run's is {run.path!r}; valid are {valid}"
             )
     _check_networks(name, stage)
     _check_perceptual(name, stage, shape)
@@ -76,7 +76,8 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
                 f"{name}.trajectories.nfe: 'auto' is chosen with the teacher, cached trajectories have theirs"
             )
         _as_config_error(
-            f"{name}.trajectories", lambda: table(Path(run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift)
+            f"{name}.trajectories",
+            lambda: table(ProbabilityPath(run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift),
         )
         if t.nfe != "auto":
             _as_config_error(name, lambda: pool(run, name, t, None, shape, classes, "cpu"))
@@ -106,7 +107,7 @@ def _check_networks(name: str, stage: Stage) -> None:
     if guide is None:
         return
     rollouts = guide.trajectories and trajectory_rows(stage)
-    if not (ROWS[stage.objective.kind].teacher or rollouts):
+    if not (OBJECTIVES[stage.objective.kind].teacher or rollouts):
         raise ConfigError(
             f"{name}.autoguidance: guides nothing here, {stage.objective.kind} takes no step of a teacher"
         )

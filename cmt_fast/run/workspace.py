@@ -25,8 +25,8 @@ from cmt_fast.data import datasets
 from cmt_fast.data import trajectory_store as rolled
 from cmt_fast.data.autoencoder import Codec
 from cmt_fast.data.latents import Index
-from cmt_fast.diffusion.paths import Path as ForwardPath
-from cmt_fast.diffusion.sampling import Setting
+from cmt_fast.diffusion.paths import ProbabilityPath
+from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import load_named, sharding
 from cmt_fast.evaluation import features, judges
 from cmt_fast.perceptual import distance
@@ -51,8 +51,8 @@ class Workspace:
             raise
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        self.path = ForwardPath(run.path, run.sigma_data)
-        self.setting = Setting(self.path, run.sampler, self.data.shape, self.data.classes, self.device)
+        self.path = ProbabilityPath(run.path, run.sigma_data)
+        self.setting = Sampler(self.path, run.sampler, self.data.shape, self.data.classes, self.device)
 
     def build(self) -> nn.Module:
         """A fresh network, initialised from the run's seed."""
@@ -152,7 +152,7 @@ class Workspace:
             about["teacher"] = self.identity(stage)
         return about
 
-    def others(self, stage: Stage) -> dict[str, dict]:
+    def external_inputs(self, stage: Stage) -> dict[str, dict]:
         """What a stage reads outside this run, by key, with checksums: networks of other runs, cached trajectories, the
         perceptual network's.
 
@@ -176,7 +176,7 @@ class Workspace:
         own |= {"normalisation": getattr(self.data, "normalisation", None)}
         return json.loads(json.dumps(own))
 
-    def sizing(self, name: str) -> engine.Choice:
+    def sharding_plan(self, name: str) -> engine.Choice:
         """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it.
 
         Raises ConfigError where the engine cannot be had or cannot do what the stage asks for.
@@ -293,7 +293,7 @@ class Workspace:
                 "data": self.data.facts,
                 "environment": machine.environment(),
                 "ops": cmt_kernels.table(self.device.type),
-                "engine": {name: self.sizing(name)._asdict() for name in names},
+                "engine": {name: self.sharding_plan(name)._asdict() for name in names},
                 "parents": str(self.parents) if self.parents != self.folder else None,
             }
             files.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))

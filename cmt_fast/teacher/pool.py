@@ -21,7 +21,7 @@ from torch import Tensor
 from cmt_fast.config.schema import Trajectories
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Net
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import table
 from cmt_fast.objectives.batch import Kept, Points
@@ -53,7 +53,7 @@ class Pool:
     def __init__(
         self,
         teacher: Net | None,
-        path: Path,
+        path: ProbabilityPath,
         config: Trajectories,
         shape: tuple[int, ...],
         classes: int,
@@ -207,7 +207,7 @@ class Pool:
 
 
 def starts(
-    random: Random, ids: Tensor, shape: tuple[int, ...], classes: int, path: Path, config: Trajectories
+    random: Random, ids: Tensor, shape: tuple[int, ...], classes: int, path: ProbabilityPath, config: Trajectories
 ) -> tuple[Tensor, Tensor | None]:
     """Where trajectories `ids` (n,) begin: x_T ~ prior (n, *shape), and uniform labels (n,), None without classes."""
     labels = random.integers(rng.START_LABEL, ids, classes) if classes else None
@@ -216,7 +216,7 @@ def starts(
 
 def roller(
     teacher: Net,
-    path: Path,
+    path: ProbabilityPath,
     config: Trajectories,
     shape: tuple[int, ...],
     classes: int,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Stage
 from cmt_fast.diffusion.guidance import Autoguided, Net, guided
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import rollout, table
 from cmt_fast.models.fp8 import Fp8Linear, in_fp8, shared
@@ -34,7 +34,7 @@ class Teacher:
     """A stage's teacher in every format; network: the name of a stage -> its frozen network, as the engine holds it."""
 
     def __init__(
-        self, name: str, stage: Stage, network: Callable[[str], Any], path: Path, device: torch.device
+        self, name: str, stage: Stage, network: Callable[[str], Any], path: ProbabilityPath, device: torch.device
     ) -> None:
         assert stage.trajectories is not None and stage.teacher is not None
         self.name, self.stage, self.network, self.path, self.device = name, stage, network, path, device

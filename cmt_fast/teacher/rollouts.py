@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmt_fast.diffusion.guidance import Net
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import Table, rollout
 
 
@@ -25,7 +25,7 @@ class Rolling:
     def __init__(
         self,
         teacher: Net,
-        path: Path,
+        path: ProbabilityPath,
         plan: Table,
         nodes: Tensor,
         labels: Tensor | None,

@@ -53,7 +53,7 @@ from torch import Tensor
 from cmt_fast.config.schema import Trajectories
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Net
-from cmt_fast.diffusion.paths import Path as ForwardPath
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import rollout, table
 from cmt_fast.runtime import distributed
@@ -99,7 +99,7 @@ class Endpoints:
     """The endpoints of settings from one set of starts, each rolled out once. Every rank rolls its share, all hold all."""
 
     def __init__(
-        self, net: Net, path: ForwardPath, x: Tensor, labels: Tensor | None, config: Trajectories,
+        self, net: Net, path: ProbabilityPath, x: Tensor, labels: Tensor | None, config: Trajectories,
         advance: Callable[[int], None] = lambda calls: None,
     ) -> None:  # fmt: skip
         """x: (n, ...) starts of this rank; config: t_max, t_min and the rows of a rollout; advance: told the calls."""
@@ -171,7 +171,7 @@ def _resampled(squares: Tensor) -> Tensor:
 
 
 def starts(
-    path: ForwardPath, config: Trajectories, shape: tuple[int, ...], classes: int, seed: int, device: Any,
+    path: ProbabilityPath, config: Trajectories, shape: tuple[int, ...], classes: int, seed: int, device: Any,
     count: int = COUNT,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """This rank's share of the starting noise (n, ...) and labels; `count` is rounded up to whole shares."""

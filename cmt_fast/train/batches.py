@@ -18,7 +18,7 @@ from cmt_fast.data.loaders import loader
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Autoguided, guided
 from cmt_fast.engine import Engine
-from cmt_fast.objectives import ROWS, Batch, World
+from cmt_fast.objectives import OBJECTIVES, Batch, LossContext
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.perceptual import distance
 from cmt_fast.run import resolved
@@ -31,7 +31,7 @@ from cmt_fast.teacher.precision import Teacher
 from cmt_fast.usage.meters import Meter
 
 
-class Source:
+class BatchProvider:
     """Where a stage's rows come from, and its loss: the objective on its rows plus the anchor on the others."""
 
     def __init__(
@@ -56,8 +56,8 @@ class Source:
         self.seed, self.path = run.seed, work.path
         self._within = meter.within if meter else lambda phase: contextlib.nullcontext()
         self.own, self.anchored = resolved.rows(stage)
-        self.total, self.passes = schedule.schedule(stage).total, engine.passes
-        needs = ROWS[stage.objective.kind]
+        self.total, self.grad_accum_steps = schedule.schedule(stage).total, engine.grad_accum_steps
+        needs = OBJECTIVES[stage.objective.kind]
         self.draws_data = needs.draws == "data"
         self.loader = loader(run.loader, work.data, run.seed, work.device, self.own) if self.draws_data else None
         self._step, self._rows = -1, (torch.empty(0), None)
@@ -133,12 +133,12 @@ class Source:
         """The scalar to differentiate in pass `part` of a step, averaged over its rows, and the scalars to log."""
         random = rng.Random(self.seed, self.index, step)
         nimg = step * self.stage.batch
-        world = World(self.path, random, self.teacher, step / self.total, self.features, nimg, self.perceptual)
-        mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * self.passes)
+        world = LossContext(self.path, random, self.teacher, step / self.total, self.features, nimg, self.perceptual)
+        mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * self.grad_accum_steps)
         rows = torch.arange(self.own, device=self.work.device)[mine]
         drawn = self._data(random, step, rows, part) if self.draws_data else self._points(random, step, rows, rows)
         net = _dropping(engine, random, rows)
-        loss, scalars = ROWS[self.stage.objective.kind].function(net, drawn, self.stage.objective, world)
+        loss, scalars = OBJECTIVES[self.stage.objective.kind].function(net, drawn, self.stage.objective, world)
         scalars = {k: v.mean() for k, v in scalars.items()}
         anchor = self.stage.anchor
         if anchor is None:
@@ -146,7 +146,7 @@ class Source:
         rows = torch.arange(self.anchored, device=self.work.device)[mine]
         points = self._points(random, step, rows, rows + self.own)
         net = _dropping(engine, random, rows + self.own)
-        held, _ = ROWS[anchor.objective.kind].function(net, points, anchor.objective, world)
+        held, _ = OBJECTIVES[anchor.objective.kind].function(net, points, anchor.objective, world)
         scalars |= {"post_loss": loss.detach().mean(), "anchor_loss": held.detach().mean()}
         share = self.anchored / self.stage.batch
         return (1 - share) * anchor.post_weight * loss.mean() + share * held.mean(), scalars
@@ -158,7 +158,7 @@ class Source:
             mine = torch.arange(self.own, device=self.loader.place)[distributed.rank() :: distributed.size()]
             with self._within("stalled"):
                 self._step, self._rows = step, self.loader.rows(mine + step * self.own)
-        x_0, labels = (x if x is None else x[part :: self.passes] for x in self._rows)
+        x_0, labels = (x if x is None else x[part :: self.grad_accum_steps] for x in self._rows)
         return Batch(x_0, labels, rows, self._drop(random, labels, rows))
 
     def _points(self, random: rng.Random, step: int, rows: Tensor, sample: Tensor):

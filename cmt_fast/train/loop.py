@@ -27,7 +27,7 @@ from cmt_fast.runtime.signals import Stopped, noted
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
 from cmt_fast.train import monitor, solver_choice
-from cmt_fast.train.batches import Source
+from cmt_fast.train.batches import BatchProvider
 from cmt_fast.train.profiler import Profile
 from cmt_fast.usage import ledger, meters
 
@@ -61,16 +61,16 @@ def train_stage(
     stage = run.stage(name)
     assert stage is not None
     plan = schedule.schedule(stage)
-    passes = resolved.passes(run, name, distributed.size())
+    grad_accum_steps = resolved.grad_accum_steps(run, name, distributed.size())
     found = checkpoint.latest(folder)
     if found and found.manifest.get("done"):
         if distributed.rank() == 0:
             say(f"{name:>8} done ({found.manifest['nimg']} images)")
         return
-    others = work.others(stage) | solver_choice.settle(work, name)
+    others = work.external_inputs(stage) | solver_choice.settle(work, name)
     if found:
         _same(name, found.manifest, others)
-    choice = work.sizing(name)
+    choice = work.sharding_plan(name)
     first, meter = distributed.rank() == 0, meter or meters.Meter.of(work.device)
     if run.engine != "local" and first:
         for line in choice.lines(work.parameters, distributed.size()):
@@ -81,7 +81,7 @@ def train_stage(
         ending.callback(account.close)
         machine.allow_tf32(stage.precision == "tf32")
         ending.callback(machine.allow_tf32, False)
-        engine = engines.build(run, work.build(), stage, work.device, passes, choice)
+        engine = engines.build(run, work.build(), stage, work.device, grad_accum_steps, choice)
         lineage = _parent(work, stage, engine, found is None)
         wall = {"train_s": 0.0, "eval_s": 0.0}  # of the steps that count; the bill has the lost ones too
         if found:
@@ -89,7 +89,7 @@ def train_stage(
             wall = dict(found.manifest["wall"])
         log = Log(folder, engine.step_count, plan.total, name, not first, run.tensorboard)
         ending.callback(log.close)
-        source = Source(work, name, stage, engine, meter, found)
+        source = BatchProvider(work, name, stage, engine, meter, found)
         ending.callback(source.close)
         if found is None and source.trajectories.get("errors"):
             log.row("trajectories", 1, stage.batch, source.trajectories)
@@ -105,7 +105,7 @@ def train_stage(
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         meter.lap("startup")
         if found and found.manifest.get("unseen"):
-            monitor.look(work, name, stage, engine, plan, engine.step_count, False, log)
+            monitor.observe(work, name, stage, engine, plan, engine.step_count, False, log)
             wall["eval_s"] += meter.lap("evaluation")
         sums, look_every = Sums(found), 1
         steps = range(engine.step_count, plan.total)
@@ -114,10 +114,10 @@ def train_stage(
             kept = profile.over(steps, plan, every, work.device, stage.precision, stage.compile, folder)
             steps = ending.enter_context(contextlib.closing(kept))
         for step in steps:
-            for part in range(passes):
+            for part in range(grad_accum_steps):
                 loss, scalars = source.loss(engine, step, part)
                 engine.backward(loss)
-                sums.add({"loss": loss.detach(), **scalars}, passes)
+                sums.add({"loss": loss.detach(), **scalars}, grad_accum_steps)
             lr = plan.lr(stage, step)
             sums.add({"grad_norm": engine.step(lr)})
             n, last = step + 1, step + 1 == plan.total
@@ -136,7 +136,7 @@ def train_stage(
                 log.advance(n, f"loss {means['loss']:.4g}  {speed:.0f} img/s")
                 look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
                 # one who stops does not wait for an evaluation: it is made up for on resuming
-                if (last or not stop) and monitor.look(work, name, stage, engine, plan, n, last, log):
+                if (last or not stop) and monitor.observe(work, name, stage, engine, plan, n, last, log):
                     wall["eval_s"] += meter.lap("evaluation")
             if n % plan.checkpoint_every == 0 or last or stop:
                 log.commit()
@@ -194,10 +194,10 @@ class Sums:
             mine = ranks[distributed.rank()] if same else [sum(s) / len(ranks) for s in zip(*ranks)]
             self.sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in zip(row["keys"], mine)}
 
-    def add(self, scalars: dict[str, Tensor], passes: int = 1) -> None:
-        """Scalars of one of a step's passes."""
+    def add(self, scalars: dict[str, Tensor], grad_accum_steps: int = 1) -> None:
+        """Scalars of one part of a step."""
         for key, value in scalars.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value.double() / passes
+            self.sums[key] = self.sums.get(key, 0.0) + value.double() / grad_accum_steps
 
     def means(self, steps: int) -> dict[str, float]:
         """Over the steps of a row and all ranks; the next row begins."""

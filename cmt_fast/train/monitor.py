@@ -13,7 +13,7 @@ from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
 
 
-def look(
+def observe(
     work: Workspace, name: str, stage: Stage, engine: Engine, plan: schedule.Schedule, n: int, last: bool, log: Log
 ) -> bool:
     """What is due after step n; whether anything was. All ranks give the network and judge it together; rank 0 draws."""

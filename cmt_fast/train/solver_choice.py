@@ -36,7 +36,7 @@ from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint, files
 from cmt_fast.teacher import solver_error, solver_record
 from cmt_fast.teacher.precision import Teacher
-from cmt_fast.train.batches import Source
+from cmt_fast.train.batches import BatchProvider
 
 PILOT = 200  # steps of the shorter of the two miniatures, at most
 PROBE = 16  # network calls near which the limit is looked for
@@ -185,14 +185,14 @@ def pilot(work: Workspace, name: str, stage: Stage, steps: int) -> Callable:
         stage, images_nimg=steps * stage.batch, warmup_nimg=stage.warmup_nimg * steps // total, compile=False,
         lr_knee_nimg=max(stage.lr_knee_nimg * steps // total, int(stage.lr_schedule == "inverse_sqrt")),
     )  # fmt: skip
-    plan, passes = schedule.schedule(small), resolved.passes(run, name, distributed.size())
-    engine = engines.build(run, work.build(), small, work.device, passes, work.sizing(name))
+    plan, grad_accum_steps = schedule.schedule(small), resolved.grad_accum_steps(run, name, distributed.size())
+    engine = engines.build(run, work.build(), small, work.device, grad_accum_steps, work.sharding_plan(name))
     if small.start:
         engine.start_from(work.weights(small.start)[0])
-    source = Source(work, name, small, engine)
+    source = BatchProvider(work, name, small, engine)
     try:
         for step in range(plan.total):
-            for part in range(passes):
+            for part in range(grad_accum_steps):
                 engine.backward(source.loss(engine, step, part)[0])
             engine.step(plan.lr(small, step))
     finally:

@@ -27,7 +27,7 @@ FILE, ALIVE = "bill.json", "bill.alive"
 PULSE_S = 5.0
 
 
-class Bill(NamedTuple):
+class Usage(NamedTuple):
     """A stage's bill: unit ("gpu", "core") -> phase -> amount.
 
     until: the time (Unix) up to which it counts; from_nimg: images of the stage that were trained before anyone counted;
@@ -40,7 +40,7 @@ class Bill(NamedTuple):
     reason: str = ""
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Bill:
+    def of(cls, stored: Mapping[str, Any]) -> Usage:
         """From what `stored` gave. Raises KeyError, TypeError or ValueError for something else."""
         amounts = {u: {p: Amount(**a) for p, a in phases.items()} for u, phases in stored["amounts"].items()}
         return cls(amounts, float(stored["until"]), int(stored["from_nimg"]), str(stored["reason"]))
@@ -50,7 +50,7 @@ class Bill(NamedTuple):
         amounts = {u: {p: a._asdict() for p, a in phases.items()} for u, phases in self.amounts.items()}
         return self._asdict() | {"amounts": amounts}
 
-    def plus(self, unit: str, spent: Mapping[str, Amount], until: float) -> Bill:
+    def plus(self, unit: str, spent: Mapping[str, Amount], until: float) -> Usage:
         """With more on it."""
         phases = dict(self.amounts.get(unit, {}))
         for phase, amount in spent.items():
@@ -64,7 +64,7 @@ class Bill(NamedTuple):
             total = total.plus(amount)
         return total
 
-    def lost(self, kept: Bill) -> dict[str, Amount]:
+    def lost(self, kept: Usage) -> dict[str, Amount]:
         """unit -> what is on this bill and not on the one that is gone on from."""
         out: dict[str, Amount] = {}
         for unit, phases in self.amounts.items():
@@ -151,7 +151,7 @@ class Account:
             self._touch()
 
 
-def total(bills: Iterable[Bill], unit: str) -> Amount:
+def total(bills: Iterable[Usage], unit: str) -> Amount:
     """Several bills as one amount."""
     out = Amount()
     for bill in bills:
@@ -159,24 +159,24 @@ def total(bills: Iterable[Bill], unit: str) -> Amount:
     return out
 
 
-def of_stage(folder: Path, manifest: Mapping[str, Any] | None) -> Bill | None:
+def of_stage(folder: Path, manifest: Mapping[str, Any] | None) -> Usage | None:
     """The bill of a stage as far as it is known: its newest, of a checkpoint's manifest or of bill.json; None for none."""
     journal, found = _journal(folder), []
     if manifest and manifest.get("bill"):
-        found.append(Bill.of(manifest["bill"]))
+        found.append(Usage.of(manifest["bill"]))
     if journal:
         found.append(journal[0])
     return max(found, key=lambda bill: bill.until, default=None)
 
 
 def _resumed(
-    manifest: Mapping[str, Any] | None, journal: tuple[Bill, int, Bill, dict] | None, alive: float | None
-) -> Bill:
+    manifest: Mapping[str, Any] | None, journal: tuple[Usage, int, Usage, dict] | None, alive: float | None
+) -> Usage:
     """The bill to go on with: what the checkpoint stands for, and as stalled what was spent after it until the kill."""
     step = manifest["step"] if manifest else 0
-    kept = Bill({}, from_nimg=manifest["nimg"] if manifest else 0)
+    kept = Usage({}, from_nimg=manifest["nimg"] if manifest else 0)
     if manifest and manifest.get("bill"):
-        kept = Bill.of(manifest["bill"])
+        kept = Usage.of(manifest["bill"])
     if journal is None:
         return kept
     last, settled_step, settled, held = journal
@@ -192,12 +192,12 @@ def _resumed(
     return out
 
 
-def _journal(folder: Path) -> tuple[Bill, int, Bill, dict[str, int]] | None:
+def _journal(folder: Path) -> tuple[Usage, int, Usage, dict[str, int]] | None:
     """bill.json: the newest bill, the step of its last checkpoint, the bill then, unit -> devices held."""
     try:
         body = json.loads((folder / FILE).read_text("utf-8"))
         settled = body["settled"]
-        return Bill.of(body["bill"]), int(settled["step"]), Bill.of(settled["bill"]), dict(body["held"])
+        return Usage.of(body["bill"]), int(settled["step"]), Usage.of(settled["bill"]), dict(body["held"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -13,7 +13,7 @@ from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import rollout, table
 from cmt_fast.models.dit import SIZES
-from cmt_fast.objectives import ROWS, Batch, Points, World
+from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, Points
 from cmt_fast.objectives.consistency import earlier_time
 from cmt_fast.objectives.meanflow import draw_times, tangent_rows
 
@@ -65,7 +65,7 @@ class Twins:
         self.rows = torch.arange(16)
         self.x_0, self.labels = self.work.data.x[:16].double(), self.work.data.labels[:16]
         self.random = Random(0, 1, 7)
-        self.world = World(self.work.path, self.random, self.teacher)
+        self.world = LossContext(self.work.path, self.random, self.teacher)
         self.eps = self.random.normal(rng.NOISE, self.rows, tuple(self.x_0.shape[1:])).double()
 
     def same(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -81,7 +81,7 @@ class Twins:
     def objective(self) -> torch.Tensor:
         """Our loss of the rows."""
         batch = Batch(self.x_0, self.labels, self.rows, None)
-        return ROWS[self.stage.objective.kind].function(self.ours, batch, self.stage.objective, self.world)[0]
+        return OBJECTIVES[self.stage.objective.kind].function(self.ours, batch, self.stage.objective, self.world)[0]
 
 
 def test_flow_matching_is_the_same_loss():
@@ -129,7 +129,7 @@ def test_mid_training_is_the_same_trajectories_and_loss(name):
         (i, j), which = pairs[:, pick // 2], pick % 2
         theirs = baseline.cmt_mf_loss(w.theirs, states, times, labels, pick)
     points = Points(states[i, which], times[i], states[j, which], times[j], labels[which], None)
-    ours = ROWS[w.stage.objective.kind].function(w.ours, points, w.stage.objective, w.world)[0]
+    ours = OBJECTIVES[w.stage.objective.kind].function(w.ours, points, w.stage.objective, w.world)[0]
     w.same(ours, theirs)
 
 

@@ -225,7 +225,7 @@ def test_trajectories_of_something_else_are_refused(changes: list[str], text: st
                 tiny("digits", *FEW, f"mid.trajectories.cache={world / 'fp16'}", *more, *teacher), tmp_path / "run",
                 world / "run",
             )  # fmt: skip
-            work.others(work.run.mid)
+            work.external_inputs(work.run.mid)
 
 
 def test_other_shapes_and_folders_are_refused(world: Path, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_other_shapes_and_folders_are_refused(world: Path, tmp_path: Path) -> No
         rolled.check(str(world / "fp16"), {"classes": 0})
     with pytest.raises(ConfigError, match="trajectories.cache: .*nowhere' is no folder; `cmt trajectories` writes one"):
         work = cached(world, tmp_path / "run", "nowhere")
-        work.others(work.run.mid)
+        work.external_inputs(work.run.mid)
     with pytest.raises(DatasetError, match="holds trajectories; they are for a stage's trajectories.cache"):
         opening.load(Latents(str(world / "fp16")))
     make_store(tmp_path / "rows", 20)

@@ -9,11 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmt_fast.config.schema import MeanFlow
 from cmt_fast.diffusion import rng
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.models.dit import SIZES, DiT
 from cmt_fast.models.mlp import Mlp
 from cmt_fast.models.precond import AverageVelocity, Denoiser, NoiseDenoiser
-from cmt_fast.objectives import Batch, World
+from cmt_fast.objectives import Batch, LossContext
 from cmt_fast.objectives.meanflow import draw_times, meanflow
 
 B = 8
@@ -84,7 +84,7 @@ def test_mlp_against_func_jvp():
     assert torch.allclose(out.tangent, want, rtol=0, atol=1e-10)
 
 
-def one_pass(net, batch: Batch, config: MeanFlow, world: World) -> torch.Tensor:
+def one_pass(net, batch: Batch, config: MeanFlow, world: LossContext) -> torch.Tensor:
     """MeanFlow as published implementations compute it: func.jvp of the whole batch with the graph kept."""
     k = round(config.ratio * B)
     t, r = draw_times(batch.sample, k, config, world, torch.float64)
@@ -105,7 +105,7 @@ def test_meanflow_gradients_equal_the_one_pass_func_jvp(ratio):
     net = AverageVelocity(dit())
     x, _, _, labels, drop = arguments()
     batch, config = Batch(x, labels, torch.arange(B), drop), MeanFlow(ratio=ratio)
-    world = World(Path("linear"), rng.Random(0, 2, 5))
+    world = LossContext(ProbabilityPath("linear"), rng.Random(0, 2, 5))
     grads = []
     for objective in (lambda: meanflow(net, batch, config, world)[0], lambda: one_pass(net, batch, config, world)):
         loss = objective()

@@ -15,17 +15,17 @@ from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import ConstantEma, Denoise, Dit, Edm, Edm2, Stage
 from cmt_fast.diffusion import rng
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.engine import LocalEngine, load_named, named, posthoc_ema
 from cmt_fast.models import build, fold
 from cmt_fast.models.edm2 import MPLayer
-from cmt_fast.objectives import Batch, World
+from cmt_fast.objectives import Batch, LossContext
 from cmt_fast.objectives.denoise import denoise
 from cmt_fast.run import validation
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import loop
-from cmt_fast.train.batches import Source
+from cmt_fast.train.batches import BatchProvider
 from tests.fixtures.tiny import NO_EVAL
 from tests.models.test_models import perturbed
 
@@ -111,7 +111,7 @@ def test_weights_stay_at_unit_length_and_averages_do_not_change_by_folding():
     for step in range(3):
         x = torch.randn(B, 2, 8, 8)
         batch = Batch(x, torch.arange(B), torch.arange(B), None)
-        loss, _ = denoise(engine, batch, stage.objective, World(Path("ve"), rng.Random(0, 0, step)))
+        loss, _ = denoise(engine, batch, stage.objective, LossContext(ProbabilityPath("ve"), rng.Random(0, 0, step)))
         engine.backward(loss.mean())
         engine.step(1e-2)
     size = lambda m: m.weight.flatten(1).square().mean(1).sqrt()
@@ -145,7 +145,7 @@ def test_a_weight_of_another_length_is_the_same_layer_with_a_tangential_gradient
 def test_the_uncertainty_is_the_log_of_the_loss_at_its_minimum():
     """d/du (l/e^u + N u) = 0 at u = ln(l/N): the gradient of u vanishes there and nowhere else."""
     x = torch.randn(B, 2, 8, 8).double()
-    batch, world = Batch(x, None, torch.arange(B), None), World(Path("ve"), rng.Random(0, 0, 1))
+    batch, world = Batch(x, None, torch.arange(B), None), LossContext(ProbabilityPath("ve"), rng.Random(0, 0, 1))
     call = lambda u: lambda x, t, r, labels, drop, seeds, uncertainty: (torch.zeros_like(x), u)
     plain, _ = denoise(lambda *a: torch.zeros_like(a[0]), batch, Denoise(), world)
     u = (plain / 128).log().requires_grad_()
@@ -189,7 +189,7 @@ def test_a_training_step_drops_the_same_in_all_its_calls(tmp_path):
     )
     stage = work.run.stage("post")
     engine = LocalEngine(perturbed(work.build()), stage, CPU)
-    source, asked, forward = Source(work, "post", stage, engine), [], engine.forward
+    source, asked, forward = BatchProvider(work, "post", stage, engine), [], engine.forward
     engine.forward = lambda *args: (asked.append(args[5]), forward(*args))[1]
     first, again, later = (source.loss(engine, step)[0] for step in (0, 0, 1))
     assert torch.equal(first, again) and len(asked) == 6  # ECT calls at r and at t

@@ -8,17 +8,17 @@ from cmt_kernels import Dual
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmt_fast.config.schema import Dit, Ecd, Gmm, IMeanFlow, MeanFlow, Mlp, Sampler, Scd, Sct
+from cmt_fast.config.schema import Dit, Ecd, Gmm, IMeanFlow, MeanFlow, Mlp, SamplerConfig, Scd, Sct
 from cmt_fast.data.gmm import Exact
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Autoguided
 from cmt_fast.diffusion.paths import column
 from cmt_fast.diffusion.rng import Random
-from cmt_fast.diffusion.sampling import Setting
+from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.diffusion.solvers import grid
 from cmt_fast.models import build
 from cmt_fast.models.precond import Denoiser, NoiseDenoiser
-from cmt_fast.objectives import ROWS, Batch, World
+from cmt_fast.objectives import OBJECTIVES, Batch, LossContext
 from cmt_fast.objectives.continuous import warm_up
 from cmt_fast.objectives.meanflow import draw_times
 from tests.objectives import test_gmm_world as gmm
@@ -67,7 +67,7 @@ def test_denoiser_tangent_against_func_jvp(kind: str, shape: tuple, moves: str, 
 # ------------------------------------------------------------------------------------------ sCT and sCD
 
 
-def published(net: Denoiser, batch: Batch, config: Sct | Scd, world: World) -> Tensor:
+def published(net: Denoiser, batch: Batch, config: Sct | Scd, world: LossContext) -> Tensor:
     """The loss of Lu & Song 2024 in TrigFlow's own variables, the derivative of F by torch.func.jvp. (B,)."""
     s = world.path.sigma_data
     t = torch.exp(config.mean + config.std * world.random.gauss(rng.TIME, batch.sample)).double()
@@ -96,8 +96,8 @@ def test_continuous_loss_is_the_published_one(kind: str, c: float | None, nimg: 
     labels = torch.arange(32) % 3
     rows = Batch(x_0, labels, torch.arange(32), labels == 1)
     config = (Sct if kind == "sct" else Scd)(c=c, warmup_nimg=1000)
-    world = World(VE, Random(3, 2, 1), network("ve", 3) if kind == "scd" else None, nimg=nimg)
-    ours, _ = ROWS[kind].function(net, rows, config, world)
+    world = LossContext(VE, Random(3, 2, 1), network("ve", 3) if kind == "scd" else None, nimg=nimg)
+    ours, _ = OBJECTIVES[kind].function(net, rows, config, world)
     theirs = published(net, rows, config, world)
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=0)
     grads = [torch.autograd.grad(loss.mean(), list(net.parameters())) for loss in (ours, theirs)]
@@ -125,10 +125,10 @@ class Net(gmm.Net):
         return Dual(self.value(x.value, t.value, None), (ahead - behind) / column(2 * scale, x.value))
 
 
-def gradients(kind: str, known, drawn: Batch, config, world: World, theta: float = 0.0) -> Tensor:
+def gradients(kind: str, known, drawn: Batch, config, world: LossContext, theta: float = 0.0) -> Tensor:
     """Gradient of each row's loss in its own theta. (B, 6)."""
     net = Net(known, len(drawn.x_0), theta)
-    loss, _ = ROWS[kind].function(net, drawn, config, world)
+    loss, _ = OBJECTIVES[kind].function(net, drawn, config, world)
     return torch.autograd.grad(loss.sum(), net.theta)[0].flatten(1)
 
 
@@ -139,15 +139,15 @@ def few(n: int) -> Batch:
 def test_sct_is_at_rest_at_the_answer() -> None:
     """Without normalisation, which weighs a row by its own noise; narrow in ln t, as weights of far times are noise."""
     config = Sct(c=None, mean=-0.4, std=0.8)
-    assert errors(gradients("sct", gmm.consistency, few(6000), config, World(VE, Random(0, 0, 0)))) < 4
-    assert errors(gradients("sct", gmm.consistency, few(6000), config, World(VE, Random(0, 0, 0)), OFF)) > 10
-    assert errors(gradients("sct", Exact(MIXTURE, VE), few(6000), config, World(VE, Random(0, 0, 0)))) > 10
+    assert errors(gradients("sct", gmm.consistency, few(6000), config, LossContext(VE, Random(0, 0, 0)))) < 4
+    assert errors(gradients("sct", gmm.consistency, few(6000), config, LossContext(VE, Random(0, 0, 0)), OFF)) > 10
+    assert errors(gradients("sct", Exact(MIXTURE, VE), few(6000), config, LossContext(VE, Random(0, 0, 0)))) > 10
 
 
 @pytest.mark.parametrize("c", [0.1, None])
 def test_scd_is_at_rest_at_the_answer(c: float | None) -> None:
     """Row by row, normalised or not: along the exact teacher's ODE nothing of f changes."""
-    config, at = Scd(c=c), World(VE, Random(0, 0, 0), Exact(MIXTURE, VE))
+    config, at = Scd(c=c), LossContext(VE, Random(0, 0, 0), Exact(MIXTURE, VE))
     rest = size(gradients("scd", gmm.consistency, few(2000), config, at))
     off = size(gradients("scd", gmm.consistency, few(2000), config, at, OFF))
     wrong = size(gradients("scd", Exact(MIXTURE, VE), few(2000), config, at))
@@ -156,7 +156,7 @@ def test_scd_is_at_rest_at_the_answer(c: float | None) -> None:
 
 def test_denoiser_is_at_rest_before_the_derivative_is_warm() -> None:
     config = Sct(c=None, mean=-0.4, std=0.8, warmup_nimg=1000)
-    cold, half = (World(VE, Random(0, 0, 0), nimg=n) for n in (0, 500))
+    cold, half = (LossContext(VE, Random(0, 0, 0), nimg=n) for n in (0, 500))
     assert errors(gradients("sct", Exact(MIXTURE, VE), few(6000), config, cold)) < 4
     assert errors(gradients("sct", Exact(MIXTURE, VE), few(6000), config, half)) > 10
 
@@ -165,7 +165,7 @@ def test_denoiser_is_at_rest_before_the_derivative_is_warm() -> None:
 
 
 def test_improved_meanflow_is_at_rest_at_the_answer() -> None:
-    config, at = IMeanFlow(p=0.0), World(LINEAR, Random(0, 0, 0))
+    config, at = IMeanFlow(p=0.0), LossContext(LINEAR, Random(0, 0, 0))
     assert errors(gradients("imeanflow", gmm.average_velocity, batch(), config, at)) < 4
     assert errors(gradients("imeanflow", gmm.average_velocity, batch(), config, at, OFF)) > 10
     assert errors(gradients("imeanflow", Exact(MIXTURE, LINEAR), batch(), config, at)) > 10
@@ -175,7 +175,7 @@ def test_improved_meanflow_gradients_equal_func_jvp_along_the_own_velocity() -> 
     net, config = network("linear", 3), IMeanFlow(ratio=0.5, p=0.75, c=0.03)
     labels = torch.arange(16) % 3
     rows = Batch(torch.randn(16, 2).double(), labels, torch.arange(16), labels == 2)
-    world = World(LINEAR, Random(1, 2, 3))
+    world = LossContext(LINEAR, Random(1, 2, 3))
     t, r = draw_times(rows.sample, 8, config, world, torch.float64)
     z, v = world.path.point(rows.x_0, t, world.random.key(rng.NOISE), rows.sample)
     own = net(z, t, t, labels, rows.drop)
@@ -183,7 +183,7 @@ def test_improved_meanflow_gradients_equal_func_jvp_along_the_own_velocity() -> 
     u, u_dot = torch.func.jvp(call, (z, t, r), (own.detach(), torch.ones_like(t), torch.zeros_like(r)))
     squared = (u + column(t - r, z) * u_dot.detach() - v).square().sum(1)
     want = squared / (squared.detach() + 0.03) ** 0.75
-    got, _ = ROWS["imeanflow"].function(net, rows, config, world)
+    got, _ = OBJECTIVES["imeanflow"].function(net, rows, config, world)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
     grads = [torch.autograd.grad(loss.mean(), list(net.parameters())) for loss in (got, want)]
     for a, b in zip(*grads):
@@ -242,7 +242,7 @@ def test_effective_scale_of_published_guidance(omega, kappa, low, high, scale) -
 
     def grad(scale: float, high: float) -> Tensor:
         net = TwoClasses(n, scale, low, high)
-        loss, _ = ROWS["meanflow"].function(net, rows, config, World(LINEAR, random))
+        loss, _ = OBJECTIVES["meanflow"].function(net, rows, config, LossContext(LINEAR, random))
         return torch.autograd.grad(loss.sum(), net.theta)[0].flatten(1)
 
     assert scale == pytest.approx(omega / (1 - kappa))
@@ -284,7 +284,7 @@ def test_autoguidance_is_the_published_mix() -> None:
 def test_autoguided_ecd_is_at_rest_at_the_guided_answer() -> None:
     """Heun's steps of 1/64: the guided flow map of two Gaussians is at rest, the unguided one is not."""
     config = Ecd(q=64, k=0, distance="squared_l2")
-    at = World(VE, Random(0, 0, 0), Autoguided(Gaussian(0.3), Gaussian(0.5), 2.05))
+    at = LossContext(VE, Random(0, 0, 0), Autoguided(Gaussian(0.3), Gaussian(0.5), 2.05))
     rows = Batch(Gaussian.mu + 0.3 * torch.randn(2000, 2).double(), None, torch.arange(2000), None)
     known = lambda scale: lambda x, t, r=None: guided_end(x, t, scale, 0.3, 0.5)
     rest, plain = (size(gradients("ecd", known(scale), rows, config, at)) for scale in (2.05, 1.0))
@@ -298,10 +298,10 @@ def test_autoguided_ecd_is_at_rest_at_the_guided_answer() -> None:
 def test_published_second_times() -> None:
     """0.77569 of mid-training is node 7 of its 16 steps; after ECT 0.821; flow maps halve the way."""
     assert grid(VE, 16, 80.0, 0.002)[7] == pytest.approx(0.77569, abs=5e-6)
-    assert Sampler().mid_times[2] == (0.821,)
+    assert SamplerConfig().mid_times[2] == (0.821,)
     seen: list[tuple[float, float]] = []
     net = lambda x, t, r, labels: (seen.append((float(t[0]), float(r[0]))), torch.zeros_like(x))[1]
-    setting = Setting(VE, Sampler(mid_times={2: (1.526,)}), (2,), 0, torch.device("cpu"))
+    setting = Sampler(VE, SamplerConfig(mid_times={2: (1.526,)}), (2,), 0, torch.device("cpu"))
     setting.few_steps(net, 2, 0, torch.arange(3))
-    Setting(LINEAR, Sampler(), (2,), 0, torch.device("cpu")).few_steps(net, 2, 0, torch.arange(3))
+    Sampler(LINEAR, SamplerConfig(), (2,), 0, torch.device("cpu")).few_steps(net, 2, 0, torch.arange(3))
     assert [t for t, _ in seen[:2]] == pytest.approx([80.0, 1.526]) and seen[2:] == [(1.0, 0.5), (0.5, 0.0)]

@@ -18,15 +18,15 @@ from cmt_fast.config.schema import CmtCm, CmtMf, Denoise, Ecd, Ect, Flow, Gmm, M
 from cmt_fast.data.gmm import Exact, load, means
 from cmt_fast.data.loaders import Loader
 from cmt_fast.diffusion import paths, rng
-from cmt_fast.diffusion.paths import Path, column
+from cmt_fast.diffusion.paths import ProbabilityPath, column
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import dpmpp_coefficients
 from cmt_fast.evaluation import theory
-from cmt_fast.objectives import ROWS, Batch, Points, World
+from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, Points
 from cmt_fast.teacher.pool import Pool
 
 MIXTURE = Gmm(n=20000)
-VE, LINEAR = Path("ve"), Path("linear")
+VE, LINEAR = ProbabilityPath("ve"), ProbabilityPath("linear")
 OFF = 1.0  # a theta that is not the answer
 
 
@@ -87,11 +87,11 @@ class Net:
         return Dual(self.value(x.value, t.value, r.value), (ahead - behind) / (2 * self.h))
 
 
-def gradients(kind: str, known, drawn, config, world: World, theta: float = 0.0) -> Tensor:
+def gradients(kind: str, known, drawn, config, world: LossContext, theta: float = 0.0) -> Tensor:
     """Gradient of each row's loss in its own theta. (B, 6)."""
     rows = len(drawn[0])
     net = Net(known, rows, theta)
-    loss, _ = ROWS[kind].function(net, drawn, config, world)
+    loss, _ = OBJECTIVES[kind].function(net, drawn, config, world)
     assert loss.shape == (rows,)
     return torch.autograd.grad(loss.sum(), net.theta)[0].flatten(1)
 
@@ -105,8 +105,8 @@ def size(g: Tensor) -> float:
     return float(g.mean(0).norm())
 
 
-def world(path: Path, teacher=None) -> World:
-    return World(path, Random(0, 0, 0), teacher)
+def world(path: ProbabilityPath, teacher=None) -> LossContext:
+    return LossContext(path, Random(0, 0, 0), teacher)
 
 
 @functools.cache
@@ -115,7 +115,7 @@ def batch() -> Batch:
     return Batch(x_0, None, torch.arange(len(x_0)), None)
 
 
-def trajectories(path: Path, solver: str, nfe: int) -> Points:
+def trajectories(path: ProbabilityPath, solver: str, nfe: int) -> Points:
     """1024 points of 1024 trajectories of the exact teacher, in float64."""
     t_max, t_min, each = (80.0, 0.002, nfe) if path.name == "ve" else (1.0, 0.0, 16)
     config = Trajectories(solver=solver, nfe=nfe, t_max=t_max, t_min=t_min, pool_steps=each, per_trajectory=16)
@@ -137,7 +137,7 @@ def test_rows_and_their_noise_are_drawn_apart() -> None:
 
 
 @pytest.mark.parametrize("path, t", [(VE, 0.7), (VE, 80.0), (LINEAR, 1.0), (LINEAR, 0.4), (LINEAR, 0.0)])
-def test_denoiser_is_the_posterior_mean(path: Path, t: float) -> None:
+def test_denoiser_is_the_posterior_mean(path: ProbabilityPath, t: float) -> None:
     x, at = torch.randn(50, 2, dtype=torch.float64), torch.full((50,), t, dtype=torch.float64)
     (alpha, sigma, alpha_dot, sigma_dot), mu, s2 = path.coefficients(at[:1]), means(MIXTURE, x.dtype), MIXTURE.std**2
     offset, variance = x[:, None] - alpha * mu, alpha**2 * s2 + sigma**2
@@ -149,7 +149,7 @@ def test_denoiser_is_the_posterior_mean(path: Path, t: float) -> None:
 
 
 @pytest.mark.parametrize("path, t, r", [(VE, 80.0, 0.002), (VE, 0.5, 0.1), (LINEAR, 1.0, 0.0), (LINEAR, 0.6, 0.3)])
-def test_flow_map_of_one_gaussian(path: Path, t: float, r: float) -> None:
+def test_flow_map_of_one_gaussian(path: ProbabilityPath, t: float, r: float) -> None:
     one = Gmm(components=1, radius=0.7, std=0.3)
     times = torch.tensor([t, r], dtype=torch.float64)
     alpha, sigma, _, _ = path.coefficients(times)
@@ -176,7 +176,7 @@ def test_denoiser_and_velocity_agree_across_paths() -> None:
     d = Exact(MIXTURE, VE).denoised(x, t)
     slope = VE.velocity(x, d, t)
     torch.testing.assert_close(slope, (x - d) / t[:, None])
-    for path, convert in ((LINEAR, paths.ve_to_linear), (Path("trig"), paths.ve_to_trig)):
+    for path, convert in ((LINEAR, paths.ve_to_linear), (ProbabilityPath("trig"), paths.ve_to_trig)):
         y, s = convert(x, t)
         net = Exact(MIXTURE, path)
         torch.testing.assert_close(net.denoised(y, s), d)
@@ -225,7 +225,9 @@ def test_sampled_objective_is_at_rest_at_the_answer(kind: str) -> None:
 
 def test_denoise_weight() -> None:
     """lambda(t) = (t^2 + s^2) / (t s)^2, seen where D misses by one in each of two coordinates; and its times."""
-    loss, _ = ROWS["denoise"].function(lambda *_: batch().x_0 + 1, batch(), Denoise(mean=-0.8, std=1.4), world(VE))
+    loss, _ = OBJECTIVES["denoise"].function(
+        lambda *_: batch().x_0 + 1, batch(), Denoise(mean=-0.8, std=1.4), world(VE)
+    )
     t = torch.exp(-0.8 + 1.4 * Random(0, 0, 0).gauss(rng.TIME, batch().sample)).double()
     torch.testing.assert_close(loss, 2 * (t**2 + 0.25) / (0.5 * t) ** 2)
     assert abs(float(t.log().mean()) + 0.8) < 0.05 and abs(float(t.log().std()) - 1.4) < 0.05
@@ -289,7 +291,7 @@ def test_target_is_the_average_velocity_of_a_linear_ode() -> None:
         config = Trajectories(solver="heun", nfe=nfe, t_max=1.0, t_min=0.0)
         pool = Pool(Exact(one, LINEAR), LINEAR, config, (2,), 0, 512, 0, 1, torch.device("cpu"))
         points = pool.draw(0, torch.arange(512))
-        return float(ROWS["cmt_mf"].function(average, points, CmtMf(), world(LINEAR))[0].mean().sqrt())
+        return float(OBJECTIVES["cmt_mf"].function(average, points, CmtMf(), world(LINEAR))[0].mean().sqrt())
 
     assert error(128) < 2e-3 and 3.3 < error(64) / error(128) < 5.5
 

@@ -9,19 +9,19 @@ import torch
 from cmt_kernels import Dual
 from torch import Tensor
 
-from cmt_fast.config.schema import Ecd, Ect, Flow, MeanFlow, Mlp, Sampler
+from cmt_fast.config.schema import Ecd, Ect, Flow, MeanFlow, Mlp, SamplerConfig
 from cmt_fast.diffusion import paths, rng
 from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
 from cmt_fast.diffusion.guidance import guided
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
-from cmt_fast.diffusion.sampling import Setting
+from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.diffusion.solvers import ve_step
 from cmt_fast.models import build
 from cmt_fast.models.precond import AverageVelocity, Denoiser
-from cmt_fast.objectives import Batch, World, consistency, flow, meanflow
+from cmt_fast.objectives import Batch, LossContext, consistency, flow, meanflow
 
-VE, LINEAR = Path("ve"), Path("linear")
+VE, LINEAR = ProbabilityPath("ve"), ProbabilityPath("linear")
 CPU = torch.device("cpu")
 
 
@@ -51,13 +51,13 @@ def student(x: Tensor, t: Tensor, r=None, labels=None, drop=None) -> Tensor:
     return 0.3 * x + paths.column(torch.sin(t), x)
 
 
-def data(n: int = 64) -> tuple[Batch, World, Tensor, Tensor, Tensor]:
+def data(n: int = 64) -> tuple[Batch, LossContext, Tensor, Tensor, Tensor]:
     """A batch, its world (ECT's times with the defaults), and t, x_t, eps of it, by hand."""
     ids, random, x_0 = torch.arange(n), Random(5, 2, 7), torch.randn(n, 2, 3, dtype=torch.float64)
     t = torch.exp(-1.1 + 2.0 * random.gauss(rng.TIME, ids)).double()
     eps = random.normal(rng.NOISE, ids, (2, 3)).double()
     batch = Batch(x_0, ids % 10, ids, torch.zeros(n, dtype=torch.bool))
-    return batch, World(VE, random), t, x_0 + t.view(-1, 1, 1) * eps, eps
+    return batch, LossContext(VE, random), t, x_0 + t.view(-1, 1, 1) * eps, eps
 
 
 def huber(a: Tensor, b: Tensor, c: float) -> Tensor:
@@ -123,7 +123,7 @@ def test_average_velocity_at_equal_times_is_the_velocity() -> None:
     net, z, t = average_velocity_network(), torch.randn(6, 2).double(), torch.rand(6).double()
     assert torch.equal(net(z, t), net(z, t, t))
     batch = Batch(torch.randn(32, 2).double(), None, torch.arange(32), None)
-    world = World(LINEAR, Random(1, 2, 3))
+    world = LossContext(LINEAR, Random(1, 2, 3))
     mean_flow, _ = meanflow.meanflow(net, batch, MeanFlow(ratio=0.0, p=0.0), world)
     torch.testing.assert_close(mean_flow, flow.flow(net, batch, Flow(), world)[0])
 
@@ -131,7 +131,7 @@ def test_average_velocity_at_equal_times_is_the_velocity() -> None:
 def test_a_quarter_of_the_rows_has_two_times() -> None:
     config = MeanFlow()
     k = meanflow.tangent_rows(256, config.ratio)
-    t, r = meanflow.draw_times(torch.arange(256), k, config, World(LINEAR, Random(0, 0, 0)), torch.float32)
+    t, r = meanflow.draw_times(torch.arange(256), k, config, LossContext(LINEAR, Random(0, 0, 0)), torch.float32)
     assert k == 64 and (r[:k] < t[:k]).all() and torch.equal(r[k:], t[k:])
     assert ((t > 0) & (t < 1) & (r > 0)).all()
 
@@ -152,7 +152,7 @@ def test_guided_target_by_hand_with_one_label_mask(omega: float, kappa: float) -
     n, k = 16, 4
     net, ids = average_velocity_network(classes=5), torch.arange(n)
     drop, labels, x_0 = ids % 5 == 0, ids % 5, torch.randn(n, 2).double()
-    config, world = MeanFlow(omega=omega, kappa=kappa, guide_t_max=0.75), World(LINEAR, Random(1, 2, 3))
+    config, world = MeanFlow(omega=omega, kappa=kappa, guide_t_max=0.75), LossContext(LINEAR, Random(1, 2, 3))
     masks = []
 
     def spy(x, t, r, labels, drop):
@@ -198,7 +198,7 @@ def test_two_step_consistency_sampling(mid: float) -> None:
 
 
 def test_default_sampler_is_ects() -> None:
-    setting, calls = Setting(VE, Sampler(), (3,), 0, CPU), []
+    setting, calls = Sampler(VE, SamplerConfig(), (3,), 0, CPU), []
     setting.few_steps(recorded(calls, student), 2, 0, torch.arange(4))
     assert [c[1] for c in calls] == [80.0, pytest.approx(0.821)]
     assert torch.equal(calls[0][0], 80 * setting.noise(0, torch.arange(4)))

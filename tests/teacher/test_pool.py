@@ -13,14 +13,14 @@ from cmt_fast import models
 from cmt_fast.config.schema import CmtCm, CmtMf, Mlp, Trajectories
 from cmt_fast.diffusion import paths, rng
 from cmt_fast.diffusion.guidance import guided
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import dpmpp_coefficients, rollout, table
-from cmt_fast.objectives import Points, World, cmt
+from cmt_fast.objectives import LossContext, Points, cmt
 from cmt_fast.runtime import distributed
 from cmt_fast.teacher.pool import Pool
 
-VE, LINEAR = Path("ve"), Path("linear")
+VE, LINEAR = ProbabilityPath("ve"), ProbabilityPath("linear")
 CPU = torch.device("cpu")
 SIXTEEN = [
     80,
@@ -99,7 +99,9 @@ def test_linear_grid_is_shifted_and_labels_are_true_times() -> None:
         (LINEAR, "euler", 4, 80, 0.002, "t_max"),
     ],
 )
-def test_tables_that_do_not_exist(path: Path, solver: str, nfe: int, t_max: float, t_min: float, key: str) -> None:
+def test_tables_that_do_not_exist(
+    path: ProbabilityPath, solver: str, nfe: int, t_max: float, t_min: float, key: str
+) -> None:
     with pytest.raises(ValueError, match=key):
         table(path, solver, nfe, t_max, t_min)
 
@@ -114,7 +116,7 @@ def pull(x: Tensor, t: Tensor, r: Tensor | None, labels: Tensor | None, drop: Te
     return paths.column(level, x).expand_as(x)
 
 
-def pool(rows: int, teacher=pull, path: Path = VE, classes: int = 10, seed: int = 3, **options) -> Pool:
+def pool(rows: int, teacher=pull, path: ProbabilityPath = VE, classes: int = 10, seed: int = 3, **options) -> Pool:
     config = Trajectories(**{"t_max": 80.0 if path is VE else 1.0, "t_min": 0.002 if path is VE else 0.0} | options)
     return Pool(teacher, path, config, (2, 3), classes, rows, seed, 1, CPU)
 
@@ -273,7 +275,7 @@ def test_a_sixteen_point_trajectory_has_120_pairs() -> None:
     assert p.nodes == 16 and len(pairs) == 120 and all(i < j for i, j in pairs)
     assert max(pairs.values()) < 50 + 5 * math.sqrt(50) and min(pairs.values()) > 50 - 5 * math.sqrt(50)
     exact = lambda x, t, r, labels, drop: (x - 0.3) / paths.column(t, x)
-    loss = lambda points: cmt.cmt_mf(exact, points, CmtMf(), World(LINEAR, Random(0, 0, 0)))[0]
+    loss = lambda points: cmt.cmt_mf(exact, points, CmtMf(), LossContext(LINEAR, Random(0, 0, 0)))[0]
     assert float(loss(points).max()) < 1e-6
     assert float(loss(points._replace(t=points.t + 0.1)).mean()) > 1e-3  # another time is another target
 
@@ -283,6 +285,6 @@ def test_flow_map_loss_to_zero_is_the_consistency_loss_over_t_squared() -> None:
     points = Points(x, t, x_0, torch.zeros(9), None, None)
     f = lambda x, t, r, labels, drop: torch.sin(x) + paths.column(t, x)
     u = lambda x, t, r, labels, drop: (x - f(x, t, r, labels, drop)) / paths.column(t, x)
-    flow_map, _ = cmt.cmt_mf(u, points, CmtMf(), World(LINEAR, Random(0, 0, 0)))
-    state, _ = cmt.cmt_cm(f, points, CmtCm(distance="squared_l2"), World(VE, Random(0, 0, 0)))
+    flow_map, _ = cmt.cmt_mf(u, points, CmtMf(), LossContext(LINEAR, Random(0, 0, 0)))
+    state, _ = cmt.cmt_cm(f, points, CmtCm(distance="squared_l2"), LossContext(VE, Random(0, 0, 0)))
     torch.testing.assert_close(flow_map, state / t**2, rtol=1e-4, atol=1e-5)

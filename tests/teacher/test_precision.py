@@ -12,18 +12,18 @@ from cmt_fast import models
 from cmt_fast.cli import main
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Edm
-from cmt_fast.diffusion.paths import Path as ForwardPath
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.engine import LocalEngine
 from cmt_fast.models.fp8 import LARGEST, Fp8Linear, in_fp8, quantised, shared
-from cmt_fast.objectives import World
+from cmt_fast.objectives import LossContext
 from cmt_fast.objectives.cmt import cmt_cm
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
 from cmt_fast.teacher import pool, precision
 from cmt_fast.teacher.precision import Teacher
 from cmt_fast.train import loop
-from cmt_fast.train.batches import Source
+from cmt_fast.train.batches import BatchProvider
 from tests.fixtures.tiny import metrics, source_of, stop_after_a_checkpoint, tiny
 from tests.teacher.test_rollouts import network
 
@@ -143,7 +143,7 @@ def test_formats_that_are_not_there(monkeypatch) -> None:
     with pytest.raises(ConfigError, match="mid.trajectories.precision: 'fp8' cannot be had: a GPU has none"):
         precision.check("mid", stage, gpu)
     precision.check("mid", stage, CPU)
-    sharded = Teacher("mid", stage, lambda name: lambda *a: a[0], ForwardPath("ve"), CPU)
+    sharded = Teacher("mid", stage, lambda name: lambda *a: a[0], ProbabilityPath("ve"), CPU)
     with pytest.raises(ConfigError, match="mid.trajectories.precision: 'fp8' cannot be had: the teacher is sharded"):
         sharded.choose(0, 1, (1, 8, 8), 10)
 
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_says_nothing_goes_on_as_it_began(pre, tmp_path) -> No
     stage = work.run.mid
     source = source_of(work, "mid")
     fresh = source.pool.draw(0, torch.arange(32))
-    before = Source(
+    before = BatchProvider(
         work, "mid", stage, LocalEngine(work.build(), stage, work.device), found=found._replace(manifest=old)
     )
     assert before.trajectories["precision"] == "fp32" and source.trajectories["precision"] == "bf16"
@@ -209,8 +209,8 @@ def test_features_of_an_endpoint_are_computed_once_a_trajectory(pre, tmp_path, m
     assert source.pool._kept is None and source.pool.keep is None
 
 
-def world_of(source: Source, step: int) -> World:
-    return World(source.path, Random(0, 1, step), features=source.features, perceptual=source.perceptual)
+def world_of(source: BatchProvider, step: int) -> LossContext:
+    return LossContext(source.path, Random(0, 1, step), features=source.features, perceptual=source.perceptual)
 
 
 @pytest.mark.parametrize("augment", [False, True])

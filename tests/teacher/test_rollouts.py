@@ -12,7 +12,7 @@ from cmt_fast import models
 from cmt_fast.config.schema import Dit, Trajectories
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import guided
-from cmt_fast.diffusion.paths import Path as ForwardPath
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import rollout
 from cmt_fast.models.fp8 import Fp8Linear, in_fp8, shared
@@ -40,7 +40,7 @@ def network(path: str = "ve") -> nn.Module:
 def pool_of(net, path: str = "ve", **options) -> Pool:
     t_max, t_min = SHAPES[path]
     config = Trajectories(**{"nfe": 8, "t_max": t_max, "t_min": t_min, "pool_steps": 3, "per_trajectory": 4} | options)
-    return Pool(net, ForwardPath(path), config, (1, 8, 8), 10, 16, 5, 1, CPU)
+    return Pool(net, ProbabilityPath(path), config, (1, 8, 8), 10, 16, 5, 1, CPU)
 
 
 def rebuilt(p: Pool, index: int) -> tuple[Tensor, Tensor]:
@@ -167,19 +167,19 @@ def test_a_graph_of_a_rollout_gives_what_the_calls_give(precision: str, batch: i
     net = network().cuda()
     held = {"fp8": in_fp8, "bf16": shared}.get(precision, lambda n: n)(net)
     stage = tiny("digits", f"mid.trajectories.precision={precision}").mid
-    made = Teacher("mid", stage, lambda name: net, ForwardPath("ve"), torch.device("cuda"))
+    made = Teacher("mid", stage, lambda name: net, ProbabilityPath("ve"), torch.device("cuda"))
     plan = pool_of(None).plan
     nodes, labels = torch.zeros(9, 64, 1, 8, 8, device="cuda"), torch.arange(64, device="cuda") % 10
     said: list[str] = []
     rolled = Rolling(
-        held, ForwardPath("ve"), plan, nodes, labels, batch, computing=made.computing(precision), tell=said.append
+        held, ProbabilityPath("ve"), plan, nodes, labels, batch, computing=made.computing(precision), tell=said.append
     )
     for _ in range(3):
         nodes[0] = 80 * torch.randn_like(nodes[0])
         rolled()
         with made.computing(precision)():
             parts = zip(nodes[0].split(batch), labels.split(batch))
-            wanted = torch.cat([rollout(held, ForwardPath("ve"), plan, x, y) for x, y in parts], dim=1)
+            wanted = torch.cat([rollout(held, ProbabilityPath("ve"), plan, x, y) for x, y in parts], dim=1)
         error = (nodes - wanted).norm() / wanted.norm()
         if batch == 64:
             assert torch.equal(nodes, wanted)

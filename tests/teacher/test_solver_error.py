@@ -14,7 +14,7 @@ from cmt_fast.cli import main
 from cmt_fast.config.schema import Gmm, Trajectories
 from cmt_fast.data.gmm import Exact
 from cmt_fast.diffusion import solvers
-from cmt_fast.diffusion.paths import Path
+from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.report import sections
 from cmt_fast.run import resolved
 from cmt_fast.run.workspace import Workspace
@@ -36,7 +36,7 @@ def how(path: str) -> Trajectories:
 @functools.cache
 def world(path: str) -> tuple[Endpoints, torch.Tensor]:
     """Rollouts of the closed form in float64, and where its ODE really ends."""
-    c, net = how(path), Exact(MIXTURE, Path(path))
+    c, net = how(path), Exact(MIXTURE, ProbabilityPath(path))
     x, labels = solver_error.starts(net.path, c, (2,), 0, 0, "cpu", 128)
     x = x.double()
     return Endpoints(net, net.path, x, labels, c), net.flow_map(x, c.t_max, c.t_min, steps=2048)
@@ -78,7 +78,7 @@ def test_observed_orders() -> None:
 
 
 def test_rollouts_are_shared_and_counted() -> None:
-    c, net = how("ve"), Exact(MIXTURE, Path("ve"))
+    c, net = how("ve"), Exact(MIXTURE, ProbabilityPath("ve"))
     x, _ = solver_error.starts(net.path, c, (2,), 0, 0, "cpu", 16)
     ends = Endpoints(net, net.path, x.double(), None, c)
     candidates = [(Solver("dpmpp", 2, 1.0), n) for n in (4, 8, 16, 6)]
@@ -88,7 +88,7 @@ def test_rollouts_are_shared_and_counted() -> None:
 
 
 def test_starts_are_a_function_of_the_seed() -> None:
-    draw = lambda seed, n: solver_error.starts(Path("ve"), how("ve"), (2,), 10, seed, "cpu", n)
+    draw = lambda seed, n: solver_error.starts(ProbabilityPath("ve"), how("ve"), (2,), 10, seed, "cpu", n)
     assert torch.equal(draw(0, 16)[0], draw(0, 32)[0][:16]) and torch.equal(draw(0, 16)[1], draw(0, 32)[1][:16])
     assert not torch.equal(draw(0, 16)[0], draw(1, 16)[0])
     assert 60 < float(draw(0, 4096)[0].std()) < 100 and set(draw(0, 4096)[1].tolist()) == set(range(10))
@@ -96,8 +96,8 @@ def test_starts_are_a_function_of_the_seed() -> None:
 
 def test_a_teacher_that_is_not_finite_is_never_chosen() -> None:
     broken = lambda x, t, r, labels: x * math.nan
-    x, _ = solver_error.starts(Path("ve"), how("ve"), (2,), 0, 0, "cpu", 16)
-    ends = Endpoints(broken, Path("ve"), x, None, how("ve"))
+    x, _ = solver_error.starts(ProbabilityPath("ve"), how("ve"), (2,), 0, 0, "cpu", 16)
+    ends = Endpoints(broken, ProbabilityPath("ve"), x, None, how("ve"))
     with pytest.raises(FloatingPointError, match="not finite"):
         solver_error.choose(ends, [(Solver("dpmpp", 1, 1.0), 4)], 1e9, False)
 
@@ -133,7 +133,7 @@ def test_a_solver_that_converges_elsewhere_shows_in_the_common_limit(monkeypatch
 
 
 def parts() -> tuple:
-    c, net = dataclasses.replace(how("ve"), per_trajectory=1), Exact(MIXTURE, Path("ve"))
+    c, net = dataclasses.replace(how("ve"), per_trajectory=1), Exact(MIXTURE, ProbabilityPath("ve"))
     return net, net.path, solver_error.starts(net.path, c, (2,), 0, 0, "cpu", 64)[0].double(), None, c
 
 
@@ -153,7 +153,7 @@ def test_cost_is_what_a_student_row_takes_of_the_teacher() -> None:
     assert cost(heun, 16, per_trajectory=16) == 2 and cost(heun, 16) == 16
     assert [cost(euler, n, per_trajectory=4) for n in (4, 8, 16)] == [1, 2, 4]
     assert cost(euler, 32, mode="paper") == 1 and cost(heun, 32, mode="paper") == 2
-    assert Endpoints(net, Path("linear"), x, labels, how("linear")).cost(heun, 8) == 0.5
+    assert Endpoints(net, ProbabilityPath("linear"), x, labels, how("linear")).cost(heun, 8) == 0.5
 
 
 def test_only_what_fills_the_batch_is_a_candidate() -> None:

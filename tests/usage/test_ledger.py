@@ -22,7 +22,7 @@ from cmt_fast.runtime import distributed
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import loop
 from cmt_fast.usage import ledger, meters
-from cmt_fast.usage.ledger import Bill
+from cmt_fast.usage.ledger import Usage
 from cmt_fast.usage.meters import Amount
 from tests.fixtures.metered import World, account, amounts, manifest
 from tests.fixtures.tiny import tiny
@@ -143,7 +143,7 @@ def test_the_number_of_processes_and_the_kind_of_device_may_change(tmp_path, mon
     books = account(tmp_path / "pre", meter, stored)
     world.spend(8)
     meter.lap("train")
-    whole = Bill.of(manifest(books, 15)["bill"])
+    whole = Usage.of(manifest(books, 15)["bill"])
     assert amounts(whole) == {"train": (16, 1600, 0), "stalled": (6, None, 6)}
     assert amounts(whole, "core") == {"train": (16, None, 16)} and whole.reason == "no GPU"
 
@@ -154,7 +154,7 @@ def test_a_manifest_from_before_there_were_bills(tmp_path):
     books = account(tmp_path / "pre", meter, {"step": 10, "nimg": 320, "wall": {"train_s": 5.0, "eval_s": 0.0}})
     world.spend(2)
     meter.lap("train")
-    whole = Bill.of(books.add())
+    whole = Usage.of(books.add())
     assert whole.from_nimg == 320 and amounts(whole) == {"train": (2, 0, 0)}
     assert ledger.of_stage(tmp_path / "mid", {"step": 10, "nimg": 320}) is None
 
@@ -303,7 +303,7 @@ def test_a_real_sigkill_is_billed_to_within_the_pulse(tmp_path, monkeypatch):
 def test_the_report_shows_the_bill(tmp_path):
     stage = tiny("digits").pre
     amounts = {"train": Amount(7200, 3.6e6, 0), "teacher": Amount(1800, 1.8e6, 0), "stalled": Amount(3600, 9e5, 360)}
-    stand = Stand("mid", stage, [], {"nimg": 70_000}, True, "", [], Bill({"gpu": amounts}))
+    stand = Stand("mid", stage, [], {"nimg": 70_000}, True, "", [], Usage({"gpu": amounts}))
     section = sections.bill({"mid": stand})
     (table,) = section.groups[0].items
     cells = dict(zip(table.head, table.rows[0]))
@@ -315,7 +315,7 @@ def test_the_report_shows_the_bill(tmp_path):
     assert table.rows[2][1:5] == ["3.5", "57.1%", "14.3%", "28.6%"]
     page = templates.markdown("run", [section])
     assert "killed" in page and "| mid | 3.5 | 2 | 0.5 | 1 | at least 1.75 | 20,000 |" in page
-    known = stand._replace(bill=Bill({"core": {"train": Amount(3600, None, 3600)}}, reason="no GPU"))
+    known = stand._replace(bill=Usage({"core": {"train": Amount(3600, None, 3600)}}, reason="no GPU"))
     section = sections.bill({"mid": known})
     assert section.groups[0].items[0].rows[0][-2] == sections.DASH and "no GPU" in section.text[-1]
     assert not sections.bill({"mid": stand._replace(bill=None)}).groups

@@ -13,7 +13,7 @@ import torch
 
 from cmt_fast.runtime import distributed
 from cmt_fast.usage import ledger
-from cmt_fast.usage.ledger import Bill
+from cmt_fast.usage.ledger import Usage
 from cmt_fast.usage.meters import Amount, Counter, Meter
 from tests.fixtures.metered import World, account, amounts
 
@@ -98,7 +98,7 @@ def test_two_ranks_are_added_up(monkeypatch, tmp_path):
     meters[1].take()
     monkeypatch.setattr(distributed, "every_rank", lambda x: [x, said[0]])
     books = account(tmp_path / "pre", meters[0])
-    both = Bill.of(books.add())
+    both = Usage.of(books.add())
     assert amounts(both) == {"train": (10, 1200, 6), "checkpoint": (2, None, 2)} and both.total("gpu").kwh is None
     assert json.loads((tmp_path / "pre" / ledger.FILE).read_text())["held"] == {"gpu": 2}
 

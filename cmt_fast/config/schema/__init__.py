@@ -19,7 +19,7 @@ from cmt_fast.config.schema.objective import (
     Scd,
     Sct,
 )
-from cmt_fast.config.schema.run import Dali, Eval, Features, Feed, Run, Sampler, Torch
+from cmt_fast.config.schema.run import Dali, Eval, Features, Feed, Run, SamplerConfig, Torch
 from cmt_fast.config.schema.stage import (
     STAGES,
     Anchor,

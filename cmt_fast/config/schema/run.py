@@ -13,7 +13,7 @@ from cmt_fast.config.schema.stage import Stage
 
 
 @schema
-class Sampler:
+class SamplerConfig:
     """Few-step sampling. `mid_times`: the times of a consistency model after the first, by number of steps.
 
     Published second times on VE: 0.821 after ECT on 32 and 64 pixels, 1.526 for EDM2 networks (ImageNet at 64 and 512
@@ -109,7 +109,7 @@ class Run:
     mid: Stage
     post: Stage
     control: Stage | None = None
-    sampler: Sampler = Field(default_factory=Sampler)
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     eval: Eval = Field(default_factory=Eval)
     features: Features = Field(default_factory=Features)
     seed: Natural = 0
