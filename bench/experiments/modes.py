@@ -17,13 +17,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.experiments.seeds import commit
 from cmt_fast import schedule
 from cmt_fast.cli.trajectories import make
 from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.schema import Run
 from cmt_fast.data.latents import read_index
-from cmt_fast.run import resolved
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime.machine import environment
 from cmt_fast.storage import checkpoint
@@ -107,9 +108,7 @@ def cache(run: Run, parents: Path, folder: Path, names: list[str]) -> dict[str, 
     note = folder.with_name(folder.name + ".json")
     if not folder.is_dir():
         work = Workspace(run, parents)
-        pool = resolved.pool(
-            run, names[0], run.stage(names[0]).trajectories, None, work.data.shape, work.data.classes, "cpu"
-        )
+        pool = work.stage(names[0]).pool(None, work.data.shape, work.data.classes, torch.device("cpu"))
         n = pool.count * -(-schedule.schedule(run.stage(names[0])).total // pool.steps)
         start = time.perf_counter()
         index = make(work, names[0], folder, n)

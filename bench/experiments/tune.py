@@ -47,11 +47,11 @@ def run(args: argparse.Namespace) -> int:
     }
     start = time.perf_counter()
     works["auto"].claim(["mid"])
-    solver_choice.settle(works["auto"], "mid")
+    solver_choice.settle(works["auto"], works["auto"].stage("mid"))
     settling_s = time.perf_counter() - start
     kept = solver_record.read(args.out / "auto" / "mid")
     best = min((row for row in kept.rows if row["high"] is not None), key=lambda row: row["high"])
-    ends = solver_choice.endpoints(works["auto"], "mid", lambda calls: None)
+    ends = solver_choice.endpoints(works["auto"], works["auto"].stage("mid"), lambda calls: None)
     chosen = solver_error.Solver(*(best[k] for k in solver_error.Solver._fields))
     limit = ends.limit(chosen, max(best["nfe"], solver_choice.PROBE))[0]
     rows = {name: measure(work, ends, limit) for name, work in works.items()}

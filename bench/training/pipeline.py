@@ -26,8 +26,7 @@ from cmt_fast.config.schema import STAGES
 from cmt_fast.data import dali
 from cmt_fast.engine import LocalEngine
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.train import loop
-from cmt_fast.train.batches import BatchProvider
+from cmt_fast.train import batches, loop
 
 TINY = ["model.width=32", "model.depth=1", "model.heads=2"]
 QUIET = [f"{s}.{key}=null" for s in ("mid", "post", "control") for key in ("eval_every_nimg", "grid_every_nimg")]
@@ -57,7 +56,7 @@ def bare(work: Workspace, name: str, steps: int) -> float:
     """Seconds of `steps` steps of a stage with nothing around them: rows, loss, backward, optimizer."""
     stage = work.run.stage(name)
     engine = LocalEngine(work.build(), stage, work.device)
-    source = BatchProvider(work, name, stage, engine)
+    source = batches.provider(work, work.stage(name), engine)
     wait = torch.cuda.synchronize if work.device.type == "cuda" else lambda: None
     try:
         for step in range(-2, steps):

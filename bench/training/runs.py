@@ -25,6 +25,7 @@ from cmt_fast.engine import LocalEngine
 from cmt_fast.engine.buffers import bind
 from cmt_fast.models.dit import SIZES
 from cmt_fast.run import resolved
+from cmt_fast.run.resolved import resolve
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.train.batches import BatchProvider
 
@@ -163,7 +164,8 @@ class Ours:
         self.stage, self.source, self.pool = stage, None, None  # what the last rows held goes first
         name = OBJECTIVES[self.objective].stage
         self.work.run = dataclasses.replace(self.work.run, **{name: stage})
-        self.source = BatchProvider(self.work, name, stage, self.engine)
+        work, own = self.work, resolve(self.work.run, name)
+        self.source = BatchProvider(own, self.engine, work.data, work.device, work.network, lambda: work.space)
         self.pool, self.step = self.source.pool, 0
 
     def loss(self) -> Tensor:

@@ -75,10 +75,9 @@ def ways(
         staged = dataclasses.replace(stage, trajectories=config)
         teacher = Teacher(name_of, staged, lambda _: net, work.path, work.device)
         called = Compiled(teacher.net(precision)) if how == "compiled" else teacher.net(precision)
-        pool = resolved.pool(
-            dataclasses.replace(work.run, **{name_of: staged}), name_of, config, called, work.data.shape,
-            work.data.classes, work.device, computing=teacher.computing(precision), graph=how == "graph",
-        )  # fmt: skip
+        own = resolved.resolve(dataclasses.replace(work.run, **{name_of: staged}), name_of)
+        how_run = {"computing": teacher.computing(precision), "graph": how == "graph"}
+        pool = own.pool(called, work.data.shape, work.data.classes, work.device, **how_run)
         out[mode, how, precision, min(at_once, pool.count)] = (lambda: pool._fill(0)), pool.count
 
     paper = m.batch // stage.trajectories.nfe

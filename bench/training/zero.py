@@ -27,7 +27,6 @@ import torch
 from bench.harness import results_file
 from cmt_fast import engine as engines
 from cmt_fast.config import loading
-from cmt_fast.run import resolved
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine
 from cmt_fast.storage import checkpoint
@@ -153,8 +152,10 @@ def do(jobs: list[dict[str, Any]]) -> Callable[[], None]:
 def again(space: Workspace, name: str) -> None:
     """Load a stage's last checkpoint into an engine and write what the engine then holds to OUT/again."""
     stage = space.run.stage(name)
-    passes = resolved.grad_accum_steps(space.run, name, distributed.size())
-    engine = engines.build(space.run, space.build(), stage, space.device, passes, space.sharding_plan(name))
+    passes = space.stage(name).grad_accum_steps(distributed.size())
+    engine = engines.build(
+        space.run, space.build(), stage, space.device, passes, space.sharding_plan(space.stage(name))
+    )
     found = checkpoint.latest(space.folder / name)
     engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
     checkpoint.save(space.folder / "again", engine.step_count, engine.state(), {}, write=distributed.rank() == 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 import cmt_kernels
@@ -52,7 +51,7 @@ def train(args: argparse.Namespace) -> None:
     if args.profile_steps < 1:
         raise ConfigError(f"--profile-steps: {args.profile_steps} is not a positive number")
     run = _resolve(args.recipe, args.overrides)
-    out = args.out or Path("runs") / re.sub(r"[^\w.-]+", "-", run.name)
+    out = args.out or folder.default(run)
     have = resolved.names(run)
     names = args.stages.split(",") if args.stages else have
     for name in names:
@@ -66,16 +65,17 @@ def train(args: argparse.Namespace) -> None:
     work = workspace.Workspace(run, out, args.parents)
     names = [name for name in have if name in names]
     for i, name in enumerate(names):
-        stage = run.stage(name)
-        for parent in resolved.called(stage).values():
+        stage = work.stage(name)
+        for parent in stage.called.values():
             if "/" not in parent and parent not in names[:i]:
                 work.weights(parent)
-        work.external_inputs(stage)
+        work.external_inputs(stage.config)
     for name in names:  # what cannot be done is said before the first stage begins
-        resolved.grad_accum_steps(run, name, distributed.size())
-        work.sharding_plan(name)
-        precision.check(name, run.stage(name), work.device)
-    if any(OBJECTIVES[run.stage(name).objective.kind].draws == "data" for name in names):
+        stage = work.stage(name)
+        stage.grad_accum_steps(distributed.size())
+        work.sharding_plan(stage)
+        precision.check(name, stage.config, work.device)
+    if any(OBJECTIVES[work.stage(name).config.objective.kind].draws == "data" for name in names):
         check_loader(run.loader, work.data)
     if args.dry_run:
         return _dry_run(work, names) if distributed.rank() == 0 else None
@@ -103,7 +103,7 @@ def _dry_run(work: workspace.Workspace, names: list[str]) -> None:
         t = work.run.stage(name).trajectories
         if t and t.nfe == "auto":
             print(f"{'':>8}  {_auto(work, name)}")
-        sizing = work.sharding_plan(name).lines(work.parameters, distributed.size())
+        sizing = work.sharding_plan(work.stage(name)).lines(work.parameters, distributed.size())
         for line in [*sizing, _step(work, name), _bill(work, name)]:
             print(f"{'':>8}  {line}")
 
@@ -116,8 +116,8 @@ def _auto(work: workspace.Workspace, name: str) -> str:
 
 
 def _step(work: workspace.Workspace, name: str) -> str:
-    batch, n = work.run.stage(name).batch, distributed.size()
-    parts = resolved.grad_accum_steps(work.run, name, n)
+    stage, n = work.stage(name), distributed.size()
+    batch, parts = stage.config.batch, stage.grad_accum_steps(n)
     return f"a step: {batch} rows = {n} process{'es' * (n > 1)} x {parts} pass{'es' * (parts > 1)} x {batch // (n * parts)}"
 
 

@@ -14,7 +14,8 @@ from cmt_fast.config.schema import STAGES
 from cmt_fast.data import trajectory_store
 from cmt_fast.data.latents import Index
 from cmt_fast.data.writing import ROWS
-from cmt_fast.run import resolved, workspace
+from cmt_fast.run import folder, workspace
+from cmt_fast.run.resolved import trajectory_rows
 from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.teacher.pool import roller
 from cmt_fast.teacher.precision import Teacher
@@ -41,12 +42,12 @@ def write(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not at least 1")
     run = loading.load(args.recipe, args.overrides)
     stage = run.stage(args.stage)
-    if stage is None or not resolved.trajectory_rows(stage):
+    if stage is None or not trajectory_rows(stage):
         raise ConfigError(f"--stage: {args.stage} of {run.name} draws from no trajectories")
     if stage.trajectories.nfe == "auto":
         raise ConfigError(f"{args.stage}.trajectories.nfe: 'auto' is chosen when a stage begins; name a number here")
     distributed.start(machine.device(run.device), run.timeout_s)
-    work = workspace.Workspace(run, args.run or Path("runs") / run.name)
+    work = workspace.Workspace(run, args.run or folder.default(run))
     try:
         index = checked(lambda: make(work, args.stage, args.cache, args.n, args.dtype, args.shard_rows))
     except KeyboardInterrupt:
@@ -65,14 +66,13 @@ def make(
     work: workspace.Workspace, name: str, out: Path, n: int, dtype: str = "fp16", shard_rows: int = ROWS
 ) -> Index | None:
     """Write a stage's trajectories into OUT; the index on rank 0. Raises ConfigError for a teacher that cannot be had."""
-    run = work.run
-    stage = run.stage(name)
-    assert stage is not None
+    run, resolved = work.run, work.stage(name)
+    stage = resolved.config
     teacher_of = work.identity(stage)
     teacher = Teacher(name, stage, functools.cache(work.network), work.path, work.device)
     machine.allow_tf32(stage.precision == "tf32")
     try:
-        about = teacher.choose(run.seed, resolved.INDEX[name], work.data.shape, work.data.classes)
+        about = teacher.choose(run.seed, resolved.index, work.data.shape, work.data.classes)
         if distributed.rank() == 0:
             for line in teacher.lines(about):
                 progress.say(f"{name:>8} {line}")
@@ -86,7 +86,7 @@ def make(
         format = about["precision"]
         roll = roller(
             teacher.net(format), work.path, stage.trajectories, work.data.shape, work.data.classes, run.seed,
-            resolved.INDEX[name], work.device, min(shard_rows, n), teacher.computing(format),
+            resolved.index, work.device, min(shard_rows, n), teacher.computing(format),
         )  # fmt: skip
         names = getattr(work.data, "class_names", ()) or tuple(str(k) for k in range(work.data.classes))
         with progress.counting("trajectories", -(-n // distributed.size()), work.folder) as advance:

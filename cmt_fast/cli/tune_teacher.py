@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -63,7 +62,7 @@ def tune(args: argparse.Namespace) -> None:
     if run.data.kind == "gmm" and not stored and not args.out:
         return closed_form(run, args, nfes)
     distributed.start(machine.device(run.device), run.timeout_s)
-    folder = Path(args.recipe) if stored else args.out or Path("runs") / re.sub(r"[^\w.-]+", "-", run.name)
+    folder = Path(args.recipe) if stored else args.out or folder_.default(run)
     if stored:
         parents = json.loads((folder / folder_.RUN_FILE).read_text("utf-8")).get("parents")
         work = workspace.Workspace(run, folder, Path(parents) if parents else None)
@@ -73,7 +72,7 @@ def tune(args: argparse.Namespace) -> None:
     if student is None and args.epsilon is None and _finished(work, args.stage):
         student = args.stage
     how = {"epsilon": args.epsilon, "student": student, "margin": args.margin, "whole": args.all, "grids": args.grids}
-    kept = solver_choice.measure(work, args.stage, count=args.trajectories, nfes=nfes, **how)
+    kept = solver_choice.measure(work, work.stage(args.stage), count=args.trajectories, nfes=nfes, **how)
     if distributed.rank():
         return
     head = [*solver_record.HEAD, "from the best limit", "serves"]

@@ -209,7 +209,7 @@ def stage_bill(
     stage = run.stage(name)
     known, _ = networks(run, name, rows)
     choice = sharding_plan(run, name, known, card, processes)
-    passes = resolved.grad_accum_steps(run, name, processes)
+    passes = resolved.resolve(run, name).grad_accum_steps(processes)
     bill = reckon(
         flops_.terms(run, name, ideas), known, stage.images_nimg, stage.batch, card, processes, stage.precision, ideas.how,
         len(stage.ema), choice.stage, passes, choice.teacher_sharded,
@@ -234,7 +234,7 @@ def activation_bytes(run: Run, name: str, net: Network, processes: int) -> float
     stage = run.stage(name)
     if not net.depth:
         return None
-    images = stage.batch / processes / resolved.grad_accum_steps(run, name, processes)
+    images = stage.batch / processes / resolved.resolve(run, name).grad_accum_steps(processes)
     u = net.tokens * net.width * (2 if stage.precision == "bf16" else 4)
     return images * u * (net.depth + SAVED_U if run.model.checkpoint_activations else SAVED_U * net.depth)
 

@@ -7,6 +7,7 @@ RUN/<stage>/      metrics.jsonl, checkpoints/, snapshots/, grids/
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from cmt_fast.config import loading
@@ -43,3 +44,8 @@ def judged_by(run: Run, evaluation: dict) -> Run:
     """The run with other keys of `eval`. Raises ConfigError for values that are not valid."""
     tree = loading.dump(run)
     return loading.build({**tree, "eval": {**tree["eval"], **evaluation}}) if evaluation else run
+
+
+def default(run: Run) -> Path:
+    """Where a run lives unless `--out` says so: runs/NAME, whatever the name holds."""
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", run.name)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import nn
 
 from cmt_fast import models
 from cmt_fast.config.schema import Run
+from cmt_fast.data.datasets import Rows
 from cmt_fast.run import validation
 
 
@@ -30,3 +33,9 @@ def _network(run: Run, shape: tuple[int, ...], classes: int, seed: int = 0) -> n
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return models.build(run.model, run.path, run.sigma_data, shape, classes)
+
+
+def rows_of(data: Rows) -> dict:
+    """What a network was trained on, as run.json keeps it: shape, classes, normalisation."""
+    own = {"shape": data.shape, "classes": data.classes, "normalisation": getattr(data, "normalisation", None)}
+    return json.loads(json.dumps(own))

@@ -1,13 +1,19 @@
-"""A stage is a row of data: this page says which rows make sense, and how long each is in steps."""
+"""A stage of a run with every name resolved: what its batches are made of, which networks it calls, how long it is."""
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.schema import STAGES, Run, Stage, Trajectories
+from cmt_fast.diffusion.guidance import Net
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.objectives import OBJECTIVES
+from cmt_fast.schedule import Schedule, schedule
 from cmt_fast.teacher import solver_error
 from cmt_fast.teacher.pool import Pool
 
@@ -18,35 +24,6 @@ def rows(stage: Stage) -> tuple[int, int]:
     """Rows of a batch on the stage's own objective, and on its anchor."""
     anchored = round(stage.anchor.fraction * stage.batch) if stage.anchor else 0
     return stage.batch - anchored, anchored
-
-
-def grad_accum_steps(run: Run, name: str, processes: int) -> int:
-    """Forwards and backwards of each process in one step. Raises ConfigError where rows do not divide evenly.
-
-    Every pass of every process takes rows of each kind in the whole batch's proportion: only then is the mean over
-    parts and processes the mean over the batch.
-    """
-    stage = run.stage(name)
-    assert stage is not None
-    if stage.batch % processes:
-        raise ConfigError(f"{name}.batch: {stage.batch} does not divide over {processes} processes")
-    each = stage.batch // processes
-    micro = stage.micro_batch or each
-    if micro < each and each % micro:
-        raise ConfigError(f"{name}.micro_batch: {micro} does not divide a process's {each} rows a step")
-    count = max(1, each // micro)
-    shards = processes * count
-    own, anchored = rows(stage)
-    where = f"over {count} passes of {processes} processes"
-    if own % shards or anchored % shards:
-        raise ConfigError(
-            f"{name}.anchor.fraction: {own} rows of the objective and {anchored} of the anchor do not divide {where}"
-        )
-    ratio = getattr(stage.objective, "ratio", None)
-    if ratio is not None and round(ratio * (own // shards)) * shards != round(ratio * own):
-        with_tangents = f"{ratio} of {own} rows are {round(ratio * own)} rows with tangents"
-        raise ConfigError(f"{name}.objective.ratio: {with_tangents}, which do not divide {where}")
-    return count
 
 
 def trajectory_rows(stage: Stage) -> int:
@@ -71,31 +48,129 @@ def names(run: Run) -> list[str]:
     return [name for name in STAGES if run.stage(name) is not None]
 
 
-def pool(
-    run: Run, name: str, how: Trajectories, teacher, shape: tuple[int, ...], classes: int, device, **options
-) -> Pool:
-    """The trajectories of a stage, rolled out as `how` says; options: as of Pool.
+@dataclasses.dataclass(frozen=True)
+class ResolvedStage:
+    """A stage of a run with everything that others ask of the pair (run, name), made once by `resolve`.
 
-    Raises ValueError where batch and trajectories do not divide.
+    config: the stage's own keys; folder: RUN/STAGE, where it lives or will live.
     """
-    stage = run.stage(name)
-    assert stage is not None
-    path, rows = ProbabilityPath(run.path, run.sigma_data), trajectory_rows(stage)
-    return Pool(teacher, path, how, shape, classes, rows, run.seed, INDEX[name], device, **options)
+
+    run: Run
+    name: str
+    config: Stage
+    folder: Path
+
+    @property
+    def index(self) -> int:
+        """Its place among all stages, which enters every random key."""
+        return INDEX[self.name]
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.run.seed
+
+    @property
+    def path(self) -> ProbabilityPath:
+        """The run's path between data and noise."""
+        return ProbabilityPath(self.run.path, self.run.sigma_data)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Its lengths in optimizer steps."""
+        return schedule(self.config)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows of a batch on its own objective, and on its anchor."""
+        return rows(self.config)
+
+    @property
+    def trajectory_rows(self) -> int:
+        """Rows of a batch that are points of teacher trajectories."""
+        return trajectory_rows(self.config)
+
+    @property
+    def trajectories(self) -> Trajectories:
+        """How its trajectories are made. Raises ConfigError where it names none."""
+        if self.config.trajectories is None:
+            raise ConfigError(f"{self.name}.trajectories: is missing")
+        return self.config.trajectories
+
+    @property
+    def cache(self) -> str | None:
+        """The folder that its trajectories come from, None where it rolls them out or has none."""
+        return cached(self.config)
+
+    @property
+    def called(self) -> dict[str, str]:
+        """Key -> name of the networks that must be at hand."""
+        return called(self.config)
+
+    def replaced(self, **keys: Any) -> ResolvedStage:
+        """The same stage with other values of its own keys."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **keys))
+
+    def grad_accum_steps(self, processes: int) -> int:
+        """Forwards and backwards of each process in one step. Raises ConfigError where rows do not divide evenly.
+
+        Every pass of every process takes rows of each kind in the whole batch's proportion: only then is the mean over
+        parts and processes the mean over the batch.
+        """
+        stage = self.config
+        if stage.batch % processes:
+            raise ConfigError(f"{self.name}.batch: {stage.batch} does not divide over {processes} processes")
+        each = stage.batch // processes
+        micro = stage.micro_batch or each
+        if micro < each and each % micro:
+            raise ConfigError(f"{self.name}.micro_batch: {micro} does not divide a process's {each} rows a step")
+        count = max(1, each // micro)
+        shards = processes * count
+        own, anchored = self.rows
+        where = f"over {count} passes of {processes} processes"
+        if own % shards or anchored % shards:
+            raise ConfigError(
+                f"{self.name}.anchor.fraction: {own} rows of the objective and {anchored} of the anchor do not divide {where}"
+            )
+        ratio = getattr(stage.objective, "ratio", None)
+        if ratio is not None and round(ratio * (own // shards)) * shards != round(ratio * own):
+            with_tangents = f"{ratio} of {own} rows are {round(ratio * own)} rows with tangents"
+            raise ConfigError(f"{self.name}.objective.ratio: {with_tangents}, which do not divide {where}")
+        return count
+
+    def pool(
+        self, teacher: Net | None, shape: tuple[int, ...], classes: int, device: torch.device,
+        how: Trajectories | None = None, **options: Any,
+    ) -> Pool:  # fmt: skip
+        """Its trajectories, rolled out as `how` says (default: its own keys); options: as of Pool.
+
+        Raises ValueError where batch and trajectories do not divide.
+        """
+        how = how or self.trajectories
+        rows = self.trajectory_rows
+        return Pool(teacher, self.path, how, shape, classes, rows, self.seed, self.index, device, **options)
+
+    def candidates(
+        self, nfes: tuple[int, ...] = solver_error.NFE, grids: bool = False
+    ) -> list[tuple[solver_error.Solver, int]]:
+        """The solvers, each with a number of network calls, whose trajectories fill its batches on these processes."""
+        found = []
+        for nfe in nfes:
+            for setting in solver_error.settings(self.run.path, self.trajectories, grids):
+                how = solver_error.apply(self.trajectories, setting, nfe)
+                try:
+                    self.pool(None, (1,), 0, torch.device("cpu"), how)
+                except ValueError:
+                    continue
+                found.append((setting, nfe))
+        return found
 
 
-def candidates(
-    run: Run, name: str, nfes: tuple[int, ...] = solver_error.NFE, grids: bool = False
-) -> list[tuple[solver_error.Solver, int]]:
-    """The solvers, each with a number of network calls, whose trajectories fill this stage's batches on these processes."""
-    stage, found = run.stage(name), []
-    assert stage is not None and stage.trajectories is not None
-    for nfe in nfes:
-        for setting in solver_error.settings(run.path, stage.trajectories, grids):
-            how = solver_error.apply(stage.trajectories, setting, nfe)
-            try:
-                pool(run, name, how, None, (1,), 0, torch.device("cpu"))
-            except ValueError:
-                continue
-            found.append((setting, nfe))
-    return found
+def resolve(run: Run, name: str, folder: Path | None = None) -> ResolvedStage:
+    """The stage `name` of a run. folder: the run's, none where nothing is read or written. Raises ConfigError."""
+    config = run.stage(name)
+    if config is None:
+        raise ConfigError(
+            f"{name}: is no stage of {run.name}; it has {', '.join(names(run))}{nearest(name, names(run))}"
+        )
+    return ResolvedStage(run, name, config, (folder or Path()) / name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.schema import STAGES, Run, Stage
 from cmt_fast.diffusion import sampling
@@ -9,7 +11,7 @@ from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.objectives.distance import PERCEPTUAL
-from cmt_fast.run.resolved import INDEX, cached, candidates, names, pool, rows, trajectory_rows
+from cmt_fast.run.resolved import INDEX, cached, names, resolve, rows, trajectory_rows
 from cmt_fast.teacher import solver_error
 
 
@@ -80,8 +82,8 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
             lambda: table(ProbabilityPath(run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift),
         )
         if t.nfe != "auto":
-            _as_config_error(name, lambda: pool(run, name, t, None, shape, classes, "cpu"))
-        elif not candidates(run, name):
+            _as_config_error(name, lambda: resolve(run, name).pool(None, shape, classes, torch.device("cpu")))
+        elif not resolve(run, name).candidates():
             raise ConfigError(
                 f"{name}.trajectories.nfe: auto finds nothing to choose from; with {points} rows x {t.pool_steps} steps in "
                 f"mode {t.mode} none of {', '.join(map(str, solver_error.NFE))} makes whole trajectories"

@@ -32,7 +32,8 @@ from cmt_fast.evaluation import features, judges
 from cmt_fast.perceptual import distance
 from cmt_fast.run import resolved
 from cmt_fast.run.folder import RUN_FILE, _about, _parents, judged_by, stored_run
-from cmt_fast.run.networks import _network, check, parameters
+from cmt_fast.run.networks import _network, check, parameters, rows_of
+from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.storage import checkpoint, files
 
@@ -172,31 +173,30 @@ class Workspace:
 
     def rows(self) -> dict:
         """What another run's network must have been trained on to be read here: shape, classes, normalisation."""
-        own = {"shape": self.data.shape, "classes": self.data.classes}
-        own |= {"normalisation": getattr(self.data, "normalisation", None)}
-        return json.loads(json.dumps(own))
+        return rows_of(self.data)
 
-    def sharding_plan(self, name: str) -> engine.Choice:
+    def stage(self, name: str) -> ResolvedStage:
+        """A stage of this run, resolved. Raises ConfigError where the run has none of this name."""
+        return resolve(self.run, name, self.folder)
+
+    def sharding_plan(self, stage: ResolvedStage) -> engine.Choice:
         """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it.
 
         Raises ConfigError where the engine cannot be had or cannot do what the stage asks for.
         """
-        run, stage = self.run, self.run.stage(name)
-        assert stage is not None
-        held = {
-            name for key, name in resolved.called(stage).items() if key != "start"
-        }  # teacher and guide, of any size
+        run, config = self.run, stage.config
+        held = {name for key, name in stage.called.items() if key != "start"}  # teacher and guide, of any size
         teacher = sum(self._parameters(stored_run(Path(n).parent)) if "/" in n else self.parameters for n in held)
-        bf16, tracks, processes = stage.precision == "bf16", len(stage.ema), distributed.size()
+        bf16, tracks, processes = config.precision == "bf16", len(config.ema), distributed.size()
         memory = sharding.memory_bytes(self.device)
         choice = engine.choose(
             run.engine, run.zero_stage, run.zero_teacher, self.parameters, teacher, processes, tracks, bf16, memory
         )
         try:
-            engine.check(run, stage, choice)
+            engine.check(run, config, choice)
         except ValueError as error:
             text = str(error)
-            raise ConfigError(f"{name}.{text}" if text.startswith("compile") else text) from None
+            raise ConfigError(f"{stage.name}.{text}" if text.startswith("compile") else text) from None
         return choice
 
     @functools.cached_property
@@ -293,7 +293,7 @@ class Workspace:
                 "data": self.data.facts,
                 "environment": machine.environment(),
                 "ops": cmt_kernels.table(self.device.type),
-                "engine": {name: self.sharding_plan(name)._asdict() for name in names},
+                "engine": {name: self.sharding_plan(self.stage(name))._asdict() for name in names},
                 "parents": str(self.parents) if self.parents != self.folder else None,
             }
             files.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))

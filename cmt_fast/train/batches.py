@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from cmt_kernels import dual
-from torch import Tensor
+from torch import Tensor, nn
 
-from cmt_fast import schedule
-from cmt_fast.config.schema import CmtCm, Stage
+from cmt_fast.config.schema import CmtCm
 from cmt_fast.data import trajectory_store
+from cmt_fast.data.datasets import Rows
 from cmt_fast.data.loaders import loader
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Autoguided, guided
@@ -21,7 +21,8 @@ from cmt_fast.engine import Engine
 from cmt_fast.objectives import OBJECTIVES, Batch, LossContext
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.perceptual import distance
-from cmt_fast.run import resolved
+from cmt_fast.run.networks import rows_of
+from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint
@@ -36,62 +37,61 @@ class BatchProvider:
 
     def __init__(
         self,
-        work: Workspace,
-        name: str,
-        stage: Stage,
+        stage: ResolvedStage,
         engine: Engine,
+        data: Rows,
+        device: torch.device,
+        network: Callable[[str], nn.Module],
+        space: Callable[[], Any] | None = None,
         meter: Meter | None = None,
         found: checkpoint.Checkpoint | None = None,
     ) -> None:
-        """meter: is told what of a step's time goes to the teacher's rollouts, and to waiting for rows.
+        """network: the name of a finished stage -> its frozen network; space: what opens the extractor of `eval`, where a
+        distance is in its features; meter: is told what of a step's time goes to rollouts and to waiting for rows.
 
         found: the checkpoint that the stage goes on from.
         """
-        if resolved.trajectory_rows(stage):
-            assert stage.trajectories is not None
-            stage = dataclasses.replace(
-                stage, trajectories=solver_record.settled(work.folder / name, stage.trajectories)
-            )
-        run, self.stage, self.work, self.index = work.run, stage, work, resolved.INDEX[name]
-        self.seed, self.path = run.seed, work.path
+        if stage.trajectory_rows:
+            stage = stage.replaced(trajectories=solver_record.settled(stage.folder, stage.trajectories))
+        self.resolved, self.stage, self.data, self.device = stage, stage.config, data, device
+        self.index, self.seed, self.path = stage.index, stage.seed, stage.path
         self._within = meter.within if meter else lambda phase: contextlib.nullcontext()
-        self.own, self.anchored = resolved.rows(stage)
-        self.total, self.grad_accum_steps = schedule.schedule(stage).total, engine.grad_accum_steps
-        needs = OBJECTIVES[stage.objective.kind]
+        self.own, self.anchored = stage.rows
+        self.total, self.grad_accum_steps = stage.schedule.total, engine.grad_accum_steps
+        config, run = stage.config, stage.run
+        needs = OBJECTIVES[config.objective.kind]
         self.draws_data = needs.draws == "data"
-        self.loader = loader(run.loader, work.data, run.seed, work.device, self.own) if self.draws_data else None
+        self.loader = loader(run.loader, data, run.seed, device, self.own) if self.draws_data else None
         self._step, self._rows = -1, (torch.empty(0), None)
-        held = functools.cache(lambda name: engine.frozen(work.network(name)))
+        held = functools.cache(lambda name: engine.frozen(network(name)))
         self.teacher = None
         if needs.teacher:
-            assert stage.teacher is not None
-            net, guide = held(stage.teacher), stage.autoguidance
+            assert config.teacher is not None
+            net, guide = held(config.teacher), config.autoguidance
             self.teacher = Autoguided(net, held(guide.network), guide.scale) if guide else None
-            self.teacher = self.teacher or guided(net, stage.teacher_guidance)
-        wanted = stage.distances()
-        self.features = getattr(work.space, "differentiable", None) if "features" in wanted else None
+            self.teacher = self.teacher or guided(net, config.teacher_guidance)
+        wanted = config.distances()
+        self.features = getattr(space(), "differentiable", None) if space and "features" in wanted else None
         named = sorted(wanted & set(PERCEPTUAL))
-        self.perceptual = distance.load(stage.perceptual, named[0], work.data.shape, work.device) if named else None
+        self.perceptual = distance.load(config.perceptual, named[0], data.shape, device) if named else None
         if named == ["latent_lpips"]:
-            distance.check_rows(stage.perceptual, work.rows()["normalisation"])
+            distance.check_rows(config.perceptual, rows_of(data)["normalisation"])
         self.pool, self.trajectories = None, {}
-        if resolved.trajectory_rows(stage):
-            self.pool = self._cached(name) if resolved.cached(stage) else self._rolled(name, held, found)
+        if stage.trajectory_rows:
+            self.pool = self._cached(stage.cache) if stage.cache else self._rolled(held, found)
             self.pool.keep = self._kept()
 
-    def _cached(self, name: str) -> Pool:
+    def _cached(self, folder: str) -> Pool:
         """Points of trajectories that are on disk: no teacher is there."""
-        work, run = self.work, self.work.run
-        pool = resolved.pool(run, name, self.stage.trajectories, None, work.data.shape, work.data.classes, work.device)
-        folder = resolved.cached(self.stage)
-        assert folder
-        pool.stock = trajectory_store.reader(folder, run.loader, run.seed, self.index, work.device, pool.count)
+        pool = self.resolved.pool(None, self.data.shape, self.data.classes, self.device)
+        feed = self.resolved.run.loader
+        pool.stock = trajectory_store.reader(folder, feed, self.seed, self.index, self.device, pool.count)
         return pool
 
-    def _rolled(self, name: str, held: Callable, found: checkpoint.Checkpoint | None) -> Pool:
-        """Points of trajectories that the teacher makes, in the format that the stage began with."""
-        work, shape, classes = self.work, self.work.data.shape, self.work.data.classes
-        teacher = Teacher(name, self.stage, held, self.path, work.device)
+    def _rolled(self, held: Callable, found: checkpoint.Checkpoint | None) -> Pool:
+        """Points of trajectories that the teacher makes, in the precision that the stage began with."""
+        name, shape, classes = self.resolved.name, self.data.shape, self.data.classes
+        teacher = Teacher(name, self.stage, held, self.path, self.device)
         if found:  # a checkpoint that says nothing is of a version that knew fp32 and tf32 alone
             before = {"precision": "tf32" if self.stage.precision == "tf32" else "fp32"}
             self.trajectories = found.manifest.get("trajectories") or before
@@ -102,12 +102,10 @@ class BatchProvider:
                 for line in teacher.lines(self.trajectories):
                     progress.say(f"{name:>8} {line}")
         format, graph = self.trajectories["precision"], not teacher.sharded
-        if not graph and work.device.type == "cuda" and distributed.rank() == 0:
+        if not graph and self.device.type == "cuda" and distributed.rank() == 0:
             progress.say(f"{name:>8} no CUDA graph of rollouts: the teacher is sharded over processes")
         how = {"computing": teacher.computing(format), "graph": graph}
-        return resolved.pool(
-            work.run, name, self.stage.trajectories, teacher.net(format), shape, classes, work.device, **how
-        )
+        return self.resolved.pool(teacher.net(format), shape, classes, self.device, **how)
 
     def _kept(self) -> tuple[str, Callable] | None:
         """The distance whose features of endpoints are computed once a trajectory, and what computes them.
@@ -135,7 +133,7 @@ class BatchProvider:
         nimg = step * self.stage.batch
         world = LossContext(self.path, random, self.teacher, step / self.total, self.features, nimg, self.perceptual)
         mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * self.grad_accum_steps)
-        rows = torch.arange(self.own, device=self.work.device)[mine]
+        rows = torch.arange(self.own, device=self.device)[mine]
         drawn = self._data(random, step, rows, part) if self.draws_data else self._points(random, step, rows, rows)
         net = _dropping(engine, random, rows)
         loss, scalars = OBJECTIVES[self.stage.objective.kind].function(net, drawn, self.stage.objective, world)
@@ -143,7 +141,7 @@ class BatchProvider:
         anchor = self.stage.anchor
         if anchor is None:
             return loss.mean(), scalars
-        rows = torch.arange(self.anchored, device=self.work.device)[mine]
+        rows = torch.arange(self.anchored, device=self.device)[mine]
         points = self._points(random, step, rows, rows + self.own)
         net = _dropping(engine, random, rows + self.own)
         held, _ = OBJECTIVES[anchor.objective.kind].function(net, points, anchor.objective, world)
@@ -170,6 +168,17 @@ class BatchProvider:
     def _drop(self, random: rng.Random, labels: Tensor | None, sample: Tensor) -> Tensor | None:
         """One mask a batch, for every copy of it."""
         return None if labels is None else random.uniform(rng.DROP, sample) < self.stage.label_dropout
+
+
+def provider(
+    work: Workspace,
+    stage: ResolvedStage,
+    engine: Engine,
+    meter: Meter | None = None,
+    found: checkpoint.Checkpoint | None = None,
+) -> BatchProvider:
+    """The batches of a stage of an opened run; arguments as of BatchProvider."""
+    return BatchProvider(stage, engine, work.data, work.device, work.network, lambda: work.space, meter, found)
 
 
 def _dropping(engine: Engine, random: rng.Random, sample: Tensor) -> Callable:

@@ -15,19 +15,17 @@ import torch
 from torch import Tensor
 
 from cmt_fast import engine as engines
-from cmt_fast import schedule
 from cmt_fast.config import errors, fingerprint
 from cmt_fast.config.schema import Stage
 from cmt_fast.engine import Engine, compile
-from cmt_fast.run import resolved
+from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine
 from cmt_fast.runtime.progress import say
 from cmt_fast.runtime.signals import Stopped, noted
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
-from cmt_fast.train import monitor, solver_choice
-from cmt_fast.train.batches import BatchProvider
+from cmt_fast.train import batches, monitor, solver_choice
 from cmt_fast.train.profiler import Profile
 from cmt_fast.usage import ledger, meters
 
@@ -43,12 +41,12 @@ def train(work: Workspace, names: list[str], profile: Profile | None = None) -> 
     with work.lock(), noted() as asked:
         work.claim(names)
         for name in names:
-            train_stage(work, name, asked, meter, profile)
+            train_stage(work, work.stage(name), asked, meter, profile)
 
 
 def train_stage(
     work: Workspace,
-    name: str,
+    stage: ResolvedStage,
     asked: list[int],
     meter: meters.Meter | None = None,
     profile: Profile | None = None,
@@ -57,20 +55,17 @@ def train_stage(
 
     asked: signals that ask the process to stop; meter: what this process has spent and no stage was billed for yet.
     """
-    run, folder = work.run, work.folder / name
-    stage = run.stage(name)
-    assert stage is not None
-    plan = schedule.schedule(stage)
-    grad_accum_steps = resolved.grad_accum_steps(run, name, distributed.size())
+    run, name, folder, config, plan = work.run, stage.name, stage.folder, stage.config, stage.schedule
+    grad_accum_steps = stage.grad_accum_steps(distributed.size())
     found = checkpoint.latest(folder)
     if found and found.manifest.get("done"):
         if distributed.rank() == 0:
             say(f"{name:>8} done ({found.manifest['nimg']} images)")
         return
-    others = work.external_inputs(stage) | solver_choice.settle(work, name)
+    others = work.external_inputs(config) | solver_choice.settle(work, stage)
     if found:
         _same(name, found.manifest, others)
-    choice = work.sharding_plan(name)
+    choice = work.sharding_plan(stage)
     first, meter = distributed.rank() == 0, meter or meters.Meter.of(work.device)
     if run.engine != "local" and first:
         for line in choice.lines(work.parameters, distributed.size()):
@@ -79,20 +74,20 @@ def train_stage(
     with contextlib.ExitStack() as ending:
         account = ledger.Account(folder, meter, found.manifest if found else None, first)
         ending.callback(account.close)
-        machine.allow_tf32(stage.precision == "tf32")
+        machine.allow_tf32(config.precision == "tf32")
         ending.callback(machine.allow_tf32, False)
-        engine = engines.build(run, work.build(), stage, work.device, grad_accum_steps, choice)
-        lineage = _parent(work, stage, engine, found is None)
+        engine = engines.build(run, work.build(), config, work.device, grad_accum_steps, choice)
+        lineage = _parent(work, config, engine, found is None)
         wall = {"train_s": 0.0, "eval_s": 0.0}  # of the steps that count; the bill has the lost ones too
         if found:
             _load(engine, found)
             wall = dict(found.manifest["wall"])
         log = Log(folder, engine.step_count, plan.total, name, not first, run.tensorboard)
         ending.callback(log.close)
-        source = BatchProvider(work, name, stage, engine, meter, found)
+        source = batches.provider(work, stage, engine, meter, found)
         ending.callback(source.close)
         if found is None and source.trajectories.get("errors"):
-            log.row("trajectories", 1, stage.batch, source.trajectories)
+            log.row("trajectories", 1, config.batch, source.trajectories)
         always = {  # what every checkpoint of the stage says alike
             "stage": name,
             "recipe": run.name,
@@ -101,24 +96,24 @@ def train_stage(
             "others": others,
             "engine": {"kind": run.engine, "stage": choice.stage, "processes": distributed.size()},
         } | ({"trajectories": source.trajectories} if source.trajectories else {})
-        if stage.compile:
+        if config.compile:
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         meter.lap("startup")
         if found and found.manifest.get("unseen"):
-            monitor.observe(work, name, stage, engine, plan, engine.step_count, False, log)
+            monitor.observe(work, stage, engine, engine.step_count, False, log)
             wall["eval_s"] += meter.lap("evaluation")
         sums, look_every = Sums(found), 1
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
             every = source.pool.steps if source.pool else 1
-            kept = profile.over(steps, plan, every, work.device, stage.precision, stage.compile, folder)
+            kept = profile.over(steps, plan, every, work.device, config.precision, config.compile, folder)
             steps = ending.enter_context(contextlib.closing(kept))
         for step in steps:
             for part in range(grad_accum_steps):
                 loss, scalars = source.loss(engine, step, part)
                 engine.backward(loss)
                 sums.add({"loss": loss.detach(), **scalars}, grad_accum_steps)
-            lr = plan.lr(stage, step)
+            lr = plan.lr(config, step)
             sums.add({"grad_norm": engine.step(lr)})
             n, last = step + 1, step + 1 == plan.total
             row = n % plan.log_every == 0 or last
@@ -130,18 +125,18 @@ def train_stage(
                 means = sums.means(n - (n - 1) // plan.log_every * plan.log_every)
                 if not all(map(_finite, means.values())):
                     raise FloatingPointError(f"{name}: loss {means['loss']} at step {n}; the last checkpoint is sound")
-                speed = n * stage.batch / wall["train_s"]
+                speed = n * config.batch / wall["train_s"]
                 spent = {**wall, "images_per_s": speed, "bill": account.add()}
-                log.row("train", n, n * stage.batch, {**means, "lr": lr}, spent)
+                log.row("train", n, n * config.batch, {**means, "lr": lr}, spent)
                 log.advance(n, f"loss {means['loss']:.4g}  {speed:.0f} img/s")
                 look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
                 # one who stops does not wait for an evaluation: it is made up for on resuming
-                if (last or not stop) and monitor.observe(work, name, stage, engine, plan, n, last, log):
+                if (last or not stop) and monitor.observe(work, stage, engine, n, last, log):
                     wall["eval_s"] += meter.lap("evaluation")
             if n % plan.checkpoint_every == 0 or last or stop:
                 log.commit()
                 unseen = bool(row and stop and not last)  # a row of metrics whose evaluation is still to be made
-                now = {"nimg": n * stage.batch, "done": last, "unseen": unseen, "wall": wall, "bill": account.add()}
+                now = {"nimg": n * config.batch, "done": last, "unseen": unseen, "wall": wall, "bill": account.add()}
                 now["proofs"] = cmt_kernels.proofs()
                 _save(folder, n, engine, always | now, sums)
                 meter.lap("checkpoint")

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from cmt_fast import schedule
-from cmt_fast.config.schema import PowerEma, Stage
+from collections.abc import Callable
+
+from cmt_fast.config.schema import PowerEma
 from cmt_fast.engine import Engine
 from cmt_fast.render import grids
-from cmt_fast.run import resolved
+from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
 
 
-def observe(
-    work: Workspace, name: str, stage: Stage, engine: Engine, plan: schedule.Schedule, n: int, last: bool, log: Log
-) -> bool:
+def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last: bool, log: Log) -> bool:
     """What is due after step n; whether anything was. All ranks give the network and judge it together; rank 0 draws."""
+    name, config, plan = stage.name, stage.config, stage.schedule
     due = lambda every: every and (n % every == 0 or last)
     first = distributed.rank() == 0
     if due(plan.eval_every) or due(plan.grid_every) or last:
         net = engine.average()
         if due(plan.eval_every):
             figures = work.evaluate(net, work.run.eval.steps, work.run.eval.n_during, quiet=True)
-            log.row("eval", n, n * stage.batch, {"steps": figures})
+            log.row("eval", n, n * config.batch, {"steps": figures})
         if due(plan.grid_every) or last:
-            distributed.agreed(lambda: draw_grid(work, net, name, n) if first else None)
+            distributed.agreed(lambda: draw_grid(work, net, stage, n) if first else None)
     if due(plan.snapshot_every):
-        for i, profile in enumerate(stage.ema):
+        for i, profile in enumerate(config.ema):
             if isinstance(profile, PowerEma):
                 tensors = engine.state()[f"ema-{i}"]
                 about = {"stage": name, "sigma_rel": profile.sigma_rel, "done": False}
-                folder = work.folder / name / "snapshots" / f"ema-{i}"
+                folder = stage.folder / "snapshots" / f"ema-{i}"
                 save = lambda where=folder, ema=tensors, about=about: checkpoint.save(
                     where, n, {"ema": ema}, about, keep=1000, write=first
                 )
@@ -40,18 +40,16 @@ def observe(
     return bool(last or due(plan.eval_every) or due(plan.grid_every) or due(plan.snapshot_every))
 
 
-def draw_grid(work: Workspace, net, name: str, step: int) -> None:
+def draw_grid(work: Workspace, net: Callable, stage: ResolvedStage, step: int) -> None:
     """The same noise through 1, 2 and many steps: RUN/stage/grids/step.png."""
     run, n = work.run, 10 if len(work.data.shape) == 3 else 1500
     rows = [(f"{k} step{'s' * (k > 1)}", work.setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
-    stage = run.stage(name)
+    name, config = stage.name, stage.config
     before = "pre" if checkpoint.steps(work.stage_dir("pre")) else None
-    named = (
-        (stage.teacher or before) if name != "pre" and not resolved.cached(stage) else None
-    )  # no teacher for a cache
+    named = (config.teacher or before) if name != "pre" and not stage.cache else None  # no teacher for a cache
     if named or name == "pre":
         teacher, title = (work.network(named), "teacher") if named else (net, "solver")
         drawn = work.setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)
         rows.append((f"{title}, {run.sampler.teacher_steps}", drawn))
     seen = [(title, *work.visible(x)) for title, x in rows]
-    grids.grid([(f"{title}\n{note}", x) for title, x, note in seen], work.folder / name / "grids" / f"{step:08d}.png")
+    grids.grid([(f"{title}\n{note}", x) for title, x, note in seen], stage.folder / "grids" / f"{step:08d}.png")

@@ -26,33 +26,31 @@ import torch
 from torch import Tensor
 
 from cmt_fast import engine as engines
-from cmt_fast import schedule
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Stage
 from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
-from cmt_fast.run import resolved
+from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint, files
 from cmt_fast.teacher import solver_error, solver_record
 from cmt_fast.teacher.precision import Teacher
-from cmt_fast.train.batches import BatchProvider
+from cmt_fast.train import batches
 
 PILOT = 200  # steps of the shorter of the two miniatures, at most
 PROBE = 16  # network calls near which the limit is looked for
 
 
-def settle(work: Workspace, name: str) -> dict[str, dict]:
+def settle(work: Workspace, stage: ResolvedStage) -> dict[str, dict]:
     """Choose what `nfe: auto` of a stage is, unless that is done. Returns what the manifest keeps of it, {} without auto.
 
     Every rank must call it. Raises ConfigError where the stage has begun with other networks than were rolled out.
     """
-    stage, folder = work.run.stage(name), work.folder / name
-    assert stage is not None
-    if not (stage.trajectories and stage.trajectories.nfe == "auto" and resolved.trajectory_rows(stage)):
+    name, folder = stage.name, stage.folder
+    if not (stage.trajectory_rows and stage.trajectories.nfe == "auto"):
         return {}
     kept = solver_record.read(folder)
-    if kept and kept.networks != networks(work, stage):
+    if kept and kept.networks != networks(work, stage.config):
         if checkpoint.steps(folder):
             raise ConfigError(
                 f"{name}.teacher: is not the network that {folder / solver_record.FILE} was measured with"
@@ -98,19 +96,17 @@ def networks(work: Workspace, stage: Stage) -> dict[str, str]:
 
 
 def endpoints(
-    work: Workspace, name: str, advance: Callable[[int], None], count: int = solver_error.COUNT
+    work: Workspace, stage: ResolvedStage, advance: Callable[[int], None], count: int = solver_error.COUNT
 ) -> solver_error.Endpoints:
     """Rollouts of a stage's teacher, under its guidance."""
-    stage = work.run.stage(name)
-    assert stage is not None and stage.trajectories is not None
-    rolled = Teacher(name, stage, work.network, work.path, work.device).net("fp32")
+    rolled = Teacher(stage.name, stage.config, work.network, work.path, work.device).net("fp32")
     t, data = stage.trajectories, work.data
     x, labels = solver_error.starts(work.path, t, data.shape, data.classes, work.run.seed, work.device, count)
     return solver_error.Endpoints(rolled, work.path, x, labels, t, advance)
 
 
 def measure(
-    work: Workspace, name: str, count: int = solver_error.COUNT, nfes: tuple[int, ...] = solver_error.NFE,
+    work: Workspace, stage: ResolvedStage, count: int = solver_error.COUNT, nfes: tuple[int, ...] = solver_error.NFE,
     epsilon: float | None = None, student: str | None = None, margin: float = solver_error.MARGIN, whole: bool = False,
     grids: bool = False,
 ) -> solver_record.Kept:  # fmt: skip
@@ -119,17 +115,15 @@ def measure(
 
     Raises ConfigError where no candidate divides.
     """
-    stage = work.run.stage(name)
-    assert stage is not None
-    candidates = resolved.candidates(work.run, name, nfes, grids)
+    name, candidates = stage.name, stage.candidates(nfes, grids)
     if not candidates:
         raise ConfigError(f"--nfe: {', '.join(map(str, nfes))}: none makes whole trajectories of {name}'s batches")
     with progress.counting("solver", solver_error.calls(candidates), work.folder) as advance:
-        ends = endpoints(work, name, advance, count)
+        ends = endpoints(work, stage, advance, count)
         probe = min((nfe for _, nfe in candidates), key=lambda nfe: abs(nfe - PROBE))
         sure = solver_error.best(ends.estimate(s, n) for s, n in candidates if n == probe)
         limit = ends.limit(sure.setting, probe)[0]
-        known = _epsilon(work, name, stage, ends, limit, sure, epsilon, student)
+        known = _epsilon(work, stage, ends, limit, sure, epsilon, student)
         bound = margin * math.sqrt(known["value"])
         estimates, choice = solver_error.choose(ends, candidates, bound, whole)
     common = solver_error.best(estimates)
@@ -139,7 +133,7 @@ def measure(
         row["common"] = ends.distance(e, limit) if math.isfinite(e.error) else None
     return solver_record.Kept(
         choice={**choice.setting._asdict(), "nfe": choice.nfe}, serves=choice.high <= bound, limit=bound, epsilon=known,
-        networks=networks(work, stage), trajectories=ends.count, calls=ends.calls * ends.count * guidance(stage), rows=rows,
+        networks=networks(work, stage.config), trajectories=ends.count, calls=ends.calls * ends.count * guidance(stage.config), rows=rows,
     )  # fmt: skip
 
 
@@ -150,51 +144,53 @@ def guidance(stage: Stage) -> int:
 
 
 def _epsilon(
-    work: Workspace, name: str, stage: Stage, ends: solver_error.Endpoints, limit: Tensor, sure: solver_error.Estimate,
+    work: Workspace, stage: ResolvedStage, ends: solver_error.Endpoints, limit: Tensor, sure: solver_error.Estimate,
     epsilon: float | None, student: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The student's one-step error, a mean square per dimension, and how it is known."""
     if epsilon is not None:
         return {"value": epsilon, "source": "as given"}
-    parent = stage.start
+    parent = stage.config.start
     if student is None and parent and work.run.stage(parent).objective.kind not in ("denoise", "flow"):
         student = parent
     if student:
         value = one_step_error(work, work.network(student), ends, limit)
         return {"value": value, "source": f"measured of {student}", "student": student}
-    total = schedule.schedule(stage).total
+    total = stage.schedule.total
     short = max(1, min(PILOT, total // 8))
     how = dataclasses.replace(solver_error.apply(stage.trajectories, sure.setting, sure.nfe), precision="fp32")
     errors, rows = [], 0
     for steps in (short, 2 * short):
-        net = pilot(work, name, dataclasses.replace(stage, trajectories=how), steps)
+        net = pilot(work, stage.replaced(trajectories=how), steps)
         errors.append(one_step_error(work, net, ends, limit))
-        rows += steps * stage.batch
+        rows += steps * stage.config.batch
     ratio = min(errors[1] / errors[0], 1.0)
     value = errors[1] * ratio ** math.log2(max(total / (2 * short), 1.0))
     source = f"extrapolated to {total:,} steps from pilots of {short} and {2 * short}"
-    seen = {str(s * stage.batch): e for s, e in zip((short, 2 * short), errors)}
-    calls = round(rows * (3 + sure.cost * guidance(stage)))
+    seen = {str(s * stage.config.batch): e for s, e in zip((short, 2 * short), errors)}
+    calls = round(rows * (3 + sure.cost * guidance(stage.config)))
     return {"value": value, "source": source, "pilots": seen, "calls": calls}
 
 
-def pilot(work: Workspace, name: str, stage: Stage, steps: int) -> Callable:
+def pilot(work: Workspace, stage: ResolvedStage, steps: int) -> Callable:
     """The stage in `steps` steps, its whole schedule made small; nothing is written. Returns its EMA network."""
-    total, run = schedule.schedule(stage).total, work.run
-    small = dataclasses.replace(
-        stage, images_nimg=steps * stage.batch, warmup_nimg=stage.warmup_nimg * steps // total, compile=False,
-        lr_knee_nimg=max(stage.lr_knee_nimg * steps // total, int(stage.lr_schedule == "inverse_sqrt")),
+    total, config = stage.schedule.total, stage.config
+    small = stage.replaced(
+        images_nimg=steps * config.batch, warmup_nimg=config.warmup_nimg * steps // total, compile=False,
+        lr_knee_nimg=max(config.lr_knee_nimg * steps // total, int(config.lr_schedule == "inverse_sqrt")),
     )  # fmt: skip
-    plan, grad_accum_steps = schedule.schedule(small), resolved.grad_accum_steps(run, name, distributed.size())
-    engine = engines.build(run, work.build(), small, work.device, grad_accum_steps, work.sharding_plan(name))
-    if small.start:
-        engine.start_from(work.weights(small.start)[0])
-    source = BatchProvider(work, name, small, engine)
+    plan, grad_accum_steps = small.schedule, small.grad_accum_steps(distributed.size())
+    engine = engines.build(
+        work.run, work.build(), small.config, work.device, grad_accum_steps, work.sharding_plan(stage)
+    )
+    if small.config.start:
+        engine.start_from(work.weights(small.config.start)[0])
+    source = batches.provider(work, small, engine)
     try:
         for step in range(plan.total):
             for part in range(grad_accum_steps):
                 engine.backward(source.loss(engine, step, part)[0])
-            engine.step(plan.lr(small, step))
+            engine.step(plan.lr(small.config, step))
     finally:
         source.close()
     return engine.average()

@@ -283,7 +283,7 @@ def test_training_is_bit_equal_and_goes_on_with_the_other_loader(form, folder, t
     for kind in ("dali", "torch"):  # stopped at the first row with the one, finished with the other
         work = Workspace(run_of(path, kind), tmp_path / f"stopped-{kind}")
         with pytest.raises(loop.Stopped):
-            loop.train_stage(work, "pre", [15])
+            loop.train_stage(work, work.stage("pre"), [15])
         assert checkpoint.latest(work.folder / "pre").manifest["step"] < 20
         assert trained(work.folder, path, "torch" if kind == "dali" else "dali") == wanted
 
@@ -294,7 +294,7 @@ def test_a_checkpoint_of_other_rows_or_another_batch_is_refused(folder, tmp_path
     work = Workspace(run_of(path, "dali"), out)
     work.claim()
     with pytest.raises(loop.Stopped):
-        loop.train_stage(work, "pre", [15])
+        loop.train_stage(work, work.stage("pre"), [15])
     begun = work.folder / "pre" / "checkpoints"
     before = sorted(p.name for p in begun.iterdir())
     store = opened(folder / "store")

@@ -147,17 +147,17 @@ def test_passes_in_the_local_engine_sum_to_the_whole_batch():
 
 
 def test_passes_of_a_recipe():
-    assert resolved.grad_accum_steps(tiny(), "pre", 1) == 1
-    assert resolved.grad_accum_steps(tiny("digits", "pre.micro_batch=8"), "pre", 2) == 2
-    assert resolved.grad_accum_steps(tiny("digits", "pre.micro_batch=64"), "pre", 2) == 1
+    assert resolved.resolve(tiny(), "pre").grad_accum_steps(1) == 1
+    assert resolved.resolve(tiny("digits", "pre.micro_batch=8"), "pre").grad_accum_steps(2) == 2
+    assert resolved.resolve(tiny("digits", "pre.micro_batch=64"), "pre").grad_accum_steps(2) == 1
     for more, processes, key in (
         (["pre.batch=30"], 4, "pre.batch: 30 does not divide over 4 processes"),
         (["pre.micro_batch=5"], 2, "pre.micro_batch: 5 does not divide a process's 16 rows"),
     ):
         with pytest.raises(ConfigError, match=key):
-            resolved.grad_accum_steps(tiny("digits", *more), "pre", processes)
+            resolved.resolve(tiny("digits", *more), "pre").grad_accum_steps(processes)
     with pytest.raises(ConfigError, match="post.objective.ratio: 0.25 of 8 rows are 2 rows with tangents"):
-        resolved.grad_accum_steps(tiny("digits-mf"), "post", 8)
+        resolved.resolve(tiny("digits-mf"), "post").grad_accum_steps(8)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,7 @@ from cmt_fast.objectives.denoise import denoise
 from cmt_fast.run import validation
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
-from cmt_fast.train import loop
-from cmt_fast.train.batches import BatchProvider
+from cmt_fast.train import batches, loop
 from tests.fixtures.tiny import NO_EVAL
 from tests.models.test_models import perturbed
 
@@ -189,7 +188,7 @@ def test_a_training_step_drops_the_same_in_all_its_calls(tmp_path):
     )
     stage = work.run.stage("post")
     engine = LocalEngine(perturbed(work.build()), stage, CPU)
-    source, asked, forward = BatchProvider(work, "post", stage, engine), [], engine.forward
+    source, asked, forward = batches.provider(work, work.stage("post"), engine), [], engine.forward
     engine.forward = lambda *args: (asked.append(args[5]), forward(*args))[1]
     first, again, later = (source.loss(engine, step)[0] for step in (0, 0, 1))
     assert torch.equal(first, again) and len(asked) == 6  # ECT calls at r and at t

@@ -231,7 +231,7 @@ def perturbed(path: str) -> torch.nn.Module:
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_a_fused_step_is_guidance_preconditioning_and_update(path: str, solver: str, order: int, scale: float) -> None:
     """The rollout calls a network's raw output; the same network seen as a plain prediction gives the same nodes."""
-    forward, net = paths.Path(path), perturbed(path).double()
+    forward, net = paths.ProbabilityPath(path), perturbed(path).double()
     plan = table(forward, solver, 8, *((80.0, 0.002) if path == "ve" else (1.0, 0.0)), order)
     x, labels = torch.randn(5, 6, dtype=torch.float64) * plan.times[0], torch.tensor([0, 1, 2, 0, 1])
     teacher = guided(net, scale)
@@ -246,7 +246,7 @@ def test_a_fused_step_is_guidance_preconditioning_and_update(path: str, solver: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", ["ve", "linear"])
 def test_a_whole_rollout_is_one_cuda_graph(path: str) -> None:
-    net, forward = perturbed(path).cuda(), paths.Path(path)
+    net, forward = perturbed(path).cuda(), paths.ProbabilityPath(path)
     plan = table(forward, "dpmpp", 16, *((80.0, 0.002) if path == "ve" else (1.0, 0.0)))
     x, labels = torch.randn(64, 6, device="cuda") * plan.times[0], torch.arange(64, device="cuda") % 3
     teacher = guided(net, 2.5)

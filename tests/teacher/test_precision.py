@@ -22,7 +22,7 @@ from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
 from cmt_fast.teacher import pool, precision
 from cmt_fast.teacher.precision import Teacher
-from cmt_fast.train import loop
+from cmt_fast.train import batches, loop
 from cmt_fast.train.batches import BatchProvider
 from tests.fixtures.tiny import metrics, source_of, stop_after_a_checkpoint, tiny
 from tests.teacher.test_rollouts import network
@@ -174,8 +174,8 @@ def test_a_checkpoint_that_says_nothing_goes_on_as_it_began(pre, tmp_path) -> No
     stage = work.run.mid
     source = source_of(work, "mid")
     fresh = source.pool.draw(0, torch.arange(32))
-    before = BatchProvider(
-        work, "mid", stage, LocalEngine(work.build(), stage, work.device), found=found._replace(manifest=old)
+    before = batches.provider(
+        work, work.stage("mid"), LocalEngine(work.build(), stage, work.device), found=found._replace(manifest=old)
     )
     assert before.trajectories["precision"] == "fp32" and source.trajectories["precision"] == "bf16"
     exact = source_of(work_of(pre, tmp_path / "run"), "mid").pool.draw(0, torch.arange(32))

@@ -158,15 +158,17 @@ def test_cost_is_what_a_student_row_takes_of_the_teacher() -> None:
 
 def test_only_what_fills_the_batch_is_a_candidate() -> None:
     run = tiny("digits", "mid.trajectories.nfe=auto", "mid.trajectories.per_trajectory=16", "mid.batch=48")
-    assert {n for _, n in resolved.candidates(run, "mid")} == {4, 6, 8, 12, 16, 24, 32, 48, 64}
+    assert {n for _, n in resolved.resolve(run, "mid").candidates()} == {4, 6, 8, 12, 16, 24, 32, 48, 64}
     run = tiny("digits", "mid.trajectories.nfe=auto", "mid.trajectories.per_trajectory=16")  # 32 rows x 4 steps
     # a Heun trajectory of 2n calls has n nodes
-    found = resolved.candidates(run, "mid")
+    found = resolved.resolve(run, "mid").candidates()
     assert {n for s, n in found if s.solver == "dpmpp"} == {4, 8, 16, 24, 32, 48, 64}
     assert {n for s, n in found if s.solver == "heun"} == {4, 8, 16, 32, 48, 64}
     paper = tiny("digits", "mid.trajectories.nfe=auto", "mid.trajectories.mode=paper")
-    assert {n for s, n in resolved.candidates(paper, "mid") if s.solver == "dpmpp"} == {4, 8, 16, 32}
-    assert {s.solver for s, _ in resolved.candidates(tiny("digits-mf", "mid.trajectories.nfe=auto"), "mid")} == {
+    assert {n for s, n in resolved.resolve(paper, "mid").candidates() if s.solver == "dpmpp"} == {4, 8, 16, 32}
+    assert {
+        s.solver for s, _ in resolved.resolve(tiny("digits-mf", "mid.trajectories.nfe=auto"), "mid").candidates()
+    } == {
         "dpmpp",
         "heun",
     }
@@ -250,12 +252,12 @@ def test_a_choice_that_was_made_with_another_teacher(finished, tmp_path) -> None
     (out / "mid" / solver_record.FILE).write_text(json.dumps({**kept, "networks": {"teacher": "0"}}))
     work = Workspace(run, out)
     with pytest.raises(ValueError, match="mid.teacher.*was measured with"):
-        solver_choice.settle(work, "mid")
+        solver_choice.settle(work, work.stage("mid"))
     shutil.rmtree(out / "mid" / "checkpoints")
-    assert solver_choice.settle(work, "mid") == {"trajectories": kept["choice"]}
+    assert solver_choice.settle(work, work.stage("mid")) == {"trajectories": kept["choice"]}
     (out / "mid" / solver_record.FILE).write_text("{")
     with pytest.raises(ValueError, match="solver.json.*cannot be read"):
-        solver_choice.settle(work, "mid")
+        solver_choice.settle(work, work.stage("mid"))
 
 
 def test_auto_equals_the_same_numbers_typed(finished, tmp_path) -> None:

@@ -126,7 +126,7 @@ def test_who_stops_does_not_wait_for_an_evaluation(tmp_path, monkeypatch):
     whole, out = Workspace(run, tmp_path / "whole"), Workspace(run, tmp_path / "run")
     loop.train(whole, ["pre"])
     looks, look = [], loop.monitor.observe
-    monkeypatch.setattr(loop.monitor, "observe", lambda *given: looks.append(given[5]) or look(*given))
+    monkeypatch.setattr(loop.monitor, "observe", lambda *given: looks.append(given[3]) or look(*given))
     with monkeypatch.context() as asked:
         asked.setattr(loop, "noted", lambda: contextlib.nullcontext([15]))
         with pytest.raises(loop.Stopped) as stopped:
