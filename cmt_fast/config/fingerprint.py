@@ -6,6 +6,7 @@ import hashlib
 import json
 
 from cmt_fast.config.loading import dump
+from cmt_fast.config.renames import first_names
 from cmt_fast.config.schema import Run
 
 # keys of a stage that change no weight, or its rounding alone as the number of processes does
@@ -46,7 +47,7 @@ def stage_digest(run: Run, name: str, others: dict | None = None) -> str:
 
 
 def _sha(tree: dict) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(first_names(tree), sort_keys=True).encode()).hexdigest()
 
 
 def changed(old: dict, new: dict, prefix: str = "") -> list[str]:

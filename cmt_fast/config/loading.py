@@ -16,15 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from cmt_fast.config import schema
 from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.config.renames import renamed
 from cmt_fast.config.schema import Run
 from cmt_fast.recipes import recipe_text
 
 # the tags of all unions, which pydantic puts between the keys of an error's place
 _KINDS = {kind for part in vars(schema).values() if isinstance(kind := getattr(part, "kind", None), str)}
-
-
-# (the key that holds it where that matters, name of before) -> today's
-RENAMED = {("", "clip"): "grad_clip_norm", ("anchor", "share"): "fraction"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,28 +80,6 @@ def build(tree: dict) -> Run:
         return TypeAdapter(Run).validate_python(renamed(tree)[0])
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
-
-
-def renamed(tree: Any, prefix: str = "") -> tuple[Any, list[str]]:
-    """Plain data with today's keys, and for each that had a name of before `old is now new`.
-
-    Raises ConfigError where both names are given.
-    """
-    if not isinstance(tree, dict):
-        return tree, []
-    out, notes = {}, []
-    for key, value in tree.items():
-        parent = prefix.rpartition(".")[2]
-        now = RENAMED.get((parent if parent == "anchor" else "", key), key)
-        if now != key and prefix:
-            if now in tree:
-                raise ConfigError(f"{prefix}.{key}: is now {prefix}.{now}, and both are given")
-            notes.append(f"{prefix}.{key} is now {prefix}.{now}")
-        else:
-            now = key
-        out[now], more = renamed(value, f"{prefix}.{key}".lstrip("."))
-        notes += more
-    return out, notes
 
 
 def _override(tree: dict, text: str) -> None:

@@ -57,7 +57,7 @@ def settle(work: Workspace, stage: ResolvedStage) -> dict[str, dict]:
             )
         kept = None
     if kept is None:
-        kept = measure(work, name)
+        kept = measure(work, stage)
         distributed.agreed(lambda: write(work, name, kept) if distributed.rank() == 0 else None)
         distributed.barrier()
         kept = solver_record.read(folder)

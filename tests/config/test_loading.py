@@ -11,6 +11,13 @@ from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.run.workspace import Workspace
 
+DIGESTS = {
+    "digits": "d913cee40214e19f",
+    "digits-mf": "57fbbab55359933c",
+    "cifar10": "9ef4c61c4737ed9e",
+    "imagenet512-dit": "89aadb96079244e1",
+}
+
 
 @pytest.mark.parametrize("name", recipes.recipes())
 def test_recipes_are_named_by_their_files_and_say_what_they_are(name):
@@ -108,3 +115,8 @@ def test_a_renamed_key_is_read_and_says_its_new_name(tmp_path, capsys):
     assert loading.build(loading.dump(run)) == run and not capsys.readouterr().err
     with pytest.raises(ConfigError, match="mid.clip: is now mid.grad_clip_norm, and both are given"):
         loading.load(str(old), ["mid.grad_clip_norm=1"])
+
+
+def test_a_rename_changes_no_digest():
+    """Digests of commit b68e86b, whose keys were `clip` and `anchor.share`."""
+    assert {name: fingerprint.digest(loading.load(name))[:16] for name in DIGESTS} == DIGESTS

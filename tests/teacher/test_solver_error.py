@@ -233,7 +233,7 @@ def test_a_killed_run_keeps_its_choice_and_ends_bit_equal(when, finished, tmp_pa
     real, saves = loop._save, []
     save = lambda *a, **k: (real(*a, **k), saves.append(1), killed() if len(saves) == 2 else None)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, *(("Source", killed) if when == "after the choice" else ("_save", save)))
+        patch.setattr(loop, *(("batches", killed) if when == "after the choice" else ("_save", save)))
         loop.train(Workspace(run, out), ["mid"])
     assert solver_record.read(out / "mid") == solver_record.read(finished / "mid")
     assert bool(checkpoint.steps(out / "mid")) == (when == "after a checkpoint")
