@@ -6,13 +6,24 @@ import difflib
 
 
 class ConfigError(ValueError):
-    """What a user typed is wrong: one line that names the key, what it was and what is valid."""
+    """What a user typed is wrong: one line that names the key, what it was and what is valid.
 
-    def __init__(self, text: str) -> None:
-        super().__init__(" ".join(text.split()))
+    key: the recipe's key, option or argument that it is about, "" where it is about none; reason: the line without it.
+    A caller that knows where the key stands says so by `under`.
+    """
 
+    def __init__(self, text: str, key: str | None = None) -> None:
+        """text: the reason where `key` is given, else `KEY: reason`."""
+        text = " ".join(text.split())
+        if key is None:
+            head, colon, rest = text.partition(": ")
+            key, text = (head, rest) if colon and " " not in head else ("", text)
+        self.key, self.reason = key, text
+        super().__init__(f"{key}: {text}" if key else text)
 
-# ---------------------------------------------------------------------------------------------- error text
+    def under(self, parent: str) -> ConfigError:
+        """The same error of a key that stands under `parent`."""
+        return ConfigError(self.reason, f"{parent}.{self.key}" if self.key else parent)
 
 
 def nearest(name: str, valid) -> str:

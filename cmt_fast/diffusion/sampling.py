@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import SamplerConfig
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
@@ -31,7 +32,7 @@ class Sampler:
         times = self.config.mid_times.get(steps)
         if times is None or len(times) != steps - 1:
             known = ", ".join(str(k) for k in sorted({1, *self.config.mid_times}))
-            raise ValueError(f"sampler.mid_times: has no {steps - 1} times for {steps} steps; it serves {known}")
+            raise ConfigError(f"has no {steps - 1} times for {steps} steps; it serves {known}", "sampler.mid_times")
         return times
 
     def labels(self, index: Tensor) -> Tensor | None:
@@ -55,7 +56,7 @@ class Sampler:
         """`steps` network calls of the ODE solver, as a diffusion model is sampled; guided if the recipe says so. (n, ...)."""
         c = self.config
         if self.path.name == "linear" and c.solver == "dpmpp":
-            raise ValueError("sampler.solver: dpmpp is for path ve here; valid are euler, heun, jump")
+            raise ConfigError("dpmpp is for path ve here; valid are euler, heun, jump", "sampler.solver")
         plan = table(self.path, c.solver, steps, c.t_max, c.t_min, c.order)
         z = self.noise(seed, index) * (c.t_max if self.path.name == "ve" else 1.0)
         return rollout(guided(net, c.guidance), self.path, plan, z, self.labels(index), dense=False)
@@ -77,4 +78,7 @@ def check(config: SamplerConfig, path: str, steps: tuple[int, ...]) -> None:
     for s in steps:
         if path == "ve":
             setting.mid_times(s)
-    table(ProbabilityPath(path), config.solver, config.teacher_steps, config.t_max, config.t_min, config.order)
+    try:
+        table(ProbabilityPath(path), config.solver, config.teacher_steps, config.t_max, config.t_min, config.order)
+    except ConfigError as error:
+        raise (ConfigError(error.reason, "teacher_steps") if error.key == "nfe" else error).under("sampler") from None

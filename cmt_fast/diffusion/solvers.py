@@ -16,6 +16,7 @@ import torch
 from cmt_kernels import solver_step
 from torch import Tensor
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.diffusion.guidance import Net
 from cmt_fast.diffusion.paths import ProbabilityPath
 
@@ -109,13 +110,13 @@ def table(
     Raises ValueError for an odd nfe of Heun, times that are not the path's and a solver that the path does not have.
     """
     if not 0 <= t_min < t_max:
-        raise ValueError(f"t_min: {t_min} is not in [0, t_max), t_max is {t_max}")
+        raise ConfigError(f"{t_min} is not in [0, t_max), t_max is {t_max}", "t_min")
     if path.name == "ve" and t_min == 0:
-        raise ValueError("t_min: must be above 0 on the path 've', whose grid is geometric")
+        raise ConfigError("must be above 0 on the path 've', whose grid is geometric", "t_min")
     if path.name == "linear" and t_max > 1:
-        raise ValueError(f"t_max: {t_max} is past 1, where the path 'linear' starts from noise")
+        raise ConfigError(f"{t_max} is past 1, where the path 'linear' starts from noise", "t_max")
     if solver == "heun" and nfe % 2:
-        raise ValueError(f"heun calls the network twice a step: nfe {nfe} must be even")
+        raise ConfigError(f"heun calls the network twice a step, nfe {nfe} must be even", "nfe")
     steps = nfe // 2 if solver == "heun" else nfe
     times = grid(path, steps, t_max, t_min, shift)
     lam = [_log_snr(path, u) for u in times] if solver == "dpmpp" else []
@@ -138,7 +139,7 @@ def table(
             if solver == "heun":
                 rows.append(Row(s, s, (1.0, (s - t) / 2, -(s - t) / 2, 0.0), True))
         else:
-            raise ValueError(f"solver {solver!r} does not exist on the path {path.name!r}")
+            raise ConfigError(f"solver {solver!r} does not exist on the path {path.name!r}", "solver")
     prediction = "data" if path.name == "ve" or solver == "dpmpp" else "velocity"
     return Table(times, tuple(rows), prediction)
 

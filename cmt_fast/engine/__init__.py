@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run, Stage
 from cmt_fast.engine.buffers import load_named, named
 from cmt_fast.engine.local import LocalEngine
@@ -60,14 +61,16 @@ class Engine(Protocol):
         """Restore what `state` of any engine on any number of processes gave after `step` steps."""
 
 
-def check(run: Run, stage: Stage, choice: ShardingPlan) -> None:
+def check(run: Run, name: str, stage: Stage, choice: ShardingPlan) -> None:
     """Raises ValueError where the engine of a run cannot be had, or cannot do what a stage asks for."""
     if run.engine == "local":
         return
     if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError("engine: 'zero' needs DeepSpeed; pip install 'cmt-fast[zero]'")
+        raise ConfigError("'zero' needs DeepSpeed; pip install 'cmt-fast[zero]'", "engine")
     if stage.compile and choice.stage == 3:
-        raise ValueError("compile: ZeRO stage 3 gathers weights inside the network, which is no single graph")
+        raise ConfigError(
+            "ZeRO stage 3 gathers weights inside the network, which is no single graph", f"{name}.compile"
+        )
 
 
 def build(

@@ -21,7 +21,7 @@ def check(run: Run, shape: tuple[int, ...], classes: int) -> None:
         stage = run.stage(name)
         assert stage is not None
         _check_stage(run, name, stage, shape, classes)
-    _as_config_error("sampler", lambda: sampling.check(run.sampler, run.path, run.eval.steps))
+    sampling.check(run.sampler, run.path, run.eval.steps)
 
 
 def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], classes: int) -> None:
@@ -77,12 +77,15 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
             raise ConfigError(
                 f"{name}.trajectories.nfe: 'auto' is chosen with the teacher, cached trajectories have theirs"
             )
-        _as_config_error(
-            f"{name}.trajectories",
-            lambda: table(ProbabilityPath(run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift),
-        )
+        try:
+            table(ProbabilityPath(run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift)
+        except ConfigError as error:
+            raise error.under(f"{name}.trajectories") from None
         if t.nfe != "auto":
-            _as_config_error(name, lambda: resolve(run, name).pool(None, shape, classes, torch.device("cpu")))
+            try:
+                resolve(run, name).pool(None, shape, classes, torch.device("cpu"))
+            except ConfigError as error:
+                raise error.under(name) from None
         elif not resolve(run, name).candidates():
             raise ConfigError(
                 f"{name}.trajectories.nfe: auto finds nothing to choose from; with {points} rows x {t.pool_steps} steps in "
@@ -143,15 +146,3 @@ def _check_perceptual(name: str, stage: Stage, shape: tuple[int, ...]) -> None:
     if wanted == ["lpips"] and (shape[0] not in (1, 3) or min(shape[1:]) < 16):
         fit = "images of 1 or 3 channels and 16 pixels or more"
         raise ConfigError(f"{name}.objective.distance: 'lpips' needs {fit}, the data has the shape {shape}")
-
-
-def _as_config_error(key: str, call) -> None:
-    try:
-        call()
-    except ConfigError:
-        raise
-    except ValueError as error:
-        text = str(error)
-        raise ConfigError(
-            text if text.startswith(key) else f"{key}.{text}" if ":" in text.split(" ")[0] else f"{key}: {text}"
-        ) from None

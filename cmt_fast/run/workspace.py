@@ -192,11 +192,7 @@ class Workspace:
         choice = engine.choose(
             run.engine, run.zero_stage, run.zero_teacher, self.parameters, teacher, processes, tracks, bf16, memory
         )
-        try:
-            engine.check(run, config, choice)
-        except ValueError as error:
-            text = str(error)
-            raise ConfigError(f"{stage.name}.{text}" if text.startswith("compile") else text) from None
+        engine.check(run, stage.name, config, choice)
         return choice
 
     @functools.cached_property

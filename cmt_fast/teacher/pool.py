@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Trajectories
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Net
@@ -81,11 +82,12 @@ class Pool:
         self.each = drawn(config, path.name, self.nodes - 1)
         self.count, rest = divmod(rows * self.steps, self.each)
         if rest or not self.count:
-            raise ValueError(
-                f"batch: {rows} rows x {self.steps} steps are not a whole number of trajectories of {self.each} points"
+            raise ConfigError(
+                f"{rows} rows x {self.steps} steps are not a whole number of trajectories of {self.each} points",
+                "batch",
             )
         if self.count % distributed.size():
-            raise ValueError(f"batch: {self.count} trajectories do not divide over {distributed.size()} processes")
+            raise ConfigError(f"{self.count} trajectories do not divide over {distributed.size()} processes", "batch")
         self.stock: Stock | None = None
         self.keep: tuple[str, Callable[[Tensor], list[Tensor]]] | None = None
         self._round = -1

@@ -120,3 +120,20 @@ def test_a_renamed_key_is_read_and_says_its_new_name(tmp_path, capsys):
 def test_a_rename_changes_no_digest():
     """Digests of commit b68e86b, whose keys were `clip` and `anchor.share`."""
     assert {name: fingerprint.digest(loading.load(name))[:16] for name in DIGESTS} == DIGESTS
+
+
+@pytest.mark.parametrize(
+    "override, key",
+    [
+        ("mid.trajectories.t_min=90", "mid.trajectories.t_min"),
+        ("mid.trajectories.pool_steps=7 mid.batch=7", "mid.batch"),
+        ("sampler.t_min=90", "sampler.t_min"),
+        ("mid.lrr=1", "mid.lrr"),
+        ("mid.teacher=pst", "mid.teacher"),
+        ("post.anchor.fraction=2", "post.anchor.fraction"),
+    ],
+)
+def test_an_error_carries_the_key_that_it_is_about(override, key, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        Workspace(loading.load("digits", override.split()), tmp_path)
+    assert caught.value.key == key and str(caught.value) == f"{key}: {caught.value.reason}"

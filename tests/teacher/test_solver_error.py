@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,7 +234,13 @@ def test_a_killed_run_keeps_its_choice_and_ends_bit_equal(when, finished, tmp_pa
     real, saves = loop._save, []
     save = lambda *a, **k: (real(*a, **k), saves.append(1), killed() if len(saves) == 2 else None)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, *(("batches", killed) if when == "after the choice" else ("_save", save)))
+        patch.setattr(
+            *(
+                (loop, "batches", SimpleNamespace(provider=killed))
+                if when == "after the choice"
+                else (loop, "_save", save)
+            )
+        )
         loop.train(Workspace(run, out), ["mid"])
     assert solver_record.read(out / "mid") == solver_record.read(finished / "mid")
     assert bool(checkpoint.steps(out / "mid")) == (when == "after a checkpoint")
