@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cmt_fast import recipes as recipes_
-from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.config.schema import Run
-from cmt_fast.run import networks, workspace
+
+if TYPE_CHECKING:
+    from cmt_fast.config.schema import Run
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -42,12 +43,17 @@ def recipes(args: argparse.Namespace) -> None:
         target.write_text(text, "utf-8")
         print(f"{target}: a copy of {names[0]}")
     else:
+        from cmt_fast.config import loading
+
         for name in names:
             print(f"{name}: valid, {_validate(loading.load(name))}")
 
 
 def _validate(run: Run) -> str:
     """What a run is; of one whose store is not here, by what its recipe expects of it. Raises ConfigError."""
+    from cmt_fast.config import fingerprint
+    from cmt_fast.run import networks, workspace
+
     expects = getattr(run.data, "expects", None)
     if expects is None or Path(run.data.path).is_dir():
         parameters = workspace.Workspace(run, Path(".")).parameters
