@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cmt_fast import cli, recipes
-from cmt_fast.config import loading
+from cmt_fast import cli
+from cmt_fast.config import loading, recipes
 from tests.fixtures.commands import DOCUMENTS, ROOT, blocks, cmt, commands, verbs
 
 BLOCKS = [b for document in DOCUMENTS for b in blocks(document)]

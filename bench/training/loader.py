@@ -25,9 +25,9 @@ from cmt_fast.cost import flops
 from cmt_fast.cost.estimate import step_us, step_work
 from cmt_fast.cost.hardware import CARDS
 from cmt_fast.data import dali
-from cmt_fast.data.datasets import Dataset
 from cmt_fast.data.latents import Store
-from cmt_fast.data.loaders import Loader
+from cmt_fast.data.order import Loader
+from cmt_fast.data.rows import Dataset
 from cmt_fast.data.shards import Shards, export
 from cmt_fast.data.writing import Layout, Writer
 

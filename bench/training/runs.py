@@ -19,7 +19,7 @@ from cmt_fast import models
 from cmt_fast.config import loading
 from cmt_fast.config.schema import Dit, Ecd, Run, Stage
 from cmt_fast.data import datasets
-from cmt_fast.data.datasets import Dataset
+from cmt_fast.data.rows import Dataset
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.engine import LocalEngine
 from cmt_fast.engine.buffers import bind

@@ -8,7 +8,7 @@ from pathlib import Path
 import cmt_kernels
 from cmt_kernels import assembler
 
-from cmt_fast import recipes
+from cmt_fast.config import recipes
 from cmt_fast.data import dali
 from cmt_fast.runtime import machine
 from cmt_fast.storage import heartbeat

@@ -6,9 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from cmt_fast import recipes
 from cmt_fast.cli.parser import checked
-from cmt_fast.config import loading
+from cmt_fast.config import loading, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.evaluation import judges, references
 from cmt_fast.run import folder, workspace

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cmt_fast import recipes as recipes_
+from cmt_fast.config import recipes as recipes_
 from cmt_fast.config.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from cmt_fast.config import schema
 from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.config.recipes import recipe_text
 from cmt_fast.config.renames import renamed
 from cmt_fast.config.schema import Run
-from cmt_fast.recipes import recipe_text
 
 # the tags of all unions, which pydantic puts between the keys of an error's place
 _KINDS = {kind for part in vars(schema).values() if isinstance(kind := getattr(part, "kind", None), str)}

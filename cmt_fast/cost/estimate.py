@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from cmt_fast import recipes
-from cmt_fast.config import errors, loading
+from cmt_fast.config import errors, loading, recipes
 from cmt_fast.config.schema import Model, Run
 from cmt_fast.cost import flops as flops_
 from cmt_fast.cost import published, step_time

@@ -21,8 +21,8 @@ from torch import Tensor
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Dali
 from cmt_fast.data.archives import DatasetError
-from cmt_fast.data.datasets import Dataset, Rows
-from cmt_fast.data.loaders import Loader, Order
+from cmt_fast.data.order import Loader, Order
+from cmt_fast.data.rows import Dataset, Rows
 from cmt_fast.data.shards import HEADER, Shards
 
 SPAN, EPOCHS = 2**16, 8  # rows and epochs of a pipeline over shards; half-way the next is made, with its index files

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cmt_fast.config.schema import Digits
-from cmt_fast.data.datasets import Dataset
+from cmt_fast.data.rows import Dataset
 
 
 def load(config: Digits) -> Dataset:

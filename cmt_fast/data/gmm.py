@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cmt_fast.config.schema import Gmm
-from cmt_fast.data.datasets import Dataset
+from cmt_fast.data.rows import Dataset
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import ProbabilityPath, column
 from cmt_fast.diffusion.solvers import rollout, table

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cmt_fast.config.schema import Npz
-from cmt_fast.data.datasets import Dataset
+from cmt_fast.data.rows import Dataset
 from cmt_fast.storage import files
 
 

@@ -16,7 +16,8 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cmt_fast.data.datasets import Rows, in_memory
+from cmt_fast.data.datasets import in_memory
+from cmt_fast.data.rows import Rows
 
 
 class Extractor(Protocol):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Eval
-from cmt_fast.data.datasets import Rows, in_memory
+from cmt_fast.data.datasets import in_memory
+from cmt_fast.data.rows import Rows
 from cmt_fast.evaluation import distances, neighbours, references
 from cmt_fast.evaluation.distances import Stream
 from cmt_fast.evaluation.features import Extractor

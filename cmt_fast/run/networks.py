@@ -9,7 +9,7 @@ from torch import nn
 
 from cmt_fast import models
 from cmt_fast.config.schema import Run
-from cmt_fast.data.datasets import Rows
+from cmt_fast.data.rows import Rows
 from cmt_fast.run import validation
 
 

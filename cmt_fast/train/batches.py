@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cmt_fast.config.schema import CmtCm
 from cmt_fast.data import trajectory_store
-from cmt_fast.data.datasets import Rows
 from cmt_fast.data.loaders import loader
+from cmt_fast.data.rows import Rows
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Autoguided, guided
 from cmt_fast.engine import Engine

@@ -7,10 +7,9 @@ import re
 
 import pytest
 
-from cmt_fast import recipes
 from cmt_fast.cli import estimate as command
 from cmt_fast.cli import main
-from cmt_fast.config import loading
+from cmt_fast.config import loading, recipes
 from cmt_fast.cost import estimate, plan
 from cmt_fast.cost.hardware import CARDS
 from tests.fixtures.commands import ROOT

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmt_fast import recipes
-from cmt_fast.config import fingerprint, loading
+from cmt_fast.config import fingerprint, loading, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.run.workspace import Workspace
 

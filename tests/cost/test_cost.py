@@ -9,8 +9,8 @@ import json
 
 import pytest
 
-from cmt_fast import models, recipes
-from cmt_fast.config import loading
+from cmt_fast import models
+from cmt_fast.config import loading, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Dit, Edm, Edm2
 from cmt_fast.cost import estimate, plan, step_time

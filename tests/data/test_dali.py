@@ -20,8 +20,8 @@ from cmt_fast.config.schema import Dali
 from cmt_fast.data import dali
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.dali import DaliLoader
-from cmt_fast.data.loaders import Loader
 from cmt_fast.data.opening import opened
+from cmt_fast.data.order import Loader
 from cmt_fast.data.shards import Shards, export
 from cmt_fast.diffusion import rng
 from cmt_fast.run.workspace import Workspace

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from cmt_fast.cli import main
 from cmt_fast.config.schema import Latents
 from cmt_fast.data import datasets, latents
+from cmt_fast.data import rows as rows_
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.autoencoder import Normalisation
 from cmt_fast.data.latents import Store
-from cmt_fast.data.loaders import Loader
+from cmt_fast.data.order import Loader
 from cmt_fast.data.writing import Layout, Writer
 from cmt_fast.evaluation.features import extractor
 from cmt_fast.evaluation.judges import Judge
@@ -155,7 +156,7 @@ def test_the_loader_gives_the_same_rows_from_any_step_and_world_size(store):
     position = torch.arange(batch)
     plain = Loader(s, 7, CPU)
     want = [plain.rows(position + k * batch) for k in range(steps)]
-    order, _ = Loader(datasets.Dataset(torch.arange(ROWS)[:, None].float(), None, 0), 7, CPU).rows(
+    order, _ = Loader(rows_.Dataset(torch.arange(ROWS)[:, None].float(), None, 0), 7, CPU).rows(
         torch.arange(batch * steps)
     )
     epoch = torch.arange(batch * steps) // ROWS

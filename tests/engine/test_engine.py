@@ -9,7 +9,7 @@ import torch
 from cmt_fast import engine, schedule
 from cmt_fast.config.schema import ConstantEma, Denoise, Digits, PowerEma, Stage
 from cmt_fast.data import datasets
-from cmt_fast.data.loaders import Loader
+from cmt_fast.data.order import Loader
 from cmt_fast.engine import LocalEngine, ema
 from cmt_fast.evaluation import distances, features, judges
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from cmt_fast import cli
 from cmt_fast.config import schema
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.data import datasets
+from cmt_fast.data import datasets, rows
 from cmt_fast.evaluation import dinov2, distances, inception, judges, references, weights
 from cmt_fast.evaluation import features as features_
 from cmt_fast.run.workspace import Workspace
@@ -248,7 +248,7 @@ def test_what_the_metrics_need_is_named(run, tmp_path, capsys):
         err = capsys.readouterr().err
         assert text in err.replace("'kid'", '"kid"') and err.count("\n") == 1, err
     with pytest.raises(ConfigError, match="eval.metric: fid looks at images, and rows of this data are .4, 8, 8."):
-        latents = datasets.Dataset(torch.zeros(3, 4, 8, 8), None, 0)
+        latents = rows.Dataset(torch.zeros(3, 4, 8, 8), None, 0)
         evaluation = schema.Eval(metric="fid", weights="w.pth")
         judges.open_judge(latents, evaluation, features_.Identity, CPU, None)
 
@@ -264,7 +264,7 @@ def test_latents_are_decoded_before_they_are_judged():
             return x.mean((2, 3))
 
     decode = lambda z: z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
-    latents = datasets.Dataset(torch.randn(30, 4, 2, 2), None, 0)
+    latents = rows.Dataset(torch.randn(30, 4, 2, 2), None, 0)
     judge = judges.Judge(latents, Space(), None, "fid", decode)
     made = judges.make_reference(judge, None, 16, 0, lambda n: None)
     assert Space.seen == [(16, 3, 16, 16), (14, 3, 16, 16)]

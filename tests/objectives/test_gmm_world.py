@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cmt_fast.config.schema import CmtCm, CmtMf, Denoise, Ecd, Ect, Flow, Gmm, MeanFlow, Trajectories
 from cmt_fast.data.gmm import Exact, load, means
-from cmt_fast.data.loaders import Loader
+from cmt_fast.data.order import Loader
 from cmt_fast.diffusion import paths, rng
 from cmt_fast.diffusion.paths import ProbabilityPath, column
 from cmt_fast.diffusion.rng import Random

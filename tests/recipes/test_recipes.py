@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmt_fast import recipes
 from cmt_fast.cli import main
-from cmt_fast.config import loading
+from cmt_fast.config import loading, recipes
 from cmt_fast.config.schema import Run
 from cmt_fast.report import page, sections
 from cmt_fast.run import resolved

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cmt_fast import recipes
-from cmt_fast.config import loading
+from cmt_fast.config import loading, recipes
 from cmt_fast.config.schema import STAGES, Stage
 
 
