@@ -325,7 +325,8 @@ def test_another_file_of_the_same_name_is_refused(tmp_path):
     work = lambda: Workspace(tiny("digits-mf", *more), tmp_path / "run")
     work().claim()
     with pytest.raises(loop.Stopped):
-        loop.train_stage(work(), "pre", [15])
+        opened = work()
+        loop.train_stage(opened, opened.stage("pre"), [15])
     np.savez(path, images=1 - images)
     with pytest.raises(ConfigError, match="data: .*not the rows that .*run/pre was trained on .*xxh3_128"):
         loop.train(work(), ["pre"])
