@@ -33,7 +33,7 @@ def stored_run(folder: Path) -> Run:
         raise ConfigError(f"RUN: {file} cannot be read ({error})") from None
 
 
-def _parents(folder: Path) -> Path | None:
+def parents_of(folder: Path) -> Path | None:
     """Where the stages are that a stored run did not train itself."""
     stored_run(folder)
     parents = _about(folder).get("parents")

@@ -31,7 +31,7 @@ from cmt_fast.engine import load_named, sharding
 from cmt_fast.evaluation import features, judges
 from cmt_fast.perceptual import distance
 from cmt_fast.run import resolved
-from cmt_fast.run.folder import RUN_FILE, _about, _parents, judged_by, stored_run
+from cmt_fast.run.folder import RUN_FILE, _about, judged_by, parents_of, stored_run
 from cmt_fast.run.networks import _network, check, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.runtime import distributed, machine, progress
@@ -64,7 +64,7 @@ class Workspace:
         folder, parents = self.folder, self.parents
         if "/" in name:
             folder, name = Path(name).parent, Path(name).name
-            parents = _parents(folder) or folder
+            parents = parents_of(folder) or folder
         return folder / name if checkpoint.steps(folder / name) else parents / name
 
     def finished(self, name: str) -> checkpoint.Checkpoint:
@@ -179,7 +179,7 @@ class Workspace:
         """A stage of this run, resolved. Raises ConfigError where the run has none of this name."""
         return resolve(self.run, name, self.folder)
 
-    def sharding_plan(self, stage: ResolvedStage) -> engine.Choice:
+    def sharding_plan(self, stage: ResolvedStage) -> engine.ShardingPlan:
         """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it.
 
         Raises ConfigError where the engine cannot be had or cannot do what the stage asks for.
@@ -317,7 +317,7 @@ def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, st
             f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{errors.nearest(path.name, STAGES)}"
         )
     run = judged_by(stored_run(path.parent), evaluation or {})
-    return Workspace(run, path.parent, _parents(path.parent)), path.name
+    return Workspace(run, path.parent, parents_of(path.parent)), path.name
 
 
 def fits(work: Workspace, name: str) -> None:

@@ -1,0 +1,153 @@
+"""CMT-Fast from Python: open runs and recipes, build networks, sample, evaluate, roll out a teacher, take training steps.
+
+Nothing is registered and nothing is global: every function takes names or folders and returns tensors, plain data or a
+`Workspace`. What a user gets wrong raises ConfigError, one line that names the key. See docs/api.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch is imported where it is used
+    from torch import Tensor, nn
+
+    from cmt_fast.run.workspace import Workspace
+
+
+def open_recipe(recipe: str, *overrides: str, out: str | Path | None = None) -> Workspace:
+    """The run that a recipe describes, on its data and device; writes nothing.
+
+    recipe: a name (`cmt recipes ls`) or a YAML file; overrides: "mid.lr=1e-4"; out: its folder (default: runs/NAME).
+    """
+    from cmt_fast.config import loading
+    from cmt_fast.run import folder
+    from cmt_fast.run.workspace import Workspace
+
+    run = loading.load(recipe, overrides)
+    return Workspace(run, Path(out) if out else folder.default(run))
+
+
+def open_run(run: str | Path) -> Workspace:
+    """A run that is on disk, as `cmt train` left it. Raises ConfigError where the folder holds none."""
+    from cmt_fast.run import folder
+    from cmt_fast.run.workspace import Workspace
+
+    where = Path(run)
+    return Workspace(folder.stored_run(where), where, folder.parents_of(where))
+
+
+def network(stage: str | Path) -> nn.Module:
+    """The trained network of "RUN/STAGE": frozen, its first EMA, fp32, on the run's device.
+
+    It is called as net(x, t, r, labels): x (B, ...), t and r (B,), labels (B,) or None. A fresh one with random weights is
+    `open_recipe(...).build()`.
+    """
+    from cmt_fast.run.workspace import open_stage
+
+    work, name = open_stage(str(stage))
+    return work.network(name)
+
+
+def sample(
+    stage: str | Path, n: int = 64, steps: int = 1, seed: int = 0, solver: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Samples of "RUN/STAGE": x (n, ...) float32 in data units on the CPU, labels (n,) or None; the bits of `cmt sample`.
+
+    steps: network calls; solver: integrate the ODE with them, as a diffusion model is sampled.
+    """
+    import torch
+
+    from cmt_fast.run.workspace import open_stage
+
+    work, name = open_stage(str(stage))
+    x = work.setting.generate(work.network(name), steps, n, seed, solver, work.run.eval.batch)
+    return x, work.setting.labels(torch.arange(n))
+
+
+def evaluate(
+    stage: str | Path,
+    steps: Sequence[int] = (1, 2),
+    n: int | None = None,
+    seed: int | None = None,
+    solver: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Figures of "RUN/STAGE" by number of steps, such as {"1": {"frechet": ..., "accuracy": ...}}; those of `cmt eval`.
+
+    n, seed: the recipe's unless given. Raises FloatingPointError where samples are not finite.
+    """
+    from cmt_fast.run.workspace import open_stage
+
+    work, name = open_stage(str(stage))
+    return work.evaluate(work.network(name), tuple(steps), n or work.run.eval.n, solver, seed, quiet=True)
+
+
+def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tensor, tuple[float, ...], Tensor | None]:
+    """The first n teacher trajectories of a stage: nodes (N + 1, n, ...) from noise to data, their N + 1 times, labels (n,).
+
+    Raises ConfigError where the stage rolls out no teacher, or that is not trained.
+    """
+    import functools
+
+    from cmt_fast.diffusion.solvers import table
+    from cmt_fast.teacher.pool import roller
+    from cmt_fast.teacher.precision import Teacher
+
+    own = work.stage(stage)
+    t, data = own.trajectories, work.data
+    teacher = Teacher(stage, own.config, functools.cache(work.network), own.path, work.device)
+    roll = roller(
+        teacher.net("fp32"), own.path, t, data.shape, data.classes, own.seed, own.index, work.device, n,
+        teacher.computing("fp32"),
+    )  # fmt: skip
+    nodes, labels = roll(0, n)
+    return nodes, tuple(table(own.path, t.solver, t.nfe, t.t_max, t.t_min, t.order, t.shift).times), labels
+
+
+def train(work: Workspace, stages: Sequence[str] | None = None) -> None:
+    """Train stages of a run in order, as `cmt train` does; the same call again goes on where it stopped."""
+    from cmt_fast.run import resolved
+    from cmt_fast.train import loop
+
+    loop.train(work, [name for name in resolved.names(work.run) if stages is None or name in stages])
+
+
+def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[], dict[str, float]]]:
+    """A stage's network and a function that takes its next optimizer step and returns its loss, gradient norm and lr.
+
+    It is what `cmt train` does from the stage's start, in one process, with nothing written: the stage's own batches, its
+    precision, optimizer and EMA. Raises ConfigError where a stage that it needs is not trained.
+    """
+    from cmt_fast.engine import LocalEngine
+    from cmt_fast.train import batches
+
+    own, config = work.stage(stage), work.stage(stage).config
+    parts, plan = own.grad_accum_steps(1), own.schedule
+    engine = LocalEngine(work.build(), config, work.device, parts)
+    if config.start:
+        engine.start_from(work.weights(config.start)[0])
+    source = batches.provider(work, own, engine)
+
+    def step() -> dict[str, float]:
+        n, total = engine.step_count, 0.0
+        for part in range(parts):
+            loss, _ = source.loss(engine, n, part)
+            engine.backward(loss)
+            total += float(loss.detach()) / parts
+        lr = plan.lr(config, n)
+        return {"loss": total, "grad_norm": float(engine.step(lr)), "lr": lr}
+
+    return engine.net, step
+
+
+__all__: list[Any] = [
+    "evaluate",
+    "network",
+    "open_recipe",
+    "open_run",
+    "sample",
+    "train",
+    "training_steps",
+    "trajectories",
+]
