@@ -15,6 +15,7 @@ BENCHES = {
         "kernels.calibrate",
         "what this machine does at its best: ceilings, linears, attention, norms, optimizers",
     ),
+    "coverage": ("harness.coverage", "lines of every room of cmt_fast that the tests ran"),
     "dual": ("training.dual", "what a tangent costs, beside the plain forward and torch.func.jvp"),
     "gates": ("kernels.resources", "registers, spills and shared memory of every kernel, compiled without a GPU"),
     "gpu": ("harness.gpu_suite", "all that a machine with a GPU is for, in parts"),

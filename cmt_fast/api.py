@@ -91,18 +91,19 @@ def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tenso
     import functools
 
     from cmt_fast.diffusion.solvers import table
+    from cmt_fast.teacher import solver_record
     from cmt_fast.teacher.pool import roller
     from cmt_fast.teacher.precision import Teacher
 
     own = work.stage(stage)
-    t, data = own.trajectories, work.data
+    t, data = solver_record.settled(own.folder, own.trajectories), work.data
     teacher = Teacher(stage, own.config, functools.cache(work.network), own.path, work.device)
     roll = roller(
         teacher.net("fp32"), own.path, t, data.shape, data.classes, own.seed, own.index, work.device, n,
         teacher.computing("fp32"),
     )  # fmt: skip
     nodes, labels = roll(0, n)
-    return nodes, tuple(table(own.path, t.solver, t.nfe, t.t_max, t.t_min, t.order, t.shift).times), labels
+    return nodes, tuple(table(own.path, t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift).times), labels
 
 
 def train(work: Workspace, stages: Sequence[str] | None = None) -> None:

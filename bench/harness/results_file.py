@@ -30,7 +30,7 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit of this tree: what a carried copy says of itself (CMT_COMMIT; COMMIT, by bench/harness/kit.py), else what git says."""
+    """The commit of this tree: what a copy says of itself (CMT_COMMIT; COMMIT, by harness/kit.py), else what git says."""
     carried = ROOT / "COMMIT"
     said = os.environ.get("CMT_COMMIT") or (carried.read_text() if carried.exists() else "")
     if not said and shutil.which("git"):

@@ -1,6 +1,6 @@
 """One way to take a training step, ours or the published codes': made, fitted into memory, timed.
 
-`bench step` holds several in one process and lets them take turns; on a GPU each lives in a worker (bench/harness/worker.py), which
+`bench step` holds several in one process and lets them take turns; on a GPU each lives in a worker (harness/worker.py), which
 `answer`s: load, fit, turns.
 """
 

@@ -1,7 +1,7 @@
 """The stages that benches run: a recipe's, around another network and seeded rows, with a teacher that was not trained.
 
-Rows, loss, trajectories and optimizer are the trainer's own (`BatchProvider`, `Pool`, the local engine); what a run has on disk is
-not there. Gates are moved away from zero, so that tangents and trajectories are not.
+Rows, loss, trajectories and optimizer are the trainer's own (`BatchProvider`, `Pool`, the local engine); what a run has on disk
+is not there. Gates are moved away from zero, so that tangents and trajectories are not.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whole training steps of every stage beside the same steps as the published codes take them, eager and compiled.
 
 Ours are the trainer's: rows, pool of trajectories, loss, backward, optimizer, with the cost of a round of trajectories shared
-out over its steps. On a CPU all steps of one objective take turns, and a ratio is taken turn by turn: `peer` (bench/training/baseline.py) over
-ours, per image; on a GPU each has a process of its own (bench/training/apart.py). Mid-training draws as many points from a trajectory
+out over its steps. On a CPU all steps of one objective take turns, and a ratio is taken turn by turn: `peer` (baseline.py) over
+ours, per image; on a GPU each has a process of its own (apart.py). Mid-training draws as many points from a trajectory
 as it cost network calls, so that both pay one teacher forward a row; a row with the recipe's own number of points stands beside
 it. "Shipped" is the fastest of ours whose precision is safe.
 
@@ -186,7 +186,7 @@ def measure(
 def make_row(
     name: str, m: runs.Model, how: str, precision: str, fitted: dict, times: dict, device: str, square: float
 ) -> dict[str, Any]:
-    """The row of one contender. fitted, times: as `bench.training.contender` gives them; square: FLOPs of the matmul between turns."""
+    """The row of one contender. fitted, times: as `contender` gives them; square: FLOPs of the matmul between turns."""
     batch, teacher, mid = fitted["batch"], fitted["teacher"], name.startswith("CMT")
     p20, p50, p80 = quantiles(times["ms"])
     work = flops_.dit_forward(m.width, m.depth, m.tokens, runs.OBJECTIVES[name].recipe != "digits")

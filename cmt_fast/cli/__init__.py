@@ -27,7 +27,7 @@ COMMANDS = {
     ),
     "trajectories": (
         "trajectories",
-        "trajectories of a run's teacher into a store, which a stage's trajectories.cache names; the same command again goes on where it stopped, and under torchrun the processes share the work",
+        "write a teacher's trajectories to a store, which a stage's trajectories.cache names; rerun to resume",
     ),
     "train-features": (
         "train_features",

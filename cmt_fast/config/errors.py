@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
@@ -26,7 +27,7 @@ class ConfigError(ValueError):
         return ConfigError(self.reason, f"{parent}.{self.key}" if self.key else parent)
 
 
-def nearest(name: str, valid) -> str:
+def nearest(name: object, valid: Iterable[object]) -> str:
     """The end of an error line: "; did you mean ...?" or nothing."""
     close = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -36,7 +36,9 @@ def stage_facts(run: Run, name: str) -> dict:
     while queue:
         member = queue.pop(0)
         facts[member] = {k: v for k, v in tree[member].items() if k not in WATCHING}
-        parents = run.stage(member).networks().values()
+        stage = run.stage(member)
+        assert stage is not None, member
+        parents = stage.networks().values()
         queue += [p for p in parents if "/" not in p and p not in facts]
     return facts
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 import sys
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -100,10 +100,10 @@ def _override(tree: dict, text: str) -> None:
 
 def dump(run: Run) -> dict:
     """Plain data (JSON types) that `build` reads back to an equal Run."""
-    return json.loads(json.dumps(dataclasses.asdict(run)))
+    return json.loads(json.dumps(dataclasses.asdict(cast(Any, run))))
 
 
-def _fields(cls, loc: tuple) -> list[str]:
+def _fields(cls: Any, loc: tuple) -> list[str]:
     """The valid keys at a place in the schema, for the message of an unknown key."""
     for part in loc:
         cls = _step_into(cls, part)
@@ -112,7 +112,7 @@ def _fields(cls, loc: tuple) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
-def _step_into(cls, part):
+def _step_into(cls: Any, part: Any) -> Any:
     if dataclasses.is_dataclass(cls) and isinstance(part, str):
         return _plain(get_type_hints(cls, include_extras=True).get(part))
     if isinstance(cls, tuple):  # members of a tagged union, `part` is the tag
@@ -120,7 +120,7 @@ def _step_into(cls, part):
     return None
 
 
-def _plain(hint):
+def _plain(hint: Any) -> Any:
     """A dataclass, or the tuple of dataclasses of a union, behind Annotated, None and tuple[X, ...]."""
     while get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
@@ -156,5 +156,5 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}.kind: is missing; it names which of the variants this is"
     shown = json.dumps(given, default=str)
     shown = shown if len(shown) < 60 else shown[:57] + "..."
-    other = f", or {words[0][8:-1]}" if words else ""
+    other = f", or {str(words[0])[8:-1]}" if words else ""
     return f"{key}: {shown} is not valid; {first['msg'][0].lower()}{first['msg'][1:]}{other}"

@@ -37,7 +37,7 @@ class Engine(Protocol):
         """The same forward, never compiled."""
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one of the step's `grad_accum_steps` scalar losses; their mean is what is differentiated."""
+        """Accumulate the gradients of one of the step's `grad_accum_steps` losses; their mean is differentiated."""
 
     def step(self, lr: float) -> Tensor:
         """Average over ranks, clip, AdamW, EMAs, weight constraints. Returns the gradient's norm before clipping, ()."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -109,7 +109,7 @@ class ResolvedStage:
 
     def replaced(self, **keys: Any) -> ResolvedStage:
         """The same stage with other values of its own keys."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, **keys))
+        return dataclasses.replace(self, config=dataclasses.replace(cast(Any, self.config), **keys))
 
     def grad_accum_steps(self, processes: int) -> int:
         """Forwards and backwards of each process in one step. Raises ConfigError where rows do not divide evenly.

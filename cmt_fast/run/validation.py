@@ -35,7 +35,8 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
                 k for k, row in OBJECTIVES.items() if row.path == run.path and (key == "objective" or "cmt" in k)
             )
             raise ConfigError(
-                f"{name}.{key}.kind: {kind!r} is for the path {OBJECTIVES[kind].path!r}, this run's is {run.path!r}; valid are {valid}"
+                f"{name}.{key}.kind: {kind!r} is for the path {OBJECTIVES[kind].path!r}, "
+                f"this run's is {run.path!r}; valid are {valid}"
             )
     _check_networks(name, stage)
     _check_perceptual(name, stage, shape)
@@ -57,7 +58,8 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
         raise ConfigError(f"{name}.teacher: is missing; it names the stage whose network is the teacher")
     if not rows(stage)[0] or (stage.anchor and not rows(stage)[1]):
         raise ConfigError(
-            f"{name}.anchor.fraction: {stage.anchor and stage.anchor.fraction} leaves no row of the batch of {stage.batch} to one side"
+            f"{name}.anchor.fraction: {stage.anchor and stage.anchor.fraction} leaves no row "
+            f"of the batch of {stage.batch} to one side"
         )
     if (
         stage.label_dropout or stage.teacher_guidance != 1 or (stage.trajectories and stage.trajectories.guidance != 1)

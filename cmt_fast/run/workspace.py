@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import cmt_kernels
@@ -23,7 +23,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES, Run, Stage
 from cmt_fast.data import datasets
 from cmt_fast.data import trajectory_store as rolled
-from cmt_fast.data.autoencoder import Codec
+from cmt_fast.data.autoencoder import Codec, Normalisation
 from cmt_fast.data.latents import Index
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
@@ -98,8 +98,15 @@ class Workspace:
     @property
     def latents(self) -> Index | None:
         """What the store says of its latents; None where rows are no latents."""
-        index = self.data.index if self.run.data.kind == "latents" else None
+        index: Index | None = getattr(self.data, "index", None) if self.run.data.kind == "latents" else None
         return index if index is not None and index.kind != "pixels" else None
+
+    @property
+    def _normalisation(self) -> Normalisation:
+        """Of the store that latents come from."""
+        found = getattr(self.data, "normalisation", None)
+        assert found is not None
+        return found
 
     def codec(self, source: str | None = None) -> Codec:
         """The autoencoder of this run's latents, from `source` or from where the store says that it was.
@@ -111,7 +118,7 @@ class Workspace:
             raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
         if not (source or index.vae):
             raise ConfigError("--vae or eval.vae: is missing, and the store does not say which autoencoder made it")
-        found = Codec.open(source or index.vae, self.device, self.data.normalisation)
+        found = Codec.open(source or index.vae, self.device, self._normalisation)
         if index.vae_xxh3_128 and found.digest != index.vae_xxh3_128:
             raise ConfigError(
                 f"--vae or eval.vae: {found.name!r} is not the autoencoder that made the latents, its weights differ"
@@ -133,7 +140,7 @@ class Workspace:
         if self._decoder:
             return self._decoder.decode(x), ""
         channels = 3 if x.shape[1] >= 3 else 1
-        n = self.data.normalisation
+        n = self._normalisation
         std = torch.tensor([n.scale * a / b for a, b in zip(index.std, n.std)])[:channels].view(-1, 1, 1)
         return x[:, :channels] / (3 * std), f"latents, {channels} of {x.shape[1]}"
 
@@ -217,7 +224,7 @@ class Workspace:
         return judges.open_judge(self.data, self.run.eval, lambda: self.space, self.device, decode, rows)
 
     def evaluate(
-        self, net, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None,
+        self, net: Callable, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None,
         judge: judges.Judge | None = None, quiet: bool = False,
     ) -> dict:  # fmt: skip
         """{steps: {"frechet", "sliced_wasserstein", "accuracy", ...}} of n samples each; every rank must call it.

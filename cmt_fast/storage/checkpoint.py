@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import xxhash
@@ -111,7 +111,14 @@ def _pull(files: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Tensor]:
             yield from (tensors[name] for name in sorted(tensors))
 
 
-def _save(stage_dir: Path, step: int, files, pending: Iterator[Tensor], about: dict[str, Any], keep: int) -> Path:
+def _save(
+    stage_dir: Path,
+    step: int,
+    files: Mapping[str, Mapping[str, Tensor]],
+    pending: Iterator[Tensor],
+    about: dict[str, Any],
+    keep: int,
+) -> Path:
     final = folder_of(stage_dir, step)
     temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -154,7 +161,7 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: It
         for name in sorted(shapes):
             tensor = next(tensors).detach().to("cpu", torch.float32).contiguous()
             assert tuple(tensor.shape) == tuple(shapes[name]), name
-            file.write(memoryview(tensor.reshape(-1).numpy()).cast("B"))
+            file.write(memoryview(cast(Any, tensor.reshape(-1).numpy())).cast("B"))
 
 
 def steps(stage_dir: Path) -> list[int]:

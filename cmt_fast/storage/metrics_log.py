@@ -97,7 +97,7 @@ class Log:
             self.board.close()
 
 
-def _tensorboard(folder: Path):
+def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,4 @@
-"""What was chosen for `nfe: auto`, and why: RUN/STAGE/solver.json, written before the first step and read from there ever after."""
+"""What was chosen for `nfe: auto`, and why: RUN/STAGE/solver.json, written before the first step and read ever after."""
 
 from __future__ import annotations
 

@@ -133,7 +133,8 @@ def measure(
         row["common"] = ends.distance(e, limit) if math.isfinite(e.error) else None
     return solver_record.Kept(
         choice={**choice.setting._asdict(), "nfe": choice.nfe}, serves=choice.high <= bound, limit=bound, epsilon=known,
-        networks=networks(work, stage.config), trajectories=ends.count, calls=ends.calls * ends.count * guidance(stage.config), rows=rows,
+        networks=networks(work, stage.config), trajectories=ends.count, calls=ends.calls * ends.count * guidance(stage.config),
+        rows=rows,
     )  # fmt: skip
 
 

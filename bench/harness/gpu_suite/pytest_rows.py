@@ -1,4 +1,5 @@
-"""A pytest plugin: `-p bench.harness.gpu_suite.pytest_rows --rows FILE` writes what every test came to as tests end, failures by name.
+"""A pytest plugin: `-p bench.harness.gpu_suite.pytest_rows --rows FILE` writes what every test came to
+as tests end, failures by name.
 
 Rows are those that failed or crashed; what passed is counted, by file.
 """

@@ -71,7 +71,7 @@ class Ect:
 class Ecd(Ect):
     """Easy consistency distillation: ECT with the teacher's ODE step from t to r in place of the data's noise."""
 
-    kind: Literal["ecd"] = "ecd"
+    kind: Literal["ecd"] = "ecd"  # type: ignore[assignment]  # a tag, each its own
     weight: Literal["inverse_step", "snr", "one"] = "snr"
     step: Literal["euler", "heun"] = "heun"
 
@@ -96,7 +96,7 @@ class MeanFlow:
 class IMeanFlow(MeanFlow):
     """Improved MeanFlow: u + (t - r) sg(du/dt) regressed on v, the derivative along the model's own u(z, t, t)."""
 
-    kind: Literal["imeanflow"] = "imeanflow"
+    kind: Literal["imeanflow"] = "imeanflow"  # type: ignore[assignment]  # a tag, each its own
     ratio: Fraction = 0.5
 
 
@@ -120,7 +120,7 @@ class Sct:
 class Scd(Sct):
     """Continuous-time consistency distillation: `sct` along the teacher's ODE in place of the data's noise."""
 
-    kind: Literal["scd"] = "scd"
+    kind: Literal["scd"] = "scd"  # type: ignore[assignment]  # a tag, each its own
 
 
 Objective = Annotated[
