@@ -1,8 +1,8 @@
 """A process that measures on request: what crashes, hangs or runs out of memory in it takes nothing else along.
 
 The parent asks by a line of JSON and has one line back (`Worker.ask`); the child is `python -m bench.harness.worker MODULE`,
-which answers by `MODULE.answer(state, message)`. It stays in its parent's process group, so that who stops a bench stops its workers,
-and ends when its parent does.
+which answers by `MODULE.answer(state, message)`. It stays in its parent's process group, so that who stops a bench stops
+its workers, and ends when its parent does.
 """
 
 from __future__ import annotations

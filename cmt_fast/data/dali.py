@@ -9,9 +9,11 @@ place, without an error, when the batch or the number of shards is another.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,16 @@ from cmt_fast.data.order import Loader, Order
 from cmt_fast.data.rows import Dataset, Rows
 from cmt_fast.data.shards import HEADER, Shards
 
+PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
 SPAN, EPOCHS = 2**16, 8  # rows and epochs of a pipeline over shards; half-way the next is made, with its index files
 
 
 def version() -> str | None:
-    """DALI's version, None where it cannot be imported."""
-    try:
-        import nvidia.dali
-    except ImportError:
-        return None
-    return nvidia.dali.__version__
+    """DALI's version as its package says it, None where it is not installed; nothing is imported."""
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(package)
+    return None
 
 
 def check(data: Rows) -> None:

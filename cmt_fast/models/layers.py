@@ -92,8 +92,8 @@ class TimeEmbedder(nn.Module):
     def __init__(self, width: int, features: int = 64, published: bool = False) -> None:
         super().__init__()
         self.features = features = 256 if published else features
-        steps = torch.arange(128, dtype=torch.float32) / 128
-        self.register_buffer("frequency", torch.exp(-math.log(1e4) * steps) if published else None, persistent=False)
+        frequency = torch.exp(-math.log(1e4) * (torch.arange(128, dtype=torch.float32) / 128)) if published else None
+        self.register_buffer("frequency", frequency, persistent=False)
         self.hidden = Linear(features, width)
         self.out = Linear(width, width)
         for layer in (self.hidden, self.out):
