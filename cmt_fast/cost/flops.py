@@ -14,6 +14,7 @@ from cmt_fast import models, schedule
 from cmt_fast.config.schema import Dit, Model, Run
 from cmt_fast.models import dit
 from cmt_fast.models.vgg import LatentVgg, PixelVgg
+from cmt_fast.models.weightless import weightless
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import resolved
@@ -76,7 +77,7 @@ def network(model: Model, path: str, shape: tuple[int, ...], classes: int, name:
         return Network(name or f"{model.kind}-{size}", *_counted(make, shape, bool(classes)))
     preset = zip((model.width, model.depth, model.heads), dit.SIZES[model.size])
     width, depth, heads = (given or size for given, size in preset)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with weightless():
         count = sum(p.numel() for p in make().parameters())
     tokens, features = (shape[1] // model.patch) ** 2, 256 if model.embeddings == "dit" else 64
     work = dit_forward(width, depth, tokens, path == "linear", shape[0] * model.patch**2, features)

@@ -137,12 +137,12 @@ class DiT(nn.Module):
 
 def _axis(positions: Tensor, dim: int) -> Tensor:
     """positions: (n,) -> angles (n, dim), frequencies geometric from 1 to 1/10000."""
-    return positions[:, None] * 10000.0 ** -(torch.arange(dim, dtype=torch.float64) / dim)
+    return positions[:, None] * 10000.0 ** -(torch.arange(dim, dtype=torch.float64, device="cpu") / dim)
 
 
 def positions(cells: int, width: int, columns_first: bool = False) -> Tensor:
     """Fixed 2-D positions, (cells^2, width) float32: half the width for rows, half for columns, sines before cosines."""
-    angles = _axis(torch.arange(cells, dtype=torch.float64), width // 4)
+    angles = _axis(torch.arange(cells, dtype=torch.float64, device="cpu"), width // 4)
     one = torch.cat((angles.sin(), angles.cos()), dim=-1)  # (cells, width / 2)
     rows, columns = one[:, None].expand(-1, cells, -1), one[None].expand(cells, -1, -1)
     both = (columns, rows) if columns_first else (rows, columns)
@@ -151,7 +151,7 @@ def positions(cells: int, width: int, columns_first: bool = False) -> Tensor:
 
 def _rope_2d(cells: int, head: int) -> tuple[Tensor, Tensor]:
     """Rotary angles of a 2-D grid: cos, sin (cells^2, head / 2)."""
-    angles = _axis(torch.arange(cells, dtype=torch.float64), head // 4)
+    angles = _axis(torch.arange(cells, dtype=torch.float64, device="cpu"), head // 4)
     rows, columns = angles[:, None].expand(-1, cells, -1), angles[None].expand(cells, -1, -1)
     both = torch.cat((rows, columns), dim=-1).reshape(cells * cells, -1)
     return both.cos().float(), both.sin().float()

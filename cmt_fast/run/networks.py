@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from cmt_fast import models
 from cmt_fast.config.schema import Run
 from cmt_fast.data.rows import Rows
+from cmt_fast.models.weightless import weightless
 from cmt_fast.run import validation
 
 
@@ -27,21 +25,8 @@ def check(run: Run, shape: tuple[int, ...], classes: int) -> int:
 
 def parameters(run: Run, shape: tuple[int, ...], classes: int) -> int:
     """Parameters of a run's network on rows of this shape, built without memory. Raises ValueError where they do not fit."""
-    with _NoDraws(), torch.device("meta"):
+    with weightless():
         return sum(p.numel() for p in _network(run, shape, classes).parameters())
-
-
-# methods that put numbers into a tensor
-WRITES = ("normal_", "uniform_", "erfinv_", "clamp_", "fill_", "zero_", "mul_", "add_", "copy_")
-
-
-class _NoDraws(TorchFunctionMode):
-    """Weights without memory need no numbers, and drawing them there imports a compiler for seconds."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in WRITES:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def _network(run: Run, shape: tuple[int, ...], classes: int, seed: int = 0) -> nn.Module:
