@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -68,9 +69,15 @@ def dit_forward(
     return linear + attention + 12 * width**2 * depth + 4 * width**2 + times + 4 * values * tokens * width, attention
 
 
-@functools.lru_cache(maxsize=64)
 def network(model: Model, path: str, shape: tuple[int, ...], classes: int, name: str = "") -> Network:
     """A recipe's network, built on shapes alone. Raises ValueError where model and rows do not fit."""
+    same = {key: value for key, value in (("checkpoint_activations", False), ("dropout", 0.0)) if hasattr(model, key)}
+    return _network(dataclasses.replace(model, **same), path, shape, classes, name)
+
+
+@functools.lru_cache(maxsize=64)
+def _network(model: Model, path: str, shape: tuple[int, ...], classes: int, name: str) -> Network:
+    """What `network` gives, once for all models whose forward is the same."""
     make = lambda: models.build(model, path, 0.5, shape, classes)
     if not isinstance(model, Dit):
         size = getattr(model, "size", None) or getattr(model, "preset", None) or f"{model.width} x {model.depth}"
