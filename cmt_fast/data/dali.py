@@ -43,11 +43,13 @@ def check(data: Rows) -> None:
     """Raises ConfigError when DALI is not installed, or the data are in memory, where there is nothing to feed."""
     if isinstance(data, Dataset):
         raise ConfigError("loader.kind: 'dali' feeds data on disk, these are in memory; valid is torch")
-    if version() is None:
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
         raise ConfigError(
             "loader.kind: 'dali' needs NVIDIA DALI, which is not installed: "
             "pip install nvidia-dali-cuda130, or nvidia-dali-cuda120 beside a torch for CUDA 12"
-        )
+        ) from None
 
 
 class DaliLoader(Loader):

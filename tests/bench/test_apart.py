@@ -37,7 +37,7 @@ WRONG = "raise ValueError('planted: not memory')"
 @pytest.fixture(autouse=True)
 def forks(monkeypatch):
     """Workers that have imported already; `test_a_worker_says_how_it_ended` starts one as a bench does."""
-    monkeypatch.setattr(Worker, "python", staticmethod(lambda: [*forked.python(), "-m", "bench.worker"]))
+    monkeypatch.setattr(Worker, "python", staticmethod(lambda: [*forked.python(), "-m", "bench.harness.worker"]))
 
 
 @pytest.fixture

@@ -340,6 +340,7 @@ def test_asked_for_by_name_and_not_there(folder, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "loader.kind" in err and "pip install nvidia-dali-cuda130" in err
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(dali, "PACKAGES", ("nvidia-dali-of-no-version",))
     assert main(["doctor"]) == 0
     assert "dali       not installed" in capsys.readouterr()[0]
 
