@@ -156,3 +156,11 @@ def test_a_second_process_is_refused(tmp_path):
     with work.lock():
         done = cmt("train", "digits", *SHRUNK, "--out", str(tmp_path))
     assert done.returncode == 2 and "in use by another process" in done.stderr
+
+
+def test_a_command_of_its_own_process_follows_the_switches_of_this_one(tmp_path, monkeypatch):
+    """The choice of an assembler sets some while tests run: children are of the same world, not refused."""
+    before = cmt("train", "digits", "pre.lr=slow", cwd=tmp_path)
+    monkeypatch.setenv("TRITON_PLANTED", "1")
+    after = cmt("train", "digits", "pre.lr=slow", cwd=tmp_path)
+    assert (before.returncode, before.stderr) == (after.returncode, after.stderr) and after.returncode == 2
