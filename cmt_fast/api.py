@@ -16,6 +16,15 @@ if TYPE_CHECKING:  # torch is imported where it is used
     from cmt_fast.run.workspace import Workspace
 
 
+def _at_least(**numbers: tuple[int | None, int]) -> None:
+    """Raises ConfigError for a number (value, least) that is too small; None is the recipe's own."""
+    from cmt_fast.config.errors import ConfigError
+
+    for name, (value, least) in numbers.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{value} is not at least {least}", name)
+
+
 def open_recipe(recipe: str, *overrides: str, out: str | Path | None = None) -> Workspace:
     """The run that a recipe describes, on its data and device; writes nothing.
 
@@ -55,12 +64,14 @@ def sample(
 ) -> tuple[Tensor, Tensor | None]:
     """Samples of "RUN/STAGE": x (n, ...) float32 in data units on the CPU, labels (n,) or None; the bits of `cmt sample`.
 
-    steps: network calls; solver: integrate the ODE with them, as a diffusion model is sampled.
+    steps: network calls; solver: integrate the ODE with them, as a diffusion model is sampled. Raises ConfigError where
+    n or steps is below 1, the stage is not trained, or the recipe's sampler has no such number of steps.
     """
     import torch
 
     from cmt_fast.run.workspace import open_stage
 
+    _at_least(n=(n, 1), steps=(steps, 1))
     work, name = open_stage(str(stage))
     x = work.setting.generate(work.network(name), steps, n, seed, solver, work.run.eval.batch)
     return x, work.setting.labels(torch.arange(n))
@@ -75,10 +86,12 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Figures of "RUN/STAGE" by number of steps, such as {"1": {"frechet": ..., "accuracy": ...}}; those of `cmt eval`.
 
-    n, seed: the recipe's unless given. Raises FloatingPointError where samples are not finite.
+    n, seed: the recipe's unless given. Raises ConfigError where n is below 2 or a number of steps below 1,
+    FloatingPointError where samples are not finite.
     """
     from cmt_fast.run.workspace import open_stage
 
+    _at_least(n=(n, 2), steps=(min(steps, default=0), 1))
     work, name = open_stage(str(stage))
     return work.evaluate(work.network(name), tuple(steps), n or work.run.eval.n, solver, seed, quiet=True)
 
@@ -86,31 +99,48 @@ def evaluate(
 def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tensor, tuple[float, ...], Tensor | None]:
     """The first n teacher trajectories of a stage: nodes (N + 1, n, ...) from noise to data, their N + 1 times, labels (n,).
 
-    Raises ConfigError where the stage rolls out no teacher, or that is not trained.
+    The teacher computes in the stage's format (`trajectories.precision`), as in `cmt trajectories`, and is rolled out anew
+    where the stage reads a cache. Raises ConfigError where the stage has no teacher's trajectories, its teacher is not
+    trained, or n is below 1.
     """
+    import dataclasses
     import functools
 
     from cmt_fast.diffusion.solvers import table
+    from cmt_fast.runtime import machine
     from cmt_fast.teacher import solver_record
     from cmt_fast.teacher.pool import roller
     from cmt_fast.teacher.precision import Teacher
 
-    own = work.stage(stage)
-    t, data = solver_record.settled(own.folder, own.trajectories), work.data
-    teacher = Teacher(stage, own.config, functools.cache(work.network), own.path, work.device)
-    roll = roller(
-        teacher.net("fp32"), own.path, t, data.shape, data.classes, own.seed, own.index, work.device, n,
-        teacher.computing("fp32"),
-    )  # fmt: skip
-    nodes, labels = roll(0, n)
+    _at_least(n=(n, 1))
+    own, data = work.stage(stage), work.data
+    t = solver_record.settled(own.folder, own.trajectories)
+    config = dataclasses.replace(own.config, trajectories=t)  # type: ignore[type-var]
+    teacher = Teacher(stage, config, functools.cache(work.network), own.path, work.device)
+    machine.allow_tf32(config.precision == "tf32")
+    try:
+        format = teacher.choose(own.seed, own.index, data.shape, data.classes)["precision"]
+        roll = roller(
+            teacher.net(format), own.path, t, data.shape, data.classes, own.seed, own.index, work.device, n,
+            teacher.computing(format),
+        )  # fmt: skip
+        nodes, labels = roll(0, n)
+    finally:
+        machine.allow_tf32(False)
     return nodes, tuple(table(own.path, t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift).times), labels
 
 
 def train(work: Workspace, stages: Sequence[str] | None = None) -> None:
-    """Train stages of a run in order, as `cmt train` does; the same call again goes on where it stopped."""
+    """Train stages of a run in order, as `cmt train` does; the same call again goes on where it stopped.
+
+    Call it in the main thread: an interrupt ends it with a checkpoint and raises SystemExit. Raises ConfigError for a
+    stage that the run does not have.
+    """
     from cmt_fast.run import resolved
     from cmt_fast.train import loop
 
+    for name in stages or ():
+        work.stage(name)
     loop.train(work, [name for name in resolved.names(work.run) if stages is None or name in stages])
 
 
@@ -118,12 +148,15 @@ def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[],
     """A stage's network and a function that takes its next optimizer step and returns its loss, gradient norm and lr.
 
     It is what `cmt train` does from the stage's start, in one process, with nothing written: the stage's own batches, its
-    precision, optimizer and EMA. Raises ConfigError where a stage that it needs is not trained.
+    precision, optimizer and EMA. Raises ConfigError where a stage that it needs is not trained; the function raises
+    ValueError after the stage's last step.
     """
     from cmt_fast.engine import LocalEngine
+    from cmt_fast.runtime import machine
     from cmt_fast.train import batches
 
-    own, config = work.stage(stage), work.stage(stage).config
+    own = work.stage(stage)
+    config = own.config
     parts, plan = own.grad_accum_steps(1), own.schedule
     engine = LocalEngine(work.build(), config, work.device, parts)
     if config.start:
@@ -132,12 +165,18 @@ def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[],
 
     def step() -> dict[str, float]:
         n, total = engine.step_count, 0.0
-        for part in range(parts):
-            loss, _ = source.loss(engine, n, part)
-            engine.backward(loss)
-            total += float(loss.detach()) / parts
-        lr = plan.lr(config, n)
-        return {"loss": total, "grad_norm": float(engine.step(lr)), "lr": lr}
+        if n >= plan.total:  # a linear schedule's rate would be negative from here on
+            raise ValueError(f"{stage}: all of its {plan.total} steps are taken")
+        machine.allow_tf32(config.precision == "tf32")
+        try:
+            for part in range(parts):
+                loss, _ = source.loss(engine, n, part)
+                engine.backward(loss)
+                total += float(loss.detach()) / parts
+            lr = plan.lr(config, n)
+            return {"loss": total, "grad_norm": float(engine.step(lr)), "lr": lr}
+        finally:
+            machine.allow_tf32(False)
 
     return engine.net, step
 

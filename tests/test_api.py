@@ -15,6 +15,8 @@ import torch
 
 from cmt_fast import api, cli
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.runtime import machine
+from cmt_fast.teacher.precision import Teacher
 from tests.fixtures.tiny import metrics
 
 PAGE = (Path(__file__).parents[1] / "docs" / "api.md").read_text("utf-8")
@@ -80,6 +82,57 @@ def test_a_training_step_is_the_command_s(page):
     assert [row["step"] for row in rows[:2]] == [1, 2]  # a row a step
     for row, step in zip(rows, (names["first"], names["second"])):
         assert {key: row[key] for key in step} == pytest.approx(step, rel=1e-6)
+
+
+def short(page, *overrides: str):
+    """The page's run with other keys of mid."""
+    folder, names = page
+    pool = "mid.trajectories.pool_steps=4"
+    return api.open_recipe("digits", *names["small"], *names["short"], pool, *overrides, out=folder / "runs/mine")
+
+
+def test_a_stage_has_no_step_after_its_last(page):
+    """There a linear schedule's rate would be negative."""
+    work = short(page, "mid.images_nimg=128")
+    _, step = api.training_steps(work, "mid")
+    rates = [step()["lr"] for _ in range(work.stage("mid").schedule.total)]
+    assert min(rates) >= 0
+    with pytest.raises(ValueError, match="mid: all of its 4 steps are taken"):
+        step()
+
+
+def test_a_step_computes_in_the_stages_format(page, monkeypatch):
+    allowed = []
+    monkeypatch.setattr(machine, "allow_tf32", allowed.append)
+    _, step = api.training_steps(short(page, "mid.precision=tf32"), "mid")
+    step()
+    assert allowed == [True, False]
+
+
+def test_trajectories_are_in_the_stages_format(page, monkeypatch):
+    formats, net = [], Teacher.net
+    monkeypatch.setattr(Teacher, "net", lambda self, format: formats.append(format) or net(self, format))
+    api.trajectories(short(page, "mid.precision=bf16"), "mid", n=2)
+    assert formats[-1] == "bf16"
+
+
+def test_what_a_user_gets_wrong_is_one_line(page):
+    folder, _ = page
+    stage, work = folder / "runs/mine/mid", api.open_run(folder / "runs/mine")
+    for call, said in (
+        (lambda: api.sample(stage, n=0), "n: 0 is not at least 1"),
+        (lambda: api.sample(stage, steps=0), "steps: 0 is not at least 1"),
+        (lambda: api.sample(stage, n=2, steps=3), "has no 2 times for 3 steps"),
+        (lambda: api.evaluate(stage, n=0), "n: 0 is not at least 2"),
+        (lambda: api.evaluate(stage, steps=(0,)), "steps: 0 is not at least 1"),
+        (lambda: api.trajectories(work, "mid", n=0), "n: 0 is not at least 1"),
+        (lambda: api.trajectories(work, "pre"), "pre.trajectories: is missing"),
+        (lambda: api.trajectories(work, "mdi"), "mdi: is no stage of digits.*did you mean mid"),
+        (lambda: api.training_steps(work, "mdi"), "mdi: is no stage of digits"),
+        (lambda: api.train(work, ["mdi"]), "mdi: is no stage of digits"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            call()
 
 
 def test_what_is_not_there_is_named(tmp_path):

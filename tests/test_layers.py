@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "report": {"config", "evaluation", "render", "run", "runtime", "storage", "teacher", "train", "usage"},
     "convert": {"cmt_fast", "config", "data", "diffusion", "models", "render", "run", "runtime", "safe_pickle",
                 "storage", "usage"},
-    "api": {"config", "diffusion", "engine", "run", "teacher", "train"},
+    "api": {"config", "diffusion", "engine", "run", "runtime", "teacher", "train"},
     "cli": {"any"},
     "bench": {"any"},
     "tests": {"any"},
@@ -203,6 +203,11 @@ def test_what_reads_pickles_imports_numpy_alone():
 @pytest.mark.parametrize("command", ["--help", "recipes ls"])
 def test_help_and_the_list_of_recipes_import_nothing_heavy(command):
     code = f"import cmt_fast.cli\ntry:\n    cmt_fast.cli.main({command.split()!r})\nexcept SystemExit:\n    pass"
+    assert loaded(code, ("torch", "numpy", "pydantic", "yaml", "rich", "cmt_kernels")) == []
+
+
+def test_the_api_imports_nothing_heavy():
+    code = "from cmt_fast import api"
     assert loaded(code, ("torch", "numpy", "pydantic", "yaml", "rich", "cmt_kernels")) == []
 
 

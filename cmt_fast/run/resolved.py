@@ -168,7 +168,7 @@ class ResolvedStage:
 
 def resolve(run: Run, name: str, folder: Path | None = None) -> ResolvedStage:
     """The stage `name` of a run. folder: the run's, none where nothing is read or written. Raises ConfigError."""
-    config = run.stage(name)
+    config = run.stage(name) if name in STAGES else None
     if config is None:
         raise ConfigError(
             f"{name}: is no stage of {run.name}; it has {', '.join(names(run))}{nearest(name, names(run))}"
