@@ -25,7 +25,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def doctor(args: argparse.Namespace) -> None:
     if args.heartbeat:
-        age = heartbeat.heartbeat(args.heartbeat)
+        age = heartbeat.age(args.heartbeat)
         if age is None or age > args.older_than:
             ago = "has never been alive" if age is None else f"was alive {age:.0f} s ago"
             raise OSError(f"{args.heartbeat}: {ago}, at most {args.older_than:.0f} s are allowed")

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from cmt_fast.config import schema
 from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.recipes import recipe_text
-from cmt_fast.config.renames import renamed
+from cmt_fast.config.renames import renamed, today
 from cmt_fast.config.schema import Run
 
 # the tags of all unions, which pydantic puts between the keys of an error's place
@@ -67,9 +67,10 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     tree = parse_yaml(recipe_text(recipe), recipe)
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe: {recipe!r} holds no mapping at its top level")
+    tree, notes = renamed(tree)
     for override in overrides:
-        _override(tree, override)
-    for note in renamed(tree)[1]:
+        notes += _override(tree, override)
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return build(tree)
 
@@ -82,7 +83,8 @@ def build(tree: dict) -> Run:
         raise ConfigError(_one_line(error)) from None
 
 
-def _override(tree: dict, text: str) -> None:
+def _override(tree: dict, text: str) -> list[str]:
+    """Set one key, whatever its name was; a note where it has another today, for which a recipe may stand already."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override: {text!r} is not of the form a.b=value")
@@ -95,7 +97,9 @@ def _override(tree: dict, text: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"{'.'.join(parents[: i + 1])}: is {child!r}, it has no key {parents[i + 1 :] + [last]}")
         node = child
-    node[last] = parse_yaml(raw, f"override {key}")
+    now = today(tuple(parents), last)
+    node[now], notes = renamed(parse_yaml(raw, f"override {key}"), (*parents, now))
+    return notes + ([f"{key} is now {'.'.join((*parents, now))}"] if now != last else [])
 
 
 def dump(run: Run) -> dict:

@@ -5,13 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema.stage import STAGES
 
-# (the key that holds it where that matters, name of before) -> today's
-RENAMED = {("", "clip"): "grad_clip_norm", ("anchor", "share"): "fraction"}
-FIRST = {(parent, now): before for (parent, before), now in RENAMED.items()}
+# where a key stands -> its name of before -> today's; "stage": directly in a stage
+RENAMED = {"stage": {"clip": "grad_clip_norm"}, "anchor": {"share": "fraction"}}
+FIRST = {place: {now: before for before, now in keys.items()} for place, keys in RENAMED.items()}
 
 
-def renamed(tree: Any, prefix: str = "") -> tuple[Any, list[str]]:
+def place(parents: tuple[str, ...]) -> str:
+    """Where a key with these parents stands, as RENAMED names it; "" elsewhere."""
+    if len(parents) == 1 and parents[0] in STAGES:
+        return "stage"
+    return "anchor" if len(parents) == 2 and parents[0] in STAGES and parents[1] == "anchor" else ""
+
+
+def today(parents: tuple[str, ...], key: str) -> str:
+    """A key's name of today."""
+    return RENAMED.get(place(parents), {}).get(key, key)
+
+
+def renamed(tree: Any, parents: tuple[str, ...] = ()) -> tuple[Any, list[str]]:
     """Plain data with today's keys, and for each that had a name of before `old is now new`.
 
     Raises ConfigError where both names are given.
@@ -20,22 +33,20 @@ def renamed(tree: Any, prefix: str = "") -> tuple[Any, list[str]]:
         return tree, []
     out, notes = {}, []
     for key, value in tree.items():
-        parent = prefix.rpartition(".")[2]
-        now = RENAMED.get((parent if parent == "anchor" else "", key), key)
-        if now != key and prefix:
+        now = today(parents, key)
+        if now != key:
+            old, new = (".".join((*parents, name)) for name in (key, now))
             if now in tree:
-                raise ConfigError(f"{prefix}.{key}: is now {prefix}.{now}, and both are given")
-            notes.append(f"{prefix}.{key} is now {prefix}.{now}")
-        else:
-            now = key
-        out[now], more = renamed(value, f"{prefix}.{key}".lstrip("."))
+                raise ConfigError(f"is now {new}, and both are given", old)
+            notes.append(f"{old} is now {new}")
+        out[now], more = renamed(value, (*parents, str(key)))
         notes += more
     return out, notes
 
 
-def first_names(tree: Any, parent: str = "") -> Any:
-    """Plain data of a dumped run with every key under the name that it had first."""
+def first_names(tree: Any, parents: tuple[str, ...] = ()) -> Any:
+    """Plain data of a dumped run, or of a part at its place, with every key under the name that it had first."""
     if not isinstance(tree, dict):
         return tree
-    holder = parent if parent == "anchor" else ""
-    return {FIRST.get((holder, key), key) if parent else key: first_names(v, key) for key, v in tree.items()}
+    before = FIRST.get(place(parents), {})
+    return {before.get(key, key): first_names(value, (*parents, str(key))) for key, value in tree.items()}

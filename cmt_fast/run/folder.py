@@ -17,7 +17,7 @@ from cmt_fast.config.schema import Run
 RUN_FILE = "run.json"
 
 
-def _about(folder: Path) -> dict:
+def about_run(folder: Path) -> dict:
     """run.json of a run."""
     return json.loads((folder / RUN_FILE).read_text("utf-8"))
 
@@ -36,7 +36,7 @@ def stored_run(folder: Path) -> Run:
 def parents_of(folder: Path) -> Path | None:
     """Where the stages are that a stored run did not train itself."""
     stored_run(folder)
-    parents = _about(folder).get("parents")
+    parents = about_run(folder).get("parents")
     return Path(parents) if parents else None
 
 

@@ -26,10 +26,10 @@ def check(run: Run, shape: tuple[int, ...], classes: int) -> int:
 def parameters(run: Run, shape: tuple[int, ...], classes: int) -> int:
     """Parameters of a run's network on rows of this shape, built without memory. Raises ValueError where they do not fit."""
     with weightless():
-        return sum(p.numel() for p in _network(run, shape, classes).parameters())
+        return sum(p.numel() for p in fresh_network(run, shape, classes).parameters())
 
 
-def _network(run: Run, shape: tuple[int, ...], classes: int, seed: int = 0) -> nn.Module:
+def fresh_network(run: Run, shape: tuple[int, ...], classes: int, seed: int = 0) -> nn.Module:
     """A run's network for rows of this shape, initialised from a seed; torch's own generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -31,8 +31,8 @@ from cmt_fast.engine import load_named, sharding
 from cmt_fast.evaluation import features, judges
 from cmt_fast.perceptual import distance
 from cmt_fast.run import resolved
-from cmt_fast.run.folder import RUN_FILE, _about, judged_by, parents_of, stored_run
-from cmt_fast.run.networks import _network, check, parameters, rows_of
+from cmt_fast.run.folder import RUN_FILE, about_run, judged_by, parents_of, stored_run
+from cmt_fast.run.networks import check, fresh_network, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.storage import checkpoint, files
@@ -57,7 +57,7 @@ class Workspace:
 
     def build(self) -> nn.Module:
         """A fresh network, initialised from the run's seed."""
-        return _network(self.run, self.data.shape, self.data.classes, self.run.seed)
+        return fresh_network(self.run, self.data.shape, self.data.classes, self.run.seed)
 
     def stage_dir(self, name: str) -> Path:
         """Where a stage lives: in this run, or where its parents are; RUN/STAGE in the other run."""
@@ -89,7 +89,7 @@ class Workspace:
         """
         weights, run = self.weights(name)[0], stored_run(Path(name).parent) if "/" in name else self.run
         try:
-            net = _network(run, self.data.shape, self.data.classes).to(self.device)
+            net = fresh_network(run, self.data.shape, self.data.classes).to(self.device)
             load_named(net, weights)
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
@@ -268,7 +268,7 @@ class Workspace:
                     f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
                     "choose another folder"
                 )
-            rows = fingerprint.changed(_about(self.folder).get("data") or self.data.facts, self.data.facts)
+            rows = fingerprint.changed(about_run(self.folder).get("data") or self.data.facts, self.data.facts)
             if rows:
                 raise ConfigError(
                     f"data: these are not the rows that {self.folder / name} was trained on ({'; '.join(rows)})"
@@ -284,7 +284,7 @@ class Workspace:
         if (
             stored
             and loading.dump(stored) == loading.dump(self.run)
-            and _about(self.folder).get("data") == self.data.facts
+            and about_run(self.folder).get("data") == self.data.facts
         ):
             return
         if distributed.rank() == 0:
@@ -335,7 +335,7 @@ def fits(work: Workspace, name: str) -> None:
     folder, mine = Path(name).parent, work.run
     other = stored_run(folder)
     pairs = [(key, getattr(other, key), getattr(mine, key)) for key in ("path", "sigma_data")]
-    stored = _about(folder).get("rows")
+    stored = about_run(folder).get("rows")
     if stored is None:
         pairs.append(("data", loading.dump(other)["data"], loading.dump(mine)["data"]))
     else:

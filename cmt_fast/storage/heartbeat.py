@@ -16,7 +16,7 @@ def beat(run: Path) -> None:
             (run / HEARTBEAT).touch()
 
 
-def heartbeat(folder: Path) -> float | None:
+def age(folder: Path) -> float | None:
     """Seconds since a run in `folder`, or in a folder of it, last was alive; None if none ever was."""
     times = [f.stat().st_mtime for f in (folder / HEARTBEAT, *folder.glob(f"*/{HEARTBEAT}")) if f.is_file()]
     return max(0.0, time.time() - max(times)) if times else None

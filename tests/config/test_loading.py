@@ -112,8 +112,20 @@ def test_a_renamed_key_is_read_and_says_its_new_name(tmp_path, capsys):
     assert "note: mid.clip is now mid.grad_clip_norm" in said
     assert "note: post.anchor.share is now post.anchor.fraction" in said
     assert loading.build(loading.dump(run)) == run and not capsys.readouterr().err
+    old.write_text(old.read_text().replace("  clip: 0.5\n", "  clip: 0.5\n  grad_clip_norm: 1\n"))
     with pytest.raises(ConfigError, match="mid.clip: is now mid.grad_clip_norm, and both are given"):
-        loading.load(str(old), ["mid.grad_clip_norm=1"])
+        loading.load(str(old))
+
+
+def test_an_override_wins_under_either_name(tmp_path, capsys):
+    old = tmp_path / "old.yaml"
+    old.write_text(recipes.recipe_text("digits").replace("\nmid:\n", "\nmid:\n  clip: 0.5\n"))
+    assert loading.load(str(old), ["mid.grad_clip_norm=1"]).mid.grad_clip_norm == 1
+    assert loading.load("cifar10", ["mid.clip=2"]).mid.grad_clip_norm == 2  # the recipe has it under today's name
+    assert "note: mid.clip is now mid.grad_clip_norm" in capsys.readouterr().err
+    run = loading.load("digits", ["post.anchor={objective: {kind: cmt_cm}, share: 0.25}"])
+    assert run.post.anchor.fraction == 0.25
+    assert "note: post.anchor.share is now post.anchor.fraction" in capsys.readouterr().err
 
 
 def test_a_rename_changes_no_digest():

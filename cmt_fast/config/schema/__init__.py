@@ -1,4 +1,4 @@
-"""The one schema: frozen dataclasses that a recipe's YAML and `a.b=value` overrides must fit (read by config.py).
+"""The one schema: frozen dataclasses that a recipe's YAML and `a.b=value` overrides must fit (read by config/loading.py).
 
 Every number a run depends on is here or in its recipe; the resolved form and its hash are saved with the run.
 """
