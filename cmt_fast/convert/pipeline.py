@@ -1,4 +1,4 @@
-"""A stage as a diffusers pipeline. Besides data/autoencoder.py the one module that imports diffusers; it is imported by name alone.
+"""A stage as a diffusers pipeline: beside data/autoencoder.py the one module that imports diffusers, imported by name alone.
 
 `CmtPipeline.from_pretrained(FOLDER)` reads what `cmt ckpt export --format diffusers` wrote, and so does
 `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`, whose remote code is an import of this page. The network and
