@@ -31,6 +31,7 @@ BENCHES = {
         "training.predict",
         "what a GPU's ceilings allow each op and step: predicted, for machines without one",
     ),
+    "proofs": ("kernels.proofs", "what attention's proof at first use costs, of the recipes' networks"),
     "report": ("harness.tables", "write the README's tables from bench/results"),
     "seeds": ("experiments.seeds", "a recipe over several seeds"),
     "sweep": ("kernels.sweep", "attention over tokens and head dims beside float64, crash by crash"),

@@ -108,6 +108,7 @@ PARTS = {
         Part("sweep", 330, ("numpy",), bench("sweep"), beside=True),
         Part("train", 330, (*TRAINER, "sklearn", "matplotlib"), train, beside=True),
         Part("calibrate", 50, ("numpy",), bench("calibrate", tiny=("--tiny", "--seconds", "0.01"))),
+        Part("proofs", 60, ("numpy",), bench("proofs")),
         BENCH("step", 230, command=step("XL256", "FM", "CMT-MF", "MF")),
         Part("ops", 70, ("numpy",), bench("ops", *OPS, "--batch", "64", "--seconds", "0.2", tiny=TINY_OPS)),
         BENCH("trajectories", 60, command=bench("trajectories", *ROLLOUTS, tiny=("--tiny", "--seconds", "0.01"))),
