@@ -61,7 +61,7 @@ def answer(state: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T, after its gradient was taken too."""
-    x, weight = x.requires_grad_(True), weight.requires_grad_(True)
+    x, weight = x.clone().requires_grad_(True), weight.requires_grad_(True)
     y = nn.functional.linear(x, weight)
     torch.autograd.grad(y.float().square().mean(), (x, weight))
     if y.is_cuda:
