@@ -303,6 +303,23 @@ def test_rounding_is_allowed_and_a_fault_is_not(t: int, d: int) -> None:
         assert (value.right, gradient.right) == (verdict, verdict), f"{value}; {gradient}"
 
 
+def test_of_many_tokens_a_few_heads_are_compared_and_a_fault_in_one_of_them_is_seen() -> None:
+    qkv, do = torch.zeros(2, 1000, 3, 6, 16, dtype=torch.bfloat16), torch.zeros(2, 1000, 6 * 16, dtype=torch.bfloat16)
+    sample = examine.draw("backward", qkv, do)
+    assert len(sample.heads) < 6 and {0, 5} <= set(sample.heads)
+    assert sample.inputs[2][:, 1].any() == (1 in sample.heads)  # norms of a head that nobody compares are zeros
+    for head, right in ((sample.heads[1], False), (next(i for i in range(6) if i not in sample.heads), True)):
+
+        def run(
+            x: torch.Tensor, o: torch.Tensor, norms: torch.Tensor, g: torch.Tensor, head: int = head
+        ) -> torch.Tensor:
+            dqkv = honest(x, g)[1]
+            dqkv[:, :, :, head] *= 1.07
+            return dqkv
+
+        assert examine.examine(sample, run).right == right
+
+
 def rank(number: int, folder: str, answers: list[int], results: multiprocessing.Queue) -> None:
     """One of two ranks, which accepts the candidates from answers[number] on."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=number, world_size=2)
