@@ -31,8 +31,15 @@ def footer(found: list[dict[str, Any]]) -> str:
     data = found[0]
     commits = ", ".join(dict.fromkeys(str(d["commit"]) for d in found))
     text = f"\n{data['device']}, torch {data['torch']}, CUDA {data['cuda']}; commit {commits}, {data['date'][:10]}."
-    lacking = [name for d in found for name in d["not_measured"]]
+    lacking = [
+        name for d in found for name in d["not_measured"] if not any(_is_there(name, d, other) for other in found)
+    ]
     return f"{text} Not measured: {'; '.join(lacking)}.\n" if lacking else f"{text}\n"
+
+
+def _is_there(name: str, lacking: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether another file of the table has an op's case that this one did not come to."""
+    return other is not lacking and name in (f"{r.get('op')} {r.get('case')} {r.get('dtype')}" for r in other["rows"])
 
 
 def some(value: float | None, form: str) -> str:
@@ -99,11 +106,31 @@ def sweep(found: list[dict[str, Any]], _: Path) -> str:
     proofs = sorted(r["proof_ms"] for r in own if r.get("proof_ms") is not None)
     if proofs:
         lines.append(
-            f"\nProof at first use, the dearest launch of each of {len(proofs)} shapes: {quantiles(proofs)[1]:.0f} ms in the "
-            f"median, {proofs[-1]:.0f} at most, compiling left out."
+            "\nProof at first use while many processes share the card, the dearest launch of each "
+            f"of {len(proofs)} shapes: {quantiles(proofs)[1]:.0f} ms in the median, {proofs[-1]:.0f} at most, compiling left out."
         )
     note = "\nErrors against float64 plain torch, as shares of its norm; the largest of the shapes that are right.\n"
     return "\n".join(lines) + "\n" + note + footer(found)
+
+
+def proofs(found: list[dict[str, Any]], _: Path) -> str:
+    """Milliseconds to prove the launches of a network's attention: value, tangent and gradient."""
+    rows = [r for data in found for r in data["rows"]]
+    lines = [
+        "| attention of | all launches, ms | first shape of a new process, ms | the linear layer before it, ms |",
+        "|---|" + "---|" * 3,
+    ]
+    for key in dict.fromkeys((r["network"], r["dtype"]) for r in rows):
+        by = {r["process"]: r for r in rows if (r["network"], r["dtype"]) == key}
+        first = next((r for r in rows if r["process"] == "shared"), None)
+        cells = ["", "", ""]
+        for column, process in enumerate(("shared", "new")):
+            row = by.get(process)
+            if row and row is not first:  # the first of the shared process is a new process's
+                cells[column] = "crashed" if "crash" in row else f"{sum(row['ms'].values()):.0f}"
+        cells[2] = some(by.get("new", {}).get("start_ms"), ".0f")
+        lines.append(f"| {' '.join(key)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" + footer(found)
 
 
 def ops(found: list[dict[str, Any]], _: Path) -> str:
@@ -112,8 +139,9 @@ def ops(found: list[dict[str, Any]], _: Path) -> str:
     for row in (r for data in found for r in data["rows"]):
         cases.setdefault((row["op"], row["case"], row["dtype"]), {})[row["backend"]] = row
     lines = [
-        "| op, case | ours, ms | plain torch | compiled | best library | fastest | predicted least | ours / it | host ms |",
-        "|---|" + "---|" * 8,
+        "| op, case | CUDA, ms | Triton, ms | plain torch | compiled | best library | fastest | predicted least | ours / it "
+        "| host ms: CUDA, Triton |",
+        "|---|" + "---|" * 9,
     ]
     for (op, case, dtype), rows in cases.items():
         timed = {name: row["p50_ms"] for name, row in rows.items() if row.get("p50_ms")}
@@ -124,10 +152,10 @@ def ops(found: list[dict[str, Any]], _: Path) -> str:
             continue
         own = rows[mine] if mine else {}
         cells = (
-            f"{timed[mine]:.4f} ({mine})" if mine else "", some(timed.get("reference"), ".4f"),
+            some(timed.get("native"), ".4f"), some(timed.get("triton"), ".4f"), some(timed.get("reference"), ".4f"),
             some(timed.get("compiled"), ".4f"), f"{timed[library]:.4f} ({library})" if library else "",
             min(timed, key=timed.__getitem__), some(own.get("predicted_ms"), ".4f"),
-            some(own.get("measured_over_predicted"), ".2f"), some(own.get("host_ms"), ".3f"),
+            some(own.get("measured_over_predicted"), ".2f"), ", ".join(some(rows.get(n, {}).get("host_ms"), ".3f") or "-" for n in ("native", "triton")),
         )  # fmt: skip
         lines.append(f"| {op} {case} {dtype} | {' | '.join(cells)} |")
     median = found[0].get("spread_median")
@@ -136,6 +164,45 @@ def ops(found: list[dict[str, Any]], _: Path) -> str:
         f"\nTimes of kernels alone, from a cold L2 cache; what the host takes to issue a call stands apart.{spread}\n"
     )
     return "\n".join(lines) + "\n" + note + footer(found)
+
+
+def rollout_lines(rows: list[dict[str, Any]]) -> str:
+    """Teacher milliseconds a student image by trajectories at once."""
+    lines = [
+        "| rollout | at once | trajectories/s | teacher, ms a student image | mode paper / it |",
+        "|---|---|---|---|---|",
+    ]
+    for r in rows:
+        over = r["paper_over"]
+        lines.append(
+            f"| {r['model']} {r['mode']} {r['how']} {r['precision']} | {r['at_once']} | {r['trajectories_per_s']:.1f} "
+            f"| {r['p50_ms_image']:.2f} | {over['p50']:.2f} ({over['p20']:.2f} to {over['p80']:.2f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def loop_lines(rows: list[dict[str, Any]]) -> str:
+    """What the loop of `cmt train` loses beside bare steps, stage by stage."""
+    lines = [
+        "| run, stage | bare steps, images/s | `cmt train`'s loop | lost | seconds around it |",
+        "|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['run']}, {r['stage']} | {r['bare_images_per_s']:,.0f} | {r['loop_images_per_s']:,.0f} "
+            f"| {r['loses']:.0%} | {r['around_s']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def trajectories(found: list[dict[str, Any]], _: Path) -> str:
+    """Rollouts of the teacher on the card."""
+    return rollout_lines([r for data in found for r in data["rows"]]) + footer(found)
+
+
+def pipeline(found: list[dict[str, Any]], _: Path) -> str:
+    """What the loop loses on the card."""
+    return loop_lines([r for data in found for r in data["rows"]]) + footer(found)
 
 
 def train(found: list[dict[str, Any]], results: Path) -> str:
@@ -158,6 +225,9 @@ def train(found: list[dict[str, Any]], results: Path) -> str:
 TABLES = {
     "step": (step, ("step.json", "step-*.json")),
     "sweep": (sweep, ("sweep.json",)),
-    "ops": (ops, ("ops.json", "ops-compiled.json")),
+    "proofs": (proofs, ("proofs.json",)),
+    "ops": (ops, ("ops.json", "ops-*.json")),
     "train": (train, ("train.json",)),
+    "trajectories": (trajectories, ("trajectories.json",)),
+    "pipeline": (pipeline, ("pipeline.json",)),
 }

@@ -281,31 +281,13 @@ def step(_: str) -> str:
 def trajectories(_: str) -> str:
     """Teacher milliseconds a student image by trajectories at once."""
     data = json.loads((RESULTS / "trajectories.json").read_text())
-    lines = [
-        "| rollout | at once | trajectories/s | teacher, ms a student image | mode paper / it |",
-        "|---|---|---|---|---|",
-    ]
-    for r in data["rows"]:
-        lines.append(
-            f"| {r['model']} {r['mode']} {r['how']} {r['precision']} | {r['at_once']} | {r['trajectories_per_s']:.1f} "
-            f"| {r['p50_ms_image']:.2f} | {spread(r['paper_over'])} |"
-        )
-    return "\n".join(lines) + f"\n\n{footer(data)}\n\n"
+    return gpu_tables.rollout_lines(data["rows"]) + f"\n{footer(data)}\n\n"
 
 
 def pipeline(_: str) -> str:
     """What the loop loses, stage by stage."""
     data = json.loads((RESULTS / "pipeline.json").read_text())
-    lines = [
-        "| run, stage | bare steps, images/s | `cmt train`'s loop | lost | seconds around it |",
-        "|---|---|---|---|---|",
-    ]
-    for r in data["rows"]:
-        lines.append(
-            f"| {r['run']}, {r['stage']} | {r['bare_images_per_s']:,.0f} | {r['loop_images_per_s']:,.0f} "
-            f"| {r['loses']:.0%} | {r['around_s']:.1f} |"
-        )
-    return "\n".join(lines) + f"\n\n{footer(data)}\n\n"
+    return gpu_tables.loop_lines(data["rows"]) + f"\n{footer(data)}\n\n"
 
 
 def loader(_: str) -> str:

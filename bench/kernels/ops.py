@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from cmt_kernels import OPS
-from cmt_kernels.cases import allowed, backends_on, cases_of, error, implementation, outputs, wide
+from cmt_kernels.cases import allowed, backends_on, cases_of, error, implementation, map_tensors, outputs, wide
+from torch import Tensor
 
 from bench.harness.results_file import ROOT, Results
 from bench.harness.timing import Deadline, interleave, roof, spread
@@ -44,22 +45,30 @@ def resize(case: Any, batch: int | None) -> Any:
     return dataclasses.replace(case, B=batch, **({"k": k * batch // case.B} if k else {}))
 
 
-def check(op: str, function: Callable, case: Any, dtype: torch.dtype, device: str) -> tuple[float | None, str]:
+class Truth:
+    """One set of inputs, drawn on the CPU once, and what the reference makes of it in float64 and in its own dtype."""
+
+    def __init__(self, op: str, case: Any, dtype: torch.dtype, device: str) -> None:
+        self.op, self.drawn = op, cases_of(op).inputs(case, dtype, device)
+        plain = implementation(op, "reference")
+        self.exact, self.yardstick = outputs(op, plain, wide(self.fresh())), outputs(op, plain, self.fresh())
+
+    def fresh(self) -> dict[str, Any]:
+        """The inputs, of which nobody has changed anything."""
+        return map_tensors(Tensor.clone, self.drawn)
+
+
+def check(truth: Truth, function: Callable) -> tuple[float | None, str]:
     """Largest error of any output relative to that output's size, and what is wrong: "" if nothing is."""
-    module, plain = cases_of(op), implementation(op, "reference")
-
-    def fresh() -> dict[str, Any]:
-        return module.inputs(case, dtype, device)
-
-    exact, yardstick = outputs(op, plain, wide(fresh())), outputs(op, plain, fresh())
+    exact, yardstick = truth.exact, truth.yardstick
     try:
-        got = outputs(op, function, fresh())
+        got = outputs(truth.op, function, truth.fresh())
     except Exception as failure:
         return None, f"{type(failure).__name__}: {str(failure).split(chr(10))[0]}"
     if [(y.shape, y.dtype) for y in got] != [(y.shape, y.dtype) for y in yardstick]:
         return None, "its shapes or dtypes are not those of the reference"
-    errors = [error(y, truth) for y, truth in zip(got, exact, strict=True)]
-    sizes = [truth.abs().max().item() if truth.numel() else 0.0 for truth in exact]
+    errors = [error(y, right) for y, right in zip(got, exact, strict=True)]
+    sizes = [right.abs().max().item() if right.numel() else 0.0 for right in exact]
     for i, e in enumerate(errors):
         limit = allowed(yardstick[i], exact[i])
         if not e <= limit:
@@ -84,13 +93,14 @@ def beside_prediction(row: dict[str, Any], known: dict[str, float] | None) -> di
 def measure(op: str, case: Any, dtype: torch.dtype, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each backend that can run, times only for those that pass the check."""
     module, device = cases_of(op), arguments.device
+    truth = Truth(op, case, dtype, device)
     functions = {name: implementation(op, name) for name in backends_on(op, device)}
-    functions |= libraries.of(op, module.inputs(case, dtype, device), device)
+    functions |= libraries.of(op, truth.fresh(), device)
     if arguments.compile:
         torch._dynamo.reset()
         functions["compiled"] = torch.compile(implementation(op, "reference"), dynamic=False)
-    checks = {name: check(op, function, case, dtype, device) for name, function in functions.items()}
-    kwargs = {name: module.inputs(case, dtype, device) for name, (_, wrong) in checks.items() if not wrong}
+    checks = {name: check(truth, function) for name, function in functions.items()}
+    kwargs = {name: truth.fresh() for name, (_, wrong) in checks.items() if not wrong}
     calls = {name: lambda f=functions[name], x=kwargs[name]: f(**x) for name in kwargs}
     times = interleave(calls, device, arguments.seconds)
     shared = {

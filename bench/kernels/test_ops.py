@@ -9,7 +9,7 @@ import torch
 from cmt_kernels import OPS
 from cmt_kernels.cases import backends_on, cases_of, implementation, mutated
 
-from bench.kernels.ops import check, resize
+from bench.kernels.ops import Truth, check, resize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -26,7 +26,7 @@ ROWS = [
 def test_op(benchmark, op: str, case, name: str) -> None:
     dtype = DTYPE if DTYPE in cases_of(op).DTYPES else torch.float32
     function = implementation(op, name)
-    _, wrong = check(op, function, case, dtype, DEVICE)
+    _, wrong = check(Truth(op, case, dtype, DEVICE), function)
     assert not wrong, wrong
     inputs = cases_of(op).inputs(case, dtype, DEVICE)
     wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None

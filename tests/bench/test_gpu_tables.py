@@ -41,6 +41,14 @@ FILES = {
             for name, ms in (("native", 0.1), ("triton", 0.09), ("compiled", 0.08), ("reference", 0.3), ("apex", 0.07))
         ],
     },
+    "trajectories.json": {
+        "rows": [{"model": "XL256", "mode": "pool", "how": "graph", "precision": "bf16", "at_once": 64,
+                  "trajectories_per_s": 96.0, "p50_ms_image": 0.65, "paper_over": {"p20": 11.0, "p50": 11.5, "p80": 12.0}}],
+    },
+    "pipeline.json": {
+        "rows": [{"run": "digits", "stage": "pre", "bare_images_per_s": 3160.0, "loop_images_per_s": 2462.0, "loses": 0.22,
+                  "around_s": 0.5}],
+    },
     "train.json": {
         "rows": [{"recipe": "digits", "exit": 0, "report": True, "seconds": 200.0,
                   "figures": {"mid": {"1": {"frechet": 0.33}, "2": {"frechet": 0.4}}}}],
@@ -66,7 +74,7 @@ def pages(tmp_path, monkeypatch):
 
 def test_what_no_card_has_measured_says_how(pages):
     text = pages(*(f"h100-{name}" for name in gpu_tables.TABLES))
-    for part in ("step", "sweep", "ops", "train"):
+    for part in gpu_tables.TABLES:
         assert f"Not measured yet; on such a card: `python -m bench gpu {part}`." in text
     with pytest.raises(KeyError):
         pages("h100-oops")
@@ -88,12 +96,42 @@ def test_tables_of_a_card(pages, tmp_path):
     assert "**bf16 T 64, d 72**: wrong tangent" in text and "**bf16 T 16, d 40**: killed by SIGSEGV" in text
     assert "2 shapes, 1 errors" in text and "of each of 2 shapes: 26 ms in the median, 40 at most" in text
     assert (
-        "| gelu B64 bfloat16 | 0.0900 (triton) | 0.3000 | 0.0800 | 0.0700 (apex) | apex | 0.0670 | 1.34 | 0.050 |"
+        "| gelu B64 bfloat16 | 0.1000 | 0.0900 | 0.3000 | 0.0800 | 0.0700 (apex) | apex | 0.0670 | 1.34 | 0.050, 0.050 |"
         in text
     )
     assert "1.3%" in text and "| digits, mid-training | 1 | 0.33 | 0.30 / 0.40 |" in text
+    assert "| XL256 pool graph bf16 | 64 | 96.0 | 0.65 | 11.50 (11.00 to 12.00) |" in text
+    assert "| digits, pre | 3,160 | 2,462 | 22% | 0.5 |" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({row.count("|") for row in block.splitlines()}) == 1, block
+
+
+def test_an_op_that_another_file_measured_is_not_missing(pages, tmp_path):
+    (tmp_path / "h100").mkdir()
+    left = ABOUT | FILES["ops.json"] | {"not_measured": ["qk_norm B64 bfloat16", "attention B64 bfloat16"]}
+    row = FILES["ops.json"]["rows"][0] | {"op": "qk_norm", "case": "B64", "dtype": "bfloat16"}
+    (tmp_path / "h100" / "ops.json").write_text(json.dumps(left))
+    (tmp_path / "h100" / "ops-qk_norm.json").write_text(json.dumps(ABOUT | {"rows": [row]}))
+    assert "Not measured: attention B64 bfloat16." in pages("h100-ops")
+
+
+def test_a_proof_in_a_new_process_stands_apart(pages, tmp_path):
+    (tmp_path / "h100").mkdir()
+    shared = {
+        "network": "XL",
+        "dtype": "bf16",
+        "process": "shared",
+        "ms": {"forward": 300.0, "backward": 100.0},
+        "start_ms": 9.0,
+    }
+    rows = [
+        shared,
+        shared | {"network": "B", "ms": {"forward": 2.0}},
+        shared | {"process": "new", "ms": {"forward": 250.0}},
+    ]
+    (tmp_path / "h100" / "proofs.json").write_text(json.dumps(ABOUT | {"rows": rows}))
+    text = pages("h100-proofs")
+    assert "| XL bf16 |  | 250 | 9 |" in text and "| B bf16 | 2 |  |  |" in text
 
 
 def test_what_is_missing_is_said_below_the_table(pages, tmp_path):
