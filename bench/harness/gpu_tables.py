@@ -152,10 +152,12 @@ def ops(found: list[dict[str, Any]], _: Path) -> str:
             continue
         own = rows[mine] if mine else {}
         cells = (
-            some(timed.get("native"), ".4f"), some(timed.get("triton"), ".4f"), some(timed.get("reference"), ".4f"),
+            some(timed.get("native"), ".4f"), some(timed.get("triton"), ".4f"),
+            some(timed.get("reference"), ".4f"),
             some(timed.get("compiled"), ".4f"), f"{timed[library]:.4f} ({library})" if library else "",
             min(timed, key=timed.__getitem__), some(own.get("predicted_ms"), ".4f"),
-            some(own.get("measured_over_predicted"), ".2f"), ", ".join(some(rows.get(n, {}).get("host_ms"), ".3f") or "-" for n in ("native", "triton")),
+            some(own.get("measured_over_predicted"), ".2f"),
+            ", ".join(some(rows.get(n, {}).get("host_ms"), ".3f") or "-" for n in ("native", "triton")),
         )  # fmt: skip
         lines.append(f"| {op} {case} {dtype} | {' | '.join(cells)} |")
     median = found[0].get("spread_median")

@@ -57,9 +57,9 @@ def test_a_library_is_checked_like_a_backend(monkeypatch) -> None:
     plant(monkeypatch, "liger_kernel.ops.layer_norm", LigerLayerNormFunction=LayerNorm)
     case = case_of("modulated_norm", False)
     function = libraries.of("modulated_norm", cases_of("modulated_norm").inputs(case), "cuda")["liger"]
-    assert ops.check("modulated_norm", function, case, torch.float32, "cpu")[1] == ""
+    assert ops.check(ops.Truth("modulated_norm", case, torch.float32, "cpu"), function)[1] == ""
     monkeypatch.setattr(LayerNorm, "apply", staticmethod(lambda x, weight, bias, eps: x))
-    assert "errs by" in ops.check("modulated_norm", function, case, torch.float32, "cpu")[1]
+    assert "errs by" in ops.check(ops.Truth("modulated_norm", case, torch.float32, "cpu"), function)[1]
 
 
 @pytest.mark.parametrize("k", [2, 8])
@@ -70,4 +70,4 @@ def test_the_dual_row_of_attention_gives_value_and_tangent(monkeypatch, k: int) 
     inputs = module.inputs(case)
     function = libraries.of("attention", inputs, "cuda")["jvp-flash"]
     assert isinstance(function(**inputs), Dual)
-    assert ops.check("attention", function, case, torch.float32, "cpu")[1] == ""
+    assert ops.check(ops.Truth("attention", case, torch.float32, "cpu"), function)[1] == ""
