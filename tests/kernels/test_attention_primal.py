@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,18 @@ CPU = torch.device("cpu")
 KEY = (8, 2, 16, torch.float32, CPU)
 
 
+TORCH_SAYS = (  # seen on an H100 with torch 2.11, for a float32 call
+    "Memory efficient kernel not used because: (Triggered internally at sdp_utils.cpp:986.)",
+    "Memory Efficient attention has been runtime disabled. (Triggered internally at sdp_utils_cpp.h:552.)",
+    "Flash attention kernel not used because: (Triggered internally at sdp_utils.cpp:988.)",
+    "Expected query, key and value to all be of dtype: {Half, BFloat16}. Got Query dtype: float",
+    "cuDNN attention has been runtime disabled. (Triggered internally at sdp_utils.cpp:706.)",
+)
+
+
 def broken(qkv: Tensor) -> Tensor:
+    for line in TORCH_SAYS:
+        warnings.warn(line, UserWarning, stacklevel=1)
     raise RuntimeError("no kernel for this card")
 
 
@@ -53,6 +65,20 @@ def test_fastest_accurate_library_comes_first(clock: None) -> None:
     names, report = primal.measure(*KEY)
     assert names == ["fast", "slow"] and report["fast"] == 1.0 and report["slow"] == 2.0
     assert report["wrong"].startswith("errs by") and "no kernel for this card" in report["absent"]
+
+
+def test_a_library_that_cannot_run_does_not_fill_the_log_and_what_we_say_ourselves_stays(
+    clock: None, libraries: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ours(qkv: Tensor) -> Tensor:
+        warnings.warn("attention forward T8: tiles 1 used", stacklevel=1)
+        return reference(qkv)
+
+    monkeypatch.setitem(primal.LIBRARIES, "ours", ours)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        primal.measure(*KEY)
+    assert {str(w.message) for w in seen} == {"attention forward T8: tiles 1 used"}
 
 
 def test_measured_once_and_kept_for_the_next_process(

@@ -11,11 +11,13 @@ wants one set of bits everywhere, or across machines, sets `CMT_ATTENTION=triton
 every plain call, with its own autograd, and gives the bitwise promise up.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import statistics
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +51,17 @@ def _flash(module: str, qkv: Tensor) -> Tensor:
 
 def _triton(qkv: Tensor) -> Tensor:
     return torch.ops.cmt.attention(qkv)[0]
+
+
+REASONS = "Memory [Ee]fficient|Flash attention|cuDNN attention|Expected query"  # how torch's warnings begin
+
+
+@contextlib.contextmanager
+def _without_reasons() -> Iterator[None]:
+    """Torch warns why a library of its own cannot run, six lines of it; that it cannot is in the report."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", REASONS, UserWarning)
+        yield
 
 
 LIBRARIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -107,8 +120,9 @@ def measure(
     times: dict[str, list[float]] = {}
     for name, library in LIBRARIES.items():
         try:
-            wrong = error(library(few), exact)
-            library(qkv)
+            with _without_reasons():
+                wrong = error(library(few), exact)
+                library(qkv)
             refused = proof.refusal(few) if name == "triton" else None
         except Exception as fault:  # a library that cannot run here is no candidate; why is kept in the report
             report[name] = f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else ''}"
