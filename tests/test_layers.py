@@ -6,6 +6,7 @@ Rooms come from paths relative to the repository, so a clone may stand anywhere.
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path, PurePath
@@ -66,7 +67,7 @@ DOORS = {
     "tensorboard": "cmt_fast/storage/metrics_log",
     "torch_fidelity": "cmt_fast/evaluation/inception",
 }
-TRITON = ("triton", "triton_kernels", "assembler")  # the modules of cmt_kernels that may name it
+TRITON = ("triton", "triton_kernels", "triton_launches", "assembler")  # the modules of cmt_kernels that may name it
 STANDALONE = PurePath(
     "cmt_fast/convert/pipeline.py"
 )  # what diffusers runs to load an exported stage: nothing of ours does
@@ -165,6 +166,43 @@ def test_every_arrow_of_the_table_points_down():
     for mine in order:
         for theirs in ARROWS[mine] - {"any"}:
             assert order.index(theirs) < order.index(mine), (mine, theirs)
+
+
+def names(source: str) -> list[str]:
+    """Every module, or name of one, that a file imports wherever it stands, but for the eyes of a type checker alone."""
+    tree, unseen, out = ast.parse(source), set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            unseen |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
+    for node in (n for n in ast.walk(tree) if id(n) not in unseen):
+        if isinstance(node, ast.Import):
+            out += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            out += [f"{node.module}.{a.name}" for a in node.names]
+    return out
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a loop, empty if none do; sources: module -> its text."""
+    arrows = {}
+    for module, source in sources.items():
+        found = (name if name in sources else name.rpartition(".")[0] for name in names(source))
+        arrows[module] = {name for name in found if name in sources and name != module}
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as fault:
+        return fault.args[1]
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Nor where an import is put off into a function, which only hides the circle."""
+    dotted = lambda path: ".".join(path.with_suffix("").parts).removeprefix("kernels.").removesuffix(".__init__")
+    house = {dotted(path): (ROOT / path).read_text("utf-8") for path in FILES if path.parts[0] != "tests"}
+    assert len(house) > 150 and circle(house) == []
+    planted = {"a.b": "import torch\nfrom a import c", "a.c": "def f():\n    from d import g", "d": "import a.b"}
+    assert set(circle(planted)) == {"a.b", "a.c", "d"}
+    assert circle(planted | {"d": "if TYPE_CHECKING:\n    import a.b"}) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cmt_kernels import Dual
-from cmt_kernels.attention import agreement, examine, proof, remembered
+from cmt_kernels.attention import agreement, examine, proof, remembered, triton_launches
 from cmt_kernels.attention.cases import Case, inputs
 from cmt_kernels.attention.reference import attention as reference
 
@@ -38,12 +38,10 @@ PLAIN = "plain torch computes it"
 
 @contextmanager
 def card(home: str | None = None, **planted: Callable) -> Iterator[SimpleNamespace]:
-    """A process that has proven nothing, on a device where proofs are needed. planted: attributes of the Triton backend.
+    """A process that has proven nothing, on a device where proofs are needed. planted: attributes of the launches.
 
     Gives .lines, the warnings, and .examined, what was examined.
     """
-    from cmt_kernels.attention import triton
-
     seen = SimpleNamespace(lines=[], examined=[])
     examined = lambda sample, run: seen.examined.append(sample.kind) or examine.examine(sample, run)
     with ExitStack() as stack:
@@ -54,7 +52,7 @@ def card(home: str | None = None, **planted: Callable) -> Iterator[SimpleNamespa
         stack.enter_context(mock.patch.object(proof, "needed", lambda qkv: True))
         stack.enter_context(mock.patch.object(proof, "examine", examined))
         for name, function in planted.items():
-            stack.enter_context(mock.patch.object(triton, name, function))
+            stack.enter_context(mock.patch.object(triton_launches, name, function))
         warn = lambda line, *_, **__: seen.lines.append(line) if str(line).startswith("attention") else None
         stack.enter_context(mock.patch.object(warnings, "warn", warn))
         proof._machine.cache_clear()
@@ -63,10 +61,8 @@ def card(home: str | None = None, **planted: Callable) -> Iterator[SimpleNamespa
 
 
 def wrong_forward(candidates: tuple[int, ...], dual_only: bool = False, factor: float = 1.07) -> Callable:
-    """`triton.forward` whose output is 7 % off at these candidates: the least that was seen on a card."""
-    from cmt_kernels.attention import triton
-
-    true, listed = triton.forward, triton.candidates("forward", CASE.d, torch.float32, CASE.T)
+    """`triton_launches.forward` whose output is 7 % off at these candidates: the least that was seen on a card."""
+    true, listed = triton_launches.forward, triton_launches.candidates("forward", CASE.d, torch.float32, CASE.T)
 
     def planted(qkv, qkv_dot, chosen):
         o, o_dot, norms = true(qkv, qkv_dot, chosen)
@@ -116,10 +112,8 @@ def check_without_proof_the_fault_is_seen() -> None:
 
 
 def check_a_wrong_gradient() -> None:
-    from cmt_kernels.attention import triton
-
-    true = triton.backward
-    listed = triton.candidates("backward", CASE.d, torch.float32, CASE.T)
+    true = triton_launches.backward
+    listed = triton_launches.candidates("backward", CASE.d, torch.float32, CASE.T)
     planted = lambda qkv, o, norms, do, chosen: true(qkv, o, norms, do, chosen) * (1.07 if chosen == listed[0] else 1)
     with card(backward=planted) as seen:
         assert right() and len(seen.lines) == 1 and "backward" in seen.lines[0] and "gradient errs" in seen.lines[0]
@@ -146,9 +140,7 @@ def check_all_wrong_falls_back() -> None:
 
 
 def check_tiles_that_raise() -> None:
-    from cmt_kernels.attention import triton
-
-    true, listed = triton.forward, triton.candidates("forward", CASE.d, torch.float32, CASE.T)
+    true, listed = triton_launches.forward, triton_launches.candidates("forward", CASE.d, torch.float32, CASE.T)
 
     def planted(qkv, qkv_dot, chosen):
         if chosen == listed[0]:
@@ -160,17 +152,13 @@ def check_tiles_that_raise() -> None:
 
 
 def check_two_runs_that_differ() -> None:
-    from cmt_kernels.attention import triton
-
-    true, count = triton.forward, iter(range(1, 1000))
+    true, count = triton_launches.forward, iter(range(1, 1000))
     planted = lambda *x, **y: (lambda o: (o[0] + 1e-8 * next(count), *o[1:]))(true(*x, **y))
     with card(forward=planted) as seen:
         assert right() and "two runs differ" in seen.lines[0] and seen.lines[0].endswith(PLAIN)
 
 
 def check_remembered() -> None:
-    from cmt_kernels.attention import triton
-
     with tempfile.TemporaryDirectory() as home:
         with card(home, forward=wrong_forward((0,))) as seen:
             assert right() and seen.examined == ["forward", "forward", "backward"]
@@ -178,7 +166,7 @@ def check_remembered() -> None:
             assert right() and seen.examined == [] and NEXT in seen.lines[0]
         with card(home, versions=lambda device: "triton 3.6, ptxas 13.3") as seen:
             assert right() and seen.examined == ["forward", "backward"] and seen.lines == []
-        assert triton.versions(torch.device("cpu")).startswith("triton 3")
+        assert triton_launches.versions(torch.device("cpu")).startswith("triton 3")
         file = remembered.path("attention_proofs.json")
         with mock.patch.dict(os.environ, XDG_CACHE_HOME=home):
             file = remembered.path("attention_proofs.json")

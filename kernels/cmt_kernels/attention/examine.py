@@ -104,7 +104,7 @@ def draw(kind: str, qkv: Tensor, other: Tensor | None) -> Sample:
 
 
 def examine(sample: Sample, run: Run) -> Verdict:
-    """Whether run(*inputs), `triton.forward` or `triton.backward` with tiles, gives the exact outputs, twice alike."""
+    """Whether run(*inputs), `forward` or `backward` of `triton_launches` with tiles, gives the exact outputs, twice alike."""
     qkv = sample.inputs[0]
     _, t, _, h, d = qkv.shape
     start = time.perf_counter()

@@ -3,8 +3,8 @@
 A compiler may be wrong about one shape alone (ptxas 12.8.93 was, by 7 to 50 %, at T < 100), and no test without the card
 sees that. So at the first use of a launch, which is everything that its code depends on (shape, dtype, strides,
 alignment, with a tangent or without), `examine` puts a few random rows of that layout through the kernels. Where they are
-wrong the next of `triton.candidates` is tried, and then holds for all launches of the shape, so that a Dual's value stays
-bitwise the plain one; where none is right the op is plain torch. A line says so each time.
+wrong the next of `triton_launches.candidates` is tried, and then holds for all launches of the shape, so that a Dual's value
+stays bitwise the plain one; where none is right the op is plain torch. A line says so each time.
 
 Verdicts are kept in ~/.cache/cmt_fast/attention_proofs.json under the card, the versions of torch, Triton and its
 assembler, and the kernels' source. Ranks choose alike (agreement.py). Inside a captured graph nothing can be proven: a
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmt_kernels.attention import agreement, remembered
+from cmt_kernels.attention import agreement, remembered, triton_launches
 from cmt_kernels.attention.examine import Sample, Verdict, draw, examine, layout
 
 Tiles = dict[str, dict[str, int]]  # kernel -> blocks, warps and stages
@@ -59,7 +59,7 @@ def capturing(qkv: Tensor) -> bool:
 
 
 def choose(kind: str, qkv: Tensor, other: Tensor | None) -> Tiles | None:
-    """The tiles with which `triton.forward` or `triton.backward` is right here; None: plain torch.
+    """The tiles with which `triton_launches.forward` or `triton_launches.backward` is right here; None: plain torch.
 
     kind: "forward" (other: the tangent or None) or "backward" (other: do). A dictionary is read after the first use.
     """
@@ -106,14 +106,15 @@ def prove(
 
     For contiguous tensors, qkv (2, t, 3, h, d), with a tangent if dual. In use is the first candidate that is right.
     """
-    from cmt_kernels.attention import triton as kernels
-
     qkv = torch.zeros(2, t, 3, h, d, dtype=dtype, device=device)
     others = {"forward": qkv[:1] if dual else None, "backward": qkv.new_zeros(2, t, h * d)}
     found = {}
     for kind, other in others.items():
         sample = draw(kind, qkv, other)
-        found[kind] = [examine(sample, kernels.runner(kind, tiles)) for tiles in kernels.candidates(kind, d, dtype, t)]
+        found[kind] = [
+            examine(sample, triton_launches.runner(kind, tiles))
+            for tiles in triton_launches.candidates(kind, d, dtype, t)
+        ]
     return found
 
 
@@ -136,11 +137,11 @@ def _label(kind: str, qkv: Tensor, other: Tensor | None) -> str:
 @functools.lru_cache
 def _machine(device: torch.device) -> str:
     """What a verdict is true for besides the launch and its tiles."""
-    from cmt_kernels.attention import triton as kernels
-
-    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("triton.py", "triton_kernels.py"))
+    sources = b"".join(
+        Path(__file__).with_name(name).read_bytes() for name in ("triton_launches.py", "triton_kernels.py")
+    )
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = f"torch {torch.__version__}, {kernels.versions(device)}"
+    versions = f"torch {torch.__version__}, {triton_launches.versions(device)}"
     return f"{card}, {versions}, kernels {hashlib.sha256(sources).hexdigest()[:12]}"
 
 
@@ -148,10 +149,8 @@ class _Launch:
     """The candidates of one launch, and what is known of each: in this process, in the file, or found out now."""
 
     def __init__(self, kind: str, qkv: Tensor, other: Tensor | None):
-        from cmt_kernels.attention import triton as kernels
-
-        self.kind, self.qkv, self.other, self.kernels = kind, qkv, other, kernels
-        self.listed = kernels.candidates(kind, qkv.shape[4], qkv.dtype, qkv.shape[1])
+        self.kind, self.qkv, self.other = kind, qkv, other
+        self.listed = triton_launches.candidates(kind, qkv.shape[4], qkv.dtype, qkv.shape[1])
         self.label = _label(kind, qkv, other)
         self.sample: Sample | None = None
 
@@ -176,7 +175,7 @@ class _Launch:
         """Examine a candidate, on the sample that all of them share."""
         with torch.no_grad(), torch.autocast(self.qkv.device.type, enabled=False):
             self.sample = self.sample or draw(self.kind, self.qkv, self.other)
-            return examine(self.sample, self.kernels.runner(self.kind, self.listed[i]))
+            return examine(self.sample, triton_launches.runner(self.kind, self.listed[i]))
 
     def line(self, at: int, chosen: int) -> str:
         """What was decided and why."""
