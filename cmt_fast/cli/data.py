@@ -151,11 +151,9 @@ def convert(args: argparse.Namespace) -> None:
     _positive(args, "shard_rows")
     if not 1e-6 <= args.factor <= 1e6 or (args.factor != 1 and args.format == "edm"):
         raise ConfigError(f"--factor: {args.factor} is not valid; it is a positive number, of latents alone")
+    settings = importing.Settings(args.format, DTYPES[args.dtype], args.statistics, args.flip, args.factor)
     with _progress("import") as tell:
-        index = importing.convert(
-            args.source, args.out, args.format, dtype=DTYPES[args.dtype], kind=args.statistics, flip=args.flip,
-            shard_rows=args.shard_rows, factor=args.factor, tell=tell,
-        )  # fmt: skip
+        index = importing.convert(args.source, args.out, settings, shard_rows=args.shard_rows, tell=tell)
     _about(args.out, index)
 
 
