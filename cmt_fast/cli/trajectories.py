@@ -90,8 +90,7 @@ def make(
         )  # fmt: skip
         names = getattr(work.data, "class_names", ()) or tuple(str(k) for k in range(work.data.classes))
         with progress.counting("trajectories", -(-n // distributed.size()), work.folder) as advance:
-            return trajectory_store.write(
-                out, n, rolled, names, f"{run.name}, {stage.teacher}", dtype, shard_rows, roll, advance
-            )
+            origin = trajectory_store.Origin(f"{run.name}, {stage.teacher}", names)
+            return trajectory_store.write(out, n, rolled, origin, dtype, shard_rows, roll, advance)
     finally:
         machine.allow_tf32(False)

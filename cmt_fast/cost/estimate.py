@@ -16,7 +16,7 @@ from cmt_fast.cost import published, step_time
 from cmt_fast.cost.flops import OURS, Ideas, Network, Term
 from cmt_fast.cost.hardware import Card
 from cmt_fast.data import datasets
-from cmt_fast.engine import ShardingPlan, choose
+from cmt_fast.engine import ShardingPlan, StageSize, choose
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import folder as folder_
 from cmt_fast.run import resolved
@@ -234,10 +234,8 @@ def sharding_plan(run: Run, name: str, known: dict[str, Network], card: Card, pr
     named = {key: text for key, text in stage.networks().items() if key != "start"}
     by_key = {"teacher": "teacher", "autoguidance.network": "guide"}
     held = sum({text: known[by_key[key]].parameters for key, text in named.items()}.values())
-    return choose(
-        run.engine, run.zero_stage, run.zero_teacher, known["student"].parameters, held, processes, len(stage.ema),
-        stage.precision == "bf16", int(card.memory),
-    )  # fmt: skip
+    size = StageSize(known["student"].parameters, held, len(stage.ema), stage.precision == "bf16")
+    return choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, int(card.memory))
 
 
 def activation_bytes(run: Run, name: str, net: Network, processes: int) -> float | None:
