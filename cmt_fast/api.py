@@ -109,7 +109,7 @@ def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tenso
     from cmt_fast.diffusion.solvers import table
     from cmt_fast.runtime import machine
     from cmt_fast.teacher import solver_record
-    from cmt_fast.teacher.pool import roller
+    from cmt_fast.teacher.pool import Prior, roller
     from cmt_fast.teacher.precision import Teacher
 
     _at_least(n=(n, 1))
@@ -120,10 +120,8 @@ def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tenso
     machine.allow_tf32(config.precision == "tf32")
     try:
         format = teacher.choose(own.seed, own.index, data.shape, data.classes)["precision"]
-        roll = roller(
-            teacher.net(format), own.path, t, data.shape, data.classes, own.seed, own.index, work.device, n,
-            teacher.computing(format),
-        )  # fmt: skip
+        prior = Prior(data.shape, data.classes, own.seed, own.index)
+        roll = roller(teacher.net(format), own.path, t, prior, work.device, n, teacher.computing(format))
         nodes, labels = roll(0, n)
     finally:
         machine.allow_tf32(False)

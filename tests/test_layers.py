@@ -1,4 +1,4 @@
-"""The house: every module is in a room, who may import whom, what is imported late, how long files and functions are.
+"""The house: every module is in a room, who may import whom, what is imported late, how long files are.
 
 Rooms come from paths relative to the repository, so a clone may stand anywhere. ARROWS is the one table of imports.
 """

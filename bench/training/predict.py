@@ -77,7 +77,7 @@ def training(
     work = estimate.step_work(objective, teacher)
     if way == "eager":
         work = [term._replace(times=1.0) if term.kind == "tangent" else term for term in work]
-    bill = estimate.reckon(work, {"student": net, "teacher": net}, batch, batch, card, 1, "bf16", way)
+    bill = estimate.reckon(work, {"student": net, "teacher": net}, batch, batch, card, 1, estimate.Way("bf16", way))
     return bill.step_us / batch, bill.mark
 
 

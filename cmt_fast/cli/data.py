@@ -30,11 +30,24 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         a.set_defaults(call=call)
         return a
 
-    p = action(
-        "encode",
-        encode,
-        "a folder of class folders of images through an autoencoder into a store; goes on after a stop",
-    )
+    text = "a folder of class folders of images through an autoencoder into a store; goes on after a stop"
+    _encoding(action("encode", encode, text))
+    _importing(action("import", convert, "latents or images as other projects store them, into a store"))
+    p = action("shards", shards, "a store as WebDataset shards, which are a store too: tar archives in a random order")
+    p.add_argument("store", type=Path, metavar="STORE")
+    p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    p.add_argument("--shard-rows", type=int, default=ROWS)
+    p.add_argument("--seed", type=int, default=0, help="of the order of rows")
+
+    for name, call, text in (
+        ("verify", verify, "every row of a store against its checksum"),
+        ("stats", stats, "mean and standard deviation of each channel, rows of each class, read from all rows"),
+    ):
+        action(name, call, text).add_argument("store", type=Path, metavar="STORE")
+
+
+def _encoding(p: argparse.ArgumentParser) -> None:
+    """The arguments of `cmt data encode`."""
     p.add_argument("source", type=Path, metavar="IMAGES")
     p.add_argument("out", type=Path, metavar="OUT", help="the store, a new folder")
     p.add_argument("--vae", required=True, metavar="FOLDER_OR_ID", help="an AutoencoderKL of diffusers")
@@ -59,7 +72,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--shard-rows", type=int, default=ROWS)
     p.add_argument("--device", default="auto")
 
-    p = action("import", convert, "latents or images as other projects store them, into a store")
+
+def _importing(p: argparse.ArgumentParser) -> None:
+    """The arguments of `cmt data import`."""
     p.add_argument("source", type=Path, metavar="FILE_OR_FOLDER")
     p.add_argument("out", type=Path, metavar="OUT", help="the store, a new folder")
     p.add_argument("--format", required=True, choices=importing.FORMATS)
@@ -72,18 +87,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--factor", type=float, default=1.0, help="what latents were multiplied with (DiT's: 0.18215); taken out"
     )
     p.add_argument("--shard-rows", type=int, default=ROWS)
-
-    p = action("shards", shards, "a store as WebDataset shards, which are a store too: tar archives in a random order")
-    p.add_argument("store", type=Path, metavar="STORE")
-    p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    p.add_argument("--shard-rows", type=int, default=ROWS)
-    p.add_argument("--seed", type=int, default=0, help="of the order of rows")
-
-    for name, call, text in (
-        ("verify", verify, "every row of a store against its checksum"),
-        ("stats", stats, "mean and standard deviation of each channel, rows of each class, read from all rows"),
-    ):
-        action(name, call, text).add_argument("store", type=Path, metavar="STORE")
 
 
 @contextlib.contextmanager
@@ -148,11 +151,9 @@ def convert(args: argparse.Namespace) -> None:
     _positive(args, "shard_rows")
     if not 1e-6 <= args.factor <= 1e6 or (args.factor != 1 and args.format == "edm"):
         raise ConfigError(f"--factor: {args.factor} is not valid; it is a positive number, of latents alone")
+    settings = importing.Settings(args.format, DTYPES[args.dtype], args.statistics, args.flip, args.factor)
     with _progress("import") as tell:
-        index = importing.convert(
-            args.source, args.out, args.format, dtype=DTYPES[args.dtype], kind=args.statistics, flip=args.flip,
-            shard_rows=args.shard_rows, factor=args.factor, tell=tell,
-        )  # fmt: skip
+        index = importing.convert(args.source, args.out, settings, shard_rows=args.shard_rows, tell=tell)
     _about(args.out, index)
 
 

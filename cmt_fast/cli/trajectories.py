@@ -17,7 +17,7 @@ from cmt_fast.data.writing import ROWS
 from cmt_fast.run import folder, workspace
 from cmt_fast.run.resolved import trajectory_rows
 from cmt_fast.runtime import distributed, machine, progress
-from cmt_fast.teacher.pool import roller
+from cmt_fast.teacher.pool import Prior, roller
 from cmt_fast.teacher.precision import Teacher
 
 
@@ -84,14 +84,14 @@ def make(
             precision=about["precision"], seed=run.seed,
         )  # fmt: skip
         format = about["precision"]
+        prior = Prior(work.data.shape, work.data.classes, run.seed, resolved.index)
         roll = roller(
-            teacher.net(format), work.path, stage.trajectories, work.data.shape, work.data.classes, run.seed,
-            resolved.index, work.device, min(shard_rows, n), teacher.computing(format),
+            teacher.net(format), work.path, stage.trajectories, prior, work.device, min(shard_rows, n),
+            teacher.computing(format),
         )  # fmt: skip
         names = getattr(work.data, "class_names", ()) or tuple(str(k) for k in range(work.data.classes))
         with progress.counting("trajectories", -(-n // distributed.size()), work.folder) as advance:
-            return trajectory_store.write(
-                out, n, rolled, names, f"{run.name}, {stage.teacher}", dtype, shard_rows, roll, advance
-            )
+            origin = trajectory_store.Origin(f"{run.name}, {stage.teacher}", names)
+            return trajectory_store.write(out, n, rolled, origin, dtype, shard_rows, roll, advance)
     finally:
         machine.allow_tf32(False)

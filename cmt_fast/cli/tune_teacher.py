@@ -71,8 +71,10 @@ def tune(args: argparse.Namespace) -> None:
     student = args.student
     if student is None and args.epsilon is None and _finished(work, args.stage):
         student = args.stage
-    how = {"epsilon": args.epsilon, "student": student, "margin": args.margin, "whole": args.all, "grids": args.grids}
-    kept = solver_choice.measure(work, work.stage(args.stage), count=args.trajectories, nfes=nfes, **how)
+    search = solver_choice.Search(
+        args.trajectories, nfes, args.epsilon, student, args.margin, whole=args.all, grids=args.grids
+    )
+    kept = solver_choice.measure(work, work.stage(args.stage), search=search)
     if distributed.rank():
         return
     head = [*solver_record.HEAD, "from the best limit", "serves"]

@@ -16,7 +16,7 @@ from cmt_fast.cost import published, step_time
 from cmt_fast.cost.flops import OURS, Ideas, Network, Term
 from cmt_fast.cost.hardware import Card
 from cmt_fast.data import datasets
-from cmt_fast.engine import ShardingPlan, choose
+from cmt_fast.engine import ShardingPlan, StageSize, choose
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import folder as folder_
 from cmt_fast.run import resolved
@@ -49,6 +49,20 @@ class StageCost(NamedTuple):
     gpu_hours: float
     mark: str
     lines: list[str]
+
+
+class Way(NamedTuple):
+    """How a network is trained: precision, kernels (as step_time has them), EMA tracks, and what an engine adds.
+
+    zero, sharded: ZeRO's stage and whether the teacher is sharded, as ShardingPlan has them; passes: of a step.
+    """
+
+    precision: str
+    how: str
+    tracks: int = 1
+    zero: int | None = None
+    passes: int = 1
+    sharded: bool = False
 
 
 def rows_of(run: Run) -> Rows:
@@ -111,10 +125,10 @@ def _model(run: Run, name: str) -> tuple[Model, str]:
 
 
 def reckon(
-    work: list[Term], known: dict[str, Network], images: int, batch: int, card: Card, processes: int, precision: str,
-    how: str, tracks: int = 1, zero: int | None = None, passes: int = 1, sharded: bool = False,
-) -> StageCost:  # fmt: skip
-    """The bill of `images` student images in steps of `batch`; zero, sharded: as engine.Choice has them."""
+    work: list[Term], known: dict[str, Network], images: int, batch: int, card: Card, processes: int, way: Way
+) -> StageCost:
+    """The bill of `images` student images in steps of `batch`."""
+    precision, how, zero = way.precision, way.how, way.zero
     total, lines = 0.0, []
     for term in work:
         rounds = ("tf32" if precision == "tf32" else "fp32") if term.of == "features" else precision
@@ -128,10 +142,10 @@ def reckon(
     if processes > 1 and mark.startswith("measured"):
         mark += " on one card, communication predicted"
     student = known["student"].parameters
-    optimizer = scale * step_time.optimizer_us(student, tracks, card, how, processes if zero else 1)
-    calls = sum(t.times * (batch / t.rows if t.rows else passes) * known[t.of].parameters
-                for t in work if t.of in ("teacher", "guide")) if sharded else 0  # fmt: skip
-    sent = step_time.communication_us(zero, student, calls, card, processes, passes)
+    optimizer = scale * step_time.optimizer_us(student, way.tracks, card, how, processes if zero else 1)
+    calls = sum(t.times * (batch / t.rows if t.rows else way.passes) * known[t.of].parameters
+                for t in work if t.of in ("teacher", "guide")) if way.sharded else 0  # fmt: skip
+    sent = step_time.communication_us(zero, student, calls, card, processes, way.passes)
     steps = -(-images // batch)
     step = batch / processes * total + optimizer + sent
     hours = steps * step / 3.6e9
@@ -164,7 +178,7 @@ def step_work(objective: str, teacher: float = 1.0) -> list[Term]:
 def step_us(work: list[Term], net: Network, card: Card, how: str, precision: str, batch: int) -> float:
     """Predicted microseconds an image of a step on one card, whose teacher is of the student's size."""
     known = {"student": net, "teacher": net}
-    return reckon(work, known, batch, batch, card._replace(steps=()), 1, precision, how).step_us / batch
+    return reckon(work, known, batch, batch, card._replace(steps=()), 1, Way(precision, how)).step_us / batch
 
 
 def calibration(work: list[Term], known: dict[str, Network], card: Card, precision: str) -> tuple[float, str]:
@@ -209,10 +223,8 @@ def stage_bill(
     known, _ = networks(run, name, rows)
     choice = sharding_plan(run, name, known, card, processes)
     passes = resolved.resolve(run, name).grad_accum_steps(processes)
-    bill = reckon(
-        flops_.terms(run, name, ideas), known, stage.images_nimg, stage.batch, card, processes, stage.precision, ideas.how,
-        len(stage.ema), choice.stage, passes, choice.teacher_sharded,
-    )  # fmt: skip
+    way = Way(stage.precision, ideas.how, len(stage.ema), choice.stage, passes, choice.teacher_sharded)
+    bill = reckon(flops_.terms(run, name, ideas), known, stage.images_nimg, stage.batch, card, processes, way)
     return bill, choice, known
 
 
@@ -222,10 +234,8 @@ def sharding_plan(run: Run, name: str, known: dict[str, Network], card: Card, pr
     named = {key: text for key, text in stage.networks().items() if key != "start"}
     by_key = {"teacher": "teacher", "autoguidance.network": "guide"}
     held = sum({text: known[by_key[key]].parameters for key, text in named.items()}.values())
-    return choose(
-        run.engine, run.zero_stage, run.zero_teacher, known["student"].parameters, held, processes, len(stage.ema),
-        stage.precision == "bf16", int(card.memory),
-    )  # fmt: skip
+    size = StageSize(known["student"].parameters, held, len(stage.ema), stage.precision == "bf16")
+    return choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, int(card.memory))
 
 
 def activation_bytes(run: Run, name: str, net: Network, processes: int) -> float | None:

@@ -61,24 +61,28 @@ REACHED, COPIED = 798 / 989.4, 3.0 / 3.35
 GEMM_CPU = ((0, 0.0), (128, 0.15), (384, 0.63))
 
 
-def _nvidia(name, bf16, tf32, fp32, bandwidth, memory, watts, link, network, flash=1.0, **measured) -> Card:
-    """TFLOP/s, TB/s, GB, W, GB/s; measured: matmul in bf16 TFLOP/s and copy in TB/s."""
-    peak = {"bf16": bf16 * 1e12, "tf32": tf32 * 1e12, "fp32": fp32 * 1e12}
+def _nvidia(name, rates, bandwidth, memory, watts, links, flash=1.0, **measured) -> Card:
+    """rates: TFLOP/s in bf16, TF32, fp32; TB/s, GB, W; links: GB/s inside and outside the machine.
+
+    measured: matmul in bf16 TFLOP/s and copy in TB/s.
+    """
+    peak = {precision: rate * 1e12 for precision, rate in zip(("bf16", "tf32", "fp32"), rates, strict=True)}
     matmul = {p: REACHED * rate for p, rate in peak.items()}
     if "matmul" in measured:
         matmul["bf16"] = measured["matmul"] * 1e12
     copy = measured.get("copy", COPIED * bandwidth) * 1e12
+    link, network = (rate * 1e9 for rate in links)
     known = {{"matmul": "matmul bf16", "copy": "copy"}[key]: BEFORE for key in measured}
-    return Card(name, peak, matmul, copy, memory * 1e9, watts, link * 1e9, network * 1e9, flash, known)
+    return Card(name, peak, matmul, copy, memory * 1e9, watts, link, network, flash, known)
 
 
 # datasheets: dense rates of the SXM boards, bandwidth, memory, board power; NVLink one way, network of a machine of eight
 CARDS = {
     card.name: card
     for card in (
-        _nvidia("h100", 989.4, 494.7, 66.9, 3.35, 80, 700, 450, 50, matmul=798, copy=3.0),
-        _nvidia("h200", 989.4, 494.7, 66.9, 4.8, 141, 700, 450, 50, matmul=790, copy=4.3),
-        _nvidia("a100", 312, 156, 19.5, 2.039, 80, 400, 300, 25, flash=312 / 989.4),
+        _nvidia("h100", (989.4, 494.7, 66.9), 3.35, 80, 700, (450, 50), matmul=798, copy=3.0),
+        _nvidia("h200", (989.4, 494.7, 66.9), 4.8, 141, 700, (450, 50), matmul=790, copy=4.3),
+        _nvidia("a100", (312, 156, 19.5), 2.039, 80, 400, (300, 25), flash=312 / 989.4),
     )
 }
 NAMES = (*CARDS, "cpu")

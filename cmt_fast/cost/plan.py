@@ -7,7 +7,7 @@ from typing import Any
 
 from cmt_fast.config.schema import Run
 from cmt_fast.cost import flops, published, step_time
-from cmt_fast.cost.estimate import Rows, StageCost, reckon, stage_bill
+from cmt_fast.cost.estimate import Rows, StageCost, Way, reckon, stage_bill
 from cmt_fast.cost.flops import OURS, Ideas
 from cmt_fast.cost.hardware import Card
 from cmt_fast.run import resolved
@@ -79,7 +79,7 @@ def _published(budget: published.Budget, card: Card, processes: int) -> dict[str
     if budget.distance:
         known["features"] = flops.feature_network(budget.distance, budget.shape)
     bills = {
-        p.name: reckon(list(p.work), known, p.images, p.batch, card, processes, p.precision, "eager")
+        p.name: reckon(list(p.work), known, p.images, p.batch, card, processes, Way(p.precision, "eager"))
         for p in budget.parts
     }
     line = _line(budget.name, bills) if bills else {

@@ -40,6 +40,13 @@ class Picture(NamedTuple):
     label: int | None
 
 
+class Chunk(NamedTuple):
+    """The pictures of one shard, and whether their mirror images are its rows."""
+
+    pictures: list[Picture]
+    mirror: bool
+
+
 class Settings(NamedTuple):
     """What a store's rows depend on besides the images and the autoencoder."""
 
@@ -98,9 +105,11 @@ def encode(
     if settings.size % codec.factor:
         raise DatasetError(f"--size: {settings.size} is no multiple of {codec.factor}, the autoencoder's factor")
     chunks = [images[i : i + shard_rows] for i in range(0, len(images), shard_rows)]
-    work = [(chunk, mirror) for mirror in ((False, True) if settings.flip else (False,)) for chunk in chunks]
+    work = [Chunk(chunk, mirror) for mirror in ((False, True) if settings.flip else (False,)) for chunk in chunks]
     digest = codec.digest
-    keys = [key_of(settings, digest, CROP, [(text(p.name), *p[1:]) for p in chunk], mirror) for chunk, mirror in work]
+    keys = [
+        key_of(settings, digest, CROP, [(text(p.name), *p[1:]) for p in pictures], mirror) for pictures, mirror in work
+    ]
     writer, rank = Writer(out), distributed.rank()
     if rank == 0:
         writer.start()
@@ -108,20 +117,19 @@ def encode(
     side = settings.size // codec.factor
     layout = Layout(settings.kind, settings.dtype, (codec.channels * (1 + (settings.kind == "mean+std")), side, side))
     mine = range(rank, len(work), distributed.size())
-    done, total = 0, sum(len(work[k][0]) for k in mine)
+    done, total = 0, sum(len(work[k].pictures) for k in mine)
     with contextlib.ExitStack() as held:
         held.enter_context(writer.lock_together())
         pool = held.enter_context(ThreadPoolExecutor(workers, "images"))
         for k in mine:
-            chunk, mirror = work[k]
             before = writer.record(k, keys[k])
             if before and before["notes"] and not skip_broken:
                 raise DatasetError(f"{source / before['notes'][0][0]}: {before['notes'][0][1]}{SKIP}")
             if before is None:
                 with writer.shard(k, layout, keys[k]) as rows:
                     told = functools.partial(_told, tell, done, total)
-                    _fill(rows, source, chunk, mirror, codec, settings, skip_broken, pool, told)
-            done += len(chunk)
+                    _fill(rows, source, work[k], codec, settings, skip_broken, pool, told)
+            done += len(work[k].pictures)
             tell(done, total)
         distributed.barrier()
         if rank:
@@ -138,18 +146,18 @@ def _told(tell: Callable[[int, int], None], before: int, total: int, n: int) -> 
 
 
 def _fill(
-    rows: Rows, source: Path, chunk: list[Picture], mirror: bool, codec: Codec, settings: Settings,
-    skip_broken: bool, pool: ThreadPoolExecutor, tell: Callable[[int], None],
+    rows: Rows, source: Path, chunk: Chunk, codec: Codec, settings: Settings, skip_broken: bool,
+    pool: ThreadPoolExecutor, tell: Callable[[int], None],
 ) -> None:  # fmt: skip
     batch: list[tuple[Picture, np.ndarray]] = []
-    for done, (picture, found) in enumerate(_decoded(source, chunk, mirror, settings, pool), 1):
+    for done, (picture, found) in enumerate(_decoded(source, chunk, settings, pool), 1):
         if isinstance(found, np.ndarray):
             batch.append((picture, found))
         elif skip_broken:
-            rows.notes += [] if mirror else [(text(picture.name), found)]
+            rows.notes += [] if chunk.mirror else [(text(picture.name), found)]
         else:
             raise DatasetError(f"{source / picture.name}: {found}{SKIP}")
-        if len(batch) == settings.batch or (done == len(chunk) and batch):
+        if len(batch) == settings.batch or (done == len(chunk.pictures) and batch):
             _encode_batch(rows, batch, codec, settings)
             batch = []
             tell(done)
@@ -163,14 +171,14 @@ def _encode_batch(rows: Rows, batch: list[tuple[Picture, np.ndarray]], codec: Co
 
 
 def _decoded(
-    source: Path, chunk: list[Picture], mirror: bool, settings: Settings, pool: ThreadPoolExecutor
+    source: Path, chunk: Chunk, settings: Settings, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Picture, np.ndarray | str]]:
     """Pixels (3, size, size) uint8 of each picture in order, or why there are none; two batches are read ahead."""
     waiting: deque[tuple[Picture, Future]] = deque()
-    coming = iter(chunk)
+    coming = iter(chunk.pictures)
     while True:
         while len(waiting) < 2 * settings.batch and (picture := next(coming, None)):
-            waiting.append((picture, pool.submit(_pixels, source / picture.name, settings.size, mirror)))
+            waiting.append((picture, pool.submit(_pixels, source / picture.name, settings.size, chunk.mirror)))
         if not waiting:
             return
         picture, future = waiting.popleft()

@@ -42,15 +42,31 @@ class Foreign(NamedTuple):
     flips: bool = False
 
 
-def convert(
-    source: Path, out: Path, format: str, *, dtype: str, kind: str, flip: bool, shard_rows: int, factor: float = 1.0,
-    tell: Callable[[int, int], None] = lambda done, total: None,
-) -> Index:  # fmt: skip
-    """Write OUT from `source`. kind: what arrays of format npy are; flip: keep LightningDiT's mirror images.
+class Settings(NamedTuple):
+    """How files are read: their format; the store's dtype; kind: what arrays of format npy are; flip: keep LightningDiT's
+    mirror images.
 
     factor: what the arrays were multiplied with when they were written; they are divided by it, so that an autoencoder
-    decodes them. tell(rows done, all of them). Raises DatasetError; what was begun of OUT is removed then.
+    decodes them.
     """
+
+    format: str
+    dtype: str
+    kind: str = "mean"
+    flip: bool = False
+    factor: float = 1.0
+
+
+def convert(
+    source: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    shard_rows: int,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Index:
+    """Write OUT from `source`. tell(rows done, all of them). Raises DatasetError; what was begun of OUT is removed then."""
+    format, dtype, kind, flip, factor = settings
     writer = Writer(out)
     if format == "edm":
         kind, dtype = "pixels", "uint8"

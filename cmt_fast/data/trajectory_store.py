@@ -68,6 +68,13 @@ class ShardCache(_Nodes, Shards):
         return Shards.order(self, random._replace(stage=self.stage))
 
 
+class Origin(NamedTuple):
+    """What the index of a store says of its rows' origin: the run and its teacher, and the names of classes."""
+
+    source: str
+    class_names: tuple[str, ...]
+
+
 class Reader(NamedTuple):
     """Trajectories as a pool takes them, by either loader."""
 
@@ -152,8 +159,7 @@ def write(
     out: Path,
     n: int,
     rolled: Rolled,
-    class_names: tuple[str, ...],
-    source: str,
+    origin: Origin,
     dtype: str,
     shard_rows: int,
     roll: Callable[[int, int], tuple[Tensor, Tensor | None]],
@@ -196,10 +202,10 @@ def write(
             return None
         about = {
             "flips": False,
-            "class_names": class_names,
+            "class_names": origin.class_names,
             "vae": "",
             "vae_xxh3_128": "",
             "crop": "",
-            "source": source,
+            "source": origin.source,
         }
         return writer.finish(layout, keys, about | {"trajectories": facts})

@@ -19,7 +19,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run, Stage
 from cmt_fast.engine.buffers import load_named, named
 from cmt_fast.engine.local import LocalEngine
-from cmt_fast.engine.sharding import ShardingPlan, choose
+from cmt_fast.engine.sharding import ShardingPlan, StageSize, choose
 
 
 class Engine(Protocol):
@@ -84,4 +84,14 @@ def build(
     return ZeroEngine(net, stage, device, grad_accum_steps, choice)
 
 
-__all__ = ["Choice", "Engine", "LocalEngine", "build", "check", "choose", "load_named", "named"]
+__all__ = [
+    "Engine",
+    "LocalEngine",
+    "ShardingPlan",
+    "StageSize",
+    "build",
+    "check",
+    "choose",
+    "load_named",
+    "named",
+]

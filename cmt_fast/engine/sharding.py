@@ -47,6 +47,15 @@ class ShardingPlan(NamedTuple):
         ]
 
 
+class StageSize(NamedTuple):
+    """What a stage trains and holds: parameters of its network and of its frozen teachers (0 without), EMA tracks."""
+
+    parameters: int
+    teacher_parameters: int
+    tracks: int
+    bf16: bool
+
+
 def state_bytes(stage: int | None, parameters: int, processes: int, tracks: int, bf16: bool) -> int:
     """Bytes of weights, gradients, optimizer state and EMA tracks on one process: the table above."""
     moments, cast = 8 + 4 * tracks, 2 if bf16 else 0
@@ -60,31 +69,22 @@ def state_bytes(stage: int | None, parameters: int, processes: int, tracks: int,
     return int(each * parameters)
 
 
-def choose(
-    engine: str,
-    stage: int | str,
-    teacher: str,
-    parameters: int,
-    teacher_parameters: int,
-    processes: int,
-    tracks: int,
-    bf16: bool,
-    memory: int,
-) -> ShardingPlan:
+def choose(engine: str, stage: int | str, teacher: str, size: StageSize, processes: int, memory: int) -> ShardingPlan:
     """The first of (1, whole teacher), (2, whole), (3, whole), (3, sharded) whose states take at most SHARE of `memory`.
 
     One process has nothing to share: stage 0. engine: "local" or "zero"; stage: "auto" or a number; teacher: "auto",
-    "whole" or "sharded"; parameters, teacher_parameters (0 without a teacher): counts; memory: bytes of one process.
+    "whole" or "sharded"; memory: bytes of one process.
     """
 
     def sized(s: int | None, sharded: bool, why: str) -> ShardingPlan:
-        held = 4 * teacher_parameters // (processes if sharded else 1)
-        return ShardingPlan(s, sharded, state_bytes(s, parameters, processes, tracks, bf16), held, memory, why)
+        held = 4 * size.teacher_parameters // (processes if sharded else 1)
+        states = state_bytes(s, size.parameters, processes, size.tracks, size.bf16)
+        return ShardingPlan(s, sharded, states, held, memory, why)
 
     if engine == "local":
         return sized(None, False, "every process holds everything")
     shard = [False, True] if teacher == "auto" else [teacher == "sharded"]
-    if not teacher_parameters or processes == 1:
+    if not size.teacher_parameters or processes == 1:
         shard = [False]
     if stage != "auto":
         stages, rule = [int(stage)], "as zero_stage says: "

@@ -53,6 +53,16 @@ class Draws(NamedTuple):
     x_t: Tensor
     t: Tensor
 
+    def data_point(self, q: float) -> tuple[Tensor, Tensor]:
+        """ECT's pair with dt/t = 1/q (k = 0): x_r = x_0 + r eps, and r."""
+        r = earlier_time(self.t, q, 0.0, 1.0)
+        return self.x_0 + column(r, self.eps) * self.eps, r
+
+    def stepped(self, net: Exact, q: float, method: str) -> tuple[Tensor, Tensor]:
+        """The teacher's step from x_t to r, and r."""
+        r = earlier_time(self.t, q, 0.0, 1.0)
+        return ve_step(net, self.x_t, self.t, r, None, method), r
+
 
 def measure(samples: int = 20000, seed: int = 0) -> dict[str, Any]:
     """Solver error by network calls, MSE = E||e||^2 and B by initialisation, with log-log slopes by least squares.
@@ -169,16 +179,6 @@ def _bias(net: Exact, path: ProbabilityPath, samples: int, seed: int, clock: flo
         e = f - target
         return float(e.square().sum(1).mean()), float((2 * jacobian.T @ e / samples).square().sum())
 
-    def data_point(q: float) -> tuple[Tensor, Tensor]:
-        """ECT's pair with dt/t = 1/q (k = 0): x_r = x_0 + r eps, and r."""
-        r = earlier_time(d.t, q, 0.0, 1.0)
-        return d.x_0 + column(r, d.eps) * d.eps, r
-
-    def stepped(q: float, method: str) -> tuple[Tensor, Tensor]:
-        """The teacher's step from x_t to r, and r."""
-        r = earlier_time(d.t, q, 0.0, 1.0)
-        return ve_step(net, d.x_t, d.t, r, None, method), r
-
     rows: dict[str, Any] = {}
 
     def row(name: str, swept: str, values: tuple, target_of: Callable[[Any], Tensor], expected: str) -> None:
@@ -196,11 +196,11 @@ def _bias(net: Exact, path: ProbabilityPath, samples: int, seed: int, clock: flo
         _say(f"{name}, {time.perf_counter() - clock:.0f} s")
 
     hidden = "MSE 2; B 4, but 2 where the noise of E hides it, as here"
-    row("CT, exact init", "1/q", CT_Q, lambda q: psi(net, *data_point(q)), hidden)
-    row("CD-Euler, exact init", "1/q", EULER_Q, lambda q: psi(net, *stepped(q, "euler")), "MSE 4, B 4")
-    row("CD-Heun, exact init", "1/q", HEUN_Q, lambda q: psi(net, *stepped(q, "heun")), "MSE 6 to 7, B 6 to 7")
+    row("CT, exact init", "1/q", CT_Q, lambda q: psi(net, *d.data_point(q)), hidden)
+    row("CD-Euler, exact init", "1/q", EULER_Q, lambda q: psi(net, *d.stepped(net, q, "euler")), "MSE 4, B 4")
+    row("CD-Heun, exact init", "1/q", HEUN_Q, lambda q: psi(net, *d.stepped(net, q, "heun")), "MSE 6 to 7, B 6 to 7")
 
-    x_r, r = data_point(FINE_Q)
+    x_r, r = d.data_point(FINE_Q)
     for order in (1, 2, 3):
         row(
             f"CMT init, order {order}, q = {FINE_Q}",
@@ -215,7 +215,7 @@ def _bias(net: Exact, path: ProbabilityPath, samples: int, seed: int, clock: flo
     row(f"Psi + sqrt(eps) g, q = {FINE_Q}", "eps", EPSILON, lambda e: exact + math.sqrt(e) * unit, "MSE 1, B 1")
 
     def denoised(q: float) -> Tensor:
-        x, at = data_point(q)
+        x, at = d.data_point(q)
         return net(x, at, at, None)
 
     row("diffusion init, D", "1/q", CT_Q, denoised, "no slope, a plateau")

@@ -77,6 +77,7 @@ class DiT(nn.Module):
         embeddings: str = "cmt",
         checkpoint_activations: bool = False,
     ) -> None:
+        """Many parameters: the data's shape, and the hyperparameters as they are published."""
         super().__init__()
         published = embeddings == "dit"
         self.checkpoint_activations = checkpoint_activations

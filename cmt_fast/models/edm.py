@@ -135,6 +135,7 @@ class Edm(nn.Module):
         two_times: bool = False,
         checkpoint_activations: bool = False,
     ) -> None:
+        """Many parameters: the data's shape, and the hyperparameters as they are published."""
         super().__init__()
         widths = tuple(width * m for m in multipliers)
         first, emb = widths[0] if adm else width, 4 * width

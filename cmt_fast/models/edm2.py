@@ -181,6 +181,7 @@ class Edm2(nn.Module):
         two_times: bool = False,
         checkpoint_activations: bool = False,
     ) -> None:
+        """Many parameters: the data's shape, and the hyperparameters as they are published."""
         super().__init__()
         widths = tuple(width * m for m in multipliers)
         encoder, decoder = plan(side, widths[0], widths, blocks, lambda s: s in attention)

@@ -41,12 +41,7 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
     Raises ConfigError for data without labels or too small, and where the folder holds a run of other settings.
     """
     f = run.features
-    if not data.classes or len(data.shape) != 3 or min(data.shape[1:]) < 4:
-        raise ConfigError(
-            f"data: the classifier needs labelled images of 4 x 4 or more, the data has the shape {data.shape}"
-        )
-    if distributed.size() > 1:
-        raise ConfigError(f"cmt train-features: is one process, {distributed.size()} were started")
+    _check(data)
     tree = loading.dump(run)
     facts = {key: tree[key] for key in ("data", "features", "seed")}
     rows = loader(run.loader, data, run.seed, device, f.batch)
@@ -55,11 +50,8 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
         torch.manual_seed(run.seed)
         net = LatentVgg(data.shape[0], data.classes, f.width).to(device)
     sgd = torch.optim.SGD(net.parameters(), f.lr, f.momentum, weight_decay=f.weight_decay)
-    found, wall = checkpoint.latest(folder), 0.0
+    found, wall = _begun(folder, facts), 0.0
     if found:
-        changed = fingerprint.changed(found.manifest["facts"], facts)
-        if changed:
-            raise ConfigError(f"--out: {folder} holds a classifier of other settings ({'; '.join(changed[:3])})")
         _restore(net, sgd, found)
         wall = found.manifest["wall"]
     first = found.manifest["step"] if found else 0
@@ -103,6 +95,25 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
     )
     say(f"{file}: xxh3_128 {files.checksum(file)}")
     return file
+
+
+def _check(data) -> None:
+    """Raises ConfigError for data that a classifier cannot be trained on, or with more than one process."""
+    if not data.classes or len(data.shape) != 3 or min(data.shape[1:]) < 4:
+        raise ConfigError(
+            f"data: the classifier needs labelled images of 4 x 4 or more, the data has the shape {data.shape}"
+        )
+    if distributed.size() > 1:
+        raise ConfigError(f"cmt train-features: is one process, {distributed.size()} were started")
+
+
+def _begun(folder: Path, facts: dict) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint in the folder. Raises ConfigError where it is of other settings."""
+    found = checkpoint.latest(folder)
+    changed = fingerprint.changed(found.manifest["facts"], facts) if found else []
+    if changed:
+        raise ConfigError(f"--out: {folder} holds a classifier of other settings ({'; '.join(changed[:3])})")
+    return found
 
 
 def _state(net: LatentVgg, sgd: torch.optim.SGD) -> dict[str, dict[str, Tensor]]:

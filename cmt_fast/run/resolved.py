@@ -15,7 +15,7 @@ from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.schedule import Schedule, schedule
 from cmt_fast.teacher import solver_error
-from cmt_fast.teacher.pool import Pool
+from cmt_fast.teacher.pool import Pool, Prior
 
 INDEX = {name: i for i, name in enumerate(STAGES)}  # enters every random key: never renumber
 
@@ -148,7 +148,8 @@ class ResolvedStage:
         """
         how = how or self.trajectories
         rows = self.trajectory_rows
-        return Pool(teacher, self.path, how, shape, classes, rows, self.seed, self.index, device, **options)
+        prior = Prior(shape, classes, self.seed, self.index)
+        return Pool(teacher, self.path, how, prior, rows, device, **options)
 
     def candidates(
         self, nfes: tuple[int, ...] = solver_error.NFE, grids: bool = False

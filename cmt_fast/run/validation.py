@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.config.schema import STAGES, Run, Stage
+from cmt_fast.config.schema import STAGES, Run, Stage, Trajectories
 from cmt_fast.diffusion import sampling
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
@@ -74,25 +74,31 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
             f"{name}.objective.uncertainty: needs a model of kind edm2, and this run's is {run.model.kind}"
         )
     if stage.trajectories and points:
-        t = stage.trajectories
-        if t.cache and t.nfe == "auto":
-            raise ConfigError(
-                f"{name}.trajectories.nfe: 'auto' is chosen with the teacher, cached trajectories have theirs"
-            )
+        _check_trajectories(run, name, stage.trajectories, points, shape, classes)
+
+
+def _check_trajectories(
+    run: Run, name: str, t: Trajectories, points: int, shape: tuple[int, ...], classes: int
+) -> None:
+    """The solver's table exists and the batches are whole trajectories; `auto` has something to choose from."""
+    if t.cache and t.nfe == "auto":
+        raise ConfigError(
+            f"{name}.trajectories.nfe: 'auto' is chosen with the teacher, cached trajectories have theirs"
+        )
+    try:
+        table(ProbabilityPath(run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift)
+    except ConfigError as error:
+        raise error.under(f"{name}.trajectories") from None
+    if t.nfe != "auto":
         try:
-            table(ProbabilityPath(run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift)
+            resolve(run, name).pool(None, shape, classes, torch.device("cpu"))
         except ConfigError as error:
-            raise error.under(f"{name}.trajectories") from None
-        if t.nfe != "auto":
-            try:
-                resolve(run, name).pool(None, shape, classes, torch.device("cpu"))
-            except ConfigError as error:
-                raise error.under(name) from None
-        elif not resolve(run, name).candidates():
-            raise ConfigError(
-                f"{name}.trajectories.nfe: auto finds nothing to choose from; with {points} rows x {t.pool_steps} steps in "
-                f"mode {t.mode} none of {', '.join(map(str, solver_error.NFE))} makes whole trajectories"
-            )
+            raise error.under(name) from None
+    elif not resolve(run, name).candidates():
+        raise ConfigError(
+            f"{name}.trajectories.nfe: auto finds nothing to choose from; with {points} rows x {t.pool_steps} steps in "
+            f"mode {t.mode} none of {', '.join(map(str, solver_error.NFE))} makes whole trajectories"
+        )
 
 
 def _check_networks(name: str, stage: Stage) -> None:

@@ -194,11 +194,9 @@ class Workspace:
         run, config = self.run, stage.config
         held = {name for key, name in stage.called.items() if key != "start"}  # teacher and guide, of any size
         teacher = sum(self._parameters(stored_run(Path(n).parent)) if "/" in n else self.parameters for n in held)
-        bf16, tracks, processes = config.precision == "bf16", len(config.ema), distributed.size()
-        memory = sharding.memory_bytes(self.device)
-        choice = engine.choose(
-            run.engine, run.zero_stage, run.zero_teacher, self.parameters, teacher, processes, tracks, bf16, memory
-        )
+        size = sharding.StageSize(self.parameters, teacher, len(config.ema), config.precision == "bf16")
+        memory, processes = sharding.memory_bytes(self.device), distributed.size()
+        choice = engine.choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, memory)
         engine.check(run, stage.name, config, choice)
         return choice
 

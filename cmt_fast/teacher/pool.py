@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,15 @@ class Stock(Protocol):
         """End what reads in the background."""
 
 
+class Prior(NamedTuple):
+    """What trajectories start from: rows of a shape with uniform labels (classes 0: none), drawn by seed and stage."""
+
+    shape: tuple[int, ...]
+    classes: int
+    seed: int
+    stage: int
+
+
 class Pool:
     """Points of trajectories from x_T ~ prior with uniformly random labels: no data is read.
 
@@ -56,11 +65,8 @@ class Pool:
         teacher: Net | None,
         path: ProbabilityPath,
         config: Trajectories,
-        shape: tuple[int, ...],
-        classes: int,
+        prior: Prior,
         rows: int,
-        seed: int,
-        stage: int,
         device: torch.device,
         *,
         computing: Callable[[], AbstractContextManager] = nullcontext,
@@ -72,7 +78,8 @@ class Pool:
         Raises ValueError where the numbers do not divide.
         """
         self.teacher, self.path, self.config, self.computing, self.graph = teacher, path, config, computing, graph
-        self.shape, self.classes, self.rows, self.seed, self.stage = shape, classes, rows, seed, stage
+        self.shape, self.classes, self.seed, self.stage = prior
+        self.rows = rows
         self.device = torch.device(device)
         self.plan = table(path, config.solver, config.nfe, config.t_max, config.t_min, config.order, config.shift)
         self.nodes = len(self.plan.times)
@@ -143,7 +150,7 @@ class Pool:
             assert self.teacher is not None
             own = None if self._labels is None else self._labels[mine]
             self._rolling = Rolling(
-                self.teacher, self.path, self.plan, self._states[:, mine], own, self.config.rollout_batch,
+                self.teacher, self.path, self.plan, (self._states[:, mine], own), self.config.rollout_batch,
                 computing=self.computing, graph=self.graph,
             )  # fmt: skip
         self._rolling()
@@ -220,10 +227,7 @@ def roller(
     teacher: Net,
     path: ProbabilityPath,
     config: Trajectories,
-    shape: tuple[int, ...],
-    classes: int,
-    seed: int,
-    stage: int,
+    prior: Prior,
     device: torch.device,
     rows: int,
     computing: Callable[[], AbstractContextManager] = nullcontext,
@@ -232,10 +236,11 @@ def roller(
 
     What it returns is good until the next call.
     """
+    shape, classes, seed, stage = prior
     plan = table(path, config.solver, config.nfe, config.t_max, config.t_min, config.order, config.shift)
     nodes = torch.empty((len(plan.times), rows, *shape), device=device)
     labels = torch.zeros(rows, dtype=torch.int64, device=device) if classes else None
-    rolling = Rolling(teacher, path, plan, nodes, labels, config.rollout_batch, computing=computing)
+    rolling = Rolling(teacher, path, plan, (nodes, labels), config.rollout_batch, computing=computing)
 
     def roll(first: int, count: int) -> tuple[Tensor, Tensor | None]:
         ids = torch.arange(rows, device=device) + first  # a short last part is rolled out whole: one shape, one graph

@@ -27,20 +27,20 @@ class Rolling:
         teacher: Net,
         path: ProbabilityPath,
         plan: Table,
-        nodes: Tensor,
-        labels: Tensor | None,
+        buffer: tuple[Tensor, Tensor | None],
         batch: int,
         *,
         computing: Callable[[], AbstractContextManager] = nullcontext,
         graph: bool = True,
         tell: Callable[[str], None] = print,
     ) -> None:
-        """computing: what a rollout is run in, such as an autocast; graph: whether one can be captured at all."""
+        """buffer: nodes and labels; computing: what a rollout is run in, as an autocast; graph: whether one can be captured."""
         self.teacher, self.path, self.plan, self.computing, self.tell = teacher, path, plan, computing, tell
-        self.nodes, self.labels, self.batch = nodes, labels, min(batch, nodes.shape[1])
-        self.graph = graph and nodes.is_cuda
+        self.nodes, self.labels = buffer
+        self.batch = min(batch, self.nodes.shape[1])
+        self.graph = graph and self.nodes.is_cuda
         self._replay: Callable[[], None] | None = None
-        self._window: tuple[Tensor, Tensor | None] = nodes, labels
+        self._window = buffer
 
     def __call__(self) -> None:
         """Roll out all rows."""

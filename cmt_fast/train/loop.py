@@ -8,7 +8,9 @@ killed run that is started again ends with the same weights, EMA and metrics as 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import cmt_kernels
 import torch
@@ -16,8 +18,8 @@ from torch import Tensor
 
 from cmt_fast import engine as engines
 from cmt_fast.config import errors, fingerprint
-from cmt_fast.config.schema import Stage
-from cmt_fast.engine import Engine, compile
+from cmt_fast.config.schema import Run, Stage
+from cmt_fast.engine import Engine, ShardingPlan, compile
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine
@@ -88,61 +90,109 @@ def train_stage(
         ending.callback(source.close)
         if found is None and source.trajectories.get("errors"):
             log.row("trajectories", 1, config.batch, source.trajectories)
-        always = {  # what every checkpoint of the stage says alike
-            "stage": name,
-            "recipe": run.name,
-            "config": fingerprint.stage_digest(run, name, others),
-            "parent": lineage,
-            "others": others,
-            "engine": {"kind": run.engine, "stage": choice.stage, "processes": distributed.size()},
-        } | ({"trajectories": source.trajectories} if source.trajectories else {})
+        always = _identity(run, name, lineage, others, choice)
+        always |= {"trajectories": source.trajectories} if source.trajectories else {}
         if config.compile:
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         meter.lap("startup")
         if found and found.manifest.get("unseen"):
             monitor.observe(work, stage, engine, engine.step_count, False, log)
             wall["eval_s"] += meter.lap("evaluation")
-        sums, look_every = Sums(found), 1
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
             every = source.pool.steps if source.pool else 1
             kept = profile.over(steps, plan, every, work.device, config.precision, config.compile, folder)
             steps = ending.enter_context(contextlib.closing(kept))
+        Steps(work, stage, engine, source, log, account, meter, Sums(found), wall, always).take(steps, asked)
+
+
+class Steps(NamedTuple):
+    """The steps of a stage: what they are taken with, and where their metrics and checkpoints go.
+
+    wall: seconds of the steps that count; always: what every checkpoint of the stage says alike.
+    """
+
+    work: Workspace
+    stage: ResolvedStage
+    engine: Engine
+    source: batches.BatchProvider
+    log: Log
+    account: ledger.Account
+    meter: meters.Meter
+    sums: Sums
+    wall: dict[str, float]
+    always: dict[str, Any]
+
+    def take(self, steps: Iterable[int], asked: list[int]) -> None:
+        """Take them, each with the row of metrics, the evaluation and the checkpoint that are due after it.
+
+        Raises FloatingPointError when the loss is not finite, and Stopped where a signal asked for it, after a checkpoint.
+        """
+        plan, wall, look_every = self.stage.schedule, self.wall, 1
         for step in steps:
-            for part in range(grad_accum_steps):
-                loss, scalars = source.loss(engine, step, part)
-                engine.backward(loss)
-                sums.add({"loss": loss.detach(), **scalars}, grad_accum_steps)
-            lr = plan.lr(config, step)
-            sums.add({"grad_norm": engine.step(lr)})
+            lr = self._one(step)
             n, last = step + 1, step + 1 == plan.total
             row = n % plan.log_every == 0 or last
             # a look costs a collective call and waits for the device: every row, and every LOOK_S between
             stop = distributed.largest(asked[0] if asked else 0) if row or n % look_every == 0 else 0
             if row or stop:
-                wall["train_s"] += meter.lap("train")
+                wall["train_s"] += self.meter.lap("train")
             if row:
-                means = sums.means(n - (n - 1) // plan.log_every * plan.log_every)
-                if not all(map(_finite, means.values())):
-                    raise FloatingPointError(f"{name}: loss {means['loss']} at step {n}; the last checkpoint is sound")
-                speed = n * config.batch / wall["train_s"]
-                spent = {**wall, "images_per_s": speed, "bill": account.add()}
-                log.row("train", n, n * config.batch, {**means, "lr": lr}, spent)
-                log.advance(n, f"loss {means['loss']:.4g}  {speed:.0f} img/s")
+                self._row(n, lr)
                 look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
                 # one who stops does not wait for an evaluation: it is made up for on resuming
-                if (last or not stop) and monitor.observe(work, stage, engine, n, last, log):
-                    wall["eval_s"] += meter.lap("evaluation")
+                if (last or not stop) and monitor.observe(self.work, self.stage, self.engine, n, last, self.log):
+                    wall["eval_s"] += self.meter.lap("evaluation")
             if n % plan.checkpoint_every == 0 or last or stop:
-                log.commit()
-                unseen = bool(row and stop and not last)  # a row of metrics whose evaluation is still to be made
-                now = {"nimg": n * config.batch, "done": last, "unseen": unseen, "wall": wall, "bill": account.add()}
-                now["proofs"] = cmt_kernels.proofs()
-                _save(folder, n, engine, always | now, sums)
-                meter.lap("checkpoint")
-                account.settle(n, end=last or bool(stop))
+                self._checkpoint(n, last, unseen=bool(row and stop and not last))
+                self.account.settle(n, end=last or bool(stop))
                 if stop and not last:
                     raise Stopped(128 + stop)
+
+    def _one(self, step: int) -> float:
+        """Gradients of every part of a step, and the optimizer's step. Returns its learning rate."""
+        parts = self.engine.grad_accum_steps
+        for part in range(parts):
+            loss, scalars = self.source.loss(self.engine, step, part)
+            self.engine.backward(loss)
+            self.sums.add({"loss": loss.detach(), **scalars}, parts)
+        lr = self.stage.schedule.lr(self.stage.config, step)
+        self.sums.add({"grad_norm": self.engine.step(lr)})
+        return lr
+
+    def _row(self, n: int, lr: float) -> None:
+        """A row of metrics after n steps: means since the row before."""
+        every, nimg = self.stage.schedule.log_every, n * self.stage.config.batch
+        means = self.sums.means(n - (n - 1) // every * every)
+        if not all(map(_finite, means.values())):
+            raise FloatingPointError(
+                f"{self.stage.name}: loss {means['loss']} at step {n}; the last checkpoint is sound"
+            )
+        speed = nimg / self.wall["train_s"]
+        spent = {**self.wall, "images_per_s": speed, "bill": self.account.add()}
+        self.log.row("train", n, nimg, {**means, "lr": lr}, spent)
+        self.log.advance(n, f"loss {means['loss']:.4g}  {speed:.0f} img/s")
+
+    def _checkpoint(self, n: int, last: bool, unseen: bool) -> None:
+        """A checkpoint after n steps. unseen: it has a row of metrics whose evaluation is still to be made."""
+        self.log.commit()
+        nimg = n * self.stage.config.batch
+        now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": self.wall, "bill": self.account.add()}
+        now["proofs"] = cmt_kernels.proofs()
+        _save(self.stage.folder, n, self.engine, self.always | now, self.sums)
+        self.meter.lap("checkpoint")
+
+
+def _identity(run: Run, name: str, lineage: dict | None, others: dict, choice: ShardingPlan) -> dict[str, Any]:
+    """What a stage is, what it comes from and how it is trained: what all its checkpoints say alike."""
+    return {
+        "stage": name,
+        "recipe": run.name,
+        "config": fingerprint.stage_digest(run, name, others),
+        "parent": lineage,
+        "others": others,
+        "engine": {"kind": run.engine, "stage": choice.stage, "processes": distributed.size()},
+    }
 
 
 def _load(engine: Engine, found: checkpoint.Checkpoint) -> None:

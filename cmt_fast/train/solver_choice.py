@@ -20,7 +20,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,21 @@ from cmt_fast.train import batches
 
 PILOT = 200  # steps of the shorter of the two miniatures, at most
 PROBE = 16  # network calls near which the limit is looked for
+
+
+class Search(NamedTuple):
+    """How a solver is looked for: trajectories, the calls to try, epsilon as typed, the RUN/STAGE to measure it of.
+
+    whole: the table to its end; grids: other grids than the recipe's too.
+    """
+
+    count: int = solver_error.COUNT
+    nfes: tuple[int, ...] = solver_error.NFE
+    epsilon: float | None = None
+    student: str | None = None
+    margin: float = solver_error.MARGIN
+    whole: bool = False
+    grids: bool = False
 
 
 def settle(work: Workspace, stage: ResolvedStage) -> dict[str, dict]:
@@ -105,27 +120,20 @@ def endpoints(
     return solver_error.Endpoints(rolled, work.path, x, labels, t, advance)
 
 
-def measure(
-    work: Workspace, stage: ResolvedStage, count: int = solver_error.COUNT, nfes: tuple[int, ...] = solver_error.NFE,
-    epsilon: float | None = None, student: str | None = None, margin: float = solver_error.MARGIN, whole: bool = False,
-    grids: bool = False,
-) -> solver_record.Kept:  # fmt: skip
-    """Estimate and choose. epsilon: as typed; student: RUN/STAGE to measure it of; whole: the table to its end; grids: other
-    grids than the recipe's too.
-
-    Raises ConfigError where no candidate divides.
-    """
-    name, candidates = stage.name, stage.candidates(nfes, grids)
+def measure(work: Workspace, stage: ResolvedStage, search: Search | None = None) -> solver_record.Kept:
+    """Estimate and choose. Raises ConfigError where no candidate divides."""
+    search = search or Search()
+    name, nfes, candidates = stage.name, search.nfes, stage.candidates(search.nfes, search.grids)
     if not candidates:
         raise ConfigError(f"--nfe: {', '.join(map(str, nfes))}: none makes whole trajectories of {name}'s batches")
     with progress.counting("solver", solver_error.calls(candidates), work.folder) as advance:
-        ends = endpoints(work, stage, advance, count)
+        ends = endpoints(work, stage, advance, search.count)
         probe = min((nfe for _, nfe in candidates), key=lambda nfe: abs(nfe - PROBE))
         sure = solver_error.best(ends.estimate(s, n) for s, n in candidates if n == probe)
         limit = ends.limit(sure.setting, probe)[0]
-        known = _epsilon(work, stage, ends, limit, sure, epsilon, student)
-        bound = margin * math.sqrt(known["value"])
-        estimates, choice = solver_error.choose(ends, candidates, bound, whole)
+        known = _epsilon(work, stage, ends, limit, sure, search)
+        bound = search.margin * math.sqrt(known["value"])
+        estimates, choice = solver_error.choose(ends, candidates, bound, search.whole)
     common = solver_error.best(estimates)
     limit = ends.limit(common.setting, common.nfe)[0]
     rows = solver_record.rows_of(estimates)
@@ -146,12 +154,12 @@ def guidance(stage: Stage) -> int:
 
 def _epsilon(
     work: Workspace, stage: ResolvedStage, ends: solver_error.Endpoints, limit: Tensor, sure: solver_error.Estimate,
-    epsilon: float | None, student: str | None,
+    search: Search,
 ) -> dict[str, Any]:  # fmt: skip
     """The student's one-step error, a mean square per dimension, and how it is known."""
-    if epsilon is not None:
-        return {"value": epsilon, "source": "as given"}
-    parent = stage.config.start
+    if search.epsilon is not None:
+        return {"value": search.epsilon, "source": "as given"}
+    student, parent = search.student, stage.config.start
     if student is None and parent and work.run.stage(parent).objective.kind not in ("denoise", "flow"):
         student = parent
     if student:

@@ -15,6 +15,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Dit, Edm, Edm2
 from cmt_fast.cost import estimate, plan, step_time
 from cmt_fast.cost import flops as flops_
+from cmt_fast.cost.estimate import Way
 from cmt_fast.cost.flops import Network, Term
 from cmt_fast.cost.hardware import CARDS, NAMES, card
 from cmt_fast.cost.published import AYF, BUDGETS, ECD, ECT, MEANFLOW, TRAIN
@@ -202,19 +203,21 @@ def test_cards_are_corrected_by_results(tmp_path):
     assert [round(s.us / us, 6) for s in h100.steps] == [2]  # ours at its fastest, not the peer
     assert h100.matmul == CARDS["h100"].matmul and card("h200", tmp_path) == CARDS["h200"]
     known = {"student": net, "teacher": net}
-    same = estimate.reckon(list(TRAIN), known, 64, 64, h100, 1, "bf16", "fused")
+    same = estimate.reckon(list(TRAIN), known, 64, 64, h100, 1, Way("bf16", "fused"))
     assert same.mark == "measured: nvidia-h100-80gb-hbm3/step.json at abc1234, compiled"
     assert same.work_us == pytest.approx(
-        2 * estimate.reckon(list(TRAIN), known, 64, 64, CARDS["h100"], 1, "bf16", "fused").work_us
+        2 * estimate.reckon(list(TRAIN), known, 64, 64, CARDS["h100"], 1, Way("bf16", "fused")).work_us
     )
     assert same.step_us / 64 == pytest.approx(2 * us)  # of the step that was measured its own time, optimizer and all
-    other = estimate.reckon(list(FULL), known, 64, 64, h100, 1, "bf16", "fused")
+    other = estimate.reckon(list(FULL), known, 64, 64, h100, 1, Way("bf16", "fused"))
     assert other.mark.startswith("predicted, scaled by the measured")
-    assert estimate.reckon(list(TRAIN), known, 64, 64, h100, 1, "tf32", "fused").mark == "predicted"
+    assert estimate.reckon(list(TRAIN), known, 64, 64, h100, 1, Way("tf32", "fused")).mark == "predicted"
     large = dit("L", 256)  # of a network that nobody has measured here, what the model missed of another
-    elsewhere = estimate.reckon(list(TRAIN), {"student": large, "teacher": large}, 64, 64, h100, 1, "bf16", "fused")
+    elsewhere = estimate.reckon(
+        list(TRAIN), {"student": large, "teacher": large}, 64, 64, h100, 1, Way("bf16", "fused")
+    )
     plainly = estimate.reckon(
-        list(TRAIN), {"student": large, "teacher": large}, 64, 64, CARDS["h100"], 1, "bf16", "fused"
+        list(TRAIN), {"student": large, "teacher": large}, 64, 64, CARDS["h100"], 1, Way("bf16", "fused")
     )
     assert elsewhere.mark.startswith("predicted, scaled by another network's measured steps of nvidia-h100")
     assert elsewhere.work_us == pytest.approx(2 * plainly.work_us)

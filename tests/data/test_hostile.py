@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cmt_fast.cli import main
 from cmt_fast.data.archives import DatasetError
-from cmt_fast.data.importing import convert
+from cmt_fast.data.importing import Settings, convert
 from cmt_fast.data.latents import Store
 from tests.fixtures import forked, hostile_stores
 
@@ -97,7 +97,7 @@ def test_mutated_archives_are_imported_whole_or_refused(sound, edits, cut):
     (folder / "case").write_bytes(bytes(data))
     out = folder / "out"
     try:
-        convert(folder / "case", out, "edm2", dtype="float16", kind="mean", flip=False, shard_rows=3)
+        convert(folder / "case", out, Settings("edm2", "float16"), shard_rows=3)
     except DatasetError as error:
         assert "\n" not in str(error)
         assert sorted(p.name for p in folder.iterdir()) == ["case"]

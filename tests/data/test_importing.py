@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from cmt_fast.data.importing import convert
+from cmt_fast.data.importing import Settings, convert
 from cmt_fast.data.latents import Store
 from tests.fixtures import synthetic
 from tests.fixtures.hostile_stores import npy
 
 
-def imported(tmp_path: Path, source: Path, format: str, **more) -> Store:
-    settings_ = {"dtype": "float32", "kind": "mean", "flip": False, "shard_rows": 100} | more
-    convert(source, tmp_path / "out", format, **settings_)
-    return Store(tmp_path / "out", flip=settings_["flip"])
+def imported(tmp_path: Path, source: Path, format: str, shard_rows: int = 100, **more) -> Store:
+    settings = Settings(format, **{"dtype": "float32"} | more)
+    convert(source, tmp_path / "out", settings, shard_rows=shard_rows)
+    return Store(tmp_path / "out", flip=settings.flip)
 
 
 @pytest.mark.parametrize("container", ["stored", "deflated", "tar", "folder"])

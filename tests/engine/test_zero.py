@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.engine import LocalEngine, choose, sharding
+from cmt_fast.engine import LocalEngine, StageSize, choose, sharding
 from cmt_fast.run import resolved
 from tests.engine.test_engine import CPU, net, stage
 from tests.fixtures import forked
@@ -171,7 +171,7 @@ def test_passes_of_a_recipe():
     ],
 )
 def test_the_rule_of_stages(parameters, teacher, processes, memory, stage, sharded):
-    c = choose("zero", "auto", "auto", int(parameters), int(teacher), processes, 1, False, memory * GB)
+    c = choose("zero", "auto", "auto", StageSize(int(parameters), int(teacher), 1, False), processes, memory * GB)
     assert (c.stage, c.teacher_sharded) == (stage, sharded), c.why
     assert "states may take" in c.why and f"stage {stage}" in c.why
 
@@ -180,11 +180,11 @@ def test_memory_by_the_table_and_what_is_asked_for():
     assert sharding.state_bytes(None, 100, 1, 1, False) == 2000
     assert sharding.state_bytes(1, 100, 4, 2, False) == 800 + 500
     assert sharding.state_bytes(3, 100, 4, 1, True) == 600
-    forced = choose("zero", 2, "sharded", 10**6, 10**6, 2, 1, False, GB)
+    forced = choose("zero", 2, "sharded", StageSize(10**6, 10**6, 1, False), 2, GB)
     assert (forced.stage, forced.teacher_sharded, forced.teacher_bytes) == (2, True, 2 * 10**6)
-    assert choose("local", "auto", "auto", 10**6, 0, 4, 1, False, GB).stage is None
+    assert choose("local", "auto", "auto", StageSize(10**6, 0, 1, False), 4, GB).stage is None
 
 
 def test_each_stage_is_given_only_where_it_fits():
-    small = choose("zero", "auto", "auto", 10**9, 0, 2, 1, False, 10 * GB)
+    small = choose("zero", "auto", "auto", StageSize(10**9, 0, 1, False), 2, 10 * GB)
     assert small.stage == 3 and "more than the 6.0 GB" in small.why

@@ -23,7 +23,7 @@ from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import dpmpp_coefficients
 from cmt_fast.evaluation import theory
 from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, Points
-from cmt_fast.teacher.pool import Pool
+from cmt_fast.teacher.pool import Pool, Prior
 
 MIXTURE = Gmm(n=20000)
 VE, LINEAR = ProbabilityPath("ve"), ProbabilityPath("linear")
@@ -119,7 +119,7 @@ def trajectories(path: ProbabilityPath, solver: str, nfe: int) -> Points:
     """1024 points of 1024 trajectories of the exact teacher, in float64."""
     t_max, t_min, each = (80.0, 0.002, nfe) if path.name == "ve" else (1.0, 0.0, 16)
     config = Trajectories(solver=solver, nfe=nfe, t_max=t_max, t_min=t_min, pool_steps=each, per_trajectory=16)
-    pool = Pool(Exact(MIXTURE, path), path, config, (2,), 0, 1024, 0, 0, torch.device("cpu"))
+    pool = Pool(Exact(MIXTURE, path), path, config, Prior((2,), 0, 0, 0), 1024, torch.device("cpu"))
     return Points(*(a if a is None else a.double() for a in pool.draw(0, torch.arange(1024))))
 
 
@@ -289,7 +289,7 @@ def test_target_is_the_average_velocity_of_a_linear_ode() -> None:
 
     def error(nfe: int) -> float:
         config = Trajectories(solver="heun", nfe=nfe, t_max=1.0, t_min=0.0)
-        pool = Pool(Exact(one, LINEAR), LINEAR, config, (2,), 0, 512, 0, 1, torch.device("cpu"))
+        pool = Pool(Exact(one, LINEAR), LINEAR, config, Prior((2,), 0, 0, 1), 512, torch.device("cpu"))
         points = pool.draw(0, torch.arange(512))
         return float(OBJECTIVES["cmt_mf"].function(average, points, CmtMf(), world(LINEAR))[0].mean().sqrt())
 

@@ -18,7 +18,7 @@ from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import dpmpp_coefficients, rollout, table
 from cmt_fast.objectives import LossContext, Points, cmt
 from cmt_fast.runtime import distributed
-from cmt_fast.teacher.pool import Pool
+from cmt_fast.teacher.pool import Pool, Prior
 
 VE, LINEAR = ProbabilityPath("ve"), ProbabilityPath("linear")
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def pull(x: Tensor, t: Tensor, r: Tensor | None, labels: Tensor | None, drop: Te
 
 def pool(rows: int, teacher=pull, path: ProbabilityPath = VE, classes: int = 10, seed: int = 3, **options) -> Pool:
     config = Trajectories(**{"t_max": 80.0 if path is VE else 1.0, "t_min": 0.002 if path is VE else 0.0} | options)
-    return Pool(teacher, path, config, (2, 3), classes, rows, seed, 1, CPU)
+    return Pool(teacher, path, config, Prior((2, 3), classes, seed, 1), rows, CPU)
 
 
 def draw(p: Pool, step: int) -> Points:

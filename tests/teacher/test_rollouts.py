@@ -19,7 +19,7 @@ from cmt_fast.models.fp8 import Fp8Linear, in_fp8, shared
 from cmt_fast.runtime import distributed
 from cmt_fast.teacher import precision as teacher
 from cmt_fast.teacher import rollouts
-from cmt_fast.teacher.pool import Pool
+from cmt_fast.teacher.pool import Pool, Prior
 from cmt_fast.teacher.precision import Teacher
 from cmt_fast.teacher.rollouts import Rolling
 from tests.fixtures.tiny import tiny
@@ -40,7 +40,7 @@ def network(path: str = "ve") -> nn.Module:
 def pool_of(net, path: str = "ve", **options) -> Pool:
     t_max, t_min = SHAPES[path]
     config = Trajectories(**{"nfe": 8, "t_max": t_max, "t_min": t_min, "pool_steps": 3, "per_trajectory": 4} | options)
-    return Pool(net, ProbabilityPath(path), config, (1, 8, 8), 10, 16, 5, 1, CPU)
+    return Pool(net, ProbabilityPath(path), config, Prior((1, 8, 8), 10, 5, 1), 16, CPU)
 
 
 def rebuilt(p: Pool, index: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def test_a_rollout_is_captured_once_and_replayed_through_a_window(batch: int, tu
     for index in (0, 1, 2):
         if p._rolling is None:
             p._allocate()
-            p._rolling = Rolling(net, p.path, p.plan, p._states, p._labels, batch)
+            p._rolling = Rolling(net, p.path, p.plan, (p._states, p._labels), batch)
             p._rolling.graph = True
         p.draw(index * p.steps, torch.arange(16))
         plain = rebuilt(p, index)[0]
@@ -145,7 +145,7 @@ def test_what_cannot_be_captured_is_called_and_said(monkeypatch) -> None:
     said: list[str] = []
     p = pool_of(network(), rollout_batch=5)
     p._allocate()
-    p._rolling = Rolling(p.teacher, p.path, p.plan, p._states, p._labels, 5, tell=said.append)
+    p._rolling = Rolling(p.teacher, p.path, p.plan, (p._states, p._labels), 5, tell=said.append)
     p._rolling.graph = True
 
     def refuse(call):
@@ -172,7 +172,7 @@ def test_a_graph_of_a_rollout_gives_what_the_calls_give(precision: str, batch: i
     nodes, labels = torch.zeros(9, 64, 1, 8, 8, device="cuda"), torch.arange(64, device="cuda") % 10
     said: list[str] = []
     rolled = Rolling(
-        held, ProbabilityPath("ve"), plan, nodes, labels, batch, computing=made.computing(precision), tell=said.append
+        held, ProbabilityPath("ve"), plan, (nodes, labels), batch, computing=made.computing(precision), tell=said.append
     )
     for _ in range(3):
         nodes[0] = 80 * torch.randn_like(nodes[0])

@@ -187,7 +187,11 @@ AUTO = ("mid.trajectories.nfe=auto", "post.trajectories.nfe=auto", "mid.checkpoi
 def few_trajectories():
     """A quarter of the trajectories: a tiny network's errors are as broad as they are long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver_choice, "measure", functools.partial(solver_choice.measure, count=16, nfes=(4, 8, 16)))
+        patch.setattr(
+            solver_choice,
+            "measure",
+            functools.partial(solver_choice.measure, search=solver_choice.Search(16, (4, 8, 16))),
+        )
         yield
 
 
