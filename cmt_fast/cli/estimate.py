@@ -21,7 +21,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=run_estimate)
     p.add_argument("recipe", help="name or YAML file")
-    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="a.b=value",
+        help="any key of the recipe, as pre.images_nimg=6400; docs/keys.md has all",
+    )
     p.add_argument(
         "--gpu", default="h100", metavar="NAME", help="h100, h200, a100 or cpu: this processor (default: h100)"
     )

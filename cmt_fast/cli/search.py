@@ -14,7 +14,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.set_defaults(call=run_search)
     p.add_argument("recipe")
     p.add_argument("stage", metavar="STAGE", choices=STAGES)
-    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="a.b=value",
+        help="any key of the recipe, as pre.images_nimg=6400; docs/keys.md has all",
+    )
     p.add_argument(
         "--grid", action="append", required=True, metavar="a.b=v1,v2 [c=v1,v2]", help="crossed; repeat to add grids"
     )

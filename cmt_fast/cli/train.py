@@ -25,7 +25,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=train)
     p.add_argument("recipe", nargs="?", default="digits", help="name or YAML file (default: digits)")
-    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="a.b=value",
+        help="any key of the recipe, as pre.images_nimg=6400; docs/keys.md has all",
+    )
     p.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     p.add_argument("--stages", help="comma-separated (default: all the recipe has)")
     p.add_argument(

@@ -16,7 +16,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=train_features)
     p.add_argument("recipe", help="name or YAML file; its data, seed and `features` are read")
-    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="a.b=value",
+        help="any key of the recipe, as pre.images_nimg=6400; docs/keys.md has all",
+    )
     p.add_argument("--out", type=Path, required=True, help="folder of the classifier; it gets latent_vgg.safetensors")
 
 

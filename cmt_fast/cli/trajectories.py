@@ -25,7 +25,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=write)
     p.add_argument("recipe", help="name or YAML file")
-    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="a.b=value",
+        help="any key of the recipe, as pre.images_nimg=6400; docs/keys.md has all",
+    )
     p.add_argument("--stage", choices=STAGES, default="mid", help="whose trajectories (default: mid)")
     p.add_argument("--from", dest="run", type=Path, metavar="RUN", help="where the teacher is (default: runs/NAME)")
     p.add_argument("--cache", type=Path, required=True, metavar="DIR", help="the store, a new folder")
