@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -16,6 +19,7 @@ from cmt_fast.cli.parser import Parser
 from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.runtime.signals import Stopped
 
+STDOUT = 1
 # command: its module, what it is for
 COMMANDS = {
     "train": ("train", "train the stages of a recipe; the same command again goes on where it stopped"),
@@ -71,10 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConfigError(f"cmt {args.command}: unknown argument {rest[0]!r}{nearest(rest[0], known)}")
             args.overrides += rest
         args.call(args)
+        sys.stdout.flush()
         return 0
     except Stopped as stopped:
         print("cmt: stopped; a checkpoint is on disk, the same command goes on from it", file=sys.stderr)
         return int(stopped.code or 1)
+    except BrokenPipeError as error:
+        return 128 + signal.SIGPIPE if _nobody_reads() else _told(error) or 1
     except Exception as error:
         code = _told(error)
         if code is None:
@@ -85,6 +92,16 @@ def main(arguments: list[str] | None = None) -> int:
             from cmt_fast.runtime import distributed
 
             distributed.stop()
+
+
+def _nobody_reads() -> bool:
+    """Whether who read our output is gone, as `head` is; what is left of it then goes nowhere, without a word."""
+    output = select.poll()
+    output.register(STDOUT, 0)  # asks for errors alone
+    gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+    return gone
 
 
 def _told(error: Exception) -> int | None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.engine import posthoc_ema
@@ -35,7 +36,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "import", import_, "a public checkpoint (EDM, EDM2, DiT, safetensors) becomes the finished stage pre of a run"
     )
     p.add_argument("file", type=Path, metavar="FILE", help="nothing in it is executed, whatever it is")
-    p.add_argument("overrides", nargs="*", metavar="a.b=value", help="of the recipe")
+    add_overrides(p)
     p.add_argument("--recipe", required=True, help="the recipe whose network the file must fit: a name or YAML file")
     p.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder, for cmt train --from")
     p.add_argument("--ema", metavar="KEY", help="which of the file's networks (default: its EMA, if it has one)")

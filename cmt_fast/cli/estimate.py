@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
@@ -21,7 +22,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=run_estimate)
     p.add_argument("recipe", help="name or YAML file")
-    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    add_overrides(p)
     p.add_argument(
         "--gpu", default="h100", metavar="NAME", help="h100, h200, a100 or cpu: this processor (default: h100)"
     )

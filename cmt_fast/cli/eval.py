@@ -69,7 +69,10 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"{args.stage}: features {judge.name}; against {against.source}{f', {against.n:,} images' * bool(against.n)}")
     for k, row in figures.items():
         named = {judge.title(n) if key == "frechet" else key: value for key, value in row.items()}
-        print(f"{k:>4} steps  " + "  ".join(f"{key} {value:.4f}" for key, value in named.items()))
+        print(
+            f"{k:>4} step{'s' if int(k) > 1 else ' '}  "
+            + "  ".join(f"{key} {value:.4f}" for key, value in named.items())
+        )
 
 
 def _make_reference(args: argparse.Namespace, given: dict) -> None:

@@ -17,6 +17,12 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}{hint}")
 
 
+def add_overrides(p: argparse.ArgumentParser) -> None:
+    """Declare the recipe's keys that a command line may set."""
+    text = "any key of the recipe, as pre.images_nimg=6400; docs/keys.md has all"
+    p.add_argument("overrides", nargs="*", metavar="a.b=value", help=text)
+
+
 def checked(call):
     """What `call` returns; a ValueError in it is a user's error."""
     try:

@@ -24,8 +24,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def recipes(args: argparse.Namespace) -> None:
     known = recipes_.recipes()
     if args.action == "ls":
+        width = max(map(len, known))
         for name, path in known.items():
-            print(f"{name:12s} {path.read_text('utf-8').splitlines()[0].lstrip('# ')}")
+            print(f"{name:{width}s} {path.read_text('utf-8').splitlines()[0].lstrip('# ')}")
         return
     names = list(known) if args.all else args.names
     if not names or (args.action == "copy" and len(names) != 2):
@@ -41,7 +42,7 @@ def recipes(args: argparse.Namespace) -> None:
                 f"cmt recipes copy: {names[1]!r} {'exists' if target.exists() else 'is in no folder that exists'}"
             )
         target.write_text(text, "utf-8")
-        print(f"{target}: a copy of {names[0]}")
+        print(f"{target}: a copy of {names[0]}. Its `name` says where it trains, runs/NAME; change it, or give --out")
     else:
         from cmt_fast.config import loading
 

@@ -19,8 +19,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.set_defaults(call=sample)
     p.add_argument("stage", metavar="RUN/STAGE")
     p.add_argument("--steps", type=int, default=1, help="network calls (default: 1)")
-    p.add_argument("--n", type=int, default=64)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--n", type=int, default=64, help="samples (default: 64)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
     p.add_argument("--out", type=Path, help="images (N, C, H, W) float32 in data units, labels (N,)")
     p.add_argument("--grid", type=Path, help="a PNG of the first samples")
@@ -51,7 +51,9 @@ def sample(args: argparse.Namespace) -> None:
         numbers = (torch.zeros(args.n) if labels is None else labels).long().numpy()
         with open(args.out, "wb") as file:
             np.savez(file, images=images.numpy(), labels=numbers)
-        print(f"{args.out}: {args.n} samples of {args.stage}, {args.steps} steps, seed {args.seed}")
+        print(
+            f"{args.out}: {args.n} samples of {args.stage}, {args.steps} step{'s' * (args.steps > 1)}, seed {args.seed}"
+        )
     if args.grid:
         shown = images if images.ndim == 2 else images[:100]
         shown, note = (shown / 127.5 - 1, "") if codec else work.visible(shown)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config.schema import STAGES
 from cmt_fast.train import grid_search
 
@@ -14,7 +15,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.set_defaults(call=run_search)
     p.add_argument("recipe")
     p.add_argument("stage", metavar="STAGE", choices=STAGES)
-    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    add_overrides(p)
     p.add_argument(
         "--grid", action="append", required=True, metavar="a.b=v1,v2 [c=v1,v2]", help="crossed; repeat to add grids"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import cmt_kernels
 import yaml
 
+from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import errors, fingerprint, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.cost import estimate, flops, hardware
@@ -25,7 +26,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=train)
     p.add_argument("recipe", nargs="?", default="digits", help="name or YAML file (default: digits)")
-    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    add_overrides(p)
     p.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     p.add_argument("--stages", help="comma-separated (default: all the recipe has)")
     p.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import datasets
@@ -16,7 +17,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=train_features)
     p.add_argument("recipe", help="name or YAML file; its data, seed and `features` are read")
-    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    add_overrides(p)
     p.add_argument("--out", type=Path, required=True, help="folder of the classifier; it gets latent_vgg.safetensors")
 
 

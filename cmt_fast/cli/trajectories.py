@@ -7,7 +7,7 @@ import functools
 import sys
 from pathlib import Path
 
-from cmt_fast.cli.parser import checked
+from cmt_fast.cli.parser import add_overrides, checked
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES
@@ -25,7 +25,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=write)
     p.add_argument("recipe", help="name or YAML file")
-    p.add_argument("overrides", nargs="*", metavar="a.b=value")
+    add_overrides(p)
     p.add_argument("--stage", choices=STAGES, default="mid", help="whose trajectories (default: mid)")
     p.add_argument("--from", dest="run", type=Path, metavar="RUN", help="where the teacher is (default: runs/NAME)")
     p.add_argument("--cache", type=Path, required=True, metavar="DIR", help="the store, a new folder")

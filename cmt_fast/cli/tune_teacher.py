@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import errors, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run, Trajectories
@@ -31,7 +32,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=tune)
     p.add_argument("recipe", metavar="RECIPE|RUN", help="a run folder, or a recipe whose run is at --out")
-    p.add_argument("overrides", nargs="*", metavar="a.b=value", help="of a recipe")
+    add_overrides(p)
     p.add_argument("--out", type=Path, help="the recipe's run folder, which holds the teacher (default: runs/NAME)")
     p.add_argument("--stage", default="mid", help="the stage whose trajectories they are (default: mid)")
     p.add_argument("--nfe", help="comma-separated numbers of network calls (default: 4 to 64)")

@@ -14,14 +14,10 @@ from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from cmt_fast.config import schema
 from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.recipes import recipe_text
 from cmt_fast.config.renames import renamed, today
 from cmt_fast.config.schema import Run
-
-# the tags of all unions, which pydantic puts between the keys of an error's place
-_KINDS = {kind for part in vars(schema).values() if isinstance(kind := getattr(part, "kind", None), str)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -110,10 +106,21 @@ def dump(run: Run) -> dict:
 def _fields(cls: Any, loc: tuple) -> list[str]:
     """The valid keys at a place in the schema, for the message of an unknown key."""
     for part in loc:
-        cls = _step_into(cls, part)
+        cls = cls if isinstance(part, int) else _step_into(cls, part)  # a number is a place in a list
         if cls is None:
             return []
     return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def _key(loc: tuple) -> str:
+    """An error's place as a key, without the tags of unions that pydantic puts between."""
+    cls: Any = Run
+    names = []
+    for part in loc:
+        tag = isinstance(cls, tuple) and any(getattr(c, "kind", None) == part for c in cls)
+        names += [] if tag else [str(part)]
+        cls = cls if isinstance(part, int) else _step_into(cls, part)
+    return ".".join(names)
 
 
 def _step_into(cls: Any, part: Any) -> Any:
@@ -143,9 +150,7 @@ def _one_line(error: ValidationError) -> str:
     words = [e["loc"][-1] for e in error.errors() if str(e["loc"][-1]).startswith("literal[")]  # a number or a word
     if words:
         loc = loc[:-1]
-    key = ".".join(
-        str(p) for i, p in enumerate(loc) if not (p in _KINDS and i and not isinstance(loc[i - 1], int | None))
-    )
+    key = _key(loc)
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         valid = _fields(Run, loc[:-1])
         return f"{key}: unknown key; valid are {', '.join(valid)}{nearest(loc[-1], valid)}"

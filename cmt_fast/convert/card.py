@@ -15,7 +15,7 @@ import yaml
 
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.config.schema import STAGES
+from cmt_fast.config.schema import DIFFUSION, STAGES
 from cmt_fast.render import templates
 from cmt_fast.render.templates import Group, Section, Table
 from cmt_fast.run.workspace import Workspace
@@ -37,7 +37,7 @@ def markdown(
     assert settings is not None
     if license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):
         raise ConfigError(f"--license: {shown(license)!r} is no licence's identifier, such as apache-2.0")
-    few = not _diffusion(settings.objective.kind)
+    few = settings.objective.kind not in DIFFUSION
     shape = " x ".join(map(str, work.data.shape))
     spent = _spent(work, about)
     front = {
@@ -110,10 +110,6 @@ def _spent_text(spent: dict[str, Any]) -> str:
     energy = "null kWh (not measured)" if spent["kwh"] is None else f"{spent['kwh']:.4g} kWh"
     stages = ", ".join(spent["stages"])
     return f"{' and '.join(parts)}, {energy}: stages {stages}, with their evaluations and what kills took."
-
-
-def _diffusion(kind: str) -> bool:
-    return kind in ("denoise", "flow")
 
 
 def _stored(work: Workspace, stage: str, about: dict[str, Any]) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from cmt_fast import __version__
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import DIFFUSION
 from cmt_fast.convert import card
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
@@ -26,7 +27,6 @@ from cmt_fast.storage import files as files_
 # what `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` runs of the folder: an import of the package
 REMOTE = '"""Loads with cmt-fast installed: pip install cmt-fast."""\n\nfrom cmt_fast.convert.pipeline import {name}\n'
 NETWORK_FILE = "cmt_network"
-MANY_STEPS = ("denoise", "flow")  # objectives of diffusion models, which an ODE solver samples
 
 
 class Export(NamedTuple):
@@ -95,7 +95,7 @@ def to_diffusers(export: Export, out: Path, vae: Path | None = None, license: st
         "vae": ["diffusers", "AutoencoderKL"] if vae else [None, None],
         "sampler": tree["sampler"],
         "latents": latents,
-        "many_steps": stage is not None and stage.objective.kind in MANY_STEPS,
+        "many_steps": stage is not None and stage.objective.kind in DIFFUSION,
     }
     network = {
         "_class_name": "CmtNetwork",

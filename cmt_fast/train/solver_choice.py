@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cmt_fast import engine as engines
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.config.schema import Stage
+from cmt_fast.config.schema import DIFFUSION, Stage
 from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
@@ -160,7 +160,7 @@ def _epsilon(
     if search.epsilon is not None:
         return {"value": search.epsilon, "source": "as given"}
     student, parent = search.student, stage.config.start
-    if student is None and parent and work.run.stage(parent).objective.kind not in ("denoise", "flow"):
+    if student is None and parent and work.run.stage(parent).objective.kind not in DIFFUSION:
         student = parent
     if student:
         value = one_step_error(work, work.network(student), ends, limit)

@@ -100,6 +100,13 @@ def test_recipes_ckpt_and_doctor(run):
     assert "torch" in cmt("doctor").stdout
 
 
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    """As `head` does: not a word, and the exit code of SIGPIPE."""
+    command = f"{sys.executable} -m cmt_fast train digits --dry-run | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
 def test_stages_from_another_run(run):
     done = cmt("train", *TINY, "post.lr=1e-5", "--stages", "post", "--from", "run", "--out", "other", cwd=run)
     assert done.returncode == 0, done.stderr

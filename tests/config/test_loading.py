@@ -148,3 +148,23 @@ def test_an_error_carries_the_key_that_it_is_about(override, key, tmp_path):
     with pytest.raises(ConfigError) as caught:
         Workspace(loading.load("digits", override.split()), tmp_path)
     assert caught.value.key == key and str(caught.value) == f"{key}: {caught.value.reason}"
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("pre.ema=[{kind: power, sigma_rel: 9}]", "pre.ema.0.sigma_rel: 9 is not valid"),
+        ("pre.ema=[{kind: power, sigma_rel: 0.1, bta: 1}]", "pre.ema.0.bta: unknown key; valid are sigma_rel, kind"),
+        ("post.anchor.objective.c=-1", "post.anchor.objective.c: -1 is not valid"),
+    ],
+)
+def test_a_key_in_a_message_is_without_tags(override, said):
+    with pytest.raises(ConfigError) as caught:
+        loading.load("digits", [override])
+    assert str(caught.value).startswith(said)
+
+
+def test_a_key_with_the_name_of_a_tag_is_named():
+    """`power` tags an EMA; as a key of another part it is a key."""
+    assert loading._key(("pre", "ema", 0, "power", "sigma_rel")) == "pre.ema.0.sigma_rel"
+    assert loading._key(("pre", "objective", "denoise", "power")) == "pre.objective.power"

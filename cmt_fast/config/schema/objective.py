@@ -123,6 +123,9 @@ class Scd(Sct):
     kind: Literal["scd"] = "scd"  # type: ignore[assignment]  # a tag, each its own
 
 
+# kinds whose networks are diffusion models, which an ODE solver samples; any other network jumps
+DIFFUSION = ("denoise", "flow")
+
 Objective = Annotated[
     Denoise | Flow | CmtCm | CmtMf | Ect | Ecd | MeanFlow | IMeanFlow | Sct | Scd, Field(discriminator="kind")
 ]
