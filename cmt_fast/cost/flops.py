@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from cmt_kernels import use
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import flop_registry
 
 from cmt_fast import models, schedule
 from cmt_fast.config.schema import Dit, Model, Run
 from cmt_fast.models import dit
 from cmt_fast.models.vgg import LatentVgg, PixelVgg
-from cmt_fast.models.weightless import weightless
+from cmt_fast.models.weightless import LightMode, weightless
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import resolved
@@ -106,27 +108,37 @@ def feature_network(distance: str, shape: tuple[int, ...], width: int = 64) -> N
     return Network("latent VGG", *_counted(lambda: LatentVgg(shape[0], 1000, width), shape, None))
 
 
+class _Products(LightMode):
+    """Counts the FLOPs of the products that run inside, by torch's own formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, formula = func(*args, **(kwargs or {})), flop_registry.get(func._overloadpacket)
+        if formula:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def _counted(make: Callable[[], Any], shape: tuple[int, ...], labelled: bool | None) -> tuple[int, float]:
     """Parameters, and FLOPs of a forward's products, on shapes without numbers; labelled None: of a network's slices."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), use("reference"), torch.random.fork_rng(devices=[]):
+    with weightless(), sdpa_kernel(SDPBackend.MATH), use("reference"):
         net = make()
         for module in net.modules():
             if hasattr(module, "folded"):
                 module.folded = (
                     True  # the normalisation of weights has no products, and is most of the time that this takes
                 )
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            x, t = torch.zeros(1, *shape), torch.ones(1)
+        with _Products() as counter, torch.no_grad():
+            x, t = torch.empty(1, *shape), torch.empty(1)
             if labelled is None:
                 net.slices(x)
             else:
-                net(x, t, t, torch.zeros(1, dtype=torch.int64) if labelled else None)
+                net(x, t, t, torch.empty(1, dtype=torch.int64) if labelled else None)
         count = sum(p.numel() for p in net.parameters())
-    return count, float(counter.get_total_flops())
+    return count, float(counter.flops)
 
 
 # ---------------------------------------------------------------------------------------------- what a stage does

@@ -17,7 +17,7 @@ from cmt_kernels import Dual, attention, dropout, fourier_embedding, label_embed
 from cmt_kernels.dual import add, concatenate, linear_map, multiply, value
 from torch import Tensor, nn
 
-from cmt_fast.models.layers import Conv, GroupNorm, Linear, TimeEmbedder
+from cmt_fast.models.layers import Conv, GroupNorm, Linear, TimeEmbedder, in_fp32
 from cmt_fast.models.unet import Place, pack_heads, plan, resample, unpack_heads, walk
 
 _SONG = {"adm": False, "width": 128, "blocks": 4, "attention": (16,), "augment": 9}
@@ -181,7 +181,7 @@ class Edm(nn.Module):
         augment: Tensor | None,
     ) -> Tensor | Dual:
         """(B, D), in fp32 whatever autocast says. DDPM++ reads its waves as sines, cosines and its labels beside them."""
-        with torch.autocast(value(t).device.type, enabled=False):
+        with in_fp32(t):
             label = None
             if self.label is not None:
                 null = torch.full_like(value(t), self.classes, dtype=torch.int64)

@@ -28,6 +28,7 @@ from cmt_kernels import (
 from cmt_kernels.dual import add, combine, concatenate, linear_map, multiply, value
 from torch import Tensor, nn
 
+from cmt_fast.models.layers import in_fp32
 from cmt_fast.models.unet import Place, pack_heads, plan, resample, unpack_heads, walk
 
 # size: width, dropout of the published ImageNet-512 and ImageNet-64 networks
@@ -120,7 +121,7 @@ class LogVariance(nn.Module):
         self.fourier, self.out = MPFourier(features), MPLayer(features, 1)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        with torch.autocast(c_noise.device.type, enabled=False):
+        with in_fp32(c_noise):
             return self.out(self.fourier(c_noise))[:, 0]
 
 
@@ -220,7 +221,7 @@ class Edm2(nn.Module):
         self, t: Tensor | Dual, r: Tensor | Dual | None, labels: Tensor | None, drop: Tensor | None
     ) -> Tensor | Dual:
         """(B, D), in fp32 whatever autocast says."""
-        with torch.autocast(value(t).device.type, enabled=False):
+        with in_fp32(t):
             emb = self.noise(self.fourier(t))
             if self.duration is not None:
                 span = add(t, linear_map(torch.neg, t if r is None else r))

@@ -5,6 +5,7 @@ Also here: how a block forgets its activations.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -24,6 +25,12 @@ from cmt_kernels import (
 from cmt_kernels.dual import tangent, value
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+
+def in_fp32(x: Tensor | Dual) -> contextlib.AbstractContextManager[None]:
+    """Autocast turned off on the device of x; on the meta device, which autocast does not know, nothing is to be done."""
+    device = value(x).device.type
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 class Linear(nn.Linear):
@@ -100,8 +107,7 @@ class TimeEmbedder(nn.Module):
             nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
 
     def forward(self, t: Tensor | Dual) -> Tensor | Dual:
-        device = (t.value if isinstance(t, Dual) else t).device.type
-        with torch.autocast(device, enabled=False):
+        with in_fp32(t):
             known = self.frequency is not None
             waves = fourier_embedding(t, self.frequency) if known else time_embedding(t, self.features)
             return self.out(silu(self.hidden(waves)))

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import json
 
+import cmt_kernels
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cmt_fast import models
 from cmt_fast.config import loading, recipes
@@ -19,6 +24,7 @@ from cmt_fast.cost.estimate import Way
 from cmt_fast.cost.flops import Network, Term
 from cmt_fast.cost.hardware import CARDS, NAMES, card
 from cmt_fast.cost.published import AYF, BUDGETS, ECD, ECT, MEANFLOW, TRAIN
+from cmt_fast.models.vgg import LatentVgg, PixelVgg
 
 SIDE = {256: (4, 32, 32), 1024: (4, 64, 64)}
 
@@ -47,6 +53,24 @@ def test_the_closed_form_counts_what_the_products_are():
             lambda path=two_times: models.build(model, path, 0.5, (4, 32, 32), 10), (4, 32, 32), True
         )
         assert net.parameters == count and net.flops == pytest.approx(flops, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    "make, shape, labelled",
+    [(lambda: models.build(Edm(), "ve", 0.5, (3, 32, 32), 10), (3, 32, 32), True),
+     (lambda: models.build(Edm(preset="imagenet64"), "ve", 0.5, (3, 64, 64), 1000), (3, 64, 64), True),
+     (lambda: models.build(Edm2(size="S"), "ve", 0.5, (4, 64, 64), 1000), (4, 64, 64), True),
+     (lambda: models.build(Dit(size="S", mlp="swiglu"), "linear", 0.5, (4, 16, 16), 10), (4, 16, 16), True),
+     (lambda: LatentVgg(4, 1000, 64), (4, 64, 64), None), (PixelVgg, (3, 64, 64), None)],
+)  # fmt: skip
+def test_our_rules_of_shapes_count_as_torch_does(make, shape, labelled):
+    """Torch's own counter, over its own fake tensors: right, and seconds slower to import."""
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), cmt_kernels.use("reference"), torch.no_grad():
+        net, x, t = make(), torch.zeros(1, *shape), torch.ones(1)
+        with FlopCounterMode(display=False) as counter:
+            net.slices(x) if labelled is None else net(x, t, t, torch.zeros(1, dtype=torch.int64))
+        parameters = sum(p.numel() for p in net.parameters())
+    assert flops_._counted(make, shape, labelled) == (parameters, counter.get_total_flops())
 
 
 # measured with the networks' own code: GFLOP of a forward, to the digits that were written down

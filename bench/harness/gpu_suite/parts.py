@@ -106,13 +106,13 @@ BENCH = partial(Part, needs=TRAINER)
 PARTS = {
     part.name: part
     for part in (
-        Part("tests", 330, ("pytest",), tests, beside=True),
-        Part("sweep", 330, ("numpy",), bench("sweep"), beside=True),
-        Part("train", 330, (*TRAINER, "sklearn", "matplotlib"), train, beside=True),
+        Part("tests", 300, ("pytest",), tests, beside=True),
+        Part("sweep", 300, ("numpy",), bench("sweep"), beside=True),
+        Part("train", 300, (*TRAINER, "sklearn", "matplotlib"), train, beside=True),
         Part("calibrate", 50, ("numpy",), bench("calibrate", *CEILINGS, tiny=("--tiny", "--seconds", "0.01"))),
-        Part("proofs", 60, ("numpy",), bench("proofs")),
-        BENCH("step", 230, command=step("XL256", "FM", "CMT-MF", "MF")),
-        Part("ops", 90, ("numpy",), bench("ops", *OPS, "--batch", "64", "--seconds", "0.2", tiny=TINY_OPS)),
+        Part("proofs", 40, ("numpy",), bench("proofs")),
+        BENCH("step", 210, command=step("XL256", "FM", "CMT-MF", "MF")),
+        Part("ops", 80, ("numpy",), bench("ops", *OPS, "--batch", "64", "--seconds", "0.2", tiny=TINY_OPS)),
         BENCH("trajectories", 60, command=bench("trajectories", *ROLLOUTS, tiny=("--tiny", "--seconds", "0.01"))),
         Part("pipeline", 40, (*TRAINER, "sklearn"), bench("pipeline", "--steps", "60")),
         BENCH("step-xl1024", 60, command=step("XL1024", "MF", "FM")),
