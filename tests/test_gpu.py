@@ -20,6 +20,7 @@ from bench.__main__ import BENCHES
 from bench.harness import gpu_suite
 from bench.harness.gpu_suite import runner
 from bench.harness.gpu_suite.parts import PARTS, Part, Sitting
+from tests.fixtures import forked
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +63,8 @@ def sit(tmp_path: Path, parts: list[Part], minutes: float = 5.0) -> dict:
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_what_dies_leaves_its_rows_and_the_others(tmp_path, beside):
+def test_what_dies_leaves_its_rows_and_the_others(tmp_path, beside, monkeypatch):
+    monkeypatch.setattr(sys, "executable", forked.executable("torch"))
     names = ["killed", "raising", "full", "greedy", "sound"]
     bundle = sit(tmp_path, [planted(name, beside) for name in names])
     table = bundle["summary"]["parts"]

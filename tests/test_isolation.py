@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -73,13 +72,10 @@ def pytest_on(folder: Path, tests: str, *arguments: str) -> tuple[str, dict[str,
         "-p",
         "no:cacheprovider",
     ]
-    wrapper = folder / "python"
-    wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(forked.python("torch"))} "$@"\n')
-    wrapper.chmod(0o755)
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
         [*command, "-rA", *arguments, "test_planted.py"], cwd=folder, capture_output=True, text=True,
-        env=env | {"PYTHONPATH": path, "PLANTED_PYTHON": str(wrapper)}, timeout=300,
+        env=env | {"PYTHONPATH": path, "PLANTED_PYTHON": forked.executable("torch")}, timeout=300,
     )  # fmt: skip
     said = re.findall(
         r"^(PASSED|FAILED|ERROR) (?:\S*test_planted.py::)(test_\w(?:\[\d+\])?)", done.stdout, re.MULTILINE
