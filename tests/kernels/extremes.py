@@ -264,24 +264,44 @@ class Row:
         return self.finiteness > 0 or not self.error <= 1
 
 
+def yardsticks(
+    op: str, dtype: torch.dtype, argument: str, value: float, device: str
+) -> tuple[list[tuple], Answers | None]:
+    """What no backend changes: of each call its inputs, direction, truth, plain torch's answers and those with scalars in fp32;
+    and the truth of the op's ordinary inputs where a tangent or the gradient is planted. Kept for the backends of one op."""
+    if _kept.get("op") != op:
+        _kept.clear()
+        _kept["op"] = op
+    key = dtype, argument, str(value), device  # 0.0 and -0.0 are equal as numbers
+    if key not in _kept:
+        made = []
+        for inputs, direction in calls(op, argument, value, dtype, device):
+            on_cpu = map_tensors(lambda x: x.cpu(), inputs)
+            exact = answers(op, truth_of(op), wide(on_cpu), None if direction is None else direction.cpu().double())
+            rounded = as_a_kernel_takes(
+                map_tensors(torch.clone, inputs)
+            )  # torch's own kernels take scalars in fp32 too
+            plain, again = (answers(op, implementation(op, "reference"), x, direction) for x in (inputs, rounded))
+            made.append((inputs, direction, exact, plain, again))
+        _kept[key] = made
+    if dtype not in _kept:
+        module = cases_of(op)
+        _kept[dtype] = answers(op, truth_of(op), wide(module.inputs(module.Case(**PLANS[op].sizes), dtype)), None)
+    return _kept[key], _kept[dtype] if argument == "gradient" or argument.endswith(".tangent") else None
+
+
+_kept: dict[Any, Any] = {}
+
+
 def compared(
     op: str, backend: str, dtype: torch.dtype, argument: str, value: float, device: str
 ) -> tuple[int, list[list[tuple]]]:
     """Plant a value; what `differences` says of each call, counts added. Raises whatever the backend raises."""
     if abs(value) == LARGEST and not arguments(op)[argument]:
         value *= HEADROOM
-    ordinary = None
-    if argument == "gradient" or argument.endswith(".tangent"):
-        module = cases_of(op)
-        ordinary = answers(op, truth_of(op), wide(module.inputs(module.Case(**PLANS[op].sizes), dtype)), None)
+    made, ordinary = yardsticks(op, dtype, argument, value, device)
     count, errors = 0, []
-    for inputs, direction in calls(op, argument, value, dtype, device):
-        on_cpu = map_tensors(lambda x: x.cpu(), inputs)
-        exact = answers(op, truth_of(op), wide(on_cpu), None if direction is None else direction.cpu().double())
-        rounded = as_a_kernel_takes(
-            map_tensors(torch.clone, inputs)
-        )  # scalars in fp32: torch's own kernels take them so too
-        plain, again = (answers(op, implementation(op, "reference"), x, direction) for x in (inputs, rounded))
+    for inputs, direction, exact, plain, again in made:
         got = plain if backend == "reference" else answers(op, implementation(op, backend), inputs, direction)
         n, each = differences(got, plain, exact, ordinary or exact)
         _, scalars = differences(again, plain, exact, ordinary or exact)
