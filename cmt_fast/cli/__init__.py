@@ -22,7 +22,7 @@ from cmt_fast.runtime.signals import Stopped
 STDOUT = 1
 # command: its module, what it is for
 COMMANDS = {
-    "train": ("train", "train the stages of a recipe; the same command again goes on where it stopped"),
+    "train": ("train", "train the stages of a recipe; rerun to resume"),
     "search": ("search", "train one stage over a grid of settings and record the figures"),
     "estimate": ("estimate", "what a recipe will cost: memory, FLOPs, hours, energy; what each idea saves"),
     "tune-teacher": (
@@ -35,16 +35,16 @@ COMMANDS = {
     ),
     "train-features": (
         "train_features",
-        "train the classifier behind the distance latent_lpips on a recipe's data; the same command again goes on",
+        "train the classifier behind the distance latent_lpips on a recipe's data; rerun to resume",
     ),
     "sample": ("sample", "samples of a trained stage as .npz, as a picture, or both"),
     "report": ("report", "write RUN/report.html and RUN/report.md"),
-    "theory": ("theory", "solver order and gradient bias on a Gaussian mixture, against the paper's slopes"),
+    "theory": ("theory", "measure solver orders and gradient bias on a Gaussian mixture, against the paper's slopes"),
     "eval": ("eval", "Fréchet distance (FID, FD-DINOv2), accuracy, precision and recall of a trained stage"),
     "ckpt": ("ckpt", "list, verify, import and export checkpoints; reconstruct an EMA profile"),
-    "data": ("data", "stores of latents: encode images, import others' files, verify, stats"),
-    "recipes": ("recipes", "the recipes that come with the package: ls, show, copy, validate"),
-    "doctor": ("doctor", "what this machine has: versions, devices, ops; whether a run is alive"),
+    "data": ("data", "stores of latents: encode images, import foreign files, verify, stats"),
+    "recipes": ("recipes", "list, show, copy or validate the recipes that come with the package"),
+    "doctor": ("doctor", "show this machine's versions, devices and ops, or check that a run is alive"),
 }
 
 
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except Stopped as stopped:
-        print("cmt: stopped; a checkpoint is on disk, the same command goes on from it", file=sys.stderr)
+        print("cmt: stopped; a checkpoint is on disk, rerun the same command to resume", file=sys.stderr)
         return int(stopped.code or 1)
     except BrokenPipeError as error:
         return 128 + signal.SIGPIPE if _nobody_reads() else _told(error) or 1

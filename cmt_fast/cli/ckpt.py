@@ -35,12 +35,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p = action(
         "import", import_, "a public checkpoint (EDM, EDM2, DiT, safetensors) becomes the finished stage pre of a run"
     )
-    p.add_argument("file", type=Path, metavar="FILE", help="nothing in it is executed, whatever it is")
+    p.add_argument("file", type=Path, metavar="FILE", help="the checkpoint; nothing in it is executed")
     add_overrides(p)
     p.add_argument("--recipe", required=True, help="the recipe whose network the file must fit: a name or YAML file")
     p.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder, for cmt train --from")
     p.add_argument("--ema", metavar="KEY", help="which of the file's networks (default: its EMA, if it has one)")
-    p.add_argument("--family", help="edm2, edm, dit, sit, ...: where the names in the file fit more than one")
+    p.add_argument("--family", help="network family (edm2, edm, dit, sit, ...), if the file fits more than one")
 
     p = action("export", export, "a stage's network as one file, or as a folder that diffusers loads")
     p.add_argument("stage", metavar="RUN/STAGE")
@@ -48,7 +48,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "out", type=Path, metavar="OUT", help="a .safetensors file, or the pipeline's folder; must not exist"
     )
     p.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
-    p.add_argument("--ema", type=int, default=0, metavar="I", help="which EMA of the stage (default: 0, the first)")
+    p.add_argument("--ema", type=int, default=0, metavar="I", help="index of the stage's EMA (default: 0, the first)")
     p.add_argument(
         "--vae", type=Path, metavar="FOLDER", help="diffusers: the autoencoder's folder, copied into the pipeline"
     )

@@ -30,17 +30,21 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         a.set_defaults(call=call)
         return a
 
-    text = "a folder of class folders of images through an autoencoder into a store; goes on after a stop"
+    text = "encode images, one folder a class, to a store of latents; rerun to resume"
     _encoding(action("encode", encode, text))
     _importing(action("import", convert, "latents or images as other projects store them, into a store"))
-    p = action("shards", shards, "a store as WebDataset shards, which are a store too: tar archives in a random order")
+    p = action(
+        "shards",
+        shards,
+        "write a store as WebDataset shards (tar archives in random order), which can be trained on as well",
+    )
     p.add_argument("store", type=Path, metavar="STORE")
     p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     p.add_argument("--shard-rows", type=int, default=ROWS)
     p.add_argument("--seed", type=int, default=0, help="of the order of rows")
 
     for name, call, text in (
-        ("verify", verify, "every row of a store against its checksum"),
+        ("verify", verify, "check every row of a store against its checksum"),
         ("stats", stats, "mean and standard deviation of each channel, rows of each class, read from all rows"),
     ):
         action(name, call, text).add_argument("store", type=Path, metavar="STORE")
@@ -84,7 +88,10 @@ def _importing(p: argparse.ArgumentParser) -> None:
     p.add_argument("--statistics", choices=("mean", "mean+std"), default="mean", help="format npy: what the arrays are")
     p.add_argument("--flip", action="store_true", help="format lightningdit: keep the mirror images too")
     p.add_argument(
-        "--factor", type=float, default=1.0, help="what latents were multiplied with (DiT's: 0.18215); taken out"
+        "--factor",
+        type=float,
+        default=1.0,
+        help="factor that the latents were multiplied by (DiT: 0.18215); it is divided out",
     )
     p.add_argument("--shard-rows", type=int, default=ROWS)
 
@@ -119,7 +126,7 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("cmt: stopped; the same command goes on from the last whole shard", file=sys.stderr)
+        print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -132,7 +139,7 @@ def _positive(args: argparse.Namespace, *names: str) -> None:
 def encode(args: argparse.Namespace) -> None:
     _positive(args, "size", "batch", "workers", "shard_rows")
     if not args.source.is_dir():
-        raise ConfigError(f"IMAGES: {str(args.source)!r} is no folder")
+        raise ConfigError(f"IMAGES: {str(args.source)!r} is not a folder")
     device = machine.device(args.device)
     distributed.start(device)
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
@@ -150,7 +157,7 @@ def encode(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     _positive(args, "shard_rows")
     if not 1e-6 <= args.factor <= 1e6 or (args.factor != 1 and args.format == "edm"):
-        raise ConfigError(f"--factor: {args.factor} is not valid; it is a positive number, of latents alone")
+        raise ConfigError(f"--factor: {args.factor} is not valid; it must be positive, and is for latents only")
     settings = importing.Settings(args.format, DTYPES[args.dtype], args.statistics, args.flip, args.factor)
     with _progress("import") as tell:
         index = importing.convert(args.source, args.out, settings, shard_rows=args.shard_rows, tell=tell)

@@ -17,9 +17,11 @@ from cmt_fast.storage import heartbeat
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=doctor)
-    p.add_argument("--heartbeat", type=Path, metavar="RUN", help="only this: fail unless RUN, or a run in it, is alive")
     p.add_argument(
-        "--older-than", type=float, default=900.0, metavar="S", help="a heartbeat older than S seconds fails"
+        "--heartbeat", type=Path, metavar="RUN", help="check only whether RUN, or a run in it, is alive; fail otherwise"
+    )
+    p.add_argument(
+        "--older-than", type=float, default=900.0, metavar="S", help="oldest heartbeat that counts as alive, in seconds"
     )
 
 
@@ -27,7 +29,7 @@ def doctor(args: argparse.Namespace) -> None:
     if args.heartbeat:
         age = heartbeat.age(args.heartbeat)
         if age is None or age > args.older_than:
-            ago = "has never been alive" if age is None else f"was alive {age:.0f} s ago"
+            ago = "has never been alive" if age is None else f"last gave a sign of life {age:.0f} s ago"
             raise OSError(f"{args.heartbeat}: {ago}, at most {args.older_than:.0f} s are allowed")
         return print(f"{args.heartbeat}: alive {age:.0f} s ago")
     for key, value in machine.environment().items():

@@ -24,22 +24,22 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("recipe", help="name or YAML file")
     add_overrides(p)
     p.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="h100, h200, a100 or cpu: this processor (default: h100)"
+        "--gpu", default="h100", metavar="NAME", help="h100, h200, a100, or cpu for this processor (default: h100)"
     )
-    p.add_argument("--gpus", type=int, default=1, help="cards, eight a machine (default: 1)")
-    p.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
+    p.add_argument("--gpus", type=int, default=1, help="number of cards, eight in a machine (default: 1)")
+    p.add_argument("--price", type=float, help="price of a GPU-hour, in any currency")
     p.add_argument(
-        "--results", type=Path, help=f"what `python -m bench` measured (default: {RESULTS} where there is one)"
+        "--results", type=Path, help=f"folder of measurements by `python -m bench` (default: {RESULTS} if it exists)"
     )
     p.add_argument("--explain", action="store_true", help="the formulas with their numbers, for each stage")
-    p.add_argument("--json", action="store_true", help="all figures, the arithmetic too, as JSON")
+    p.add_argument("--json", action="store_true", help="print all figures and the arithmetic as JSON")
 
 
 def run_estimate(args: argparse.Namespace) -> None:
     if args.gpus < 1:
         raise ConfigError(f"--gpus: {args.gpus} is not valid; it is 1 or more")
     if args.results and not args.results.is_dir():
-        raise ConfigError(f"--results: {str(args.results)!r} is no folder")
+        raise ConfigError(f"--results: {str(args.results)!r} is not a folder")
     run = loading.load(args.recipe, args.overrides)
     at = card(args.gpu, args.results or (RESULTS if RESULTS.is_dir() else None))
     found = figures(run, at, args.gpus, args.price)
@@ -87,7 +87,7 @@ def _stage(run: Run, name: str, rows: Rows, at: Card, gpus: int, price: float | 
     _, notes = estimate.networks(run, name, rows)
     t = run.stage(name).trajectories
     if t and t.nfe == "auto":
-        notes.append(f"{name}: nfe auto is taken for {t.calls} until `cmt tune-teacher` has chosen it")
+        notes.append(f"{name}: nfe auto is counted as {t.calls} until `cmt tune-teacher` has chosen it")
     kept = estimate.activation_bytes(run, name, known["student"], gpus)
     memory = choice.state_bytes + choice.teacher_bytes + (kept or 0)
     if memory > at.memory:
@@ -162,13 +162,13 @@ def text(found: dict[str, Any]) -> list[str]:
         f"{t['gpu_hours']:10,.4g} {_of(t['kwh'], 8)} {_of(t['price'], 9)}  {t['mark']}"
     )
     if "pre" in found["stages"]:
-        out.append("pre is trained once or imported, and is no part of the total or of what is saved below")
-    out.append("evaluation, checkpoints and waiting for data are not counted")
+        out.append("pre is trained once or imported; it is not in the total or in the savings below")
+    out.append("evaluation, checkpoints and waiting for data are not included")
     if found["watts"]:
         out.append(f"kWh: GPU-hours x {found['watts']:.0f} W x {estimate.POWER}, the cards alone")
     if any(not n["depth"] for n in seen.values() if "VGG" not in n["name"]):
         out.append(
-            "time of networks other than a DiT is one share of the datasheet's rate: what kernels save there is not predicted"
+            "time of networks other than a DiT: a fixed fraction of the datasheet's rate; savings by kernels are not predicted"
         )
     if found["classifier"]:
         c = found["classifier"]
@@ -186,7 +186,7 @@ def text(found: dict[str, Any]) -> list[str]:
 
 def savings_table(found: dict[str, Any]) -> list[str]:
     """Published budgets, this recipe and what each idea saves."""
-    out = [f"mid and post on {found['gpus']} x {found['gpu']}, all PREDICTED but what is reported"]
+    out = [f"mid and post on {found['gpus']} x {found['gpu']}; all PREDICTED except what is marked reported"]
     out.append(f"{'':58} {'images':>8} {'GFLOP/image':>12} {'GPU-hours':>10} {'ratio':>6}  FID in 1 / 2 steps; source")
     for line in found["savings"]:
         images = f"{line['images'] / 1e6:,.4g}M" if line["images"] else "-"
@@ -204,7 +204,7 @@ def savings_table(found: dict[str, Any]) -> list[str]:
 
 def explained(found: dict[str, Any]) -> list[str]:
     """The formulas with their numbers."""
-    out = ["", "cost.py's formulas with their numbers; an image, then a step on every card"]
+    out = ["", "the cost model's formulas with their numbers: for an image, then for a step on all cards"]
     for name, s in found["stages"].items():
         out += ["", f"{name} ({s['precision']})", *(f"  {line}" for line in s["lines"])]
     own = {name: s["lines"] for name, s in found["stages"].items()}

@@ -39,7 +39,7 @@ def recipes(args: argparse.Namespace) -> None:
         text, target = recipes_.recipe_text(names[0]), Path(names[1])
         if target.exists() or not target.parent.is_dir():
             raise ConfigError(
-                f"cmt recipes copy: {names[1]!r} {'exists' if target.exists() else 'is in no folder that exists'}"
+                f"cmt recipes copy: {names[1]!r} {'already exists' if target.exists() else 'is in a folder that does not exist'}"
             )
         target.write_text(text, "utf-8")
         print(f"{target}: a copy of {names[0]}. Its `name` says where it trains, runs/NAME; change it, or give --out")

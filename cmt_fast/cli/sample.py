@@ -60,7 +60,7 @@ def sample(args: argparse.Namespace) -> None:
         rows = [shown] if images.ndim == 2 else shown.split(10)
         title = f"{args.steps} step{'s' * (args.steps > 1)}\n{note}"
         grids.grid([(title if i == 0 else "", r) for i, r in enumerate(rows)], args.grid)
-        print(f"{args.grid}: a picture of them{f' ({note} channels, the autoencoder is not at hand)' if note else ''}")
+        print(f"{args.grid}: a picture of them{f' ({note} channels, without the autoencoder)' if note else ''}")
 
 
 def _bytes(images: torch.Tensor) -> torch.Tensor:

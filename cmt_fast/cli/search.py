@@ -17,7 +17,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("stage", metavar="STAGE", choices=STAGES)
     add_overrides(p)
     p.add_argument(
-        "--grid", action="append", required=True, metavar="a.b=v1,v2 [c=v1,v2]", help="crossed; repeat to add grids"
+        "--grid",
+        action="append",
+        required=True,
+        metavar="a.b=v1,v2 [c=v1,v2]",
+        help="values to combine; repeat the option to add another grid",
     )
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--record", type=Path, help="where the table is written (default: OUT/search.json)")

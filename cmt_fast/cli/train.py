@@ -28,18 +28,24 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("recipe", nargs="?", default="digits", help="name or YAML file (default: digits)")
     add_overrides(p)
     p.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
-    p.add_argument("--stages", help="comma-separated (default: all the recipe has)")
+    p.add_argument("--stages", help="comma-separated stages (default: all of the recipe)")
     p.add_argument(
-        "--from", dest="parents", type=Path, metavar="RUN", help="take stages not trained here from another run"
+        "--from",
+        dest="parents",
+        type=Path,
+        metavar="RUN",
+        help="take the stages that are not trained here from another run",
     )
     p.add_argument(
         "--dry-run", action="store_true", help="print the resolved run, the op table and the cost; write nothing"
     )
 
     p.add_argument(
-        "--profile", action="store_true", help="profile some steps of the first stage: a trace and a table of ops in it"
+        "--profile",
+        action="store_true",
+        help="profile some steps of the first stage; write a trace and a table of ops to its folder",
     )
-    p.add_argument("--profile-steps", type=int, default=4, metavar="N", help="how many (default: 4)")
+    p.add_argument("--profile-steps", type=int, default=4, metavar="N", help="steps to profile (default: 4)")
 
 
 def _resolve(recipe: str, overrides: list[str]):
@@ -112,8 +118,8 @@ def _dry_run(work: workspace.Workspace, names: list[str]) -> None:
 def _auto(work: workspace.Workspace, name: str) -> str:
     kept = solver_record.read(work.folder / name)
     if kept:
-        return f"nfe auto was settled: {solver_record.override(name, kept.choice)}"
-    return f"nfe auto is settled when the stage begins; counted here with {work.run.stage(name).trajectories.calls}"
+        return f"nfe auto was resolved: {solver_record.override(name, kept.choice)}"
+    return f"nfe auto is resolved when the stage begins; counted here with {work.run.stage(name).trajectories.calls}"
 
 
 def _step(work: workspace.Workspace, name: str) -> str:

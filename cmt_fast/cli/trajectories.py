@@ -26,11 +26,17 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.set_defaults(call=write)
     p.add_argument("recipe", help="name or YAML file")
     add_overrides(p)
-    p.add_argument("--stage", choices=STAGES, default="mid", help="whose trajectories (default: mid)")
+    p.add_argument(
+        "--stage", choices=STAGES, default="mid", help="stage that will train on the trajectories (default: mid)"
+    )
     p.add_argument("--from", dest="run", type=Path, metavar="RUN", help="where the teacher is (default: runs/NAME)")
     p.add_argument("--cache", type=Path, required=True, metavar="DIR", help="the store, a new folder")
     p.add_argument(
-        "--n", "--count", type=int, required=True, help="trajectories (torchrun takes --n for its own: --count)"
+        "--n",
+        "--count",
+        type=int,
+        required=True,
+        help="number of trajectories (write --count under torchrun, which takes --n for itself)",
     )
     p.add_argument("--dtype", choices=tuple(trajectory_store.DTYPES), default="fp16")
     p.add_argument("--shard-rows", type=int, default=ROWS)
@@ -51,7 +57,7 @@ def write(args: argparse.Namespace) -> None:
     try:
         index = checked(lambda: make(work, args.stage, args.cache, args.n, args.dtype, args.shard_rows))
     except KeyboardInterrupt:
-        print("cmt: stopped; the same command goes on from the last whole shard", file=sys.stderr)
+        print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
         raise SystemExit(130) from None
     if index:
         size = index.rows * index.stride

@@ -34,15 +34,21 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("recipe", metavar="RECIPE|RUN", help="a run folder, or a recipe whose run is at --out")
     add_overrides(p)
     p.add_argument("--out", type=Path, help="the recipe's run folder, which holds the teacher (default: runs/NAME)")
-    p.add_argument("--stage", default="mid", help="the stage whose trajectories they are (default: mid)")
+    p.add_argument("--stage", default="mid", help="the stage whose trajectories are measured (default: mid)")
     p.add_argument("--nfe", help="comma-separated numbers of network calls (default: 4 to 64)")
     p.add_argument("--trajectories", type=int, default=solver_error.COUNT, help=f"default: {solver_error.COUNT}")
     p.add_argument("--epsilon", type=float, help="the student's one-step error, a mean square per dimension")
-    p.add_argument("--student", metavar="RUN/STAGE", help="measure it of this network instead of a pilot's")
+    p.add_argument(
+        "--student", metavar="RUN/STAGE", help="measure that error on this network instead of a short pilot training"
+    )
     text = f"solver error allowed, in one-step errors of the student (default: {solver_error.MARGIN})"
     p.add_argument("--margin", type=float, default=solver_error.MARGIN, help=text)
-    p.add_argument("--all", action="store_true", help="every number of calls, not up to the first that serves")
-    p.add_argument("--grids", action="store_true", help="on linear flow, other shifts than the recipe's too")
+    p.add_argument(
+        "--all",
+        action="store_true",
+        help="measure every number of calls instead of stopping at the first that is good enough",
+    )
+    p.add_argument("--grids", action="store_true", help="on linear flow, try other time shifts than the recipe's too")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the table and the choice")
 
 
@@ -51,10 +57,10 @@ def tune(args: argparse.Namespace) -> None:
     if args.trajectories < 8 or not args.margin > 0 or (args.epsilon is not None and not args.epsilon > 0):
         raise ConfigError("--trajectories: must be at least 8; --margin and --epsilon: above 0")
     if args.epsilon is not None and args.student:
-        raise ConfigError("--student: beside --epsilon; one of them says how good the student is")
+        raise ConfigError("--student: cannot be given with --epsilon; either says how good the student is")
     stored = (Path(args.recipe) / folder_.RUN_FILE).is_file()
     if stored and (args.overrides or args.out):
-        raise ConfigError(f"RUN: {args.recipe!r} is a run; overrides and --out go with a recipe")
+        raise ConfigError(f"RUN: {args.recipe!r} is a run; overrides and --out are for a recipe")
     run = folder_.stored_run(Path(args.recipe)) if stored else loading.load(args.recipe, args.overrides)
     if args.stage not in resolved.names(run) or not run.stage(args.stage).trajectories:
         have = [n for n in resolved.names(run) if run.stage(n).trajectories]

@@ -19,7 +19,7 @@ def recipe_text(recipe: str) -> str:
     known = recipes()
     path = known.get(recipe) or Path(recipe)
     if not path.is_file():
-        raise ConfigError(f"recipe: {recipe!r} is no file and none of {', '.join(known)}{nearest(recipe, known)}")
+        raise ConfigError(f"recipe: {recipe!r} is neither a file nor one of {', '.join(known)}{nearest(recipe, known)}")
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -64,7 +64,7 @@ def listing(source: Path) -> tuple[list[Picture], list[str]]:
     Raises DatasetError when there is no image, or images lie both in class folders and beside them.
     """
     if not source.is_dir():
-        raise DatasetError(f"{source}: is no folder")
+        raise DatasetError(f"{source}: is not a folder")
     folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
     loose = _pictures(source, source.iterdir(), None)
     classed = [(f, _pictures(source, f.rglob("*"), k)) for k, f in enumerate(folders)]

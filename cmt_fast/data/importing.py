@@ -234,7 +234,7 @@ def _lightningdit(source: Path, flip: bool) -> Foreign:
 
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else []
     if not files:
-        raise DatasetError(f"{source}: is no folder of .safetensors files")
+        raise DatasetError(f"{source}: is not a folder of .safetensors files")
     starts, labelled, stats = [0], [], []
     for file in files:
         if file.is_symlink() or not file.is_file():

@@ -23,7 +23,7 @@ def load(config: Latents) -> Store:
     if (config.mean is None) != (config.std is None):
         raise DatasetError(f"data.{'mean' if config.mean is None else 'std'}: is missing, mean and std go together")
     if not Path(config.path).is_dir():
-        raise DatasetError(f"data.path: {config.path!r} is no folder")
+        raise DatasetError(f"data.path: {config.path!r} is not a folder")
     store = opened(Path(config.path), config.flip)
     if store.index.trajectories:
         raise DatasetError(f"data.path: {config.path} holds trajectories; they are for a stage's trajectories.cache")

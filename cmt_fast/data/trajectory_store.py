@@ -94,7 +94,7 @@ def opened(folder: str | Path, stage: int = 0) -> Cache | ShardCache:
     """The trajectories in a folder, in the order of a stage. Raises ConfigError for anything else."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ConfigError(f"trajectories.cache: {str(folder)!r} is no folder; `cmt trajectories` writes one")
+        raise ConfigError(f"trajectories.cache: {str(folder)!r} is not a folder; `cmt trajectories` writes one")
     index = read_index(folder)
     if index.trajectories is None:
         raise ConfigError(f"trajectories.cache: {str(folder)!r} holds {index.kind} rows of data, no trajectories")

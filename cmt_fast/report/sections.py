@@ -65,7 +65,7 @@ def head(work: Workspace, stands: dict[str, Stand], judged: dict[str, Judged]) -
         if m.get("parent"):
             p = m["parent"]
             anew = p["stage"] in stands and stands[p["stage"]].ema != p["ema"]
-            parent = f"{p['stage']} @ {p['nimg']:,}, {p['ema'][:12]}" + " (trained anew since)" * anew
+            parent = f"{p['stage']} @ {p['nimg']:,}, {p['ema'][:12]}" + " (retrained since)" * anew
         digest = m.get("config", DASH)[:12]
         rows.append([s.name, s.objective, parent, number(m.get("nimg"), ","), s.ema[:12] or DASH, digest, s.state])
     columns = ["stage", "objective", "starts from (images, EMA)", "images", "EMA checksum", "config digest", "state"]
@@ -123,15 +123,15 @@ def quality(work: Workspace, tables: list[Table]) -> Section:
     run, e = work.run, work.run.eval
     text = (
         f"Each network draws {e.n:,} samples with its EMA weights, from the same noise and labels (seed {e.seed}). "
-        "Student images: what was trained on after pre-training, added up along the path. Lower distances are better. "
-        f"The teacher is the pre-trained network through the ODE solver ({run.sampler.solver}); the row pre-trained is "
+        "Student images: images seen after pre-training, summed along the path. Lower distances are better. "
+        f"The teacher is the pre-trained network through the ODE solver ({run.sampler.solver}); the row `pre-trained` is "
         "the same network as a generator of few steps."
     )
     groups = [Group([*tables], wide=True)]
     if run.control:
         tree = loading.dump(run)
         rows = [row for row in differences(tree["post"], tree["control"]) if not row[0].endswith("_every_nimg")]
-        note = "The control is a recipe of its own, not post-training with one thing left out."
+        note = "The control has settings of its own; it is not post-training with one thing left out."
         groups.append(Group([Table("Settings that differ", ["key", "post", "control"], rows, note, TEXT)], wide=True))
     return Section("Quality, with and without mid-training", [text], groups)
 
@@ -165,8 +165,8 @@ def reach_table(reached: list[dict[str, Any]]) -> Table:
         rows.append([*own, text, times])
     columns = ["samples in", "at the", "Fréchet", "its student images", "images the control needs", "ratio of images"]
     note = (
-        "The first point at which the control's distance is at or below; log distance is interpolated linearly between "
-        "evaluations. Images are not compute: teacher rollouts cost network calls besides, see the seconds below."
+        "The first point at which the control is at least as good; log distance is interpolated linearly between "
+        "evaluations. Images are not compute: teacher rollouts cost network calls too; see the seconds below."
     )
     return Table("Images the control needs to reach what mid-training reaches", columns, rows, note, left=2)
 
@@ -188,7 +188,7 @@ def curves(
     text = (
         f"Judged during training, the dotted line too, on {run.eval.n_during:,} samples; the tables above are on "
         f"{run.eval.n:,}, and distances fall with the number of samples. "
-        "Post-training goes on from the images of mid-training."
+        "Post-training continues from the images of mid-training."
     )
     return Section("Quality by images", [text], groups)
 
@@ -211,8 +211,8 @@ def training(stands: dict[str, Stand]) -> Section:
     columns = ["stage", "objective", "images", "batch", "first loss", "last loss", "learning rate"]
     columns += ["s training", "s judging", "images/s"]
     note = (
-        "First and last are means over about a fiftieth of the stage. Losses of different objectives do not compare. "
-        "Seconds of training hold the teacher's rollouts; images/s are of training alone."
+        "First and last loss are means over about a fiftieth of the stage. Losses of different objectives cannot be compared. "
+        "Seconds of training include the teacher's rollouts; images/s count training alone."
     )
     table = Table("", columns, rows, note, left=2)
     return Section("Stages", [], [Group([table], wide=True), Group(figures)] if rows else [])
@@ -245,9 +245,11 @@ def bill(stands: dict[str, Stand]) -> Section:
             parts = [number(own[phase].seconds / span) if phase in own else DASH for phase in used]
             rows.append([s.name, number(total.seconds / span), *parts, kwh(total), rate])
             if s.bill.from_nimg:
-                text.append(f"The bill of {s.name} begins at {s.bill.from_nimg:,} images: nobody counted before.")
+                text.append(
+                    f"The usage of {s.name} begins at {s.bill.from_nimg:,} images: usage before that is unknown."
+                )
             if total.unmeasured_s:
-                reasons.add(s.bill.reason or "a process was killed, and what it used last is unknown")
+                reasons.add(s.bill.reason or "a process was killed, and its last usage is unknown")
         if not rows:
             continue
         shares = [number(amount.hours / whole.hours if whole.hours else None, ".1%") for amount in by_phase.values()]
@@ -258,13 +260,13 @@ def bill(stands: dict[str, Stand]) -> Section:
         columns = ["stage", f"{title}-{spans}", *used, "kWh", f"images per {title}-hour"]
         tables.append(Table("", columns, rows, strong=True))
     if not tables:
-        return Section("Bill", [], [])
+        return Section("Usage", [], [])
     text.insert(0, (
-        "Time with the device held, over all processes and restarts. Stalled: waiting for "
-        "rows, and what kills took that had to be done again. Start-up holds compilation. Judging in `cmt report` is not in it."
+        "Time for which a device was held, over all processes and restarts. Stalled: waiting for "
+        "rows, and work lost to kills. Start-up includes compilation. Judging by `cmt report` is not included."
     ))  # fmt: skip
     text += [f"Energy is unknown in part: {reason}." for reason in sorted(reasons)]
-    return Section("Bill", text, [Group([*tables], wide=True)])
+    return Section("Usage", text, [Group([*tables], wide=True)])
 
 
 def solvers(chosen: dict[str, tuple[solver_record.Kept, list[str]]]) -> Section:
@@ -273,7 +275,7 @@ def solvers(chosen: dict[str, tuple[solver_record.Kept, list[str]]]) -> Section:
     for name, (kept, lines) in chosen.items():
         text += [f"{name}: {line}." for line in lines]
         rows = [[*solver_record.cells(row), solver_record.serves(row, kept.limit)] for row in kept.rows]
-        note = "RMS per dimension, from step doubling. An order in brackets was not extrapolated by."
+        note = "RMS per dimension, from step doubling. An order in brackets was not used to extrapolate."
         tables.append(Table(f"{name}: endpoint error", [*solver_record.HEAD, "serves"], rows, note))
     return Section("The teacher's solver", text, [Group(tables)] if tables else [])
 
@@ -291,7 +293,7 @@ def samples(stands: dict[str, Stand]) -> Section:
         count, have = min(4, len(story.grids)), len(story.grids)
         chosen = [story.grids[i * (have - 1) // (count - 1)] for i in range(count)]
         groups.append(Group([picture(story, path, f"-{i + 1}") for i, path in enumerate(chosen)]))
-        text += f" First every stage at its end, then {story.name} in the course of its training."
+        text += f" First every stage at its end, then {story.name} during its training."
     return Section("Samples", [text], groups)
 
 
@@ -310,7 +312,7 @@ def theory(figures: dict[str, Any]) -> Section:
         for key, title in (("mse", "MSE of the target"), ("bias", "B, the gradient's bias"))
     ]
     text = (
-        "Measured on a Gaussian mixture whose denoiser and flow map are known; slopes are fitted in log-log. MSE: the "
+        "Measured on a Gaussian mixture whose denoiser and flow map are known; slopes are fitted on log-log axes. MSE: the "
         "regression target's squared error. B: squared bias of the gradient that it gives."
     )
     groups = [Group([order, table]), Group([*drawn]), Group([Table("Gradient bias", columns, rows, left=3)], wide=True)]

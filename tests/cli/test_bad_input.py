@@ -85,7 +85,7 @@ CASES = [
     (["train", "digits", "mid.label_dropout=0.1"], ["mid.label_dropout", "cmt_cm"]),
     (["train", "digits", "loader.kind=dalli"], ["loader.kind", "'dalli'", "did you mean dali?"]),
     (["train", "digits", "loader.kind=dali"], ["loader.kind", "'dali'", "in memory", "torch"]),
-    (["train", "digits", "data={kind: latents, path: none}"], ["data.path", "'none'", "no folder"]),
+    (["train", "digits", "data={kind: latents, path: none}"], ["data.path", "'none'", "not a folder"]),
     (["train", "digits", "data={kind: latents, path: run}"], ["run", "no store", "index.json"]),
     (["train", "digits", "data={kind: latents, path: run, flop: true}"], ["data.flop", "did you mean flip?"]),
     (["data", "verfy", "run"], ["verfy", "did you mean verify?"]),

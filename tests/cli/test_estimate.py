@@ -132,7 +132,7 @@ def test_a_dry_run_names_work_and_hours(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, error",
     [(["gmm", "--gpu", "h20"], "--gpu: 'h20' is not valid.*did you mean h200"), (["gmm", "--gpus", "0"], "--gpus: 0"),
-     (["gmm", "--results", "nowhere"], "--results: 'nowhere' is no folder"), (["gm"], "did you mean gmm"),
+     (["gmm", "--results", "nowhere"], "--results: 'nowhere' is not a folder"), (["gm"], "did you mean gmm"),
      (["gmm", "--gpus", "7"], "batch: 512 does not divide over 7")],
 )  # fmt: skip
 def test_wrong_input(arguments, error, capsys, tmp_path, monkeypatch):

@@ -234,7 +234,9 @@ def test_other_shapes_and_folders_are_refused(world: Path, tmp_path: Path) -> No
         rolled.check(str(world / "fp16"), facts)
     with pytest.raises(ConfigError, match="its classes is 10, this recipe's is 0"):
         rolled.check(str(world / "fp16"), {"classes": 0})
-    with pytest.raises(ConfigError, match="trajectories.cache: .*nowhere' is no folder; `cmt trajectories` writes one"):
+    with pytest.raises(
+        ConfigError, match="trajectories.cache: .*nowhere' is not a folder; `cmt trajectories` writes one"
+    ):
         work = cached(world, tmp_path / "run", "nowhere")
         work.external_inputs(work.run.mid)
     with pytest.raises(DatasetError, match="holds trajectories; they are for a stage's trajectories.cache"):

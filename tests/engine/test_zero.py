@@ -105,7 +105,7 @@ def test_sigkill_while_two_ranks_save_leaves_the_old_checkpoint(figures):
 def test_a_signal_on_one_rank_stops_all_within_a_row_and_the_row_goes_on(figures):
     stopped = figures["stopped"]
     assert set(stopped["codes"].values()) == {128 + 10} and stopped["step"] == 3
-    assert "goes on from it" in stopped["said"]
+    assert "to resume" in stopped["said"]
     assert stopped["equal"] and stopped["losses"][0] == stopped["losses"][1]
 
 

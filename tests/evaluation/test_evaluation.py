@@ -296,4 +296,4 @@ def test_a_heartbeat_is_fresh_while_a_run_does_something(tmp_path, capsys):
         for folder in (stage.parent, stage.parent.parent):
             assert cli.main(["doctor", "--heartbeat", str(folder), "--older-than", "600"]) == 0
     record.close()
-    assert "was alive 1000 s ago, at most 600 s are allowed" in capsys.readouterr().err
+    assert "last gave a sign of life 1000 s ago, at most 600 s are allowed" in capsys.readouterr().err

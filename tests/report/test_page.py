@@ -117,7 +117,7 @@ def test_the_second_report_judges_nothing_and_a_new_checkpoint_alone(run, tmp_pa
     checkpoint.save(folder / "mid", found.manifest["step"], files | {"ema-0": files["model"]}, about)
     page.write(folder)
     assert called == [((1,), 200), ((2,), 200)]
-    assert "trained anew since" in (folder / "report.html").read_text()  # post comes from another mid
+    assert "retrained since" in (folder / "report.html").read_text()  # post comes from another mid
 
 
 def test_an_unfinished_run_reports_what_it_has(tmp_path, monkeypatch):

@@ -295,9 +295,9 @@ def test_report_and_dry_run_show_it(finished, capsys) -> None:
     assert len(section.groups[0].items[0].rows) == len(kept.rows) and "epsilon" in " ".join(section.text)
     arguments = ["train", "digits", *(a for a in small() if a), "--dry-run"]
     assert main([*arguments, "--out", str(finished)]) == 0
-    assert f"nfe auto was settled: {solver_record.override('mid', kept.choice)}" in capsys.readouterr().out
+    assert f"nfe auto was resolved: {solver_record.override('mid', kept.choice)}" in capsys.readouterr().out
     assert main([*arguments, "--out", str(finished.parent / "none")]) == 0
-    assert "nfe auto is settled when the stage begins; counted here with 16" in capsys.readouterr().out
+    assert "nfe auto is resolved when the stage begins; counted here with 16" in capsys.readouterr().out
 
 
 def small() -> list[str]:
