@@ -93,7 +93,7 @@ def evaluate(
 
     _at_least(n=(n, 2), steps=(min(steps, default=0), 1))
     work, name = open_stage(str(stage))
-    return work.evaluate(work.network(name), tuple(steps), n or work.run.eval.n, solver, seed, quiet=True)
+    return work.judging.evaluate(work.network(name), tuple(steps), n or work.run.eval.n, solver, seed, quiet=True)
 
 
 def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tensor, tuple[float, ...], Tensor | None]:

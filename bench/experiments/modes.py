@@ -125,7 +125,7 @@ def figures(work: Workspace, name: str) -> dict[str, Any]:
     file, ema = work.folder / name / FIGURES, found["files"]["ema-0.safetensors"]["xxh3_128"]
     known = json.loads(file.read_text()) if file.is_file() else {}
     if known.get("ema") != ema:
-        steps = work.evaluate(work.network(name), work.run.eval.steps, work.run.eval.n)
+        steps = work.judging.evaluate(work.network(name), work.run.eval.steps, work.run.eval.n)
         seconds = found["wall"]["train_s"]
         known = {"stage": name, "ema": ema, "nimg": found["nimg"], "train_s": seconds, "steps": steps}
         known["ms_per_image"] = 1e3 * seconds / found["nimg"]

@@ -56,13 +56,13 @@ def measure(recipe: str, seed: int, out: Path) -> dict:
     names = resolved.names(work.run)
     loop.train(work, names)
     page.write(out)
-    row: dict = {"seed": seed, "extractor": work.judge.name, "stages": {}, "seconds": {}, "curve": {}}
+    row: dict = {"seed": seed, "extractor": work.judging.judge.name, "stages": {}, "seconds": {}, "curve": {}}
     steps, e = work.run.eval.steps, work.run.eval
     for name in names:
         net = work.network(name)
-        row["stages"][name] = work.evaluate(net, steps, e.n)
+        row["stages"][name] = work.judging.evaluate(net, steps, e.n)
         if name == "pre":
-            row["stages"]["teacher"] = work.evaluate(net, (work.run.sampler.teacher_steps,), e.n, solver=True)
+            row["stages"]["teacher"] = work.judging.evaluate(net, (work.run.sampler.teacher_steps,), e.n, solver=True)
         row["seconds"][name] = checkpoint.complete(out / name).manifest["wall"]
         row["curve"][name] = [
             {"nimg": r["nimg"], **{k: v["frechet"] for k, v in r["steps"].items()}}

@@ -93,6 +93,6 @@ def measure(work: Workspace, ends: solver_error.Endpoints, limit: torch.Tensor) 
         "solver": f"{setting.title()} at {how.nfe}",
         "solver_error": solver_record.rows_of([ends.estimate(setting, how.nfe)])[0]["error"],
         "student_error": solver_choice.one_step_error(work, net, ends, limit) ** 0.5,
-        "figures": work.evaluate(net, work.run.eval.steps, work.run.eval.n),
+        "figures": work.judging.evaluate(net, work.run.eval.steps, work.run.eval.n),
         "train_s": checkpoint.complete(work.folder / "mid").manifest["wall"]["train_s"],
     }

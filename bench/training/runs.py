@@ -165,7 +165,7 @@ class Ours:
         name = OBJECTIVES[self.objective].stage
         self.work.run = dataclasses.replace(self.work.run, **{name: stage})
         work, own = self.work, resolve(self.work.run, name)
-        self.source = BatchProvider(own, self.engine, work.data, work.device, work.network, lambda: work.space)
+        self.source = BatchProvider(own, self.engine, work.data, work.device, work.network, lambda: work.judging.space)
         self.pool, self.step = self.source.pool, 0
 
     def loss(self) -> Tensor:

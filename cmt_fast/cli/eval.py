@@ -48,9 +48,9 @@ def evaluate(args: argparse.Namespace) -> None:
         return _make_reference(args, given)
     distributed.start(machine.device("auto"))
     work, stage = workspace.open_stage(args.stage, given)
-    judge = work.open_judge(args.precision_recall)
+    judge = work.judging.open_judge(args.precision_recall)
     net, n = work.network(stage), args.n or work.run.eval.n
-    figures = checked(lambda: work.evaluate(net, steps, n, args.solver, args.seed, judge))
+    figures = checked(lambda: work.judging.evaluate(net, steps, n, args.solver, args.seed, judge))
     if distributed.rank():
         return
     against = judge.reference
@@ -91,7 +91,9 @@ def _make_reference(args: argparse.Namespace, given: dict) -> None:
     else:
         work, _ = workspace.open_stage(args.stage, given)
     with progress.counting("reference", args.n or work.data.n, work.folder) as advance:
-        made = checked(lambda: judges.make_reference(work.judge, args.n, work.run.eval.batch, args.features, advance))
+        made = checked(
+            lambda: judges.make_reference(work.judging.judge, args.n, work.run.eval.batch, args.features, advance)
+        )
     if distributed.rank() == 0:
         references.write(file, made)
         print(f"{file}: {made.n:,} images, features {made.extractor}")

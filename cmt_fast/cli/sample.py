@@ -39,7 +39,7 @@ def sample(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{'out' if path is args.out else 'grid'}: the folder of {str(path)!r} does not exist")
     if args.vae and not args.decode:
         raise ConfigError("--vae: goes with --decode")
-    codec = work.codec(args.vae) if args.decode else None
+    codec = work.decoding.codec(args.vae) if args.decode else None
     net = work.network(stage)
     images = checked(
         lambda: work.setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch)
@@ -56,7 +56,7 @@ def sample(args: argparse.Namespace) -> None:
         )
     if args.grid:
         shown = images if images.ndim == 2 else images[:100]
-        shown, note = (shown / 127.5 - 1, "") if codec else work.visible(shown)
+        shown, note = (shown / 127.5 - 1, "") if codec else work.decoding.visible(shown)
         rows = [shown] if images.ndim == 2 else shown.split(10)
         title = f"{args.steps} step{'s' * (args.steps > 1)}\n{note}"
         grids.grid([(title if i == 0 else "", r) for i, r in enumerate(rows)], args.grid)

@@ -85,7 +85,7 @@ def to_diffusers(export: Export, out: Path, vae: Path | None = None, license: st
     if vae is not None and latents is None:
         raise ConfigError("--vae: the run's data are no latents, nothing is decoded")
     if vae is not None:
-        export.work.codec(str(vae))  # refuses one that did not make the latents
+        export.work.decoding.codec(str(vae))  # refuses one that did not make the latents
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     tree = loading.dump(run)
     stage = run.stage(export.stage)
@@ -125,7 +125,7 @@ def to_diffusers(export: Export, out: Path, vae: Path | None = None, license: st
 
 def _latents(work: Workspace) -> dict[str, Any] | None:
     """How the data's latents are scaled, and the name of their autoencoder; None for pixels and vectors."""
-    index = work.latents
+    index = work.decoding.latents
     if index is None:
         return None
     constants, numbers = work.data.normalisation, lambda values: [float(v) for v in values]

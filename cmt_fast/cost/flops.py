@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from cmt_kernels import use
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import flop_registry
 
 from cmt_fast import models, schedule
 from cmt_fast.config.schema import Dit, Model, Run
@@ -112,11 +111,13 @@ class _Products(LightMode):
     """Counts the FLOPs of the products that run inside, by torch's own formulas."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports triton
+
         super().__init__()
-        self.flops = 0
+        self.flops, self.formulas = 0, flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out, formula = func(*args, **(kwargs or {})), flop_registry.get(func._overloadpacket)
+        out, formula = func(*args, **(kwargs or {})), self.formulas.get(func._overloadpacket)
         if formula:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out

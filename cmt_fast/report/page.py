@@ -68,13 +68,13 @@ def write(folder: Path) -> dict[str, Any]:
     templates.write_pictures(folder / "report", page)
     files.write_text(html, templates.html(run.name, page))
     files.write_text(markdown, templates.markdown(run.name, page))
-    templates.show(sections.summary(tables, run.eval.steps, work.judge.name))
+    templates.show(sections.summary(tables, run.eval.steps, work.judging.judge.name))
     if reached:
         templates.show(sections.reach_table(reached))
     progress.say(str(html))
     figures = {name: j._asdict() for name, j in judged.items()}
     return {
-        "run": run.name, "extractor": work.judge.name, "quality": figures, "reach": reached, "html": html,
+        "run": run.name, "extractor": work.judging.judge.name, "quality": figures, "reach": reached, "html": html,
         "markdown": markdown,
     }  # fmt: skip
 
@@ -103,7 +103,7 @@ def judge(work: Workspace, s: Stand) -> Judged:
     """Figures of a finished stage, from its figures.json where that still holds; of `pre` by the solver too."""
     run, file, settings = work.run, work.folder / s.name / FIGURES, loading.dump(work.run)
     key = {k: settings[k] for k in ("data", "path", "sigma_data", "eval", "sampler")}
-    key |= {"ema": s.ema, "extractor": work.judge.name}
+    key |= {"ema": s.ema, "extractor": work.judging.judge.name}
     if run.eval.reference:
         key["reference"] = files.checksum(Path(run.eval.reference))
     for known in (file, work.stage_dir(s.name) / FIGURES):
@@ -119,7 +119,7 @@ def judge(work: Workspace, s: Stand) -> Judged:
 
     def figures(k: int, n: int, solver: bool) -> dict[str, float] | None:
         try:
-            out = work.evaluate(net, (k,), n, solver=solver)[str(k)]
+            out = work.judging.evaluate(net, (k,), n, solver=solver)[str(k)]
         except FloatingPointError:
             return None
         return out if all(map(math.isfinite, out.values())) else None

@@ -83,7 +83,7 @@ def quality_table(work: Workspace, done: dict[str, Stand], judged: dict[str, Jud
         title = "pre-trained" if name == "pre" else name
         entries.append((title, *s.path, judged[name].few[str(k)]))
     columns = {
-        "frechet": f"{distance_title(work)}, {work.judge.name}",
+        "frechet": f"{distance_title(work)}, {work.judging.judge.name}",
         "accuracy": "accuracy",
         "sliced_wasserstein": "sliced Wasserstein",
     }
@@ -114,7 +114,7 @@ def summary(tables: list[Table], steps: tuple[int, ...], extractor: str) -> Tabl
 
 def distance_title(work: Workspace) -> str:
     """FID and FD-DINOv2 where the figures follow those protocols, Fréchet where they do not."""
-    name = work.judge.title(work.run.eval.n)
+    name = work.judging.judge.title(work.run.eval.n)
     return "Fréchet" if name.startswith("frechet") else name
 
 

@@ -10,11 +10,10 @@ import contextlib
 import fcntl
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import cmt_kernels
-import torch
 from torch import Tensor, nn
 
 from cmt_fast import engine, models
@@ -23,18 +22,17 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES, Run, Stage
 from cmt_fast.data import datasets
 from cmt_fast.data import trajectory_store as rolled
-from cmt_fast.data.autoencoder import Codec, Normalisation
-from cmt_fast.data.latents import Index
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import load_named, sharding
-from cmt_fast.evaluation import features, judges
 from cmt_fast.perceptual import distance
 from cmt_fast.run import resolved
+from cmt_fast.run.decoding import Decoding
 from cmt_fast.run.folder import RUN_FILE, about_run, judged_by, parents_of, stored_run
+from cmt_fast.run.judging import Judging
 from cmt_fast.run.networks import check, fresh_network, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
-from cmt_fast.runtime import distributed, machine, progress
+from cmt_fast.runtime import distributed, machine
 from cmt_fast.storage import checkpoint, files
 
 
@@ -54,6 +52,8 @@ class Workspace:
             raise ConfigError(str(error)) from None
         self.path = ProbabilityPath(run.path, run.sigma_data)
         self.setting = Sampler(self.path, run.sampler, self.data.shape, self.data.classes, self.device)
+        self.decoding = Decoding(run, self.data, self.device)
+        self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
 
     def build(self) -> nn.Module:
         """A fresh network, initialised from the run's seed."""
@@ -94,55 +94,6 @@ class Workspace:
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
         return models.fold(net.requires_grad_(False).eval())
-
-    @property
-    def latents(self) -> Index | None:
-        """What the store says of its latents; None where rows are no latents."""
-        index: Index | None = getattr(self.data, "index", None) if self.run.data.kind == "latents" else None
-        return index if index is not None and index.kind != "pixels" else None
-
-    @property
-    def _normalisation(self) -> Normalisation:
-        """Of the store that latents come from."""
-        found = getattr(self.data, "normalisation", None)
-        assert found is not None
-        return found
-
-    def codec(self, source: str | None = None) -> Codec:
-        """The autoencoder of this run's latents, from `source` or from where the store says that it was.
-
-        Raises ConfigError when the data are no latents, or it is not there or not the one that made them.
-        """
-        index = self.latents
-        if index is None:
-            raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
-        if not (source or index.vae):
-            raise ConfigError("--vae or eval.vae: is missing, and the store does not say which autoencoder made it")
-        found = Codec.open(source or index.vae, self.device, self._normalisation)
-        if index.vae_xxh3_128 and found.digest != index.vae_xxh3_128:
-            raise ConfigError(
-                f"--vae or eval.vae: {found.name!r} is not the autoencoder that made the latents, its weights differ"
-            )
-        return found
-
-    @functools.cached_property
-    def _decoder(self) -> Codec | None:
-        try:
-            return self.codec(self.run.eval.vae)
-        except ConfigError:
-            return None
-
-    def visible(self, x: Tensor) -> tuple[Tensor, str]:
-        """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
-        index = self.latents
-        if index is None:
-            return x, ""
-        if self._decoder:
-            return self._decoder.decode(x), ""
-        channels = 3 if x.shape[1] >= 3 else 1
-        n = self._normalisation
-        std = torch.tensor([n.scale * a / b for a, b in zip(index.std, n.std)])[:channels].view(-1, 1, 1)
-        return x[:, :channels] / (3 * std), f"latents, {channels} of {x.shape[1]}"
 
     def identity(self, stage: Stage) -> str:
         """Checksums of the weights that a stage's trajectories depend on, the guide's too. Raises ConfigError as `finished`."""
@@ -207,45 +158,6 @@ class Workspace:
 
     def _parameters(self, run: Run) -> int:
         return parameters(run, self.data.shape, self.data.classes)
-
-    @functools.cached_property
-    def space(self) -> features.Extractor:
-        return features.extractor(self.data, self.folder if self.folder.is_dir() else self.parents)
-
-    @functools.cached_property
-    def judge(self) -> judges.Judge:
-        return self.open_judge()
-
-    def open_judge(self, rows: bool = False) -> judges.Judge:
-        """What `eval` asks for; rows: with precision and recall. Raises ConfigError naming the key that is missing."""
-        decode = (lambda: self.codec(self.run.eval.vae).decode) if self.latents else None
-        return judges.open_judge(self.data, self.run.eval, lambda: self.space, self.device, decode, rows)
-
-    def evaluate(
-        self, net: Callable, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None,
-        judge: judges.Judge | None = None, quiet: bool = False,
-    ) -> dict:  # fmt: skip
-        """{steps: {"frechet", "sliced_wasserstein", "accuracy", ...}} of n samples each; every rank must call it.
-
-        Batches go round the ranks, so the world's size changes the order of sums and nothing else. Raises
-        FloatingPointError, on every rank, when samples are not finite.
-        """
-        e, out, judge = self.run.eval, {}, judge or self.judge
-        seed = e.seed if seed is None else seed
-        for k in steps:
-            tally, broken = judge.tally(), False
-            with progress.counting(f"{k} step{'s' * (k > 1)}", n, self.folder, quiet) as advance:
-                for i, index in enumerate(torch.arange(n).split(e.batch)):
-                    if i % distributed.size() == distributed.rank() and not broken:
-                        samples = self.setting.draw(net, k, seed, index, solver)
-                        broken = not bool(torch.isfinite(samples).all())
-                        if not broken:
-                            tally.add(samples, self.setting.labels(index))
-                    advance(len(index))
-            if distributed.largest(int(broken)):
-                raise FloatingPointError(f"samples of {k} steps are not finite")
-            out[str(k)] = tally.figures()
-        return out
 
     def compare(self) -> Run | None:
         """The run stored in the folder, if any; stages not begun may differ from it.

@@ -178,7 +178,7 @@ def provider(
     found: checkpoint.Checkpoint | None = None,
 ) -> BatchProvider:
     """The batches of a stage of an opened run; arguments as of BatchProvider."""
-    return BatchProvider(stage, engine, work.data, work.device, work.network, lambda: work.space, meter, found)
+    return BatchProvider(stage, engine, work.data, work.device, work.network, lambda: work.judging.space, meter, found)
 
 
 def _dropping(engine: Engine, random: rng.Random, sample: Tensor) -> Callable:

@@ -68,8 +68,8 @@ def run(recipe: str, stage: str, overrides: list[str], grids: list[str], out: Pa
         try:
             loop.train(work, [stage])
             row |= {
-                "steps": work.evaluate(work.network(stage), work.run.eval.steps, work.run.eval.n),
-                "extractor": work.judge.name,
+                "steps": work.judging.evaluate(work.network(stage), work.run.eval.steps, work.run.eval.n),
+                "extractor": work.judging.judge.name,
             }
         except FloatingPointError as error:
             row["failed"] = str(error)

@@ -22,7 +22,7 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
     if due(plan.eval_every) or due(plan.grid_every) or last:
         net = engine.average()
         if due(plan.eval_every):
-            figures = work.evaluate(net, work.run.eval.steps, work.run.eval.n_during, quiet=True)
+            figures = work.judging.evaluate(net, work.run.eval.steps, work.run.eval.n_during, quiet=True)
             log.row("eval", n, n * config.batch, {"steps": figures})
         if due(plan.grid_every) or last:
             distributed.agreed(lambda: draw_grid(work, net, stage, n) if first else None)
@@ -51,5 +51,5 @@ def draw_grid(work: Workspace, net: Callable, stage: ResolvedStage, step: int) -
         teacher, title = (work.network(named), "teacher") if named else (net, "solver")
         drawn = work.setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)
         rows.append((f"{title}, {run.sampler.teacher_steps}", drawn))
-    seen = [(title, *work.visible(x)) for title, x in rows]
+    seen = [(title, *work.decoding.visible(x)) for title, x in rows]
     grids.grid([(f"{title}\n{note}", x) for title, x, note in seen], stage.folder / "grids" / f"{step:08d}.png")

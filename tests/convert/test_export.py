@@ -169,7 +169,9 @@ def test_latents_are_decoded_by_the_autoencoder_in_the_folder(tmp_path, capsys):
     code, _, err = cmt(capsys, *arguments, tmp_path / "vae")
     assert code == 0 and "some/vae" in (tmp_path / "pipe/README.md").read_text().replace("\\", ""), err
     work, _ = workspace.open_stage(str(tmp_path / "run/pre"))
-    want = work.codec(str(tmp_path / "vae")).decode(work.setting.generate(work.network("pre"), 2, 3, 5, solver=True))
+    want = work.decoding.codec(str(tmp_path / "vae")).decode(
+        work.setting.generate(work.network("pre"), 2, 3, 5, solver=True)
+    )
     for pipe in (
         CmtPipeline.from_pretrained(str(tmp_path / "pipe")),
         CmtPipeline.from_pretrained(

@@ -80,13 +80,13 @@ def _rank(work: Workspace, rank: int, world: int, meet: str, results) -> None:
     if world > 1:
         torch.distributed.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=world)
     net = work.build().eval()
-    figures = work.evaluate(net, (1,), 200, judge=work.open_judge(rows=True), quiet=True)["1"]
-    short = work.evaluate(net, (1,), 40, quiet=True)["1"]  # one batch: the other ranks have no sample
+    figures = work.judging.evaluate(net, (1,), 200, judge=work.judging.open_judge(rows=True), quiet=True)["1"]
+    short = work.judging.evaluate(net, (1,), 40, quiet=True)["1"]  # one batch: the other ranks have no sample
     uneven = distributed.gather_uneven(torch.full((rank, 2), rank) if rank else None) if world > 1 else None
-    made = judges.make_reference(work.judge, 100, 30, 10, lambda n: None)
+    made = judges.make_reference(work.judging.judge, 100, 30, 10, lambda n: None)
     bad = 0
     try:
-        work.evaluate(lambda x, *_: x * float("nan" if rank == 0 else 1), (1,), 200, quiet=True)
+        work.judging.evaluate(lambda x, *_: x * float("nan" if rank == 0 else 1), (1,), 200, quiet=True)
     except FloatingPointError:
         bad = 1
     uneven = None if uneven is None else uneven.tolist()

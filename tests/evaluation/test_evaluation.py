@@ -221,7 +221,7 @@ def test_cmt_eval_against_a_reference_of_its_own(run, inception_file, tmp_path, 
 def test_extractors_are_not_mixed(run, tmp_path, capsys):
     """A reference of other features, or of the same network with other weights, is one line and exit code 2."""
     work = Workspace(tiny("digits"), run)
-    judge = work.open_judge()
+    judge = work.judging.open_judge()
     made = judges.make_reference(judge, 200, 64, 0, lambda n: None)
     stage = [f"{run}/pre", "--steps", "1", "--n", "20"]
     for name, code in ((judge.name, 0), ("inception-2015-12-05@0123", 2), (judge.name[:-1] + "x", 2)):

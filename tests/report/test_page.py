@@ -13,6 +13,7 @@ import torch
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.report import page
+from cmt_fast.run.judging import Judging
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import loop
@@ -81,9 +82,15 @@ def test_the_pictures_of_the_markdown_are_there(run):
 def test_figures_are_the_judge_s(run):
     folder, out = run
     work = Workspace(page.stored_run(folder), folder)
-    assert out["quality"]["post"]["few"]["2"] == work.evaluate(work.network("post"), (2,), 200)["2"]
-    assert out["quality"]["pre"]["solver"]["16"] == work.evaluate(work.network("pre"), (16,), 200, solver=True)["16"]
-    assert out["quality"]["pre"]["during"]["16"] == work.evaluate(work.network("pre"), (16,), 100, solver=True)["16"]
+    assert out["quality"]["post"]["few"]["2"] == work.judging.evaluate(work.network("post"), (2,), 200)["2"]
+    assert (
+        out["quality"]["pre"]["solver"]["16"]
+        == work.judging.evaluate(work.network("pre"), (16,), 200, solver=True)["16"]
+    )
+    assert (
+        out["quality"]["pre"]["during"]["16"]
+        == work.judging.evaluate(work.network("pre"), (16,), 100, solver=True)["16"]
+    )
     stored = json.loads((folder / "post" / "figures.json").read_text())
     assert stored["few"] == out["quality"]["post"]["few"]
     assert (
@@ -104,8 +111,8 @@ def test_the_second_report_judges_nothing_and_a_new_checkpoint_alone(run, tmp_pa
     folder = tmp_path / "copy"
     shutil.copytree(run[0], folder)
     called = []
-    evaluate = Workspace.evaluate
-    monkeypatch.setattr(Workspace, "evaluate", lambda self, *a, **k: called.append(a[1:]) or evaluate(self, *a, **k))
+    evaluate = Judging.evaluate
+    monkeypatch.setattr(Judging, "evaluate", lambda self, *a, **k: called.append(a[1:]) or evaluate(self, *a, **k))
     before = (folder / "report.html").read_text()
     page.write(folder)
     assert not called and (folder / "report.html").read_text() == before
@@ -157,7 +164,7 @@ def test_samples_that_are_not_finite_are_said_to_be(tmp_path, monkeypatch):
         return {str(k): {"frechet": 1.5, "sliced_wasserstein": 0.5, "accuracy": 0.25} for k in steps}
 
     train(tmp_path / "run", ["pre"], *SHORT)
-    monkeypatch.setattr(Workspace, "evaluate", broken)
+    monkeypatch.setattr(Judging, "evaluate", broken)
     text = page.write(tmp_path / "run")["markdown"].read_text()
     assert "| teacher, 16 steps | not finite | not finite | not finite | 0 | pre |" in text
     assert "| pre-trained | 1.5 | 25.0% | 0.5 | 0 | pre |" in text

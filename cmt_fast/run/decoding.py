@@ -1,0 +1,70 @@
+"""How samples of a run become pictures: latents through their autoencoder, where that is at hand."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import Run
+from cmt_fast.data.autoencoder import Codec, Normalisation
+from cmt_fast.data.latents import Index
+from cmt_fast.data.rows import Rows
+
+
+class Decoding:
+    """Of one run's rows on one device."""
+
+    def __init__(self, run: Run, data: Rows, device: torch.device) -> None:
+        self.run, self.data, self.device = run, data, device
+
+    @property
+    def latents(self) -> Index | None:
+        """What the store says of its latents; None where rows are no latents."""
+        index: Index | None = getattr(self.data, "index", None) if self.run.data.kind == "latents" else None
+        return index if index is not None and index.kind != "pixels" else None
+
+    @property
+    def _normalisation(self) -> Normalisation:
+        """Of the store that latents come from."""
+        found = getattr(self.data, "normalisation", None)
+        assert found is not None
+        return found
+
+    def codec(self, source: str | None = None) -> Codec:
+        """The autoencoder of this run's latents, from `source` or from where the store says that it was.
+
+        Raises ConfigError when the data are no latents, or it is not there or not the one that made them.
+        """
+        index = self.latents
+        if index is None:
+            raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
+        if not (source or index.vae):
+            raise ConfigError("--vae or eval.vae: is missing, and the store does not say which autoencoder made it")
+        found = Codec.open(source or index.vae, self.device, self._normalisation)
+        if index.vae_xxh3_128 and found.digest != index.vae_xxh3_128:
+            raise ConfigError(
+                f"--vae or eval.vae: {found.name!r} is not the autoencoder that made the latents, its weights differ"
+            )
+        return found
+
+    @functools.cached_property
+    def _decoder(self) -> Codec | None:
+        try:
+            return self.codec(self.run.eval.vae)
+        except ConfigError:
+            return None
+
+    def visible(self, x: Tensor) -> tuple[Tensor, str]:
+        """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
+        index = self.latents
+        if index is None:
+            return x, ""
+        if self._decoder:
+            return self._decoder.decode(x), ""
+        channels = 3 if x.shape[1] >= 3 else 1
+        n = self._normalisation
+        std = torch.tensor([n.scale * a / b for a, b in zip(index.std, n.std)])[:channels].view(-1, 1, 1)
+        return x[:, :channels] / (3 * std), f"latents, {channels} of {x.shape[1]}"
