@@ -17,6 +17,7 @@ from cmt_fast.render import templates
 from cmt_fast.report import page as report
 from cmt_fast.report import sections
 from cmt_fast.report.standing import Stand
+from cmt_fast.run.judging import Judging
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed
 from cmt_fast.storage import checkpoint
@@ -197,7 +198,7 @@ def paced(monkeypatch):
 
     takes(STEP_S, loop.engines.LocalEngine, "step", lambda: world.steps.append(world.t))
     takes(FILL_S, sys.modules["cmt_fast.teacher.pool"].Pool, "_fill")
-    takes(LOOK_S, Workspace, "evaluate")
+    takes(LOOK_S, Judging, "evaluate")
     takes(SAVE_S, checkpoint, "save")
     takes(BUILD_S, loop.engines, "build")
     monkeypatch.setattr(meters, "time", types.SimpleNamespace(perf_counter=world.now, time=world.now))
