@@ -120,17 +120,19 @@ def proofs(found: list[dict[str, Any]], _: Path) -> str:
         "| attention of | all launches, ms | first shape of a new process, ms | the linear layer before it, ms |",
         "|---|" + "---|" * 3,
     ]
+    first = next((r for r in rows if r["process"] == "shared"), None)  # of its process, as those of new ones are
     for key in dict.fromkeys((r["network"], r["dtype"]) for r in rows):
-        by = {r["process"]: r for r in rows if (r["network"], r["dtype"]) == key}
-        first = next((r for r in rows if r["process"] == "shared"), None)
-        cells = ["", "", ""]
-        for column, process in enumerate(("shared", "new")):
-            row = by.get(process)
-            if row and row is not first:  # the first of the shared process is a new process's
-                cells[column] = "crashed" if "crash" in row else f"{sum(row['ms'].values()):.0f}"
-        cells[2] = some(by.get("new", {}).get("start_ms"), ".0f")
-        lines.append(f"| {' '.join(key)} | {' | '.join(cells)} |")
+        by = {r["process"]: r for r in rows if (r["network"], r["dtype"]) == key and r is not first}
+        ms = map(_all_launches, (by.get("shared"), by.get("new")))
+        lines.append(f"| {' '.join(key)} | {' | '.join(ms)} | {some(by.get('new', {}).get('start_ms'), '.0f')} |")
     return "\n".join(lines) + "\n" + footer(found)
+
+
+def _all_launches(row: dict[str, Any] | None) -> str:
+    """Milliseconds of a row's proofs together."""
+    if row is None:
+        return ""
+    return "crashed" if "crash" in row else f"{sum(row['ms'].values()):.0f}"
 
 
 def ops(found: list[dict[str, Any]], _: Path) -> str:
@@ -168,6 +170,11 @@ def ops(found: list[dict[str, Any]], _: Path) -> str:
     return "\n".join(lines) + "\n" + note + footer(found)
 
 
+def spread(r: dict) -> str:
+    """A median and its p20 to p80."""
+    return f"{r['p50']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})"
+
+
 def rollout_lines(rows: list[dict[str, Any]]) -> str:
     """Teacher milliseconds a student image by trajectories at once."""
     lines = [
@@ -175,10 +182,9 @@ def rollout_lines(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for r in rows:
-        over = r["paper_over"]
         lines.append(
             f"| {r['model']} {r['mode']} {r['how']} {r['precision']} | {r['at_once']} | {r['trajectories_per_s']:.1f} "
-            f"| {r['p50_ms_image']:.2f} | {over['p50']:.2f} ({over['p20']:.2f} to {over['p80']:.2f}) |"
+            f"| {r['p50_ms_image']:.2f} | {spread(r['paper_over'])} |"
         )
     return "\n".join(lines) + "\n"
 

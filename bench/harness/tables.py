@@ -243,11 +243,6 @@ def footer(data: dict) -> str:
     return f"{data['device']}{threads}, torch {data['torch']}; commit {data['commit']}, {data['date'][:10]}."
 
 
-def spread(r: dict) -> str:
-    """A median and its p20 to p80."""
-    return f"{r['p50']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})"
-
-
 def step(_: str) -> str:
     """Each model and objective: the peer's step, ours, and their ratios."""
     data = json.loads((RESULTS / "step.json").read_text())
@@ -261,19 +256,19 @@ def step(_: str) -> str:
         by = {(r["how"], r["precision"]): r for r in rows if "p50_ms" in r}
         theirs = by["peer", "fp32"]
         keys = [k for k in (("eager", "fp32"), ("compiled", "fp32"), ("eager", "bf16")) if k in by]
-        equal = ", ".join(spread(by[k]["over_peer"]["fp32"]) for k in keys if k[1] == "fp32")
+        equal = ", ".join(gpu_tables.spread(by[k]["over_peer"]["fp32"]) for k in keys if k[1] == "fp32")
         best = next(r for r in rows if r.get("shipped"))
         ours = ", ".join(format(by[k]["p50_ms"], ".1f") for k in keys)
         shipped = f"{best['how']} {best['precision']}: {best['images_per_core_hour']:,.0f}, {best['mfu_measured']:.0%}"
         lines.append(
             f"| {model} {objective} B{batch} | {theirs['p50_ms']:.1f} | {ours} | {equal} "
-            f"| {shipped}, {spread(best['over_peer']['fp32'])} | {theirs['saved_mb']:.0f}, {best['saved_mb']:.0f} |"
+            f"| {shipped}, {gpu_tables.spread(best['over_peer']['fp32'])} | {theirs['saved_mb']:.0f}, {best['saved_mb']:.0f} |"
         )
         own = next((r for r in rows if "recipe" in r["how"] and "p50_ms" in r), None)
         if own:
             text = f"| {model} {objective} B{batch}, {own['teacher_forwards']:.0f} teacher forwards a row, the recipe's"
             lines.append(
-                f"{text} | | {own['p50_ms']:.1f} | {spread(own['over_peer']['fp32'])} (peer: 1 forward a row) | | |"
+                f"{text} | | {own['p50_ms']:.1f} | {gpu_tables.spread(own['over_peer']['fp32'])} (peer: 1 forward a row) | | |"
             )
     return "\n".join(lines) + f"\n\n{footer(data)}\n\n"
 

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cmt_fast import models, schedule
 from cmt_fast.config.schema import Dit, Model, Run
 from cmt_fast.models import dit
+from cmt_fast.models.shapes import LightMode
 from cmt_fast.models.vgg import LatentVgg, PixelVgg
-from cmt_fast.models.weightless import LightMode, weightless
+from cmt_fast.models.weightless import weightless
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import resolved

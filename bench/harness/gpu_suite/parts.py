@@ -78,6 +78,14 @@ def train(s: Sitting, name: str, minutes: float) -> list[str]:
     return [*bench("train")(s, name, minutes), "--reports", str(s.scratch / "reports")]
 
 
+def calibrate(s: Sitting, name: str, minutes: float) -> list[str]:
+    """All of it but the ops, which are a part of their own and would wait for Inductor here."""
+    from bench.kernels.calibrate import PARTS as own
+
+    chosen = [part for part in own if part != "ops"]
+    return bench("calibrate", *chosen, tiny=("--tiny", "--seconds", "0.01"))(s, name, minutes)
+
+
 def step(model: str, *objectives: str) -> Callable:
     """Steps of one network; in a dry run a contender a process too, as on a GPU."""
     options = [text for name in objectives for text in ("--objective", name)]
@@ -85,8 +93,6 @@ def step(model: str, *objectives: str) -> Callable:
     return bench("step", "--model", model, *options, tiny=dry if model == "XL256" else (*dry[:6], "--no-compile"))
 
 
-# without its ops, which are a part of their own and here would wait for Inductor
-CEILINGS = ("ceilings", "attention", "optimizers", "linears", "packed")
 OPS = ("modulated_norm", "gated_residual", "gelu", "qk_norm", "adamw_ema", "attention")
 ROLLOUTS = (
     "--model",
@@ -109,7 +115,7 @@ PARTS = {
         Part("tests", 300, ("pytest",), tests, beside=True),
         Part("sweep", 300, ("numpy",), bench("sweep"), beside=True),
         Part("train", 300, (*TRAINER, "sklearn", "matplotlib"), train, beside=True),
-        Part("calibrate", 50, ("numpy",), bench("calibrate", *CEILINGS, tiny=("--tiny", "--seconds", "0.01"))),
+        Part("calibrate", 50, ("numpy",), calibrate),
         Part("proofs", 40, ("numpy",), bench("proofs")),
         BENCH("step", 210, command=step("XL256", "FM", "CMT-MF", "MF")),
         Part("ops", 80, ("numpy",), bench("ops", *OPS, "--batch", "64", "--seconds", "0.2", tiny=TINY_OPS)),
