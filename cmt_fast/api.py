@@ -134,12 +134,11 @@ def train(work: Workspace, stages: Sequence[str] | None = None) -> None:
     Call it in the main thread: an interrupt ends it with a checkpoint and raises SystemExit. Raises ConfigError for a
     stage that the run does not have.
     """
-    from cmt_fast.run import resolved
     from cmt_fast.train import loop
 
     for name in stages or ():
         work.stage(name)
-    loop.train(work, [name for name in resolved.names(work.run) if stages is None or name in stages])
+    loop.train(work, [name for name in work.run.stages if stages is None or name in stages])
 
 
 def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[], dict[str, float]]]:

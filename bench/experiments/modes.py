@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         "date": date.today().isoformat(),
         "environment": environment(),
         "samples": recipe.eval.n,
-        "images": {n: recipe.stage(n).images_nimg for n in names},
+        "images": {n: recipe.stages[n].images_nimg for n in names},
         "rows": rows,
         "summary": [summary(rows, mode, n) for n in names for mode in MODES],
     }
@@ -96,7 +96,7 @@ def _run(recipe: str, seed: int, mode: str, names: list[str], folder: Path) -> R
         if mode == "paper":
             change.append(f"{name}.trajectories.mode=paper")
         if mode == "pool-all":
-            t = loading.load(recipe).stage(name).trajectories
+            t = loading.load(recipe).stages[name].trajectories
             change.append(f"{name}.trajectories.per_trajectory={t.nfe}")
         if mode == "cache":
             change += [f"{name}.teacher=null", f"{name}.trajectories.cache={folder}"]
@@ -109,7 +109,7 @@ def cache(run: Run, parents: Path, folder: Path, names: list[str]) -> dict[str, 
     if not folder.is_dir():
         work = Workspace(run, parents)
         pool = work.stage(names[0]).pool(None, work.data.shape, work.data.classes, torch.device("cpu"))
-        n = pool.count * -(-schedule.schedule(run.stage(names[0])).total // pool.steps)
+        n = pool.count * -(-schedule.schedule(run.stages[names[0]]).total // pool.steps)
         start = time.perf_counter()
         index = make(work, names[0], folder, n)
         assert index is not None

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from cmt_fast.config import fingerprint, loading
 from cmt_fast.report import page
-from cmt_fast.run import resolved
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime.machine import environment
 from cmt_fast.storage import checkpoint, metrics_log
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         "date": date.today().isoformat(),
         "environment": environment(),
         "samples": recipe.eval.n,
-        "images": {n: recipe.stage(n).images_nimg for n in resolved.names(recipe)},
+        "images": {name: stage.images_nimg for name, stage in recipe.stages.items()},
         "seeds": rows,
     }
     path = args.json or Path("bench/results/cpu") / f"{args.recipe}-seeds.json"
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(recipe: str, seed: int, out: Path) -> dict:
     """Train one seed (or take it up where it stopped) and read its figures."""
     work = Workspace(loading.load(recipe, [f"seed={seed}"]), out)
-    names = resolved.names(work.run)
+    names = list(work.run.stages)
     loop.train(work, names)
     page.write(out)
     row: dict = {"seed": seed, "extractor": work.judging.judge.name, "stages": {}, "seconds": {}, "curve": {}}

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "environment": environment(),
         "samples": recipe.eval.n,
-        "images": recipe.stage("mid").images_nimg,
+        "images": recipe.stages["mid"].images_nimg,
         "settling_s": settling_s,
         "settled": kept._asdict(),
         "arms": rows,
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(work: Workspace, ends: solver_error.Endpoints, limit: torch.Tensor) -> dict:
     """Train the mid stage (or take it up where it stopped) and read its figures."""
     loop.train(work, ["mid"])
-    stage, net = work.run.stage("mid"), work.network("mid")
+    stage, net = work.run.stages["mid"], work.network("mid")
     how = solver_record.settled(work.folder / "mid", stage.trajectories)
     setting = solver_error.Solver(
         "dpmpp" if how.solver == "euler" else how.solver, how.order if how.solver != "euler" else 1, how.shift

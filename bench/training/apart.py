@@ -183,7 +183,7 @@ class Apart:
                     continue
                 row = self.timed(ours, name, "eager", precision, batch)
                 rows += [row] if row else []
-            own = loading.load(runs.OBJECTIVES[name].recipe).stage(runs.OBJECTIVES[name].stage).trajectories
+            own = loading.load(runs.OBJECTIVES[name].recipe).stages[runs.OBJECTIVES[name].stage].trajectories
             if own and name.startswith("CMT") and rows:
                 how, points = "eager, recipe's points", own.per_trajectory
                 row = self.timed(ours, name, how, precision, rows[-1]["batch"], points)

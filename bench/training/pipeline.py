@@ -54,7 +54,7 @@ def overrides(steps: int, batch: int, device: str) -> list[str]:
 
 def bare(work: Workspace, name: str, steps: int) -> float:
     """Seconds of `steps` steps of a stage with nothing around them: rows, loss, backward, optimizer."""
-    stage = work.run.stage(name)
+    stage = work.run.stages[name]
     engine = LocalEngine(work.build(), stage, work.device)
     source = batches.provider(work, work.stage(name), engine)
     wait = torch.cuda.synchronize if work.device.type == "cuda" else lambda: None
@@ -87,7 +87,7 @@ def measure(
     for name in names:
         if end.over:
             return
-        batch, before = run.stage(name).batch, bare(work, name, steps)
+        batch, before = run.stages[name].batch, bare(work, name, steps)
         begun = time.perf_counter()
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             loop.train(work, [name])

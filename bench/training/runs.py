@@ -24,7 +24,6 @@ from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.engine import LocalEngine
 from cmt_fast.engine.buffers import bind
 from cmt_fast.models.dit import SIZES
-from cmt_fast.run import resolved
 from cmt_fast.run.resolved import resolve
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.train.batches import BatchProvider
@@ -129,18 +128,16 @@ def workspace(objective: str, m: Model, device: str) -> Bench:
 def stage_of(work: Bench, objective: str, m: Model, precision: str, compiles: bool, points: int | None) -> Stage:
     """The stage's own settings at this batch; mid-training draws `points` a trajectory, all of its network calls' worth
     (one teacher forward a row) unless given."""
-    stage = work.run.stage(OBJECTIVES[objective].stage)
-    assert stage is not None
+    resolved = work.stage(OBJECTIVES[objective].stage)
     change: dict[str, Any] = {"batch": m.batch, "precision": precision, "compile": compiles, "anchor": None}
     if objective == "MF":
         change["objective"] = MEANFLOW  # a quarter of the rows with r < t, as published for ImageNet
     if objective == "ECD":
         change |= {"objective": Ecd(), "teacher": "pre"}
-    if resolved.trajectory_rows(stage):
-        t = stage.trajectories
-        assert t is not None
+    if resolved.trajectory_rows:
+        t = resolved.trajectories
         change["trajectories"] = dataclasses.replace(t, per_trajectory=points or t.nfe, pool_steps=m.pool_steps)
-    return dataclasses.replace(stage, **change)
+    return resolved.replaced(**change).config
 
 
 class Ours:

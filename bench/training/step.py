@@ -76,7 +76,7 @@ def ways(name: str, m: runs.Model, arguments: argparse.Namespace) -> list[tuple[
     """(how, precision, compiled, points a trajectory) of ours."""
     safe, gpu = runs.OBJECTIVES[name].bf16, arguments.device == "cuda"
     compiles = arguments.compile and (name == "MF" or not arguments.tiny)
-    own = loading.load(runs.OBJECTIVES[name].recipe).stage(runs.OBJECTIVES[name].stage).trajectories
+    own = loading.load(runs.OBJECTIVES[name].recipe).stages[runs.OBJECTIVES[name].stage].trajectories
     out = [("eager", "fp32", False, None)] + [("compiled", "fp32", True, None)] * (compiles and not (gpu and safe))
     if safe:
         out += [("eager", "bf16", False, None)] + [("compiled", "bf16", True, None)] * (compiles and gpu)

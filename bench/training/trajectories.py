@@ -117,7 +117,7 @@ def measure(
             break
         for key, (call, count) in found.items():
             times[key].append(timed(call, arguments.device)[0] / count)
-    stage = loading.load(runs.OBJECTIVES[name].recipe).stage(runs.OBJECTIVES[name].stage)
+    stage = loading.load(runs.OBJECTIVES[name].recipe).stages[runs.OBJECTIVES[name].stage]
     points = stage.trajectories.nfe
     base = next(t for key, t in times.items() if key[0] == "paper")
     rows = []

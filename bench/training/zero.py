@@ -151,11 +151,9 @@ def do(jobs: list[dict[str, Any]]) -> Callable[[], None]:
 
 def again(space: Workspace, name: str) -> None:
     """Load a stage's last checkpoint into an engine and write what the engine then holds to OUT/again."""
-    stage = space.run.stage(name)
-    passes = space.stage(name).grad_accum_steps(distributed.size())
-    engine = engines.build(
-        space.run, space.build(), stage, space.device, passes, space.sharding_plan(space.stage(name))
-    )
+    stage = space.stage(name)
+    passes = stage.grad_accum_steps(distributed.size())
+    engine = engines.build(space.run, space.build(), stage.config, space.device, passes, space.sharding_plan(stage))
     found = checkpoint.latest(space.folder / name)
     engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
     checkpoint.save(space.folder / "again", engine.step_count, engine.state(), {}, write=distributed.rank() == 0)

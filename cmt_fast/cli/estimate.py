@@ -15,7 +15,8 @@ from cmt_fast.cost import estimate, flops, plan
 from cmt_fast.cost.estimate import Rows
 from cmt_fast.cost.hardware import RESULTS, Card, card
 from cmt_fast.engine.sharding import gb
-from cmt_fast.run import resolved, validation
+from cmt_fast.run import validation
+from cmt_fast.run.resolved import ResolvedStage, resolve
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -55,7 +56,7 @@ def figures(run: Run, at: Card, gpus: int, price: float | None = None) -> dict[s
     rows = estimate.rows_of(run)
     try:
         validation.check(run, rows.shape, rows.classes)
-        found = {name: _stage(run, name, rows, at, gpus, price) for name in resolved.names(run)}
+        found = {name: _stage(resolve(run, name), rows, at, gpus, price) for name in run.stages}
     except ConfigError:
         raise
     except ValueError as error:
@@ -82,29 +83,29 @@ def figures(run: Run, at: Card, gpus: int, price: float | None = None) -> dict[s
     }
 
 
-def _stage(run: Run, name: str, rows: Rows, at: Card, gpus: int, price: float | None) -> dict[str, Any]:
-    bill, choice, known = estimate.stage_bill(run, name, rows, at, gpus)
-    _, notes = estimate.networks(run, name, rows)
-    t = run.stage(name).trajectories
+def _stage(resolved: ResolvedStage, rows: Rows, at: Card, gpus: int, price: float | None) -> dict[str, Any]:
+    name, stage = resolved.name, resolved.config
+    bill, choice, known = estimate.stage_bill(resolved, rows, at, gpus)
+    _, notes = estimate.networks(resolved, rows)
+    t = stage.trajectories
     if t and t.nfe == "auto":
         notes.append(f"{name}: nfe auto is counted as {t.calls} until `cmt tune-teacher` has chosen it")
-    kept = estimate.activation_bytes(run, name, known["student"], gpus)
+    kept = estimate.activation_bytes(resolved, known["student"], gpus)
     memory = choice.state_bytes + choice.teacher_bytes + (kept or 0)
     if memory > at.memory:
         notes.append(f"{name}: {gb(int(memory))} a process are more than the {gb(int(at.memory))} of a card")
-    work = flops.terms(run, name)
+    work = flops.terms(resolved)
     return {
         "networks": {of: n._asdict() for of, n in known.items()},
         **bill._asdict(),
         "flops": bill.flops_image * bill.images,
-        "precision": run.stage(name).precision,
-        "batch": run.stage(name).batch,
-        "mfu_datasheet": bill.flops_image / at.peak[run.stage(name).precision] / (bill.step_us / run.stage(name).batch * gpus)
-        * 1e6,
+        "precision": stage.precision,
+        "batch": stage.batch,
+        "mfu_datasheet": bill.flops_image / at.peak[stage.precision] / (bill.step_us / stage.batch * gpus) * 1e6,
         "engine": choice.lines(known["student"].parameters, gpus),
         "memory_bytes": memory,
         "activations_bytes": kept,
-        "checkpoints_bytes": 3 * known["student"].parameters * (12 + 4 * len(run.stage(name).ema)),
+        "checkpoints_bytes": 3 * known["student"].parameters * (12 + 4 * len(stage.ema)),
         "work": [term._asdict() for term in work],
         **_energy(bill.gpu_hours, at, price),
         "notes": notes,

@@ -16,7 +16,8 @@ from cmt_fast.data.loaders import check_loader
 from cmt_fast.evaluation import judges
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
-from cmt_fast.run import folder, resolved, workspace
+from cmt_fast.run import folder, workspace
+from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.runtime import distributed, machine
 from cmt_fast.teacher import precision, solver_record
 from cmt_fast.train import loop, profiler
@@ -59,7 +60,7 @@ def train(args: argparse.Namespace) -> None:
         raise ConfigError(f"--profile-steps: {args.profile_steps} is not a positive number")
     run = _resolve(args.recipe, args.overrides)
     out = args.out or folder.default(run)
-    have = resolved.names(run)
+    have = list(run.stages)
     names = args.stages.split(",") if args.stages else have
     for name in names:
         if name not in have:
@@ -76,7 +77,7 @@ def train(args: argparse.Namespace) -> None:
         for parent in stage.called.values():
             if "/" not in parent and parent not in names[:i]:
                 work.weights(parent)
-        work.external_inputs(stage.config)
+        work.external_inputs(stage)
     for name in names:  # what cannot be done is said before the first stage begins
         stage = work.stage(name)
         stage.grad_accum_steps(distributed.size())
@@ -103,39 +104,41 @@ def _dry_run(work: workspace.Workspace, names: list[str]) -> None:
     print(f"digest: {fingerprint.digest(work.run)}")
     _ops(work.device.type)
     print(f"network: {work.parameters:,} parameters; device {work.device}; {work.data.n:,} rows of {work.data.shape}")
-    for name in names:
-        c = flops.calls(work.run, name)
-        how = " (compiled)" if work.run.stage(name).compile else ""
-        print(f"{name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards{how}")
-        t = work.run.stage(name).trajectories
+    for stage in map(work.stage, names):
+        c = flops.calls(stage)
+        how = " (compiled)" if stage.config.compile else ""
+        print(
+            f"{stage.name:>8}: {c['steps']:,} steps, {c['images']:,} images, {c['forwards']:,.0f} network forwards{how}"
+        )
+        t = stage.config.trajectories
         if t and t.nfe == "auto":
-            print(f"{'':>8}  {_auto(work, name)}")
-        sizing = work.sharding_plan(work.stage(name)).lines(work.parameters, distributed.size())
-        for line in [*sizing, _step(work, name), _bill(work, name)]:
+            print(f"{'':>8}  {_auto(stage)}")
+        sizing = work.sharding_plan(stage).lines(work.parameters, distributed.size())
+        for line in [*sizing, _step(stage), _bill(work, stage)]:
             print(f"{'':>8}  {line}")
 
 
-def _auto(work: workspace.Workspace, name: str) -> str:
-    kept = solver_record.read(work.folder / name)
+def _auto(stage: ResolvedStage) -> str:
+    kept = solver_record.read(stage.folder)
     if kept:
-        return f"nfe auto was resolved: {solver_record.override(name, kept.choice)}"
-    return f"nfe auto is resolved when the stage begins; counted here with {work.run.stage(name).trajectories.calls}"
+        return f"nfe auto was resolved: {solver_record.override(stage.name, kept.choice)}"
+    return f"nfe auto is resolved when the stage begins; counted here with {stage.trajectories.calls}"
 
 
-def _step(work: workspace.Workspace, name: str) -> str:
-    stage, n = work.stage(name), distributed.size()
+def _step(stage: ResolvedStage) -> str:
+    n = distributed.size()
     batch, parts = stage.config.batch, stage.grad_accum_steps(n)
     return f"a step: {batch} rows = {n} process{'es' * (n > 1)} x {parts} pass{'es' * (parts > 1)} x {batch // (n * parts)}"
 
 
-def _bill(work: workspace.Workspace, name: str) -> str:
+def _bill(work: workspace.Workspace, stage: ResolvedStage) -> str:
     """FLOPs of a stage and, on a device that the cost model knows, its hours: the short form of `cmt estimate`."""
     rows = estimate.Rows(work.data.shape, work.data.classes, work.data.n, None, "")
-    known, _ = estimate.networks(work.run, name, rows)
-    each, images = flops.flops_image(flops.terms(work.run, name), known), flops.calls(work.run, name)["images"]
+    known, _ = estimate.networks(stage, rows)
+    each, images = flops.flops_image(flops.terms(stage), known), flops.calls(stage)["images"]
     text = f"work: {each / 1e9:,.4g} GFLOP an image, {each * images / 1e15:,.4g} PFLOP"
     at = hardware.this(work.device)
     if at is None:
         return text
-    bill, _, _ = estimate.stage_bill(work.run, name, rows, at, distributed.size())
+    bill, _, _ = estimate.stage_bill(stage, rows, at, distributed.size())
     return f"{text}; {bill.hours:,.3g} h on {distributed.size()} x {at.name} ({bill.mark})"

@@ -15,7 +15,7 @@ from cmt_fast.data import trajectory_store
 from cmt_fast.data.latents import Index
 from cmt_fast.data.writing import ROWS
 from cmt_fast.run import folder, workspace
-from cmt_fast.run.resolved import trajectory_rows
+from cmt_fast.run.resolved import resolve
 from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.teacher.pool import Prior, roller
 from cmt_fast.teacher.precision import Teacher
@@ -47,10 +47,9 @@ def write(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not at least 1")
     run = loading.load(args.recipe, args.overrides)
-    stage = run.stage(args.stage)
-    if stage is None or not trajectory_rows(stage):
+    if args.stage not in run.stages or not resolve(run, args.stage).trajectory_rows:
         raise ConfigError(f"--stage: {args.stage} of {run.name} draws from no trajectories")
-    if stage.trajectories.nfe == "auto":
+    if run.stages[args.stage].trajectories.nfe == "auto":
         raise ConfigError(f"{args.stage}.trajectories.nfe: 'auto' is chosen when a stage begins; name a number here")
     distributed.start(machine.device(run.device), run.timeout_s)
     work = workspace.Workspace(run, args.run or folder.default(run))

@@ -18,7 +18,7 @@ from cmt_fast.data.gmm import Exact
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.render import templates
 from cmt_fast.run import folder as folder_
-from cmt_fast.run import resolved, workspace
+from cmt_fast.run import workspace
 from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.storage import checkpoint, files
 from cmt_fast.teacher import solver_error, solver_record
@@ -62,8 +62,8 @@ def tune(args: argparse.Namespace) -> None:
     if stored and (args.overrides or args.out):
         raise ConfigError(f"RUN: {args.recipe!r} is a run; overrides and --out are for a recipe")
     run = folder_.stored_run(Path(args.recipe)) if stored else loading.load(args.recipe, args.overrides)
-    if args.stage not in resolved.names(run) or not run.stage(args.stage).trajectories:
-        have = [n for n in resolved.names(run) if run.stage(n).trajectories]
+    have = [name for name, stage in run.stages.items() if stage.trajectories]
+    if args.stage not in have:
         hint = errors.nearest(args.stage, have)
         raise ConfigError(f"--stage: {args.stage!r} has no trajectories here; valid are {', '.join(have)}{hint}")
     if run.data.kind == "gmm" and not stored and not args.out:
@@ -154,7 +154,7 @@ def against_truth(run: Run, path: str, nfes: tuple[int, ...], count: int, grids:
     """`tuning.rows_of` every setting on a mixture, each with its "true" error; and the network calls of all trajectories."""
     way = ProbabilityPath(path, run.sigma_data)
     how = Trajectories() if path == "ve" else Trajectories(solver="heun", t_max=1.0, t_min=0.0)
-    mine = run.stage("mid").trajectories if run.stage("mid") else None
+    mine = run.mid.trajectories
     how = dataclasses.replace(mine, nfe=16) if mine and run.path == path else how
     x, labels = solver_error.starts(way, how, (2,), 0, run.seed, torch.device("cpu"), count)
     net, x = Exact(run.data, way), x.double()

@@ -32,14 +32,8 @@ def stage_facts(run: Run, name: str) -> dict:
     """
     tree = dump(run)
     facts = {k: tree[k] for k in ("data", "model", "path", "sigma_data", "seed")}
-    queue = [name]
-    while queue:
-        member = queue.pop(0)
+    for member in (name, *run.ancestors(name)):
         facts[member] = {k: v for k, v in tree[member].items() if k not in WATCHING}
-        stage = run.stage(member)
-        assert stage is not None, member
-        parents = stage.networks().values()
-        queue += [p for p in parents if "/" not in p and p not in facts]
     return facts
 
 

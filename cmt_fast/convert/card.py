@@ -33,8 +33,7 @@ def markdown(
     work: Workspace, stage: str, about: dict[str, Any], license: str | None, latents: dict[str, Any] | None
 ) -> str:
     """README.md of the folder. license: the hub's word for it, "unknown" where nothing is said. Raises ConfigError."""
-    run, settings = work.run, work.run.stage(stage)
-    assert settings is not None
+    run, settings = work.run, work.run.stages[stage]
     if license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):
         raise ConfigError(f"--license: {shown(license)!r} is no licence's identifier, such as apache-2.0")
     few = settings.objective.kind not in DIFFUSION

@@ -88,14 +88,13 @@ def to_diffusers(export: Export, out: Path, vae: Path | None = None, license: st
         export.work.decoding.codec(str(vae))  # refuses one that did not make the latents
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     tree = loading.dump(run)
-    stage = run.stage(export.stage)
     index = {
         "_class_name": ["pipeline", "CmtPipeline"],
         "network": [NETWORK_FILE, "CmtNetwork"],
         "vae": ["diffusers", "AutoencoderKL"] if vae else [None, None],
         "sampler": tree["sampler"],
         "latents": latents,
-        "many_steps": stage is not None and stage.objective.kind in DIFFUSION,
+        "many_steps": run.stages[export.stage].objective.kind in DIFFUSION,
     }
     network = {
         "_class_name": "CmtNetwork",

@@ -19,7 +19,7 @@ from cmt_fast.data import datasets
 from cmt_fast.engine import ShardingPlan, StageSize, choose
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import folder as folder_
-from cmt_fast.run import resolved
+from cmt_fast.run.resolved import ResolvedStage
 
 POWER = 0.9  # of the board's power that training draws: assumed; hosts and cooling are not counted
 SAVED_U = 17  # values of U that a block keeps for its backward, by count
@@ -88,9 +88,9 @@ def rows_of(run: Run) -> Rows:
     return Rows(expects.shape, expects.classes or 0, n, n * each if n else None, note)
 
 
-def networks(run: Run, name: str, rows: Rows) -> tuple[dict[str, Network], list[str]]:
+def networks(resolved: ResolvedStage, rows: Rows) -> tuple[dict[str, Network], list[str]]:
     """Student, teacher, guide and feature network of a stage, and notes on what had to be assumed of others' sizes."""
-    stage, notes = run.stage(name), []
+    run, stage, notes = resolved.run, resolved.config, []
     make = lambda model: flops_.network(model, run.path, tuple(rows.shape), rows.classes)
     out = {"student": make(run.model)}
     named = stage.networks()
@@ -103,7 +103,7 @@ def networks(run: Run, name: str, rows: Rows) -> tuple[dict[str, Network], list[
     if wanted:
         out["features"] = flops_.feature_network(wanted[0], tuple(rows.shape), run.features.width)
     if "features" in stage.distances():
-        notes.append(f"{name}: the run's own classifier behind the distance 'features' is not counted")
+        notes.append(f"{resolved.name}: the run's own classifier behind the distance 'features' is not counted")
     return out, notes
 
 
@@ -216,21 +216,21 @@ def _units(work: list[Term], known: dict[str, Network]) -> dict[tuple[str, str],
 
 
 def stage_bill(
-    run: Run, name: str, rows: Rows, card: Card, processes: int, ideas: Ideas = OURS
+    resolved: ResolvedStage, rows: Rows, card: Card, processes: int, ideas: Ideas = OURS
 ) -> tuple[StageCost, ShardingPlan, dict[str, Network]]:
-    """One stage of a run, with the sizing of its engine. Raises ConfigError where rows do not divide over the cards."""
-    stage = run.stage(name)
-    known, _ = networks(run, name, rows)
-    choice = sharding_plan(run, name, known, card, processes)
-    passes = resolved.resolve(run, name).grad_accum_steps(processes)
+    """What a stage costs, with the sizing of its engine. Raises ConfigError where rows do not divide over the cards."""
+    stage = resolved.config
+    known, _ = networks(resolved, rows)
+    choice = sharding_plan(resolved, known, card, processes)
+    passes = resolved.grad_accum_steps(processes)
     way = Way(stage.precision, ideas.how, len(stage.ema), choice.stage, passes, choice.teacher_sharded)
-    bill = reckon(flops_.terms(run, name, ideas), known, stage.images_nimg, stage.batch, card, processes, way)
+    bill = reckon(flops_.terms(resolved, ideas), known, stage.images_nimg, stage.batch, card, processes, way)
     return bill, choice, known
 
 
-def sharding_plan(run: Run, name: str, known: dict[str, Network], card: Card, processes: int) -> ShardingPlan:
+def sharding_plan(resolved: ResolvedStage, known: dict[str, Network], card: Card, processes: int) -> ShardingPlan:
     """The engine's ZeRO stage by the memory of the card."""
-    stage = run.stage(name)
+    run, stage = resolved.run, resolved.config
     named = {key: text for key, text in stage.networks().items() if key != "start"}
     by_key = {"teacher": "teacher", "autoguidance.network": "guide"}
     held = sum({text: known[by_key[key]].parameters for key, text in named.items()}.values())
@@ -238,12 +238,12 @@ def sharding_plan(run: Run, name: str, known: dict[str, Network], card: Card, pr
     return choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, int(card.memory))
 
 
-def activation_bytes(run: Run, name: str, net: Network, processes: int) -> float | None:
+def activation_bytes(resolved: ResolvedStage, net: Network, processes: int) -> float | None:
     """What a DiT keeps for its backward in one pass of a process, by count; None for other networks."""
-    stage = run.stage(name)
+    run, stage = resolved.run, resolved.config
     if not net.depth:
         return None
-    images = stage.batch / processes / resolved.resolve(run, name).grad_accum_steps(processes)
+    images = stage.batch / processes / resolved.grad_accum_steps(processes)
     u = net.tokens * net.width * (2 if stage.precision == "bf16" else 4)
     return images * u * (net.depth + SAVED_U if run.model.checkpoint_activations else SAVED_U * net.depth)
 

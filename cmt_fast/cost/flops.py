@@ -12,15 +12,15 @@ import torch
 from cmt_kernels import use
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmt_fast import models, schedule
-from cmt_fast.config.schema import Dit, Model, Run
+from cmt_fast import models
+from cmt_fast.config.schema import Dit, Model
 from cmt_fast.models import dit
 from cmt_fast.models.shapes import LightMode
 from cmt_fast.models.vgg import LatentVgg, PixelVgg
 from cmt_fast.models.weightless import weightless
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.objectives.distance import PERCEPTUAL
-from cmt_fast.run import resolved
+from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.teacher import pool
 
 
@@ -146,11 +146,10 @@ def _counted(make: Callable[[], Any], shape: tuple[int, ...], labelled: bool | N
 # ---------------------------------------------------------------------------------------------- what a stage does
 
 
-def terms(run: Run, name: str, ideas: Ideas = OURS) -> list[Term]:
+def terms(of: ResolvedStage, ideas: Ideas = OURS) -> list[Term]:
     """All network work of a stage for one student image: calls times share of the rows that make them."""
-    stage = run.stage(name)
-    assert stage is not None
-    own, anchored = (rows / stage.batch for rows in resolved.rows(stage))
+    run, stage = of.run, of.config
+    own, anchored = (rows / stage.batch for rows in of.rows)
     o, needs = stage.objective, OBJECTIVES[stage.objective.kind]
     out = [Term("student", "forward", 1.0, "every row"), Term("student", "backward", 1.0, "every row")]
     if getattr(run.model, "checkpoint_activations", False):
@@ -172,7 +171,7 @@ def terms(run: Run, name: str, ideas: Ideas = OURS) -> list[Term]:
         out.append(Term("teacher", "forward", calls * (1 if stage.teacher_guidance == 1 else 2), "teacher's step"))
         if guide:
             out.append(Term("guide", "forward", calls, "guide of the teacher's step"))
-    points, t = resolved.trajectory_rows(stage), stage.trajectories
+    points, t = of.trajectory_rows, stage.trajectories
     if points and t and not (ideas.cached or t.cache):
         nfe = t.calls
         each = pool.drawn(t, run.path, nfe // (2 if t.solver == "heun" else 1))
@@ -189,12 +188,12 @@ def terms(run: Run, name: str, ideas: Ideas = OURS) -> list[Term]:
     return out
 
 
-def calls(run: Run, name: str) -> dict[str, float]:
+def calls(stage: ResolvedStage) -> dict[str, float]:
     """Images, steps and network forwards of a stage (backward counted as two), one whatever the network's size."""
-    plan = schedule.schedule(run.stage(name))
+    plan = stage.schedule
     images = plan.total * plan.batch
     worth = {"forward": 1, "backward": 2, "tangent": 1}
-    forwards = sum(t.times * worth.get(t.kind, 0) for t in terms(run, name) if t.of != "features")
+    forwards = sum(t.times * worth.get(t.kind, 0) for t in terms(stage) if t.of != "features")
     return {"steps": plan.total, "images": images, "forwards": images * forwards}
 
 

@@ -10,7 +10,7 @@ from cmt_fast.cost import flops, published, step_time
 from cmt_fast.cost.estimate import Rows, StageCost, Way, reckon, stage_bill
 from cmt_fast.cost.flops import OURS, Ideas
 from cmt_fast.cost.hardware import Card
-from cmt_fast.run import resolved
+from cmt_fast.run.resolved import resolve
 
 TRAINED = ("mid", "post")
 RECIPE = "this recipe"
@@ -18,10 +18,10 @@ RECIPE = "this recipe"
 
 def savings(run: Run, rows: Rows, card: Card, processes: int) -> list[dict[str, Any]]:
     """Published budgets, this recipe's mid and post, and the recipe without each idea, on the same cards."""
-    mine = [name for name in TRAINED if run.stage(name)]
+    mine = [name for name in TRAINED if name in run.stages]
 
     def total(label: str, changed: Run, ideas: Ideas, of: list[str]) -> dict[str, Any]:
-        bills = {name: stage_bill(changed, name, rows, card, processes, ideas)[0] for name in of}
+        bills = {name: stage_bill(resolve(changed, name), rows, card, processes, ideas)[0] for name in of}
         return _line(label, bills)
 
     recipe = total(RECIPE, run, OURS, mine)
@@ -32,7 +32,7 @@ def savings(run: Run, rows: Rows, card: Card, processes: int) -> list[dict[str, 
     out.append(recipe)
     paper, once = (_with(run, mine, mode="paper"), _with(run, mine, mode="pool", per_trajectory=1))
     rounded = _precision(run, mine)
-    kinds = {run.stage(name).objective.kind for name in mine}
+    kinds = {run.stages[name].objective.kind for name in mine}
     tangents = bool(kinds & {"meanflow", "imeanflow"})
     if tangents:
         out.append(total("without selective tangents: on all rows", run, Ideas(selective=False), mine))
@@ -92,7 +92,7 @@ def _published(budget: published.Budget, card: Card, processes: int) -> dict[str
 def _with(run: Run, names: list[str], **changes) -> Run:
     """The run with other settings of its trajectories."""
     for name in names:
-        stage = run.stage(name)
+        stage = run.stages[name]
         if stage.trajectories:
             stage = dataclasses.replace(stage, trajectories=dataclasses.replace(stage.trajectories, **changes))
         run = dataclasses.replace(run, **{name: stage})
@@ -102,14 +102,15 @@ def _with(run: Run, names: list[str], **changes) -> Run:
 def _precision(run: Run, names: list[str]) -> Run:
     """The run with TF32 where it is bf16."""
     for name in names:
-        if run.stage(name).precision == "bf16":
-            run = dataclasses.replace(run, **{name: dataclasses.replace(run.stage(name), precision="tf32")})
+        stage = run.stages[name]
+        if stage.precision == "bf16":
+            run = dataclasses.replace(run, **{name: dataclasses.replace(stage, precision="tf32")})
     return run
 
 
 def classifier(run: Run, rows: Rows, card: Card) -> dict[str, Any] | None:
     """The classifier behind `latent_lpips`: three forwards' work a row, one card, fp32; None where no stage reads it."""
-    if not any(run.stage(name) and "latent_lpips" in run.stage(name).distances() for name in resolved.names(run)):
+    if not any("latent_lpips" in stage.distances() for stage in run.stages.values()):
         return None
     net, images = flops.feature_network("latent_lpips", tuple(rows.shape), run.features.width), run.features.epochs
     us = sum(step_time.microseconds(kind, net, card, "fused", "fp32")[0] for kind in ("forward", "backward"))

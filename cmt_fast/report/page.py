@@ -19,7 +19,6 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.render import templates
 from cmt_fast.report import sections
 from cmt_fast.report.standing import Curve, Judged, Stand
-from cmt_fast.run import resolved
 from cmt_fast.run.folder import RUN_FILE, stored_run
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress
@@ -41,7 +40,7 @@ def write(folder: Path) -> dict[str, Any]:
         raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
     about = json.loads((folder / RUN_FILE).read_text("utf-8"))
     work = Workspace(run, folder, Path(about["parents"]) if about.get("parents") else None)
-    stands = {name: stand(work, name) for name in resolved.names(run)}
+    stands = {name: stand(work, name) for name in run.stages}
     done = {name: s for name, s in stands.items() if s.done}
     if not done:
         states = "; ".join(f"{name}: {s.state}" for name, s in stands.items())
@@ -81,8 +80,7 @@ def write(folder: Path) -> dict[str, Any]:
 
 def stand(work: Workspace, name: str) -> Stand:
     """The stage as it is in the run's folder, or where its parents are."""
-    stage, folder = work.run.stage(name), work.stage_dir(name)
-    assert stage is not None
+    stage, folder = work.run.stages[name], work.stage_dir(name)
     manifest, done, state = None, False, "not trained"
     try:
         found = checkpoint.latest(folder)
@@ -137,7 +135,7 @@ def judge(work: Workspace, s: Stand) -> Judged:
 
 def chosen(work: Workspace) -> dict[str, tuple[solver_record.Kept, list[str]]]:
     """What `nfe: auto` of each stage was settled to, and its summary."""
-    kept = {name: solver_record.read(work.stage_dir(name)) for name in resolved.names(work.run)}
+    kept = {name: solver_record.read(work.stage_dir(name)) for name in work.run.stages}
     return {name: (k, solver_choice.summary(name, k)) for name, k in kept.items() if k}
 
 

@@ -20,34 +20,6 @@ from cmt_fast.teacher.pool import Pool, Prior
 INDEX = {name: i for i, name in enumerate(STAGES)}  # enters every random key: never renumber
 
 
-def rows(stage: Stage) -> tuple[int, int]:
-    """Rows of a batch on the stage's own objective, and on its anchor."""
-    anchored = round(stage.anchor.fraction * stage.batch) if stage.anchor else 0
-    return stage.batch - anchored, anchored
-
-
-def trajectory_rows(stage: Stage) -> int:
-    """Rows of a batch that are points of teacher trajectories."""
-    own, anchored = rows(stage)
-    return anchored + (own if OBJECTIVES[stage.objective.kind].draws == "trajectories" else 0)
-
-
-def cached(stage: Stage) -> str | None:
-    """The folder that a stage's trajectories come from, None where it rolls them out or has none."""
-    return stage.trajectories.cache if stage.trajectories and trajectory_rows(stage) else None
-
-
-def called(stage: Stage) -> dict[str, str]:
-    """As `Stage.networks`, without those that only cached trajectories were made by: what must be at hand."""
-    steps = OBJECTIVES[stage.objective.kind].teacher or not cached(stage)
-    return {key: name for key, name in stage.networks().items() if key == "start" or steps}
-
-
-def names(run: Run) -> list[str]:
-    """The stages a run has, in order."""
-    return [name for name in STAGES if run.stage(name) is not None]
-
-
 @dataclasses.dataclass(frozen=True)
 class ResolvedStage:
     """A stage of a run with everything that others ask of the pair (run, name), made once by `resolve`.
@@ -83,12 +55,15 @@ class ResolvedStage:
     @property
     def rows(self) -> tuple[int, int]:
         """Rows of a batch on its own objective, and on its anchor."""
-        return rows(self.config)
+        anchor, batch = self.config.anchor, self.config.batch
+        anchored = round(anchor.fraction * batch) if anchor else 0
+        return batch - anchored, anchored
 
     @property
     def trajectory_rows(self) -> int:
         """Rows of a batch that are points of teacher trajectories."""
-        return trajectory_rows(self.config)
+        own, anchored = self.rows
+        return anchored + (own if OBJECTIVES[self.config.objective.kind].draws == "trajectories" else 0)
 
     @property
     def trajectories(self) -> Trajectories:
@@ -100,12 +75,14 @@ class ResolvedStage:
     @property
     def cache(self) -> str | None:
         """The folder that its trajectories come from, None where it rolls them out or has none."""
-        return cached(self.config)
+        how = self.config.trajectories
+        return how.cache if how and self.trajectory_rows else None
 
     @property
     def called(self) -> dict[str, str]:
-        """Key -> name of the networks that must be at hand."""
-        return called(self.config)
+        """Key -> name of the networks that must be at hand: not those that only cached trajectories were made by."""
+        steps = OBJECTIVES[self.config.objective.kind].teacher or not self.cache
+        return {key: name for key, name in self.config.networks().items() if key == "start" or steps}
 
     def replaced(self, **keys: Any) -> ResolvedStage:
         """The same stage with other values of its own keys."""
@@ -169,9 +146,8 @@ class ResolvedStage:
 
 def resolve(run: Run, name: str, folder: Path | None = None) -> ResolvedStage:
     """The stage `name` of a run. folder: the run's, none where nothing is read or written. Raises ConfigError."""
-    config = run.stage(name) if name in STAGES else None
-    if config is None:
+    if name not in run.stages:
         raise ConfigError(
-            f"{name}: is no stage of {run.name}; it has {', '.join(names(run))}{nearest(name, names(run))}"
+            f"{name}: is no stage of {run.name}; it has {', '.join(run.stages)}{nearest(name, list(run.stages))}"
         )
-    return ResolvedStage(run, name, config, (folder or Path()) / name)
+    return ResolvedStage(run, name, run.stages[name], (folder or Path()) / name)

@@ -5,26 +5,25 @@ from __future__ import annotations
 import torch
 
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.config.schema import STAGES, Run, Stage, Trajectories
+from cmt_fast.config.schema import STAGES, Run, Stage
 from cmt_fast.diffusion import sampling
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.objectives.distance import PERCEPTUAL
-from cmt_fast.run.resolved import INDEX, cached, names, resolve, rows, trajectory_rows
+from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.teacher import solver_error
 
 
 def check(run: Run, shape: tuple[int, ...], classes: int) -> None:
     """Raises ConfigError for what each key allows by itself but not together."""
-    for name in names(run):
-        stage = run.stage(name)
-        assert stage is not None
-        _check_stage(run, name, stage, shape, classes)
+    for name in run.stages:
+        _check_stage(resolve(run, name), shape, classes)
     sampling.check(run.sampler, run.path, run.eval.steps)
 
 
-def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], classes: int) -> None:
+def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) -> None:
+    run, name, stage = resolved.run, resolved.name, resolved.config
     needs = OBJECTIVES[stage.objective.kind]
     kinds = [("objective", stage.objective.kind)] + (
         [("anchor.objective", stage.anchor.objective.kind)] if stage.anchor else []
@@ -38,7 +37,7 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
                 f"{name}.{key}.kind: {kind!r} is for the path {OBJECTIVES[kind].path!r}, "
                 f"this run's is {run.path!r}; valid are {valid}"
             )
-    _check_networks(name, stage)
+    _check_networks(resolved)
     _check_perceptual(name, stage, shape)
     if (stage.lr_schedule == "inverse_sqrt") != bool(stage.lr_knee_nimg):
         raise ConfigError(
@@ -49,14 +48,15 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
         raise ConfigError(
             f"{name}.label_dropout: {stage.label_dropout} with {stage.objective.kind}, whose target the teacher makes with labels"
         )
-    points = trajectory_rows(stage)
+    points = resolved.trajectory_rows
     if points and not stage.trajectories:
         raise ConfigError(
             f"{name}.trajectories: is missing, {' and '.join(k for _, k in kinds)} draw from the teacher's trajectories"
         )
-    if ((points and not cached(stage)) or needs.teacher) and not stage.teacher:
+    if ((points and not resolved.cache) or needs.teacher) and not stage.teacher:
         raise ConfigError(f"{name}.teacher: is missing; it names the stage whose network is the teacher")
-    if not rows(stage)[0] or (stage.anchor and not rows(stage)[1]):
+    own, anchored = resolved.rows
+    if not own or (stage.anchor and not anchored):
         raise ConfigError(
             f"{name}.anchor.fraction: {stage.anchor and stage.anchor.fraction} leaves no row "
             f"of the batch of {stage.batch} to one side"
@@ -74,36 +74,36 @@ def _check_stage(run: Run, name: str, stage: Stage, shape: tuple[int, ...], clas
             f"{name}.objective.uncertainty: needs a model of kind edm2, and this run's is {run.model.kind}"
         )
     if stage.trajectories and points:
-        _check_trajectories(run, name, stage.trajectories, points, shape, classes)
+        _check_trajectories(resolved, shape, classes)
 
 
-def _check_trajectories(
-    run: Run, name: str, t: Trajectories, points: int, shape: tuple[int, ...], classes: int
-) -> None:
+def _check_trajectories(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) -> None:
     """The solver's table exists and the batches are whole trajectories; `auto` has something to choose from."""
+    name, t = resolved.name, resolved.trajectories
     if t.cache and t.nfe == "auto":
         raise ConfigError(
             f"{name}.trajectories.nfe: 'auto' is chosen with the teacher, cached trajectories have theirs"
         )
     try:
-        table(ProbabilityPath(run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift)
+        table(ProbabilityPath(resolved.run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift)
     except ConfigError as error:
         raise error.under(f"{name}.trajectories") from None
     if t.nfe != "auto":
         try:
-            resolve(run, name).pool(None, shape, classes, torch.device("cpu"))
+            resolved.pool(None, shape, classes, torch.device("cpu"))
         except ConfigError as error:
             raise error.under(name) from None
-    elif not resolve(run, name).candidates():
+    elif not resolved.candidates():
         raise ConfigError(
-            f"{name}.trajectories.nfe: auto finds nothing to choose from; with {points} rows x {t.pool_steps} steps in "
-            f"mode {t.mode} none of {', '.join(map(str, solver_error.NFE))} makes whole trajectories"
+            f"{name}.trajectories.nfe: auto finds nothing to choose from; with {resolved.trajectory_rows} rows x "
+            f"{t.pool_steps} steps in mode {t.mode} none of {', '.join(map(str, solver_error.NFE))} makes whole trajectories"
         )
 
 
-def _check_networks(name: str, stage: Stage) -> None:
+def _check_networks(resolved: ResolvedStage) -> None:
     """The stages it names come before it, or are of another run; what guides has something to guide, once."""
-    earlier = [s for s in STAGES[: INDEX[name]] if s != "control"]
+    name, stage = resolved.name, resolved.config
+    earlier = [s for s in STAGES[: resolved.index] if s != "control"]
     for key, parent in stage.networks().items():
         valid, last = earlier, parent
         if "/" in parent and key != "start":
@@ -119,7 +119,7 @@ def _check_networks(name: str, stage: Stage) -> None:
     guide = stage.autoguidance
     if guide is None:
         return
-    rollouts = guide.trajectories and trajectory_rows(stage)
+    rollouts = guide.trajectories and resolved.trajectory_rows
     if not (OBJECTIVES[stage.objective.kind].teacher or rollouts):
         raise ConfigError(
             f"{name}.autoguidance: guides nothing here, {stage.objective.kind} takes no step of a teacher"

@@ -26,7 +26,6 @@ from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import load_named, sharding
 from cmt_fast.perceptual import distance
-from cmt_fast.run import resolved
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.run.folder import RUN_FILE, about_run, judged_by, parents_of, stored_run
 from cmt_fast.run.judging import Judging
@@ -111,22 +110,21 @@ class Workspace:
             about["teacher"] = self.identity(stage)
         return about
 
-    def external_inputs(self, stage: Stage) -> dict[str, dict]:
+    def external_inputs(self, stage: ResolvedStage) -> dict[str, dict]:
         """What a stage reads outside this run, by key, with checksums: networks of other runs, cached trajectories, the
         perceptual network's.
 
         Raises ConfigError for what is not there or does not fit.
         """
         found: dict[str, dict] = {}
-        cache = resolved.cached(stage)
-        if cache:
-            found["trajectories.cache"] = rolled.check(cache, self.trajectories(stage))
-        for key, name in resolved.called(stage).items():
+        if stage.cache:
+            found["trajectories.cache"] = rolled.check(stage.cache, self.trajectories(stage.config))
+        for key, name in stage.called.items():
             if "/" in name:
                 m = self.finished(name).manifest
                 found[key] = {"stage": name, "config": m["config"], "ema": m["files"]["ema-0.safetensors"]["xxh3_128"]}
-        if stage.perceptual:
-            found["perceptual"] = distance.checksums(stage.perceptual)
+        if stage.config.perceptual:
+            found["perceptual"] = distance.checksums(stage.config.perceptual)
         return found
 
     def rows(self) -> dict:
@@ -169,9 +167,9 @@ class Workspace:
             return None
         stored = stored_run(self.folder)
         for name in STAGES:
-            if not checkpoint.steps(self.folder / name) or stored.stage(name) is None:
+            if not checkpoint.steps(self.folder / name) or name not in stored.stages:
                 continue
-            mine = fingerprint.stage_facts(self.run, name) if self.run.stage(name) else {name: None}
+            mine = fingerprint.stage_facts(self.run, name) if name in self.run.stages else {name: None}
             differs = fingerprint.changed(fingerprint.stage_facts(stored, name), mine)
             if differs:
                 raise ConfigError(

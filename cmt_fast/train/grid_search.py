@@ -15,7 +15,6 @@ from rich.table import Table
 
 from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.run import resolved
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime.machine import environment
 from cmt_fast.runtime.progress import say
@@ -54,12 +53,12 @@ def _split(text: str) -> list[str]:
 def run(recipe: str, stage: str, overrides: list[str], grids: list[str], out: Path, record: Path | None) -> None:
     """Train and judge every trial; print the table and write it to `record` as JSON. Finished trials are kept."""
     base = Workspace(loading.load(recipe, overrides), out / "base")
-    if base.run.stage(stage) is None:
-        raise ConfigError(f"STAGE: {stage!r} is not in this recipe; it has {', '.join(resolved.names(base.run))}")
+    if stage not in base.run.stages:
+        raise ConfigError(f"STAGE: {stage!r} is not in this recipe; it has {', '.join(base.run.stages)}")
     tried = trials(grids)
     for choice in tried:  # every trial must make sense before the first is trained
         Workspace(loading.load(recipe, [*overrides, *choice]), out)
-    loop.train(base, _before(base, stage))
+    loop.train(base, base.run.ancestors(stage))
     rows = []
     for number, choice in enumerate(tried):
         work = Workspace(loading.load(recipe, [*overrides, *choice]), out / f"trial-{number:03d}", base.folder)
@@ -78,19 +77,6 @@ def run(recipe: str, stage: str, overrides: list[str], grids: list[str], out: Pa
     _show(rows)
 
 
-def _before(work: Workspace, stage: str) -> list[str]:
-    """The stages that `stage` starts from or is taught by, and theirs, in order."""
-    wanted: set[str] = set()
-    queue = [stage]
-    while queue:
-        s = work.run.stage(queue.pop())
-        assert s is not None
-        more = {p for p in s.networks().values() if "/" not in p} - wanted
-        wanted |= more
-        queue += more
-    return [name for name in resolved.names(work.run) if name in wanted]
-
-
 def _write(
     path: Path, recipe: str, stage: str, overrides: list[str], grids: list[str], base: Workspace, rows: list
 ) -> None:
@@ -101,7 +87,7 @@ def _write(
         "overrides": overrides,
         "grids": grids,
         "seed": base.run.seed,
-        "images": {name: base.run.stage(name).images_nimg for name in resolved.names(base.run)},
+        "images": {name: own.images_nimg for name, own in base.run.stages.items()},
         "samples": base.run.eval.n,
         "environment": environment(),
         "trials": rows,

@@ -64,7 +64,7 @@ def train_stage(
         if distributed.rank() == 0:
             say(f"{name:>8} done ({found.manifest['nimg']} images)")
         return
-    others = work.external_inputs(config) | solver_choice.settle(work, stage)
+    others = work.external_inputs(stage) | solver_choice.settle(work, stage)
     if found:
         _same(name, found.manifest, others)
     choice = work.sharding_plan(stage)

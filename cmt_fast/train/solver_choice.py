@@ -160,7 +160,7 @@ def _epsilon(
     if search.epsilon is not None:
         return {"value": search.epsilon, "source": "as given"}
     student, parent = search.student, stage.config.start
-    if student is None and parent and work.run.stage(parent).objective.kind not in DIFFUSION:
+    if student is None and parent and work.run.stages[parent].objective.kind not in DIFFUSION:
         student = parent
     if student:
         value = one_step_error(work, work.network(student), ends, limit)

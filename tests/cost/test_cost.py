@@ -25,6 +25,7 @@ from cmt_fast.cost.flops import Network, Term
 from cmt_fast.cost.hardware import CARDS, NAMES, card
 from cmt_fast.cost.published import AYF, BUDGETS, ECD, ECT, MEANFLOW, TRAIN
 from cmt_fast.models.vgg import LatentVgg, PixelVgg
+from cmt_fast.run.resolved import resolve
 
 SIDE = {256: (4, 32, 32), 1024: (4, 64, 64)}
 
@@ -160,7 +161,7 @@ def test_predicted_times(key):
 def test_more_cards_take_fewer_hours_and_as_many_gpu_hours_but_for_communication():
     run = loading.load("imagenet256-mf")
     rows = estimate.rows_of(run)
-    bills = [estimate.stage_bill(run, "post", rows, CARDS["h100"], n)[0] for n in (1, 2, 4, 8, 16)]
+    bills = [estimate.stage_bill(resolve(run, "post"), rows, CARDS["h100"], n)[0] for n in (1, 2, 4, 8, 16)]
     hours = [b.hours for b in bills]
     assert hours == sorted(hours, reverse=True)
     for b, n in zip(bills, (1, 2, 4, 8, 16)):
@@ -181,12 +182,12 @@ def test_communication_by_hand():
 def test_small_calls_of_a_teacher_cost_more():
     run = loading.load("imagenet512-dit")
     rows = estimate.rows_of(run)
-    known, _ = estimate.networks(run, "mid", rows)
+    known, _ = estimate.networks(resolve(run, "mid"), rows)
     us = {}
     for mode in ("pool", "paper"):
         changed = plan._with(run, ["mid"], mode=mode)
-        us[mode] = estimate.stage_bill(changed, "mid", rows, CARDS["h100"], 8)[0].work_us
-    term = next(t for t in flops_.terms(run, "mid") if t.of == "teacher")
+        us[mode] = estimate.stage_bill(resolve(changed, "mid"), rows, CARDS["h100"], 8)[0].work_us
+    term = next(t for t in flops_.terms(resolve(run, "mid")) if t.of == "teacher")
     plain = term.times * step_time.microseconds("forward", known["teacher"], CARDS["h100"], "fused", "bf16")[0]
     # 256 rows / 8 points = 32 trajectories, 4 a card of 1024 tokens: half way, by their logarithm, from .48 to .85
     assert us["paper"] - us["pool"] == pytest.approx(plain * (0.85 / (0.48 + 0.75 * 0.37) - 1), rel=1e-6)
@@ -194,20 +195,22 @@ def test_small_calls_of_a_teacher_cost_more():
 
 def test_terms_of_a_recipe_by_hand():
     run = loading.load("imagenet512-dit")
-    count = lambda name, of, kind: sum(t.times for t in flops_.terms(run, name) if (t.of, t.kind) == (of, kind))
+    count = lambda name, of, kind: sum(
+        t.times for t in flops_.terms(resolve(run, name)) if (t.of, t.kind) == (of, kind)
+    )
     # anchor on half the rows: MeanFlow's guidance on the other half, conditional calls on a quarter of that
     assert count("post", "student", "tangent") == 0.5 * 0.25
     assert count("post", "student", "forward") == 1 + 0.5 + 0.5 * 0.25
     assert count("post", "teacher", "forward") == 0.5 * 2 * 16 / 8 and count("mid", "teacher", "forward") == 2 * 16 / 8
     assert count("mid", "student", "backward") == 1 == count("mid", "student", "recompute")
     guided = loading.load("imagenet512-ecd")
-    assert [(t.of, t.times) for t in flops_.terms(guided, "post") if t.of in ("teacher", "guide")] == [
+    assert [(t.of, t.times) for t in flops_.terms(resolve(guided, "post")) if t.of in ("teacher", "guide")] == [
         ("teacher", 2), ("guide", 2)]  # fmt: skip
-    assert sum(t.times for t in flops_.terms(guided, "mid") if t.of == "features") == 3
+    assert sum(t.times for t in flops_.terms(resolve(guided, "mid")) if t.of == "features") == 3
 
 
 def test_calls_weigh_backward_twice():
-    assert flops_.calls(loading.load("digits-mf"), "pre")["forwards"] == 3 * 153600
+    assert flops_.calls(resolve(loading.load("digits-mf"), "pre"))["forwards"] == 3 * 153600
 
 
 def test_cards_are_corrected_by_results(tmp_path):

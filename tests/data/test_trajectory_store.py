@@ -225,7 +225,7 @@ def test_trajectories_of_something_else_are_refused(changes: list[str], text: st
                 tiny("digits", *FEW, f"mid.trajectories.cache={world / 'fp16'}", *more, *teacher), tmp_path / "run",
                 world / "run",
             )  # fmt: skip
-            work.external_inputs(work.run.mid)
+            work.external_inputs(work.stage("mid"))
 
 
 def test_other_shapes_and_folders_are_refused(world: Path, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_other_shapes_and_folders_are_refused(world: Path, tmp_path: Path) -> No
         ConfigError, match="trajectories.cache: .*nowhere' is not a folder; `cmt trajectories` writes one"
     ):
         work = cached(world, tmp_path / "run", "nowhere")
-        work.external_inputs(work.run.mid)
+        work.external_inputs(work.stage("mid"))
     with pytest.raises(DatasetError, match="holds trajectories; they are for a stage's trajectories.cache"):
         opening.load(Latents(str(world / "fp16")))
     make_store(tmp_path / "rows", 20)

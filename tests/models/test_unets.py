@@ -186,7 +186,7 @@ def test_a_training_step_drops_the_same_in_all_its_calls(tmp_path):
     work = Workspace(
         tiny("edm", "post.start=pre", "post.teacher=null", "post.anchor=null", "post.trajectories=null"), tmp_path
     )
-    stage = work.run.stage("post")
+    stage = work.run.stages["post"]
     engine = LocalEngine(perturbed(work.build()), stage, CPU)
     source, asked, forward = batches.provider(work, work.stage("post"), engine), [], engine.forward
     engine.forward = lambda *args: (asked.append(args[5]), forward(*args))[1]

@@ -12,7 +12,6 @@ from cmt_fast.cli import main
 from cmt_fast.config import loading, recipes
 from cmt_fast.config.schema import Run
 from cmt_fast.report import page, sections
-from cmt_fast.run import resolved
 from cmt_fast.storage import checkpoint
 from tests.fixtures.stores import make_store
 from tests.fixtures.tiny import metrics
@@ -37,7 +36,7 @@ PUBLISHED = {
 
 def other_runs(run: Run) -> set[str]:
     """The stages of other runs that a recipe names."""
-    return {name for s in resolved.names(run) for name in run.stage(s).networks().values() if "/" in name}
+    return {name for stage in run.stages.values() for name in stage.networks().values() if "/" in name}
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +77,8 @@ def shrunk(run: Run) -> list[str]:
         "eval.weights=null",
         "eval.reference=null",
     ]
-    for name in resolved.names(run):
-        stage = run.stage(name)
+    for name in run.stages:
+        stage = run.stages[name]
         out += [f"{name}.images_nimg={2 * BATCH}", f"{name}.batch={BATCH}", f"{name}.warmup_nimg=0"]
         out += [f"{name}.lr_knee_nimg={BATCH}"] if stage.lr_knee_nimg else []
         out += [f"{name}.{key}_every_nimg=null" for key in ("eval", "grid", "snapshot")]
@@ -100,7 +99,7 @@ def test_a_recipe_is_valid_where_its_data_are_not(recipe: str, capsys, monkeypat
     if recipe in PUBLISHED:
         parameters, *batches = PUBLISHED[recipe]
         assert int(said.split()[2].replace(",", "")) == pytest.approx(parameters, rel=1e-3)
-        assert [run.stage(s).batch for s in ("pre", "mid", "post")] == batches
+        assert [run.stages[s].batch for s in ("pre", "mid", "post")] == batches
 
 
 # what arXiv 2509.24526 and its published scripts say of ImageNet-512
@@ -142,16 +141,16 @@ def test_two_steps_of_every_stage(recipe: str, stores, vgg16: Path, tmp_path: Pa
         source = "imagenet256-mf-teacher" if run.pre is None else recipe
         own = [*shrunk(loading.load(source)), *stores(run), "model.width=24", "seed=5", "--stages", "pre"]
         assert main(["train", source, *own, "--out", str(Path(name).parent)]) == 0
-    for name in resolved.names(run):
-        if run.stage(name).perceptual:
+    for name in run.stages:
+        if run.stages[name].perceptual:
             weights = vgg16
-            if "latent_lpips" in run.stage(name).distances():
+            if "latent_lpips" in run.stages[name].distances():
                 features = [*stores(run), "features.width=4", "features.epochs=1", "features.batch=16"]
                 assert main(["train-features", recipe, *features, "--out", "features"]) == 0
                 weights = tmp_path / "features" / "latent_vgg.safetensors"
             small.append(f"{name}.perceptual.weights={weights}")
     assert main(["train", recipe, *small, "--out", "run"]) == 0
-    for name in resolved.names(run):
+    for name in run.stages:
         assert checkpoint.complete(Path("run") / name).manifest["step"] == 2
         losses = [r["loss"] for r in metrics(Path("run") / name) if r["kind"] == "train"]
         assert losses and all(0 < x < 1e6 for x in losses)

@@ -207,7 +207,7 @@ def test_auto_is_settled_written_and_used(finished) -> None:
     work = Workspace(tiny("digits", *AUTO), finished)
     for name in ("mid", "post"):
         kept = solver_record.read(finished / name)
-        settled = solver_record.settled(finished / name, work.run.stage(name).trajectories)
+        settled = solver_record.settled(finished / name, work.run.stages[name].trajectories)
         assert settled.nfe in (4, 8, 16) and {k: getattr(settled, k) for k in kept.choice} == kept.choice
         manifest = checkpoint.complete(finished / name).manifest
         assert manifest["others"]["trajectories"] == kept.choice

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from cmt_fast.config import loading, recipes
-from cmt_fast.config.schema import STAGES, Stage
+from cmt_fast.config.schema import Stage
 
 
 def published(_: str = "") -> str:
@@ -27,10 +27,8 @@ def settings(_: str = "") -> str:
         "|---|---|---:|---:|---|---|---|---|",
     ]
     for name in recipes.recipes():
-        run = loading.load(name)
-        for key in STAGES:
-            if (stage := run.stage(key)) is not None:
-                lines.append(f"| {name}, {key} | {' | '.join(cells(stage))} |")
+        for key, stage in loading.load(name).stages.items():
+            lines.append(f"| {name}, {key} | {' | '.join(cells(stage))} |")
     return "\n".join(lines) + "\n"
 
 

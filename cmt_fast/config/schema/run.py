@@ -9,7 +9,7 @@ from pydantic import Field
 from cmt_fast.config.schema.data import Data
 from cmt_fast.config.schema.model import Model
 from cmt_fast.config.schema.numbers import Count, Natural, NotNegative, Positive, schema
-from cmt_fast.config.schema.stage import Stage
+from cmt_fast.config.schema.stage import STAGES, Stage
 
 
 @schema
@@ -122,6 +122,17 @@ class Run:
     loader: Feed = Field(default_factory=Torch)
     tensorboard: bool = False
 
-    def stage(self, name: str) -> Stage | None:
-        """The stage called `name`, None where a run has none."""
-        return getattr(self, name)
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages that this run has, by name, in order."""
+        return {name: stage for name in STAGES if (stage := getattr(self, name)) is not None}
+
+    def ancestors(self, name: str) -> list[str]:
+        """The stages of this run that `name` starts from or is taught by, and theirs, in order."""
+        found: set[str] = set()
+        queue = [name]
+        while queue:
+            more = {p for p in self.stages[queue.pop()].networks().values() if "/" not in p} - found
+            found |= more
+            queue += more
+        return [s for s in self.stages if s in found]
