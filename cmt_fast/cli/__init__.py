@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         if rest:
             if any(r.startswith("-") for r in rest) or not hasattr(args, "overrides"):
                 known = [a for p in _subparsers(root) for a in p._option_string_actions]
-                raise ConfigError(f"cmt {args.command}: unknown argument {rest[0]!r}{nearest(rest[0], known)}")
+                hint = nearest(rest[0], known) or f"; `cmt {args.command} --help` lists what it takes"
+                raise ConfigError(f"cmt {args.command}: unknown argument {rest[0]!r}{hint}")
             args.overrides += rest
         args.call(args)
         sys.stdout.flush()

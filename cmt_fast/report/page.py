@@ -69,7 +69,7 @@ def write(folder: Path) -> dict[str, Any]:
     files.write_text(markdown, templates.markdown(run.name, page))
     templates.show(sections.summary(tables, run.eval.steps, work.judging.judge.name))
     if reached:
-        templates.show(sections.reach_table(reached))
+        templates.show(sections.reach_table(reached, run.eval.n_during))
     progress.say(str(html))
     figures = {name: j._asdict() for name, j in judged.items()}
     return {

@@ -149,18 +149,18 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[list[str]]:
     return rows
 
 
-def reach_table(reached: list[dict[str, Any]]) -> Table:
-    """How many images the control needs for what mid-training reaches."""
+def reach_table(reached: list[dict[str, Any]], n: int) -> Table:
+    """How many images the control needs for what mid-training reaches; n: samples of each evaluation during training."""
     rows = []
     for r in reached:
-        n, last = r["control_nimg"], r["control_last"]
-        if n is None:
+        needed, last = r["control_nimg"], r["control_last"]
+        if needed is None:
             text = f"not reached within {last:,} images"
             times = f"> {last / r['nimg']:.2f}" if last >= r["nimg"] else DASH
-        elif n > r["control_first"]:
-            text, times = f"{round(n):,}", f"{n / r['nimg']:.2f}"
+        elif needed > r["control_first"]:
+            text, times = f"{round(needed):,}", f"{needed / r['nimg']:.2f}"
         else:
-            text, times = f"at most {n:,}, its first evaluation", f"<= {n / r['nimg']:.2f}"
+            text, times = f"at most {needed:,}, its first evaluation", f"<= {needed / r['nimg']:.2f}"
         own = [steps_text(r["steps"]), f"end of {r['stage']}", number(r["frechet"]), f"{r['nimg']:,}"]
         rows.append([*own, text, times])
     columns = ["samples in", "at the", "Fréchet", "its student images", "images the control needs", "ratio of images"]
@@ -168,7 +168,8 @@ def reach_table(reached: list[dict[str, Any]]) -> Table:
         "The first point at which the control is at least as good; log distance is interpolated linearly between "
         "evaluations. Images are not compute: teacher rollouts cost network calls too; see the seconds below."
     )
-    return Table("Images the control needs to reach what mid-training reaches", columns, rows, note, left=2)
+    title = f"Images the control needs to reach what mid-training reaches, by evaluations of {n:,} samples"
+    return Table(title, columns, rows, note, left=2)
 
 
 def curves(
@@ -184,7 +185,7 @@ def curves(
             figures.append(Picture(title, f"quality-{k}.svg", plots.quality(steps_text(k), stages, level)))
     groups = [Group(figures)] if figures else []
     if reached:
-        groups.append(Group([reach_table(reached)], wide=True))
+        groups.append(Group([reach_table(reached, run.eval.n_during)], wide=True))
     text = (
         f"Judged during training, the dotted line too, on {run.eval.n_during:,} samples; the tables above are on "
         f"{run.eval.n:,}, and distances fall with the number of samples. "

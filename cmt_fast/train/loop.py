@@ -83,6 +83,8 @@ def train_stage(
         wall = {"train_s": 0.0, "eval_s": 0.0}  # of the steps that count; the bill has the lost ones too
         if found:
             _load(engine, found)
+            if first:
+                say(f"{name:>8} resumes at step {engine.step_count:,} of {plan.total:,} ({found.manifest['nimg']:,} images)")
             wall = dict(found.manifest["wall"])
         log = Log(folder, engine.step_count, plan.total, name, not first, run.tensorboard)
         ending.callback(log.close)

@@ -244,7 +244,7 @@ def test_interpreted(name: str, results: dict[str, str]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    interpreter.patch_once()
+    interpreter.lighten()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel forgets to write is NaN
     for name, (check, *arguments) in checks().items():

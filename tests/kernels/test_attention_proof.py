@@ -343,7 +343,7 @@ def test_a_rank_alone_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    interpreter.patch_once()
+    interpreter.lighten()
     warnings.simplefilter("ignore")
     for name, check in checks().items():
         try:

@@ -173,7 +173,7 @@ def run() -> None:
     """Every check of every op; `op check ok` or `op check` and the failure, a line each."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    interpreter.patch_once()
+    interpreter.lighten()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel forgets to write is NaN
     for op in sys.argv[1:] or OPS:

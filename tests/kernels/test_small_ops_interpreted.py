@@ -34,7 +34,7 @@ SMALL = ("solver_step", "path_point", "meanflow_loss", "consistency_loss", "adam
 LOSSES = ("meanflow_loss", "consistency_loss")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    interpreter.patch_once()
+    interpreter.lighten()
 
 here = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter in a process of its own")
 pytestmark = pytest.mark.usefixtures("nan_poison")

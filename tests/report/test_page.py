@@ -48,6 +48,7 @@ def test_the_page_holds_both_tables_and_every_section(run, capsys):
             "2 steps",
             "Lineage",
             "Images the control needs to reach what mid",
+            "by evaluations of 100 samples",
             "The resolved recipe",
         ):
             assert title in text

@@ -126,7 +126,7 @@ def test_lineage_names_the_parent(tmp_path):
     assert manifests["post"]["parent"]["parent"]["stage"] == "pre"
 
 
-def test_who_stops_does_not_wait_for_an_evaluation(tmp_path, monkeypatch):
+def test_who_stops_does_not_wait_for_an_evaluation(tmp_path, monkeypatch, capsys):
     """A stop at a row whose evaluation is due saves first; the resumed run makes up for it and ends with the same metrics."""
     run = tiny("digits", "pre.images_nimg=256", "pre.eval_every_nimg=32", "pre.grid_every_nimg=32")
     whole, out = Workspace(run, tmp_path / "whole"), Workspace(run, tmp_path / "run")
@@ -140,7 +140,9 @@ def test_who_stops_does_not_wait_for_an_evaluation(tmp_path, monkeypatch):
     manifest = checkpoint.latest(tmp_path / "run" / "pre").manifest
     assert stopped.value.code == 143 and manifest["step"] == 1 and manifest["unseen"] and looks == []
     assert [row["kind"] for row in metrics(tmp_path / "run" / "pre")] == ["train"]
+    capsys.readouterr()
     loop.train(out, ["pre"])
+    assert "pre resumes at step 1 of 8 (32 images)" in capsys.readouterr().out
     assert looks[0] == 1 and looks == sorted(set(looks))
     assert_equal_stage(tmp_path / "whole" / "pre", tmp_path / "run" / "pre")
     grids = [sorted(p.name for p in (tmp_path / name / "pre" / "grids").iterdir()) for name in ("whole", "run")]
