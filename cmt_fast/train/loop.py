@@ -84,7 +84,9 @@ def train_stage(
         if found:
             _load(engine, found)
             if first:
-                say(f"{name:>8} resumes at step {engine.step_count:,} of {plan.total:,} ({found.manifest['nimg']:,} images)")
+                say(
+                    f"{name:>8} resumes at step {engine.step_count:,} of {plan.total:,} ({found.manifest['nimg']:,} images)"
+                )
             wall = dict(found.manifest["wall"])
         log = Log(folder, engine.step_count, plan.total, name, not first, run.tensorboard)
         ending.callback(log.close)

@@ -150,7 +150,7 @@ def test_a_student_needs_no_teacher(world: Path, tmp_path: Path, monkeypatch) ->
     assert a["files"] == b["files"] and a["others"] == b["others"]
     found = a["others"]["trajectories.cache"]
     assert found["teacher"] == work.identity(work.run.mid) and found["rows"] == N and "trajectories" not in a
-    assert flops.calls(work.run, "mid")["forwards"] == 640 * 3
+    assert flops.calls(work.stage("mid"))["forwards"] == 640 * 3
 
 
 def test_a_teacher_of_another_run_that_is_not_here(world: Path, tmp_path: Path) -> None:

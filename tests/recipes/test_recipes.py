@@ -11,6 +11,7 @@ import torch
 from cmt_fast.cli import main
 from cmt_fast.config import loading, recipes
 from cmt_fast.config.schema import Run
+from cmt_fast.render import plots
 from cmt_fast.report import page, sections
 from cmt_fast.storage import checkpoint
 from tests.fixtures.stores import make_store
@@ -70,6 +71,7 @@ def shrunk(run: Run) -> list[str]:
     """Two steps of a small batch for every stage, a small network, figures of a few samples; nothing else changes."""
     out = [f"model.{setting}" for setting in NETWORKS[run.model.kind]] + ["engine=local"]
     out += [
+        "sampler.teacher_steps=4",
         "eval.n=16",
         "eval.n_during=16",
         "eval.batch=16",
@@ -132,6 +134,7 @@ def test_imagenet512_is_the_published_run() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_steps_of_every_stage(recipe: str, stores, vgg16: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "svg", lambda *_, **size: "<svg></svg>")  # a fifth of a second each; test_page.py draws them
     run = loading.load(recipe)
     if run.data.kind == "gmm":  # a minute of measuring, which test_gmm_world.py does on its own
         monkeypatch.setattr(page, "theory", lambda folder: {})

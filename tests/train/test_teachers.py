@@ -14,6 +14,7 @@ from cmt_fast.config import fingerprint
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.cost import flops
 from cmt_fast.run.folder import RUN_FILE
+from cmt_fast.run.resolved import resolve
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
 from cmt_fast.teacher.pool import Pool
@@ -90,7 +91,7 @@ def test_ecd_with_autoguidance(world: Path, tmp_path: Path) -> None:
     loop.train(work, ["post"])
     found = manifest(tmp_path / "run" / "post")["others"]
     assert found["autoguidance.network"]["ema"] == ema(world / "weak/pre") and "teacher" not in found
-    assert flops.calls(run, "post")["forwards"] == 640 * (4 + 2 * 2)
+    assert flops.calls(resolve(run, "post"))["forwards"] == 640 * (4 + 2 * 2)
 
 
 def test_rollouts_are_autoguided_where_asked(world: Path, tmp_path: Path) -> None:
