@@ -267,11 +267,15 @@ class Row:
 def yardsticks(
     op: str, dtype: torch.dtype, argument: str, value: float, device: str
 ) -> tuple[list[tuple], Answers | None]:
-    """What no backend changes: of each call its inputs, direction, truth, plain torch's answers and those with scalars in fp32;
-    and the truth of the op's ordinary inputs where a tangent or the gradient is planted. Kept for the backends of one op."""
+    """What no backend changes: of each call its inputs, direction, truth, plain torch's answers, and its errors with scalars in
+    fp32; and the truth of the op's ordinary inputs where a tangent or the gradient is planted. Kept for an op's backends."""
     if _kept.get("op") != op:
         _kept.clear()
         _kept["op"] = op
+    if dtype not in _kept:
+        module = cases_of(op)
+        _kept[dtype] = answers(op, truth_of(op), wide(module.inputs(module.Case(**PLANS[op].sizes), dtype)), None)
+    ordinary = _kept[dtype] if argument == "gradient" or argument.endswith(".tangent") else None
     key = dtype, argument, str(value), device  # 0.0 and -0.0 are equal as numbers
     if key not in _kept:
         made = []
@@ -282,12 +286,10 @@ def yardsticks(
                 map_tensors(torch.clone, inputs)
             )  # torch's own kernels take scalars in fp32 too
             plain, again = (answers(op, implementation(op, "reference"), x, direction) for x in (inputs, rounded))
-            made.append((inputs, direction, exact, plain, again))
+            _, scalars = differences(again, plain, exact, ordinary or exact)
+            made.append((inputs, direction, exact, plain, scalars))
         _kept[key] = made
-    if dtype not in _kept:
-        module = cases_of(op)
-        _kept[dtype] = answers(op, truth_of(op), wide(module.inputs(module.Case(**PLANS[op].sizes), dtype)), None)
-    return _kept[key], _kept[dtype] if argument == "gradient" or argument.endswith(".tangent") else None
+    return _kept[key], ordinary
 
 
 _kept: dict[Any, Any] = {}
@@ -301,10 +303,9 @@ def compared(
         value *= HEADROOM
     made, ordinary = yardsticks(op, dtype, argument, value, device)
     count, errors = 0, []
-    for inputs, direction, exact, plain, again in made:
+    for inputs, direction, exact, plain, scalars in made:
         got = plain if backend == "reference" else answers(op, implementation(op, backend), inputs, direction)
         n, each = differences(got, plain, exact, ordinary or exact)
-        _, scalars = differences(again, plain, exact, ordinary or exact)
         each = [(error, max(of_plain, other)) for (error, of_plain), (other, _) in zip(each, scalars, strict=True)]
         count, errors = count + n, [*errors, each]
     return count, errors
