@@ -69,11 +69,13 @@ def small(stage: str, steps: int = STEPS) -> list[str]:
     return [*SMALL, *length, *quiet, *more, f"{stage}.batch={BATCH}"]
 
 
-def launch(processes: int, work: Callable[[], Any], folder: Path, timeout_s: float = 300) -> None:
+def launch(
+    processes: int, work: Callable[[], Any], folder: Path, timeout_s: float = 300, patience_s: float = 10
+) -> None:
     """Call `work` in a group of forked processes, as a launcher would start them; what they say goes to FOLDER/*.log.
 
     The caller must not have run a backward pass: autograd does not survive a fork. Raises Failed when one fails; the
-    others have ten seconds to see it.
+    others have `patience_s` to see it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -94,7 +96,7 @@ def launch(processes: int, work: Callable[[], Any], folder: Path, timeout_s: flo
         if child:
             codes[children.pop(child)] = os.waitstatus_to_exitcode(status)
             if status and deadline == float("inf"):
-                deadline = time.monotonic() + 10
+                deadline = time.monotonic() + patience_s
         elif time.monotonic() > deadline:
             for other in children:
                 os.kill(other, signal.SIGKILL)

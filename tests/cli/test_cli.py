@@ -126,7 +126,7 @@ def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
     long = [*TINY, "--stages", "pre,mid"]
     assert cmt("train", *long, "--out", "one", cwd=tmp_path).returncode == 0
     command = [
-        sys.executable,
+        *forked.python("torch"),
         "-m",
         "torch.distributed.run",
         "--nproc-per-node",
@@ -141,7 +141,7 @@ def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": forked.executable()},  # by which it starts its ranks
         timeout=300,
     )
     assert done.returncode == 0, done.stderr

@@ -19,30 +19,6 @@ LIMITS = {
 IMPORT = 1.1
 
 
-def seconds(*arguments: str) -> float:
-    """CPU seconds of a child process, the better of two runs."""
-
-    def once() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    return min(once(), once())
-
-
-@pytest.fixture(scope="module")
-def pace() -> float:
-    """How much slower than the machine of the limits this one is; at least 1."""
-    return max(1.0, seconds("-c", "import torch") / IMPORT)
-
-
-@pytest.mark.parametrize("command", LIMITS)
-def test_a_short_command_starts_soon(command, pace):
-    taken = seconds("-m", "cmt_fast", *command.split())
-    assert taken < LIMITS[command] * pace, f"cmt {command}: {taken:.2f} CPU seconds, at a pace of {pace:.2f}"
-
-
 # what a compiler brings, and takes longer to import than any of these commands may
 COMPILER = ("torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy")
 CHILD = """
@@ -54,8 +30,26 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("command", [command for command in LIMITS if command != "doctor"])
-def test_a_short_command_imports_no_compiler(command):
-    child = [sys.executable, "-c", CHILD % (COMPILER,), *command.split()]
-    said = subprocess.run(child, capture_output=True, text=True)
-    assert said.stdout.splitlines()[-1] == "0 []", said.stdout[-300:] + said.stderr[-300:]
+def run(code: str, *arguments: str) -> tuple[float, str]:
+    """CPU seconds of a child process, and its last line."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return taken, (done.stdout.splitlines() or [""])[-1]
+
+
+@pytest.fixture(scope="module")
+def pace() -> float:
+    """How much slower than the machine of the limits this one is; at least 1."""
+    return max(1.0, min(run("import torch")[0] for _ in range(2)) / IMPORT)
+
+
+@pytest.mark.parametrize("command", LIMITS)
+def test_a_short_command_starts_soon_and_imports_no_compiler(command, pace):
+    child, limit = CHILD % (COMPILER,), LIMITS[command] * pace
+    taken, said = run(child, *command.split())
+    assert said == "0 []" or (command == "doctor" and said.startswith("0 ")), said
+    if taken >= limit:  # the better of two
+        taken = run(child, *command.split())[0]
+    assert taken < limit, f"cmt {command}: {taken:.2f} CPU seconds, at a pace of {pace:.2f}"

@@ -119,7 +119,8 @@ def test_a_lost_rank_is_one_line(figures, what, words):
 
 def test_the_deepspeed_launcher_starts_the_command(tmp_path):
     pytest.importorskip("deepspeed")
-    code = "from deepspeed.launcher.launch import main; main()"
+    start = f"import sys; sys.executable = {forked.executable()!r}"  # by which it starts its ranks
+    code = f"{start}; from deepspeed.launcher.launch import main; main()"
     world = "eyJsb2NhbGhvc3QiOiBbMCwgMV19"  # {"localhost": [0, 1]}, as its own front end passes it
     command = [sys.executable, "-c", code, f"--world_info={world}", "--master_port=29617", "--module", "cmt_fast"]
     done = subprocess.run(

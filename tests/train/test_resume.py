@@ -22,7 +22,7 @@ from tests.fixtures.tiny import metrics, tiny
 
 KILLS = 15  # of a stage; three of four fall between its steps
 LONG = [
-    *(f"{s}.images_nimg={32 * 200}" for s in ("pre", "mid", "post", "control")),
+    *(f"{s}.images_nimg={32 * 128}" for s in ("pre", "mid", "post", "control")),
     *(f"{s}.checkpoint_every_nimg={32 * 8}" for s in ("pre", "mid", "post", "control")),
     "pre.ema=[{kind: constant, beta: 0.99}, {kind: power, sigma_rel: 0.1}]",
     "mid.eval_every_nimg=2000",
@@ -80,7 +80,7 @@ def test_sigkill_at_random_moments(stage, undisturbed, tmp_path):
         return server.stdout.readline().strip()
 
     dice, reached, forward, killed = random.Random(f"kill {stage}"), 0, 0, 0
-    longest = 0.45  # seconds of training before a kill
+    longest = 0.25  # seconds of training before a kill
     while killed < KILLS or forward < KILLS // 4:
         assert killed < 4 * KILLS, f"{forward} of {killed} kills came after a new checkpoint"
         early = killed % 4 == 3  # while it starts, or goes on from its checkpoint
@@ -90,7 +90,7 @@ def test_sigkill_at_random_moments(stage, undisturbed, tmp_path):
         before, reached = reached, max(checkpoint.steps(out / stage), default=0)
         forward += reached > before
         longest *= 1.2 if killed > KILLS else 1.0  # a machine on which too few of them brought a new checkpoint
-        if reached > 80:  # near the end: begin again, so that every kill falls into training
+        if reached > 64:  # near the end: begin again, so that every kill falls into training
             shutil.rmtree(out / stage)
             reached = 0
     assert ask("end") == "done"
