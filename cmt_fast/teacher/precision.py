@@ -1,6 +1,6 @@
-"""The teacher whose trajectories a stage trains on: its networks and guidance, and the format it computes them in.
+"""The teacher whose trajectories a stage trains on: its networks and guidance, and the precision it computes them in.
 
-A format below fp32 is measured before it is used: the endpoints of a few of the stage's own trajectories, against the
+A precision below fp32 is measured before it is used: the endpoints of a few of the stage's own trajectories, against the
 same in fp32. What is chosen is kept in every checkpoint's manifest, so a run that is taken up again makes the same
 trajectories.
 """
@@ -26,12 +26,12 @@ from cmt_fast.models.fp8 import Fp8Linear, in_fp8, shared
 from cmt_fast.runtime import distributed, machine
 from cmt_fast.teacher.pool import starts
 
-FORMATS = ("fp8", "bf16", "tf32", "fp32")  # from cheap to exact
+PRECISIONS = ("fp8", "bf16", "tf32", "fp32")  # from cheap to exact
 MEASURED = 32  # trajectories
 
 
 class Teacher:
-    """A stage's teacher in every format; network: the name of a stage -> its frozen network, as the engine holds it."""
+    """A stage's teacher in every precision; network: the name of a stage -> its frozen network, as the engine holds it."""
 
     def __init__(
         self, name: str, stage: Stage, network: Callable[[str], Any], path: ProbabilityPath, device: torch.device
@@ -46,39 +46,39 @@ class Teacher:
         """Whether its weights are gathered layer by layer: then a rollout is no CUDA graph, and nothing is in fp8."""
         return not all(isinstance(self.network(n), nn.Module) for n in self._names())
 
-    def net(self, format: str) -> Net:
-        """Its networks in a format, guided as the stage says; to be called inside `computing(format)`."""
-        nets = [self._in(format, n) for n in self._names()]
+    def net(self, precision: str) -> Net:
+        """Its networks in a precision, guided as the stage says; to be called inside `computing(precision)`."""
+        nets = [self._in(precision, n) for n in self._names()]
         if len(nets) == 2:
             assert self.stage.autoguidance is not None
             return Autoguided(*nets, self.stage.autoguidance.scale)
         return guided(nets[0], self.config.guidance)
 
-    def computing(self, format: str) -> Callable[[], AbstractContextManager]:
+    def computing(self, precision: str) -> Callable[[], AbstractContextManager]:
         """What its rollouts are run in."""
-        if format in ("fp8", "bf16") and not self.sharded:
+        if precision in ("fp8", "bf16") and not self.sharded:
             return partial(torch.autocast, self.device.type, torch.bfloat16)
-        return partial(_tf32, format == "tf32") if self.device.type == "cuda" else nullcontext
+        return partial(_tf32, precision == "tf32") if self.device.type == "cuda" else nullcontext
 
     def choose(self, seed: int, index: int, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
-        """The format of a stage that begins: {"precision", "errors" of endpoints by format, "limit"}; the same on all ranks.
+        """A stage's precision as it begins: {"precision", "errors" of endpoints by precision, "limit"}; the same on all ranks.
 
-        Raises ConfigError for a format that this machine, engine or network does not have, or that errs by too much.
+        Raises ConfigError for a precision that this machine, engine or network does not have, or that errs by too much.
         """
         wanted, limit = self.config.precision, self.config.precision_limit
-        format = self.stage.precision if wanted == "stage" else wanted
-        if format != "auto":
-            self._check(format)
-        if format == "fp32" or (format == "tf32" and self.device.type == "cpu"):  # there it is fp32
-            return {"precision": format, "errors": {}, "limit": limit}
+        precision = self.stage.precision if wanted == "stage" else wanted
+        if precision != "auto":
+            self._check(precision)
+        if precision == "fp32" or (precision == "tf32" and self.device.type == "cpu"):  # there it is fp32
+            return {"precision": precision, "errors": {}, "limit": limit}
         ids = torch.arange(MEASURED, device=self.device)
         x, labels = starts(Random(seed, index, 0), ids, shape, classes, self.path, self.config)
         c = self.config
         plan = table(self.path, c.solver, c.nfe, c.t_max, c.t_min, c.order, c.shift)
 
-        def ends(format: str) -> Tensor:
-            net = self.net(format)
-            with self.computing(format)():
+        def ends(precision: str) -> Tensor:
+            net = self.net(precision)
+            with self.computing(precision)():
                 parts = [
                     rollout(net, self.path, plan, part, y, dense=False)
                     for part, y in zip(x.split(c.rollout_batch), _split(labels, c.rollout_batch, len(x)))
@@ -86,42 +86,42 @@ class Teacher:
             return torch.cat(parts).double()
 
         exact, errors = ends("fp32"), {}
-        for candidate in [f for f in FORMATS if self._why_not(f) is None] if format == "auto" else [format]:
+        for candidate in [f for f in PRECISIONS if self._why_not(f) is None] if precision == "auto" else [precision]:
             if candidate == "fp32":
-                format = candidate
+                precision = candidate
                 break
             error = float((ends(candidate) - exact).norm() / exact.norm())
             error = error if math.isfinite(error) else 1e9
             errors[candidate] = max(e for (e,) in distributed.every_rank([error]))
-            if format == "auto" and errors[candidate] <= limit:
-                format = candidate
+            if precision == "auto" and errors[candidate] <= limit:
+                precision = candidate
                 break
-        self._made = {key: net for key, net in self._made.items() if key[0] == format}
-        about = {"precision": format, "errors": errors, "limit": limit}
-        if errors.get(format, 0.0) > limit and wanted != "stage":
+        self._made = {key: net for key, net in self._made.items() if key[0] == precision}
+        about = {"precision": precision, "errors": errors, "limit": limit}
+        if errors.get(precision, 0.0) > limit and wanted != "stage":
             raise ConfigError(
-                f"{self.name}.trajectories.precision: {format} moves the endpoints by {errors[format]:.2%} of their size, "
-                f"more than precision_limit, {limit:.2%}; auto takes the cheapest format within it"
+                f"{self.name}.trajectories.precision: {precision} moves the endpoints by {errors[precision]:.2%} of their size, "
+                f"more than precision_limit, {limit:.2%}; auto takes the cheapest precision within it"
             )
         return about
 
     def lines(self, about: dict[str, Any]) -> list[str]:
         """What a person should know of the choice."""
-        format, errors, limit = about["precision"], about["errors"], about["limit"]
+        precision, errors, limit = about["precision"], about["errors"], about["limit"]
         if not errors:
             return []
         said = ", ".join(f"{f} {e:.2%}" for f, e in errors.items())
-        lines = [f"teacher in {format}: endpoints of {MEASURED} trajectories err by {said} (limit {limit:.2%})"]
-        if errors.get(format, 0.0) > limit:
+        lines = [f"teacher in {precision}: endpoints of {MEASURED} trajectories err by {said} (limit {limit:.2%})"]
+        if errors.get(precision, 0.0) > limit:
             lines.append(
                 "warning: that is beyond trajectories.precision_limit; precision: fp32 or auto stays within it"
             )
-        if format == "fp8" and self.device.type == "cpu":
+        if precision == "fp8" and self.device.type == "cpu":
             lines.append("fp8 is emulated on a CPU: its numbers, not its speed")
         return lines
 
     def check(self, about: dict[str, Any]) -> None:
-        """Raises ConfigError when a stage that goes on cannot have the format that it began with."""
+        """Raises ConfigError when a stage that goes on cannot have the precision that it began with."""
         self._check(about["precision"])
 
     def _names(self) -> list[str]:
@@ -129,45 +129,45 @@ class Teacher:
         assert teacher is not None
         return [teacher, guide.network] if guide and guide.trajectories else [teacher]
 
-    def _in(self, format: str, name: str) -> Any:
+    def _in(self, precision: str, name: str) -> Any:
         net = self.network(name)
-        if format in ("fp32", "tf32"):
+        if precision in ("fp32", "tf32"):
             return net
-        if (format, name) not in self._made:
-            make = in_fp8 if format == "fp8" else shared
-            self._made[format, name] = make(net) if isinstance(net, nn.Module) else net.in_bf16
-        return self._made[format, name]
+        if (precision, name) not in self._made:
+            make = in_fp8 if precision == "fp8" else shared
+            self._made[precision, name] = make(net) if isinstance(net, nn.Module) else net.in_bf16
+        return self._made[precision, name]
 
-    def _check(self, format: str) -> None:
-        reason = self._why_not(format, asked=True)
+    def _check(self, precision: str) -> None:
+        reason = self._why_not(precision, asked=True)
         if reason:
-            raise ConfigError(f"{self.name}.trajectories.precision: {format!r} cannot be had: {reason}")
+            raise ConfigError(f"{self.name}.trajectories.precision: {precision!r} cannot be had: {reason}")
 
-    def _why_not(self, format: str, asked: bool = False) -> str | None:
-        """Why a format cannot be had. On a CPU only fp32 is fast; the others are had where they are asked for by name."""
-        reason = missing(format, self.device, asked)
-        if reason or format != "fp8":
+    def _why_not(self, precision: str, asked: bool = False) -> str | None:
+        """Why a precision cannot be had. On a CPU only fp32 is fast; the others are had where they are asked for by name."""
+        reason = missing(precision, self.device, asked)
+        if reason or precision != "fp8":
             return reason
         if self.sharded:
             return "the teacher is sharded over processes (zero_teacher: whole holds it whole)"
         try:
             for name in self._names():
-                self._in(format, name)
+                self._in(precision, name)
         except ValueError as error:
             return str(error)
         return None
 
 
-def missing(format: str, device: torch.device, asked: bool = False) -> str | None:
-    """Why a device does not have a format: None where it does, or where it can imitate one that was asked for by name."""
-    if format == "fp32":
+def missing(precision: str, device: torch.device, asked: bool = False) -> str | None:
+    """Why a device does not have a precision: None where it does, or where it can imitate one that was asked for by name."""
+    if precision == "fp32":
         return None
     if device.type == "cpu":
         return None if asked else "a CPU computes fastest in fp32"
-    least = (8, 9) if format == "fp8" else (8, 0)
+    least = (8, 9) if precision == "fp8" else (8, 0)
     if torch.cuda.get_device_capability(device) < least:
         return f"{torch.cuda.get_device_name(device)} has none, compute capability {least[0]}.{least[1]} has"
-    if format == "fp8":
+    if precision == "fp8":
         try:  # which of torch's versions multiplies rows of scales on which GPU is not written down anywhere
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 Fp8Linear(nn.Linear(16, 16).to(device))(torch.ones(16, 16, device=device))
@@ -177,7 +177,7 @@ def missing(format: str, device: torch.device, asked: bool = False) -> str | Non
 
 
 def check(name: str, stage: Stage, device: torch.device) -> None:
-    """Raises ConfigError, before anything is trained, for a format that this device does not have."""
+    """Raises ConfigError, before anything is trained, for a precision that this device does not have."""
     t = stage.trajectories
     if t and not t.cache and t.precision not in ("stage", "auto"):
         reason = missing(t.precision, device, asked=True)

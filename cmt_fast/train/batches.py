@@ -101,11 +101,11 @@ class BatchProvider:
             if distributed.rank() == 0:
                 for line in teacher.lines(self.trajectories):
                     progress.say(f"{name:>8} {line}")
-        format, graph = self.trajectories["precision"], not teacher.sharded
+        precision, graph = self.trajectories["precision"], not teacher.sharded
         if not graph and self.device.type == "cuda" and distributed.rank() == 0:
             progress.say(f"{name:>8} no CUDA graph of rollouts: the teacher is sharded over processes")
-        how = {"computing": teacher.computing(format), "graph": graph}
-        return self.resolved.pool(teacher.net(format), shape, classes, self.device, **how)
+        how = {"computing": teacher.computing(precision), "graph": graph}
+        return self.resolved.pool(teacher.net(precision), shape, classes, self.device, **how)
 
     def _kept(self) -> tuple[str, Callable] | None:
         """The distance whose features of endpoints are computed once a trajectory, and what computes them.

@@ -82,11 +82,7 @@ def train_stage(
         lineage = _parent(work, config, engine, found is None)
         wall = {"train_s": 0.0, "eval_s": 0.0}  # of the steps that count; the bill has the lost ones too
         if found:
-            _load(engine, found)
-            if first:
-                say(
-                    f"{name:>8} resumes at step {engine.step_count:,} of {plan.total:,} ({found.manifest['nimg']:,} images)"
-                )
+            _load(engine, found, stage)
             wall = dict(found.manifest["wall"])
         log = Log(folder, engine.step_count, plan.total, name, not first, run.tensorboard)
         ending.callback(log.close)
@@ -199,12 +195,15 @@ def _identity(run: Run, name: str, lineage: dict | None, others: dict, choice: S
     }
 
 
-def _load(engine: Engine, found: checkpoint.Checkpoint) -> None:
-    """Go on from a checkpoint. Raises CheckpointError when it lacks what the engine needs."""
+def _load(engine: Engine, found: checkpoint.Checkpoint, stage: ResolvedStage) -> None:
+    """Go on from a checkpoint, and say so. Raises CheckpointError when it lacks what the engine needs."""
     try:
         engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
     except KeyError as error:
         raise checkpoint.CheckpointError(f"{found.folder}: holds no {error}; it is of another version") from None
+    if distributed.rank() == 0:
+        step, images = engine.step_count, found.manifest["nimg"]
+        say(f"{stage.name:>8} resumes at step {step:,} of {stage.schedule.total:,} ({images:,} images)")
 
 
 def _same(name: str, manifest: dict, others: dict) -> None:

@@ -1,4 +1,4 @@
-"""The teacher in lower formats, measured, chosen and kept; features of endpoints that are computed once."""
+"""The teacher in lower precisions, measured, chosen and kept; features of endpoints that are computed once."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def work_of(pre: Path, out: Path, *more: str) -> Workspace:
 
 
 def test_errors_of_formats_are_in_their_order_and_auto_takes_the_cheapest(pre, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(precision, "missing", lambda format, device, asked=False: None)
+    monkeypatch.setattr(precision, "missing", lambda kind, device, asked=False: None)
     choices = {}
     for limit in (1e-9, 0.02, 0.9):
         more = ["mid.trajectories.precision=auto", f"mid.trajectories.precision_limit={limit}"]
@@ -116,9 +116,9 @@ def test_auto_on_a_cpu_is_fp32_and_fp32_is_what_it_was(pre, tmp_path) -> None:
 
 
 def test_a_named_format_beyond_the_limit_is_refused(pre, tmp_path, capsys) -> None:
-    for format in ("bf16", "fp8"):
-        more = [f"mid.trajectories.precision={format}", "mid.trajectories.precision_limit=1e-5"]
-        with pytest.raises(ConfigError, match=f"mid.trajectories.precision: {format} moves the endpoints by .*limit"):
+    for kind in ("bf16", "fp8"):
+        more = [f"mid.trajectories.precision={kind}", "mid.trajectories.precision_limit=1e-5"]
+        with pytest.raises(ConfigError, match=f"mid.trajectories.precision: {kind} moves the endpoints by .*limit"):
             source_of(work_of(pre, tmp_path / "run", *more), "mid")
     source = source_of(work_of(pre, tmp_path / "run", "mid.trajectories.precision=fp8"), "mid")  # emulated
     said = capsys.readouterr().out
@@ -152,7 +152,7 @@ def test_what_auto_chose_is_kept_and_not_chosen_again(pre, tmp_path, monkeypatch
     """A run that began in bf16 goes on in bf16 where auto would now take fp32, and ends as if it had not stopped."""
     more = ["mid.trajectories.precision=auto", "mid.checkpoint_every_nimg=128", "eval.n_during=50"]
     with monkeypatch.context() as patch:
-        patch.setattr(precision, "missing", lambda format, device, asked=False: None if format != "fp8" else "no")
+        patch.setattr(precision, "missing", lambda kind, device, asked=False: None if kind != "fp8" else "no")
         loop.train(work_of(pre, tmp_path / "whole", *more), ["mid"])
         row = next(r for r in metrics(tmp_path / "whole" / "mid") if r["kind"] == "trajectories")
         assert row["precision"] == "bf16" and 0 < row["errors"]["bf16"] < 0.02
@@ -166,7 +166,7 @@ def test_what_auto_chose_is_kept_and_not_chosen_again(pre, tmp_path, monkeypatch
 
 
 def test_a_checkpoint_that_says_nothing_goes_on_as_it_began(pre, tmp_path) -> None:
-    """What a version made whose teacher was always in fp32, in a stage whose own format is bf16."""
+    """What a version made whose teacher was always in fp32, in a stage whose own precision is bf16."""
     work = work_of(pre, tmp_path / "run", "mid.precision=bf16", "mid.checkpoint_every_nimg=128")
     stop_after_a_checkpoint(work)
     found = checkpoint.latest(tmp_path / "run" / "mid")

@@ -20,7 +20,7 @@ class Trajectories:
     `nfe`: network calls of a rollout; `auto`: the cheapest solver, order, shift and nfe whose measured error stays below
     the student's own are chosen when the stage begins (`cmt tune-teacher` shows the table), whatever stands here.
     `precision`: of the teacher in rollouts, by default the stage's own. Below fp32 the error of a few endpoints is measured
-    first; `auto` takes the cheapest format within `precision_limit`, their relative L2, a named one beyond it is refused.
+    first; `auto` takes the cheapest one within `precision_limit`, their relative L2, a named one beyond it is refused.
     `cache`: a folder that `cmt trajectories` wrote; then nothing is rolled out and no teacher is loaded for it.
     """
 
