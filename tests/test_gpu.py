@@ -86,9 +86,9 @@ def test_what_dies_leaves_its_rows_and_the_others(tmp_path, beside, monkeypatch)
 def test_a_part_past_its_limit_ends_with_all_that_it_started(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "GRACE_S", 0.5)
     parts = [planted("deaf"), planted("sound")]
-    bundle = sit(tmp_path, [parts[0]._replace(seconds=25), parts[1]._replace(seconds=60)], minutes=85 / 60)
+    bundle = sit(tmp_path, [parts[0]._replace(seconds=12), parts[1]._replace(seconds=60)], minutes=72 / 60)
     deaf, sound = (bundle["summary"]["parts"][name] for name in ("deaf", "sound"))
-    assert re.fullmatch("stopped at its limit of 2[45] s", deaf["status"]) and deaf["rows"] == 2
+    assert re.fullmatch("stopped at its limit of 1[12] s", deaf["status"]) and deaf["rows"] == 2
     child = int(re.search(r"\[deaf\] child (\d+)", (tmp_path / "out" / "gpu.log").read_text())[1])
     stat = Path(f"/proc/{child}/stat")
     assert not stat.exists() or stat.read_text().split(") ")[1][0] == "Z"
