@@ -251,7 +251,7 @@ def line(row: dict[str, Any]) -> str:
 
 def matmuls(device: str, tiny: bool) -> dict[str, tuple[float, Callable[[], Any]]]:
     """precision -> FLOPs and call of a square matmul in it, which takes turns with the steps."""
-    n = 8192 if device == "cuda" and not tiny else 512 if tiny else 1024
+    n = 8192 if device == "cuda" and not tiny else 256 if tiny else 1024
     squares = {name: torch.randn(n, n, device=device).to(dtype) for name, dtype in PRECISIONS.items()}
     return {name: (2.0 * n**3, lambda a=a: a @ a) for name, a in squares.items()}
 

@@ -18,6 +18,21 @@ DIGESTS = {
 }
 
 
+@pytest.mark.parametrize(
+    "recipe, ancestors",
+    [
+        ("digits", {"pre": [], "mid": ["pre"], "post": ["pre", "mid"], "control": ["pre"]}),
+        ("imagenet256-mf", {"mid": [], "post": ["mid"], "control": []}),  # its teacher is of another run, it has no pre
+    ],
+)
+def test_a_run_knows_its_stages_and_what_each_grew_from(recipe, ancestors):
+    run = loading.load(recipe)
+    assert list(run.stages) == list(ancestors) and all(run.stages[name] is getattr(run, name) for name in ancestors)
+    assert {name: run.ancestors(name) for name in run.stages} == ancestors
+    with pytest.raises(KeyError):
+        run.ancestors("mind")
+
+
 @pytest.mark.parametrize("name", recipes.recipes())
 def test_recipes_are_named_by_their_files_and_say_what_they_are(name):
     assert loading.load(name).name == name

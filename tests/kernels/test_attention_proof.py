@@ -254,7 +254,7 @@ def checks() -> dict[str, Callable]:
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [*forked.python("torch"), "-m", "tests.kernels.test_attention_proof"]
+    command = [*forked.python("interpreter"), "-m", "tests.kernels.test_attention_proof"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line)

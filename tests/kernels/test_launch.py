@@ -70,7 +70,7 @@ def current(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_in_the_interpreter() -> None:
     options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", "every_op"]
-    command = [*forked.python("torch"), "-m", "pytest", *options, __file__]
+    command = [*forked.python("interpreter"), "-m", "pytest", *options, __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -193,7 +193,7 @@ def verdicts() -> dict[tuple[str, str], str]:
     root = Path(__file__).parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
     result = subprocess.run(
-        [*forked.python("torch"), "-m", "tests.kernels.test_row_ops_interpreted"],
+        [*forked.python("interpreter"), "-m", "tests.kernels.test_row_ops_interpreted"],
         env=environment,
         capture_output=True,
         text=True,

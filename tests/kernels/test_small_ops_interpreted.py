@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("nan_poison")
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_in_the_interpreter() -> None:
-    command = [*forked.python("torch"), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [*forked.python("interpreter"), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -59,7 +59,7 @@ def test_in_the_interpreter() -> None:
     """The same of the Triton kernels, in a process that interprets them: what the dispatch would run, it refuses."""
     chosen = "triton or every_transform and (-x] or -qkv] or -u] or prediction]) or optimizer"
     options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", chosen]
-    command = [*forked.python("torch"), "-m", "pytest", *options, __file__]
+    command = [*forked.python("interpreter"), "-m", "pytest", *options, __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
