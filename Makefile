@@ -25,9 +25,10 @@ gpu-dry: ; $(MAKE) gpu DEVICE=cpu TINY=1
 gpu-kit: .venv/dev ; PYTHONPATH=.:kernels $(BIN)/python -m bench kit $(KIT)
 gpu-%: ; $(GPU) $*
 lint: .venv/dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-# per cent of the lines of every room of cmt_fast that the tests run, their child processes included
+# per cent of the lines of every room of cmt_fast that the tests run, their child processes included;
+# printed where a test fails too
 coverage: native
-	$(BIN)/python -m coverage erase && OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q -n auto --dist loadfile --ignore tests/kernels tests
+	-$(BIN)/python -m coverage erase && OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q -n auto --dist loadfile --ignore tests/kernels tests
 	$(BIN)/python -m coverage combine -q && $(BIN)/python -m bench coverage
 format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
 .venv/bin/python: ; $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q "$(TORCH)"

@@ -146,5 +146,7 @@ def test_memory_is_limited(tmp_path):
     sandbox.child({str(tmp_path / "net.pkl")!r}, {str(tmp_path)!r}, "20")
     """
     command = [sys.executable, "-c", textwrap.dedent(code), *[os.path.abspath(p) for p in sys.path if p]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    # not measured: coverage removes files as a process ends
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=plain)
     assert done.returncode == sandbox.REFUSED and "more memory" in done.stderr
