@@ -28,8 +28,9 @@ lint: .venv/dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/
 # per cent of the lines of every room of cmt_fast that the tests run, their child processes included;
 # printed where a test fails too
 coverage: native
-	-$(BIN)/python -m coverage erase && OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q -n auto --dist loadfile --ignore tests/kernels tests
-	$(BIN)/python -m coverage combine -q && $(BIN)/python -m bench coverage
+	$(BIN)/python -m coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q -n auto --dist loadfile --ignore tests/kernels tests; failed=$$?; \
+	$(BIN)/python -m coverage combine -q && $(BIN)/python -m bench coverage && exit $$failed
 format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
 .venv/bin/python: ; $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q "$(TORCH)"
 .venv/%: .venv/bin/python pyproject.toml ; $(BIN)/python -m pip install -q -e ".[$*]" && touch $@

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from bench.experiments.seeds import commit
-from cmt_fast import schedule
 from cmt_fast.cli.trajectories import make
 from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.schema import Run
@@ -108,8 +107,9 @@ def cache(run: Run, parents: Path, folder: Path, names: list[str]) -> dict[str, 
     note = folder.with_name(folder.name + ".json")
     if not folder.is_dir():
         work = Workspace(run, parents)
-        pool = work.stage(names[0]).pool(None, work.data.shape, work.data.classes, torch.device("cpu"))
-        n = pool.count * -(-schedule.schedule(run.stages[names[0]]).total // pool.steps)
+        stage = work.stage(names[0])
+        pool = stage.pool(None, work.data.shape, work.data.classes, torch.device("cpu"))
+        n = pool.count * -(-stage.schedule.total // pool.steps)
         start = time.perf_counter()
         index = make(work, names[0], folder, n)
         assert index is not None

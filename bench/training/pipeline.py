@@ -54,9 +54,9 @@ def overrides(steps: int, batch: int, device: str) -> list[str]:
 
 def bare(work: Workspace, name: str, steps: int) -> float:
     """Seconds of `steps` steps of a stage with nothing around them: rows, loss, backward, optimizer."""
-    stage = work.run.stages[name]
-    engine = LocalEngine(work.build(), stage, work.device)
-    source = batches.provider(work, work.stage(name), engine)
+    stage = work.stage(name)
+    engine = LocalEngine(work.build(), stage.config, work.device)
+    source = batches.provider(work, stage, engine)
     wait = torch.cuda.synchronize if work.device.type == "cuda" else lambda: None
     try:
         for step in range(-2, steps):

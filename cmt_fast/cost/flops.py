@@ -146,10 +146,10 @@ def _counted(make: Callable[[], Any], shape: tuple[int, ...], labelled: bool | N
 # ---------------------------------------------------------------------------------------------- what a stage does
 
 
-def terms(of: ResolvedStage, ideas: Ideas = OURS) -> list[Term]:
+def terms(resolved: ResolvedStage, ideas: Ideas = OURS) -> list[Term]:
     """All network work of a stage for one student image: calls times share of the rows that make them."""
-    run, stage = of.run, of.config
-    own, anchored = (rows / stage.batch for rows in of.rows)
+    run, stage = resolved.run, resolved.config
+    own, anchored = (rows / stage.batch for rows in resolved.rows)
     o, needs = stage.objective, OBJECTIVES[stage.objective.kind]
     out = [Term("student", "forward", 1.0, "every row"), Term("student", "backward", 1.0, "every row")]
     if getattr(run.model, "checkpoint_activations", False):
@@ -171,7 +171,7 @@ def terms(of: ResolvedStage, ideas: Ideas = OURS) -> list[Term]:
         out.append(Term("teacher", "forward", calls * (1 if stage.teacher_guidance == 1 else 2), "teacher's step"))
         if guide:
             out.append(Term("guide", "forward", calls, "guide of the teacher's step"))
-    points, t = of.trajectory_rows, stage.trajectories
+    points, t = resolved.trajectory_rows, stage.trajectories
     if points and t and not (ideas.cached or t.cache):
         nfe = t.calls
         each = pool.drawn(t, run.path, nfe // (2 if t.solver == "heun" else 1))
@@ -188,12 +188,12 @@ def terms(of: ResolvedStage, ideas: Ideas = OURS) -> list[Term]:
     return out
 
 
-def calls(stage: ResolvedStage) -> dict[str, float]:
+def calls(resolved: ResolvedStage) -> dict[str, float]:
     """Images, steps and network forwards of a stage (backward counted as two), one whatever the network's size."""
-    plan = stage.schedule
+    plan = resolved.schedule
     images = plan.total * plan.batch
     worth = {"forward": 1, "backward": 2, "tangent": 1}
-    forwards = sum(t.times * worth.get(t.kind, 0) for t in terms(stage) if t.of != "features")
+    forwards = sum(t.times * worth.get(t.kind, 0) for t in terms(resolved) if t.of != "features")
     return {"steps": plan.total, "images": images, "forwards": images * forwards}
 
 

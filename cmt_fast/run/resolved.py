@@ -146,8 +146,7 @@ class ResolvedStage:
 
 def resolve(run: Run, name: str, folder: Path | None = None) -> ResolvedStage:
     """The stage `name` of a run. folder: the run's, none where nothing is read or written. Raises ConfigError."""
-    if name not in run.stages:
-        raise ConfigError(
-            f"{name}: is no stage of {run.name}; it has {', '.join(run.stages)}{nearest(name, list(run.stages))}"
-        )
-    return ResolvedStage(run, name, run.stages[name], (folder or Path()) / name)
+    stages = run.stages
+    if name not in stages:
+        raise ConfigError(f"{name}: is no stage of {run.name}; it has {', '.join(stages)}{nearest(name, stages)}")
+    return ResolvedStage(run, name, stages[name], (folder or Path()) / name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.config.schema import STAGES, Run, Stage
+from cmt_fast.config.schema import STAGES, Run
 from cmt_fast.diffusion import sampling
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
@@ -38,7 +38,7 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
                 f"this run's is {run.path!r}; valid are {valid}"
             )
     _check_networks(resolved)
-    _check_perceptual(name, stage, shape)
+    _check_perceptual(resolved, shape)
     if (stage.lr_schedule == "inverse_sqrt") != bool(stage.lr_knee_nimg):
         raise ConfigError(
             f"{name}.lr_knee_nimg: {stage.lr_knee_nimg} with lr_schedule {stage.lr_schedule!r}; "
@@ -132,8 +132,9 @@ def _check_networks(resolved: ResolvedStage) -> None:
         )
 
 
-def _check_perceptual(name: str, stage: Stage, shape: tuple[int, ...]) -> None:
+def _check_perceptual(resolved: ResolvedStage, shape: tuple[int, ...]) -> None:
     """A distance of features has its network and images that fit it."""
+    name, stage = resolved.name, resolved.config
     wanted = sorted(stage.distances() & set(PERCEPTUAL))
     if not wanted and stage.perceptual:
         raise ConfigError(

@@ -41,12 +41,13 @@ def test_flops_are_the_cost_models(tokens):
 
 @pytest.mark.parametrize("way", predict.WAYS)
 @pytest.mark.parametrize("objective", WORK)
-def test_predictions_are_the_cost_models(objective, way):
+@pytest.mark.parametrize("size", ["B", "XL"])
+def test_predictions_are_the_cost_models(size, objective, way):
     """Whose own figures test_cost.py holds against the reference's."""
     bare = CARDS["h100"]._replace(steps=())
-    net = flops.network(Dit(size="B"), "linear", (4, 32, 32), 1000)
+    net = flops.network(Dit(size=size), "linear", (4, 32, 32), 1000)
     wanted = estimate.step_us(list(WORK[objective]), net, bare, way, "bf16", predict.BATCH)
-    assert predict.training(objective, "B", 256, way, bare)[0] == pytest.approx(wanted)
+    assert predict.training(objective, size, 256, way, bare)[0] == pytest.approx(wanted)
 
 
 def test_predictions_are_scaled_by_measured_steps():

@@ -33,7 +33,8 @@ except SystemExit as end:
 def run(code: str, *arguments: str) -> tuple[float, str]:
     """CPU seconds of a child process, and its last line."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-300:]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return taken, (done.stdout.splitlines() or [""])[-1]

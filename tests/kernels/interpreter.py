@@ -1,7 +1,7 @@
 """Triton's interpreter in fewer seconds: it takes milliseconds for a line of a row, whether there is such a line or not.
 
 What it computes stays as it is. Left out is what it does again and again: patching the language, copies of shapes and types,
-broadcasts to the shape that a block has already, and the check for integers that overflow, which compiled kernels do not have.
+broadcasts to the shape that a block has already.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ OPS = ("gated_residual", "gelu", "modulated_norm", "qk_norm")  # whose programs 
 
 
 def quicken() -> None:
-    """Programs of two lines, of which one may be none, instead of up to 16; and all of `lighten`."""
+    """Programs of two lines, of which one may be none, instead of up to 16; no check for integers that overflow, which compiled
+    kernels do not have and the kernels' own tests keep; and all of `lighten`. For many calls of one shape."""
+    from triton.runtime import interpreter
+
+    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
     for op in OPS:
         module = importlib.import_module(f"cmt_kernels.{op}.triton")
         for name in {"ROWS", "SUMMED_ROWS"} & vars(module).keys():
@@ -56,12 +60,11 @@ def _patch_once() -> None:
 
 
 def _remember() -> None:
-    """Types and shapes of blocks are made once; blocks of one shape are not broadcast to it; integers may overflow."""
+    """Types and shapes of blocks are made once; blocks of one shape are not broadcast to it."""
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
     numpy_type, with_element = interpreter._get_np_dtype, tl.block_type.with_element_ty
     broadcast, make = TritonSemantic.broadcast_impl_value, tl.tensor.__init__
     numpy_types: dict[str, Any] = {}

@@ -48,7 +48,7 @@ def test_finite_where_the_truth_is_and_near_it(op: str, name: str, device: str) 
 
 
 def table_of(command: list[str], level: str = "torch", **environment: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | forked.ENVIRONMENTS.get(level, {}) | environment
     root = Path(__file__).parents[2]
     done = subprocess.run([*forked.python(level), *command], env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,7 +68,11 @@ NATIVE = ("gated_residual", "gelu", "modulated_norm", "qk_norm")
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton_interpreted() -> None:
-    said = table_of(["-m", "tests.kernels.extremes", "few", "triton", *INTERPRETED], "interpreter", **forked.INTERPRET)
+    said = table_of(
+        ["-m", "tests.kernels.extremes", "few", "triton", *INTERPRETED],
+        "interpreter",
+        **forked.ENVIRONMENTS["interpreter"],
+    )
     assert "0 differences in finiteness, 0 errors" in said, said
     assert all(f"\n{op} triton" in said for op in INTERPRETED), said
 

@@ -134,9 +134,8 @@ def test_imagenet512_is_the_published_run() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_steps_of_every_stage(recipe: str, stores, vgg16: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        plots, "svg", lambda *_, **size: "<svg></svg>"
-    )  # a fifth of a second each; test_page.py draws them
+    # a fifth of a second each; test_page.py draws them
+    monkeypatch.setattr(plots, "svg", lambda *_, **size: "<svg></svg>")
     run = loading.load(recipe)
     if run.data.kind == "gmm":  # a minute of measuring, which test_gmm_world.py does on its own
         monkeypatch.setattr(page, "theory", lambda folder: {})

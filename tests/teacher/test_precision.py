@@ -92,7 +92,7 @@ def work_of(pre: Path, out: Path, *more: str) -> Workspace:
     return Workspace(tiny(*WIDE, *more), out, pre)
 
 
-def test_errors_of_formats_are_in_their_order_and_auto_takes_the_cheapest(pre, tmp_path, monkeypatch) -> None:
+def test_errors_of_precisions_are_in_their_order_and_auto_takes_the_cheapest(pre, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(precision, "missing", lambda kind, device, asked=False: None)
     choices = {}
     for limit in (1e-9, 0.02, 0.9):
@@ -115,7 +115,7 @@ def test_auto_on_a_cpu_is_fp32_and_fp32_is_what_it_was(pre, tmp_path) -> None:
     assert chosen.teacher is None  # nothing else needs one
 
 
-def test_a_named_format_beyond_the_limit_is_refused(pre, tmp_path, capsys) -> None:
+def test_a_named_precision_beyond_the_limit_is_refused(pre, tmp_path, capsys) -> None:
     for kind in ("bf16", "fp8"):
         more = [f"mid.trajectories.precision={kind}", "mid.trajectories.precision_limit=1e-5"]
         with pytest.raises(ConfigError, match=f"mid.trajectories.precision: {kind} moves the endpoints by .*limit"):
@@ -132,7 +132,7 @@ def test_a_named_format_beyond_the_limit_is_refused(pre, tmp_path, capsys) -> No
     assert "warning: that is beyond trajectories.precision_limit" in capsys.readouterr().out
 
 
-def test_formats_that_are_not_there(monkeypatch) -> None:
+def test_precisions_that_are_not_there(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     gpu = torch.device("cuda", 0)
