@@ -205,6 +205,30 @@ def test_no_modules_import_each_other_in_a_circle():
     assert circle(planted | {"d": "if TYPE_CHECKING:\n    import a.b"}) == []
 
 
+def absent(source: str) -> set[str]:
+    """Names in a module's `__all__`, where it is a list of words, that the module neither defines nor imports."""
+    tree, offered, there = ast.parse(source), set(), set()
+    for node in tree.body:
+        match node:
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                there |= {alias.asname or alias.name.partition(".")[0] for alias in aliases}
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                there.add(name)
+            case ast.Assign(targets=targets) | ast.AnnAssign(target=ast.Name() as targets):
+                named = {t.id for t in (targets if isinstance(targets, list) else [targets]) if isinstance(t, ast.Name)}
+                there |= named
+                if "__all__" in named and isinstance(node.value, ast.List):
+                    offered |= {x.value for x in node.value.elts if isinstance(x, ast.Constant)}
+    return offered - there
+
+
+def test_what_a_module_offers_is_there():
+    sources = [(ROOT / path).read_text("utf-8") for path in FILES]
+    assert sum("__all__" in source for source in sources) > 3
+    assert {name for source in sources for name in absent(source)} == set()
+    assert absent("import a.b\nfrom c import d as e\nF = 1\n__all__ = ['a', 'e', 'F', 'd', 'G']") == {"d", "G"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_no_file_above_400_lines(path):
     assert len((ROOT / path).read_text("utf-8").splitlines()) <= 400

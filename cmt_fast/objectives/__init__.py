@@ -36,4 +36,4 @@ OBJECTIVES = {
     "sct": ObjectiveSpec(continuous.sct, "ve", "data", forwards=4.0),
     "scd": ObjectiveSpec(continuous.scd, "ve", "data", teacher=True, forwards=4.0),
 }
-__all__ = ["ROWS", "Batch", "Needs", "Points", "World"]
+__all__ = ["OBJECTIVES", "Batch", "LossContext", "ObjectiveSpec", "Points"]
