@@ -2,6 +2,7 @@
 //
 // A pointer may be null where a schema says `?`. Activations are bf16 or fp32 (`bf16`) and contiguous; the modulation
 // vectors (B, D) are of the same dtype with a row stride; biases, weights, angles, statistics and sums are fp32.
+// The residual stream may be fp32 beside branches in bf16: `stream_bf16` is its dtype, of what is marked (stream).
 // `partials` is scratch of `chunks` partial column sums: a chunk is a run of `chunk_rows` rows, whatever the number of
 // threads or multiprocessors, so the sums have the same bits everywhere on one machine.
 #pragma once
@@ -36,40 +37,40 @@ struct GeluBackward {
 };
 
 struct ModulatedNorm {
-  const void *x, *x_dot;
+  const void *x, *x_dot;  // (stream)
   Rows shift, scale, shift_dot, scale_dot;
   void *y, *y_dot;
   float* stats;  // (B, T, 2): mean / 2, 2 r (row_math.h, Kept)
   int64_t B, T, D, k;
   float eps;
-  bool bf16;
+  bool stream_bf16, bf16;
 };
 struct ModulatedNormBackward {
-  const void *grad, *x;
+  const void *grad, *x, *through;  // x (stream); through: what else goes to x's gradient, null or (stream)
   Rows scale;
   const float* stats;
-  void *dx, *dshift, *dscale;  // (B, T, D), (B, D), (B, D)
+  void *dx, *dshift, *dscale;  // (B, T, D) (stream), (B, D), (B, D)
   float* partials;             // (B, chunks, 2, D)
   int64_t B, T, D, chunk_rows, chunks;
-  bool bf16;
+  bool stream_bf16, bf16;
 };
 
 struct GatedResidual {
-  const void *x, *branch, *x_dot, *branch_dot;
+  const void *x, *branch, *x_dot, *branch_dot;  // x, x_dot (stream)
   Rows gate, gate_dot;
   const float* bias;
-  void *y, *y_dot;
+  void *y, *y_dot;  // (stream)
   int64_t B, T, D, k;
-  bool bf16;
+  bool stream_bf16, bf16;
 };
 struct GatedResidualBackward {
-  const void *grad, *branch;
+  const void *grad, *branch;  // grad (stream)
   Rows gate;
   const float* bias;
   void *dbranch, *dgate;  // (B, T, D), (B, D)
   float *dbias, *partials;  // (D), (B, chunks, 2, D)
   int64_t B, T, D, chunk_rows, chunks;
-  bool bf16;
+  bool stream_bf16, bf16;
 };
 
 struct QkNorm {

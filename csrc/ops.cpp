@@ -1,7 +1,8 @@
 // The native ops: every schema on this screen, and below it how each one's tensors reach a backend.
 //
 // `*_dot` are tangents of the first k rows; the results named y_dot have k rows, 0 when there is no tangent. A gradient
-// of something absent has no elements. The CPU key is always there, the CUDA key where the build has its kernels.
+// of something absent has no elements. x of modulated_norm and gated_residual, its tangent and its gradient may be
+// float32 where all else is bfloat16; y of the norm is as shift, y of the residual as x. The CPU key is always there, the CUDA key where the build has its kernels.
 #include "tensors.h"
 
 STABLE_TORCH_LIBRARY(cmt, m) {
@@ -11,7 +12,7 @@ STABLE_TORCH_LIBRARY(cmt, m) {
       "modulated_norm(Tensor x, Tensor shift, Tensor scale, Tensor? x_dot, Tensor? shift_dot, Tensor? scale_dot, "
       "float eps) -> (Tensor y, Tensor y_dot, Tensor stats)");
   m.def(
-      "modulated_norm_backward(Tensor grad, Tensor x, Tensor scale, Tensor stats) "
+      "modulated_norm_backward(Tensor grad, Tensor x, Tensor scale, Tensor stats, Tensor? through) "
       "-> (Tensor dx, Tensor dshift, Tensor dscale)");
   m.def(
       "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? bias, Tensor? x_dot, Tensor? branch_dot, "
@@ -81,43 +82,46 @@ Two gelu_backward_op(const Tensor& grad_in, const Tensor& x_in, const Maybe& bia
 Three modulated_norm_op(const Tensor& x_in, const Tensor& shift_in, const Tensor& scale_in, const Maybe& x_dot_in,
                         const Maybe& shift_dot_in, const Maybe& scale_dot_in, double eps) {
   const char* op = "modulated_norm";
-  bool half = is_bf16(x_in, op);
+  bool stream_half = is_bf16(x_in, op), half = is_bf16_beside(shift_in, x_in, op, "shift");
   STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
   int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2);
   int64_t k = tangent_rows({&x_dot_in, &shift_dot_in, &scale_dot_in}, B, op);
   Tensor x = dense(x_in);
   Maybe x_dot = activation(x_dot_in, x, k, op, "the tangent of x");
-  Maybe shift = modulation(shift_in, x, B, op, "shift"), scale = modulation(scale_in, x, B, op, "scale");
-  Maybe shift_dot = modulation(shift_dot_in, x, k, op, "the tangent of shift");
-  Maybe scale_dot = modulation(scale_dot_in, x, k, op, "the tangent of scale");
-  Tensor y = empty(x, {B, T, D}), y_dot = empty(x, {k, T, D}), stats = empty_floats(x, {B, T, 2});
+  const Tensor* as = &shift_in;
+  Maybe shift = modulation(shift_in, x, B, op, "shift", as), scale = modulation(scale_in, x, B, op, "scale", as);
+  Maybe shift_dot = modulation(shift_dot_in, x, k, op, "the tangent of shift", as);
+  Maybe scale_dot = modulation(scale_dot_in, x, k, op, "the tangent of scale", as);
+  Tensor y = empty(*as, {B, T, D}), y_dot = empty(*as, {k, T, D}), stats = empty_floats(x, {B, T, 2});
   if (x.numel()) {
     Place place(x);
     place.backend->modulated_norm(
         {x.const_data_ptr(), pointer(x_dot), rows(shift), rows(scale), rows(shift_dot), rows(scale_dot),
-         y.mutable_data_ptr(), y_dot.mutable_data_ptr(), floats(stats), B, T, D, k, float(eps), half},
+         y.mutable_data_ptr(), y_dot.mutable_data_ptr(), floats(stats), B, T, D, k, float(eps), stream_half, half},
         place.context);
   }
   return {y, y_dot, stats};
 }
 
 Three modulated_norm_backward_op(const Tensor& grad_in, const Tensor& x_in, const Tensor& scale_in,
-                                 const Tensor& stats_in) {
+                                 const Tensor& stats_in, const Maybe& through_in) {
   const char* op = "modulated_norm_backward";
-  bool half = is_bf16(x_in, op);
+  bool stream_half = is_bf16(x_in, op), half = is_bf16_beside(scale_in, x_in, op, "scale");
   STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
   int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2);
-  Tensor x = dense(x_in), grad = *activation(grad_in, x, B, op, "grad");
-  Maybe scale = modulation(scale_in, x, B, op, "scale"), stats = parameter(stats_in, x, {B, T, 2}, op, "stats");
+  Tensor x = dense(x_in), grad = *activation(grad_in, x, B, op, "grad", &scale_in);
+  Maybe through = activation(through_in, x, B, op, "the gradient that goes through");
+  Maybe scale = modulation(scale_in, x, B, op, "scale", &scale_in);
+  Maybe stats = parameter(stats_in, x, {B, T, 2}, op, "stats");
   Chunks chunks(T, kChunks);
-  Tensor dx = empty(x, {B, T, D}), dshift = empty(x, {B, D}), dscale = empty(x, {B, D});
+  Tensor dx = empty(x, {B, T, D}), dshift = empty(scale_in, {B, D}), dscale = empty(scale_in, {B, D});
   Tensor partials = empty_floats(x, {B, chunks.count, 2, D});
   if (B && D) {
     Place place(x);
     place.backend->modulated_norm_backward(
-        {grad.const_data_ptr(), x.const_data_ptr(), rows(scale), floats(stats), dx.mutable_data_ptr(),
-         dshift.mutable_data_ptr(), dscale.mutable_data_ptr(), floats(partials), B, T, D, chunks.rows, chunks.count,
-         half},
+        {grad.const_data_ptr(), x.const_data_ptr(), pointer(through), rows(scale), floats(stats),
+         dx.mutable_data_ptr(), dshift.mutable_data_ptr(), dscale.mutable_data_ptr(), floats(partials), B, T, D,
+         chunks.rows, chunks.count, stream_half, half},
         place.context);
   }
   return {dx, dshift, dscale};
@@ -126,21 +130,22 @@ Three modulated_norm_backward_op(const Tensor& grad_in, const Tensor& x_in, cons
 Two gated_residual_op(const Tensor& x_in, const Tensor& branch_in, const Tensor& gate_in, const Maybe& bias_in,
                       const Maybe& x_dot_in, const Maybe& branch_dot_in, const Maybe& gate_dot_in) {
   const char* op = "gated_residual";
-  bool half = is_bf16(x_in, op);
+  bool stream_half = is_bf16(x_in, op), half = is_bf16_beside(branch_in, x_in, op, "branch");
   STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
   int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2);
   int64_t k = tangent_rows({&x_dot_in, &branch_dot_in, &gate_dot_in}, B, op);
-  Tensor x = dense(x_in), branch = *activation(branch_in, x, B, op, "branch");
-  Maybe gate = modulation(gate_in, x, B, op, "gate"), bias = parameter(bias_in, x, {D}, op, "bias");
+  const Tensor* as = &branch_in;
+  Tensor x = dense(x_in), branch = *activation(branch_in, x, B, op, "branch", as);
+  Maybe gate = modulation(gate_in, x, B, op, "gate", as), bias = parameter(bias_in, x, {D}, op, "bias");
   Maybe x_dot = activation(x_dot_in, x, k, op, "the tangent of x");
-  Maybe branch_dot = activation(branch_dot_in, x, k, op, "the tangent of branch");
-  Maybe gate_dot = modulation(gate_dot_in, x, k, op, "the tangent of gate");
+  Maybe branch_dot = activation(branch_dot_in, x, k, op, "the tangent of branch", as);
+  Maybe gate_dot = modulation(gate_dot_in, x, k, op, "the tangent of gate", as);
   Tensor y = empty(x, {B, T, D}), y_dot = empty(x, {k, T, D});
   if (x.numel()) {
     Place place(x);
     place.backend->gated_residual(
         {x.const_data_ptr(), branch.const_data_ptr(), pointer(x_dot), pointer(branch_dot), rows(gate), rows(gate_dot),
-         floats(bias), y.mutable_data_ptr(), y_dot.mutable_data_ptr(), B, T, D, k, half},
+         floats(bias), y.mutable_data_ptr(), y_dot.mutable_data_ptr(), B, T, D, k, stream_half, half},
         place.context);
   }
   return {y, y_dot};
@@ -149,10 +154,10 @@ Two gated_residual_op(const Tensor& x_in, const Tensor& branch_in, const Tensor&
 Three gated_residual_backward_op(const Tensor& grad_in, const Tensor& branch_in, const Tensor& gate_in,
                                  const Maybe& bias_in) {
   const char* op = "gated_residual_backward";
-  bool half = is_bf16(branch_in, op);
+  bool stream_half = is_bf16(grad_in, op), half = is_bf16_beside(branch_in, grad_in, op, "branch");
   STD_TORCH_CHECK(branch_in.dim() == 3, op, ": branch must be (B, T, D)");
   int64_t B = branch_in.size(0), T = branch_in.size(1), D = branch_in.size(2);
-  Tensor branch = dense(branch_in), grad = *activation(grad_in, branch, B, op, "grad");
+  Tensor branch = dense(branch_in), grad = *activation(grad_in, branch, B, op, "grad", &grad_in);
   Maybe gate = modulation(gate_in, branch, B, op, "gate"), bias = parameter(bias_in, branch, {D}, op, "bias");
   Chunks chunks(T, kChunks);
   Tensor dbranch = empty(branch, {B, T, D}), dgate = empty(branch, {B, D});
@@ -161,7 +166,7 @@ Three gated_residual_backward_op(const Tensor& grad_in, const Tensor& branch_in,
     Place place(branch);
     place.backend->gated_residual_backward(
         {grad.const_data_ptr(), branch.const_data_ptr(), rows(gate), floats(bias), dbranch.mutable_data_ptr(),
-         dgate.mutable_data_ptr(), floats(dbias), floats(partials), B, T, D, chunks.rows, chunks.count, half},
+         dgate.mutable_data_ptr(), floats(dbias), floats(partials), B, T, D, chunks.rows, chunks.count, stream_half, half},
         place.context);
   }
   return {dbranch, dgate, dbias};

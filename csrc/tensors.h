@@ -78,8 +78,16 @@ inline bool is_bf16(const Tensor& x, const char* op) {
   return yes;
 }
 
-inline void check_same(const Tensor& y, const Tensor& x, const char* op, const char* name) {
-  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), op, ": ", name, " has another dtype than the first argument");
+// The dtype of what stands beside a residual stream: the stream's own, or bf16 beside fp32.
+inline bool is_bf16_beside(const Tensor& y, const Tensor& stream, const char* op, const char* name) {
+  bool half = is_bf16(y, op);
+  STD_TORCH_CHECK(half || !is_bf16(stream, op), op, ": ", name, " in float32 beside a stream in bfloat16");
+  return half;
+}
+
+inline void check_same(const Tensor& y, const Tensor& x, const char* op, const char* name, const Tensor* of = nullptr) {
+  STD_TORCH_CHECK(y.scalar_type() == (of ? *of : x).scalar_type(), op, ": ", name,
+                  of ? " has another dtype than the argument it goes with" : " has another dtype than the first argument");
   STD_TORCH_CHECK(y.device() == x.device(), op, ": ", name, " is on another device than the first argument");
 }
 
@@ -111,10 +119,11 @@ inline Tensor dense(const Tensor& x) {
   return allocated(shape_of(x), [&] { return torch::stable::contiguous(x); });
 }
 
-// An activation like `x`, contiguous; a tangent has k rows instead.
-inline Maybe activation(const Maybe& y, const Tensor& x, int64_t rows, const char* op, const char* name) {
+// An activation shaped like `x`, contiguous, of the dtype of x or of `of`; a tangent has k rows instead.
+inline Maybe activation(const Maybe& y, const Tensor& x, int64_t rows, const char* op, const char* name,
+                        const Tensor* of = nullptr) {
   if (!y) return std::nullopt;
-  check_same(*y, x, op, name);
+  check_same(*y, x, op, name, of);
   Shape shape = shape_of(x);
   shape[0] = rows;
   check_shape(*y, shape, op, name);
@@ -122,9 +131,10 @@ inline Maybe activation(const Maybe& y, const Tensor& x, int64_t rows, const cha
 }
 
 // A modulation vector (rows, D) whose last dimension is dense: the chunks of one adaLN output are taken as they are.
-inline Maybe modulation(const Maybe& m, const Tensor& x, int64_t rows, const char* op, const char* name) {
+inline Maybe modulation(const Maybe& m, const Tensor& x, int64_t rows, const char* op, const char* name,
+                        const Tensor* of = nullptr) {
   if (!m) return std::nullopt;
-  check_same(*m, x, op, name);
+  check_same(*m, x, op, name, of);
   check_shape(*m, {rows, x.size(x.dim() - 1)}, op, name);
   return m->stride(1) == 1 || m->size(1) <= 1 ? *m : dense(*m);
 }

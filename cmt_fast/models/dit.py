@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from cmt_kernels import Dual, attention, gated_residual, gelu, qk_norm, silu
-from cmt_kernels.dual import add, linear_map, multiply
+from cmt_kernels.dual import add, chunks, linear_map, multiply
 from torch import Tensor, nn
 
 from cmt_fast.models.layers import LabelEmbedder, LayerNorm, Linear, RmsNorm, TimeEmbedder, recomputed
@@ -35,19 +35,19 @@ class Block(nn.Module):
         self.q_weight, self.k_weight = (nn.Parameter(torch.ones(width // heads)) if normed else None for _ in range(2))
 
     def forward(self, x: Tensor | Dual, c: Tensor | Dual, cos: Tensor | None, sin: Tensor | None) -> Tensor | Dual:
-        modulation = self.modulation(c)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-            linear_map(lambda m, i=i: m.chunk(6, dim=-1)[i], modulation) for i in range(6)
-        )
-        qkv = linear_map(lambda y: y.unflatten(-1, (3, self.heads, -1)), self.qkv(self.norm1(x, shift_a, scale_a)))
-        x = gated_residual(x, self.proj(attention(qk_norm(qkv, self.q_weight, self.k_weight, cos, sin))), gate_a)
-        return gated_residual(x, self.fc2(self._activate(self.fc1(self.norm2(x, shift_m, scale_m)))), gate_m)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks(self.modulation(c), 6)
+        h, x = self.norm1(x, shift_a, scale_a)
+        qkv = linear_map(lambda y: y.unflatten(-1, (3, self.heads, -1)), self.qkv(h))
+        mixed = attention(qk_norm(qkv, self.q_weight, self.k_weight, cos, sin))
+        x = self.proj(mixed, lambda y, bias: gated_residual(x, y, gate_a, bias))
+        h, x = self.norm2(x, shift_m, scale_m)
+        return self.fc2(self._hidden(h), lambda y, bias: gated_residual(x, y, gate_m, bias))
 
-    def _activate(self, h: Tensor | Dual) -> Tensor | Dual:
-        """gelu(h), or the gated silu(a) b of h = [a, b] (Shazeer 2020)."""
+    def _hidden(self, h: Tensor | Dual) -> Tensor | Dual:
+        """gelu(fc1(h)), or the gated silu(a) b of [a, b] = fc1(h) (Shazeer 2020)."""
         if not self.gated:
-            return gelu(h)
-        a, b = (linear_map(lambda y, i=i: y.chunk(2, dim=-1)[i], h) for i in range(2))
+            return self.fc1(h, gelu)
+        a, b = chunks(self.fc1(h), 2)
         return multiply(silu(a), b)
 
 
@@ -116,9 +116,8 @@ class DiT(nn.Module):
         c = silu(c)
         for block in self.blocks:
             h = self._block(block, h, c)
-        modulation = self.final_modulation(c)
-        shift, scale = (linear_map(lambda m, i=i: m.chunk(2, dim=-1)[i], modulation) for i in range(2))
-        return linear_map(self._unpatchify, self.final(self.final_norm(h, shift, scale)))
+        h, _ = self.final_norm(h, *chunks(self.final_modulation(c), 2))
+        return linear_map(self._unpatchify, self.final(h))
 
     def _block(self, block: Block, x: Tensor | Dual, c: Tensor | Dual) -> Tensor | Dual:
         """One block, run again in the backward pass where activations are not to be kept."""

@@ -13,6 +13,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from cmt_fast.models.layers import BiasedOp
 
 LARGEST = 448.0  # of e4m3
 MULTIPLE = 16  # what torch._scaled_mm asks of both widths
@@ -25,7 +26,7 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Fp8Linear(nn.Module):
-    """A frozen linear in fp8: x (..., D) of any float dtype -> (..., E) bfloat16."""
+    """A frozen linear in fp8: x (..., D) of any float dtype -> (..., E) bfloat16. `then`: as of models.layers.Linear."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -34,17 +35,19 @@ class Fp8Linear(nn.Module):
         self.register_buffer("scale", scale.view(1, -1))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(torch.bfloat16))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, then: BiasedOp | None = None) -> Tensor:
+        bias = None if then else self.bias
         with torch.autocast(x.device.type, enabled=False):
             q, scale = quantised(x.reshape(-1, x.shape[-1]))
             if x.is_cuda:
                 y = torch._scaled_mm(
-                    q, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=self.bias, out_dtype=torch.bfloat16
+                    q, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=bias, out_dtype=torch.bfloat16
                 )
             else:
                 y = (q.float() @ self.weight.float().t()) * scale * self.scale
-                y = (y if self.bias is None else y + self.bias.float()).to(torch.bfloat16)
-        return y.view(*x.shape[:-1], -1)
+                y = (y if bias is None else y + bias.float()).to(torch.bfloat16)
+        y = y.view(*x.shape[:-1], -1)
+        return then(y, self.bias) if then else y
 
 
 def in_fp8(net: nn.Module) -> nn.Module:

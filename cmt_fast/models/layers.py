@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+BiasedOp = Callable[[Tensor | Dual, Tensor | None], Tensor | Dual]
+
+
 def in_fp32(x: Tensor | Dual) -> contextlib.AbstractContextManager[None]:
     """Autocast turned off on the device of x; on the meta device, which autocast does not know, nothing is to be done."""
     device = value(x).device.type
@@ -34,7 +37,11 @@ def in_fp32(x: Tensor | Dual) -> contextlib.AbstractContextManager[None]:
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b for Tensor | Dual. x: (..., D) -> (..., E). `zero` starts weight and bias at 0."""
+    """y = x W^T + b for Tensor | Dual. x: (..., D) -> (..., E). `zero` starts weight and bias at 0.
+
+    then: the op that follows and adds the bias itself, gelu or gated_residual: then(x W^T, b). Its backward, which has the
+    rows in hand, also sums them for the bias.
+    """
 
     def __init__(self, d_in: int, d_out: int, bias: bool = True, zero: bool = False) -> None:
         super().__init__(d_in, d_out, bias)
@@ -45,8 +52,8 @@ class Linear(nn.Linear):
         if bias:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor | Dual) -> Tensor | Dual:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor | Dual, then: BiasedOp | None = None) -> Tensor | Dual:
+        return linear(x, self.weight, self.bias) if then is None else then(linear(x, self.weight), self.bias)
 
 
 class Conv(nn.Conv2d):
@@ -72,21 +79,24 @@ class GroupNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """x: (B, T, D) -> mean 0 and variance 1 over D, then adaLN's scale and shift (B, D). Owns nothing."""
+    """x: (B, T, D) -> mean 0 and variance 1 over D, then adaLN's scale and shift (B, D); and x, to go on with.
 
-    def forward(self, x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual) -> Tensor | Dual:
-        return modulated_norm(x, shift, scale)
+    Owns nothing. What reads the x that it gives leaves one gradient of the stream, not two to be added.
+    """
+
+    def forward(self, x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual) -> tuple[Tensor | Dual, Tensor | Dual]:
+        return modulated_norm(x, shift, scale, also_x=True)
 
 
 class RmsNorm(nn.Module):
-    """x: (B, T, D) -> mean square 1 over D, times a weight, then adaLN's scale and shift (B, D)."""
+    """x: (B, T, D) -> mean square 1 over D, times a weight, then adaLN's scale and shift (B, D); and x, as LayerNorm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual) -> Tensor | Dual:
-        return modulated_rms_norm(x, self.weight, shift, scale)
+    def forward(self, x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual) -> tuple[Tensor | Dual, Tensor | Dual]:
+        return modulated_rms_norm(x, self.weight, shift, scale), x
 
 
 class TimeEmbedder(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from cmt_kernels import Dual, gated_residual, gelu, modulated_norm, silu
-from cmt_kernels.dual import add, linear_map
+from cmt_kernels.dual import add, chunks, linear_map
 from torch import Tensor, nn
 
 from cmt_fast.models.layers import LabelEmbedder, Linear, TimeEmbedder
@@ -42,7 +42,7 @@ class Mlp(nn.Module):
             c = add(c, self.label(labels, drop))
         c = silu(c)
         for modulation, fc1, fc2 in zip(self.modulations, self.fc1, self.fc2):
-            m = modulation(c)
-            shift, scale, gate = (linear_map(lambda y, i=i: y.chunk(3, dim=-1)[i], m) for i in range(3))
-            h = gated_residual(h, fc2(gelu(fc1(modulated_norm(h, shift, scale)))), gate)
+            shift, scale, gate = chunks(modulation(c), 3)
+            normed, h = modulated_norm(h, shift, scale, also_x=True)
+            h = fc2(fc1(normed, gelu), lambda y, bias, h=h, gate=gate: gated_residual(h, y, gate, bias))
         return self.final(linear_map(lambda y: y.squeeze(1), h))

@@ -10,22 +10,25 @@ const T* row_of(const void* x, int64_t row, int64_t stride) {
   return x ? static_cast<const T*>(x) + row * stride : nullptr;
 }
 
-template <class T>
+// S: the residual stream, T: all else.
+template <class S, class T>
 void forward(const GatedResidual& a, const Context& context) {
   parallel(context, a.B * a.T, grain_of(a.D), [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       int64_t b = row / a.T, D = a.D;
-      auto x = row_of<T>(a.x, row, D), branch = row_of<T>(a.branch, row, D);
+      auto x = row_of<S>(a.x, row, D);
+      auto branch = row_of<T>(a.branch, row, D);
       auto gate = row_of<T>(a.gate.data, b, a.gate.stride);
-      auto y = static_cast<T*>(a.y) + row * D;
+      auto y = static_cast<S*>(a.y) + row * D;
       columns(D, [&](int64_t i, int64_t n) {
         V o = load(branch + i, n) + load_or(a.bias, i, n, 0.0f);
         store(y + i, mad(load(gate + i, n), o, load(x + i, n)), n);
       });
       if (b >= a.k) continue;
-      auto x_dot = row_of<T>(a.x_dot, row, D), branch_dot = row_of<T>(a.branch_dot, row, D);
+      auto x_dot = row_of<S>(a.x_dot, row, D);
+      auto branch_dot = row_of<T>(a.branch_dot, row, D);
       auto gate_dot = row_of<T>(a.gate_dot.data, b, a.gate_dot.stride);
-      auto y_dot = static_cast<T*>(a.y_dot) + row * D;
+      auto y_dot = static_cast<S*>(a.y_dot) + row * D;
       columns(D, [&](int64_t i, int64_t n) {
         V along{};
         if (x_dot) along = load(x_dot + i, n);
@@ -38,7 +41,7 @@ void forward(const GatedResidual& a, const Context& context) {
   });
 }
 
-template <class T>
+template <class S, class T>
 void backward(const GatedResidualBackward& a, const Context& context) {
   int64_t D = a.D;
   parallel(context, a.B * a.chunks, 1 + grain_of(D) / (a.chunk_rows + 1), [=](int64_t begin, int64_t end) {
@@ -49,7 +52,8 @@ void backward(const GatedResidualBackward& a, const Context& context) {
       float *dgate = a.partials + task * 2 * D, *total = dgate + D;
       std::memset(dgate, 0, 2 * D * sizeof(float));
       for (int64_t row = b * a.T + from; row < b * a.T + to; ++row) {
-        auto grad = row_of<T>(a.grad, row, D), branch = row_of<T>(a.branch, row, D);
+        auto grad = row_of<S>(a.grad, row, D);
+        auto branch = row_of<T>(a.branch, row, D);
         auto dbranch = static_cast<T*>(a.dbranch) + row * D;
         columns(D, [&](int64_t i, int64_t n) {
           V g = load(grad + i, n), o = load(branch + i, n) + load_or(a.bias, i, n, 0.0f);
@@ -79,10 +83,12 @@ void backward(const GatedResidualBackward& a, const Context& context) {
 }  // namespace
 
 void gated_residual(const GatedResidual& a, const Context& context) {
-  a.bf16 ? forward<bf16>(a, context) : forward<float>(a, context);
+  if (a.stream_bf16) return forward<bf16, bf16>(a, context);
+  a.bf16 ? forward<float, bf16>(a, context) : forward<float, float>(a, context);
 }
 void gated_residual_backward(const GatedResidualBackward& a, const Context& context) {
-  a.bf16 ? backward<bf16>(a, context) : backward<float>(a, context);
+  if (a.stream_bf16) return backward<bf16, bf16>(a, context);
+  a.bf16 ? backward<float, bf16>(a, context) : backward<float, float>(a, context);
 }
 
 }  // namespace cmt::CMT_ISA

@@ -33,11 +33,12 @@ CMT_FN Moments moments_of(const T* x, int64_t D, float eps) {
   }
 }
 
-template <class T>
+// S: the residual stream, T: all else.
+template <class S, class T>
 void tangent_row(const ModulatedNorm& a, int64_t row, Moments of) {
   int64_t b = row / a.T, D = a.D;
-  auto x = static_cast<const T*>(a.x) + row * D;
-  auto x_dot = a.x_dot ? static_cast<const T*>(a.x_dot) + row * D : nullptr;
+  auto x = static_cast<const S*>(a.x) + row * D;
+  auto x_dot = a.x_dot ? static_cast<const S*>(a.x_dot) + row * D : nullptr;
   auto y_dot = static_cast<T*>(a.y_dot) + row * D;
   auto scale = row_of<T>(a.scale, b), scale_dot = row_of<T>(a.scale_dot, b), shift_dot = row_of<T>(a.shift_dot, b);
   V s1{}, s2{};
@@ -58,12 +59,12 @@ void tangent_row(const ModulatedNorm& a, int64_t row, Moments of) {
   });
 }
 
-template <class T>
+template <class S, class T>
 void forward(const ModulatedNorm& a, const Context& context) {
   parallel(context, a.B * a.T, grain_of(a.D), [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       int64_t b = row / a.T, D = a.D;
-      auto x = static_cast<const T*>(a.x) + row * D;
+      auto x = static_cast<const S*>(a.x) + row * D;
       auto y = static_cast<T*>(a.y) + row * D;
       auto shift = row_of<T>(a.shift, b), scale = row_of<T>(a.scale, b);
       Moments of = moments_of(x, D, a.eps);
@@ -73,17 +74,17 @@ void forward(const ModulatedNorm& a, const Context& context) {
         V xh = normalised(load(x + i, n), of.size, of.mean, of.r);
         store(y + i, modulated(xh, load(scale + i, n), load(shift + i, n)), n);
       });
-      if (b < a.k) tangent_row<T>(a, row, of);
+      if (b < a.k) tangent_row<S, T>(a, row, of);
     }
   });
 }
 
-template <class T>
+template <class S, class T>
 void backward_row(const ModulatedNormBackward& a, int64_t row, float* dshift, float* dscale) {
   int64_t D = a.D;
-  auto x = static_cast<const T*>(a.x) + row * D, grad = static_cast<const T*>(a.grad) + row * D;
-  auto scale = row_of<T>(a.scale, row / a.T);
-  auto dx = static_cast<T*>(a.dx) + row * D;
+  auto x = static_cast<const S*>(a.x) + row * D, through = a.through ? static_cast<const S*>(a.through) + row * D : nullptr;
+  auto grad = static_cast<const T*>(a.grad) + row * D, scale = row_of<T>(a.scale, row / a.T);
+  auto dx = static_cast<S*>(a.dx) + row * D;
   Kept k{a.stats[2 * row], a.stats[2 * row + 1]};
   V s1{}, s2{};
   columns(D, [&](int64_t i, int64_t n) {
@@ -96,11 +97,12 @@ void backward_row(const ModulatedNormBackward& a, int64_t row, float* dshift, fl
   float m1 = sum(s1) / D, m2 = sum(s2) / D;
   columns(D, [&](int64_t i, int64_t n) {
     V xh = normalised_again(load(x + i, n), k), w = load(grad + i, n) * (1.0f + load(scale + i, n));
-    store(dx + i, 0.5f * normalise_along(w, xh, k.twice_r, m1, m2), n);
+    V d = 0.5f * normalise_along(w, xh, k.twice_r, m1, m2);
+    store(dx + i, through ? load(through + i, n) + d : d, n);
   });
 }
 
-template <class T>
+template <class S, class T>
 void backward(const ModulatedNormBackward& a, const Context& context) {
   int64_t D = a.D;
   parallel(context, a.B * a.chunks, 1 + grain_of(D) / (a.chunk_rows + 1), [=](int64_t begin, int64_t end) {
@@ -109,7 +111,7 @@ void backward(const ModulatedNormBackward& a, const Context& context) {
       int64_t to = from + a.chunk_rows < a.T ? from + a.chunk_rows : a.T;
       float* sums = a.partials + task * 2 * D;
       std::memset(sums, 0, 2 * D * sizeof(float));
-      for (int64_t t = from; t < to; ++t) backward_row<T>(a, b * a.T + t, sums, sums + D);
+      for (int64_t t = from; t < to; ++t) backward_row<S, T>(a, b * a.T + t, sums, sums + D);
     }
   });
   for (int64_t b = 0; b < a.B; ++b) {
@@ -129,10 +131,12 @@ void backward(const ModulatedNormBackward& a, const Context& context) {
 }  // namespace
 
 void modulated_norm(const ModulatedNorm& a, const Context& context) {
-  a.bf16 ? forward<bf16>(a, context) : forward<float>(a, context);
+  if (a.stream_bf16) return forward<bf16, bf16>(a, context);
+  a.bf16 ? forward<float, bf16>(a, context) : forward<float, float>(a, context);
 }
 void modulated_norm_backward(const ModulatedNormBackward& a, const Context& context) {
-  a.bf16 ? backward<bf16>(a, context) : backward<float>(a, context);
+  if (a.stream_bf16) return backward<bf16, bf16>(a, context);
+  a.bf16 ? backward<float, bf16>(a, context) : backward<float, float>(a, context);
 }
 
 }  // namespace cmt::CMT_ISA

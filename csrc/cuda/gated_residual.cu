@@ -20,7 +20,8 @@ CMT_FN Vec vector_of(const Rows& m, int64_t b, int i, int D, bool whole) {
   return m.data ? load(static_cast<const T*>(m.data) + b * m.stride, i, D, whole) : Vec{};
 }
 
-template <class T>
+// S: the residual stream, T: all else.
+template <class S, class T>
 __global__ void __launch_bounds__(32 * kWarps) gated_kernel(GatedResidual a, int64_t chunk_rows, int64_t chunks,
                                                             bool whole) {
   Tile tile = tile_of(a.T, chunk_rows, chunks);
@@ -31,22 +32,22 @@ __global__ void __launch_bounds__(32 * kWarps) gated_kernel(GatedResidual a, int
   if (dual) gate_dot = vector_of<T>(a.gate_dot, tile.b, i, D, whole);
   if (a.bias) bias = load(a.bias, i, D, false);
   for (int64_t row = tile.row; row < tile.last; row += kWarps) {
-    Vec x = load(static_cast<const T*>(a.x) + row * D, i, D, whole);
+    Vec x = load(static_cast<const S*>(a.x) + row * D, i, D, whole);
     Vec branch = load(static_cast<const T*>(a.branch) + row * D, i, D, whole);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       branch.v[j] += bias.v[j];
       x.v[j] = mad(gate.v[j], branch.v[j], x.v[j]);
     }
-    store(static_cast<T*>(a.y) + row * D, i, D, whole, x);
+    store(static_cast<S*>(a.y) + row * D, i, D, whole, x);
     if (!dual) continue;
     Vec along{}, branch_dot{};
-    if (a.x_dot) along = load(static_cast<const T*>(a.x_dot) + row * D, i, D, whole);
+    if (a.x_dot) along = load(static_cast<const S*>(a.x_dot) + row * D, i, D, whole);
     if (a.branch_dot) branch_dot = load(static_cast<const T*>(a.branch_dot) + row * D, i, D, whole);
 #pragma unroll
     for (int j = 0; j < kVector; ++j)
       along.v[j] = mad(gate_dot.v[j], branch.v[j], mad(gate.v[j], branch_dot.v[j], along.v[j]));
-    store(static_cast<T*>(a.y_dot) + row * D, i, D, whole, along);
+    store(static_cast<S*>(a.y_dot) + row * D, i, D, whole, along);
   }
 }
 
@@ -65,7 +66,7 @@ CMT_FN void write_sums(const Vec& sums, float (&shared)[kWarps][kTile], float* o
   }
 }
 
-template <class T>
+template <class S, class T>
 __global__ void __launch_bounds__(32 * kWarps) gated_backward_kernel(GatedResidualBackward a, bool whole) {
   __shared__ float shared[kWarps][kTile];
   Tile tile = tile_of(a.T, a.chunk_rows, a.chunks);
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(32 * kWarps) gated_backward_kernel(GatedResidu
   Vec gate = vector_of<T>(a.gate, tile.b, i, D, whole), bias{}, dgate{}, total{};
   if (a.bias) bias = load(a.bias, i, D, false);
   for (int64_t row = tile.row; row < tile.last; row += kWarps) {
-    Vec grad = load(static_cast<const T*>(a.grad) + row * D, i, D, whole);
+    Vec grad = load(static_cast<const S*>(a.grad) + row * D, i, D, whole);
     Vec branch = load(static_cast<const T*>(a.branch) + row * D, i, D, whole);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
@@ -102,19 +103,19 @@ __global__ void bias_kernel(GatedResidualBackward a) {
   a.dbias[i] = dbias;
 }
 
-template <class T>
+template <class S, class T>
 void forward(const GatedResidual& a, cudaStream_t stream) {
   bool whole = a.D % kVector == 0 && aligned(a.x) && aligned(a.branch) && aligned(a.x_dot) && aligned(a.branch_dot) &&
                aligned(a.gate) && aligned(a.gate_dot) && aligned(a.y) && aligned(a.y_dot);
   int64_t chunk_rows = 4 * kWarps, chunks = (a.T + chunk_rows - 1) / chunk_rows;
   dim3 grid(a.B * chunks, (a.D + kTile - 1) / kTile);
-  gated_kernel<T><<<grid, dim3(32, kWarps), 0, stream>>>(a, chunk_rows, chunks, whole);
+  gated_kernel<S, T><<<grid, dim3(32, kWarps), 0, stream>>>(a, chunk_rows, chunks, whole);
 }
-template <class T>
+template <class S, class T>
 void backward(const GatedResidualBackward& a, cudaStream_t stream) {
   bool whole = a.D % kVector == 0 && aligned(a.grad) && aligned(a.branch) && aligned(a.gate) && aligned(a.dbranch);
   dim3 grid(a.B * a.chunks, (a.D + kTile - 1) / kTile);
-  if (grid.x) gated_backward_kernel<T><<<grid, dim3(32, kWarps), 0, stream>>>(a, whole);
+  if (grid.x) gated_backward_kernel<S, T><<<grid, dim3(32, kWarps), 0, stream>>>(a, whole);
   launch_sum_chunks(a.partials, static_cast<T*>(a.dgate), a.B, a.chunks, 2 * a.D, 0, a.D, stream);
   if (a.bias) bias_kernel<T><<<(a.D + 127) / 128, 128, 0, stream>>>(a);
 }
@@ -123,12 +124,14 @@ void backward(const GatedResidualBackward& a, cudaStream_t stream) {
 
 void gated_residual(const GatedResidual& a, const Context& context) {
   auto stream = static_cast<cudaStream_t>(context.stream);
-  a.bf16 ? forward<bf16>(a, stream) : forward<float>(a, stream);
+  if (a.stream_bf16) forward<bf16, bf16>(a, stream);
+  else a.bf16 ? forward<float, bf16>(a, stream) : forward<float, float>(a, stream);
   check_launch("gated_residual");
 }
 void gated_residual_backward(const GatedResidualBackward& a, const Context& context) {
   auto stream = static_cast<cudaStream_t>(context.stream);
-  a.bf16 ? backward<bf16>(a, stream) : backward<float>(a, stream);
+  if (a.stream_bf16) backward<bf16, bf16>(a, stream);
+  else a.bf16 ? backward<float, bf16>(a, stream) : backward<float, float>(a, stream);
   check_launch("gated_residual_backward");
 }
 

@@ -14,11 +14,12 @@ CMT_FN const T* row_of(const Rows& m, int64_t b) {
 // are all but equal.
 constexpr float kMost = 64.0f;
 
-template <class T, int N>
+// S: the residual stream, T: all else.
+template <class S, class T, int N>
 CMT_FN void tangent_row(const ModulatedNorm& a, int64_t row, const Vec (&xh)[N], float r, bool whole) {  // r: of x itself
   int64_t b = row / a.T;
   int D = a.D;
-  const T* x_dot = a.x_dot ? static_cast<const T*>(a.x_dot) + row * D : nullptr;
+  const S* x_dot = a.x_dot ? static_cast<const S*>(a.x_dot) + row * D : nullptr;
   const T *scale = row_of<T>(a.scale, b), *scale_dot = row_of<T>(a.scale_dot, b), *shift_dot = row_of<T>(a.shift_dot, b);
   Vec v[N] = {};
   float m1 = 0.0f, m2 = 0.0f;
@@ -75,13 +76,14 @@ CMT_FN void moments_of(const Vec (&x)[N], float origin, int D, float& mean, floa
 // The blocks a multiprocessor must hold leave 128 registers a thread, 168 for the widest rows: none spills.
 //
 // Rows [first, last): with tangents or without, two instances, so that plain rows do not pay registers for tangents.
-template <class T, int N, bool kDual>
+template <class S, class T, int N, bool kDual>
 __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_kernel(ModulatedNorm a, int64_t first, int64_t last, bool whole) {
   int64_t row = first + blockIdx.x * int64_t(kWarps) + threadIdx.y;
   if (row >= last) return;
   int64_t b = row / a.T;
   int D = a.D;
-  const T *x = static_cast<const T*>(a.x) + row * D, *shift = row_of<T>(a.shift, b), *scale = row_of<T>(a.scale, b);
+  const S* x = static_cast<const S*>(a.x) + row * D;
+  const T *shift = row_of<T>(a.shift, b), *scale = row_of<T>(a.scale, b);
   Vec xh[N];
   float origin = to_float(x[0]), size = 1.0f;
 #pragma unroll
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_kernel(Modula
     }
     store(static_cast<T*>(a.y) + row * D, i, D, whole, h);
   }
-  if constexpr (kDual) tangent_row<T, N>(a, row, xh, 0.5f * k.twice_r, whole);
+  if constexpr (kDual) tangent_row<S, T, N>(a, row, xh, 0.5f * k.twice_r, whole);
 }
 
 // The block's sums of one kind, warp after warp, into its row of the partials.
@@ -131,7 +133,7 @@ CMT_FN void write_sums(const Vec (&sums)[N], float* shared, float* out, int D) {
   }
 }
 
-template <class T, int N>
+template <class S, class T, int N>
 __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_backward_kernel(ModulatedNormBackward a, bool whole) {
   extern __shared__ float shared[];  // (kWarps, 256 N)
   int64_t b = blockIdx.x / a.chunks, from = blockIdx.x % a.chunks * a.chunk_rows;
@@ -141,7 +143,8 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_backward_kern
   Vec dshift[N] = {}, dscale[N] = {};
   for (int64_t t = from + threadIdx.y; t < to; t += kWarps) {
     int64_t row = b * a.T + t;
-    const T *x = static_cast<const T*>(a.x) + row * D, *grad = static_cast<const T*>(a.grad) + row * D;
+    const S* x = static_cast<const S*>(a.x) + row * D;
+    const T* grad = static_cast<const T*>(a.grad) + row * D;
     Kept k{a.stats[2 * row], a.stats[2 * row + 1]};
     float m1 = 0.0f, m2 = 0.0f;
 #pragma unroll
@@ -166,29 +169,35 @@ __global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_backward_kern
 #pragma unroll
       for (int j = 0; j < kVector; ++j)
         v.v[j] = 0.5f * normalise_along(g.v[j] * (1.0f + s.v[j]), normalised_again(v.v[j], k), k.twice_r, m1, m2);
-      store(static_cast<T*>(a.dx) + row * D, i, D, whole, v);
+      if (a.through) {
+        g = load(static_cast<const S*>(a.through) + row * D, i, D, whole);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) v.v[j] = g.v[j] + v.v[j];
+      }
+      store(static_cast<S*>(a.dx) + row * D, i, D, whole, v);
     }
   }
   write_sums<N>(dshift, shared, a.partials + blockIdx.x * int64_t(2) * D, D);
   write_sums<N>(dscale, shared, a.partials + (blockIdx.x * int64_t(2) + 1) * D, D);
 }
 
-template <class T, int N>
+template <class S, class T, int N>
 void forward(const ModulatedNorm& a, cudaStream_t stream) {
   bool whole = a.D % kVector == 0 && aligned(a.x) && aligned(a.x_dot) && aligned(a.y) && aligned(a.y_dot) &&
                aligned(a.shift) && aligned(a.scale) && aligned(a.shift_dot) && aligned(a.scale_dot);
   int64_t dual = a.k * a.T, all = a.B * a.T;
   dim3 block(32, kWarps);
-  if (dual) norm_kernel<T, N, true><<<(dual + kWarps - 1) / kWarps, block, 0, stream>>>(a, 0, dual, whole);
+  if (dual) norm_kernel<S, T, N, true><<<(dual + kWarps - 1) / kWarps, block, 0, stream>>>(a, 0, dual, whole);
   if (all > dual)
-    norm_kernel<T, N, false><<<(all - dual + kWarps - 1) / kWarps, block, 0, stream>>>(a, dual, all, whole);
+    norm_kernel<S, T, N, false><<<(all - dual + kWarps - 1) / kWarps, block, 0, stream>>>(a, dual, all, whole);
 }
 
-template <class T, int N>
+template <class S, class T, int N>
 void backward(const ModulatedNormBackward& a, cudaStream_t stream) {
-  bool whole = a.D % kVector == 0 && aligned(a.x) && aligned(a.grad) && aligned(a.dx) && aligned(a.scale);
+  bool whole = a.D % kVector == 0 && aligned(a.x) && aligned(a.grad) && aligned(a.through) && aligned(a.dx) &&
+               aligned(a.scale);
   if (a.chunks)
-    norm_backward_kernel<T, N><<<a.B * a.chunks, dim3(32, kWarps), kWarps * N * kTile * sizeof(float), stream>>>(a, whole);
+    norm_backward_kernel<S, T, N><<<a.B * a.chunks, dim3(32, kWarps), kWarps * N * kTile * sizeof(float), stream>>>(a, whole);
   launch_sum_chunks(a.partials, static_cast<T*>(a.dshift), a.B, a.chunks, 2 * a.D, 0, a.D, stream);
   launch_sum_chunks(a.partials, static_cast<T*>(a.dscale), a.B, a.chunks, 2 * a.D, a.D, a.D, stream);
 }
@@ -208,12 +217,18 @@ void by_width(int64_t D, F f) {
 
 void modulated_norm(const ModulatedNorm& a, const Context& context) {
   auto stream = static_cast<cudaStream_t>(context.stream);
-  by_width(a.D, [&]<int N>() { a.bf16 ? forward<bf16, N>(a, stream) : forward<float, N>(a, stream); });
+  by_width(a.D, [&]<int N>() {
+    if (a.stream_bf16) return forward<bf16, bf16, N>(a, stream);
+    a.bf16 ? forward<float, bf16, N>(a, stream) : forward<float, float, N>(a, stream);
+  });
   check_launch("modulated_norm");
 }
 void modulated_norm_backward(const ModulatedNormBackward& a, const Context& context) {
   auto stream = static_cast<cudaStream_t>(context.stream);
-  by_width(a.D, [&]<int N>() { a.bf16 ? backward<bf16, N>(a, stream) : backward<float, N>(a, stream); });
+  by_width(a.D, [&]<int N>() {
+    if (a.stream_bf16) return backward<bf16, bf16, N>(a, stream);
+    a.bf16 ? backward<float, bf16, N>(a, stream) : backward<float, float, N>(a, stream);
+  });
   check_launch("modulated_norm_backward");
 }
 

@@ -78,6 +78,20 @@ def linear_map(f: Callable[[Tensor], Tensor], x: Tensor | Dual) -> Tensor | Dual
         return Dual(y, f(x.tangent))
 
 
+def in_dtype(x: Tensor | Dual, dtype: torch.dtype) -> Tensor | Dual:
+    """Both halves in a dtype."""
+    if not isinstance(x, Dual):
+        return x.to(dtype)
+    return Dual(x.value.to(dtype), x.tangent.to(dtype))
+
+
+def chunks(x: Tensor | Dual, n: int) -> list[Tensor | Dual]:
+    """The n equal pieces of the last dimension. Cut once, so their gradients are put together once, not n times."""
+    if not isinstance(x, Dual):
+        return list(x.chunk(n, dim=-1))
+    return [Dual(v, dot) for v, dot in zip(x.value.chunk(n, dim=-1), x.tangent.chunk(n, dim=-1))]
+
+
 def add(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
     """a + b, (B, ...) each; a plain summand is a constant."""
     total = value(a) + value(b)

@@ -192,10 +192,11 @@ def test_gradcheck(op: str, case: Any) -> None:
 
 @pytest.mark.parametrize("op", ["modulated_norm", "gated_residual", "gelu", "qk_norm"])
 @pytest.mark.parametrize("dtype, other", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_output_has_the_dtype_of_the_first_argument(op: str, dtype: torch.dtype, other: torch.dtype) -> None:
+def test_output_has_the_dtype_of_one_argument(op: str, dtype: torch.dtype, other: torch.dtype) -> None:
+    """Of shift in modulated_norm, which takes the residual stream and gives a branch; of the first elsewhere."""
     case = next(case for case in cases_of(op).CASES if case.k)
     inputs = cases_of(op).inputs(case, other)
-    first = next(iter(inputs))
+    first = "shift" if op == "modulated_norm" else next(iter(inputs))
     inputs[first] = map_tensors(lambda x: x.to(dtype), inputs[first])
     for name in backends_on(op, "cpu"):
         assert {y.dtype for y in outputs(op, implementation(op, name), inputs)} == {dtype}, name
@@ -243,3 +244,41 @@ def test_only_declared_arguments_change(op: str) -> None:
             kept = [x for x in inputs if x not in mutated(op) + getattr(cases_of(op), "SCRATCH", ())]
             for x, y in zip(*(tree_leaves([tree[x] for x in kept]) for tree in (inputs, before)), strict=True):
                 assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
+
+
+def gradients_through_norm(name: str, also_x: bool, dtype: torch.dtype, stream: torch.dtype) -> list[Tensor]:
+    """y of modulated_norm, and the gradients where x is read by it and by a residual after it."""
+    module = cases_of("modulated_norm")
+    inputs = module.inputs(next(case for case in module.CASES if case.k), dtype)
+    inputs["x"] = map_tensors(lambda x: x.to(stream), inputs["x"])
+    inputs, leaves = with_leaves("modulated_norm", inputs)
+    norm = implementation("modulated_norm", name)
+    y, x = norm(**inputs, also_x=True) if also_x else (norm(**inputs), inputs["x"])
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(m.shape, generator=generator).to(m.dtype) for m in (y.value, x.value)]
+    return [*y, x.tangent, *torch.autograd.grad((y.value, x.value), leaves, directions)]
+
+
+@pytest.mark.parametrize("dtype, stream", [(torch.float32,) * 2, (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("name", [n for n in backends_on("modulated_norm", "cpu")])
+def test_what_goes_through_the_norm_is_added_in_its_backward(
+    name: str, dtype: torch.dtype, stream: torch.dtype
+) -> None:
+    """The same bits as autograd's addition, of a stream in float32: with bfloat16 there is one rounding less."""
+    ours = gradients_through_norm(name, True, dtype, stream)
+    assert all(map(torch.equal, ours, gradients_through_norm(name, False, dtype, stream)))
+
+
+@pytest.mark.parametrize("op", ["modulated_norm", "gated_residual"])
+@pytest.mark.parametrize("k", [None, 2])
+def test_a_stream_in_float32_beside_bfloat16_has_the_bits_of_casts(op: str, k: int | None) -> None:
+    """What the kernel reads and writes in bfloat16 is what casts around a kernel in float32 would give."""
+    case = next(case for case in cases_of(op).CASES if case.stream and case.k == k)
+    inputs = cases_of(op).inputs(case, torch.bfloat16)
+    widened = map_tensors(torch.Tensor.float, inputs)
+    for name in backends_on(op, "cpu"):
+        function = implementation(op, name)
+        got, plain = outputs(op, function, inputs), outputs(op, function, widened)
+        assert all(torch.equal(y, z.to(y.dtype)) for y, z in zip(got, plain, strict=True)), name
+        got, plain = (gradients(op, partial(outputs, op, function), x) for x in (inputs, widened))
+        assert all(torch.equal(y, z.to(y.dtype)) for y, z in zip(got, plain, strict=True)), name

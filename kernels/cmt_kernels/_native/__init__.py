@@ -104,6 +104,11 @@ def like(m: Tensor | None, x: Tensor) -> Tensor | None:
     return None if m is None else m.to(x.dtype)
 
 
+def beside(other: Tensor, stream: Tensor) -> bool:
+    """Whether the kernels take such a pair: both in one dtype, or bf16 beside a residual stream in fp32."""
+    return other.dtype == stream.dtype or (other.dtype, stream.dtype) == (torch.bfloat16, torch.float32)
+
+
 _functions: dict[str, type[torch.autograd.Function]] = {}
 
 
@@ -177,9 +182,16 @@ def register(name: str, fake: Callable, setup_context: Callable, backward: Calla
     def no_second(ctx, *grads):
         raise NotImplementedError(f"cmt::{name} has no second derivative; CMT_KERNELS={name}:reference has")
 
-    backward = transforms.once(name)(_told(backward))
-    _functions[name] = _function(name, setup_context, backward)
+    def keep(ctx, inputs, output) -> None:  # no zeros are made for the gradients of a tangent and of statistics
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    def gradient(ctx, grad, *others):
+        return (None,) * len(ctx.needs_input_grad) if grad is None else backward(ctx, grad, *others)
+
+    given = transforms.once(name)(_told(gradient))
+    _functions[name] = _function(name, keep, given)
     torch.library.register_fake(f"cmt::{name}", fake)
-    torch.library.register_autograd(f"cmt::{name}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"cmt::{name}", given, setup_context=keep)
     torch.library.register_fake(f"cmt::{name}_backward", backward_fake)
     torch.library.register_autograd(f"cmt::{name}_backward", no_second, setup_context=no_context)

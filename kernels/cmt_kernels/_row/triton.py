@@ -52,15 +52,25 @@ def paired(y: Tensor, y_dot: Tensor | None, k: int | None) -> Tensor | Dual:
 
 
 def variants(
-    name: str, kernel, tensors: dict[str, str], integers: tuple[str, ...], constexprs: dict, warps: int, duals
+    name: str,
+    kernel,
+    tensors: dict[str, str],
+    integers: tuple[str, ...],
+    constexprs: dict,
+    warps: int,
+    duals,
+    stream: tuple[str, ...] = (),
 ):
     """Gates of one kernel, in bf16 and fp32: plain, and with the tangents `duals` if there are any. `tensors`: argument
-    -> "x" for the dtype of the activations or a fixed type; tangents that are absent are the constant None."""
+    -> "x" for the dtype of the activations or a fixed type; tangents that are absent are the constant None. `stream`:
+    arguments that may be fp32 where the others are bf16, a third kind."""
     rows = []
-    for kind in ("bf16", "fp32"):
+    for kind in ("bf16", "fp32", *(["fp32 stream"] if stream else [])):
+        beside = "bf16" if kind == "fp32 stream" else kind
+        types = {a: ("fp32" if a in stream and kind == "fp32 stream" else beside) for a, t in tensors.items() if t == "x"}
         for dual in (False, True) if duals else (False,):
             absent = {} if dual else dict.fromkeys(duals)
-            signature = {a: "*" + (kind if t == "x" else t) for a, t in tensors.items() if a not in absent}
+            signature = {a: "*" + types.get(a, t) for a, t in tensors.items() if a not in absent}
             signature |= {a: "fp32" if a == "eps" else "i32" for a in integers}
             label = f"{name}{' dual' * dual} {kind}"
             rows.append(Gate(label, kernel, signature, constexprs | absent, warps, fp_fusion=False))

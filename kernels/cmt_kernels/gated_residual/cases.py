@@ -19,20 +19,24 @@ class Case(BaseCase):
     D: int
     bias: bool = True
     k: int | None = None
+    stream: bool = False  # x in fp32 at least, whatever the dtype of the others
 
 
 CASES = tuple(Case(8, 5, 24, True, k) for k in tangent_rows(8)) + (
     Case(5, 77, 72, False),
     Case(5, 77, 72, False, 1),
     Case(5, 77, 72, True, 5),
+    *(Case(5, 77, 72, True, k, stream=True) for k in (None, 2)),
 )
-BENCH = tuple(Case(8, 256, 768, True, k) for k in (None, 2, 8))
+BENCH = tuple(Case(8, 256, 768, True, k) for k in (None, 2, 8)) + tuple(
+    Case(8, 256, 768, True, k, True) for k in (None, 2)
+)
 
 
 def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
-    draw = Draw(dtype, device)
+    draw, stream = Draw(dtype, device), Draw(torch.promote_types(dtype, torch.float32) if case.stream else dtype, device, seed=1)
     return {
-        "x": draw.dual(case.k, case.B, case.T, case.D),
+        "x": stream.dual(case.k, case.B, case.T, case.D),
         "branch": draw.dual(case.k, case.B, case.T, case.D),
         "gate": draw.dual(case.k, case.B, case.D, std=0.5),
         "bias": draw.normal(case.D) if case.bias else None,
@@ -41,11 +45,12 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 
 def case_of(x, branch, gate, bias) -> Case:
     b, t, d = value(x).shape
-    return Case(b, t, d, bias is not None, rows(x, branch, gate))
+    return Case(b, t, d, bias is not None, rows(x, branch, gate), value(x).dtype != value(branch).dtype)
 
 
 def nbytes(case: Case, itemsize: int) -> int:
-    return ((case.B + (case.k or 0)) * (3 * case.T + 1) + case.bias) * case.D * itemsize
+    x = 4 if case.stream else itemsize
+    return ((case.B + (case.k or 0)) * (case.T * (2 * x + itemsize) + itemsize) + case.bias * itemsize) * case.D
 
 
 def flops(case: Case) -> int:

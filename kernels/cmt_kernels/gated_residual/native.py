@@ -19,8 +19,11 @@ def gated_residual(
     k, x_v = rows(x, branch, gate), value(x)
     if not _native.covers(x_v, "gated_residual"):
         return reference.gated_residual(x, branch, gate, bias)
-    values = (_native.like(value(m), x_v) for m in (branch, gate))
-    tangents = (_native.like(tangent(m), x_v) for m in (x, branch, gate))
+    as_branch = value(branch)
+    if as_branch.dtype != value(gate).dtype or not _native.beside(as_branch, x_v):
+        as_branch = x_v
+    values = (_native.like(value(m), as_branch) for m in (branch, gate))
+    tangents = (_native.like(tangent(x), x_v), *(_native.like(tangent(m), as_branch) for m in (branch, gate)))
     y, y_dot = _native.call("gated_residual", x_v, *values, _native.wide(bias), *tangents)
     return y if k is None else Dual(y, y_dot)
 

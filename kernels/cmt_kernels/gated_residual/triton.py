@@ -13,6 +13,7 @@ from cmt_kernels.dual import Dual, rows, tangent, value
 from cmt_kernels.gate import Gate
 from cmt_kernels.launch import placed
 
+STREAM = ("x", "x_dot", "y", "y_dot", "dy")  # what may be fp32 where all else is bf16
 COLUMNS = 256  # of a warp: with 512, as where rows are summed, ptxas spills a few bytes on sm_100
 
 
@@ -174,7 +175,8 @@ def gates() -> list[Gate]:
         block, warps = cut(d, COLUMNS)
         sizes = {"D": d, "BLOCK": block}
         forward = inputs | dict.fromkeys(("x", *dots, "y"), "x")
-        found += variants(f"forward D{d}", _forward, forward, ("T", "k"), sizes | {"ROWS": ROWS}, warps, dots)
+        found += variants(f"forward D{d}", _forward, forward, ("T", "k"), sizes | {"ROWS": ROWS}, warps, dots, STREAM)
         backward = inputs | {"dy": "x", "dbranch": "x", "sums": "fp32"}
-        found += variants(f"backward D{d}", _backward, backward, ("T",), sizes | {"ROWS": SUMMED_ROWS}, warps, ())
+        sizes |= {"ROWS": SUMMED_ROWS}
+        found += variants(f"backward D{d}", _backward, backward, ("T",), sizes, warps, (), STREAM)
     return found

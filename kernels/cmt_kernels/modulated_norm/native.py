@@ -4,28 +4,36 @@ Kept for the backward: x, scale, and half the mean and 2/std of each row in fp32
 """
 
 import torch
-from torch import Tensor
 
-from cmt_kernels import _native
+from cmt_kernels import _native, transforms
 from cmt_kernels.dual import Dual, rows, tangent, value
-from cmt_kernels.modulated_norm import reference
+from cmt_kernels.modulated_norm import reference, through
 
 unavailable = _native.unavailable
 
 
-def modulated_norm(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
-    k, x_v = rows(x, shift, scale), value(x)
-    if not _native.covers(x_v, "modulated_norm"):
-        return reference.modulated_norm(x, shift, scale, eps)
-    values = (_native.like(value(m), x_v) for m in (shift, scale))
-    tangents = (_native.like(tangent(m), x_v) for m in (x, shift, scale))
-    y, y_dot, _ = _native.call("modulated_norm", x_v, *values, *tangents, eps)
-    return y if k is None else Dual(y, y_dot)
+def modulated_norm(x, shift, scale, eps=1e-6, also_x=False):
+    k, x_v, shift_v = rows(x, shift, scale), value(x), value(shift)
+    if not _native.covers(x_v, "modulated_norm") or not _native.beside(shift_v, x_v):
+        return reference.modulated_norm(x, shift, scale, eps, also_x)
+    arguments = (
+        *(x_v, shift_v, _native.like(value(scale), shift_v), _native.like(tangent(x), x_v)),
+        *(_native.like(tangent(m), shift_v) for m in (shift, scale)),
+        eps,
+    )
+    if also_x and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        transforms.refuse("modulated_norm", "native")
+        y, y_dot, x_v = _through(*arguments)
+    else:
+        y, y_dot, _ = _native.call("modulated_norm", *arguments)
+    y = y if k is None else Dual(y, y_dot)
+    return (y, x._replace(value=x_v) if isinstance(x, Dual) else x_v) if also_x else y
 
 
 def _fake(x, shift, scale, x_dot, shift_dot, scale_dot, eps):
     k = next((m.shape[0] for m in (x_dot, shift_dot, scale_dot) if m is not None), 0)
-    return x.new_empty(x.shape), x.new_empty(k, *x.shape[1:]), x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
+    stats = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
+    return shift.new_empty(x.shape), shift.new_empty(k, *x.shape[1:]), stats
 
 
 def _setup_context(ctx, inputs, output):
@@ -35,11 +43,22 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    return (*torch.ops.cmt.modulated_norm_backward(grad, *ctx.saved_tensors), None, None, None, None)
+    return (*torch.ops.cmt.modulated_norm_backward(grad, *ctx.saved_tensors, None), None, None, None, None)
 
 
-def _backward_fake(grad, x, scale, stats):
-    return x.new_empty(x.shape), x.new_empty(scale.shape), x.new_empty(scale.shape)
+def _backward_fake(grad, x, scale, stats, through):
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+def _forward_below(*arguments):
+    return _native.below_autograd(torch.ops.cmt.modulated_norm, *arguments)
+
+
+def _backward_below(*arguments):
+    return _native.below_autograd(torch.ops.cmt.modulated_norm_backward, *arguments)
+
+
+_through = through.function(_forward_below, _backward_below)
 
 
 if not unavailable("cpu"):

@@ -28,6 +28,10 @@ from cmt_kernels._row.triton import (
 from cmt_kernels.dual import Dual, rows, tangent, value
 from cmt_kernels.gate import Gate
 from cmt_kernels.launch import placed
+from cmt_kernels.modulated_norm import through
+
+
+STREAM = ("x", "x_dot", "onward", "dx")  # what may be fp32 where all else is bf16
 
 
 @triton.jit
@@ -93,8 +97,10 @@ def _forward(
 
 
 @triton.jit
-def _backward(dy, x, scale, half_mean, twice_r, dx, sums, T, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """dx, and in sums (B, runs, 2, D) the partial sums of dshift and dscale."""
+def _backward(
+    dy, x, scale, half_mean, twice_r, onward, dx, sums, T, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """dx with `onward` added to it if there is one, and in sums (B, runs, 2, D) the partial sums of dshift and dscale."""
     runs = tl.cdiv(T, ROWS)
     image = (tl.program_id(0) // runs).to(tl.int64)
     first = (tl.program_id(0) % runs) * ROWS
@@ -113,6 +119,8 @@ def _backward(dy, x, scale, half_mean, twice_r, dx, sums, T, D: tl.constexpr, BL
         xh = tl.where(in_row, row_of(x, row, inside, cols, D) * 0.5 - half, 0.0) * r
         w = g * gain
         d = 0.5 * r * (w - tl.sum(w, 0) / D - xh * (tl.sum(w * xh, 0) / D))
+        if onward is not None:
+            d = row_of(onward, row, inside, cols, D) + d
         tl.store(dx + row * D + cols, d, mask=inside)
         dshift += g
         dscale = tl.fma(g, xh, dscale)
@@ -137,7 +145,7 @@ def _norm(
     x, shift, scale, x_dot, shift_dot, scale_dot = checked(
         "modulated_norm", x, shift, scale, x_dot, shift_dot, scale_dot
     )
-    y, y_dot = torch.empty_like(x), x.new_empty(k, t, d)
+    y, y_dot = (torch.empty_like(x, dtype=shift.dtype), shift.new_empty(k, t, d))
     half_mean, twice_r = (x.new_empty(b, t, dtype=torch.float32) for _ in range(2))
     block, warps = cut(d)
     if x.numel():
@@ -154,20 +162,22 @@ def _norm(
 def _(x, shift, scale, x_dot, shift_dot, scale_dot, k, eps):
     b, t, d = x.shape
     statistics = (x.new_empty(b, t, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(b, t, d), x.new_empty(k, t, d), *statistics
+    return shift.new_empty(b, t, d), shift.new_empty(k, t, d), *statistics
 
 
 @torch.library.custom_op("cmt_triton::modulated_norm_backward", mutates_args=())
-def _norm_backward(dy: Tensor, x: Tensor, scale: Tensor, half_mean: Tensor, twice_r: Tensor) -> tuple[Tensor, Tensor]:
-    """dx (B, T, D) and, in fp32, (2, B, D): dshift and dscale."""
+def _norm_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, half_mean: Tensor, twice_r: Tensor, onward: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dx (B, T, D), with `onward` added, and, in fp32, (2, B, D): dshift and dscale."""
     b, t, d = x.shape
-    dy, x, scale = checked("modulated_norm", dy, x, scale)
+    dy, x, scale, onward = checked("modulated_norm", dy, x, scale, onward)
     runs = chunks(t, SUMMED_ROWS)
     dx, sums = torch.empty_like(x), x.new_empty(b, runs, 2, d, dtype=torch.float32)
     block, warps = cut(d)
     if x.numel():
         placed("modulated_norm", _backward)[(b * runs,)](
-            *(dy, x, scale, half_mean, twice_r, dx, sums, t, d, block, SUMMED_ROWS),
+            *(dy, x, scale, half_mean, twice_r, onward, dx, sums, t, d, block, SUMMED_ROWS),
             num_warps=warps,
             enable_fp_fusion=False,
         )
@@ -175,7 +185,7 @@ def _norm_backward(dy: Tensor, x: Tensor, scale: Tensor, half_mean: Tensor, twic
 
 
 @_norm_backward.register_fake
-def _(dy, x, scale, half_mean, twice_r):
+def _(dy, x, scale, half_mean, twice_r, onward):
     b, t, d = x.shape
     return x.new_empty(b, t, d), x.new_empty(2, b, d, dtype=torch.float32)
 
@@ -193,18 +203,34 @@ def _gradient(ctx, dy, *_):
     if dy is None:
         return (None,) * 8
     x, scale, *statistics = ctx.saved_tensors
-    dx, (dshift, dscale) = _norm_backward(dy, x, scale, *statistics)
+    dx, (dshift, dscale) = _norm_backward(dy, x, scale, *statistics, None)
     return dx, dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), *(None,) * 5
 
 
 _norm.register_autograd(_gradient, setup_context=_save)
 
 
-def modulated_norm(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
+def _forward_below(x, shift, scale, x_dot, shift_dot, scale_dot, k, eps):
+    return _norm(x, shift, scale, x_dot, shift_dot, scale_dot, k, eps)
+
+
+def _backward_below(dy, x, scale, half_mean, twice_r, onward):
+    dx, (dshift, dscale) = _norm_backward(dy, x, scale, half_mean, twice_r, onward)
+    return dx, dshift.to(dy.dtype), dscale.to(scale.dtype)
+
+
+_through = through.function(_forward_below, _backward_below)
+
+
+def modulated_norm(x, shift, scale, eps=1e-6, also_x=False):
     transforms.refuse("modulated_norm", "triton")
     k = rows(x, shift, scale)
-    y, y_dot, *_ = _norm(*map(value, (x, shift, scale)), *map(tangent, (x, shift, scale)), k or 0, eps)
-    return paired(y, y_dot, k)
+    arguments = *map(value, (x, shift, scale)), *map(tangent, (x, shift, scale)), k or 0, eps
+    if also_x and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y, y_dot, x_v = _through(*arguments)
+        return paired(y, y_dot, k), x._replace(value=x_v) if isinstance(x, Dual) else x_v
+    y, y_dot, *_ = _norm(*arguments)
+    return (paired(y, y_dot, k), x) if also_x else paired(y, y_dot, k)
 
 
 def gates() -> list[Gate]:
@@ -217,8 +243,9 @@ def gates() -> list[Gate]:
         sizes = {"D": d, "BLOCK": block}
         forward = inputs | dots | {"y": "x"} | fixed
         found += variants(
-            f"forward D{d}", _forward, forward, ("T", "k", "eps"), sizes | {"ROWS": ROWS}, warps, tuple(dots)
+            f"forward D{d}", _forward, forward, ("T", "k", "eps"), sizes | {"ROWS": ROWS}, warps, tuple(dots), STREAM
         )
-        backward = {"dy": "x", "x": "x", "scale": "x", "dx": "x", "sums": "fp32"} | fixed
-        found += variants(f"backward D{d}", _backward, backward, ("T",), sizes | {"ROWS": SUMMED_ROWS}, warps, ())
+        backward = dict.fromkeys(("dy", "x", "scale", "onward", "dx"), "x") | {"sums": "fp32"} | fixed
+        sizes |= {"ROWS": SUMMED_ROWS}
+        found += variants(f"backward D{d}", _backward, backward, ("T",), sizes, warps, (), STREAM)
     return found

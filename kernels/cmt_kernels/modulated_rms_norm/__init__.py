@@ -13,5 +13,5 @@ from cmt_kernels.dual import Dual
 def modulated_rms_norm(
     x: Tensor | Dual, weight: Tensor, shift: Tensor | Dual, scale: Tensor | Dual, eps: float = 1e-6
 ) -> Tensor | Dual:
-    """x: (B, T, D); weight: (D,); shift, scale: (B, D) -> (B, T, D), in the dtype of x; the mean in fp32 or wider."""
+    """x: (B, T, D); weight: (D,); shift, scale: (B, D) -> (B, T, D), in the dtype of shift; the mean in fp32 or wider."""
     return backend("modulated_rms_norm", x)(x, weight, shift, scale, eps)

@@ -3,14 +3,24 @@
 import torch
 from torch import Tensor
 
-from cmt_kernels.dual import Dual, rows, tangent, tangent_rule, value
+from cmt_kernels.dual import Dual, in_dtype, linear_map, rows, tangent, tangent_rule, value
 from cmt_kernels.magnitude import size_of
 
 
 def modulated_rms_norm(
     x: Tensor | Dual, weight: Tensor, shift: Tensor | Dual, scale: Tensor | Dual, eps: float = 1e-6
 ) -> Tensor | Dual:
-    k = rows(x, shift, scale)
+    k, dtype = rows(x, shift, scale), value(shift).dtype
+    common = torch.promote_types(value(x).dtype, dtype)  # shift in bf16 beside a stream in fp32: rounded at the end, once
+    x, shift, scale = (in_dtype(m, common) for m in (x, shift, scale))
+    y = _modulated(x, weight, shift, scale, eps, k)
+    return y if common == dtype else linear_map(lambda m: m.to(dtype), y)
+
+
+def _modulated(
+    x: Tensor | Dual, weight: Tensor, shift: Tensor | Dual, scale: Tensor | Dual, eps: float, k: int | None
+) -> Tensor | Dual:
+    """x, shift and scale in one dtype."""
     x_v = value(x)
     wide = x_v.to(torch.promote_types(x_v.dtype, torch.float32))
     size = size_of(wide, -1)
