@@ -73,10 +73,13 @@ def parse(op: str, log: str) -> list[Row]:
 
 
 def readable(mangled: str) -> str:
-    """`norm_kernel-bf16-5-dual` from a mangled template: its name, its type and its numbers."""
+    """`norm_kernel-bf16-5-dual` from a mangled template: its name, its type and its numbers.
+
+    Its type is "stream" where the residual stream is fp32 and all else bf16.
+    """
     name = max(re.findall(r"[a-z_]+_kernel|sum_chunks|bias_kernel", mangled), key=len)
     arguments = mangled.split(name, 1)[1].split("EE", 1)[0]
-    kind = "bf16" if "bfloat16" in arguments else "fp32"
+    kind = "stream" if re.match(r"If\d+__nv_bfloat16", arguments) else "bf16" if "bfloat16" in arguments else "fp32"
     numbers = re.findall(r"Li(\d+)", arguments + "E")
     return "-".join([name, kind, *numbers, *(["dual"] if "Lb1" in arguments + mangled else [])])
 

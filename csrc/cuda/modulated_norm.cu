@@ -73,11 +73,15 @@ CMT_FN void moments_of(const Vec (&x)[N], float origin, int D, float& mean, floa
   squares = warp_sum(squares);
 }
 
-// The blocks a multiprocessor must hold leave 128 registers a thread, 168 for the widest rows: none spills.
-//
+// The blocks a multiprocessor must hold leave 128 registers a thread, 168 for the widest rows and for those of 1024 where
+// 128 are a few too few: none spills.
+constexpr int held(int n, bool wide) { return n < (wide ? 4 : 5) ? 4 : 3; }
+template <class S, class T>
+constexpr bool kStream = sizeof(S) != sizeof(T);
+
 // Rows [first, last): with tangents or without, two instances, so that plain rows do not pay registers for tangents.
 template <class S, class T, int N, bool kDual>
-__global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_kernel(ModulatedNorm a, int64_t first, int64_t last, bool whole) {
+__global__ void __launch_bounds__(32 * kWarps, held(N, kDual && kStream<S, T>)) norm_kernel(ModulatedNorm a, int64_t first, int64_t last, bool whole) {
   int64_t row = first + blockIdx.x * int64_t(kWarps) + threadIdx.y;
   if (row >= last) return;
   int64_t b = row / a.T;
@@ -134,7 +138,7 @@ CMT_FN void write_sums(const Vec (&sums)[N], float* shared, float* out, int D) {
 }
 
 template <class S, class T, int N>
-__global__ void __launch_bounds__(32 * kWarps, N < 5 ? 4 : 3) norm_backward_kernel(ModulatedNormBackward a, bool whole) {
+__global__ void __launch_bounds__(32 * kWarps, held(N, sizeof(T) == 4)) norm_backward_kernel(ModulatedNormBackward a, bool whole) {
   extern __shared__ float shared[];  // (kWarps, 256 N)
   int64_t b = blockIdx.x / a.chunks, from = blockIdx.x % a.chunks * a.chunk_rows;
   int64_t to = from + a.chunk_rows < a.T ? from + a.chunk_rows : a.T;

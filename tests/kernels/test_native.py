@@ -76,7 +76,7 @@ def test_opcheck_of_the_backward(op: str) -> None:
     y, *rest = getattr(torch.ops.cmt, op)(*x)
     saved = {
         "gelu": lambda: (x[0], x[1]),
-        "modulated_norm": lambda: (x[0], x[2], rest[-1]),
+        "modulated_norm": lambda: (x[0], x[2], rest[-1], x[0]),
         "gated_residual": lambda: (x[1], x[2], x[3]),
         "qk_norm": lambda: (*x[:5], x[6]),
     }[op]()

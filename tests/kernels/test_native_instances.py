@@ -42,8 +42,13 @@ def tokens(width: int) -> int:
 def instances() -> list[tuple[str, Any]]:
     """(op, case): small, and together every kernel that is compiled."""
     norm, gate, gelu, qk = (cases_of(op) for op in ("modulated_norm", "gated_residual", "gelu", "qk_norm"))
-    found = [("modulated_norm", norm.Case(2, tokens(D), D, k)) for D in WIDTHS for k in (None, 1)]
-    found += [("gated_residual", gate.Case(2, tokens(D), D, bias, 1)) for D in (13, 264) for bias in (False, True)]
+    found = [("modulated_norm", norm.Case(2, tokens(D), D, k, s)) for D in WIDTHS for k in (None, 1) for s in (False, True)]
+    found += [
+        ("gated_residual", gate.Case(2, tokens(D), D, bias, 1, s))
+        for D in (13, 264)
+        for bias in (False, True)
+        for s in (False, True)
+    ]
     found += [("gelu", gelu.Case(2, tokens(D), D, bias, 1)) for D in (13, 264) for bias in (False, True)]
     found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, True, k)) for d in HEADS for k in (None, 1)]
     found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, False, 1)) for d in ODD_HEADS]
