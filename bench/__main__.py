@@ -20,6 +20,10 @@ BENCHES = {
     "gates": ("kernels.resources", "registers, spills and shared memory of every kernel, compiled without a GPU"),
     "gpu": ("harness.gpu_suite", "all that a machine with a GPU is for, in parts"),
     "kit": ("harness.kit", "a folder that a machine with torch and triton runs with no network"),
+    "launches": (
+        "training.launches",
+        "kernels that a training step launches on a GPU, counted without one: kinds, bytes, predicted times",
+    ),
     "loader": ("training.loader", "rows a second of every loader, against what a training step takes"),
     "modes": (
         "experiments.modes",
