@@ -23,8 +23,19 @@ from cmt_fast.runtime import distributed
 class LocalEngine:
     """One module trained by AdamW. `engine(...)` is the module's forward in the stage's precision."""
 
-    def __init__(self, net: nn.Module, stage: Stage, device: torch.device, grad_accum_steps: int = 1) -> None:
-        """passes: forwards and backwards that make up one step, each on its share of the rows."""
+    def __init__(
+        self,
+        net: nn.Module,
+        stage: Stage,
+        device: torch.device,
+        grad_accum_steps: int = 1,
+        lends: bool | None = None,
+    ) -> None:
+        """grad_accum_steps: forwards and backwards that make up one step, each on its share of the rows.
+
+        lends: whether linears read weights that were cast once a step and add their gradients themselves
+        (models/products.py); by default on a GPU, in bf16, not compiled.
+        """
         self.net, self.stage, self.device, self.grad_accum_steps = net.to(device), stage, device, grad_accum_steps
         self.step_count = 0
         self.p = flat(net)
@@ -33,7 +44,24 @@ class LocalEngine:
         self.emas = [self.p.clone() for _ in stage.ema]
         bind(net, self.p)
         bind(net, self.g, grad=True)
+        wanted = device.type == "cuda" if lends is None else lends
+        self.half = self.p.bfloat16() if wanted and stage.precision == "bf16" and not stage.compile else None
+        if self.half is not None:
+            self._lend(self.half)
         self.forward = compile_network(net) if stage.compile else net
+
+    def _lend(self, half: Tensor) -> None:
+        """The bf16 copy of the flat parameters, to the modules that take parts of it."""
+        copies = parts(self.net, half)
+        for prefix, module in self.net.named_modules():
+            if hasattr(module, "lend"):
+                names = [name for name, _ in module.named_parameters(recurse=False)]
+                module.lend({name: copies[f"{prefix}.{name}" if prefix else name] for name in names})
+
+    def _changed(self) -> None:
+        """To be called after the parameters were."""
+        if self.half is not None:
+            self.half.copy_(self.p)
 
     def __call__(self, *args):
         """The module's forward; each call has an autocast of its own, so no cached cast outlives a no-grad pass."""
@@ -64,12 +92,14 @@ class LocalEngine:
         )
         self.g.zero_()
         constrain(self.net)
+        self._changed()
         return norm
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Take a parent's weights: student and every EMA track start there."""
         load_named(self.net, weights)
         constrain(self.net)
+        self._changed()
         for e in self.emas:
             e.copy_(self.p)
 
@@ -99,6 +129,7 @@ class LocalEngine:
     def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Restore what `state` gave after `step` steps."""
         load_named(self.net, state["model"])
+        self._changed()
         for i, e in enumerate(self.emas):
             for name, part in parts(self.net, e).items():
                 part.copy_(state[f"ema-{i}"][name])

@@ -26,6 +26,8 @@ from cmt_kernels.dual import tangent, value
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cmt_fast.models import products
+
 
 BiasedOp = Callable[[Tensor | Dual, Tensor | None], Tensor | Dual]
 
@@ -52,8 +54,15 @@ class Linear(nn.Linear):
         if bias:
             nn.init.zeros_(self.bias)
 
+    def lend(self, copies: dict[str, Tensor]) -> None:
+        """Read these bf16 copies of the own parameters where autocast asks for bf16 (models/products.py)."""
+        for name, copy in copies.items():
+            products.lend(self.get_parameter(name), copy)
+
     def forward(self, x: Tensor | Dual, then: BiasedOp | None = None) -> Tensor | Dual:
-        return linear(x, self.weight, self.bias) if then is None else then(linear(x, self.weight), self.bias)
+        bias = self.bias if then is None else None
+        y = products.product(x, self.weight, bias) if products.lent(self.weight) else linear(x, self.weight, bias)
+        return y if then is None else then(y, self.bias)
 
 
 class Conv(nn.Conv2d):

@@ -29,6 +29,7 @@ from cmt_kernels.random_bits import random_bits
 from cmt_kernels.silu import silu
 from cmt_kernels.solver_step import solver_step
 from cmt_kernels.time_embedding import time_embedding
+from cmt_kernels.weight_gradient import weight_gradient
 
 __all__ = [
     "OPS",
@@ -60,4 +61,5 @@ __all__ = [
     "through",
     "time_embedding",
     "use",
+    "weight_gradient",
 ]

@@ -92,6 +92,7 @@ PLANS = {
     "qk_norm": Plan({"B": 4, "T": 3, "H": 2, "d": 8, "k": 4}, ("qkv.0", "qkv.2"), ("q_weight",)),
     "silu": Plan({"B": 4, "D": 24, "k": 4}, ("x",)),
     "solver_step": Plan({"B": 4, "shape": (3, 8), "order": 2}, (), ("x", "f", "m1", "coefficients")),
+    "weight_gradient": Plan({"B": 4, "T": 3, "D": 24, "E": 16}, ("g",), ("dy", "x")),
     "time_embedding": Plan({"B": 4, "dim": 8, "k": 4}, ("t",)),
 }  # fmt: skip
 

@@ -219,6 +219,10 @@ def adamw_ema(
     return norm
 
 
+def weight_gradient(g: Tensor, dy: Tensor, x: Tensor) -> None:
+    g.copy_(g + torch.einsum("...e,...d->ed", dy, x))
+
+
 def by_hand(op: str, inputs: dict[str, Any]) -> list[Tensor]:
     """What `outputs` gives, from the formula: values with their graph, then the tangent (k, ...) of a dual call."""
     formula = globals()[op]

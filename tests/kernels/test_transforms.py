@@ -45,9 +45,10 @@ def tensors_of(op: str, floating: bool) -> list[str]:
     return [n for n, x in inputs.items() if isinstance(x, Tensor) and (x.is_floating_point() or not floating)]
 
 
-SMOOTH = [op for op in OPS if op not in ("adamw_ema", "random_bits")]
+IN_PLACE = ("adamw_ema", "weight_gradient")
+SMOOTH = [op for op in OPS if op not in (*IN_PLACE, "random_bits")]
 ARGUMENTS = [(op, name) for op in SMOOTH for name in tensors_of(op, True)]
-MAPPED = [(op, name) for op in OPS if op != "adamw_ema" for name in tensors_of(op, False)]
+MAPPED = [(op, name) for op in OPS if op not in IN_PLACE for name in tensors_of(op, False)]
 DUAL_OPS = [op for op in OPS if any(getattr(case, "k", None) for case in cases_of(op).CASES)]
 KERNELS = [(op, name) for op in OPS for name in backends_on(op, "cpu") if name != "reference"]
 of_arguments = pytest.mark.parametrize("op, argument", ARGUMENTS)
@@ -251,6 +252,14 @@ def test_an_optimizer_step_has_no_derivative_but_maps() -> None:
     for transform in (t for name, t in TRANSFORMS.items() if name != "torch.func.vmap"):
         with pytest.raises(RuntimeError, match="adamw_ema: a step .* has no derivative"):
             transform(lambda g: cmt_kernels.adamw_ema(**module.inputs(case) | {"g": g}), one["g"])
+
+
+def test_a_gradient_that_is_added_in_place_has_no_derivative() -> None:
+    inputs = cases_of("weight_gradient").inputs(plain_case("weight_gradient"))
+    for name, transform in TRANSFORMS.items():
+        if name != "torch.func.vmap":
+            with pytest.raises(RuntimeError, match="weight_gradient: it changes g in place and has no derivative"):
+                transform(lambda x: cmt_kernels.weight_gradient(**inputs | {"x": x}) or x, inputs["x"])
 
 
 @pytest.mark.parametrize("op, name", [p for p in KERNELS if cases_of(p[0]).GRADS])

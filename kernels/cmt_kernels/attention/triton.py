@@ -96,11 +96,14 @@ def _(qkv: Tensor, o: Tensor, norms: Tensor, do: Tensor) -> Tensor:
 def _save(ctx, inputs, output) -> None:
     o, o_dot, norms = output  # neither the tangent nor norms has a gradient, and the tangent is not kept
     ctx.mark_non_differentiable(o_dot, norms)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], o, norms)
 
 
 @transforms.once("attention")
-def _gradient(ctx, do: Tensor, *_) -> tuple[Tensor, None]:
+def _gradient(ctx, do: Tensor | None, *_) -> tuple[Tensor | None, None]:
+    if do is None:
+        return None, None
     return torch.ops.cmt.attention_backward(*ctx.saved_tensors, do), None
 
 
