@@ -148,6 +148,8 @@ class Trace(TorchDispatchMode):
             kind, flops, kernels, nbytes = self._ours(func, name.removeprefix("triton_"), args, nbytes, first)
         elif func._overloadpacket in flop_registry:
             kind = "attention" if "attention" in name else "matmul"
+            if name == "addmm":  # its overload with a dtype has that where the formula has the shape of the result
+                args, kwargs, source = args[:3], {}, args[1]
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=made[0] if len(made) == 1 else made)
         dtypes = "->".join(str(x.dtype).removeprefix("torch.") for x in (source, first))
         return Launch(self.part, kind, name, self.sizes.what(first), dtypes, kernels, nbytes, flops)

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def on_a_gpu(op: str) -> Callable:
     """The backend of an op that runs first on a GPU with everything built."""
-    names = [n for n in ("native", "triton") if importlib.util.find_spec(f"cmt_kernels.{op}.{n}")]
+    names = [n for n in ("native", "triton", "torch") if importlib.util.find_spec(f"cmt_kernels.{op}.{n}")]
     found = [importlib.import_module(f"cmt_kernels.{op}.{n}") for n in (*names, "reference")]
     found.sort(key=lambda module: bool(getattr(module, "loses", lambda device: None)("cuda")))
     return getattr(found[0], op)
@@ -100,7 +100,7 @@ class Step:
         self.random, self.path, self.m = Random(work.run.seed, 1, 0), work.path, m
         net = models.build(work.run.model, work.run.path, work.run.sigma_data, work.data.shape, work.data.classes)
         net.to = lambda device: net  # torch cannot move fake parameters, and they are where they should be
-        self.engine = LocalEngine(net, self.stage, torch.device("cpu"))
+        self.engine = LocalEngine(net, self.stage, torch.device("cpu"), lends=True)  # as on a GPU
         ratio = getattr(self.stage.objective, "ratio", 0.0)
         self.sizes = Sizes.of(net, m.batch, tangent_rows(m.batch, ratio), m.tokens)
         self.drawn = self.rows(OBJECTIVES[self.stage.objective.kind].draws)
