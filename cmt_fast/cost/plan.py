@@ -44,7 +44,7 @@ def savings(run: Run, rows: Rows, card: Card, processes: int) -> list[dict[str, 
     worst = _precision(paper, mine)
     out.append(total("without all of these (slow CMT aside)", worst, Ideas(False, False, "compile"), mine))
     out.append(total("with trajectories from a cache on disk", run, Ideas(cached=True), mine))
-    if run.mid.precision != "bf16":
+    if run.mid.products != "bf16":
         half = dataclasses.replace(run, mid=dataclasses.replace(run.mid, precision="bf16"))
         out.append(total("with bf16 in mid-training, where targets are fixed", half, OURS, mine))
     if getattr(run.model, "checkpoint_activations", False):
@@ -103,7 +103,7 @@ def _precision(run: Run, names: list[str]) -> Run:
     """The run with TF32 where it is bf16."""
     for name in names:
         stage = run.stages[name]
-        if stage.precision == "bf16":
+        if stage.products == "bf16":
             run = dataclasses.replace(run, **{name: dataclasses.replace(stage, precision="tf32")})
     return run
 

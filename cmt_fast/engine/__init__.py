@@ -63,6 +63,11 @@ class Engine(Protocol):
 
 def check(run: Run, name: str, stage: Stage, choice: ShardingPlan) -> None:
     """Raises ValueError where the engine of a run cannot be had, or cannot do what a stage asks for."""
+    if stage.precision == "bf16-stream" and run.model.kind != "dit":
+        raise ConfigError(
+            f"'bf16-stream' is of a residual stream of tokens, a dit has one; with {run.model.kind} take 'bf16'",
+            f"{name}.precision",
+        )
     if run.engine == "local":
         return
     if importlib.util.find_spec("deepspeed") is None:

@@ -23,6 +23,13 @@ def bind(net: nn.Module, buffer: Tensor, grad: bool = False) -> None:
             p.data = part.view(p.shape)
 
 
+def narrow_stream(net: nn.Module, precision: str) -> None:
+    """With precision bf16-stream, let what has a residual stream keep it in bf16 wherever autocast asks for bf16."""
+    for module in net.modules():
+        if hasattr(module, "bf16_stream"):
+            module.bf16_stream = precision == "bf16-stream"
+
+
 def constants(net: nn.Module) -> dict[str, Tensor]:
     """What a network has drawn once and keeps: its persistent buffers, by name; no optimizer or EMA touches them."""
     return {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cmt_fast.config.schema import Stage
 from cmt_fast.engine import ema, optimizer
-from cmt_fast.engine.buffers import bind, constrain, flat, load_named, named, parts
+from cmt_fast.engine.buffers import bind, constrain, flat, load_named, named, narrow_stream, parts
 from cmt_fast.engine.compile import compile_network
 from cmt_fast.runtime import distributed
 
@@ -38,6 +38,7 @@ class LocalEngine:
         """
         self.net, self.stage, self.device, self.grad_accum_steps = net.to(device), stage, device, grad_accum_steps
         self.step_count = 0
+        narrow_stream(net, stage.precision)
         self.p = flat(net)
         self.g = torch.zeros_like(self.p)
         self.m, self.v = torch.zeros_like(self.p), torch.zeros_like(self.p)
@@ -45,7 +46,7 @@ class LocalEngine:
         bind(net, self.p)
         bind(net, self.g, grad=True)
         wanted = device.type == "cuda" if lends is None else lends
-        self.half = self.p.bfloat16() if wanted and stage.precision == "bf16" and not stage.compile else None
+        self.half = self.p.bfloat16() if wanted and stage.products == "bf16" and not stage.compile else None
         if self.half is not None:
             self._lend(self.half)
         self.forward = compile_network(net) if stage.compile else net
@@ -74,7 +75,7 @@ class LocalEngine:
             return self.net(*args)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.products == "bf16")
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""

@@ -46,6 +46,7 @@ class ZeroEngine:
         self.parameters = dict(net.named_parameters())
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         self.keys = ["m", "v", *(f"ema-{i}" for i in range(len(stage.ema)))]
+        buffers.narrow_stream(net, stage.precision)
         self.frame = buffers.frame(net)
         self.constants = buffers.constants(net)
         _no_scalars(net)
@@ -55,7 +56,7 @@ class ZeroEngine:
             self.places = {k: slice(end - p.numel(), end) for (k, p), end in zip(self.parameters.items(), ends)}
             buffers.bind(net, self.whole)
         self.optimizer = AdamWEma(net.parameters(), self)
-        self.outer = _Autocast(net, device, stage.precision == "bf16")
+        self.outer = _Autocast(net, device, stage.products == "bf16")
         self.ds, *_ = _deepspeed(device).initialize(model=self.outer, optimizer=self.optimizer, config=self._config())
         distributed.same_timeout(self.ds.data_parallel_group, self.ds.seq_data_parallel_group)
         self.partitions = self._partitions()

@@ -11,7 +11,7 @@ from cmt_kernels import Dual, attention, gated_residual, gelu, qk_norm, silu
 from cmt_kernels.dual import add, chunks, linear_map, multiply
 from torch import Tensor, nn
 
-from cmt_fast.models.layers import LabelEmbedder, LayerNorm, Linear, RmsNorm, TimeEmbedder, recomputed
+from cmt_fast.models.layers import LabelEmbedder, LayerNorm, Linear, RmsNorm, TimeEmbedder, as_stream, recomputed
 
 # size: width, depth, heads
 SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -80,7 +80,7 @@ class DiT(nn.Module):
         """Many parameters: the data's shape, and the hyperparameters as they are published."""
         super().__init__()
         published = embeddings == "dit"
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.bf16_stream = checkpoint_activations, False
         if side % patch:
             raise ValueError(f"model.patch: {patch} does not divide the image side {side}")
         if width % heads or (width // heads) % 4:
@@ -107,7 +107,7 @@ class DiT(nn.Module):
         labels: Tensor | None = None,
         drop: Tensor | None = None,
     ) -> Tensor | Dual:
-        h = add(self.embed(linear_map(self._patchify, x)), self.position)
+        h = as_stream(add(self.embed(linear_map(self._patchify, x)), self.position), self.bf16_stream)
         c = self.time(t)
         if self.duration is not None:
             c = add(c, self.duration(add(t, linear_map(torch.neg, t if r is None else r))))

@@ -13,6 +13,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+
 from cmt_fast.models.layers import BiasedOp
 
 LARGEST = 448.0  # of e4m3

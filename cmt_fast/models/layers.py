@@ -22,12 +22,11 @@ from cmt_kernels import (
     silu,
     time_embedding,
 )
-from cmt_kernels.dual import tangent, value
+from cmt_kernels.dual import in_dtype, tangent, value
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cmt_fast.models import products
-
 
 BiasedOp = Callable[[Tensor | Dual, Tensor | None], Tensor | Dual]
 
@@ -36,6 +35,11 @@ def in_fp32(x: Tensor | Dual) -> contextlib.AbstractContextManager[None]:
     """Autocast turned off on the device of x; on the meta device, which autocast does not know, nothing is to be done."""
     device = value(x).device.type
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def as_stream(h: Tensor | Dual, bf16: bool) -> Tensor | Dual:
+    """A residual stream where it begins: as it is, or in bf16 where that is asked for and autocast is on."""
+    return in_dtype(h, torch.bfloat16) if bf16 and torch.is_autocast_enabled(value(h).device.type) else h
 
 
 class Linear(nn.Linear):
@@ -93,7 +97,9 @@ class LayerNorm(nn.Module):
     Owns nothing. What reads the x that it gives leaves one gradient of the stream, not two to be added.
     """
 
-    def forward(self, x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual) -> tuple[Tensor | Dual, Tensor | Dual]:
+    def forward(
+        self, x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual
+    ) -> tuple[Tensor | Dual, Tensor | Dual]:
         return modulated_norm(x, shift, scale, also_x=True)
 
 
@@ -104,7 +110,9 @@ class RmsNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual) -> tuple[Tensor | Dual, Tensor | Dual]:
+    def forward(
+        self, x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual
+    ) -> tuple[Tensor | Dual, Tensor | Dual]:
         return modulated_rms_norm(x, self.weight, shift, scale), x
 
 

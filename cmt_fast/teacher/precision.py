@@ -66,7 +66,7 @@ class Teacher:
         Raises ConfigError for a precision that this machine, engine or network does not have, or that errs by too much.
         """
         wanted, limit = self.config.precision, self.config.precision_limit
-        precision = self.stage.precision if wanted == "stage" else wanted
+        precision = self.stage.products if wanted == "stage" else wanted
         if precision != "auto":
             self._check(precision)
         if precision == "fp32" or (precision == "tf32" and self.device.type == "cpu"):  # there it is fp32

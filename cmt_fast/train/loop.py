@@ -101,7 +101,7 @@ def train_stage(
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
             every = source.pool.steps if source.pool else 1
-            kept = profile.over(steps, plan, every, work.device, config.precision, config.compile, folder)
+            kept = profile.over(steps, plan, every, work.device, config.products, config.compile, folder)
             steps = ending.enter_context(contextlib.closing(kept))
         Steps(work, stage, engine, source, log, account, meter, Sums(found), wall, always).take(steps, asked)
 

@@ -42,7 +42,9 @@ def tokens(width: int) -> int:
 def instances() -> list[tuple[str, Any]]:
     """(op, case): small, and together every kernel that is compiled."""
     norm, gate, gelu, qk = (cases_of(op) for op in ("modulated_norm", "gated_residual", "gelu", "qk_norm"))
-    found = [("modulated_norm", norm.Case(2, tokens(D), D, k, s)) for D in WIDTHS for k in (None, 1) for s in (False, True)]
+    found = [
+        ("modulated_norm", norm.Case(2, tokens(D), D, k, s)) for D in WIDTHS for k in (None, 1) for s in (False, True)
+    ]
     found += [
         ("gated_residual", gate.Case(2, tokens(D), D, bias, 1, s))
         for D in (13, 264)

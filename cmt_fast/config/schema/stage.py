@@ -103,7 +103,8 @@ class Perceptual:
 class Stage:
     """One stage of training, as data. Lengths are in student images.
 
-    precision: fp32 is strict, tf32 lets a GPU round the factors of products to 10 bits, bf16 is autocast.
+    precision: fp32 is strict, tf32 lets a GPU round the factors of products to 10 bits, bf16 is autocast, bf16-stream is
+    that with the residual stream of a transformer in bf16 as well, `products` is what its products are in.
     `start` names an earlier stage, `teacher` an earlier stage or one of another run as RUN/STAGE, of any size.
     lr_schedule: "linear" to zero at the end, "inverse_sqrt" constant up to lr_knee_nimg and falling as 1/sqrt from there.
     `micro_batch`: rows of one forward and backward of one process; a step makes as many as its batch needs (default: one).
@@ -131,12 +132,17 @@ class Stage:
     weight_decay: NotNegative = 0.0
     grad_clip_norm: NotNegative = 1.0
     ema: Annotated[tuple[Ema, ...], Field(min_length=1)] = (ConstantEma(),)
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "bf16-stream"] = "fp32"
     compile: bool = False  # torch.compile of the network; rounds differently, so it belongs to the facts of a stage
     checkpoint_every_nimg: Count | None = None
     snapshot_every_nimg: Count | None = None
     eval_every_nimg: Count | None = None
     grid_every_nimg: Count | None = None
+
+    @property
+    def products(self) -> str:
+        """The precision of its matrix products: fp32, tf32 or bf16."""
+        return self.precision.removesuffix("-stream")
 
     def networks(self) -> dict[str, str]:
         """Key -> the stage whose network it names, as typed; of another run where there is a slash in it."""

@@ -67,7 +67,9 @@ def variants(
     rows = []
     for kind in ("bf16", "fp32", *(["fp32 stream"] if stream else [])):
         beside = "bf16" if kind == "fp32 stream" else kind
-        types = {a: ("fp32" if a in stream and kind == "fp32 stream" else beside) for a, t in tensors.items() if t == "x"}
+        types = {
+            a: ("fp32" if a in stream and kind == "fp32 stream" else beside) for a, t in tensors.items() if t == "x"
+        }
         for dual in (False, True) if duals else (False,):
             absent = {} if dual else dict.fromkeys(duals)
             signature = {a: "*" + types.get(a, t) for a, t in tensors.items() if a not in absent}

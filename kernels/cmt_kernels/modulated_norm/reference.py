@@ -20,7 +20,9 @@ def _norm(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, eps: flo
     return y if wide == dtype else linear_map(lambda m: m.to(dtype), y)
 
 
-def _modulated(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, eps: float, k: int | None) -> Tensor | Dual:
+def _modulated(
+    x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, eps: float, k: int | None
+) -> Tensor | Dual:
     """All in one dtype."""
     x_v, shift_v, scale_v = value(x), value(shift), value(scale)
     if transforms.derivative() and k is None:

@@ -30,7 +30,6 @@ from cmt_kernels.gate import Gate
 from cmt_kernels.launch import placed
 from cmt_kernels.modulated_norm import through
 
-
 STREAM = ("x", "x_dot", "onward", "dx")  # what may be fp32 where all else is bf16
 
 

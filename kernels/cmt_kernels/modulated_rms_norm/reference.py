@@ -11,7 +11,9 @@ def modulated_rms_norm(
     x: Tensor | Dual, weight: Tensor, shift: Tensor | Dual, scale: Tensor | Dual, eps: float = 1e-6
 ) -> Tensor | Dual:
     k, dtype = rows(x, shift, scale), value(shift).dtype
-    common = torch.promote_types(value(x).dtype, dtype)  # shift in bf16 beside a stream in fp32: rounded at the end, once
+    common = torch.promote_types(
+        value(x).dtype, dtype
+    )  # shift in bf16 beside a stream in fp32: rounded at the end, once
     x, shift, scale = (in_dtype(m, common) for m in (x, shift, scale))
     y = _modulated(x, weight, shift, scale, eps, k)
     return y if common == dtype else linear_map(lambda m: m.to(dtype), y)
