@@ -31,6 +31,7 @@ BENCHES = {
     ),
     "ops": ("kernels.ops", "times of every op, backend and case"),
     "pipeline": ("training.pipeline", "what the trainer loses around its steps"),
+    "precisions": ("experiments.precisions", "a recipe in fp32, bf16 and bf16-stream: losses and figures"),
     "predict": (
         "training.predict",
         "what a GPU's ceilings allow each op and step: predicted, for machines without one",
