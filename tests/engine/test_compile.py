@@ -101,7 +101,9 @@ def test_one_block_is_compiled_whatever_the_depth(precision, recompute):
 
         compilers = {f"{kind}_compiler": functools.partial(keep, kind) for kind in ("fw", "bw", "inference")}
 
-        def backend(graph, inputs, inner=aot_autograd(**compilers), keep=keep):
+        inner = aot_autograd(**compilers)
+
+        def backend(graph, inputs, inner=inner, keep=keep):
             return inner(keep("frame", graph, inputs), inputs)
 
         kinds(engine(backend, precision, depth, checkpoint_activations=recompute))
@@ -127,11 +129,11 @@ def test_the_network_itself_stays_eager():
 def test_a_kind_beyond_the_limit_raises_and_networks_do_not_share_it():
     """Torch's limit hangs on code, which all blocks of a process share; and at the limit nothing runs eagerly instead."""
     with torch._dynamo.config.patch(recompile_limit=1):
-        for _ in range(2):
+        for k in (2, 3):
             e = engine(blocks=1)
-            e(*dual_arguments(2))
+            e(*dual_arguments(k))
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-            e(*dual_arguments(3))
+            e(*dual_arguments(4))
 
 
 def test_a_network_without_blocks_alike_is_one_graph():
