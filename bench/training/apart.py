@@ -20,7 +20,8 @@ from bench.harness.worker import Died, Late, Refused, Worker
 from bench.training import runs
 from cmt_fast.config import loading
 
-BLOCK_S = 6.0  # a block to compile, at most: an H100's host took 94 to 165 s for 28, 51 to 62 s for 12 (2026-11-26)
+# the block that is compiled for all, assumed: an H100's host took up to 6 s a block when it compiled all 28 (2026-11-26)
+COMPILE_S = 30.0
 ROUNDS, SLACK_GB = 4, 0.07
 ALTERNATING = "medians of {} alternating rounds, two processes"
 AFTER = "medians, one process after the other"
@@ -233,7 +234,7 @@ class Apart:
     def compiled(self, name: str, side: Side) -> None:
         """A compiled step of ours, if it is likely to be ready in time."""
         precision, batch = self.precision(name), self.m.batch
-        need = 1.2 * self.compile_s if self.compile_s else BLOCK_S * self.m.depth * (self.arguments.device == "cuda")
+        need = 1.2 * self.compile_s if self.compile_s else COMPILE_S * (self.arguments.device == "cuda")
         if side.deadline.left_s < need + 20:
             self.results.skip(self.name(name, "compiled"), f"compiling may take {need:.0f} s")
             return

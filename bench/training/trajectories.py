@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Compiled:
-    """A teacher whose network is one compiled graph."""
+    """A teacher whose network is compiled, as a stage's is."""
 
     def __init__(self, net: Any) -> None:
         self.call = compile_network(net)

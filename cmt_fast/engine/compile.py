@@ -1,12 +1,15 @@
-"""A stage under torch.compile: the network as one graph of static shapes, and the guard that runs before the first step.
+"""A stage under torch.compile: one block for all, or the whole network, and the guard that runs before the first step.
 
-What is compiled is the module's forward, values and tangents, with its backward; noise, loss and optimizer
-stay as they are. Compilers have dropped tangents without a word, so a compiled stage does not begin until its
-network has given, on the stage's own first batch, what the eager one gives.
+What is compiled is the module's forward, values and tangents, with its backward, in graphs of static shapes; noise, loss
+and optimizer stay as they are. A network of blocks that are alike compiles one of them, with the parameters as arguments,
+and runs them all by it: seconds whatever the depth, where a whole XL takes minutes. Compilers have dropped tangents without
+a word, so a compiled stage does not begin until its network has given, on the stage's own first batch, what the eager one
+gives.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -26,13 +29,43 @@ class CompileError(RuntimeError):
         super().__init__(" ".join(text.split()))
 
 
-def compile_network(net: nn.Module, backend: str = "inductor") -> Callable:
-    """The module's forward as one graph: no graph breaks, static shapes, compiled anew for each kind of call.
+def compile_network(net: nn.Module, backend: str | Callable = "inductor") -> Callable:
+    """The module's forward without graph breaks, in static shapes, compiled anew for each kind of call.
 
-    Under Inductor, what activation checkpointing computes again is values alone (`cmt_kernels.graph`).
+    A part that names its method `repeated` (DiT) has blocks that are alike: one graph runs each of them, and what is around
+    them stays eager. Any other network is one graph. Under Inductor, what activation checkpointing computes again is values
+    alone (`cmt_kernels.graph`). Where torch's limit of kinds is reached a call raises; none falls back to eager.
     """
     options = {"post_grad_custom_pre_pass": _dead_tangents()} if backend == "inductor" else None
-    return torch.compile(net, fullgraph=True, dynamic=False, backend=backend, options=options)
+    compiled = lambda f: torch.compile(f, fullgraph=True, dynamic=False, backend=backend, options=options)
+    owner = next((m for m in net.modules() if hasattr(m, "repeated")), None)
+    if owner is None:
+        return compiled(net)
+    name = owner.repeated
+    block = compiled(_with_own_code(getattr(type(owner), name)))
+
+    def run(*arguments: Any) -> Any:
+        return block(owner, *map(_even, arguments))
+
+    def forward(*arguments: Any) -> Any:
+        vars(owner)[name] = run  # for this call alone: `net` itself stays eager
+        try:
+            return net(*arguments)
+        finally:
+            del vars(owner)[name]
+
+    return forward
+
+
+def _with_own_code(f: Callable) -> Callable:
+    """The same function, compiled by itself: what torch.compile keeps, and its limit of kinds, hang on a function's code,
+    which all networks and stages of a process share."""
+    return types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+
+
+def _even(x: Any) -> Any:
+    """A tangent in the dtype of its value: before the first block it may be narrower, which would be a kind of its own."""
+    return Dual(x.value, x.tangent.to(x.value.dtype)) if isinstance(x, Dual) else x
 
 
 def _dead_tangents():

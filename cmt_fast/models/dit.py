@@ -59,6 +59,8 @@ class DiT(nn.Module):
     Tangents of x, t and r must belong to the same first rows; a plain argument is a constant.
     """
 
+    repeated = "_block"  # the method that runs a block, all of them alike: torch.compile compiles one for all
+
     def __init__(
         self,
         channels: int,

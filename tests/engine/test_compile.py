@@ -1,14 +1,15 @@
-"""A stage under torch.compile: one graph, tangents alive, the guard; and blocks that forget their activations."""
+"""A stage under torch.compile: one block for all, tangents alive, the guard; and blocks that forget their activations."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import pytest
 import torch
 from cmt_kernels import Dual, available, use
 from cmt_kernels import graph as graph_passes
-from cmt_kernels.silu import reference as silu_reference
+from cmt_kernels.gelu import reference as gelu_reference
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
 
@@ -16,7 +17,9 @@ from bench.training.networks import average_velocity, batch_of, meanflow_loss, s
 from cmt_fast import cli
 from cmt_fast.config.schema import Flow, Stage
 from cmt_fast.engine import LocalEngine, compile
-from cmt_fast.models.dit import Block
+from cmt_fast.models.dit import Block, DiT
+from cmt_fast.models.mlp import Mlp
+from cmt_fast.models.precond import AverageVelocity
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.train import loop
 from tests.fixtures.tiny import NO_EVAL, SMALL, tiny
@@ -64,12 +67,83 @@ def dual_arguments(k: int) -> tuple:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_meanflow_step_is_one_graph_and_passes_the_guard(precision):
-    e, counter = engine(precision=precision), CompileCounterWithBackend("aot_eager")
-    e.forward = torch.compile(e.net, fullgraph=True, dynamic=False, backend=counter)
+    counter = CompileCounterWithBackend("aot_eager")
+    e = engine(counter, precision)
     for _ in range(3):
         step(e)
-    assert counter.frame_count == 1  # one graph, and not a second one for later steps
+    assert counter.frame_count == 1  # one graph, and not a second one for later blocks and steps
     compile.guard(e, lambda: meanflow_loss(e, batch_of(ROWS, TOKENS, "cpu")))
+
+
+def kinds(e: LocalEngine) -> None:
+    """Four kinds of call: values with tangents and without, with gradients and without, each twice."""
+    plain = [x.value if isinstance(x, Dual) else x for x in dual_arguments(2)]
+    for _ in range(2):
+        for arguments in (dual_arguments(2), plain):
+            y = e(*arguments)
+            e.backward((y.value if isinstance(y, Dual) else y).square().sum())
+            with torch.no_grad():
+                e(*arguments)
+
+
+@pytest.mark.parametrize("precision, recompute", [("fp32", False), ("bf16", True)])
+def test_one_block_is_compiled_whatever_the_depth(precision, recompute):
+    """As many graphs of dynamo, and as many and as long ones of values, forward and backward, at two blocks as at four."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    found = []
+    for depth in (2, 4):
+        lengths: dict[str, list[int]] = {"frame": [], "inference": [], "fw": [], "bw": []}
+
+        def keep(kind, graph, inputs, lengths=lengths):
+            lengths[kind].append(len(graph.graph.nodes))
+            return graph
+
+        compilers = {f"{kind}_compiler": functools.partial(keep, kind) for kind in ("fw", "bw", "inference")}
+
+        inner = aot_autograd(**compilers)
+
+        def backend(graph, inputs, inner=inner, keep=keep):
+            return inner(keep("frame", graph, inputs), inputs)
+
+        kinds(engine(backend, precision, depth, checkpoint_activations=recompute))
+        found.append(lengths)
+    assert found[0] == found[1]
+    assert {kind: len(of) for kind, of in found[0].items()} == {"frame": 4, "inference": 2, "fw": 2, "bw": 2}
+
+
+def test_the_network_itself_stays_eager():
+    counter = CompileCounterWithBackend("aot_eager")
+    e = engine(counter)
+    e(*dual_arguments(2))
+    calls = []
+    forward, (dit,) = e.forward, [m for m in e.net.modules() if isinstance(m, DiT)]
+    dit.blocks[0].register_forward_pre_hook(lambda *_: calls.append(torch.compiler.is_compiling()))
+    e.eager(*dual_arguments(3))
+    assert calls == [False] and counter.frame_count == 1 and "_block" not in vars(dit)
+    with pytest.raises(TypeError):
+        forward()
+    assert "_block" not in vars(dit)
+
+
+def test_a_kind_beyond_the_limit_raises_and_networks_do_not_share_it():
+    """Torch's limit hangs on code, which all blocks of a process share; and at the limit nothing runs eagerly instead."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for k in (2, 3):
+            e = engine(blocks=1)
+            e(*dual_arguments(k))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            e(*dual_arguments(4))
+
+
+def test_a_network_without_blocks_alike_is_one_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+    net = AverageVelocity(Mlp(6, 0, width=16, depth=2, two_times=True))
+    x, t = torch.randn(4, 6), torch.rand(4)
+    got = compile.compile_network(net, counter)(x, t, t)
+    torch.testing.assert_close(got, net(x, t, t))
+    placeholders = [n for n in counter.graphs[0].graph.nodes if n.op == "placeholder"]
+    assert counter.frame_count == 1 and len(placeholders) >= len(list(net.parameters()))
 
 
 def test_no_graph_breaks():
@@ -95,15 +169,15 @@ def test_inductor_keeps_value_and_tangent():
 
 
 def planted(monkeypatch, wrong) -> None:
-    """Make silu wrong where it is compiled, and only there: what a compiler that drops a tangent rule does."""
-    honest = silu_reference.silu
+    """Make gelu wrong where it is compiled, and only there: what a compiler that drops a tangent rule does."""
+    honest = gelu_reference.gelu
 
-    def silu(x):
-        y = honest(x)
+    def gelu(x, bias=None):
+        y = honest(x, bias)
         return wrong(y) if torch.compiler.is_compiling() and isinstance(y, Dual) else y
 
-    monkeypatch.setattr(silu_reference, "silu", silu)
-    monkeypatch.setattr(importlib.import_module("cmt_kernels._op"), "_forced", "silu:reference")
+    monkeypatch.setattr(gelu_reference, "gelu", gelu)
+    monkeypatch.setattr(importlib.import_module("cmt_kernels._op"), "_forced", "gelu:reference")
     monkeypatch.setattr(importlib.import_module("cmt_kernels._op"), "_resolved", _unresolved())
 
 
