@@ -18,13 +18,13 @@ from cmt_fast.storage import checkpoint
 
 
 def settle(work: Workspace, stage: Stage, found: checkpoint.Checkpoint | None) -> dict[str, str]:
-    """{shape: "softmax" or "sdpa"} of a stage's attentions of few tokens; {} elsewhere than on a CPU. Every rank must call it.
+    """{shape: "softmax" or "sdpa"} of a stage's attentions of few tokens; {} where nothing is chosen. Every rank must call it.
 
     found: the checkpoint that the stage goes on from; one that says nothing is of a version that knew SDPA alone.
     """
     if found:
         return dict(found.manifest.get("attention", {}))
-    if work.device.type != "cpu" or stage.compile:
+    if work.device.type != "cpu" or stage.compile or not distributed.smallest(int(processor.timed())):
         return {}
     low = stage.precision == "bf16" or (stage.trajectories and stage.trajectories.precision in ("auto", "bf16", "fp8"))
     dtypes = (torch.float32, torch.bfloat16) if low else (torch.float32,)
@@ -32,7 +32,7 @@ def settle(work: Workspace, stage: Stage, found: checkpoint.Checkpoint | None) -
     choices = {}
     for tokens, dim in shapes:
         for dtype in dtypes:
-            mine = small.choose(tokens, dim, dtype) if distributed.rank() == 0 and processor.timed() else small.SDPA
+            mine = small.choose(tokens, dim, dtype) if distributed.rank() == 0 else small.SDPA
             ranks = distributed.every_rank([float(small.NAMES.index(mine))])
             choices[small.label(tokens, dim, dtype)] = small.NAMES[int(ranks[0][0])]
     return choices
