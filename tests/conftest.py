@@ -4,6 +4,7 @@ With one, a test that ruins the process's use of it does not take the next ones 
 what the trainer needs: files of tests that cannot be imported for it are skipped and say so, those of the kernels run.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from tests.fixtures.isolation import Isolation
+
+# nothing is timed to choose a formula by: tests compare bits across processes, whatever runs beside them
+os.environ.setdefault("CMT_PROCESSOR", "usual")
 
 
 def pytest_configure(config: pytest.Config) -> None:

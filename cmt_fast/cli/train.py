@@ -18,7 +18,7 @@ from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
 from cmt_fast.run import folder, workspace
 from cmt_fast.run.resolved import ResolvedStage
-from cmt_fast.runtime import distributed, machine
+from cmt_fast.runtime import distributed, machine, memory
 from cmt_fast.teacher import precision, solver_record
 from cmt_fast.train import loop, profiler
 
@@ -91,6 +91,8 @@ def train(args: argparse.Namespace) -> None:
     work.compare()
     if distributed.rank() == 0:
         _ops(work.device.type)
+    if work.device.type == "cpu":
+        memory.keep_freed()
     loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None)
     page.write(out)
 

@@ -13,6 +13,22 @@ from cmt_fast.diffusion.solvers import rollout, table
 
 
 @torch.no_grad()
+def consistency_first(net: Net, x: Tensor, t_max: float, labels: Tensor | None) -> Tensor:
+    """f(x, t_max), which is the sample of one step and where those of more steps go on. x: (B, ...) of std t_max -> (B, ...)."""
+    return net(x, *(torch.full((len(x),), t_max, dtype=x.dtype, device=x.device),) * 2, labels)
+
+
+@torch.no_grad()
+def consistency_onwards(
+    net: Net, x_0: Tensor, mid_times: tuple[float, ...], noises: list[Tensor], labels: Tensor | None
+) -> Tensor:
+    """x_0 = f(x_0 + t z, t) for each mid time, from the sample x_0 (B, ...) of one step; noises: one (B, ...) per mid time."""
+    for t, z in zip(mid_times, noises, strict=True):
+        times = torch.full((len(x_0),), t, dtype=x_0.dtype, device=x_0.device)
+        x_0 = net(x_0 + t * z, times, times, labels)
+    return x_0
+
+
 def sample_consistency(
     net: Net, x: Tensor, t_max: float, mid_times: tuple[float, ...], noises: list[Tensor], labels: Tensor | None
 ) -> Tensor:
@@ -20,11 +36,7 @@ def sample_consistency(
 
     x: (B, ...) noise of std t_max; noises: one (B, ...) per mid time. Returns (B, ...).
     """
-    x_0 = net(x, *(torch.full((len(x),), t_max, dtype=x.dtype, device=x.device),) * 2, labels)
-    for t, z in zip(mid_times, noises, strict=True):
-        times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        x_0 = net(x_0 + t * z, times, times, labels)
-    return x_0
+    return consistency_onwards(net, consistency_first(net, x, t_max, labels), mid_times, noises, labels)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import SamplerConfig
 from cmt_fast.diffusion import rng
-from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
+from cmt_fast.diffusion.few_steps import consistency_first, consistency_onwards, sample_jumps
 from cmt_fast.diffusion.guidance import guided
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
@@ -45,12 +45,21 @@ class Sampler:
 
     def few_steps(self, net: Callable, steps: int, seed: int, index: Tensor) -> Tensor:
         """`steps` network calls as a flow map: consistency sampling on VE, jumps on linear flow. (n, ...)."""
-        z, labels = self.noise(seed, index), self.labels(index)
         if self.path.name == "linear":
-            return sample_jumps(net, z, steps, labels)
+            return sample_jumps(net, self.noise(seed, index), steps, self.labels(index))
         mids = self.mid_times(steps)
+        return self._onwards(net, self._first(net, seed, index), mids, seed, index)
+
+    def _first(self, net: Callable, seed: int, index: Tensor) -> Tensor:
+        """A consistency model's sample of one step."""
+        return consistency_first(
+            net, self.noise(seed, index) * self.config.t_max, self.config.t_max, self.labels(index)
+        )
+
+    def _onwards(self, net: Callable, x_0: Tensor, mids: tuple[float, ...], seed: int, index: Tensor) -> Tensor:
+        """That of as many more as there are mid times."""
         noises = [Random(seed, 0, i + 1).normal(rng.RENOISE, index, self.shape) for i in range(len(mids))]
-        return sample_consistency(net, z * self.config.t_max, self.config.t_max, mids, noises, labels)
+        return consistency_onwards(net, x_0, mids, noises, self.labels(index))
 
     def solve(self, net: Callable, steps: int, seed: int, index: Tensor) -> Tensor:
         """`steps` network calls of the ODE solver, as a diffusion model is sampled; guided if the recipe says so. (n, ...)."""
@@ -66,6 +75,22 @@ class Sampler:
         """Samples `index` (n,) in data units, float32, on the device. (n, ...)."""
         call = self.solve if solver else self.few_steps
         return call(net, steps, seed, index.to(self.device)).float()
+
+    def draw_each(
+        self, net: Callable, steps: tuple[int, ...], seed: int, index: Tensor, solver: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(k, what `draw` gives for k steps) one after the other, bit for bit; what is common to them is computed once.
+
+        A consistency model's samples of every number of steps go on from one first call, which has the same starts, labels
+        and time. Jumps and solvers have nothing in common: other numbers of steps are other grids. Samples are only read.
+        """
+        if solver or self.path.name == "linear":
+            yield from ((k, self.draw(net, k, seed, index, solver)) for k in steps)
+            return
+        index, mids = index.to(self.device), {k: self.mid_times(k) for k in steps}
+        x_0 = self._first(net, seed, index)
+        for k in steps:
+            yield k, self._onwards(net, x_0, mids[k], seed, index).float()
 
     def generate(self, net: Callable, steps: int, n: int, seed: int, solver: bool = False, batch: int = 1000) -> Tensor:
         """Samples 0..n-1 in data units, float32. (n, ...) on the CPU."""

@@ -50,6 +50,12 @@ class Stream:
         self.mean = self.mean + off * (len(f) / total)
         self.n = total
 
+    def copy(self) -> Stream:
+        """Another that goes on from here; this one stays as it is."""
+        other = Stream()
+        other.n, other.mean, other.scatter = self.n, self.mean, self.scatter.clone()
+        return other
+
     def over_ranks(self) -> tuple[int, Moments]:
         """Samples and moments of all ranks together, the same on each; every rank must call it. Raises below 2 samples."""
         width = distributed.largest(len(self.mean))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,12 @@ class Tally:
         self.right = self.labelled = 0
         self.kept: list[Tensor] = []
         self.slices: list[Tensor] = []
+
+    def copy(self) -> Tally:
+        """Another that goes on from here; this one stays as it is."""
+        other = copy.copy(self)
+        other.stream, other.kept, other.slices = self.stream.copy(), list(self.kept), list(self.slices)
+        return other
 
     def add(self, samples: Tensor, labels: Tensor | None) -> None:
         """samples: (B, ...) in data units; labels: (B,) or None."""

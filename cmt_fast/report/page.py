@@ -115,16 +115,15 @@ def judge(work: Workspace, s: Stand) -> Judged:
         progress.say(f"judging {s.name}: {run.eval.n:,} samples at {', '.join(map(str, run.eval.steps))} steps")
     net = work.network(s.name)
 
-    def figures(k: int, n: int, solver: bool) -> dict[str, float] | None:
-        try:
-            out = work.judging.evaluate(net, (k,), n, solver=solver)[str(k)]
-        except FloatingPointError:
-            return None
-        return out if all(map(math.isfinite, out.values())) else None
+    def figures(steps: tuple[int, ...], counts: tuple[int, ...], solver: bool) -> list[dict[str, dict | None]]:
+        """{steps: figures} for each count; None where samples or figures are not finite."""
+        found = work.judging.figures(net, steps, counts, solver) if steps else {}
+        sound = lambda out: out if out and all(map(math.isfinite, out.values())) else None
+        return [{str(k): sound(of[n]) for k, of in found.items()} for n in counts]
 
-    few = {str(k): figures(k, run.eval.n, False) for k in run.eval.steps}
     long = (run.sampler.teacher_steps,) if s.name == "pre" else ()
-    judged = Judged(few, *({str(k): figures(k, n, True) for k in long} for n in (run.eval.n, run.eval.n_during)))
+    (few,) = figures(run.eval.steps, (run.eval.n,), False)
+    judged = Judged(few, *figures(long, (run.eval.n, run.eval.n_during), True))
     distributed.barrier()  # no rank finds the file before all have looked for it
     if distributed.rank():
         return judged

@@ -15,6 +15,8 @@ from cmt_fast.evaluation import features, judges
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.runtime import distributed, progress
 
+Tallies = dict[int, judges.Tally | None]  # of each number of steps; None: its samples are not finite
+
 
 class Judging:
     """Of one run's samples. folder: the run's, whose heart beats; features are kept there, or in `parents` while it is not."""
@@ -47,19 +49,60 @@ class Judging:
         Batches go round the ranks, so the world's size changes the order of sums and nothing else. Raises
         FloatingPointError, on every rank, when samples are not finite.
         """
-        e, out, judge = self.run.eval, {}, judge or self.judge
-        seed = e.seed if seed is None else seed
-        for k in steps:
-            tally, broken = judge.tally(), False
-            with progress.counting(f"{k} step{'s' * (k > 1)}", n, self.folder, quiet) as advance:
-                for i, index in enumerate(torch.arange(n).split(e.batch)):
-                    if i % distributed.size() == distributed.rank() and not broken:
-                        samples = self.setting.draw(net, k, seed, index, solver)
-                        broken = not bool(torch.isfinite(samples).all())
-                        if not broken:
-                            tally.add(samples, self.setting.labels(index))
-                    advance(len(index))
-            if distributed.largest(int(broken)):
-                raise FloatingPointError(f"samples of {k} steps are not finite")
-            out[str(k)] = tally.figures()
+        judge = judge or self.judge
+        # what precision and recall keep of every sample is held for one number of steps at a time
+        out: dict[str, dict] = {}
+        for together in [(k,) for k in steps] if judge.rows else [steps]:
+            for k, of in self.figures(net, together, (n,), solver, seed, judge, quiet).items():
+                figures = of[n]
+                if figures is None:
+                    raise FloatingPointError(f"samples of {k} steps are not finite")
+                out[str(k)] = figures
         return out
+
+    def figures(
+        self, net: Callable, steps: tuple[int, ...], counts: tuple[int, ...], solver: bool = False,
+        seed: int | None = None, judge: judges.Judge | None = None, quiet: bool = False,
+    ) -> dict[int, dict[int, dict | None]]:  # fmt: skip
+        """{steps: {count: figures}}, each bit for bit what `evaluate` gives alone; None where samples are not finite.
+
+        What is common is computed once: the first call of every consistency model's samples, and the batches that smaller
+        counts share with the largest. A batch that a smaller count cuts is drawn for it again, as it is cut. One tally for
+        each number of steps is held at once. Every rank must call it.
+        """
+        e, judge, n = self.run.eval, judge or self.judge, max(counts)
+        seed = e.seed if seed is None else seed
+        tallies: Tallies = {k: judge.tally() for k in steps}
+        out: dict[int, dict[int, dict | None]] = {k: {} for k in steps}
+
+        def take(tallies: Tallies, index: torch.Tensor) -> None:
+            sound = tuple(k for k, tally in tallies.items() if tally)
+            for k, samples in self.setting.draw_each(net, sound, seed, index, solver) if sound else ():
+                tally = tallies[k]
+                if tally and bool(torch.isfinite(samples).all()):
+                    tally.add(samples, self.setting.labels(index))
+                else:
+                    tallies[k] = None
+
+        title = f"{' and '.join(map(str, steps))} step{'s' * (max(steps) > 1)}"
+        with progress.counting(title, n, self.folder, quiet) as advance:
+            for i, index in enumerate(torch.arange(n).split(e.batch)):
+                first, mine = int(index[0]), i % distributed.size() == distributed.rank()
+                for count in sorted(c for c in set(counts) if first <= c < first + len(index)):
+                    cut = tallies
+                    if count > first and mine:
+                        cut = {k: tally and tally.copy() for k, tally in tallies.items()}
+                        take(cut, index[: count - first])
+                    _close(cut, count, out)
+                if mine:
+                    take(tallies, index)
+                advance(len(index))
+            _close(tallies, n, out)
+        return out
+
+
+def _close(tallies: Tallies, count: int, out: dict[int, dict[int, dict | None]]) -> None:
+    """The figures of `count` samples, None where any rank's were not finite; every rank must call it."""
+    for k, tally in tallies.items():
+        broken = distributed.largest(int(tally is None))
+        out[k][count] = None if broken or tally is None else tally.figures()

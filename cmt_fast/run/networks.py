@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from cmt_kernels import through, use
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmt_fast import models
 from cmt_fast.config.schema import Run
@@ -27,6 +30,23 @@ def parameters(run: Run, shape: tuple[int, ...], classes: int) -> int:
     """Parameters of a run's network on rows of this shape, built without memory. Raises ValueError where they do not fit."""
     with weightless():
         return sum(p.numel() for p in fresh_network(run, shape, classes).parameters())
+
+
+def attentions(run: Run, shape: tuple[int, ...], classes: int) -> list[tuple[int, int]]:
+    """(tokens, head dim) of every attention of a run's network on rows of this shape, found without memory."""
+    seen: set[tuple[int, int]] = set()
+
+    def watched(_: str, attend: Callable) -> Callable:
+        def call(qkv: Tensor) -> Tensor:
+            seen.add((qkv.shape[1], qkv.shape[-1]))
+            return attend(qkv)
+
+        return call
+
+    with weightless(), sdpa_kernel(SDPBackend.MATH), use("reference"), through(watched, "other", ("attention",)):
+        net, one = fresh_network(run, shape, classes), torch.ones(1)
+        net(torch.ones(1, *shape), one, one, torch.ones(1, dtype=torch.int64) if classes else None)
+    return sorted(seen)
 
 
 def fresh_network(run: Run, shape: tuple[int, ...], classes: int, seed: int = 0) -> nn.Module:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 
 import torch
-from cmt_kernels import assembler
+from cmt_kernels import assembler, processor
 
 from cmt_fast import __version__
 from cmt_fast.config.errors import ConfigError
@@ -55,18 +54,8 @@ def environment() -> dict[str, str | int]:
         "cuda": torch.version.cuda or "none",
         "gpu": torch.cuda.get_device_name() if gpu else "none",
         "assembler": str(assembler.choose(assembler.card())) if gpu else "none",
-        "cpu": _cpu(),
+        "cpu": processor.model(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "processes": distributed.size(),
     }
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

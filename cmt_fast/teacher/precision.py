@@ -14,6 +14,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from cmt_kernels import processor
 from torch import Tensor, nn
 
 from cmt_fast.config.errors import ConfigError
@@ -63,6 +65,8 @@ class Teacher:
     def choose(self, seed: int, index: int, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
         """A stage's precision as it begins: {"precision", "errors" of endpoints by precision, "limit"}; the same on all ranks.
 
+        Under auto also "refused": {precision: why it was not tried}.
+
         Raises ConfigError for a precision that this machine, engine or network does not have, or that errs by too much.
         """
         wanted, limit = self.config.precision, self.config.precision_limit
@@ -85,8 +89,11 @@ class Teacher:
                 ]
             return torch.cat(parts).double()
 
-        exact, errors = ends("fp32"), {}
-        for candidate in [f for f in PRECISIONS if self._why_not(f) is None] if precision == "auto" else [precision]:
+        auto = precision == "auto"
+        refused = {f: why for f in PRECISIONS if (why := self._why_not(f))} if auto else {}
+        candidates = [f for f in PRECISIONS if f not in refused] if auto else [precision]
+        exact, errors = ends("fp32") if candidates[0] != "fp32" else torch.zeros(1), {}
+        for candidate in candidates:
             if candidate == "fp32":
                 precision = candidate
                 break
@@ -97,7 +104,7 @@ class Teacher:
                 precision = candidate
                 break
         self._made = {key: net for key, net in self._made.items() if key[0] == precision}
-        about = {"precision": precision, "errors": errors, "limit": limit}
+        about = {"precision": precision, "errors": errors, "limit": limit} | ({"refused": refused} if refused else {})
         if errors.get(precision, 0.0) > limit and wanted != "stage":
             raise ConfigError(
                 f"{self.name}.trajectories.precision: {precision} moves the endpoints by {errors[precision]:.2%} of their size, "
@@ -109,7 +116,10 @@ class Teacher:
         """What a person should know of the choice."""
         precision, errors, limit = about["precision"], about["errors"], about["limit"]
         if not errors:
-            return []
+            refused = about.get("refused")
+            return (
+                [f"teacher in {precision}: {'; '.join(f'{f}: {why}' for f, why in refused.items())}"] if refused else []
+            )
         said = ", ".join(f"{f} {e:.2%}" for f, e in errors.items())
         lines = [f"teacher in {precision}: endpoints of {MEASURED} trajectories err by {said} (limit {limit:.2%})"]
         if errors.get(precision, 0.0) > limit:
@@ -144,7 +154,7 @@ class Teacher:
             raise ConfigError(f"{self.name}.trajectories.precision: {precision!r} cannot be had: {reason}")
 
     def _why_not(self, precision: str, asked: bool = False) -> str | None:
-        """Why a precision cannot be had. On a CPU only fp32 is fast; the others are had where they are asked for by name."""
+        """Why a precision cannot be had. Under auto a CPU has what is faster there than fp32."""
         reason = missing(precision, self.device, asked)
         if reason or precision != "fp8":
             return reason
@@ -163,7 +173,7 @@ def missing(precision: str, device: torch.device, asked: bool = False) -> str | 
     if precision == "fp32":
         return None
     if device.type == "cpu":
-        return None if asked else "a CPU computes fastest in fp32"
+        return None if asked else slower(precision)
     least = (8, 9) if precision == "fp8" else (8, 0)
     if torch.cuda.get_device_capability(device) < least:
         return f"{torch.cuda.get_device_name(device)} has none, compute capability {least[0]}.{least[1]} has"
@@ -174,6 +184,31 @@ def missing(precision: str, device: torch.device, asked: bool = False) -> str | 
         except RuntimeError as error:
             return (str(error).splitlines() or [type(error).__name__])[0]
     return None
+
+
+def slower(precision: str) -> str | None:
+    """Why a CPU takes fp32 rather than a precision, None where it computes faster in it: of bf16 a product is timed.
+
+    Every rank must call it: all do as rank 0 finds.
+    """
+    if precision != "bf16":
+        return {"fp8": "a CPU emulates it", "tf32": "on a CPU it is fp32"}[precision]
+    if not processor.timed():
+        return f"CMT_PROCESSOR={processor.USUAL} times nothing"
+    found = product_speed() if distributed.rank() == 0 else 0.0
+    speed = distributed.every_rank([found])[0][0]
+    if speed >= processor.WORTH:
+        return None
+    return f"a product of matrices runs {speed:.2f} times as fast as in fp32 on {processor.model()}"
+
+
+def product_speed() -> float:
+    """How many times as fast as in fp32 this processor computes x W^T + b in bf16, x: (1024, 512), W: (512, 512)."""
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(*size, generator=generator) for size in ((1024, 512), (512, 512), (512,))]
+    low = [x.bfloat16() for x in exact]
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return processor.ratio("linear bf16", lambda: F.linear(*exact), lambda: F.linear(*low))
 
 
 def check(name: str, stage: Stage, device: torch.device) -> None:

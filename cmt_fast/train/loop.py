@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import cmt_kernels
 import torch
+from cmt_kernels.attention import small
 from torch import Tensor
 
 from cmt_fast import engine as engines
@@ -27,7 +28,7 @@ from cmt_fast.runtime.progress import say
 from cmt_fast.runtime.signals import Stopped, noted
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
-from cmt_fast.train import batches, monitor, solver_choice
+from cmt_fast.train import attention_choice, batches, monitor, solver_choice
 from cmt_fast.train.profiler import Profile
 from cmt_fast.usage import ledger, meters
 
@@ -86,12 +87,14 @@ def train_stage(
             wall = dict(found.manifest["wall"])
         log = Log(folder, engine.step_count, plan.total, name, not first, run.tensorboard)
         ending.callback(log.close)
+        attention = attention_choice.settle(work, config, found)
+        ending.enter_context(small.using(attention))
         source = batches.provider(work, stage, engine, meter, found)
         ending.callback(source.close)
         if found is None and source.trajectories.get("errors"):
             log.row("trajectories", 1, config.batch, source.trajectories)
         always = _identity(run, name, lineage, others, choice)
-        always |= {"trajectories": source.trajectories} if source.trajectories else {}
+        always |= {k: v for k, v in (("trajectories", source.trajectories), ("attention", attention)) if v}
         if config.compile:
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         meter.lap("startup")

@@ -22,8 +22,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cmt_kernels import Dual
-from cmt_kernels.attention import agreement, examine, proof, remembered, triton_launches
+from cmt_kernels import Dual, remembered
+from cmt_kernels.attention import agreement, examine, proof, triton_launches
 from cmt_kernels.attention.cases import Case, inputs
 from cmt_kernels.attention.reference import attention as reference
 

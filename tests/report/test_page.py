@@ -112,8 +112,8 @@ def test_the_second_report_judges_nothing_and_a_new_checkpoint_alone(run, tmp_pa
     folder = tmp_path / "copy"
     shutil.copytree(run[0], folder)
     called = []
-    evaluate = Judging.evaluate
-    monkeypatch.setattr(Judging, "evaluate", lambda self, *a, **k: called.append(a[1:]) or evaluate(self, *a, **k))
+    figures = Judging.figures
+    monkeypatch.setattr(Judging, "figures", lambda self, *a, **k: called.append(a[1:]) or figures(self, *a, **k))
     before = (folder / "report.html").read_text()
     page.write(folder)
     assert not called and (folder / "report.html").read_text() == before
@@ -124,7 +124,7 @@ def test_the_second_report_judges_nothing_and_a_new_checkpoint_alone(run, tmp_pa
     about = {k: v for k, v in found.manifest.items() if k not in ("format", "step", "files", "xxh3_128")}
     checkpoint.save(folder / "mid", found.manifest["step"], files | {"ema-0": files["model"]}, about)
     page.write(folder)
-    assert called == [((1,), 200), ((2,), 200)]
+    assert called == [((1, 2), (200,), False)]
     assert "retrained since" in (folder / "report.html").read_text()  # post comes from another mid
 
 
@@ -159,13 +159,12 @@ def test_stages_of_another_run(run, tmp_path):
 
 
 def test_samples_that_are_not_finite_are_said_to_be(tmp_path, monkeypatch):
-    def broken(self, net, steps, n, solver=False, seed=None):
-        if solver:
-            raise FloatingPointError("samples are not finite")
-        return {str(k): {"frechet": 1.5, "sliced_wasserstein": 0.5, "accuracy": 0.25} for k in steps}
+    def broken(self, net, steps, counts, solver=False):
+        found = None if solver else {"frechet": 1.5, "sliced_wasserstein": 0.5, "accuracy": 0.25}
+        return {k: dict.fromkeys(counts, found) for k in steps}
 
     train(tmp_path / "run", ["pre"], *SHORT)
-    monkeypatch.setattr(Judging, "evaluate", broken)
+    monkeypatch.setattr(Judging, "figures", broken)
     text = page.write(tmp_path / "run")["markdown"].read_text()
     assert "| teacher, 16 steps | not finite | not finite | not finite | 0 | pre |" in text
     assert "| pre-trained | 1.5 | 25.0% | 0.5 | 0 | pre |" in text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from cmt_kernels import processor
 from torch import nn
 
 from cmt_fast import models
@@ -113,6 +115,53 @@ def test_auto_on_a_cpu_is_fp32_and_fp32_is_what_it_was(pre, tmp_path) -> None:
     a, b = (s.pool.draw(3, torch.arange(32)) for s in (chosen, plain))
     assert torch.equal(a.x, b.x)
     assert chosen.teacher is None  # nothing else needs one
+
+
+def test_auto_on_a_cpu_is_bf16_where_its_product_is_faster_and_the_gate_passes(
+    pre, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("CMT_PROCESSOR", "")
+
+    def chosen(speed: float, limit: float) -> dict:
+        monkeypatch.setattr(precision, "product_speed", lambda: speed)
+        more = ["mid.trajectories.precision=auto", f"mid.trajectories.precision_limit={limit}"]
+        return source_of(work_of(pre, tmp_path / "run", *more), "mid").trajectories
+
+    fast, strict = chosen(4.2, 0.02), chosen(4.2, 1e-9)
+    assert fast["precision"] == "bf16" and 0 < fast["errors"]["bf16"] <= 0.02
+    assert strict["precision"] == "fp32" and strict["errors"] == fast["errors"]  # measured, and beyond the limit
+    assert fast["refused"].keys() == {"fp8", "tf32"}
+    capsys.readouterr()
+    slow = chosen(0.094, 0.02)
+    assert slow["precision"] == "fp32" and not slow["errors"]
+    reason = f"a product of matrices runs 0.09 times as fast as in fp32 on {processor.model()}"
+    assert slow["refused"]["bf16"] == reason
+    assert f"mid teacher in fp32: fp8: a CPU emulates it; bf16: {reason}; tf32: " in capsys.readouterr().out
+    for speed in (processor.WORTH - 0.01, processor.WORTH):
+        assert chosen(speed, 0.02)["precision"] == ("bf16" if speed >= processor.WORTH else "fp32")
+
+
+def test_the_product_is_timed_once_on_this_processor(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(processor, "_known", {})
+    assert "CMT_PROCESSOR=usual times nothing" in str(precision.missing("bf16", CPU)) and not list(tmp_path.iterdir())
+    monkeypatch.setenv("CMT_PROCESSOR", "")
+    first = precision.product_speed()
+    kept = json.loads((tmp_path / "cmt_fast" / processor.FILE).read_text())
+    assert kept == {processor.machine(): {"linear bf16": {"ratio": first}}} and first > 0
+    processor._known.clear()
+    monkeypatch.setattr(processor, "measure", lambda *_: pytest.fail("timed again"))
+    assert precision.product_speed() == first
+    assert (precision.missing("bf16", CPU) is None) == (first >= processor.WORTH)
+
+
+def test_ranks_take_the_first_one_s_product(monkeypatch) -> None:
+    """A rank that found otherwise would wait for collective calls that the others do not make."""
+    monkeypatch.setenv("CMT_PROCESSOR", "")
+    monkeypatch.setattr(precision, "product_speed", lambda: pytest.fail("another rank timed"))
+    monkeypatch.setattr(precision.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(precision.distributed, "every_rank", lambda x: [[3.0], x])
+    assert precision.missing("bf16", CPU) is None
 
 
 def test_a_named_precision_beyond_the_limit_is_refused(pre, tmp_path, capsys) -> None:

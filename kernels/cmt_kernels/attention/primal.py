@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmt_kernels.attention import proof, remembered
+from cmt_kernels import remembered
+from cmt_kernels.attention import proof
 from cmt_kernels.attention.reference import aligned, sdpa
 from cmt_kernels.attention.reference import attention as reference
 from cmt_kernels.cases import allowed, error

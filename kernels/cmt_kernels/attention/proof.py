@@ -29,7 +29,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmt_kernels.attention import agreement, remembered, triton_launches
+from cmt_kernels import remembered
+from cmt_kernels.attention import agreement, triton_launches
 from cmt_kernels.attention.examine import Sample, Verdict, draw, examine, layout
 
 Tiles = dict[str, dict[str, int]]  # kernel -> blocks, warps and stages

@@ -7,7 +7,8 @@ comes back as a gradient is copied where it begins elsewhere. Other ops of torch
 Torch's fused kernels keep one number a query, logsumexp, and divide by the sum at the end: from logits of about 1e4 on
 its rounding is seen in the gradient, of 1e9 it is garbage or infinite, and values near the largest float32 overflow. So
 on a CPU such inputs, and infinities and NaN, take softmax itself. On other devices a look at the inputs would make the
-host wait, and a compiled graph cannot branch on numbers: there torch's attention is what it is.
+host wait, and a compiled graph cannot branch on numbers: there torch's attention is what it is. Where a training stage has
+chosen it for few tokens by measurement (small.py), it is softmax itself too.
 """
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmt_kernels import transforms
+from cmt_kernels.attention import small
 from cmt_kernels.dual import Dual, tangent_rule, value
 
 IN_CACHE = 2**20  # elements of T x T matrices that a CPU core works on at a time
@@ -50,9 +52,8 @@ def _looks_at(x: Tensor) -> bool:
 
 
 def attention(qkv: Tensor | Dual) -> Tensor | Dual:
-    if _extreme(value(qkv)):
-        q, k, v = value(qkv).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d)
-        o = _softmax(q, k) @ v
+    if small.plain(value(qkv)) or _extreme(value(qkv)):
+        o = small.formula(*value(qkv).permute(2, 0, 3, 1, 4).unbind(0))  # of (B, H, T, d) each
     else:
         o = sdpa(value(qkv))
     y = o.transpose(1, 2).flatten(2)

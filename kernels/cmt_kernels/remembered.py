@@ -1,7 +1,7 @@
-"""What was found out about attention on a card, kept for the next process: one JSON file a question.
+"""What was found out about a machine, kept for the next process: one JSON file a question.
 
-`~/.cache/cmt_fast/<name>` holds machine -> label -> entry. A machine is the card and every version that could change
-the answer, so an entry is never stale, only unused. A file that cannot be read is as good as none, and a home that
+`~/.cache/cmt_fast/<name>` holds machine -> label -> entry. A machine is the card or processor and every version that
+could change the answer, so an entry is never stale, only unused. A file that cannot be read is as good as none, and a home that
 cannot be written means that the next process finds out again.
 """
 
@@ -36,6 +36,6 @@ def keep(file: Path, machine: str, label: str, entry: dict) -> None:
 def _everything(file: Path) -> dict[str, dict]:
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
