@@ -77,7 +77,7 @@ def readable(mangled: str) -> str:
 
     Its type is "stream" where the residual stream is fp32 and all else bf16.
     """
-    name = max(re.findall(r"[a-z_]+_kernel|sum_chunks|bias_kernel", mangled), key=len)
+    name = max(re.findall(r"[a-z_]+_kernel|sum_chunks|sum_chunk_pairs|bias_kernel", mangled), key=len)
     arguments = mangled.split(name, 1)[1].split("EE", 1)[0]
     kind = "stream" if re.match(r"If\d+__nv_bfloat16", arguments) else "bf16" if "bfloat16" in arguments else "fp32"
     numbers = re.findall(r"Li(\d+)", arguments + "E")

@@ -96,7 +96,7 @@ KERNELS: dict[str, Callable[[Any, tuple], int]] = {
     "attention": lambda case, args: two_launches(case),
     "attention_backward": lambda case, args: 2,  # queries; keys and values
     "modulated_norm": lambda case, args: two_launches(case),
-    "modulated_norm_backward": lambda case, args: 3,  # dx; sums for shift and for scale
+    "modulated_norm_backward": lambda case, args: 2,  # dx; sums for shift and scale
     "gated_residual_backward": lambda case, args: 2 + (args[3] is not None),  # dbranch; sums for the gate; for the bias
     "gelu_backward": lambda case, args: 1 + (args[2] is not None),  # dx; sums for the bias
     "adamw_ema": lambda case, args: 2,  # the norm; the update

@@ -91,16 +91,17 @@ __global__ void __launch_bounds__(32 * kWarps) gated_backward_kernel(GatedResidu
 // dgate[b] = the sum over chunks of the first partials, and dbias = the sum over images of gate[b] times the second's.
 template <class T>
 __global__ void bias_kernel(GatedResidualBackward a) {
-  int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (i >= a.D) return;
+  __shared__ float shared[kSummers][32];
+  int64_t i = blockIdx.x * int64_t(32) + threadIdx.x;
   float dbias = 0.0f;
-  for (int64_t b = 0; b < a.B; ++b) {
+  for (int64_t b = threadIdx.y; b < a.B && i < a.D; b += kSummers) {
     const float* p = a.partials + (b * a.chunks * 2 + 1) * a.D + i;
     float total = 0.0f;
     for (int64_t chunk = 0; chunk < a.chunks; ++chunk) total += p[chunk * 2 * a.D];
     dbias = mad(to_float(static_cast<const T*>(a.gate.data)[b * a.gate.stride + i]), total, dbias);
   }
-  a.dbias[i] = dbias;
+  dbias = added(dbias, shared);
+  if (i < a.D && threadIdx.y == 0) a.dbias[i] = dbias;
 }
 
 template <class S, class T>
@@ -117,7 +118,7 @@ void backward(const GatedResidualBackward& a, cudaStream_t stream) {
   dim3 grid(a.B * a.chunks, (a.D + kTile - 1) / kTile);
   if (grid.x) gated_backward_kernel<S, T><<<grid, dim3(32, kWarps), 0, stream>>>(a, whole);
   launch_sum_chunks(a.partials, static_cast<T*>(a.dgate), a.B, a.chunks, 2 * a.D, 0, a.D, stream);
-  if (a.bias) bias_kernel<T><<<(a.D + 127) / 128, 128, 0, stream>>>(a);
+  if (a.bias) bias_kernel<T><<<(a.D + 31) / 32, dim3(32, kSummers), 0, stream>>>(a);
 }
 
 }  // namespace

@@ -202,8 +202,7 @@ void backward(const ModulatedNormBackward& a, cudaStream_t stream) {
                aligned(a.scale);
   if (a.chunks)
     norm_backward_kernel<S, T, N><<<a.B * a.chunks, dim3(32, kWarps), kWarps * N * kTile * sizeof(float), stream>>>(a, whole);
-  launch_sum_chunks(a.partials, static_cast<T*>(a.dshift), a.B, a.chunks, 2 * a.D, 0, a.D, stream);
-  launch_sum_chunks(a.partials, static_cast<T*>(a.dscale), a.B, a.chunks, 2 * a.D, a.D, a.D, stream);
+  launch_sum_chunk_pairs(a.partials, static_cast<T*>(a.dshift), static_cast<T*>(a.dscale), a.B, a.chunks, a.D, stream);
 }
 
 // f<N>() for the fewest vectors that hold a row: widths 384, 768, 1024, 1152 are 2, 3, 4, 5.

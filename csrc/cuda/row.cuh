@@ -102,22 +102,59 @@ inline void check_launch(const char* op) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
 }
 
-// out[group, i] = the sum over chunks of partials[group, chunk, i], chunk after chunk: no atomics, the same bits always.
+// Long sums of columns: a block has 32 columns and kSummers threads for each, whose sums are added one after the other. No
+// atomics, the same bits always. One thread a column would wait for memory once for each of its numbers.
+constexpr int kSummers = 16;
+CMT_FN float added(float mine, float (&shared)[kSummers][32]) {  // the whole sum, on the threads of row 0; all threads call
+  shared[threadIdx.y][threadIdx.x] = mine;
+  __syncthreads();
+  float total = 0.0f;
+  if (threadIdx.y == 0)
+    for (int i = 0; i < kSummers; ++i) total += shared[i][threadIdx.x];
+  return total;
+}
+
+// out[group, i] = the sum over chunks of partials[group, chunk, i], for few chunks by one thread, for many by kSummers.
 template <class T>
 static __global__ void sum_chunks(const float* partials, T* out, int64_t groups, int64_t chunks, int64_t stride,
                                   int64_t offset, int64_t D) {
+  __shared__ float shared[kSummers][32];
   int64_t at = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (at >= groups * D) return;
-  const float* p = partials + at / D * chunks * stride + offset + at % D;
+  bool inside = at < groups * D;
   float total = 0.0f;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) total += p[chunk * stride];
-  from_float(out + at, total);
+  if (inside) {
+    const float* p = partials + at / D * chunks * stride + offset + at % D;
+    for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += blockDim.y) total += p[chunk * stride];
+  }
+  if (blockDim.y > 1) total = added(total, shared);
+  if (inside && threadIdx.y == 0) from_float(out + at, total);
+}
+
+// The same of two sums that lie side by side in a partial of 2 D, in one launch.
+template <class T>
+static __global__ void sum_chunk_pairs(const float* partials, T* first, T* second, int64_t groups, int64_t chunks,
+                                       int64_t D) {
+  int64_t at = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (at >= groups * 2 * D) return;
+  int64_t group = at / (2 * D), column = at % (2 * D);
+  const float* p = partials + group * chunks * 2 * D + column;
+  float total = 0.0f;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) total += p[chunk * 2 * D];
+  from_float((column < D ? first + column : second + column - D) + group * D, total);
+}
+template <class T>
+static void launch_sum_chunk_pairs(const float* partials, T* first, T* second, int64_t groups, int64_t chunks,
+                                   int64_t D, cudaStream_t stream) {
+  int64_t n = groups * 2 * D;
+  if (n) sum_chunk_pairs<T><<<(n + 127) / 128, 128, 0, stream>>>(partials, first, second, groups, chunks, D);
 }
 template <class T>
 static void launch_sum_chunks(const float* partials, T* out, int64_t groups, int64_t chunks, int64_t stride,
                               int64_t offset, int64_t D, cudaStream_t stream) {
   int64_t n = groups * D;
-  if (n) sum_chunks<T><<<(n + 127) / 128, 128, 0, stream>>>(partials, out, groups, chunks, stride, offset, D);
+  dim3 block = chunks > 2 * kSummers ? dim3(32, kSummers) : dim3(128, 1);
+  if (n)
+    sum_chunks<T><<<(n + block.x - 1) / block.x, block, 0, stream>>>(partials, out, groups, chunks, stride, offset, D);
 }
 
 }  // namespace cmt

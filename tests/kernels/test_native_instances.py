@@ -52,6 +52,8 @@ def instances() -> list[tuple[str, Any]]:
         for s in (False, True)
     ]
     found += [("gelu", gelu.Case(2, tokens(D), D, bias, 1)) for D in (13, 264) for bias in (False, True)]
+    # sums of more partials, or images, than a column has threads
+    found += [("gelu", gelu.Case(4, 300, 13, True, 1)), ("gated_residual", gate.Case(20, 3, 40, True, 1))]
     found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, True, k)) for d in HEADS for k in (None, 1)]
     found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, False, 1)) for d in ODD_HEADS]
     return found
