@@ -106,6 +106,8 @@ class Stage:
     precision: fp32 is strict, tf32 lets a GPU round the factors of products to 10 bits, bf16 is autocast.
     `start` names an earlier stage, `teacher` an earlier stage or one of another run as RUN/STAGE, of any size.
     lr_schedule: "linear" to zero at the end, "inverse_sqrt" constant up to lr_knee_nimg and falling as 1/sqrt from there.
+    `cuda_graph`: forward, loss and backward of a step recorded once and replayed on a GPU: auto where it can be, true (or an
+    error says why not), false.
     `micro_batch`: rows of one forward and backward of one process; a step makes as many as its batch needs (default: one).
     """
 
@@ -132,6 +134,7 @@ class Stage:
     grad_clip_norm: NotNegative = 1.0
     ema: Annotated[tuple[Ema, ...], Field(min_length=1)] = (ConstantEma(),)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    cuda_graph: Literal["auto"] | bool = "auto"  # the same numbers, so no fact of a stage
     compile: bool = False  # torch.compile of the network; rounds differently, so it belongs to the facts of a stage
     checkpoint_every_nimg: Count | None = None
     snapshot_every_nimg: Count | None = None
