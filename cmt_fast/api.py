@@ -145,7 +145,8 @@ def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[],
     """A stage's network and a function that takes its next optimizer step and returns its loss, gradient norm and lr.
 
     It is what `cmt train` does from the stage's start, in one process, with nothing written: the stage's own batches, its
-    precision, optimizer and EMA, on a GPU as one CUDA graph like there. Raises ConfigError where a stage that it needs is not trained; the function raises
+    precision, optimizer and EMA, on a GPU as one CUDA graph. Raises ConfigError where a stage that it needs is not trained or
+    its step cannot be the graph that it asks for; the function raises that too, and
     ValueError after the stage's last step.
     """
     from cmt_fast.engine import LocalEngine

@@ -7,10 +7,11 @@ tensors that stay where they are, gradients are added to the engine's flat buffe
 is the same graph.
 
 Python runs while the graph is recorded and never again, so a number that the host put in is there for good: the graph of a
-loss that reads the step's number computes the first step's for ever, and nothing fails. Therefore it is proven before it is
-used. The first pass is eager, and its batch is kept. At the second both batches go through the eager pass, twice, and
-through the replay: loss, scalars and gradient must agree to the bit, or where eager passes differ among themselves (kernels
-that add atomically) within twice what they do. Nothing of the stage changes by it.
+loss that reads the step's number computes one step's for ever, and nothing fails. A loss is therefore given nothing of the
+step but tensors, and the graph is proven before it is used. The first pass is eager, and its batch is kept. At the second
+both batches go through the eager pass, twice, and through a replay: loss, scalars and gradient must agree to the bit, or
+where eager passes differ among themselves (kernels that add atomically) within twice what they do. At the first pass of the
+next step they are compared again, when whatever the host counts has moved on. Nothing of the stage changes by it.
 
 The memory of the activations belongs to the graph and is lent to nobody, so `release` gives it back, before an evaluation;
 the next pass records anew.
@@ -18,8 +19,9 @@ the next pass records anew.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -91,8 +93,7 @@ class StepGraph:
             else:
                 self.shapes.append(_Shape(key, drawn))
             return self.eager(drawn)
-        if shape.replay is None:
-            self._capture(shape, drawn)
+        self._ready(shape, drawn)
         return self.eager(drawn) if self.off else shape(drawn)
 
     def release(self) -> None:
@@ -100,18 +101,25 @@ class StepGraph:
         for shape in self.shapes:
             shape.drop()
 
-    def _capture(self, shape: _Shape, drawn: Any) -> None:
-        """Record, and prove where that is for the first time. The gradient is left as it was."""
+    def _ready(self, shape: _Shape, drawn: Any) -> None:
+        """Record the graph where there is none, and prove it where that is due. The gradient is left as it was."""
+        proof, step, proofs, found = _Proof(self.engine, self.eager), self.engine.step_count, shape.proofs, None
+        if shape.replay and (proofs == 2 or shape.step == step):
+            return
         try:
-            if shape.proven:
-                return shape.record(self.eager)
-            found = _Proof(self.engine, self.eager).differs(shape, drawn)
+            if proofs == 0:
+                found, proofs = proof.two_batches(shape, drawn), 1
+            elif shape.replay:
+                found, proofs = proof.moved_on(shape, drawn), 2
+            if not shape.replay and not found:
+                shape.record(self.eager)
         except RuntimeError as error:
             found = reason(error)
         if found:
             return self._refuse(found)
-        shape.proven = True
-        self.tell(f"{self.name:>8} the step is one CUDA graph, equal to the eager one on two batches")
+        if shape.proofs == 0:
+            self.tell(f"{self.name:>8} the step is one CUDA graph, equal to the eager one on two batches")
+        shape.proofs, shape.step = proofs, step
 
     def _refuse(self, why: str, quiet: bool = False) -> None:
         self.off = True
@@ -139,11 +147,14 @@ class _Key(NamedTuple):
 
 
 class _Shape:
-    """The graph of batches with one key: inputs that stay where they are, and what a replay leaves in its outputs."""
+    """The graph of batches with one key: inputs that stay where they are, and what a replay leaves in its outputs.
+
+    proofs: how many it has passed, of two; step: at which it was recorded.
+    """
 
     def __init__(self, key: _Key, drawn: Any) -> None:
         """drawn: the first batch, of which a copy stands in the inputs."""
-        self.key, self.proven = key, False
+        self.key, self.proofs, self.step = key, 0, -1
         self.inputs: Any = _copied(drawn)
         self.outputs: dict[str, Tensor] = {}
         self.replay: Callable[[], None] | None = None
@@ -167,58 +178,79 @@ class _Shape:
         self.replay, self.outputs = None, {}
 
 
+class _Pass(NamedTuple):
+    """What a pass has given: loss and scalars, and its gradient (P,) in the host's memory."""
+
+    values: dict[str, float]
+    gradient: Tensor
+
+
 class _Proof:
     """Compares replays with eager passes under the present weights; the engine's gradient comes out as it went in.
 
-    What is compared with waits in the host's memory, so an eager pass and the graph are never on the device together.
+    An eager pass and the graph are never on the device together.
     """
 
-    def __init__(self, engine: LocalEngine, call: Callable[[Any], dict[str, Tensor]]) -> None:
-        self.device, self.g, self.call = engine.device, engine.g, call
+    def __init__(self, engine: Any, call: Callable[[Any], dict[str, Tensor]]) -> None:
+        self.engine, self.call = engine, call
 
-    def differs(self, shape: _Shape, drawn: Any) -> str | None:
+    def two_batches(self, shape: _Shape, drawn: Any) -> str | None:
         """Record the shape, whose inputs hold a batch, and replay it of that one and of `drawn`. What differs, or None.
 
         Raises RuntimeError where it cannot be recorded.
         """
-        before = self.g.cpu() if self.g.any() else None
         batches = _copied(shape.inputs), drawn
-        try:
+        with self._aside():
             known = [self._known(batch) for batch in batches]
             shape.record(self.call)
-            for batch, (values, gradient, apart) in zip(batches, known):
-                self.g.zero_()
-                found = self._apart(shape(batch), values, gradient)
-                for what, size in found.items():
-                    # where eager passes differ, a number may be rounded once more than they happened to
-                    once = torch.finfo(torch.float32).eps * abs(values.get(what, 0.0)) if any(apart.values()) else 0.0
-                    if not size <= 2 * apart[what] + once:
-                        return f"its {what} is {size:.1e} from the eager one's (two eager ones: {apart[what]:.1e})"
-            return None
+            found = [self._beyond(self._of(shape, batch), *ours) for batch, ours in zip(batches, known)]
+        return next(filter(None, found), None)
+
+    def moved_on(self, shape: _Shape, drawn: Any) -> str | None:
+        """Replay what an earlier step has recorded, and drop it. What differs from this step's eager pass, or None."""
+        with self._aside():
+            found = self._of(shape, drawn)
+            shape.drop()
+            return self._beyond(found, *self._known(drawn))
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        g = self.engine.g
+        before = g.cpu().clone() if g.any() else None
+        try:
+            yield
         finally:
-            self.g.zero_() if before is None else self.g.copy_(before)
+            g.zero_() if before is None else g.copy_(before)
 
-    def _known(self, drawn: Any) -> tuple[dict[str, float], Tensor, dict[str, float]]:
-        """Values and gradient of an eager pass, and how far others are from it: one, or three where that one differs."""
-        out = self._pass(drawn)
-        values, gradient = {k: float(v) for k, v in out.items()}, self.g.cpu().clone()
-        found = [self._apart(self._pass(drawn), values, gradient)]
-        if any(found[0].values()):
-            found += [self._apart(self._pass(drawn), values, gradient) for _ in range(2)]
-        return values, gradient, {k: max(f[k] for f in found) for k in found[0]}
+    def _known(self, drawn: Any) -> tuple[_Pass, dict[str, float]]:
+        """An eager pass, and how far others are from it: one, or three where that one differs."""
+        first = self._of(self.call, drawn)
+        apart = [self._apart(self._of(self.call, drawn), first)]
+        if any(apart[0].values()):
+            apart += [self._apart(self._of(self.call, drawn), first) for _ in range(2)]
+        return first, {k: max(a[k] for a in apart) for k in apart[0]}
 
-    def _pass(self, drawn: Any) -> dict[str, Tensor]:
+    def _of(self, call: Callable[[Any], dict[str, Tensor]], drawn: Any) -> _Pass:
         out: dict[str, Tensor] = {}
-        self.g.zero_()
-        aside(lambda: out.update(self.call(drawn)), self.device)
-        return out
+        self.engine.g.zero_()
+        aside(lambda: out.update(call(drawn)), self.engine.device)
+        return _Pass({k: float(v) for k, v in out.items()}, self.engine.g.cpu().clone())
 
-    def _apart(self, out: dict[str, Tensor], values: dict[str, float], gradient: Tensor) -> dict[str, float]:
-        """How far a pass that has just been made is from one before: of each value, and the norm of the gradients'."""
-        found = {k: abs(float(v) - values[k]) for k, v in out.items()}
-        pieces = zip(self.g.split(PIECE), gradient.split(PIECE))
-        squares = [float((a.double() - b.to(a.device).double()).square().sum()) for a, b in pieces]
-        return found | {"gradient": sum(squares) ** 0.5}
+    def _apart(self, one: _Pass, other: _Pass) -> dict[str, float]:
+        """How far two passes are from one another: in each value, and the norm between their gradients."""
+        there = self.engine.device
+        pieces = zip(one.gradient.split(PIECE), other.gradient.split(PIECE))
+        squares = [float((a.to(there).double() - b.to(there).double()).square().sum()) for a, b in pieces]
+        return {k: abs(v - other.values[k]) for k, v in one.values.items()} | {"gradient": sum(squares) ** 0.5}
+
+    def _beyond(self, replayed: _Pass, eager: _Pass, apart: dict[str, float]) -> str | None:
+        """Where a replay is further from an eager pass than eager passes are from one another."""
+        for what, size in self._apart(replayed, eager).items():
+            # where eager passes differ, a number may be rounded once more than they happened to
+            once = torch.finfo(torch.float32).eps * abs(eager.values.get(what, 0.0)) if any(apart.values()) else 0.0
+            if not size <= 2 * apart[what] + once:
+                return f"its {what} is {size:.1e} from the eager one's (eager ones from each other: {apart[what]:.1e})"
+        return None
 
 
 def _tensors(drawn: Any) -> list[Tensor]:

@@ -37,7 +37,9 @@ def loss(net, drawn: Drawn, config: Denoise, stage: StageContext) -> tuple[Tenso
     x_t, x_0, t, labels, drop = drawn
     s, n = stage.path.sigma_data, x_0[0].numel()
     weight = (t**2 + s**2) / (t * s) ** 2
-    d, u = net(x_t, t, None, labels, drop, None, True) if config.uncertainty else (net(x_t, t, None, labels, drop), None)
+    d, u = (
+        net(x_t, t, None, labels, drop, None, True) if config.uncertainty else (net(x_t, t, None, labels, drop), None)
+    )
     squared = (d - x_0).square().flatten(1).sum(1)
     loss = weight * squared if u is None else weight / u.exp() * squared + n * u
     return loss, {"mse": squared.detach() / n}

@@ -18,6 +18,7 @@ def aside(call: Callable[[], None], device: torch.device | str = "cuda") -> None
     chooses algorithms. Where `device` is no GPU it is called."""
     if torch.device(device).type != "cuda":
         return call()
+    torch.cuda.empty_cache()  # a stream has memory of its own
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

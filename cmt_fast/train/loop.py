@@ -95,10 +95,7 @@ def train_stage(
         always |= {"trajectories": source.trajectories} if source.trajectories else {}
         if config.compile:
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
-        tell = say if first else lambda line: None
-        gradient = StepGraph(
-            engine, lambda drawn: source.loss_of(engine, drawn), name, tell, lambda: profile is not None and profile.running
-        )
+        gradient = _gradient(engine, source, name, profile)
         meter.lap("startup")
         if found and found.manifest.get("unseen"):
             monitor.observe(work, stage, engine, engine.step_count, False, log)
@@ -189,6 +186,13 @@ class Steps(NamedTuple):
         now["proofs"] = cmt_kernels.proofs()
         _save(self.stage.folder, n, self.engine, self.always | now, self.sums)
         self.meter.lap("checkpoint")
+
+
+def _gradient(engine: Engine, source: batches.BatchProvider, name: str, profile: Profile | None) -> StepGraph:
+    """What adds the gradient of a part of a step; kernel by kernel up to the last step that is profiled."""
+    tell = say if distributed.rank() == 0 else lambda line: None
+    waiting = lambda: profile is not None and profile.running
+    return StepGraph(engine, lambda drawn: source.loss_of(engine, drawn), name, tell, waiting)
 
 
 def _identity(run: Run, name: str, lineage: dict | None, others: dict, choice: ShardingPlan) -> dict[str, Any]:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.training.networks import perturb
-from cmt_fast import api, cli
-from cmt_fast.config import fingerprint, loading
+from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
 from cmt_fast.engine import LocalEngine, compile, graph
@@ -24,11 +23,9 @@ from cmt_fast.models.vgg import LatentVgg
 from cmt_fast.perceptual.distance import save_latent_network
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.train import batches, loop
-from cmt_fast.train.profiler import Profile
-from tests.fixtures.tape import REFUSED, Tape
-from tests.fixtures.tiny import SMALL, stop_after_a_checkpoint, tiny
+from tests.fixtures.tape import REFUSED, Tape, tape
+from tests.fixtures.tiny import tiny
 from tests.models.test_unets import RECIPES as UNETS
-from tests.train.test_resume import assert_equal_stage
 
 STEPS = 4
 ALONE = ["post.anchor=null", "post.trajectories=null", "post.teacher=null"]
@@ -61,9 +58,11 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "imeanflow, guided, two parts": ("digits-mf", "post", [*ALONE, "post.objective={kind: imeanflow, omega: 1.5}",
                                                            "post.micro_batch=16"]),
     "sct": ("digits", "post", [*ALONE, "post.objective={kind: sct, warmup_nimg: 100}"]),
+    "sct, EDM2, dropout": ("digits", "post", [*ALONE, UNETS["edm2"], "post.objective={kind: sct}"]),
     "scd, autoguided": ("digits", "post", [*TAUGHT, "post.objective={kind: scd, warmup_nimg: 100}",
                                            "post.autoguidance={network: pre}"]),
 }  # fmt: skip
+__all__ = ["tape"]
 PROVEN = "the step is one CUDA graph, equal to the eager one on two batches"
 
 
@@ -111,15 +110,6 @@ def run_of(recipe: str, *keys: str) -> Run:
     """The recipe with a small network."""
     plane = ["data.n=500", "model.width=16", "model.depth=1", "pre.batch=32"]
     return loading.load(recipe, [*plane, *keys]) if recipe == "gmm" else tiny(recipe, *keys)
-
-
-@pytest.fixture
-def tape(monkeypatch) -> Tape:
-    """What stands in for a GPU's graphs."""
-    made = Tape()
-    monkeypatch.setattr(graph, "captured", made.capture)
-    monkeypatch.setattr(graph, "obstacle", lambda engine, device: None)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +184,7 @@ def beside(t: Training, value: Tensor, drawn: Any) -> Tensor:
     return value * (1 + t.source._rows[0].square().mean())
 
 
-HOST = f"{REFUSED}: "
+HOST, AFAR = f"{REFUSED}: ", "its loss is [0-9.e+-]+ from the eager one's"
 FAULTS = {
     "a number read": (on(lambda t, v, d: v * (1.0 if v.item() > 0 else 2.0)), HOST + "the host waits for what aten._local_sca"),
     "a branch on data": (on(lambda t, v, d: v if v > 0 else 2 * v), HOST + "the host waits for what aten._local_scalar_dense"),
@@ -205,9 +195,9 @@ FAULTS = {
     "a tensor of numbers": (on(lambda t, v, d: v * torch.tensor(2.0)), HOST + "a tensor of the host's numbers is copied"),
     "a tensor of the host": (on(lambda t, v, d: v + torch.zeros(3).sum()), HOST + "torch.zeros makes a tensor on the host"),
     "a number to choose": (on(lambda t, v, d: torch.where(v > 0, v, 0.0)), HOST + "torch.where copies a number of the host"),
-    "the step's number": (on(lambda t, v, d: v * (1 + 0.01 * t.engine.step_count)), "its loss is [0-9.e+-]+ from the eager one's"),
-    "a host's count": (on(lambda t, v, d: v * (1 + next(t.count))), "its loss is [0-9.e+-]+ from the eager one's"),
-    "rows beside the draw": (on(beside), "its loss is [0-9.e+-]+ from the eager one's"),
+    "the step's number": (on(lambda t, v, d: v * (1 + 0.01 * t.engine.step_count)), AFAR),
+    "a host's count": (on(lambda t, v, d: v * (1 + next(t.count))), AFAR),
+    "rows beside the draw": (on(beside), AFAR),
 }  # fmt: skip
 
 
@@ -235,7 +225,9 @@ def test_an_input_that_is_not_copied_in_is_found(tape: Tape, monkeypatch) -> Non
             ours, plain = Training("denoise"), Training("denoise")
             ours.take(ours.graph())
         plain.take(plain.eager)
-        assert len(ours.lines) == 1 and "no CUDA graph of the step: its " in ours.lines[0] and differing(ours, plain) == []
+        assert (
+            len(ours.lines) == 1 and "no CUDA graph of the step: its " in ours.lines[0] and differing(ours, plain) == []
+        )
 
 
 def test_without_the_proof_a_wrong_graph_is_another_training(tape: Tape, monkeypatch) -> None:
@@ -258,7 +250,11 @@ def test_where_eager_passes_differ_a_replay_may_as_much(wrong: float, agrees: bo
 
     ours = Training("denoise")
     ours.take(ours.graph(on(noisy)(ours)), 2)
-    assert ours.lines == [f"    post {PROVEN}"] if agrees else "from the eager one's (eager ones from each" in ours.lines[0]
+    assert (
+        ours.lines == [f"    post {PROVEN}"]
+        if agrees
+        else "from the eager one's (eager ones from each" in ours.lines[0]
+    )
 
 
 def test_numbers_among_what_is_drawn_are_refused(tape: Tape) -> None:
@@ -279,7 +275,9 @@ def test_batches_of_other_shapes_have_graphs_of_their_own_up_to_a_limit(tape: Ta
         assert torch.equal(ours.engine.g, plain.engine.g)
     assert len(step.shapes) == graph.MOST == tape.captures and ours.lines == 4 * [f"    post {PROVEN}"]
     step(cut(ours, 11))
-    assert ours.lines[-1] == "    post no CUDA graph of the step: its batches have more than 4 shapes" and not step.shapes
+    assert (
+        ours.lines[-1] == "    post no CUDA graph of the step: its batches have more than 4 shapes" and not step.shapes
+    )
 
 
 def test_memory_is_given_back_and_the_next_pass_records_anew(tape: Tape) -> None:
@@ -305,71 +303,6 @@ def test_a_capture_computes_nothing_and_a_replay_reads_what_is_there() -> None:
         x.fill_(i)
         replay()
     assert torch.equal(w, torch.full((3,), 7.0)) and torch.equal(out["y"], torch.full((3,), 49.0))
-
-
-# ------------------------------------------------------------------------------------------ a run
-
-
-def test_a_graphed_run_resumes_to_the_bits_of_an_eager_one(tape: Tape, tmp_path: Path, capsys) -> None:
-    keys = ["mid.images_nimg=256", "mid.checkpoint_every_nimg=64", "mid.grid_every_nimg=96", "pre.images_nimg=64"]
-    folder = lambda name, *more: Workspace(tiny("digits", *keys, *more), tmp_path / name)
-    loop.train(folder("eager", "pre.cuda_graph=false", "mid.cuda_graph=false"), ["pre", "mid"])
-    assert not tape.captures and "CUDA" not in capsys.readouterr().out
-    loop.train(folder("whole"), ["pre", "mid"])
-    assert f"     mid {PROVEN}" in capsys.readouterr().out and tape.replays > 6
-    cut = folder("cut")
-    loop.train(cut, ["pre"])
-    stop_after_a_checkpoint(cut)
-    loop.train(folder("cut"), ["mid"])
-    assert "mid resumes at step 2 of 8" in capsys.readouterr().out
-    for name in ("whole", "cut"):
-        for stage in ("pre", "mid"):
-            assert_equal_stage(tmp_path / "eager" / stage, tmp_path / name / stage)
-
-
-def test_a_profiled_stage_is_eager_until_it_is_profiled(tape: Tape, tmp_path: Path, capsys) -> None:
-    keys = ["pre.images_nimg=640", "model.depth=1"]
-    loop.train(Workspace(tiny("digits", *keys), tmp_path / "run"), ["pre"], Profile(2))
-    assert f"     pre {PROVEN}" in capsys.readouterr().out and tape.captures == 2
-    text = (tmp_path / "run/pre/profile/table.md").read_text()
-    assert "| forward | attention |" in text and "| backward | attention |" in text
-    loop.train(Workspace(tiny("digits", *keys, "pre.cuda_graph=false"), tmp_path / "plain"), ["pre"])
-    assert_equal_stage(tmp_path / "run" / "pre", tmp_path / "plain" / "pre")
-
-
-def test_training_steps_of_the_api_are_graphs_too(tape: Tape, tmp_path: Path) -> None:
-    found = []
-    for more in ([], ["pre.cuda_graph=false"]):
-        net, step = api.training_steps(Workspace(tiny("digits", "pre.micro_batch=16", *more), tmp_path), "pre")
-        figures = [step() for _ in range(STEPS)]
-        found.append((figures, [p.detach().clone() for p in net.parameters()]))
-    (ours, p), (plain, q) = found
-    assert tape.captures == 2 and ours == plain and all(map(torch.equal, p, q))
-
-
-# ------------------------------------------------------------------------------------------ the key
-
-
-def test_who_asks_for_a_graph_that_cannot_be_is_told(tmp_path: Path, capsys) -> None:
-    """Before anything is trained, naming the key; `auto` is eager on a CPU without a word."""
-    ask = ["train", "digits", *SMALL, "pre.cuda_graph=on", "--stages=pre", f"--out={tmp_path}"]
-    for more, why in (([], "it needs a CUDA device, and this run's is cpu"), (["engine=zero"], "the engine is zero")):
-        assert cli.main([*ask, "device=cpu", *more]) == 2
-        assert f"pre.cuda_graph: the step cannot be a CUDA graph: {why}" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="pre.cuda_graph: the step cannot be a CUDA graph: it needs a CUDA device"):
-        api.training_steps(Workspace(tiny("digits", "pre.cuda_graph=true", "device=cpu"), tmp_path), "pre")
-    t = Training("denoise")
-    assert t.graph().off and not t.lines
-    assert cli.main(["train", "digits", "pre.cuda_graph=maybe", "--dry-run"]) == 2
-    assert "pre.cuda_graph" in capsys.readouterr().err
-
-
-def test_the_key_is_no_fact_of_a_stage() -> None:
-    """A stage may go on with another value: the numbers are the same."""
-    runs = [tiny("digits", f"mid.cuda_graph={value}") for value in ("auto", "on", "off")]
-    assert [run.mid.cuda_graph for run in runs] == ["auto", True, False]
-    assert len({fingerprint.digest(run) for run in runs}) == 1
-    assert len({fingerprint.stage_digest(run, "mid") for run in runs}) == 1
 
 
 # ------------------------------------------------------------------------------------------ on a GPU
