@@ -123,6 +123,7 @@ class StepGraph:
 
     def _refuse(self, why: str, quiet: bool = False) -> None:
         self.off = True
+        self.release()
         self.shapes.clear()
         if self.engine.stage.cuda_graph is True:
             raise ConfigError(f"the step cannot be a CUDA graph: {why}", f"{self.name}.cuda_graph")
