@@ -91,8 +91,7 @@ def train_stage(
         ending.callback(source.close)
         if found is None and source.trajectories.get("errors"):
             log.row("trajectories", 1, config.batch, source.trajectories)
-        always = _identity(run, name, lineage, others, choice)
-        always |= {"trajectories": source.trajectories} if source.trajectories else {}
+        always = _identity(run, name, lineage, others, choice, source.trajectories)
         if config.compile:
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         gradient = _gradient(engine, source, name, profile)
@@ -195,7 +194,9 @@ def _gradient(engine: Engine, source: batches.BatchProvider, name: str, profile:
     return StepGraph(engine, lambda drawn: source.loss_of(engine, drawn), name, tell, waiting)
 
 
-def _identity(run: Run, name: str, lineage: dict | None, others: dict, choice: ShardingPlan) -> dict[str, Any]:
+def _identity(
+    run: Run, name: str, lineage: dict | None, others: dict, choice: ShardingPlan, trajectories: dict
+) -> dict[str, Any]:
     """What a stage is, what it comes from and how it is trained: what all its checkpoints say alike."""
     return {
         "stage": name,
@@ -204,6 +205,7 @@ def _identity(run: Run, name: str, lineage: dict | None, others: dict, choice: S
         "parent": lineage,
         "others": others,
         "engine": {"kind": run.engine, "stage": choice.stage, "processes": distributed.size()},
+        **({"trajectories": trajectories} if trajectories else {}),
     }
 
 
