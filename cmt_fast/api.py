@@ -145,11 +145,13 @@ def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[],
     """A stage's network and a function that takes its next optimizer step and returns its loss, gradient norm and lr.
 
     It is what `cmt train` does from the stage's start, in one process, with nothing written: the stage's own batches, its
-    precision, optimizer and EMA. Raises ConfigError where a stage that it needs is not trained; the function raises
+    precision, optimizer and EMA, on a GPU as one CUDA graph. Raises ConfigError where a stage that it needs is not trained or
+    its step cannot be the graph that it asks for; the function raises that too, and
     ValueError after the stage's last step.
     """
     from cmt_fast.engine import LocalEngine
-    from cmt_fast.runtime import machine
+    from cmt_fast.engine.graph import StepGraph
+    from cmt_fast.runtime import machine, progress
     from cmt_fast.train import batches
 
     own = work.stage(stage)
@@ -159,6 +161,7 @@ def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[],
     if config.start:
         engine.start_from(work.weights(config.start)[0])
     source = batches.provider(work, own, engine)
+    gradient = StepGraph(engine, lambda drawn: source.loss_of(engine, drawn), stage, progress.say)
 
     def step() -> dict[str, float]:
         n, total = engine.step_count, 0.0
@@ -167,9 +170,7 @@ def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[],
         machine.allow_tf32(config.precision == "tf32")
         try:
             for part in range(parts):
-                loss, _ = source.loss(engine, n, part)
-                engine.backward(loss)
-                total += float(loss.detach()) / parts
+                total += float(gradient(source.draw(n, part))["loss"]) / parts
             lr = plan.lr(config, n)
             return {"loss": total, "grad_norm": float(engine.step(lr)), "lr": lr}
         finally:

@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 LONG = ("test_zero", "test_compile", "test_extremes", "test_resume", "test_apart", "test_emulation", "test_recipes", "test_gpu",
         "test_native_gates", "test_cli", "test_isolation", "test_attention_interpreted", "test_gates", "test_transforms",
         "test_small_ops_interpreted", "test_attention_proof", "test_row_ops_interpreted", "test_commands", "test_native",
-        "test_runs", "test_cuda_stream")  # fmt: skip
+        "test_runs", "test_cuda_stream", "test_step_graph")  # fmt: skip
 
 
 NEEDED = (

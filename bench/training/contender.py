@@ -52,6 +52,7 @@ class Contender:
     def __init__(self, how: str, precision: str, step: Callable, net: torch.nn.Module, teacher: float = 0.0) -> None:
         self.how, self.precision, self.step, self.net, self.teacher = how, precision, step, net, teacher
         self.rare = False
+        self.graph = getattr(step.stage, "cuda_graph", False) is True  # whether it is replayed
         self.ms: dict[int, float] = {}  # by turn
         self.host_ms: list[float] = []
         self.rounds_ms: list[float] = []
@@ -69,7 +70,8 @@ class Contender:
         if self.pool:
             self.step.fill()
         self.saved = saved_bytes(self.step.loss, self.net)
-        self.step()
+        for _ in range(4 if self.graph else 1):  # the first is eager, two are spent on proofs
+            self.step()
         if device != "cuda":
             return
         torch.cuda.synchronize()
@@ -83,6 +85,8 @@ class Contender:
         held = (4 + len(self.step.stage.ema)) * weights + (weights if self.teacher else 0)
         peak = torch.cuda.max_memory_allocated()
         self.peak_gb = (peak if alone else held + peak - before) * 1e-9
+        if self.graph:  # whose memory is reserved and not allocated
+            self.peak_gb = torch.cuda.max_memory_reserved() * 1e-9 if alone else None
 
     def compile(self, name: str) -> None:
         """The first step of a compiled stage, timed, then its guard. Raises CompileError."""
@@ -108,10 +112,11 @@ class Contender:
 
 
 def ours(
-    name: str, m: runs.Model, work: runs.Bench, how: str, precision: str, points: int | None, share: Any = None
-) -> Contender:
-    """The trainer's step. share: a step whose buffers it takes over."""
-    step = runs.Ours(work, name, runs.stage_of(work, name, m, precision, how == "compiled", points), share)
+    name: str, m: runs.Model, work: runs.Bench, how: str, precision: str, points: int | None, share: Any = None,
+    graph: bool = False,
+) -> Contender:  # fmt: skip
+    """The trainer's step. share: a step whose buffers it takes over; graph: replay it as one CUDA graph."""
+    step = runs.Ours(work, name, runs.stage_of(work, name, m, precision, how == "compiled", points, graph), share)
     calls = step.pool.teacher_forwards if step.pool else float(name == "ECD")
     return Contender(how, precision, step, step.engine.net, calls)
 
@@ -137,8 +142,9 @@ def answer(state: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(
-    state: dict[str, Any], objective: str, model: list, how: str, precision: str, device: str, points: int | None
-) -> dict[str, Any]:
+    state: dict[str, Any], objective: str, model: list, how: str, precision: str, device: str, points: int | None,
+    graph: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Its networks and state; what was there goes first. still_gb: what did not go."""
     state.clear()
     free(device)
@@ -149,7 +155,7 @@ def load(
     if how == "peer":
         one, work.teacher = theirs(objective, m, work, precision), None  # it has its own copy
     else:
-        one = ours(objective, m, work, how, precision, points)
+        one = ours(objective, m, work, how, precision, points, graph=graph)
     free(device)
     state |= {"one": one, "name": objective, "m": m, "work": work, "device": device, "held": held_bytes(device)}
     return {"still_gb": left * 1e-9, "held_gb": state["held"] * 1e-9, "load_s": time.perf_counter() - begun}
@@ -172,7 +178,7 @@ def fit(state: dict[str, Any], batch: int, points: int | None = None) -> dict[st
         why = attempt(state, batch, points)
         if why is None:
             return {"batch": batch, "tried": tried, "peak_gb": one.peak_gb, "saved": one.saved,
-                    "teacher": one.teacher, "compile_s": one.compile_s, "guarded": one.guarded}  # fmt: skip
+                    "teacher": one.teacher, "compile_s": one.compile_s, "guarded": one.guarded, "graph": one.graph}  # fmt: skip
         tried.append(batch)
         release(one)
         free(state["device"])
@@ -188,7 +194,7 @@ def attempt(state: dict[str, Any], batch: int, points: int | None) -> str | None
     gone when this returns."""
     one, m = state["one"], state["m"]._replace(batch=batch)
     try:
-        stage = runs.stage_of(state["work"], state["name"], m, one.precision, one.how == "compiled", points)
+        stage = runs.stage_of(state["work"], state["name"], m, one.precision, one.how == "compiled", points, one.graph)
         if one.how == "peer":
             one.step.stage = dataclasses.replace(stage, precision="fp32")
         else:
@@ -212,7 +218,7 @@ def release(one: Contender) -> None:
         one.step.optimizer.zero_grad(set_to_none=True)
     else:
         one.step.engine.g.zero_()
-        one.step.source = one.step.pool = None
+        one.step.source = one.step.pool = one.step.gradient = None
 
 
 def turns(state: dict[str, Any], least: int, most: int, seconds: float, square: int) -> dict[str, Any]:

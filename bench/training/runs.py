@@ -23,6 +23,7 @@ from cmt_fast.data.rows import Dataset
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.engine import LocalEngine
 from cmt_fast.engine.buffers import bind
+from cmt_fast.engine.graph import StepGraph
 from cmt_fast.models.dit import SIZES
 from cmt_fast.run.resolved import resolve
 from cmt_fast.run.workspace import Workspace
@@ -125,11 +126,14 @@ def workspace(objective: str, m: Model, device: str) -> Bench:
     return Bench(run, rows, torch.device(device))
 
 
-def stage_of(work: Bench, objective: str, m: Model, precision: str, compiles: bool, points: int | None) -> Stage:
+def stage_of(
+    work: Bench, objective: str, m: Model, precision: str, compiles: bool, points: int | None, graph: bool = False
+) -> Stage:
     """The stage's own settings at this batch; mid-training draws `points` a trajectory, all of its network calls' worth
-    (one teacher forward a row) unless given."""
+    (one teacher forward a row) unless given. graph: the step is one CUDA graph, or the first steps raise ConfigError."""
     resolved = work.stage(OBJECTIVES[objective].stage)
     change: dict[str, Any] = {"batch": m.batch, "precision": precision, "compile": compiles, "anchor": None}
+    change["cuda_graph"] = graph
     if objective == "MF":
         change["objective"] = MEANFLOW  # a quarter of the rows with r < t, as published for ImageNet
     if objective == "ECD":
@@ -158,12 +162,18 @@ class Ours:
 
     def take(self, stage: Stage) -> None:
         """Go on with rows of another batch, or points of other trajectories, on the same engine."""
-        self.stage, self.source, self.pool = stage, None, None  # what the last rows held goes first
+        self.stage, self.source, self.pool, self.gradient = (
+            stage,
+            None,
+            None,
+            None,
+        )  # what the last rows held goes first
         name = OBJECTIVES[self.objective].stage
         self.work.run = dataclasses.replace(self.work.run, **{name: stage})
         work, own = self.work, resolve(self.work.run, name)
         self.source = BatchProvider(own, self.engine, work.data, work.device, work.network, lambda: work.judging.space)
         self.pool, self.step = self.source.pool, 0
+        self.gradient = StepGraph(self.engine, lambda drawn: self.source.loss_of(self.engine, drawn), name, print)
 
     def loss(self) -> Tensor:
         """Of the step's rows."""
@@ -171,7 +181,7 @@ class Ours:
 
     def __call__(self) -> None:
         """One step on a pool that is there; within a round its rows are those of the step."""
-        self.engine.backward(self.loss())
+        self.gradient(self.source.draw(self.step))
         self.engine.step(1e-5)
         self.step = (self.step + 1) % (self.pool.steps if self.pool else 1_000_000)
 

@@ -9,8 +9,10 @@ from cmt_fast.config.loading import dump
 from cmt_fast.config.renames import first_names
 from cmt_fast.config.schema import Run
 
+# keys of a stage that say in what parts and how a step is computed
+HOW = ("micro_batch", "cuda_graph")
 # keys of a stage that change no weight, or its rounding alone as the number of processes does
-WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg", "micro_batch")
+WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg", *HOW)
 # keys of a run that say where and how it is computed
 WHERE = ("device", "loader", "tensorboard", "engine", "zero_stage", "zero_teacher", "timeout_s")
 
@@ -20,7 +22,8 @@ def digest(run: Run) -> str:
     tree = {k: v for k, v in dump(run).items() if k not in WHERE}
     for stage in tree.values():
         if isinstance(stage, dict):
-            stage.pop("micro_batch", None)
+            for key in HOW:
+                stage.pop(key, None)
     return _sha(tree)
 
 

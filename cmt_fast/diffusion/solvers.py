@@ -219,7 +219,7 @@ def ve_step(net: Net, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None, me
     if method == "euler":
         return y
     positive = ratio > 0
-    c = [torch.where(positive, w, zero) for w in ve_heun(torch.where(positive, ratio, 1.0))]
+    c = [torch.where(positive, w, zero) for w in ve_heun(ratio.masked_fill(~positive, 1.0))]
     d1 = net(y, torch.where(positive, r, t), torch.where(positive, r, t), labels)
     coefficients = update(torch.stack((torch.ones_like(zero), *c, zero), dim=-1))
     return solver_step(y, d1, d0, None, coefficients, keep=False)[0]

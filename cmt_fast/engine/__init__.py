@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run, Stage
+from cmt_fast.engine import graph
 from cmt_fast.engine.buffers import load_named, named
 from cmt_fast.engine.local import LocalEngine
 from cmt_fast.engine.sharding import ShardingPlan, StageSize, choose
@@ -61,13 +62,16 @@ class Engine(Protocol):
         """Restore what `state` of any engine on any number of processes gave after `step` steps."""
 
 
-def check(run: Run, name: str, stage: Stage, choice: ShardingPlan) -> None:
-    """Raises ValueError where the engine of a run cannot be had, or cannot do what a stage asks for."""
+def check(run: Run, name: str, stage: Stage, choice: ShardingPlan, device: torch.device) -> None:
+    """Raises ConfigError where the engine of a run cannot be had, or cannot do what a stage asks for on this device."""
     if stage.precision == "bf16-stream" and run.model.kind != "dit":
         raise ConfigError(
             f"'bf16-stream' is of a residual stream of tokens, a dit has one; with {run.model.kind} take 'bf16'",
             f"{name}.precision",
         )
+    why = graph.obstacle(run.engine, device)
+    if stage.cuda_graph is True and why:
+        raise ConfigError(f"the step cannot be a CUDA graph: {why}", f"{name}.cuda_graph")
     if run.engine == "local":
         return
     if importlib.util.find_spec("deepspeed") is None:

@@ -102,7 +102,7 @@ class NoiseDenoiser(nn.Module):
         slope = 1 / (table[i] - table[i - 1])
         n = i - 1 + (x - table[i - 1]) * slope
         inside = (n >= 0) & (n <= 999)
-        return n.clamp(0, 999).to(t.dtype), torch.where(inside, slope, 0).to(t.dtype) / t
+        return n.clamp(0, 999).to(t.dtype), slope.masked_fill(~inside, 0).to(t.dtype) / t
 
     def forward(
         self,

@@ -1,9 +1,15 @@
-"""What an objective is given: rows of data or points of trajectories, and the world around them."""
+"""What an objective is given: rows of data or points of trajectories, and the world around them.
+
+An objective has two halves. `draw` makes of a batch all that depends on the step: times, noise, points of the path,
+schedules. Its numbers are tensors and nothing else, since a Python number would be a constant in a graph of the step. `loss`
+is a pure function of the network, those tensors and what stays the same for a stage (`StageContext`): one step of it is
+captured as a CUDA graph and replayed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -44,10 +50,23 @@ class Points(NamedTuple):
     kept: Kept | None = None
 
 
-class LossContext(NamedTuple):
-    """path; random numbers of this step; teacher (guided, frozen) or None; progress in [0, 1); features for distances.
+class StageContext(NamedTuple):
+    """What a loss reads besides what was drawn, the same at every step of a stage.
 
-    nimg: student images seen before this step; perceptual: (x, target, random, sample (B,), features of target) -> (B,).
+    path; teacher (guided, frozen) or None; features for distances; perceptual: (x, target, augmentation, features of the
+    target) -> (B,), whose augmentation `draw(random, sample (B,), shape of a row)` gives, None where there is none.
+    """
+
+    path: ProbabilityPath
+    teacher: Callable | None = None
+    features: Callable[[Tensor], Tensor] | None = None
+    perceptual: Any = None
+
+
+class LossContext(NamedTuple):
+    """What a step draws by: random numbers of the step, progress in [0, 1), nimg, the student images seen before it.
+
+    The others are as of StageContext, which is all that a loss is given.
     """
 
     path: ProbabilityPath
@@ -56,4 +75,18 @@ class LossContext(NamedTuple):
     progress: float = 0.0
     features: Callable[[Tensor], Tensor] | None = None
     nimg: int = 0
-    perceptual: Callable[[Tensor, Tensor, Random, Tensor | None, list[Tensor] | None], Tensor] | None = None
+    perceptual: Any = None
+
+    @property
+    def stage(self) -> StageContext:
+        """What stays the same from step to step."""
+        return StageContext(self.path, self.teacher, self.features, self.perceptual)
+
+
+def composed(draw: Callable, loss: Callable) -> Callable:
+    """The whole objective: f(net, batch, config, context) -> (loss (B,) unreduced, {name: (B,) or scalar})."""
+
+    def objective(net: Any, batch: Any, config: Any, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss(net, draw(batch, config, context), config, context.stage)
+
+    return objective

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,23 @@ from cmt_fast.config.schema import Ecd, Ect
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
 from cmt_fast.diffusion.solvers import ve_step
-from cmt_fast.objectives.batch import Batch, LossContext
-from cmt_fast.objectives.distance import distance
+from cmt_fast.objectives.batch import Batch, LossContext, StageContext, composed
+from cmt_fast.objectives.distance import augmentation, distance
+
+
+class Drawn(NamedTuple):
+    """Points x_t with their noise eps: (B, ...) each, at times t, and the earlier times r: (B,) each.
+
+    labels, drop: as of Batch; augmentation: of a perceptual distance, if it has one.
+    """
+
+    x_t: Tensor
+    eps: Tensor
+    t: Tensor
+    r: Tensor
+    labels: Tensor | None
+    drop: Tensor | None
+    augmentation: Any
 
 
 def earlier_time(t: Tensor, q: float, k: float, b: float, stage: int = 0) -> Tensor:
@@ -24,41 +41,46 @@ def schedule_stage(progress: float, doublings: int) -> int:
     return min(int(progress * (doublings + 1)), doublings)
 
 
-def ect(net, batch: Batch, config: Ect, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """w(t, r) d(f(x_t, t), sg f(x_r, r)) with the same eps in x_t and x_r; f(x_0, 0) = x_0. Returns (B,)."""
-    t, r, x_t, eps = _draw(batch, config, context)
-    x_r = x_t + column(r - t, x_t) * eps
-    return _loss(net, batch, config, context, t, r, x_t, x_r)
-
-
-def ecd(net, batch: Batch, config: Ecd, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """ECT with x_r one Euler or Heun step of the (guided) teacher's ODE from x_t. Returns (B,)."""
-    t, r, x_t, _ = _draw(batch, config, context)
-    x_r = ve_step(context.teacher, x_t, t, r, batch.labels, config.step)
-    return _loss(net, batch, config, context, t, r, x_t, x_r)
-
-
-def _draw(batch: Batch, config: Ect | Ecd, context: LossContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw(batch: Batch, config: Ect | Ecd, context: LossContext) -> Drawn:
+    """ln t ~ N(mean, std^2), x_t = x_0 + t eps, and r by the mapping of this part of the run."""
     t = torch.exp(config.mean + config.std * context.random.gauss(rng.TIME, batch.sample)).to(batch.x_0.dtype)
     r = earlier_time(t, config.q, config.k, config.b, schedule_stage(context.progress, config.doublings))
     x_t, eps = context.path.point(batch.x_0, t, context.random.key(rng.NOISE), batch.sample)
-    return t, r, x_t, eps
+    changed = augmentation(config.distance, context, x_t, batch.sample)
+    return Drawn(x_t, eps, t, r, batch.labels, batch.drop, changed)
 
 
-def _loss(net, batch: Batch, config: Ect | Ecd, context: LossContext, t: Tensor, r: Tensor, x_t: Tensor, x_r: Tensor):
+def loss_ect(net, drawn: Drawn, config: Ect, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
+    """w(t, r) d(f(x_t, t), sg f(x_r, r)) with the same eps in x_t and x_r; f(x_0, 0) = x_0. Returns (B,)."""
+    x_r = drawn.x_t + column(drawn.r - drawn.t, drawn.x_t) * drawn.eps
+    return _loss(net, drawn, config, stage, x_r)
+
+
+def loss_ecd(net, drawn: Drawn, config: Ecd, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
+    """ECT with x_r one Euler or Heun step of the (guided) teacher's ODE from x_t. Returns (B,)."""
+    assert stage.teacher is not None
+    x_r = ve_step(stage.teacher, drawn.x_t, drawn.t, drawn.r, drawn.labels, config.step)
+    return _loss(net, drawn, config, stage, x_r)
+
+
+def _loss(net, drawn: Drawn, config: Ect | Ecd, stage: StageContext, x_r: Tensor):
+    x_t, _, t, r, labels, drop, changed = drawn
     with torch.no_grad():
         zero = r <= 0
-        target = net(x_r, torch.where(zero, t, r), None, batch.labels, batch.drop)
+        target = net(x_r, torch.where(zero, t, r), None, labels, drop)
         target = torch.where(column(zero, x_r).bool(), x_r, target)
-    f = net(x_t, t, None, batch.labels, batch.drop)
-    loss = distance(f, target, config.distance, config.c, context, batch.sample) * _weight(config.weight, t, r, context)
+    f = net(x_t, t, None, labels, drop)
+    loss = distance(f, target, config.distance, config.c, stage, changed) * _weight(config.weight, t, r, stage)
     return loss, {"mse": (f.detach() - target).square().flatten(1).mean(1)}
 
 
-def _weight(name: str, t: Tensor, r: Tensor, context: LossContext) -> Tensor:
+def _weight(name: str, t: Tensor, r: Tensor, stage: StageContext) -> Tensor:
     """ "inverse_step" 1/(t - r), "snr" 1/t^2 + 1/s^2 = 1/c_out^2 (EDM2 form), "one". (B,)."""
     if name == "inverse_step":
         return 1 / (t - r)
     if name == "snr":
-        return 1 / t**2 + 1 / context.path.sigma_data**2
+        return 1 / t**2 + 1 / stage.path.sigma_data**2
     return torch.ones_like(t)
+
+
+ect, ecd = composed(draw, loss_ect), composed(draw, loss_ecd)

@@ -21,6 +21,8 @@ VE network can start here; the paper's own c_noise = theta would be another netw
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from cmt_kernels import Dual
 from torch import Tensor
@@ -28,21 +30,30 @@ from torch import Tensor
 from cmt_fast.config.schema import Scd, Sct
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
-from cmt_fast.objectives.batch import Batch, LossContext
+from cmt_fast.objectives.batch import Batch, LossContext, StageContext, composed
 
 
-def sct(net, batch: Batch, config: Sct, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """(1/D) ||F - F^- - g||^2 with the conditional dx/dt = eps of the data. Returns (B,)."""
-    t, x_t, eps = _draw(batch, config, context)
-    return _loss(net, batch, config, context, t, x_t, eps, batch.x_0)
+class Drawn(NamedTuple):
+    """Rows x_0, their points x_t and noise eps: (B, ...) each, at times t (B,); labels, drop: as of Batch.
+
+    share: (), float64, of the derivative's term in g at this step.
+    """
+
+    x_t: Tensor
+    eps: Tensor
+    x_0: Tensor
+    t: Tensor
+    share: Tensor
+    labels: Tensor | None
+    drop: Tensor | None
 
 
-def scd(net, batch: Batch, config: Scd, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """(1/D) ||F - F^- - g||^2 with dx/dt = (x - D_teacher) / t of the (guided) teacher. Returns (B,)."""
-    t, x_t, _ = _draw(batch, config, context)
-    with torch.no_grad():
-        x_hat = context.teacher(x_t, t, t, batch.labels)
-    return _loss(net, batch, config, context, t, x_t, (x_t - x_hat) / column(t, x_t), x_hat)
+def draw(batch: Batch, config: Sct | Scd, context: LossContext) -> Drawn:
+    """ln t ~ N(mean, std^2), x_t = x_0 + t eps."""
+    t = torch.exp(config.mean + config.std * context.random.gauss(rng.TIME, batch.sample)).to(batch.x_0.dtype)
+    x_t, eps = context.path.point(batch.x_0, t, context.random.key(rng.NOISE), batch.sample)
+    share = torch.full((), warm_up(context.nimg, config.warmup_nimg), dtype=torch.float64, device=x_t.device)
+    return Drawn(x_t, eps, batch.x_0, t, share, batch.labels, batch.drop)
 
 
 def warm_up(nimg: int, warmup_nimg: int) -> float:
@@ -50,26 +61,35 @@ def warm_up(nimg: int, warmup_nimg: int) -> float:
     return min(1.0, nimg / warmup_nimg) if warmup_nimg else 1.0
 
 
-def _draw(batch: Batch, config: Sct | Scd, context: LossContext) -> tuple[Tensor, Tensor, Tensor]:
-    t = torch.exp(config.mean + config.std * context.random.gauss(rng.TIME, batch.sample)).to(batch.x_0.dtype)
-    x_t, eps = context.path.point(batch.x_0, t, context.random.key(rng.NOISE), batch.sample)
-    return t, x_t, eps
+def loss_sct(net, drawn: Drawn, config: Sct, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
+    """(1/D) ||F - F^- - g||^2 with the conditional dx/dt = eps of the data. Returns (B,)."""
+    return _loss(net, drawn, config, stage, drawn.eps, drawn.x_0)
 
 
-def _loss(
-    net, batch: Batch, config: Sct | Scd, context: LossContext, t: Tensor, x_t: Tensor, x_dot: Tensor, x_hat: Tensor
-):
-    length = torch.sqrt(t**2 + context.path.sigma_data**2)  # s / cos(theta)
-    sin, cos = t / length, context.path.sigma_data / length
-    along = Dual(x_t, column(length, x_t) * x_dot), Dual(t, length)
-    d = net(*along, None, batch.labels, batch.drop)
+def loss_scd(net, drawn: Drawn, config: Scd, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
+    """(1/D) ||F - F^- - g||^2 with dx/dt = (x - D_teacher) / t of the (guided) teacher. Returns (B,)."""
+    assert stage.teacher is not None
+    x_t, t = drawn.x_t, drawn.t
     with torch.no_grad():
-        share = warm_up(context.nimg, config.warmup_nimg)
+        x_hat = stage.teacher(x_t, t, t, drawn.labels)
+    return _loss(net, drawn, config, stage, (x_t - x_hat) / column(t, x_t), x_hat)
+
+
+def _loss(net, drawn: Drawn, config: Sct | Scd, stage: StageContext, x_dot: Tensor, x_hat: Tensor):
+    x_t, t, share, s = drawn.x_t, drawn.t, drawn.share, stage.path.sigma_data
+    length = torch.sqrt(t**2 + s**2)  # s / cos(theta)
+    sin, cos = t / length, s / length
+    along = Dual(x_t, column(length, x_t) * x_dot), Dual(t, length)
+    d = net(*along, None, drawn.labels, drawn.drop)
+    with torch.no_grad():
         g = share * d.tangent + (1 - share) * column(cos**2 / sin, x_t) * (d.value - x_hat)
         size = column(g.flatten(1).norm(dim=1), g)
         if config.c is not None:
             g = g / (size + config.c)
-    residual = (d.value - d.value.detach()) / column(context.path.sigma_data * sin, x_t) + g
+    residual = (d.value - d.value.detach()) / column(s * sin, x_t) + g
     loss = residual.square().flatten(1).mean(1)
     weight = 1 / t if config.weight == "inverse_t" else torch.ones_like(t)
     return weight * loss, {"mse": (d.value.detach() - x_hat).square().flatten(1).mean(1), "tangent": size.flatten()}
+
+
+sct, scd = composed(draw, loss_sct), composed(draw, loss_scd)

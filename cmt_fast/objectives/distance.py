@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cmt_kernels import consistency_loss
 from torch import Tensor
 
-from cmt_fast.objectives.batch import Kept, LossContext
+from cmt_fast.objectives.batch import Kept, LossContext, StageContext
 
 PERCEPTUAL = ("lpips", "latent_lpips")  # those whose network is the stage's `perceptual.weights`
 
 
-def distance(
-    x: Tensor,
-    target: Tensor,
-    name: str,
-    c: float,
-    context: LossContext,
-    sample: Tensor | None,
-    kept: Kept | None = None,
-) -> Tensor:
-    """x, target: (B, ...), sample: (B,) global row ids or None -> (B,), gradient to x only.
+def augmentation(name: str, context: LossContext, x: Tensor, sample: Tensor | None) -> Any:
+    """What a distance between rows like x (B, ...) draws at this step, as tensors; None where it draws nothing.
 
-    kept: features of the target, read where they are this distance's.
+    sample: (B,) global row ids or None.
+    """
+    if name not in PERCEPTUAL or context.perceptual is None:
+        return None
+    return context.perceptual.draw(context.random, sample, tuple(x.shape[1:]))
+
+
+def distance(
+    x: Tensor, target: Tensor, name: str, c: float, stage: StageContext, augmentation: Any, kept: Kept | None = None
+) -> Tensor:
+    """x, target: (B, ...) -> (B,), gradient to x only.
+
+    augmentation: what `augmentation` drew; kept: features of the target, read where they are this distance's.
     Raises ValueError for a distance of features without its network.
     """
     known = kept.features if kept and kept.distance == name else None
     if name in PERCEPTUAL:
-        if context.perceptual is None:
+        if stage.perceptual is None:
             raise ValueError(f"distance: {name!r} needs a network, perceptual.weights names it")
-        return context.perceptual(x, target.detach(), context.random, sample, known)
+        return stage.perceptual(x, target.detach(), augmentation, known)
     if name != "features":
         return consistency_loss(x, target, name, c)
-    if context.features is None:
+    if stage.features is None:
         raise ValueError("distance: 'features' needs a feature network, and this data has none")
-    wanted = known[0] if known else context.features(target.detach())
-    return consistency_loss(context.features(x), wanted, "squared_l2", c)
+    wanted = known[0] if known else stage.features(target.detach())
+    return consistency_loss(stage.features(x), wanted, "squared_l2", c)

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from cmt_fast.config.schema import Flow
 from cmt_fast.diffusion import rng
-from cmt_fast.objectives.batch import Batch, LossContext
+from cmt_fast.objectives.batch import Batch, LossContext, StageContext, composed
 
 
-def flow(net, batch: Batch, config: Flow, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """||u(z_t, t, t) - (eps - x_0)||^2, t ~ logit-normal(mean, std). Returns (B,)."""
+class Drawn(NamedTuple):
+    """Points z_t and their velocities v = eps - x_0: (B, ...) each, at times t (B,); labels, drop: as of Batch."""
+
+    z_t: Tensor
+    v: Tensor
+    t: Tensor
+    labels: Tensor | None
+    drop: Tensor | None
+
+
+def draw(batch: Batch, config: Flow, context: LossContext) -> Drawn:
+    """t ~ logit-normal(mean, std), z_t = (1 - t) x_0 + t eps."""
     t = torch.sigmoid(config.mean + config.std * context.random.gauss(rng.TIME, batch.sample)).to(batch.x_0.dtype)
     z_t, v = context.path.point(batch.x_0, t, context.random.key(rng.NOISE), batch.sample)
-    squared = (net(z_t, t, t, batch.labels, batch.drop) - v).square().flatten(1).sum(1)
-    return squared, {"mse": squared.detach() / batch.x_0[0].numel()}
+    return Drawn(z_t, v, t, batch.labels, batch.drop)
+
+
+def loss(net, drawn: Drawn, config: Flow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
+    """||u(z_t, t, t) - (eps - x_0)||^2, t ~ logit-normal(mean, std). Returns (B,)."""
+    z_t, v, t, labels, drop = drawn
+    squared = (net(z_t, t, t, labels, drop) - v).square().flatten(1).sum(1)
+    return squared, {"mse": squared.detach() / v[0].numel()}
+
+
+flow = composed(draw, loss)

@@ -8,6 +8,8 @@ multiplied by something: `net` gets Duals of `k` rows and returns one.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from cmt_kernels import Dual, meanflow_loss
 from cmt_kernels.dual import value
@@ -16,55 +18,66 @@ from torch import Tensor
 from cmt_fast.config.schema import IMeanFlow, MeanFlow
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
-from cmt_fast.objectives.batch import Batch, LossContext
+from cmt_fast.objectives.batch import Batch, LossContext, StageContext, composed
 
 
-def meanflow(net, batch: Batch, config: MeanFlow, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
+class Drawn(NamedTuple):
+    """Points z and their velocities v = eps - x_0: (B, ...) each, at times t >= r: (B,); labels, drop: as of Batch."""
+
+    z: Tensor
+    v: Tensor
+    t: Tensor
+    r: Tensor
+    labels: Tensor | None
+    drop: Tensor | None
+
+
+def draw(batch: Batch, config: MeanFlow | IMeanFlow, context: LossContext) -> Drawn:
+    """Two times a row, z = (1 - t) x_0 + t eps; the rows with r != t come first."""
+    k = tangent_rows(len(batch.x_0), config.ratio)
+    t, r = draw_times(batch.sample, k, config, context, batch.x_0.dtype)
+    z, v = context.path.point(batch.x_0, t, context.random.key(rng.NOISE), batch.sample)
+    return Drawn(z, v, t, r, batch.labels, batch.drop)
+
+
+def loss_meanflow(net, drawn: Drawn, config: MeanFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
     """The adaptively weighted regression of u on sg[v - (t - r) du/dt], du/dt along v. Returns (B,).
 
     Guidance (MeanFlow, sec. 4.2 and appendix): v <- omega v + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null)
     inside [guide_t_min, guide_t_max] on rows with labels, of effective scale omega / (1 - kappa). Rows with r = t
     reuse the training forward as u(z, t, t | c). A network with dropout has it in these calls too (published: without).
     """
-    return _regress(net, batch, config, context, own=False)
+    return _regress(net, drawn, config, own=False)
 
 
-def improved(net, batch: Batch, config: IMeanFlow, context: LossContext) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
     """Improved MeanFlow: ||u + (t - r) sg(du/dt) - v||^2, adaptively weighted, du/dt along u(z, t, t). Returns (B,).
 
     Guidance enters v as in `meanflow`. There is no second head for v: u(z, t, t) is it, and the rows with r = t are its
     loss. Guidance as an input of the network is not built.
     """
-    return _regress(net, batch, config, context, own=True)
+    return _regress(net, drawn, config, own=True)
 
 
-def _regress(net, batch: Batch, config: MeanFlow | IMeanFlow, context: LossContext, own: bool):
-    k = tangent_rows(len(batch.x_0), config.ratio)
-    t, r = draw_times(batch.sample, k, config, context, batch.x_0.dtype)
-    z, v = context.path.point(batch.x_0, t, context.random.key(rng.NOISE), batch.sample)
-    guide = guidance_mask(batch, t, config)
+def _regress(net, drawn: Drawn, config: MeanFlow | IMeanFlow, own: bool):
+    z, v, t, r, labels, drop = drawn
+    k = tangent_rows(len(z), config.ratio)
+    guide = guidance_mask(drawn, config)
     with torch.no_grad():
-        null = None if guide is None else net(z, t, t, batch.labels, torch.ones_like(guide))
-        drop = None if batch.drop is None else batch.drop[:k]
-        labels = None if batch.labels is None else batch.labels[:k]
+        null = None if guide is None else net(z, t, t, labels, torch.ones_like(guide))
+        first = (None if x is None else x[:k] for x in (labels, drop))
         mixed = guide is not None and config.kappa
-        cond = net(z[:k], t[:k], t[:k], labels, drop) if k and (own or mixed) else None
+        cond = net(z[:k], t[:k], t[:k], *first) if k and (own or mixed) else None
         head = v[:k] if guide is None else _guided(v[:k], cond, null[:k], guide[:k], config)
         direction = cond if own and k else head
-    u = (
-        net(
-            Dual(z, direction.to(z.dtype)),
-            Dual(t, torch.ones_like(t[:k])),
-            Dual(r, torch.zeros_like(r[:k])),
-            batch.labels,
-            batch.drop,
-        )
-        if k
-        else net(z, t, r, batch.labels, batch.drop)
-    )
+    if k:
+        along = Dual(z, direction.to(z.dtype)), Dual(t, torch.ones_like(t[:k])), Dual(r, torch.zeros_like(r[:k]))
+        u = net(*along, labels, drop)
+    else:
+        u = net(z, t, r, labels, drop)
     tail = v[k:] if guide is None else _guided(v[k:], value(u)[k:].detach(), null[k:], guide[k:], config)
     loss, squared = meanflow_loss(u, torch.cat((head, tail)), t, r, config.p, config.c)
-    return loss, {"mse": squared / batch.x_0[0].numel()}
+    return loss, {"mse": squared / z[0].numel()}
 
 
 def tangent_rows(rows: int, ratio: float) -> int:
@@ -84,11 +97,12 @@ def draw_times(
     return torch.cat((t[:k], a[k:])), torch.cat((r[:k], a[k:]))
 
 
-def guidance_mask(batch: Batch, t: Tensor, config: MeanFlow | IMeanFlow) -> Tensor | None:
+def guidance_mask(drawn: Drawn, config: MeanFlow | IMeanFlow) -> Tensor | None:
     """(B,) bool: rows whose target is guided; None when omega, kappa ask for none or there are no labels."""
-    if (config.omega == 1.0 and config.kappa == 0.0) or batch.labels is None:
+    if (config.omega == 1.0 and config.kappa == 0.0) or drawn.labels is None:
         return None
-    kept = torch.ones_like(t, dtype=torch.bool) if batch.drop is None else ~batch.drop
+    t = drawn.t
+    kept = torch.ones_like(t, dtype=torch.bool) if drawn.drop is None else ~drawn.drop
     return kept & (t >= config.guide_t_min) & (t <= config.guide_t_max)
 
 
@@ -98,3 +112,6 @@ def _guided(v: Tensor, cond: Tensor | None, null: Tensor, guide: Tensor, config:
     if cond is not None and config.kappa:
         mixed = mixed + config.kappa * cond
     return torch.where(column(guide, v).bool(), mixed, v)
+
+
+meanflow, improved = composed(draw, loss_meanflow), composed(draw, loss_improved)

@@ -10,6 +10,7 @@ The backward pass of that read adds atomically on CUDA, so there the last bits o
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,27 +24,48 @@ SCALE, STRETCH, SHIFT, WHOLE_SHIFT = 0.2, 0.2, 0.125, 0.125
 BRIGHTNESS, CONTRAST, SATURATION, NOISE, CUTOUT = 0.2, 0.5, 1.0, 0.1, 0.5
 
 
-def augment(images: Tensor, copies: int, random: Random, sample: Tensor) -> Tensor:
-    """images: (copies B, C, H, W), row i of every copy changed alike; sample: (B,) global row ids -> the same shape."""
-    rows, (_, channels, height, width) = len(sample), images.shape
-    u = uniform(random.key(AUGMENT), sample, 6).to(images.dtype)
-    g = normal(random.key(AUGMENT_GAUSS), sample, (8,)).to(images.dtype)
+class Augmentation(NamedTuple):
+    """What was drawn for each row of a batch: all that an image's change depends on.
+
+    points: (B, 2, 3), from an output's coordinates in [-1, 1] to the input's; spread, gain, shift: (B,), of the channels
+    about their mean, of all and what is added; noise: (B, C, H, W), added; keep: (B, 1, H, W), 0 where a box is cut out.
+    """
+
+    points: Tensor
+    spread: Tensor
+    gain: Tensor
+    shift: Tensor
+    noise: Tensor
+    keep: Tensor
+
+
+def draw(random: Random, sample: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Augmentation:
+    """The change of each of the rows sample (B,), global ids, that are images of shape (C, H, W)."""
+    _, height, width = shape
+    u = uniform(random.key(AUGMENT), sample, 6).to(dtype)
+    g = normal(random.key(AUGMENT_GAUSS), sample, (8,)).to(dtype)
+    noise = normal(random.key(AUGMENT_NOISE), sample, shape).to(dtype) * (NOISE * g[:, 7].abs()).view(-1, 1, 1, 1)
+    spread, gain = torch.exp2(SATURATION * g[:, 4]), torch.exp2(CONTRAST * g[:, 5])
+    points, keep = _affine(u, g, height, width), _cutout(u, height, width)
+    return Augmentation(points, spread, gain, BRIGHTNESS * g[:, 6], noise, keep)
+
+
+def augment(images: Tensor, copies: int, drawn: Augmentation) -> Tensor:
+    """images: (copies B, C, H, W), row i of every copy changed alike -> the same shape."""
+    assert len(drawn.points) * copies == len(images)
     again = lambda x: x.repeat(copies, *[1] * (x.ndim - 1))
-    grid = F.affine_grid(again(_affine(u, g, height, width)), list(images.shape), align_corners=False)
+    grid = F.affine_grid(again(drawn.points), list(images.shape), align_corners=False)
     x = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     column = lambda v: again(v).view(-1, 1, 1, 1)
     mean = x.mean(1, keepdim=True)
-    x = mean + (x - mean) * column(torch.exp2(SATURATION * g[:, 4]))
-    x = x * column(torch.exp2(CONTRAST * g[:, 5])) + column(BRIGHTNESS * g[:, 6])
-    noise = normal(random.key(AUGMENT_NOISE), sample, (channels, height, width)).to(images.dtype)
-    x = x + again(noise) * column(NOISE * g[:, 7].abs())
-    assert rows * copies == len(images)
-    return x * again(_cutout(u, height, width))
+    x = mean + (x - mean) * column(drawn.spread)
+    x = x * column(drawn.gain) + column(drawn.shift)
+    return (x + again(drawn.noise)) * again(drawn.keep)
 
 
 def _affine(u: Tensor, g: Tensor, height: int, width: int) -> Tensor:
     """(B, 2, 3): from an output's coordinates in [-1, 1] to the input's."""
-    flip = torch.where(u[:, 0] < 0.5, -1.0, 1.0).to(u.dtype)
+    flip = 2 * (u[:, 0] >= 0.5).to(u.dtype) - 1
     angle = (2 * u[:, 1] - 1) * math.pi
     cos, sin = torch.cos(angle), torch.sin(angle)
     size = torch.exp2(SCALE * g[:, 0])

@@ -24,14 +24,15 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Perceptual
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.models.vgg import CONVOLUTIONS, LatentVgg, PixelVgg, Vgg
-from cmt_fast.perceptual.augment import augment
+from cmt_fast.perceptual import augment
+from cmt_fast.perceptual.augment import Augmentation
 from cmt_fast.storage.files import checksum, sync
 
 KIND = "cmt_fast latent features 1"
 
 
 class Distance:
-    """distance(x, target, random, sample) -> (B,), gradient to x only.
+    """distance(x, target, drawn) -> (B,), gradient to x only; drawn: `distance.draw(...)` of this step.
 
     The features of a target that comes again may be given. Where both are augmented they cannot: each row draws its own
     augmentation, so the same target is another image in every row.
@@ -55,16 +56,23 @@ class Distance:
             total = total + squared.sum(1).mean((1, 2))
         return total
 
+    def draw(self, random: Random, sample: Tensor | None, shape: tuple[int, ...]) -> Augmentation | None:
+        """How each row sample (B,) of images (C, H, W) is changed at this step; None where nothing is augmented."""
+        if not self.augmented:
+            return None
+        assert sample is not None, "the augmentation is drawn by row"
+        return augment.draw(random, sample, shape)
+
     def __call__(
-        self, x: Tensor, target: Tensor, random: Random, sample: Tensor | None, known: list[Tensor] | None = None
+        self, x: Tensor, target: Tensor, drawn: Augmentation | None, known: list[Tensor] | None = None
     ) -> Tensor:
-        """known: the target's features, where nothing is augmented."""
+        """drawn: what `draw` gave; known: the target's features, where nothing is augmented."""
         if known is not None:
             assert not self.augmented, "an augmented target has features of its own in every row"
             return self.between(self.features(x), known)
         if self.augmented:
-            assert sample is not None, "the augmentation is drawn by row"
-            x, target = augment(torch.cat((x.float(), target.float())), 2, random, sample).chunk(2)
+            assert drawn is not None, "the augmentation is drawn beforehand"
+            x, target = augment.augment(torch.cat((x.float(), target.float())), 2, drawn).chunk(2)
         with torch.no_grad():
             wanted = self.features(target)
         return self.between(self.features(x), wanted)

@@ -146,7 +146,7 @@ class Workspace:
         size = sharding.StageSize(self.parameters, teacher, len(config.ema), config.products == "bf16")
         memory, processes = sharding.memory_bytes(self.device), distributed.size()
         choice = engine.choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, memory)
-        engine.check(run, stage.name, config, choice)
+        engine.check(run, stage.name, config, choice, self.device)
         return choice
 
     @functools.cached_property

@@ -11,6 +11,7 @@ from torch import Tensor
 from cmt_fast.diffusion.guidance import Net
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import Table, rollout
+from cmt_fast.runtime.cuda_graphs import aside, captured, reason
 
 
 class Rolling:
@@ -58,11 +59,11 @@ class Rolling:
         if self.batch < self.nodes.shape[1]:
             self._window = self.nodes[:, : self.batch].clone(), _of(self.labels, slice(self.batch), copy=True)
         try:
+            aside(lambda: self._roll(*self._window), self.nodes.device)
             self._replay = captured(lambda: self._roll(*self._window))
         except RuntimeError as error:
             self.graph, self._window = False, (self.nodes, self.labels)
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self.tell(f"the teacher's rollouts are called one network after the other, no CUDA graph: {reason[:200]}")
+            self.tell(f"the teacher's rollouts are called one network after the other, no CUDA graph: {reason(error)}")
 
     def _turn(self, rows: slice) -> None:
         """One replay, through the window where it is not the buffer."""
@@ -76,19 +77,6 @@ class Rolling:
             labels[:n] = self.labels[rows]
         self._replay()
         self.nodes[:, rows] = nodes[:, :n]
-
-
-def captured(call: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of `call`, which has run once before: its replay. Raises RuntimeError where it cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()  # compiles kernels, copies coefficients, chooses algorithms
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory meanwhile
-        call()
-    return graph.replay
 
 
 def _of(labels: Tensor | None, rows: slice, copy: bool = False) -> Tensor | None:

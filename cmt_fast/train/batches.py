@@ -1,11 +1,15 @@
-"""The rows of a step and their loss: data by position, points of trajectories by round, the objective and its anchor."""
+"""The rows of a step and their loss: data by position, points of trajectories by round, the objective and its anchor.
+
+A part of a step is drawn first (`draw`: rows, times, noise, trajectories, all that the step's number or a loader decides) and
+differentiated then (`loss_of`: networks and tensors alone), so that the second half can be one graph that is replayed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cmt_kernels import dual
@@ -18,7 +22,7 @@ from cmt_fast.data.rows import Rows
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Autoguided, guided
 from cmt_fast.engine import Engine
-from cmt_fast.objectives import OBJECTIVES, Batch, LossContext
+from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, StageContext
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.perceptual import distance
 from cmt_fast.run.networks import rows_of
@@ -30,6 +34,15 @@ from cmt_fast.teacher import solver_record
 from cmt_fast.teacher.pool import Pool
 from cmt_fast.teacher.precision import Teacher
 from cmt_fast.usage.meters import Meter
+
+
+class Drawn(NamedTuple):
+    """One part of a step, as tensors: what the objective drew, its rows' seeds of dropout, and the same of the anchor."""
+
+    own: Any
+    seeds: Tensor | None
+    anchored: Any = None
+    anchored_seeds: Tensor | None = None
 
 
 class BatchProvider:
@@ -57,6 +70,7 @@ class BatchProvider:
         self.index, self.seed, self.path = stage.index, stage.seed, stage.path
         self._within = meter.within if meter else lambda phase: contextlib.nullcontext()
         self.own, self.anchored = stage.rows
+        self._net = engine.net
         self.total, self.grad_accum_steps = stage.schedule.total, engine.grad_accum_steps
         config, run = stage.config, stage.run
         needs = OBJECTIVES[config.objective.kind]
@@ -129,22 +143,37 @@ class BatchProvider:
 
     def loss(self, engine: Engine, step: int, part: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to differentiate in pass `part` of a step, averaged over its rows, and the scalars to log."""
+        return self.loss_of(engine, self.draw(step, part))
+
+    def draw(self, step: int, part: int = 0) -> Drawn:
+        """All of pass `part` of a step but its networks: this is where the step's number is read."""
         random = rng.Random(self.seed, self.index, step)
         nimg = step * self.stage.batch
         world = LossContext(self.path, random, self.teacher, step / self.total, self.features, nimg, self.perceptual)
         mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * self.grad_accum_steps)
         rows = torch.arange(self.own, device=self.device)[mine]
-        drawn = self._data(random, step, rows, part) if self.draws_data else self._points(random, step, rows, rows)
-        net = _dropping(engine, random, rows)
-        loss, scalars = OBJECTIVES[self.stage.objective.kind].function(net, drawn, self.stage.objective, world)
+        given = self._data(random, step, rows, part) if self.draws_data else self._points(random, step, rows, rows)
+        own = OBJECTIVES[self.stage.objective.kind].draw(given, self.stage.objective, world)
+        seeds = self._seeds(random, rows)
+        anchor = self.stage.anchor
+        if anchor is None:
+            return Drawn(own, seeds)
+        rows = torch.arange(self.anchored, device=self.device)[mine]
+        points = self._points(random, step, rows, rows + self.own)
+        anchored = OBJECTIVES[anchor.objective.kind].draw(points, anchor.objective, world)
+        return Drawn(own, seeds, anchored, self._seeds(random, rows + self.own))
+
+    def loss_of(self, engine: Engine, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of what was drawn, as of `loss`: the same work at every step."""
+        world = StageContext(self.path, self.teacher, self.features, self.perceptual)
+        own, net = self.stage.objective, _dropping(engine, drawn.seeds)
+        loss, scalars = OBJECTIVES[own.kind].loss(net, drawn.own, own, world)
         scalars = {k: v.mean() for k, v in scalars.items()}
         anchor = self.stage.anchor
         if anchor is None:
             return loss.mean(), scalars
-        rows = torch.arange(self.anchored, device=self.device)[mine]
-        points = self._points(random, step, rows, rows + self.own)
-        net = _dropping(engine, random, rows + self.own)
-        held, _ = OBJECTIVES[anchor.objective.kind].function(net, points, anchor.objective, world)
+        net = _dropping(engine, drawn.anchored_seeds)
+        held, _ = OBJECTIVES[anchor.objective.kind].loss(net, drawn.anchored, anchor.objective, world)
         scalars |= {"post_loss": loss.detach().mean(), "anchor_loss": held.detach().mean()}
         share = self.anchored / self.stage.batch
         return (1 - share) * anchor.post_weight * loss.mean() + share * held.mean(), scalars
@@ -165,6 +194,11 @@ class BatchProvider:
             points = self.pool.draw(step, rows)
         return points._replace(sample=sample)  # with its label: the teacher rolled it out under that condition
 
+    def _seeds(self, random: rng.Random, sample: Tensor) -> Tensor | None:
+        """Of the dropout in these rows (B,), None for a network without: (B, dropouts, 2)."""
+        n = getattr(self._net, "dropouts", 0)
+        return random.seeds(rng.DROPOUT, sample, n) if n else None
+
     def _drop(self, random: rng.Random, labels: Tensor | None, sample: Tensor) -> Tensor | None:
         """One mask a batch, for every copy of it."""
         return None if labels is None else random.uniform(rng.DROP, sample) < self.stage.label_dropout
@@ -181,12 +215,10 @@ def provider(
     return BatchProvider(stage, engine, work.data, work.device, work.network, lambda: work.judging.space, meter, found)
 
 
-def _dropping(engine: Engine, random: rng.Random, sample: Tensor) -> Callable:
-    """The engine; of a network with dropout, with seeds for these rows (B,): every call of a step drops the same."""
-    n = getattr(engine.net, "dropouts", 0)
-    if not n:
+def _dropping(engine: Engine, seeds: Tensor | None) -> Callable:
+    """The engine; with seeds (B, dropouts, 2) of these rows for its dropout: every call of a step drops the same."""
+    if seeds is None:
         return engine
-    seeds = random.seeds(rng.DROPOUT, sample, n)
     return lambda x, t, r=None, labels=None, drop=None, _=None, *more: engine(
         x, t, r, labels, drop, seeds[: len(dual.value(x))], *more
     )

@@ -21,6 +21,7 @@ from cmt_fast import engine as engines
 from cmt_fast.config import errors, fingerprint
 from cmt_fast.config.schema import Run, Stage
 from cmt_fast.engine import Engine, ShardingPlan, compile
+from cmt_fast.engine.graph import StepGraph
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine
@@ -87,16 +88,16 @@ def train_stage(
             wall = dict(found.manifest["wall"])
         log = Log(folder, engine.step_count, plan.total, name, not first, run.tensorboard)
         ending.callback(log.close)
-        attention = attention_choice.settle(work, config, found)
-        ending.enter_context(small.using(attention))
+        ending.enter_context(small.using(attention := attention_choice.settle(work, config, found)))
         source = batches.provider(work, stage, engine, meter, found)
         ending.callback(source.close)
         if found is None and source.trajectories.get("errors"):
             log.row("trajectories", 1, config.batch, source.trajectories)
-        always = _identity(run, name, lineage, others, choice)
-        always |= {k: v for k, v in (("trajectories", source.trajectories), ("attention", attention)) if v}
+        chosen = {"trajectories": source.trajectories, "attention": attention}
+        always = _identity(run, name, lineage, others, choice, chosen)
         if config.compile:
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
+        gradient = _gradient(engine, source, name, profile)
         meter.lap("startup")
         if found and found.manifest.get("unseen"):
             monitor.observe(work, stage, engine, engine.step_count, False, log)
@@ -106,19 +107,21 @@ def train_stage(
             every = source.pool.steps if source.pool else 1
             kept = profile.over(steps, plan, every, work.device, config.products, config.compile, folder)
             steps = ending.enter_context(contextlib.closing(kept))
-        Steps(work, stage, engine, source, log, account, meter, Sums(found), wall, always).take(steps, asked)
+        Steps(work, stage, engine, source, gradient, log, account, meter, Sums(found), wall, always).take(steps, asked)
 
 
 class Steps(NamedTuple):
     """The steps of a stage: what they are taken with, and where their metrics and checkpoints go.
 
-    wall: seconds of the steps that count; always: what every checkpoint of the stage says alike.
+    gradient: adds the gradient of a part of a step to the engine's; wall: seconds of the steps that count; always: what every
+    checkpoint of the stage says alike.
     """
 
     work: Workspace
     stage: ResolvedStage
     engine: Engine
     source: batches.BatchProvider
+    gradient: StepGraph
     log: Log
     account: ledger.Account
     meter: meters.Meter
@@ -144,8 +147,11 @@ class Steps(NamedTuple):
                 self._row(n, lr)
                 look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
                 # one who stops does not wait for an evaluation: it is made up for on resuming
-                if (last or not stop) and monitor.observe(self.work, self.stage, self.engine, n, last, self.log):
-                    wall["eval_s"] += self.meter.lap("evaluation")
+                if last or not stop:
+                    if monitor.due(self.stage, n, last):
+                        self.gradient.release()
+                    if monitor.observe(self.work, self.stage, self.engine, n, last, self.log):
+                        wall["eval_s"] += self.meter.lap("evaluation")
             if n % plan.checkpoint_every == 0 or last or stop:
                 self._checkpoint(n, last, unseen=bool(row and stop and not last))
                 self.account.settle(n, end=last or bool(stop))
@@ -156,9 +162,7 @@ class Steps(NamedTuple):
         """Gradients of every part of a step, and the optimizer's step. Returns its learning rate."""
         parts = self.engine.grad_accum_steps
         for part in range(parts):
-            loss, scalars = self.source.loss(self.engine, step, part)
-            self.engine.backward(loss)
-            self.sums.add({"loss": loss.detach(), **scalars}, parts)
+            self.sums.add(self.gradient(self.source.draw(step, part)), parts)
         lr = self.stage.schedule.lr(self.stage.config, step)
         self.sums.add({"grad_norm": self.engine.step(lr)})
         return lr
@@ -186,8 +190,20 @@ class Steps(NamedTuple):
         self.meter.lap("checkpoint")
 
 
-def _identity(run: Run, name: str, lineage: dict | None, others: dict, choice: ShardingPlan) -> dict[str, Any]:
-    """What a stage is, what it comes from and how it is trained: what all its checkpoints say alike."""
+def _gradient(engine: Engine, source: batches.BatchProvider, name: str, profile: Profile | None) -> StepGraph:
+    """What adds the gradient of a part of a step; kernel by kernel up to the last step that is profiled."""
+    tell = say if distributed.rank() == 0 else lambda line: None
+    waiting = lambda: profile is not None and profile.running
+    return StepGraph(engine, lambda drawn: source.loss_of(engine, drawn), name, tell, waiting)
+
+
+def _identity(
+    run: Run, name: str, lineage: dict | None, others: dict, choice: ShardingPlan, chosen: dict[str, Any]
+) -> dict[str, Any]:
+    """What a stage is, what it comes from and how it is trained: what all its checkpoints say alike.
+
+    chosen: by measurement when it began; what is empty is left out.
+    """
     return {
         "stage": name,
         "recipe": run.name,
@@ -195,6 +211,7 @@ def _identity(run: Run, name: str, lineage: dict | None, others: dict, choice: S
         "parent": lineage,
         "others": others,
         "engine": {"kind": run.engine, "stage": choice.stage, "processes": distributed.size()},
+        **{key: found for key, found in chosen.items() if found},
     }
 
 

@@ -14,19 +14,25 @@ from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
 
 
+def due(stage: ResolvedStage, n: int, last: bool) -> bool:
+    """Whether anything is to be looked at after step n."""
+    plan = stage.schedule
+    return last or any(every and n % every == 0 for every in (plan.eval_every, plan.grid_every, plan.snapshot_every))
+
+
 def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last: bool, log: Log) -> bool:
     """What is due after step n; whether anything was. All ranks give the network and judge it together; rank 0 draws."""
     name, config, plan = stage.name, stage.config, stage.schedule
-    due = lambda every: every and (n % every == 0 or last)
+    now = lambda every: every and (n % every == 0 or last)
     first = distributed.rank() == 0
-    if due(plan.eval_every) or due(plan.grid_every) or last:
+    if now(plan.eval_every) or now(plan.grid_every) or last:
         net = engine.average()
-        if due(plan.eval_every):
+        if now(plan.eval_every):
             figures = work.judging.evaluate(net, work.run.eval.steps, work.run.eval.n_during, quiet=True)
             log.row("eval", n, n * config.batch, {"steps": figures})
-        if due(plan.grid_every) or last:
+        if now(plan.grid_every) or last:
             distributed.agreed(lambda: draw_grid(work, net, stage, n) if first else None)
-    if due(plan.snapshot_every):
+    if now(plan.snapshot_every):
         for i, profile in enumerate(config.ema):
             if isinstance(profile, PowerEma):
                 tensors = engine.state()[f"ema-{i}"]
@@ -37,7 +43,7 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
                 )
                 distributed.agreed(save)
     distributed.barrier()
-    return bool(last or due(plan.eval_every) or due(plan.grid_every) or due(plan.snapshot_every))
+    return due(stage, n, last)
 
 
 def draw_grid(work: Workspace, net: Callable, stage: ResolvedStage, step: int) -> None:

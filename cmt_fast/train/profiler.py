@@ -10,6 +10,7 @@ its bytes at the rate of a copy, both measured in this process in the stage's pr
 the roof. Times are the device's: on a GPU of its kernels, on a CPU of the calls, inflated by the profiler's own work, most
 where calls are short. The numbers that the stage computes are the same with and without.
 
+A step that is one CUDA graph has no ops to see either, so up to the last step that is profiled a stage's steps are eager.
 Inside a compiled network there are no ops to see: its kernels have Inductor's names in the trace and one row in the table.
 So has a rollout that is one CUDA graph, which is every rollout on a GPU that can be captured.
 Where the teacher rolls out for a round of steps, the steps begin with a round and rollouts are spread over its steps.
@@ -45,6 +46,7 @@ class Profile:
 
     def __init__(self, steps: int = 4) -> None:
         self.steps, self.done = steps, False
+        self.running = False  # from the stage's first step to the last that is profiled
         self._calls: list[Call] = []
 
     def over(
@@ -67,7 +69,7 @@ class Profile:
             say("profile: fewer than two steps are left, nothing was profiled")
             yield from left
             return
-        first = window(left, steps, round_, plan)
+        first, self.running = window(left, steps, round_, plan), True
         yield from range(left.start, first - 1)
         cuda = device.type == "cuda"
         wait = torch.cuda.synchronize if cuda else lambda: None
@@ -91,6 +93,7 @@ class Profile:
             seconds = time.perf_counter() - clock
         best, these = roof(device, precision), range(first, first + steps)
         self._write(profiler, seconds, these, round_, best, cuda, folder / "profile")
+        self.running = False
         yield from range(first + steps, left.stop)
 
     def _watched(self, op: str, function: Callable) -> Callable:

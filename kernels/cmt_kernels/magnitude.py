@@ -17,4 +17,4 @@ def size_of(x: Tensor, dim: int | None = None) -> Tensor:
     """
     with torch.no_grad():
         largest = torch.linalg.vector_norm(x.detach(), float("inf"), dim, keepdim=dim is not None)
-        return torch.where(largest > LARGE, SHRUNK, 1.0).to(x.dtype)
+        return torch.ones_like(largest).masked_fill(largest > LARGE, SHRUNK)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.training import baseline, predict, runs
-from bench.training.step import step_flops
+from bench.training import baseline, contender, predict, runs
+from bench.training.step import make_row, step_flops
 from cmt_fast.config.schema import Dit
 from cmt_fast.cost import estimate, flops
 from cmt_fast.cost.flops import Term
@@ -18,7 +18,9 @@ from cmt_fast.models.dit import SIZES
 from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, Points
 from cmt_fast.objectives.consistency import earlier_time
 from cmt_fast.objectives.meanflow import draw_times, tangent_rows
+from tests.fixtures.tape import tape
 
+__all__ = ["tape"]
 ROUNDING = 1e-9  # of float64, through a network and a hundred solver operations
 
 # a step's work by hand, in calls of the network on all rows: MeanFlow's tangents are of the rows with r < t, a quarter
@@ -173,3 +175,19 @@ def test_a_model_that_is_none_is_named(name):
 def test_a_model_by_size_and_tokens():
     m = runs.model("XL1024")
     assert (m.width, m.depth, m.heads, m.tokens, m.batch) == (1152, 28, 16, 1024, 16)
+
+
+def test_a_graphed_bench_step_is_the_step_and_its_rows_are_of_their_own(tape):
+    m, found = runs.model("dry"), []
+    for graphed in (True, False):
+        work = runs.workspace("MF", m, "cpu")
+        one = contender.ours("MF", m, work, "eager", "fp32", None, graph=graphed)
+        one.warm("cpu")
+        while one.step.step < 6:
+            one.step()
+        found.append(one.step.engine.p)
+        fitted = {"batch": m.batch, "teacher": 0.0, "peak_gb": None, "saved": 1, "compile_s": None, "guarded": None}
+        times = {"ms": [1.0], "host_ms": [1.0], "rounds_ms": [], "square_ms": [1.0]}
+        row = make_row("MF", m, "eager", "fp32", fitted | {"graph": one.graph}, times, "cpu", 1.0)
+        assert row["how"] == ("eager, graph" if graphed else "eager")
+    assert tape.captures == 2 and torch.equal(*found)

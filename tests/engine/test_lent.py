@@ -28,7 +28,9 @@ def engine(device: str, lends: bool, accumulated: int = 1, **more) -> LocalEngin
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.05)  # the gates are open
-    return LocalEngine(net, Stage(objective=Denoise(), images_nimg=1000, precision="bf16"), torch.device(device), accumulated, lends)
+    return LocalEngine(
+        net, Stage(objective=Denoise(), images_nimg=1000, precision="bf16"), torch.device(device), accumulated, lends
+    )
 
 
 def batch(device: torch.device, seed: int = 0) -> tuple:

@@ -72,4 +72,4 @@ def test_evaluation_stays_in_fp32() -> None:
 def test_a_network_without_such_a_stream_is_refused() -> None:
     run = load("gmm", ["pre.precision=bf16-stream"])
     with pytest.raises(ValueError, match="precision.*'bf16-stream' is of a residual stream of tokens.*mlp take 'bf16'"):
-        engine.check(run, "pre", run.stages["pre"], ShardingPlan(None, False, 0, 0, 0, ""))
+        engine.check(run, "pre", run.stages["pre"], ShardingPlan(None, False, 0, 0, 0, ""), CPU)

@@ -24,7 +24,7 @@ from cmt_fast.engine import LocalEngine
 from cmt_fast.models.vgg import LatentVgg, PixelVgg
 from cmt_fast.perceptual import classifier
 from cmt_fast.perceptual import distance as perceptual
-from cmt_fast.perceptual.augment import augment
+from cmt_fast.perceptual.augment import augment, draw
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage import files as files_
@@ -130,10 +130,10 @@ def test_lpips_is_the_definition(vgg16: dict, tmp_path: Path, form: str) -> None
     x, y = torch.randn(2, 3, 3, 32, 32).clamp(-1, 1)
     x.requires_grad_()
     distance = perceptual.load(given, "lpips", (3, 32, 32), CPU)
-    got, want = distance(x, y, RANDOM, None), lpips(vgg16, x, y)
+    got, want = distance(x, y, None), lpips(vgg16, x, y)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(d.sum(), x)[0] for d in (got, want)), rtol=1e-3, atol=1e-8)
-    assert torch.equal(distance(y, y, RANDOM, None), torch.zeros(3)) and got.min() > 1e-3
+    assert torch.equal(distance(y, y, None), torch.zeros(3)) and got.min() > 1e-3
     assert set(perceptual.checksums(given)) == ({"weights", "heads"} if heads else {"weights"})
 
 
@@ -187,24 +187,25 @@ def test_files_that_are_not_the_network(vgg16: dict, tmp_path: Path) -> None:
 
 def test_augmentation_is_shared_by_the_copies_and_a_function_of_the_row() -> None:
     x = torch.randn(6, 4, 8, 8)
-    both = augment(torch.cat((x, x)), 2, RANDOM, SIX)
+    drawn = draw(RANDOM, SIX, (4, 8, 8))
+    both = augment(torch.cat((x, x)), 2, drawn)
     assert torch.equal(*both.chunk(2)) and not torch.allclose(both[:6], x, atol=0.1)
-    torch.testing.assert_close(augment(x[2:4], 1, RANDOM, SIX[2:4]), both[2:4])
-    assert not torch.allclose(augment(x, 1, RANDOM._replace(step=3), SIX), both[:6], atol=0.1)
-    assert not torch.allclose(augment(x, 1, RANDOM._replace(stage=0), SIX), both[:6], atol=0.1)
-    assert len({round(float(row.square().sum()), 3) for row in augment(x[:1].repeat(6, 1, 1, 1), 1, RANDOM, SIX)}) == 6
+    torch.testing.assert_close(augment(x[2:4], 1, draw(RANDOM, SIX[2:4], (4, 8, 8))), both[2:4])
+    assert not torch.allclose(augment(x, 1, draw(RANDOM._replace(step=3), SIX, (4, 8, 8))), both[:6], atol=0.1)
+    assert not torch.allclose(augment(x, 1, draw(RANDOM._replace(stage=0), SIX, (4, 8, 8))), both[:6], atol=0.1)
+    assert len({round(float(row.square().sum()), 3) for row in augment(x[:1].repeat(6, 1, 1, 1), 1, drawn)}) == 6
 
 
 def test_augmentation_passes_gradients_and_cuts_a_quarter() -> None:
     x = torch.randn(64, 4, 16, 16, dtype=torch.float32, requires_grad=True)
-    ids = torch.arange(64)
-    y = augment(x, 1, RANDOM, ids)
+    drawn = draw(RANDOM, torch.arange(64), (4, 16, 16))
+    y = augment(x, 1, drawn)
     cut = (y == 0).all(1).flatten(1).double().mean(1)  # a box half as wide and high, part of it outside
     assert cut.max() <= 0.27 and 0.1 < cut.mean() < 0.25
     (gradient,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.isfinite(gradient).all() and (gradient.flatten(1).abs().sum(1) > 0).all()
     h, along = 1e-2, torch.randn(64, 4, 16, 16)
-    ahead, behind = (augment((x + s * h * along).detach(), 1, RANDOM, ids).square().sum() for s in (1, -1))
+    ahead, behind = (augment((x + s * h * along).detach(), 1, drawn).square().sum() for s in (1, -1))
     assert float((ahead - behind) / (2 * h)) == pytest.approx(float((gradient * along).sum()), rel=1e-2, abs=2)
 
 
@@ -222,14 +223,14 @@ def test_classifier_learns_and_its_file_is_the_distance(trained: Path) -> None:
     assert accuracy > 0.7
     distance = perceptual.load(Perceptual(str(file)), "latent_lpips", data.shape, CPU)
     x = data.x[:64]
-    rows = torch.arange(64)
-    near, far = (distance(x, x + s * torch.randn_like(x), RANDOM, rows) for s in (0.05, 0.5))
-    assert torch.equal(distance(x, x, RANDOM, rows), torch.zeros(64)) and (far > near).double().mean() > 0.9
+    drawn = distance.draw(RANDOM, torch.arange(64), tuple(data.shape))
+    near, far = (distance(x, x + s * torch.randn_like(x), drawn) for s in (0.05, 0.5))
+    assert torch.equal(distance(x, x, drawn), torch.zeros(64)) and (far > near).double().mean() > 0.9
     bare = perceptual.load(Perceptual(str(file), augment=False), "latent_lpips", data.shape, CPU)
     want = torch.zeros(64)
     for f, g in zip(net.slices(x), net.slices(x.flip(0))):
         want += (F.normalize(f, dim=1) - F.normalize(g, dim=1)).square().sum(1).mean((1, 2))
-    torch.testing.assert_close(bare(x, x.flip(0), RANDOM, None), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(bare(x, x.flip(0), None), want, rtol=1e-4, atol=1e-6)
 
 
 def test_classifier_goes_on_to_the_same_bits(trained: Path, tmp_path: Path, monkeypatch, capsys) -> None:

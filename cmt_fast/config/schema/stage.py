@@ -107,6 +107,8 @@ class Stage:
     that with the residual stream of a transformer in bf16 as well, `products` is what its products are in.
     `start` names an earlier stage, `teacher` an earlier stage or one of another run as RUN/STAGE, of any size.
     lr_schedule: "linear" to zero at the end, "inverse_sqrt" constant up to lr_knee_nimg and falling as 1/sqrt from there.
+    `cuda_graph`: forward, loss and backward of a step recorded once and replayed on a GPU: auto where it can be, true (or an
+    error says why not), false.
     `micro_batch`: rows of one forward and backward of one process; a step makes as many as its batch needs (default: one).
     """
 
@@ -133,6 +135,7 @@ class Stage:
     grad_clip_norm: NotNegative = 1.0
     ema: Annotated[tuple[Ema, ...], Field(min_length=1)] = (ConstantEma(),)
     precision: Literal["fp32", "tf32", "bf16", "bf16-stream"] = "fp32"
+    cuda_graph: Literal["auto"] | bool = "auto"  # the same numbers, so no fact of a stage
     compile: bool = False  # torch.compile of the network; rounds differently, so it belongs to the facts of a stage
     checkpoint_every_nimg: Count | None = None
     snapshot_every_nimg: Count | None = None

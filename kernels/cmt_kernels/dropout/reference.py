@@ -14,9 +14,9 @@ def dropout(x: Tensor | Dual, seeds: Tensor, p: float) -> Tensor | Dual:
     h = (h ^ (h >> 16)) * 0x7FEB352D & _MASK
     h = h ^ seeds[:, 1:]
     h = (h ^ (h >> 16)) * 0x045D9F3B & _MASK
-    keep = ((h ^ (h >> 16)) >= p * 2.0**32).view(x_v.shape)
-    y = torch.where(keep, x_v / (1 - p), 0)
+    dropped = ((h ^ (h >> 16)) < p * 2.0**32).view(x_v.shape)
+    y = (x_v / (1 - p)).masked_fill(dropped, 0)
     if not isinstance(x, Dual):
         return y
     with tangent_rule():
-        return Dual(y, torch.where(keep[: len(x.tangent)], x.tangent / (1 - p), 0))
+        return Dual(y, (x.tangent / (1 - p)).masked_fill(dropped[: len(x.tangent)], 0))

@@ -1,11 +1,10 @@
 """label_embedding in plain torch."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def label_embedding(labels: Tensor, table: Tensor, drop: Tensor | None = None) -> Tensor:
     if drop is not None:
-        labels = torch.where(drop, table.shape[0] - 1, labels)
+        labels = labels.masked_fill(drop, table.shape[0] - 1)
     return F.embedding(labels, table)

@@ -21,5 +21,5 @@ def pixel_norm(x: Tensor | Dual, dim: int = 1, eps: float = 1e-4) -> Tensor | Du
         k = len(x.tangent)
         x_v, x_dot, n, length = x_v[:k].to(wide), x.tangent.to(wide), n[:k], length[:k]
         n_dot = (x_v * x_dot).sum(dim, keepdim=True) * scale / length
-        n_dot = torch.where(length > 0, n_dot, 0)  # the gradient of a length at 0 is taken as 0
+        n_dot = n_dot.masked_fill(~(length > 0), 0)  # the gradient of a length at 0 is taken as 0
         return Dual(y, ((x_dot - x_v / n * n_dot) / n * size[:k]).to(y.dtype))
