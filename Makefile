@@ -5,7 +5,7 @@ BIN = .venv/bin
 # The native ops: CUDA where nvcc is found, which takes minutes; demo and test leave it out on a machine without a GPU driver.
 # `make native CMT_CUDA=1` builds it anywhere.
 export CMT_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),,0)
-# `make gpu`, or part by part: gpu-tests gpu-sweep gpu-train gpu-calibrate gpu-proofs gpu-step gpu-ops gpu-trajectories gpu-pipeline gpu-step-xl1024.
+# `make gpu`, or part by part: gpu-tests gpu-sweep gpu-train gpu-calibrate gpu-proofs gpu-step gpu-step-graph gpu-step-stream gpu-ops gpu-trajectories gpu-pipeline gpu-step-xl1024.
 # Nothing is installed, PYTHON must have torch; MINUTES of all parts together, 14 unless given.
 DEVICE ?= cuda
 GPU = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m bench gpu --device $(DEVICE) $(if $(TINY),--tiny) $(if $(MINUTES),--minutes $(MINUTES))

@@ -50,7 +50,7 @@ class Side:
     def load(self, objective: str, how: str, precision: str) -> dict[str, Any]:
         """A contender of an objective; in a fresh process where the last one left something."""
         self.loaded = {"objective": objective, "model": list(self.m), "how": how, "precision": precision,
-                       "device": self.arguments.device, "points": None, "graph": self.arguments.graph}  # fmt: skip
+                       "device": self.arguments.device, "points": None, "more": runs.more(self.arguments)}  # fmt: skip
         got = self.ask(do="load", **self.loaded)
         if got["still_gb"] > SLACK_GB:
             self.stop()

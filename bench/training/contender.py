@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ class Contender:
         self.how, self.precision, self.step, self.net, self.teacher = how, precision, step, net, teacher
         self.rare = False
         self.graph = getattr(step.stage, "cuda_graph", False) is True  # whether it is replayed
+        stream = getattr(step.stage, "precision", "") == "bf16-stream"
+        self.more = [name for name, on in (("graph", self.graph), ("stream", stream)) if on]
         self.ms: dict[int, float] = {}  # by turn
         self.host_ms: list[float] = []
         self.rounds_ms: list[float] = []
@@ -113,10 +115,10 @@ class Contender:
 
 def ours(
     name: str, m: runs.Model, work: runs.Bench, how: str, precision: str, points: int | None, share: Any = None,
-    graph: bool = False,
+    more: Sequence[str] = (),
 ) -> Contender:  # fmt: skip
-    """The trainer's step. share: a step whose buffers it takes over; graph: replay it as one CUDA graph."""
-    step = runs.Ours(work, name, runs.stage_of(work, name, m, precision, how == "compiled", points, graph), share)
+    """The trainer's step. share: a step whose buffers it takes over; more: as of runs.stage_of."""
+    step = runs.Ours(work, name, runs.stage_of(work, name, m, precision, how == "compiled", points, more), share)
     calls = step.pool.teacher_forwards if step.pool else float(name == "ECD")
     return Contender(how, precision, step, step.engine.net, calls)
 
@@ -143,7 +145,7 @@ def answer(state: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
 
 def load(
     state: dict[str, Any], objective: str, model: list, how: str, precision: str, device: str, points: int | None,
-    graph: bool,
+    more: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Its networks and state; what was there goes first. still_gb: what did not go."""
     state.clear()
@@ -155,7 +157,7 @@ def load(
     if how == "peer":
         one, work.teacher = theirs(objective, m, work, precision), None  # it has its own copy
     else:
-        one = ours(objective, m, work, how, precision, points, graph=graph)
+        one = ours(objective, m, work, how, precision, points, more=more)
     free(device)
     state |= {"one": one, "name": objective, "m": m, "work": work, "device": device, "held": held_bytes(device)}
     return {"still_gb": left * 1e-9, "held_gb": state["held"] * 1e-9, "load_s": time.perf_counter() - begun}
@@ -178,7 +180,7 @@ def fit(state: dict[str, Any], batch: int, points: int | None = None) -> dict[st
         why = attempt(state, batch, points)
         if why is None:
             return {"batch": batch, "tried": tried, "peak_gb": one.peak_gb, "saved": one.saved,
-                    "teacher": one.teacher, "compile_s": one.compile_s, "guarded": one.guarded, "graph": one.graph}  # fmt: skip
+                    "teacher": one.teacher, "compile_s": one.compile_s, "guarded": one.guarded, "more": one.more}  # fmt: skip
         tried.append(batch)
         release(one)
         free(state["device"])
@@ -194,7 +196,7 @@ def attempt(state: dict[str, Any], batch: int, points: int | None) -> str | None
     gone when this returns."""
     one, m = state["one"], state["m"]._replace(batch=batch)
     try:
-        stage = runs.stage_of(state["work"], state["name"], m, one.precision, one.how == "compiled", points, one.graph)
+        stage = runs.stage_of(state["work"], state["name"], m, one.precision, one.how == "compiled", points, one.more)
         if one.how == "peer":
             one.step.stage = dataclasses.replace(stage, precision="fp32")
         else:

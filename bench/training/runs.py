@@ -6,9 +6,10 @@ is not there. Gates are moved away from zero, so that tangents and trajectories 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,14 +127,21 @@ def workspace(objective: str, m: Model, device: str) -> Bench:
     return Bench(run, rows, torch.device(device))
 
 
+def more(arguments: argparse.Namespace) -> list[str]:
+    """What all of our steps have besides, as `stage_of` takes it."""
+    return [name for name in ("graph", "stream") if getattr(arguments, name)]
+
+
 def stage_of(
-    work: Bench, objective: str, m: Model, precision: str, compiles: bool, points: int | None, graph: bool = False
+    work: Bench, objective: str, m: Model, precision: str, compiles: bool, points: int | None, more: Sequence[str] = ()
 ) -> Stage:
     """The stage's own settings at this batch; mid-training draws `points` a trajectory, all of its network calls' worth
-    (one teacher forward a row) unless given. graph: the step is one CUDA graph, or the first steps raise ConfigError."""
+    (one teacher forward a row) unless given. more: "graph": the step is one CUDA graph, or the first steps raise ConfigError;
+    "stream": what is in bf16 has its residual stream in bf16 too."""
     resolved = work.stage(OBJECTIVES[objective].stage)
-    change: dict[str, Any] = {"batch": m.batch, "precision": precision, "compile": compiles, "anchor": None}
-    change["cuda_graph"] = graph
+    narrow = "-stream" if "stream" in more and precision == "bf16" else ""
+    change: dict[str, Any] = {"batch": m.batch, "precision": precision + narrow, "compile": compiles, "anchor": None}
+    change["cuda_graph"] = "graph" in more
     if objective == "MF":
         change["objective"] = MEANFLOW  # a quarter of the rows with r < t, as published for ImageNet
     if objective == "ECD":

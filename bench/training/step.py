@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--graph", action="store_true", help="replay our steps as CUDA graphs, as `cuda_graph` does; rows of their own"
     )
     parser.add_argument(
+        "--stream", action="store_true", help="our bf16 steps with the residual stream in bf16 too; rows of their own"
+    )
+    parser.add_argument(
         "--apart",
         action=argparse.BooleanOptionalAction,
         help="each contender in a process of its own; default on a GPU, whose memory holds no two",
@@ -107,7 +110,7 @@ def contenders(
             continue
         one, why = None, ""
         try:
-            one = ours(name, m, work, how, precision, points, share, arguments.graph)
+            one = ours(name, m, work, how, precision, points, share, runs.more(arguments))
             share = share or one.step
             if compiles:
                 one.compile(name)
@@ -177,7 +180,7 @@ def measure(
     rows = [base | {"batch": m.batch} | cannot for cannot in out]
     for one in there:
         fitted = {"batch": one.step.stage.batch, "teacher": one.teacher, "peak_gb": one.peak_gb, "saved": one.saved,
-                  "compile_s": one.compile_s, "guarded": one.guarded, "graph": one.graph}  # fmt: skip
+                  "compile_s": one.compile_s, "guarded": one.guarded, "more": one.more}  # fmt: skip
         times = {"ms": list(one.ms.values()), "host_ms": one.host_ms, "rounds_ms": one.rounds_ms,
                  "square_ms": roof_ms(one.precision, square_ms)}  # fmt: skip
         row = make_row(name, m, one.how, one.precision, fitted, times, device, squares[one.precision][0])
@@ -200,7 +203,7 @@ def make_row(
     guess = predict.step_us(name, m.name, how, precision, card, batch, teacher if mid else 1.0)
     return {
         "objective": name, "model": m.name, "tokens": m.tokens, "width": m.width, "depth": m.depth, "batch": batch,
-        "how": f"{how}, graph" if fitted["graph"] else how, "precision": precision, "teacher_forwards": teacher if mid else None,
+        "how": ", ".join([how, *fitted["more"]]), "precision": precision, "teacher_forwards": teacher if mid else None,
         "turns": len(times["ms"]), "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "images_per_s": speed,
         "images_per_gpu_hour" if gpu else "images_per_core_hour": 3600 * speed / (1 if gpu else torch.get_num_threads()),
         "gflop_image": flops * 1e-9, "mfu_measured": flops * speed / rate, "matmul_flop_s": rate,

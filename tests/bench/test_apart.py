@@ -129,7 +129,11 @@ def side() -> Side:
     from bench.harness.timing import Deadline
     from bench.training import runs
 
-    return Side(runs.model("dry"), argparse.Namespace(device="cpu", tiny=True, seconds=0.0, graph=False), Deadline(2.0))
+    return Side(
+        runs.model("dry"),
+        argparse.Namespace(device="cpu", tiny=True, seconds=0.0, graph=False, stream=False),
+        Deadline(2.0),
+    )
 
 
 def test_memory_that_stays_taken_after_a_fault_costs_the_process(plant, monkeypatch):

@@ -181,13 +181,13 @@ def test_a_graphed_bench_step_is_the_step_and_its_rows_are_of_their_own(tape):
     m, found = runs.model("dry"), []
     for graphed in (True, False):
         work = runs.workspace("MF", m, "cpu")
-        one = contender.ours("MF", m, work, "eager", "fp32", None, graph=graphed)
+        one = contender.ours("MF", m, work, "eager", "fp32", None, more=["graph"] * graphed)
         one.warm("cpu")
         while one.step.step < 6:
             one.step()
         found.append(one.step.engine.p)
         fitted = {"batch": m.batch, "teacher": 0.0, "peak_gb": None, "saved": 1, "compile_s": None, "guarded": None}
         times = {"ms": [1.0], "host_ms": [1.0], "rounds_ms": [], "square_ms": [1.0]}
-        row = make_row("MF", m, "eager", "fp32", fitted | {"graph": one.graph}, times, "cpu", 1.0)
+        row = make_row("MF", m, "eager", "fp32", fitted | {"more": one.more}, times, "cpu", 1.0)
         assert row["how"] == ("eager, graph" if graphed else "eager")
     assert tape.captures == 2 and torch.equal(*found)

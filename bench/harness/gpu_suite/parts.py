@@ -86,11 +86,13 @@ def calibrate(s: Sitting, name: str, minutes: float) -> list[str]:
     return bench("calibrate", *chosen, tiny=("--tiny", "--seconds", "0.01"))(s, name, minutes)
 
 
-def step(model: str, *objectives: str) -> Callable:
-    """Steps of one network; in a dry run a contender a process too, as on a GPU."""
+def step(model: str, *objectives: str, more: tuple[str, ...] = ()) -> Callable:
+    """Steps of one network; in a dry run a contender a process too, as on a GPU. more: options of a GPU's run alone."""
     options = [text for name in objectives for text in ("--objective", name)]
     dry = ("--tiny", "--apart", "--seconds", "0", "--objective", "FM", "--objective", "MF", "--objective", "CMT-MF")
-    return bench("step", "--model", model, *options, tiny=dry if model == "XL256" else (*dry[:6], "--no-compile"))
+    return bench(
+        "step", "--model", model, *options, *more, tiny=dry if model == "XL256" else (*dry[:6], "--no-compile")
+    )
 
 
 OPS = ("modulated_norm", "gated_residual", "gelu", "qk_norm", "adamw_ema", "attention")
@@ -118,6 +120,8 @@ PARTS = {
         Part("calibrate", 50, ("numpy",), calibrate),
         Part("proofs", 40, ("numpy",), bench("proofs")),
         BENCH("step", 210, command=step("XL256", "FM", "CMT-MF", "MF")),
+        BENCH("step-graph", 150, command=step("XL256", "FM", "CMT-MF", "MF", more=("--graph", "--no-compile"))),
+        BENCH("step-stream", 90, command=step("XL256", "FM", "MF", more=("--graph", "--stream", "--no-compile"))),
         Part("ops", 80, ("numpy",), bench("ops", *OPS, "--batch", "64", "--seconds", "0.2", tiny=TINY_OPS)),
         BENCH("trajectories", 60, command=bench("trajectories", *ROLLOUTS, tiny=("--tiny", "--seconds", "0.01"))),
         Part("pipeline", 40, (*TRAINER, "sklearn"), bench("pipeline", "--steps", "60")),
