@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from bench.harness import gpu_tables
-from bench.harness.pages import keys, picture, promises, recipe_tables
+from bench.harness.pages import keys, launches, picture, promises, recipe_tables
 
 PAGES = (
     Path("README.md"),
@@ -353,6 +353,7 @@ def tune(recipe: str) -> str:
 
 TABLES = {
     "keys": keys.table,
+    "launches": lambda _: launches.table(RESULTS),
     "promises": promises.table,
     "published": recipe_tables.published,
     "recipes": recipe_tables.settings,

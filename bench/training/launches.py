@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ MEASURED = ROOT / "bench" / "results"
 TARGET = MEASURED / "predicted" / "launches.json"
 BASELINE = TARGET.with_name("launches-baseline.json")  # of the models and kernels that h100/step.json timed
 CHOICES = ("FM", "MF", "CMT-MF")
+PRECISIONS = ("bf16", "bf16-stream", "fp32")
 SPLIT = (
     "cast up",
     "cast down",
@@ -60,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="XL256", help=f"{', '.join(runs.SMALL)} or a size and its tokens: {runs.SIZE_NAMES}"
     )
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: bf16")
     parser.add_argument("--card", choices=[n for n in hardware.NAMES if n != "cpu"], default="h100")
     parser.add_argument("--json", type=Path, default=TARGET)
     parser.add_argument("--against", type=Path, help="another of these files: print before and after")
@@ -185,7 +187,7 @@ def host_us(objective: str, m: runs.Model, precision: str) -> dict[str, Any] | N
     if not (timed.exists() and BASELINE.exists()):
         return None
     steps, counted = (json.loads(path.read_text("utf-8")) for path in (timed, BASELINE))
-    wanted = {"objective": objective, "model": m.name, "batch": m.batch, "precision": precision}
+    wanted = {"objective": objective, "model": m.name, "batch": m.batch, "precision": precision.removesuffix("-stream")}
     is_it = lambda row: all(row.get(key) == value for key, value in wanted.items())
     host = next((row["host_ms"] for row in steps["rows"] if is_it(row) and row["how"] == "eager"), None)
     total = next((step["launches"] for step in counted["steps"] if is_it(step)), None)
@@ -231,6 +233,12 @@ def summary(step: dict[str, Any]) -> str:
     )
 
 
+def same(other: dict[str, Any], step: dict[str, Any]) -> bool:
+    """Whether two trees' steps compare: one network and batch, and a stream in bf16 with what had none."""
+    kind = lambda s: (s["objective"], s["model"], s["batch"], s["precision"].removesuffix("-stream"))
+    return kind(other) == kind(step)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables, write the JSON."""
     try:
@@ -243,12 +251,9 @@ def run(arguments: argparse.Namespace) -> int:
     said = {"predicted": True, **{key: said[key] for key in ("torch", "commit", "date")}}
     ceilings = {"gb_s": card.copy * 1e-9, "gflop_s": card.matmul["bf16"] * 1e-9, "measured": card.measured}
     steps = []
-    for objective in arguments.objective or CHOICES:
-        step = result(objective, m, arguments.precision, card)
-        same = lambda other, step=step: all(
-            other[key] == step[key] for key in ("objective", "model", "batch", "precision")
-        )
-        show(step, next(filter(same, known), None))
+    for objective, precision in itertools.product(arguments.objective or CHOICES, arguments.precision or ["bf16"]):
+        step = result(objective, m, precision, card)
+        show(step, next((other for other in known if same(other, step)), None))
         steps.append(step)
     write_json(arguments.json, said | {"card": card.name, "ceilings": ceilings, "steps": steps})
     print("written to", arguments.json)

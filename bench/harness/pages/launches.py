@@ -1,0 +1,34 @@
+"""The table of what a training step launches on a GPU, before and after: counted without one, times predicted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+KINDS = ("cast up", "cast down", "add", "fill", "reduction", "cat")
+
+
+def table(results: Path) -> str:
+    """A row a step and tree: launches of all and of each kind that need not be, bytes, predicted times."""
+    folder = results.parent / "predicted"
+    before, after = (json.loads((folder / f"launches{end}.json").read_text()) for end in ("-baseline", ""))
+    lines = [
+        f"| step | tree | launches | {' | '.join(KINDS)} | GB | GPU ms, at least (predicted) | host ms, eager (predicted) |",
+        "|---" * (6 + len(KINDS)) + "|",
+    ]
+    for data in (before, after):
+        for step in data["steps"]:
+            of = lambda kind, step=step: sum(r["launches"] for r in step["rows"] if r["kind"] == kind)
+            host = step["predicted_host_ms"]
+            lines.append(
+                f"| {step['objective']} {step['model']} B{step['batch']} {step['precision']} | {data['commit']} "
+                f"| {step['launches']:,} | {' | '.join(f'{of(kind):,}' for kind in KINDS)} | {step['bytes'] * 1e-9:.0f} "
+                f"| {step['predicted_gpu_ms']:.0f} | {f'{host:.0f}' if host else ''} |"
+            )
+    rates = after["ceilings"]
+    lines.append(
+        f"\nPredicted, not measured: bytes at {rates['gb_s']:,.0f} GB/s or products at {rates['gflop_s'] * 1e-3:,.0f} TFLOP/s, whichever "
+        f"takes longer, of {after['card'].upper()}; the host's at the microseconds a launch of the steps that were measured on the first "
+        f"tree, without a CUDA graph. {after['date'][:10]}.\n"
+    )
+    return "\n".join(lines) + "\n"
