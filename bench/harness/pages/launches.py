@@ -27,8 +27,8 @@ def table(results: Path) -> str:
             )
     rates = after["ceilings"]
     lines.append(
-        f"\nPredicted, not measured: bytes at {rates['gb_s']:,.0f} GB/s or products at {rates['gflop_s'] * 1e-3:,.0f} TFLOP/s, whichever "
-        f"takes longer, of {after['card'].upper()}; the host's at the microseconds a launch of the steps that were measured on the first "
-        f"tree, without a CUDA graph. {after['date'][:10]}.\n"
+        f"\nPredicted, not measured: bytes at {rates['gb_s']:,.0f} GB/s or products at {rates['gflop_s'] * 1e-3:,.0f} TFLOP/s, "
+        f"whichever takes longer, of {after['card'].upper()}; the host's at the microseconds a launch of the steps that were "
+        f"measured on the first tree, without a CUDA graph. {after['date'][:10]}.\n"
     )
     return "\n".join(lines) + "\n"
