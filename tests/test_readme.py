@@ -64,7 +64,8 @@ def test_tables_are_generated_not_typed():
         if mark in ("keys", "promises", "published", "recipes"):  # of the sources, not of a measurement
             continue
         name = {
-            "predicted": "predicted/ops", "predicted-steps": "predicted/steps", "native": "cpu/ops",
+            "predicted": "predicted/ops", "launches": "predicted/launches",
+            "predicted-steps": "predicted/steps", "native": "cpu/ops",
             "stages-digits": "cpu/digits-seeds",
         }.get(mark, "cpu/" + (f"{recipe}-{kind}" if recipe else kind))  # fmt: skip
         assert (ROOT / "bench" / "results" / f"{name}.json").is_file(), mark

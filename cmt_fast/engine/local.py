@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cmt_fast.config.schema import Stage
 from cmt_fast.engine import ema, optimizer
-from cmt_fast.engine.buffers import bind, constrain, flat, load_named, named, narrow_stream, parts
+from cmt_fast.engine.buffers import bind, constrain, constrained, flat, load_named, named, narrow_stream, parts
 from cmt_fast.engine.compile import compile_network
 from cmt_fast.runtime import distributed
 
@@ -60,7 +60,7 @@ class LocalEngine:
                 module.lend({name: copies[f"{prefix}.{name}" if prefix else name] for name in names})
 
     def _changed(self) -> None:
-        """To be called after the parameters were."""
+        """To be called after the parameters were, by any but the optimizer."""
         if self.half is not None:
             self.half.copy_(self.p)
 
@@ -89,11 +89,13 @@ class LocalEngine:
         betas = [ema.beta(profile, self.step_count) for profile in s.ema]
         lr, eps, decay = optimizer.settings(s, self.step_count, lr)
         norm = adamw_ema(
-            self.p, self.g, self.m, self.v, self.emas, betas, self.step_count, lr, s.betas, eps, decay, s.grad_clip_norm
+            *(self.p, self.g, self.m, self.v, self.emas, betas, self.step_count, lr, s.betas, eps, decay),
+            *(s.grad_clip_norm, self.half),
         )
         self.g.zero_()
-        constrain(self.net)
-        self._changed()
+        if constrained(self.net):
+            constrain(self.net)
+            self._changed()
         return norm
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:

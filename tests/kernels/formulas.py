@@ -207,6 +207,7 @@ def adamw_ema(
     eps: float,
     weight_decay: float,
     max_norm: float,
+    half: Tensor | None = None,
 ) -> Tensor:
     norm = torch.sqrt((g * g).sum())
     g = g * min(1.0, max_norm / (norm.item() + 1e-6)) if max_norm else g
@@ -216,6 +217,8 @@ def adamw_ema(
     p.copy_(p - lr * weight_decay * p - lr * m_hat / (torch.sqrt(v_hat) + eps))
     for e, beta in zip(emas, ema_betas):
         e.copy_(e + (1 - beta) * (p - e))
+    if half is not None:
+        half.copy_(p)
     return norm
 
 

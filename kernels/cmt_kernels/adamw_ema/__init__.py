@@ -24,10 +24,12 @@ def adamw_ema(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_norm: float = 0.0,
+    half: Tensor | None = None,
 ) -> Tensor:
     """p, g, m, v and each EMA track: (P,) flat, the same dtype, changed in place; step counts from 1.
 
-    max_norm 0 does not clip. Returns the gradient's norm before clipping, a scalar tensor.
+    max_norm 0 does not clip. half: (P,) in bf16, gets the new p, rounded. Returns the gradient's norm before clipping,
+    a scalar tensor.
     Many parameters: the update's own tensors, and the optimizer's settings by their published names.
     """
-    return backend("adamw_ema", p)(p, g, m, v, emas, ema_betas, step, lr, betas, eps, weight_decay, max_norm)
+    return backend("adamw_ema", p)(p, g, m, v, emas, ema_betas, step, lr, betas, eps, weight_decay, max_norm, half)

@@ -40,6 +40,7 @@ def adamw_ema(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_norm: float = 0.0,
+    half: Tensor | None = None,
 ) -> Tensor:
     """As the public function; g is overwritten."""
     transforms.refuse("adamw_ema", "apex")
@@ -53,4 +54,6 @@ def adamw_ema(
     )
     for e, beta in zip(emas, ema_betas, strict=True):
         e.lerp_(p, 1 - beta)
+    if half is not None:
+        half.copy_(p)
     return norm

@@ -26,6 +26,7 @@ def adamw_ema(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_norm: float = 0.0,
+    half: Tensor | None = None,
 ) -> Tensor:
     if transforms.derivative():
         raise RuntimeError(
@@ -42,4 +43,6 @@ def adamw_ema(
     p.addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** step))
     for e, beta in zip(emas, ema_betas, strict=True):
         e.lerp_(p, 1 - beta)
+    if half is not None:
+        half.copy_(p)
     return norm / size

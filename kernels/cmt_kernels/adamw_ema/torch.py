@@ -35,6 +35,7 @@ def adamw_ema(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_norm: float = 0.0,
+    half: Tensor | None = None,
 ) -> Tensor:
     transforms.refuse("adamw_ema", "torch")
     norm = clipped(g, max_norm)
@@ -57,4 +58,6 @@ def adamw_ema(
     )
     for e, beta in zip(emas, ema_betas, strict=True):
         e.lerp_(p, 1 - beta)
+    if half is not None:
+        half.copy_(p)
     return norm

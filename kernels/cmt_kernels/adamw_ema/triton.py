@@ -55,6 +55,7 @@ def update_kernel(
     e1,
     e2,
     e3,
+    half,
     partial,
     norm,
     n,
@@ -75,7 +76,8 @@ def update_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """decay = 1 - lr wd, size = lr / (1 - b1^n), root = sqrt(1 - b2^n); tracks that are not there are None."""
+    """decay = 1 - lr wd, size = lr / (1 - b1^n), root = sqrt(1 - b2^n). Tracks that are not there are None, so is
+    half, which gets p in bf16."""
     lane = tl.arange(0, PARTS)
     length = tl.sqrt(tl.sum(tl.load(partial + lane, mask=lane < parts, other=0.0), axis=0))
     if tl.program_id(0) == 0:
@@ -105,9 +107,11 @@ def update_kernel(
         follow(e2, i, inside, y, w2)
     if e3 is not None:
         follow(e3, i, inside, y, w3)
+    if half is not None:
+        tl.store(half + i, y, mask=inside)
 
 
-@torch.library.custom_op("cmt::triton_adamw_ema", mutates_args=("p", "m", "v", "emas"))
+@torch.library.custom_op("cmt::triton_adamw_ema", mutates_args=("p", "m", "v", "emas", "half"))
 def _launch(
     p: Tensor,
     g: Tensor,
@@ -122,6 +126,7 @@ def _launch(
     eps: float,
     weight_decay: float,
     max_norm: float,
+    half: Tensor | None,
 ) -> Tensor:
     n, g = p.numel(), g.contiguous()
     parts = max(min(PARTS, triton.cdiv(n, NORM_BLOCK)), 1)
@@ -137,6 +142,7 @@ def _launch(
         m,
         v,
         *tracks,
+        half,
         partial,
         norm,
         n,
@@ -161,7 +167,7 @@ def _launch(
 
 
 @_launch.register_fake
-def _(p, g, m, v, emas, ema_betas, step, lr, beta1, beta2, eps, weight_decay, max_norm):
+def _(p, g, m, v, emas, ema_betas, step, lr, beta1, beta2, eps, weight_decay, max_norm, half):
     return p.new_empty(())
 
 
@@ -179,14 +185,17 @@ def adamw_ema(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_norm: float = 0.0,
+    half: Tensor | None = None,
 ) -> Tensor:
     """As the public function, for contiguous float32 buffers only; g is left as it was."""
     transforms.refuse("adamw_ema", "triton")
     for x in (p, g, m, v, *emas):
         if x.dtype != torch.float32 or x.shape != p.shape or not (x.is_contiguous() or x is g):
             raise ValueError("adamw_ema in Triton takes contiguous float32 buffers of one length")
+    if half is not None and not (half.shape == p.shape and half.dtype == torch.bfloat16 and half.is_contiguous()):
+        raise ValueError("adamw_ema in Triton takes a contiguous bfloat16 copy of the length of p")
     assert len(emas) == len(ema_betas), "adamw_ema: one beta a track"
-    return _launch(p, g, m, v, list(emas), list(ema_betas), step, lr, *betas, eps, weight_decay, max_norm)
+    return _launch(p, g, m, v, list(emas), list(ema_betas), step, lr, *betas, eps, weight_decay, max_norm, half)
 
 
 def gates() -> list[Gate]:
@@ -202,11 +211,21 @@ def gates() -> list[Gate]:
         )
         for rounds in (2, 323)
     ]
-    for tracks, clip in ((0, False), (1, False), (1, True), (2, True), (3, True), (4, True)):
+    several = ((0, False), (1, False), (1, True), (2, True), (3, True), (4, True))
+    for tracks, clip, half in (*((*which, False) for which in several), (1, True, True), (4, True, True)):
         given = {f"e{i}": "*fp32" for i in range(tracks)}
-        missing = {f"e{i}": None for i in range(tracks, TRACKS)}
+        given |= {"half": "*bf16"} if half else {}
+        missing = {f"e{i}": None for i in range(tracks, TRACKS)} | ({} if half else {"half": None})
         pointers = dict.fromkeys(("p", "g", "m", "v", "norm"), "*fp32") | {"partial": "*fp64"}
         signature = pointers | given | {"n": "i32:16", "parts": "i32:16"} | floats
         constexprs = {"CLIP": clip, "PARTS": PARTS, "BLOCK": BLOCK} | missing
-        rows.append(Gate(f"update-emas{tracks}" + "-clip" * clip, update_kernel, signature, constexprs, num_warps=8))
+        rows.append(
+            Gate(
+                f"update-emas{tracks}" + "-clip" * clip + "-half" * half,
+                update_kernel,
+                signature,
+                constexprs,
+                num_warps=8,
+            )
+        )
     return rows
