@@ -149,10 +149,12 @@ def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[],
     its step cannot be the graph that it asks for; the function raises that too, and
     ValueError after the stage's last step.
     """
+    from cmt_kernels.attention import small
+
     from cmt_fast.engine import LocalEngine
     from cmt_fast.engine.graph import StepGraph
     from cmt_fast.runtime import machine, progress
-    from cmt_fast.train import batches
+    from cmt_fast.train import attention_choice, batches
 
     own = work.stage(stage)
     config = own.config
@@ -162,6 +164,7 @@ def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[],
         engine.start_from(work.weights(config.start)[0])
     source = batches.provider(work, own, engine)
     gradient = StepGraph(engine, lambda drawn: source.loss_of(engine, drawn), stage, progress.say)
+    attention = attention_choice.settle(work, config, None)
 
     def step() -> dict[str, float]:
         n, total = engine.step_count, 0.0
@@ -169,8 +172,9 @@ def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[],
             raise ValueError(f"{stage}: all of its {plan.total} steps are taken")
         machine.allow_tf32(config.precision == "tf32")
         try:
-            for part in range(parts):
-                total += float(gradient(source.draw(n, part))["loss"]) / parts
+            with small.using(attention):
+                for part in range(parts):
+                    total += float(gradient(source.draw(n, part))["loss"]) / parts
             lr = plan.lr(config, n)
             return {"loss": total, "grad_norm": float(engine.step(lr)), "lr": lr}
         finally:

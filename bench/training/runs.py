@@ -165,6 +165,7 @@ class Ours:
                 setattr(self.engine, name, getattr(share.engine, name))
             bind(self.engine.net, self.engine.p)
             bind(self.engine.net, self.engine.g, grad=True)
+            self.engine.share_half(share.engine)
         self.work, self.objective = work, objective
         self.take(stage)
 

@@ -159,7 +159,9 @@ def _steps(found: list[tuple[str, dict]]) -> tuple[Step, ...]:
     for source, result in found:
         rows = result.get("rows", [])
         for row in rows if isinstance(rows, list) else []:
-            if row.get("how") not in ("eager", "compiled") or not all(row.get(key) for key in keys):
+            if str(row.get("how")).removesuffix(", graph") not in ("eager", "compiled") or not all(
+                row.get(key) for key in keys
+            ):
                 continue
             objective, width, depth, tokens, batch, speed = (row[key] for key in keys)
             precision = row.get("precision") or ("fp32" if source.startswith("cpu/") else "bf16")

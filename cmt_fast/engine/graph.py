@@ -30,6 +30,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.engine.local import LocalEngine
+from cmt_fast.runtime import distributed
 from cmt_fast.runtime.cuda_graphs import aside, captured, reason
 
 Loss = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
@@ -97,9 +98,12 @@ class StepGraph:
         return self.eager(drawn) if self.off else shape(drawn)
 
     def release(self) -> None:
-        """Give the memory of the activations back; the next pass records anew."""
+        """Give the memory of the activations back to the device; the next pass records anew."""
+        held = any(shape.replay for shape in self.shapes)
         for shape in self.shapes:
             shape.drop()
+        if held and self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _ready(self, shape: _Shape, drawn: Any) -> None:
         """Record the graph where there is none, and prove it where that is due. The gradient is left as it was."""
@@ -115,6 +119,8 @@ class StepGraph:
                 shape.record(self.eager)
         except RuntimeError as error:
             found = reason(error)
+        if distributed.largest(int(bool(found))) and not found:  # all are graphs or none is
+            found = "it cannot be one in another process"
         if found:
             return self._refuse(found)
         if shape.proofs == 0:
@@ -235,14 +241,16 @@ class _Proof:
         out: dict[str, Tensor] = {}
         self.engine.g.zero_()
         aside(lambda: out.update(call(drawn)), self.engine.device)
-        return _Pass({k: float(v) for k, v in out.items()}, self.engine.g.cpu().clone())
+        g = self.engine.g
+        return _Pass({k: float(v) for k, v in out.items()}, g.cpu() if g.is_cuda else g.clone())
 
     def _apart(self, one: _Pass, other: _Pass) -> dict[str, float]:
         """How far two passes are from one another: in each value, and the norm between their gradients."""
         there = self.engine.device
         pieces = zip(one.gradient.split(PIECE), other.gradient.split(PIECE))
-        squares = [float((a.to(there).double() - b.to(there).double()).square().sum()) for a, b in pieces]
-        return {k: abs(v - other.values[k]) for k, v in one.values.items()} | {"gradient": sum(squares) ** 0.5}
+        squares = [float(_difference(a.to(there), b.to(there)).square().sum()) for a, b in pieces]
+        values = {k: float(_difference(*map(torch.tensor, (v, other.values[k])))) for k, v in one.values.items()}
+        return {k: abs(v) for k, v in values.items()} | {"gradient": sum(squares) ** 0.5}
 
     def _beyond(self, replayed: _Pass, eager: _Pass, apart: dict[str, float]) -> str | None:
         """Where a replay is further from an eager pass than eager passes are from one another."""
@@ -252,6 +260,12 @@ class _Proof:
             if not size <= 2 * apart[what] + once:
                 return f"its {what} is {size:.1e} from the eager one's (eager ones from each other: {apart[what]:.1e})"
         return None
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """a - b in float64; 0 where both are the same infinity or none is a number: a loss that has diverged is told elsewhere."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return (a.double() - b.double()).masked_fill(same, 0)
 
 
 def _tensors(drawn: Any) -> list[Tensor]:

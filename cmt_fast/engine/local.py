@@ -59,6 +59,12 @@ class LocalEngine:
                 names = [name for name, _ in module.named_parameters(recurse=False)]
                 module.lend({name: copies[f"{prefix}.{name}" if prefix else name] for name in names})
 
+    def share_half(self, other: LocalEngine) -> None:
+        """Lend what another engine lends, whose parameters this one has taken over."""
+        self.half = other.half
+        if self.half is not None:
+            self._lend(self.half)
+
     def _changed(self) -> None:
         """To be called after the parameters were, by any but the optimizer."""
         if self.half is not None:

@@ -4,6 +4,7 @@ Autocast casts every weight in every step, and its backward writes each gradient
 a weight beside the product. The local engine on a GPU holds a bf16 copy of its flat parameters, which one kernel makes,
 and lends it here; `weight_gradient` adds each product to the engine's flat fp32 gradient without rounding it.
 
+So a gradient is for `backward` alone: `torch.autograd.grad` of such a weight is None, and no second derivative is taken.
 What is lent hangs on the parameters of the network that is trained. Copies of it, its EMA among them, have none and take
 autocast's way, as does all that runs under torch.compile.
 """
@@ -14,6 +15,7 @@ import torch
 from cmt_kernels import Dual, weight_gradient
 from cmt_kernels.dual import tangent_rule
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -51,9 +53,11 @@ class _Product(torch.autograd.Function):
         return F.linear(x, weight.lent, None if bias is None else bias.lent)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        weight_gradient(ctx.weight.grad, dy, x)
-        if ctx.bias is not None:
-            ctx.bias.grad.add_(dy.flatten(0, -2).sum(0, dtype=ctx.bias.grad.dtype))
+        if ctx.needs_input_grad[1]:
+            weight_gradient(ctx.weight.grad, dy, x)
+        if ctx.needs_input_grad[2]:
+            ctx.bias.grad.add_(dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias.grad.dtype))
         return dy @ ctx.weight.lent if ctx.needs_input_grad[0] else None, None, None

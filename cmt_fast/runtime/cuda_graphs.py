@@ -6,11 +6,18 @@ goes in and what comes out where it is. What the host decides during the recordi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 REASON = 200  # letters of a refusal that one line has room for
+
+
+@functools.cache
+def _side(index: int) -> torch.cuda.Stream:
+    """One side stream a device: torch keeps a workspace of cuBLAS for every stream that has multiplied, for ever."""
+    return torch.cuda.Stream(index)
 
 
 def aside(call: Callable[[], None], device: torch.device | str = "cuda") -> None:
@@ -19,7 +26,7 @@ def aside(call: Callable[[], None], device: torch.device | str = "cuda") -> None
     if torch.device(device).type != "cuda":
         return call()
     torch.cuda.empty_cache()  # a stream has memory of its own
-    side = torch.cuda.Stream()
+    side = _side(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         call()

@@ -26,7 +26,7 @@ def settle(work: Workspace, stage: Stage, found: checkpoint.Checkpoint | None) -
         return dict(found.manifest.get("attention", {}))
     if work.device.type != "cpu" or stage.compile or not distributed.smallest(int(processor.timed())):
         return {}
-    low = stage.precision == "bf16" or (stage.trajectories and stage.trajectories.precision in ("auto", "bf16", "fp8"))
+    low = stage.products == "bf16" or (stage.trajectories and stage.trajectories.precision in ("auto", "bf16", "fp8"))
     dtypes = (torch.float32, torch.bfloat16) if low else (torch.float32,)
     shapes = [(t, d) for t, d in attentions(work.run, work.data.shape, work.data.classes) if t <= small.TOKENS]
     choices = {}

@@ -162,10 +162,18 @@ class Steps(NamedTuple):
         """Gradients of every part of a step, and the optimizer's step. Returns its learning rate."""
         parts = self.engine.grad_accum_steps
         for part in range(parts):
-            self.sums.add(self.gradient(self.source.draw(step, part)), parts)
+            self.sums.add(self.gradient(self._drawn(step, part)), parts)
         lr = self.stage.schedule.lr(self.stage.config, step)
         self.sums.add({"grad_norm": self.engine.step(lr)})
         return lr
+
+    def _drawn(self, step: int, part: int) -> Any:
+        """What the source draws; where its memory ends, as of a round of rollouts, once more without the step's graph."""
+        try:
+            return self.source.draw(step, part)
+        except torch.OutOfMemoryError:
+            self.gradient.release()
+        return self.source.draw(step, part)
 
     def _row(self, n: int, lr: float) -> None:
         """A row of metrics after n steps: means since the row before."""

@@ -88,6 +88,23 @@ def test_a_copy_of_the_network_borrows_nothing(device: str) -> None:
     assert all(hasattr(p, "lent") for p in e.net.blocks.parameters())
 
 
+def test_a_frozen_weight_gets_no_gradient(device: str) -> None:
+    e = engine(device, True)
+    frozen = e.net.blocks[0].fc1.weight
+    frozen.requires_grad_(False)
+    gradients(e)
+    assert not frozen.grad.any() and e.net.blocks[1].fc1.weight.grad.any()
+
+
+def test_a_second_derivative_is_refused(device: str) -> None:
+    e = engine(device, True)
+    x, t, r, labels = batch(e.device)
+    x.value.requires_grad_()
+    (g,) = torch.autograd.grad(e(x, t, r, labels).value.sum(), x.value, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError), match="once_differentiable|second derivative"):
+        g.square().sum().backward()
+
+
 class Casts(TorchDispatchMode):
     """Counts casts of weights and of their gradients."""
 

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -341,3 +342,24 @@ def test_on_a_gpu_what_a_graph_would_get_wrong_is_said(fault: str) -> None:
     ours.take(ours.graph(FAULTS[fault][0](ours)))
     assert "no CUDA graph of the step" in ours.lines[-1]
     assert all(torch.isfinite(x).all() for x in ours.numbers().values())
+
+
+def test_a_loss_that_has_diverged_is_no_fault_of_the_graph(tape: Tape) -> None:
+    t = Training("flow")
+    t.take(t.graph(lambda drawn: (t.loss(drawn)[0] * float("nan"), {})))
+    assert t.lines == [f"    post {PROVEN}"] and t.sums.sums["loss"].isnan() and tape.replays
+
+
+def test_a_draw_that_finds_no_memory_is_made_again_without_the_graph() -> None:
+    asked: list[str] = []
+
+    def draw(step: int, part: int) -> str:
+        asked.append("draw")
+        if asked.count("draw") == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return f"{step}.{part}"
+
+    steps = SimpleNamespace(
+        source=SimpleNamespace(draw=draw), gradient=SimpleNamespace(release=lambda: asked.append("release"))
+    )
+    assert loop.Steps._drawn(steps, 3, 1) == "3.1" and asked == ["draw", "release", "draw"]

@@ -196,10 +196,11 @@ def test_a_device_without_kernels_raises(op: str) -> None:
 
 
 @built
-@each_op
-def test_second_derivative_raises(op: str) -> None:
+@pytest.mark.parametrize("op, more", [*((op, {}) for op in OPS), ("modulated_norm", {"also_x": True})])
+def test_second_derivative_raises(op: str, more: dict[str, bool]) -> None:
     inputs, leaves = leaves_of(op, big(op, torch.float32, None))
-    y = implementation(op, "native")(**inputs)
+    y = implementation(op, "native")(**inputs, **more)
+    y = y[0] + y[1] if more else y
     (g,) = torch.autograd.grad(y.square().sum(), leaves[-1], create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         torch.autograd.grad(g.sum(), leaves)

@@ -55,7 +55,10 @@ def _forward_below(*arguments):
 
 
 def _backward_below(*arguments):
-    return _native.below_autograd(torch.ops.cmt.modulated_norm_backward, *arguments)
+    op = torch.ops.cmt.modulated_norm_backward
+    if torch.is_grad_enabled():  # a second derivative may be taken: the op says that it has none
+        return op(*arguments)
+    return _native.below_autograd(op, *arguments)
 
 
 _through = through.function(_forward_below, _backward_below)

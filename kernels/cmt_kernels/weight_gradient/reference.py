@@ -12,4 +12,4 @@ def weight_gradient(g: Tensor, dy: Tensor, x: Tensor) -> None:
         raise RuntimeError(
             f"weight_gradient: it changes g in place and has no derivative; active: {transforms.names()}"
         )
-    g.addmm_(dy.flatten(0, -2).mT.to(g.dtype), x.flatten(0, -2).to(g.dtype))
+    g.addmm_(dy.reshape(-1, dy.shape[-1]).mT.to(g.dtype), x.reshape(-1, x.shape[-1]).to(g.dtype))

@@ -13,7 +13,7 @@ def unavailable(device: str) -> str | None:
 @torch.no_grad()
 def weight_gradient(g: Tensor, dy: Tensor, x: Tensor) -> None:
     transforms.refuse("weight_gradient", "torch")
-    dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     if dy.dtype == g.dtype:
         g.addmm_(dy.mT, x)
     else:
