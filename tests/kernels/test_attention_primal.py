@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from cmt_kernels.attention import primal
+from cmt_kernels.attention import primal, small
+from cmt_kernels.attention import triton as primal_op
 from cmt_kernels.attention.reference import attention as reference
 from torch import Tensor
 
@@ -135,3 +136,66 @@ def test_libraries_read_packed_qkv(monkeypatch: pytest.MonkeyPatch, name: str, m
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=flash_attn_func))
     qkv = torch.randn(2, 7, 3, 2, 16)
     torch.testing.assert_close(primal.LIBRARIES[name](qkv), reference(qkv))
+
+
+class WrongGradient(torch.autograd.Function):
+    """Attention whose value is right and whose gradient is a hundredth too large."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor) -> Tensor:
+        ctx.save_for_backward(qkv)
+        return reference(qkv)
+
+    @staticmethod
+    def backward(ctx, do: Tensor) -> Tensor:
+        (qkv,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = qkv.detach().requires_grad_()
+            return 1.01 * torch.autograd.grad(reference(x), x, do)[0]
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
+    """trained(ms of ours, ms of flash): flash is right, cuDNN's gradient is wrong, efficient adds in any order."""
+    order, called = torch.Generator().manual_seed(0), []
+
+    def scattered(qkv: Tensor) -> Tensor:
+        return reference(qkv) + 1e-7 * torch.rand((), generator=order)
+
+    functions = (reference, reference, WrongGradient.apply, scattered)
+    named = {n: lambda x, n=n, f=f: called.append(n) or f(x) for n, f in zip(small.TRAINED, functions)}
+    monkeypatch.setattr(primal, "LIBRARIES", named | {"flash_attn_2": lambda x: pytest.fail("not every torch has it")})
+    monkeypatch.setattr(primal, "TOKENS", 64)
+    monkeypatch.setattr(primal, "machine", lambda device: "a card")
+    monkeypatch.setattr(primal.proof, "refusal", lambda few: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def trained(**ms: float) -> str:
+        clock = lambda call: call() and ms[called[-1]]
+        return primal.trained(8, 16, torch.float32, CPU, clock)
+
+    return trained
+
+
+def test_training_takes_the_fastest_library_that_is_right_and_repeats_its_bits(training: Callable[..., str]) -> None:
+    assert training(triton=2.0, sdpa_flash=1.0) == "sdpa_flash"
+    report = json.loads(primal.cache_file().read_text())["a card"]["T8-d16-float32-trained"]["report"]
+    assert report["sdpa_cudnn"].startswith("errs by") and report["sdpa_efficient"] == "does not repeat its bits"
+    assert training(triton=1.0, sdpa_flash=9.0) == "sdpa_flash"  # remembered
+
+
+def test_training_keeps_our_kernel_where_it_is_about_as_fast(training: Callable[..., str]) -> None:
+    assert training(triton=1.0, sdpa_flash=0.97) == "triton"
+
+
+def test_a_stage_s_choice_is_what_a_plain_call_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, called = torch.randn(2, 8, 3, 2, 16), []
+    libraries = {n: lambda x, n=n: called.append(n) or reference(x) for n in small.TRAINED}
+    monkeypatch.setattr(primal, "LIBRARIES", libraries)
+    monkeypatch.delenv("CMT_ATTENTION", raising=False)
+    op = primal_op.attention
+    with small.using({small.label(8, 16, torch.float32): "sdpa_cudnn"}):
+        op(qkv)
+        op(qkv[:, :4])
+    op(qkv)
+    assert called == ["sdpa_cudnn", "triton", "triton"]

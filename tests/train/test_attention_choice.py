@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+
 import pytest
 import torch
-from cmt_kernels.attention import small
+from cmt_kernels.attention import primal, small
 
 from cmt_fast.config import loading
+from cmt_fast.config.schema import MeanFlow
+from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.run.networks import attentions
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed
@@ -96,3 +101,25 @@ def test_attentions_of_networks() -> None:
         assert attentions(run, (1, 8, 8), 10) == want
         assert torch.equal(before, torch.random.get_rng_state())
     assert attentions(loading.load("gmm", []), (2,), 0) == []
+
+
+def test_on_a_gpu_a_stage_without_tangents_takes_what_trains_fastest(pre, tmp_path, monkeypatch) -> None:
+    """The card and its clock are made up; a stage whose network is given Duals keeps our kernels."""
+    work = Workspace(tiny(*MORE, "mid.precision=bf16"), tmp_path / "run", pre)
+    work.device = torch.device("cuda")
+    monkeypatch.delenv("CMT_ATTENTION", raising=False)
+    monkeypatch.setattr(attention_choice, "table", lambda device: {"attention": "triton"})
+    asked = []
+    monkeypatch.setattr(primal, "trained", lambda *key: asked.append(key) or "sdpa_cudnn")
+    assert attention_choice.settle(work, work.run.mid, None) == {"T16 d8 bfloat16": "sdpa_cudnn"}
+    assert asked == [(16, 8, torch.bfloat16, work.device)]
+    dual = dataclasses.replace(work.run.mid, objective=MeanFlow())
+    assert attention_choice.settle(work, dual, None) == {}
+    monkeypatch.setenv("CMT_ATTENTION", "triton")
+    assert attention_choice.settle(work, work.run.mid, None) == {}
+
+
+def test_objectives_with_tangents_are_those_that_give_the_network_a_dual() -> None:
+    """Told apart by their sources: who imports Dual gives one."""
+    given = {kind for kind, spec in OBJECTIVES.items() if "Dual" in vars(inspect.getmodule(spec.loss))}
+    assert given == set(attention_choice.TANGENTS)

@@ -6,7 +6,10 @@ in this process and in `~/.cache/cmt_fast/attention.json` under the device's nam
 Our kernel is among them only where it has been proven (proof.py).
 
 Their values differ in the last bits. A Dual always takes our kernel, and its value must be bitwise the plain one, so in
-grad mode a plain call takes ours too; only under `no_grad` (teachers, samplers) is the measured one called. Whoever
+grad mode a plain call takes ours too, unless a stage says otherwise; under `no_grad` (teachers, samplers) the measured one
+is called. A stage that has no tangents may train by a library: `trained` measures forward and backward of those that torch
+has, which must also repeat their bits (a backward that adds atomically does not, and a stage taken up again must be the
+same); its answer is the stage's, kept in its checkpoints (`small.using`). Whoever
 wants one set of bits everywhere, or across machines, sets `CMT_ATTENTION=triton`; another name forces that library for
 every plain call, with its own autograd, and gives the bitwise promise up.
 """
@@ -26,13 +29,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmt_kernels import remembered
-from cmt_kernels.attention import proof
+from cmt_kernels.attention import proof, small
 from cmt_kernels.attention.reference import aligned, sdpa
 from cmt_kernels.attention.reference import attention as reference
 from cmt_kernels.cases import allowed, error
 
 TOKENS = 2**15  # tokens of a timed batch
 ROUNDS = 20
+HEADS, WORTH = 16, 1.05  # heads of a batch timed for training; how much faster than ours a library must be there
 
 # Under no_grad a student's own target pass (ECT, MeanFlow's guidance) is measured too, so it may run another kernel than the
 # training forward, and ranks of one run may choose differently: both differ by rounding. CMT_ATTENTION=triton rules it out.
@@ -106,37 +110,65 @@ def _milliseconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(stop)
 
 
+def _forward(library: Callable[[Tensor], Tensor], qkv: Tensor) -> list[Tensor]:
+    return [library(qkv)]
+
+
+def _with_gradient(library: Callable[[Tensor], Tensor], qkv: Tensor) -> list[Tensor]:
+    """[o, dqkv] along do = v."""
+    with torch.enable_grad():
+        qkv = qkv.detach().requires_grad_()
+        o = library(qkv)
+        return [o.detach(), torch.autograd.grad(o, qkv, qkv[:, :, 2].flatten(2).detach().to(o.dtype))[0]]
+
+
 def measure(
-    t: int, h: int, d: int, dtype: torch.dtype, device: torch.device, milliseconds: Callable = _milliseconds
+    t: int,
+    h: int,
+    d: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    milliseconds: Callable = _milliseconds,
+    gradient: bool = False,
 ) -> tuple[list[str], dict[str, float | str]]:
     """The libraries that run and err no more than the op's rule allows, fastest first; and each one's median or fault.
 
     Inputs are (B, T, 3, H, d) with about 2^15 tokens, random; libraries take turns, so that a clock's drift is shared.
+    gradient: forward and backward of those in `small.TRAINED`, which every torch has, which must repeat their bits.
     """
     generator = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(max(1, TOKENS // t), t, 3, h, d, generator=generator, device=device).to(dtype)
     few = qkv[: max(1, min(len(qkv), 2**24 // (h * t * t)))]
-    exact, yardstick = reference(few.double()), reference(few)
+    call = _with_gradient if gradient else _forward
+    exact, yardstick = call(reference, few.double()), call(reference, few)
+    most = [allowed(plain, truth) for plain, truth in zip(yardstick, exact)]
     report: dict[str, float | str] = {}
     times: dict[str, list[float]] = {}
     for name, library in LIBRARIES.items():
+        if gradient and name not in small.TRAINED:
+            continue
         try:
             with _without_reasons():
-                wrong = error(library(few), exact)
-                library(qkv)
+                found = call(library, few)
+                wrong = [error(y, truth) for y, truth in zip(found, exact)]
+                repeats = not gradient or all(map(torch.equal, call(library, few), found))
+                call(library, qkv)
             refused = proof.refusal(few) if name == "triton" else None
         except Exception as fault:  # a library that cannot run here is no candidate; why is kept in the report
             report[name] = f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else ''}"
             continue
         if refused:
             report[name] = refused  # it was plain torch that ran under its name
-        elif wrong <= allowed(yardstick, exact):
+        elif not repeats:
+            report[name] = "does not repeat its bits"
+        elif all(x <= limit for x, limit in zip(wrong, most)):
             times[name] = []
         else:
-            report[name] = f"errs by {wrong:.1e}, more than {allowed(yardstick, exact):.1e}"
+            x, limit = next((x, limit) for x, limit in zip(wrong, most) if not x <= limit)
+            report[name] = f"errs by {x:.1e}, more than {limit:.1e}"
     for _ in range(ROUNDS):
         for name, seen in times.items():
-            seen.append(milliseconds(lambda library=LIBRARIES[name]: library(qkv)))
+            seen.append(milliseconds(lambda library=LIBRARIES[name]: call(library, qkv)))
     medians = {name: statistics.median(seen) for name, seen in times.items()}
     return sorted(medians, key=medians.__getitem__), report | medians
 
@@ -155,6 +187,20 @@ def order(t: int, h: int, d: int, dtype: torch.dtype, device: torch.device) -> l
             remembered.keep(cache_file(), here, label, kept)
         _remembered[key] = kept["order"] or ["triton"]
     return _remembered[key]
+
+
+def trained(t: int, d: int, dtype: torch.dtype, device: torch.device, milliseconds: Callable = _milliseconds) -> str:
+    """Which library trains rows without tangents: ours unless another that repeats its bits is WORTH times as fast."""
+    here, label = machine(device), f"T{t}-d{d}-{str(dtype).removeprefix('torch.')}-trained"
+    kept = remembered.read(cache_file(), here).get(label)
+    if kept is None:
+        names, report = measure(t, HEADS, d, dtype, device, milliseconds, gradient=True)
+        kept = {"order": names, "report": report}
+        remembered.keep(cache_file(), here, label, kept)
+    names, report = kept["order"], kept["report"]
+    if not names or "triton" in names and report["triton"] < WORTH * report[names[0]]:
+        return "triton"
+    return names[0]
 
 
 def table() -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""Attention of few tokens on a CPU: softmax(q k^T) v as it stands, where this processor computes it faster than SDPA.
+"""What a stage chose for its attentions (`using`), and the choice on a CPU: softmax(q k^T) v as it stands, or SDPA.
+
+On a GPU `primal.trained` chooses among libraries, for stages without tangents. What follows is of a CPU and few tokens.
 
 Torch's fused attention saves the T x T matrices, which for T <= 64 would stay in cache anyway, and its backward in bf16 is
 slow on some processors: 11 times fp32's on one with AVX512-BF16, where the plain formula halved a step. `choose` times both,
@@ -23,6 +25,8 @@ HEADS, ROWS = 4, 4096  # of a timed call: heads, and heads times tokens times th
 PLAIN, SDPA = "softmax", "sdpa"
 NAMES = (PLAIN, SDPA)
 
+TRAINED = ("triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient")  # on a GPU: those of `primal`
+
 _chosen: Mapping[str, str] = {}
 
 
@@ -31,22 +35,32 @@ def label(tokens: int, dim: int, dtype: torch.dtype) -> str:
     return f"T{tokens} d{dim} {str(dtype).removeprefix('torch.')}"
 
 
+def chosen(qkv: Tensor) -> str | None:
+    """What the stage chose for qkv (B, T, 3, H, d); None where it chose nothing, and under torch.compile."""
+    if not _chosen or torch.compiler.is_compiling():
+        return None
+    return _chosen.get(label(qkv.shape[1], qkv.shape[-1], qkv.dtype))
+
+
 def plain(qkv: Tensor) -> bool:
     """Whether the value of qkv (B, T, 3, H, d) is the formula's by choice."""
-    if not _chosen or not qkv.is_cpu or torch.compiler.is_compiling():
-        return False
-    return _chosen.get(label(qkv.shape[1], qkv.shape[-1], qkv.dtype)) == PLAIN
+    return qkv.is_cpu and chosen(qkv) == PLAIN
+
+
+def library(qkv: Tensor) -> str:
+    """The library of `primal` that trains qkv (B, T, 3, H, d), of rows without tangents."""
+    name = chosen(qkv)
+    return name if name in TRAINED else "triton"
 
 
 @contextlib.contextmanager
 def using(choices: Mapping[str, str]) -> Iterator[None]:
     """Inside, these shapes take what was chosen, {label: name}. Raises ValueError for a name that is none."""
     global _chosen
-    wrong = {name for name in choices.values() if name not in NAMES}
+    wrong = {name for name in choices.values() if name not in (*NAMES, *TRAINED)}
     if wrong:
-        raise ValueError(
-            f"attention by {', '.join(map(repr, sorted(map(str, wrong))))}; the choices are {', '.join(NAMES)}"
-        )
+        names = ", ".join(map(repr, sorted(map(str, wrong))))
+        raise ValueError(f"attention by {names}; the choices are {', '.join((*NAMES, *TRAINED))}")
     before, _chosen = _chosen, dict(choices)
     try:
         yield

@@ -4,7 +4,8 @@ Two launches at most: rows [0, k) with their tangent, rows [k, B) with the kerne
 bitwise the other's (triton_kernels.py). So rows without a tangent keep the plain kernel's registers and occupancy.
 
 Of a plain call under `no_grad` (a teacher's rollout, a sampler) `primal` may choose a faster library by measurement. In
-grad mode it never does unless `CMT_ATTENTION` says so: there the value of a Dual must be bitwise the plain value.
+grad mode it never does unless `CMT_ATTENTION` or a stage without tangents says so (`small.using`): elsewhere the value of a
+Dual must be bitwise the plain value.
 
 No kernel computes a shape on a GPU before it has agreed with float64 there: `proof` chooses among the candidates of
 `triton_launches`, and where none is right both ops are plain torch (reference.py).
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmt_kernels import assembler, transforms
-from cmt_kernels.attention import primal, proof, reference, triton_launches
+from cmt_kernels.attention import primal, proof, reference, small, triton_launches
 from cmt_kernels.dual import Dual
 from cmt_kernels.gate import Gate
 
@@ -34,7 +35,7 @@ def attention(qkv: Tensor | Dual) -> Tensor | Dual:
     name = primal.forced()
     if name is None and qkv.is_cuda and not torch.is_grad_enabled():
         return torch.ops.cmt.attention_measured(qkv)
-    return primal.LIBRARIES[name or "triton"](qkv)
+    return primal.LIBRARIES[name or small.library(qkv)](qkv)
 
 
 def _plain(qkv: Tensor, qkv_dot: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
