@@ -28,7 +28,7 @@ BENCH = (Case(8, 256, 768, 3072), Case(8, 256, 3072, 768), Case(8, None, 768, 46
 
 
 def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
-    draw, wide = Draw(dtype, device), Draw(torch.promote_types(dtype, torch.float32), device, seed=2)
+    draw, wide = Draw(dtype, device), Draw(torch.promote_types(dtype, torch.float32), device, seed=11)
     rows = (case.B,) if case.T is None else (case.B, case.T)
     return {
         "g": wide.normal(case.E, case.D),
