@@ -155,7 +155,7 @@ def test_any_order_of_a_product_is_within_the_rule(case: Any) -> None:
     assert refused or case.D < 72, "one run of one order would have done here"
 
 
-def as_fused(p, g, m, v, emas, ema_betas, step, lr, betas, eps, weight_decay, max_norm) -> Tensor:
+def as_fused(p, g, m, v, emas, ema_betas, step, lr, betas, eps, weight_decay, max_norm, half) -> Tensor:
     """torch's fused AdamW as its CUDA kernel computes it: betas are float32 before 1 - beta is taken."""
     one, two = (torch.tensor(beta, dtype=torch.float32) for beta in betas)
     norm = torch.linalg.vector_norm(g)
@@ -168,6 +168,8 @@ def as_fused(p, g, m, v, emas, ema_betas, step, lr, betas, eps, weight_decay, ma
     p.sub_(lr / (1 - betas[0] ** step) * m / denominator)
     for e, beta in zip(emas, ema_betas):
         e.lerp_(p, 1 - beta)
+    if half is not None:
+        half.copy_(p)
     return norm
 
 
