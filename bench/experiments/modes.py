@@ -13,19 +13,17 @@ import argparse
 import json
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.experiments.seeds import commit
+from bench.experiments.seeds import facts
 from cmt_fast.cli.trajectories import make
-from cmt_fast.config import fingerprint, loading
+from cmt_fast.config import loading
 from cmt_fast.config.schema import Run
 from cmt_fast.data.latents import read_index
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime.machine import environment
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import loop
 
@@ -52,13 +50,7 @@ def run(args: argparse.Namespace) -> int:
     for seed in seeds:
         rows += measure(args.recipe, seed, args.out / f"{name}-{seed}", args.pre, names)
     recipe = loading.load(args.recipe)
-    about = {
-        "recipe": name,
-        "digest": fingerprint.digest(recipe),
-        "commit": commit(),
-        "date": date.today().isoformat(),
-        "environment": environment(),
-        "samples": recipe.eval.n,
+    about = facts(name, recipe) | {
         "images": {n: recipe.stages[n].images_nimg for n in names},
         "rows": rows,
         "summary": [summary(rows, mode, n) for n in names for mode in MODES],

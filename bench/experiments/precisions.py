@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import statistics
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from bench.experiments.seeds import commit
-from cmt_fast.config import fingerprint, loading
+from bench.experiments.seeds import facts
+from cmt_fast.config import loading
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime.machine import environment
 from cmt_fast.storage import metrics_log
 from cmt_fast.train import loop
 
@@ -79,15 +77,8 @@ def run(args: argparse.Namespace) -> int:
         for precision in args.precisions.split(","):
             rows.append(measure(args.recipe, seed, precision, names, args.out / f"{args.recipe}-{precision}-{seed}"))
             print(line(rows[-1]), flush=True)
-    recipe = loading.load(args.recipe)
-    about = {
-        "recipe": args.recipe,
-        "digest": fingerprint.digest(recipe),
-        "commit": commit(),
-        "date": date.today().isoformat(),
-        "environment": environment(),
+    about = facts(args.recipe, loading.load(args.recipe)) | {
         "products": "bf16 by the processor" if has_bf16() else "bf16 factors in fp32, rounded to bf16",
-        "samples": recipe.eval.n,
         "rows": rows,
     }
     path = args.json or Path("bench/results/cpu") / f"{args.recipe}-precisions.json"

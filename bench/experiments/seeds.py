@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 
 from cmt_fast.config import fingerprint, loading
+from cmt_fast.config.schema import Run
 from cmt_fast.report import page
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime.machine import environment
@@ -32,13 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, judge, write the JSON."""
     rows = [measure(args.recipe, int(seed), args.out / f"{args.recipe}-{seed}") for seed in args.seeds.split(",")]
     recipe = loading.load(args.recipe)
-    about = {
-        "recipe": args.recipe,
-        "digest": fingerprint.digest(recipe),
-        "commit": commit(),
-        "date": date.today().isoformat(),
-        "environment": environment(),
-        "samples": recipe.eval.n,
+    about = facts(args.recipe, recipe) | {
         "images": {name: stage.images_nimg for name, stage in recipe.stages.items()},
         "seeds": rows,
     }
@@ -70,6 +65,18 @@ def measure(recipe: str, seed: int, out: Path) -> dict:
         ]
     row["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return row
+
+
+def facts(name: str, recipe: Run) -> dict:
+    """What every experiment's file says of its recipe, tree and machine."""
+    return {
+        "recipe": name,
+        "digest": fingerprint.digest(recipe),
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "environment": environment(),
+        "samples": recipe.eval.n,
+    }
 
 
 def commit() -> str:

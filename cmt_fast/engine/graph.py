@@ -223,7 +223,7 @@ class _Proof:
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         g = self.engine.g
-        before = g.cpu().clone() if g.any() else None
+        before = _held(g) if g.any() else None
         try:
             yield
         finally:
@@ -241,8 +241,7 @@ class _Proof:
         out: dict[str, Tensor] = {}
         self.engine.g.zero_()
         aside(lambda: out.update(call(drawn)), self.engine.device)
-        g = self.engine.g
-        return _Pass({k: float(v) for k, v in out.items()}, g.cpu() if g.is_cuda else g.clone())
+        return _Pass({k: float(v) for k, v in out.items()}, _held(self.engine.g))
 
     def _apart(self, one: _Pass, other: _Pass) -> dict[str, float]:
         """How far two passes are from one another: in each value, and the norm between their gradients."""
@@ -260,6 +259,11 @@ class _Proof:
             if not size <= 2 * apart[what] + once:
                 return f"its {what} is {size:.1e} from the eager one's (eager ones from each other: {apart[what]:.1e})"
         return None
+
+
+def _held(g: Tensor) -> Tensor:
+    """A copy of a gradient in the host's memory."""
+    return g.cpu() if g.is_cuda else g.clone()
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:

@@ -88,11 +88,6 @@ def _size(x: Tensor) -> float:
     return max(-least.item(), most.item())
 
 
-def _softmax(q: Tensor, k: Tensor) -> Tensor:
-    """(B, H, T, d) each -> P (B, H, T, T)."""
-    return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1)
-
-
 def _tangent(qkv: Tensor, qkv_dot: Tensor, o: Tensor) -> Tensor:
     """qkv, qkv_dot: (n, T, 3, H, d); o: (n, H, T, d) -> (n, H, T, d). S. is one product: [Q. Q] [K K.]^T."""
     n, t, _, h, d = qkv.shape
@@ -122,7 +117,7 @@ def gradient(qkv: Tensor, do: Tensor) -> Tensor:
     for x, g, out in zip(*(whole.split(_rows(qkv)) for whole in (qkv, do, dqkv))):
         q, k, v = x.to(exact).permute(2, 0, 3, 1, 4)  # (b, H, T, d)
         g = g.to(exact).unflatten(2, x.shape[3:]).transpose(1, 2)
-        p, dp = _softmax(q, k), g @ v.mT
+        p, dp = small.weights(q, k), g @ v.mT
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         out.copy_(torch.stack((ds @ k * c, ds.mT @ q * c, p.mT @ g)).permute(1, 3, 0, 2, 4))
     return dqkv

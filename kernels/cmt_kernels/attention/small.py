@@ -90,6 +90,11 @@ def choose(tokens: int, dim: int, dtype: torch.dtype) -> str:
     return PLAIN if speed(tokens, dim, dtype) >= processor.WORTH else SDPA
 
 
+def weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) of (B, H, T, d) each -> P (B, H, T, T)."""
+    return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1)
+
+
 def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (B, H, T, d) each."""
-    return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1) @ v
+    """P v of (B, H, T, d) each."""
+    return weights(q, k) @ v
