@@ -8,7 +8,7 @@ killed run that is started again ends with the same weights, EMA and metrics as 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,10 +168,15 @@ class Steps(NamedTuple):
         return lr
 
     def _drawn(self, step: int, part: int) -> Any:
-        """What the source draws; where its memory ends, as of a round of rollouts, once more without the step's graph."""
+        """What the source draws; where its memory ends, as of a round of rollouts, once more without the step's graph.
+
+        Not on several ranks: a round and the proof of a graph are made by all together, and the others have memory.
+        """
         try:
             return self.source.draw(step, part)
         except torch.OutOfMemoryError:
+            if distributed.size() > 1:
+                raise
             self.gradient.release()
         return self.source.draw(step, part)
 
@@ -201,8 +206,19 @@ class Steps(NamedTuple):
 def _gradient(engine: Engine, source: batches.BatchProvider, name: str, profile: Profile | None) -> StepGraph:
     """What adds the gradient of a part of a step; kernel by kernel up to the last step that is profiled."""
     tell = say if distributed.rank() == 0 else lambda line: None
-    waiting = lambda: profile is not None and profile.running
-    return StepGraph(engine, lambda drawn: source.loss_of(engine, drawn), name, tell, waiting)
+    return StepGraph(engine, lambda drawn: source.loss_of(engine, drawn), name, tell, _waiting(profile))
+
+
+def _waiting(profile: Profile | None) -> Callable[[], bool]:
+    """Whether rank 0 still profiles, the same on all ranks: a graph is recorded and proven by all at one pass."""
+    asked = profile is not None
+
+    def waiting() -> bool:
+        nonlocal asked
+        asked = asked and bool(distributed.largest(int(profile.running)))
+        return asked
+
+    return waiting
 
 
 def _identity(

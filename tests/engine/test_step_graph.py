@@ -350,7 +350,7 @@ def test_a_loss_that_has_diverged_is_no_fault_of_the_graph(tape: Tape) -> None:
     assert t.lines == [f"    post {PROVEN}"] and t.sums.sums["loss"].isnan() and tape.replays
 
 
-def test_a_draw_that_finds_no_memory_is_made_again_without_the_graph() -> None:
+def test_a_draw_that_finds_no_memory_is_made_again_without_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def draw(step: int, part: int) -> str:
@@ -363,3 +363,8 @@ def test_a_draw_that_finds_no_memory_is_made_again_without_the_graph() -> None:
         source=SimpleNamespace(draw=draw), gradient=SimpleNamespace(release=lambda: asked.append("release"))
     )
     assert loop.Steps._drawn(steps, 3, 1) == "3.1" and asked == ["draw", "release", "draw"]
+    monkeypatch.setattr(loop.distributed, "size", lambda: 2)
+    asked.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.Steps._drawn(steps, 3, 1)
+    assert asked == ["draw"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from cmt_fast import api, cli
 from cmt_fast.config import fingerprint
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import distributed
 from cmt_fast.train import loop
 from cmt_fast.train.profiler import Profile
 from tests.engine.test_step_graph import PROVEN, STEPS, Training
@@ -81,3 +83,13 @@ def test_the_key_is_no_fact_of_a_stage() -> None:
     assert [run.mid.cuda_graph for run in runs] == ["auto", True, False]
     assert len({fingerprint.digest(run) for run in runs}) == 1
     assert len({fingerprint.stage_digest(run, "mid") for run in runs}) == 1
+
+
+def test_a_rank_that_does_not_profile_waits_for_the_one_that_does(monkeypatch) -> None:
+    """Else it would prove its graph, which all ranks do together, while rank 0 is eager."""
+    first, asked = [1, 1, 0], []
+    monkeypatch.setattr(distributed, "largest", lambda mine: asked.append(mine) or max(mine, first.pop(0)))
+    waiting = loop._waiting(SimpleNamespace(running=False))
+    assert [waiting() for _ in range(5)] == [True, True, False, False, False]
+    assert asked == [0, 0, 0]  # nothing is asked once it is over
+    assert not loop._waiting(None)()
