@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from bench.harness import gpu_tables, tables
-from bench.harness.pages import keys, picture, promises
+from bench.harness.pages import inputs, keys, picture, promises
 from cmt_fast import cli
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +61,7 @@ def test_tables_are_generated_not_typed():
         if kind in gpu_tables.CARDS:  # what no card has measured yet says so in place of a table
             assert recipe in gpu_tables.TABLES, mark
             continue
-        if mark in ("keys", "promises", "published", "recipes"):  # of the sources, not of a measurement
+        if mark in ("inputs", "keys", "promises", "published", "recipes"):  # of the sources, not of a measurement
             continue
         name = {
             "predicted": "predicted/ops", "launches": "predicted/launches",
@@ -98,6 +98,23 @@ def test_a_promise_without_its_test_is_an_error():
     assert "(../tests/test_readme.py)" in promises.link("test_make_targets_exist", found)
     with pytest.raises(ValueError, match="in 0 test files"):
         promises.link("test_that_nobody_wrote", found)
+
+
+def test_a_row_of_inputs_without_its_test_or_its_report_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "FOLDER", tmp_path)
+    row = {"given": "x", "now": "y", "test": "test_make_targets_exist", "report": "owner/name#1"}
+    for wrong, words in (
+        ({"test": "test_that_nobody_wrote"}, "in 0 test files"),
+        ({"report": "a thread"}, "no owner"),
+        ({"why": "z"}, "needs given"),
+        ({}, ""),
+    ):
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump({"title": "A", "rows": [row | wrong]}))
+        if words:
+            with pytest.raises(ValueError, match=words):
+                inputs.table()
+        else:
+            assert "(https://github.com/owner/name/issues/1)" in inputs.table()
 
 
 def anchors(page: Path) -> set[str]:

@@ -11,11 +11,12 @@ import re
 from pathlib import Path
 
 from bench.harness import gpu_tables
-from bench.harness.pages import keys, launches, picture, promises, recipe_tables
+from bench.harness.pages import inputs, keys, launches, picture, promises, recipe_tables
 
 PAGES = (
     Path("README.md"),
     Path("bench/README.md"),
+    Path("docs/inputs.md"),
     Path("docs/keys.md"),
     Path("docs/performance.md"),
     Path("docs/promises.md"),
@@ -352,6 +353,7 @@ def tune(recipe: str) -> str:
 
 
 TABLES = {
+    "inputs": inputs.table,
     "keys": keys.table,
     "launches": lambda _: launches.table(RESULTS),
     "promises": promises.table,

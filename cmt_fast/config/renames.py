@@ -1,4 +1,4 @@
-"""Keys that had another name before: read under both, and fingerprinted under the first, so that a rename changes no digest."""
+"""Keys of other versions: renamed ones are read under both names, and neither a rename nor a new key changes a digest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from cmt_fast.config.schema.stage import STAGES
 
 # where a key stands -> its name of before -> today's; "stage": directly in a stage
 RENAMED = {"stage": {"clip": "grad_clip_norm"}, "anchor": {"share": "fraction"}}
+# a key that came later, `stage.` before one of any stage -> its default, under which it is no part of a digest
+ADDED: dict[str, Any] = {}
 FIRST = {place: {now: before for before, now in keys.items()} for place, keys in RENAMED.items()}
 
 
@@ -45,8 +47,18 @@ def renamed(tree: Any, parents: tuple[str, ...] = ()) -> tuple[Any, list[str]]:
 
 
 def first_names(tree: Any, parents: tuple[str, ...] = ()) -> Any:
-    """Plain data of a dumped run, or of a part at its place, with every key under the name that it had first."""
+    """Plain data of a dumped run, or of a part at its place, as the first version that knew its keys would have written it:
+    every key under the name that it had first, and none that came later and says nothing new.
+    """
     if not isinstance(tree, dict):
         return tree
-    before = FIRST.get(place(parents), {})
-    return {before.get(key, key): first_names(value, (*parents, str(key))) for key, value in tree.items()}
+    before, where = (
+        FIRST.get(place(parents), {}),
+        ("stage", *parents[1:]) if parents[:1] in [(s,) for s in STAGES] else parents,
+    )
+    came_later = lambda key, value: (name := ".".join((*where, str(key)))) in ADDED and ADDED[name] == value
+    return {
+        before.get(key, key): first_names(value, (*parents, str(key)))
+        for key, value in tree.items()
+        if not came_later(key, value)
+    }

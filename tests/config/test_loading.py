@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmt_fast.config import fingerprint, loading, recipes
+from cmt_fast.config import fingerprint, loading, recipes, renames
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.run.workspace import Workspace
 
@@ -141,6 +141,20 @@ def test_an_override_wins_under_either_name(tmp_path, capsys):
     run = loading.load("digits", ["post.anchor={objective: {kind: cmt_cm}, share: 0.25}"])
     assert run.post.anchor.fraction == 0.25
     assert "note: post.anchor.share is now post.anchor.fraction" in capsys.readouterr().err
+
+
+def test_a_key_that_came_later_is_in_a_digest_only_when_it_says_something(monkeypatch):
+    """`seed` and `label_dropout` stand for keys that an older version did not know."""
+    run, mine = loading.load("digits"), loading.load("digits", ["seed=3", "post.label_dropout=0.1"])
+    with_all = fingerprint.digest(run)
+    monkeypatch.setattr(renames, "ADDED", {"seed": 0, "stage.label_dropout": 0.0, "data.kind": "npz"})
+    assert fingerprint.digest(run) != with_all  # both are left out
+    tree = {k: v for k, v in loading.dump(run).items() if k != "seed"}
+    for name in ("pre", "mid", "post", "control"):
+        del tree[name]["label_dropout"]
+    assert renames.first_names(loading.dump(run)) == renames.first_names(tree)
+    assert renames.first_names(loading.dump(mine))["seed"] == 3
+    assert renames.first_names(loading.dump(mine))["post"]["label_dropout"] == 0.1
 
 
 def test_a_rename_changes_no_digest():
