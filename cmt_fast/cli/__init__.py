@@ -42,7 +42,7 @@ COMMANDS = {
     "theory": ("theory", "measure solver orders and gradient bias on a Gaussian mixture, against the paper's slopes"),
     "eval": ("eval", "Fréchet distance (FID, FD-DINOv2), accuracy, precision and recall of a trained stage"),
     "ckpt": ("ckpt", "list, verify, import and export checkpoints; reconstruct an EMA profile"),
-    "data": ("data", "stores of latents: encode images, import foreign files, verify, stats"),
+    "data": ("data", "stores of latents or images: encode, import foreign files, look, verify, stats"),
     "recipes": ("recipes", "list, show, copy or validate the recipes that come with the package"),
     "doctor": ("doctor", "show this machine's versions, devices and ops, or check that a run is alive"),
 }

@@ -1,4 +1,4 @@
-"""`cmt data`: make, import, check and describe stores of latents."""
+"""`cmt data`: make, import, check, describe and show stores of latents or images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from cmt_fast.cli import look
 from cmt_fast.cli.parser import Parser
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import autoencoder, encoding, importing, latents, opening
@@ -42,6 +43,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     p.add_argument("--shard-rows", type=int, default=ROWS)
     p.add_argument("--seed", type=int, default=0, help="of the order of rows")
+
+    text = "one picture of the first samples of training, with their classes and the histogram of their values"
+    look.add_arguments(action("look", look.look, text))
 
     for name, call, text in (
         ("verify", verify, "check every row of a store against its checksum"),

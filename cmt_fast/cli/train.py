@@ -8,6 +8,7 @@ from pathlib import Path
 import cmt_kernels
 import yaml
 
+from cmt_fast.cli import look
 from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import errors, fingerprint, loading
 from cmt_fast.config.errors import ConfigError
@@ -38,7 +39,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="take the stages that are not trained here from another run",
     )
     p.add_argument(
-        "--dry-run", action="store_true", help="print the resolved run, the op table and the cost; write nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the resolved run, the op table and the cost; write one picture of the data, beside the run's folder",
     )
 
     p.add_argument(
@@ -86,7 +89,7 @@ def train(args: argparse.Namespace) -> None:
     if any(OBJECTIVES[work.stage(name).config.objective.kind].draws == "data" for name in names):
         check_loader(run.loader, work.data)
     if args.dry_run:
-        return _dry_run(work, names) if distributed.rank() == 0 else None
+        return _dry_run(work, names, out) if distributed.rank() == 0 else None
     judges.check_files(run.eval)
     work.compare()
     if distributed.rank() == 0:
@@ -101,7 +104,7 @@ def _ops(device: str) -> None:
     print("ops: " + ", ".join(f"{op} {name}" for op, name in cmt_kernels.table(device).items()))
 
 
-def _dry_run(work: workspace.Workspace, names: list[str]) -> None:
+def _dry_run(work: workspace.Workspace, names: list[str], out: Path) -> None:
     print(yaml.safe_dump(loading.dump(work.run), sort_keys=False).rstrip())
     print(f"digest: {fingerprint.digest(work.run)}")
     _ops(work.device.type)
@@ -118,6 +121,7 @@ def _dry_run(work: workspace.Workspace, names: list[str]) -> None:
         sizing = work.sharding_plan(stage).lines(work.parameters, distributed.size())
         for line in [*sizing, _step(stage), _bill(work, stage)]:
             print(f"{'':>8}  {line}")
+    look.of_run(work, out.with_name(f"{out.name}-look.png"))
 
 
 def _auto(stage: ResolvedStage) -> str:

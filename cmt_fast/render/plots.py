@@ -1,6 +1,6 @@
-"""The report's figures as small inline SVG: quality against images, losses, solver order, gradient bias.
+"""The report's figures as small inline SVG: quality against images, losses, solver order, gradient bias. Others as PNG.
 
-matplotlib is imported inside `svg` only, without pyplot: no global figure, no display, no state left behind.
+matplotlib is imported inside `svg` and `png` only, without pyplot: no global figure, no display, no state left behind.
 Equal data give equal bytes: fixed hash salt, no date, text as text.
 """
 
@@ -10,6 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 Points = Sequence[tuple[float, float]]
@@ -56,6 +57,22 @@ def svg(title: str, draw: Callable[[Any], None], width: float = 4.6, height: flo
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return _slim(out.getvalue(), title)
+
+
+def png(draw: Callable[[Any], None], path: Path, width: float, height: float) -> None:
+    """`draw(figure)` as a PNG file, whole or not there; its folder is made. width, height: inches at 110 pixels each."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+        FigureCanvasAgg(figure)
+        draw(figure)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".tmp-{path.name}")
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    temporary.replace(path)
 
 
 def _slim(text: str, title: str) -> str:

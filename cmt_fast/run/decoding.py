@@ -8,23 +8,22 @@ import torch
 from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.config.schema import Run
 from cmt_fast.data.autoencoder import Codec, Normalisation
 from cmt_fast.data.latents import Index
 from cmt_fast.data.rows import Rows
 
 
 class Decoding:
-    """Of one run's rows on one device."""
+    """Of rows on one device. vae: the autoencoder that is asked for; by default the one that the store names."""
 
-    def __init__(self, run: Run, data: Rows, device: torch.device) -> None:
-        self.run, self.data, self.device = run, data, device
+    def __init__(self, data: Rows, device: torch.device, vae: str | None = None) -> None:
+        self.data, self.device, self.vae = data, device, vae
 
     @property
     def latents(self) -> Index | None:
         """What the store says of its latents; None where rows are no latents."""
-        index: Index | None = getattr(self.data, "index", None) if self.run.data.kind == "latents" else None
-        return index if index is not None and index.kind != "pixels" else None
+        index = getattr(self.data, "index", None)
+        return index if isinstance(index, Index) and index.kind != "pixels" else None
 
     @property
     def _normalisation(self) -> Normalisation:
@@ -40,7 +39,7 @@ class Decoding:
         """
         index = self.latents
         if index is None:
-            raise ConfigError(f"--decode: this run's data ({self.run.data.kind}) are no latents")
+            raise ConfigError("--decode: these data are no latents")
         if not (source or index.vae):
             raise ConfigError("--vae or eval.vae: is missing, and the store does not say which autoencoder made it")
         found = Codec.open(source or index.vae, self.device, self._normalisation)
@@ -51,18 +50,24 @@ class Decoding:
         return found
 
     @functools.cached_property
-    def _decoder(self) -> Codec | None:
+    def _decoder(self) -> Codec | str:
+        """The autoencoder, or why it is not at hand."""
         try:
-            return self.codec(self.run.eval.vae)
-        except ConfigError:
-            return None
+            return self.codec(self.vae)
+        except ConfigError as error:
+            return str(error)
+
+    @property
+    def why(self) -> str:
+        """Why latents are not decoded, "" where they are or rows are no latents."""
+        return self._decoder if self.latents and isinstance(self._decoder, str) else ""
 
     def visible(self, x: Tensor) -> tuple[Tensor, str]:
         """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
         index = self.latents
         if index is None:
             return x, ""
-        if self._decoder:
+        if isinstance(self._decoder, Codec):
             return self._decoder.decode(x), ""
         channels = 3 if x.shape[1] >= 3 else 1
         n = self._normalisation

@@ -51,7 +51,7 @@ class Workspace:
             raise ConfigError(str(error)) from None
         self.path = ProbabilityPath(run.path, run.sigma_data)
         self.setting = Sampler(self.path, run.sampler, self.data.shape, self.data.classes, self.device)
-        self.decoding = Decoding(run, self.data, self.device)
+        self.decoding = Decoding(self.data, self.device, run.eval.vae)
         self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
 
     def build(self) -> nn.Module:

@@ -97,7 +97,7 @@ CASES = [
     (["data", "import", "text.npz", "out", "--format", "edm3"], ["--format", "edm3", "did you mean edm"]),
     (["data", "import", "flat.npz", "out", "--format", "npy", "--factor", "nan"], ["--factor", "nan", "positive"]),
     (["data", "import", "flat.npz", "out", "--format", "edm2"], ["flat.npz", "(2, 8)"]),
-    (["sample", "run/pre", "--decode", "--out", "x.npz"], ["--decode", "digits", "no latents"]),
+    (["sample", "run/pre", "--decode", "--out", "x.npz"], ["--decode", "no latents"]),
     (["sample", "run/pre", "--vae", "v", "--out", "x.npz"], ["--vae", "--decode"]),
     (["train", "digits", "--stages", "pre,past", "--out", "x"], ["--stages", "'past'", "did you mean post?"]),
     (["train", "digits", *SHRUNK, "--stages", "post", "--out", "run"], ["mid", "train it first"]),

@@ -83,9 +83,9 @@ def test_eval_prints_json(run):
     assert out["extractor"].startswith("classifier-64-32@")
 
 
-def test_dry_run_writes_nothing(tmp_path):
+def test_dry_run_says_what_would_be_done(tmp_path):
     done = cmt("train", "digits-mf", "--dry-run", "--out", "never", cwd=tmp_path)
-    assert done.returncode == 0 and not list(tmp_path.iterdir())
+    assert done.returncode == 0 and [p.name for p in tmp_path.iterdir()] == ["never-look.png"]
     for word in ("digest:", "attention reference", "parameters", "network forwards", "post:"):
         assert word in done.stdout
 
