@@ -124,6 +124,35 @@ def test_post_hoc_reconstruction_finds_an_untracked_profile():
     assert np.linalg.norm(got - state[target]) < 0.1 * nearest
 
 
+def profile_product(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """The inner product of two power profiles (step, sigma_rel), by the midpoint rule on their common part."""
+    t = (np.arange(1_000_000) + 0.5) * (min(a[0], b[0]) / 1_000_000)
+    density = lambda step, g: (g + 1) * t**g / step ** (g + 1)
+    return float((density(a[0], ema.gamma(a[1])) * density(b[0], ema.gamma(b[1]))).sum() * (t[1] - t[0]))
+
+
+@pytest.mark.parametrize(
+    "snapshots, target",
+    [
+        ([(100, 0.1)], (100, 0.05)),
+        ([(100, 0.05), (100, 0.1)], (100, 0.2)),
+        ([(60, 0.05), (100, 0.05), (100, 0.1)], (100, 0.15)),
+    ],
+)
+def test_weights_of_snapshots_are_least_squares_over_their_sum(snapshots, target):
+    """NVlabs/edm2 `solve_posthoc_coefficients`: the normal equations of the profiles, solved and divided by the sum.
+
+    Profiles multiplied by quadrature here; what is the same in every snapshot comes back."""
+    weights = ema.reconstruction_weights(*map(list, zip(*snapshots)), *target)
+    a = np.array([[profile_product(x, y) for y in snapshots] for x in snapshots])
+    solved = np.linalg.solve(a, np.array([profile_product(x, target) for x in snapshots]))
+    assert abs(solved.sum() - 1) > 1e-3  # the sum has to be made 1
+    np.testing.assert_allclose(weights, solved / solved.sum(), rtol=1e-5)
+    assert abs(weights.sum() - 1) < 1e-12
+    still = np.float32(0.1234567) * np.ones(5, np.float32)
+    assert np.array_equal(sum(w * still.astype(float) for w in weights).astype(np.float32), still)
+
+
 def test_schedule_and_learning_rate():
     s = stage(images_nimg=12800, batch=128, warmup_nimg=1280, checkpoint_every_nimg=1000)
     plan = schedule.schedule(s)
