@@ -358,7 +358,7 @@ TABLES = {
     "launches": lambda _: launches.table(RESULTS),
     "promises": promises.table,
     "published": recipe_tables.published,
-    "published-keys": published.table,
+    "sources": published.table,
     "recipes": recipe_tables.settings,
     "stages": lambda recipe: recipe_tables.stages(RESULTS, recipe),
     "modes": modes,

@@ -9,7 +9,7 @@ import torch
 from cmt_kernels import Dual
 from torch import Tensor
 
-from cmt_fast.config.schema import Ecd, Ect, Flow, IMeanFlow, MeanFlow, Mlp, SamplerConfig
+from cmt_fast.config.schema import CmtMf, Ecd, Ect, Flow, IMeanFlow, MeanFlow, Mlp, SamplerConfig
 from cmt_fast.diffusion import paths, rng
 from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
 from cmt_fast.diffusion.guidance import guided
@@ -19,7 +19,8 @@ from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.diffusion.solvers import ve_step
 from cmt_fast.models import build
 from cmt_fast.models.precond import AverageVelocity, Denoiser
-from cmt_fast.objectives import Batch, LossContext, consistency, flow, meanflow
+from cmt_fast.objectives import Batch, LossContext, cmt, consistency, flow, meanflow
+from cmt_fast.objectives.batch import Points
 
 VE, LINEAR = ProbabilityPath("ve"), ProbabilityPath("linear")
 CPU = torch.device("cpu")
@@ -218,6 +219,19 @@ def test_guided_target_by_hand_with_one_label_mask(omega: float, kappa: float) -
     torch.testing.assert_close(loss, squared / (squared + 0.01), rtol=1e-5, atol=1e-7)
     for mask in masks:
         assert bool(mask.all()) or torch.equal(mask, drop[: len(mask)])
+
+
+def test_l2_losses_are_sums_over_the_numbers_of_a_row() -> None:
+    """What `grad_clip_norm` is of: the loss of a row is `mse` times the row's numbers, for every l2 loss without a weight."""
+    net, ids = average_velocity_network(), torch.arange(6)
+    world, x = LossContext(LINEAR, Random(1, 2, 3)), torch.randn(6, 2).double()
+    points = Points(x, torch.full((6,), 0.9).double(), x / 2, torch.full((6,), 0.1).double(), None, None, ids)
+    for loss, scalars in (
+        flow.flow(net, Batch(x, None, ids, None), Flow(), world),
+        cmt.cmt_mf(net, points, CmtMf(), world),
+    ):
+        torch.testing.assert_close(loss, scalars["mse"] * x[0].numel())
+        assert bool((loss.detach() > 0).all())
 
 
 # ------------------------------------------------------------------------------------------ 8. samplers, wrapper

@@ -78,8 +78,9 @@ def table(_: str = "") -> str:
             ]
             last = row.recipe
         theirs = "not published" if row.published is None else f"`{_plain(row.published)}`"
+        source = row.source.replace("*", "\\*")
         out.append(
-            f"| `{row.key}` | {theirs} | `{_plain(row.ours)}` | {row.source} | {row.why or ''} |".replace("  |", " |")
+            f"| `{row.key}` | {theirs} | `{_plain(row.ours)}` | {source} | {row.why or ''} |".replace("  |", " |")
         )
     return "\n".join(out) + "\n\n"
 
