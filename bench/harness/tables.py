@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from bench.harness import gpu_tables
-from bench.harness.pages import inputs, keys, launches, picture, promises, recipe_tables
+from bench.harness.pages import inputs, keys, launches, picture, promises, published, recipe_tables
 
 PAGES = (
     Path("README.md"),
@@ -358,6 +358,7 @@ TABLES = {
     "launches": lambda _: launches.table(RESULTS),
     "promises": promises.table,
     "published": recipe_tables.published,
+    "sources": published.table,
     "recipes": recipe_tables.settings,
     "stages": lambda recipe: recipe_tables.stages(RESULTS, recipe),
     "modes": modes,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cmt_kernels
 import yaml
@@ -14,6 +16,7 @@ from cmt_fast.config import errors, fingerprint, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.cost import estimate, flops, hardware
 from cmt_fast.data.loaders import check_loader
+from cmt_fast.data.rows import Expectation
 from cmt_fast.evaluation import judges
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
@@ -41,7 +44,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved run, the op table and the cost; write one picture of the data, beside the run's folder",
+        help="print the resolved run, the op table, the cost and what is missing; write one picture of the data",
     )
 
     p.add_argument(
@@ -73,23 +76,13 @@ def train(args: argparse.Namespace) -> None:
     if args.parents:
         folder.stored_run(args.parents)
     distributed.start(machine.device(run.device), run.timeout_s)
-    work = workspace.Workspace(run, out, args.parents)
+    work = workspace.Workspace(run, out, args.parents, expected=args.dry_run)
     names = [name for name in have if name in names]
-    for i, name in enumerate(names):
-        stage = work.stage(name)
-        for parent in stage.called.values():
-            if "/" not in parent and parent not in names[:i]:
-                work.weights(parent)
-        work.external_inputs(stage)
-    for name in names:  # what cannot be done is said before the first stage begins
-        stage = work.stage(name)
-        stage.grad_accum_steps(distributed.size())
-        work.sharding_plan(stage)
-        precision.check(name, stage.config, work.device)
-    if any(OBJECTIVES[work.stage(name).config.objective.kind].draws == "data" for name in names):
-        check_loader(run.loader, work.data)
+    missing = _missing(work, names)
+    if missing and not isinstance(work.data, Expectation):  # what cannot be done is said before the first stage begins
+        raise missing[0]
     if args.dry_run:
-        return _dry_run(work, names, out) if distributed.rank() == 0 else None
+        return _dry_run(work, names, missing, out) if distributed.rank() == 0 else None
     judges.check_files(run.eval)
     work.compare()
     if distributed.rank() == 0:
@@ -100,15 +93,47 @@ def train(args: argparse.Namespace) -> None:
     page.write(out)
 
 
+def _missing(work: workspace.Workspace, names: list[str]) -> list[ConfigError]:
+    """What these stages cannot have here: networks, files, an engine, a precision, a loader. Each once, in order.
+
+    Where the rows themselves are not here (`Workspace(expected=True)`), they and what evaluation reads are among it.
+    """
+    found: dict[str, ConfigError] = {}
+
+    def tried(what: Callable, *inputs: Any) -> None:
+        try:
+            what(*inputs)
+        except ConfigError as error:
+            found.setdefault(str(error), error)
+
+    absent = isinstance(work.data, Expectation)
+    if absent:
+        tried(work.data.rows, None)
+        tried(judges.check_files, work.run.eval)
+    for i, stage in enumerate(map(work.stage, names)):
+        for parent in stage.called.values():
+            if "/" in parent or parent not in names[:i]:
+                tried(work.finished, parent)
+        tried(work.external_inputs, stage)
+    for stage in map(work.stage, names):
+        tried(stage.grad_accum_steps, distributed.size())
+        tried(work.sharding_plan, stage)
+        tried(precision.check, stage.name, stage.config, work.device)
+    if not absent and any(OBJECTIVES[work.stage(name).config.objective.kind].draws == "data" for name in names):
+        tried(check_loader, work.run.loader, work.data)
+    return list(found.values())
+
+
 def _ops(device: str) -> None:
     print("ops: " + ", ".join(f"{op} {name}" for op, name in cmt_kernels.table(device).items()))
 
 
-def _dry_run(work: workspace.Workspace, names: list[str], out: Path) -> None:
+def _dry_run(work: workspace.Workspace, names: list[str], missing: list[ConfigError], out: Path) -> None:
     print(yaml.safe_dump(loading.dump(work.run), sort_keys=False).rstrip())
     print(f"digest: {fingerprint.digest(work.run)}")
     _ops(work.device.type)
-    print(f"network: {work.parameters:,} parameters; device {work.device}; {work.data.n:,} rows of {work.data.shape}")
+    rows = f"{work.data.n:,} rows" if work.data.n else "rows as data.expects has them,"
+    print(f"network: {work.parameters:,} parameters; device {work.device}; {rows} of {work.data.shape}")
     for stage in map(work.stage, names):
         c = flops.calls(stage)
         how = " (compiled)" if stage.config.compile else ""
@@ -118,10 +143,16 @@ def _dry_run(work: workspace.Workspace, names: list[str], out: Path) -> None:
         t = stage.config.trajectories
         if t and t.nfe == "auto":
             print(f"{'':>8}  {_auto(stage)}")
-        sizing = work.sharding_plan(stage).lines(work.parameters, distributed.size())
+        try:
+            sizing = work.sharding_plan(stage).lines(work.parameters, distributed.size())
+        except ConfigError:
+            sizing = []  # it is among what is missing
         for line in [*sizing, _step(stage), _bill(work, stage)]:
             print(f"{'':>8}  {line}")
-    look.of_run(work, out.with_name(f"{out.name}-look.png"))
+    if work.data.n:
+        look.of_run(work, out.with_name(f"{out.name}-look.png"))
+    for error in missing:
+        print(f"not here: {error}")
 
 
 def _auto(stage: ResolvedStage) -> str:
@@ -139,7 +170,7 @@ def _step(stage: ResolvedStage) -> str:
 
 def _bill(work: workspace.Workspace, stage: ResolvedStage) -> str:
     """FLOPs of a stage and, on a device that the cost model knows, its hours: the short form of `cmt estimate`."""
-    rows = estimate.Rows(work.data.shape, work.data.classes, work.data.n, None, "")
+    rows = estimate.Rows(work.data.shape, work.data.classes, work.data.n or None, None, "")
     known, _ = estimate.networks(stage, rows)
     each, images = flops.flops_image(flops.terms(stage), known), flops.calls(stage)["images"]
     text = f"work: {each / 1e9:,.4g} GFLOP an image, {each * images / 1e15:,.4g} PFLOP"

@@ -39,12 +39,15 @@ def inner(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.nda
 
 
 def reconstruction_weights(steps: list[int], sigma_rels: list[float], step: int, sigma_rel: float) -> np.ndarray:
-    """Least-squares weights of saved snapshots that best give the profile (step, sigma_rel).
+    """Least-squares weights of saved snapshots that best give the profile (step, sigma_rel), over their sum.
 
-    steps, sigma_rels: (n,) of the snapshots -> (n,) weights, sum about 1. Raises ValueError without snapshots.
+    steps, sigma_rels: (n,) of the snapshots -> (n,) weights that sum to 1, as NVlabs/edm2's `solve_posthoc_coefficients`
+    makes them: an average of snapshots, under which what is the same in all of them stays what it is. Without that, few
+    snapshots leave part of the profile out (the least-squares sum is .82 to .9995). Raises ValueError without snapshots.
     """
     if not steps:
         raise ValueError("no snapshots of a power-function EMA are stored")
     t, g = np.array(steps, dtype=float), np.array([gamma(s) for s in sigma_rels])
     target = np.array([float(step)]), np.array([gamma(sigma_rel)])
-    return np.linalg.lstsq(inner(t, g, t, g), inner(t, g, *target), rcond=None)[0][:, 0]
+    weights = np.linalg.lstsq(inner(t, g, t, g), inner(t, g, *target), rcond=None)[0][:, 0]
+    return weights / weights.sum()

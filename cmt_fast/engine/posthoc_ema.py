@@ -36,6 +36,6 @@ def reconstruct(stage_dir: Path, sigma_rel: float | None, out: Path | None) -> N
             part = tensor.double() * float(weight)
             total[name] = total[name] + part if name in total else part
             moved |= set() if torch.equal(tensor, first[name]) else {name}
-    # what never moved is no weight but a constant of the network, and the profile's weights do not sum to exactly 1
+    # what never moved is a constant of the network: taken as it is, free of the sum's rounding
     save_file({k: t.float() if k in moved else first[k] for k, t in total.items()}, out)
     print(f"{out}: sigma_rel {sigma_rel} at step {max(steps)} from {len(found)} snapshots")

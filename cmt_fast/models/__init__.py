@@ -77,6 +77,7 @@ def _edm2(model: Edm2, shape: tuple[int, ...], classes: int, two_times: bool) ->
         attention=model.attention,
         head=model.head,
         dropout=dropout if model.dropout is None else model.dropout,
+        dropout_max_side=model.dropout_max_side,
         two_times=two_times,
         checkpoint_activations=model.checkpoint_activations,
     )

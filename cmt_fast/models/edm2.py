@@ -179,10 +179,14 @@ class Edm2(nn.Module):
         attention: tuple[int, ...] = (16, 8),
         head: int = 64,
         dropout: float = 0.0,
+        dropout_max_side: int | None = None,
         two_times: bool = False,
         checkpoint_activations: bool = False,
     ) -> None:
-        """Many parameters: the data's shape, and the hyperparameters as they are published."""
+        """Many parameters: the data's shape, and the hyperparameters as they are published.
+
+        dropout_max_side: the largest side whose blocks drop (ECT's `dropout_res`); None: all of them, as in EDM2.
+        """
         super().__init__()
         widths = tuple(width * m for m in multipliers)
         encoder, decoder = plan(side, widths[0], widths, blocks, lambda s: s in attention)
@@ -190,14 +194,15 @@ class Edm2(nn.Module):
         if narrow:
             raise ValueError(f"model.head: heads of width {head} do not divide {narrow[0].outputs} channels")
         self.classes, self.checkpoint_activations = classes, checkpoint_activations
-        self.dropouts = len(encoder + decoder) if dropout else 0
+        rate = lambda p: dropout if dropout_max_side is None or p.side <= dropout_max_side else 0.0
+        self.dropouts = len(encoder + decoder) if any(map(rate, encoder + decoder)) else 0
         emb = max(widths)
         self.fourier = MPFourier(widths[0])
         self.noise = MPLayer(widths[0], emb)
         self.duration = MPLayer(widths[0], emb) if two_times else None
         self.label = MPLabel(classes, emb) if classes else None
         self.conv = MPLayer(channels + 1, widths[0], 3)
-        make = lambda places, encodes: nn.ModuleDict({p.name: Block(p, encodes, emb, head, dropout) for p in places})
+        make = lambda places, encodes: nn.ModuleDict({p.name: Block(p, encodes, emb, head, rate(p)) for p in places})
         self.encoder, self.decoder = make(encoder, True), make(decoder, False)
         self.out = MPLayer(widths[0], channels, 3)
         self.out_gain = nn.Parameter(torch.zeros([]))

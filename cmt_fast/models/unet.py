@@ -27,6 +27,11 @@ class Place(NamedTuple):
     resample: str = "keep"
     attention: bool = False
 
+    @property
+    def side(self) -> int:
+        """Of what the block gives, as its name says."""
+        return int(self.name.partition("x")[0])
+
 
 def plan(
     side: int, first: int, widths: tuple[int, ...], blocks: int, attends: Callable[[int], bool], sparse: bool = False

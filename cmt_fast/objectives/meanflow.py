@@ -54,7 +54,8 @@ def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> 
     """Improved MeanFlow: ||u + (t - r) sg(du/dt) - v||^2, adaptively weighted, du/dt along u(z, t, t). Returns (B,).
 
     Guidance enters v as in `meanflow`. There is no second head for v: u(z, t, t) is it, and the rows with r = t are its
-    loss. Guidance as an input of the network is not built.
+    loss. Guidance as an input of the network is not built. A row whose label is dropped follows the null class's own
+    velocity (published: that of the label it had, which is not the velocity of the row's own u).
     """
     return _regress(net, drawn, config, own=True)
 
@@ -88,13 +89,17 @@ def tangent_rows(rows: int, ratio: float) -> int:
 def draw_times(
     sample: Tensor, k: int, config: MeanFlow | IMeanFlow, context: LossContext, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Two logit-normal draws a row, sorted to r <= t; rows from k on have r = t. (B,), (B,)."""
+    """Two logit-normal draws a row, t the later and r the earlier; rows from k on have r = t, the later too. (B,), (B,).
+
+    As published (Geng et al. 2025; Gsunshine/meanflow `sample_tr`, the same in its improved successor): rows with r = t are
+    noisier than a single draw would make them. Their t has the law F^2, F that of one draw.
+    """
     a, b = (
         torch.sigmoid(config.mean + config.std * context.random.gauss(stream, sample)).to(dtype)
         for stream in (rng.TIME, rng.TIME_R)
     )
     t, r = torch.maximum(a, b), torch.minimum(a, b)
-    return torch.cat((t[:k], a[k:])), torch.cat((r[:k], a[k:]))
+    return t, torch.cat((r[:k], t[k:]))
 
 
 def guidance_mask(drawn: Drawn, config: MeanFlow | IMeanFlow) -> Tensor | None:

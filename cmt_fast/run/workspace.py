@@ -38,12 +38,15 @@ from cmt_fast.storage import checkpoint, files
 class Workspace:
     """One run on one device. Raises ConfigError for data, model or device that cannot be had; writes nothing."""
 
-    def __init__(self, run: Run, folder: Path, parents: Path | None = None) -> None:
-        """folder: the run's own; parents: where stages that are not trained here are found (default: the same)."""
+    def __init__(self, run: Run, folder: Path, parents: Path | None = None, expected: bool = False) -> None:
+        """folder: the run's own; parents: where stages that are not trained here are found (default: the same).
+
+        expected: a store that is not here is what the recipe expects, for what reads no row.
+        """
         self.run, self.folder, self.parents = run, folder, parents or folder
         self.device = machine.device(run.device)
         try:
-            self.data = datasets.load(run.data)
+            self.data = datasets.load(run.data, expected)
             check(run, self.data.shape, self.data.classes)
         except ConfigError:
             raise

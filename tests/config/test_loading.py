@@ -16,6 +16,8 @@ DIGESTS = {
     "cifar10": "9ef4c61c4737ed9e",
     "imagenet512-dit": "89aadb96079244e1",
 }
+# settings as they were there, of a recipe that has others: its clips are of the mean over a row's numbers
+SINCE = {"imagenet512-dit": [f"{stage}.grad_clip_norm=1" for stage in ("pre", "mid", "post")]}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,8 @@ def test_a_key_that_came_later_is_in_a_digest_only_when_it_says_something(monkey
 
 def test_a_rename_changes_no_digest():
     """Digests of commit b68e86b, whose keys were `clip` and `anchor.share`."""
-    assert {name: fingerprint.digest(loading.load(name))[:16] for name in DIGESTS} == DIGESTS
+    digest = lambda name: fingerprint.digest(loading.load(name, SINCE.get(name, [])))[:16]
+    assert {name: digest(name) for name in DIGESTS} == DIGESTS
 
 
 @pytest.mark.parametrize(

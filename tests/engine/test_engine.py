@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from cmt_fast import engine, schedule
+from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import ConstantEma, Denoise, Digits, PowerEma, Stage
 from cmt_fast.data import datasets
 from cmt_fast.data.order import Loader
@@ -93,6 +95,34 @@ def test_state_round_trip_and_a_wrong_checkpoint():
         b.start_from(weights | {"0.bias": torch.zeros(2)})
 
 
+def test_a_clip_published_for_the_mean_is_of_the_sum_times_its_numbers():
+    """l2 losses here are sums over a row's N numbers, averaged over rows: clipped at N they step as their mean clipped at 1,
+    which is how MF-RAE and REPA state a clip; clipped at 1 they do not. (NVlabs/FastGen#25: the scale of the reduction
+    matters where nothing normalises it.)"""
+    n, steps = 3, 12
+    scale = [10.0 if step % 3 == 0 else 0.1 for step in range(steps)]  # some gradients are clipped, some are not
+    inputs = torch.randn(steps, 16, 5, generator=torch.Generator().manual_seed(1))
+
+    def ours(clip: float) -> torch.Tensor:
+        e = LocalEngine(net(), stage(grad_clip_norm=clip, eps=1e-30), CPU)
+        for x, by in zip(inputs, scale):
+            e.backward(e(by * x).square().sum(1).mean())
+            e.step(1e-2)
+        return torch.cat([p.detach().flatten() for p in e.net.parameters()])
+
+    theirs, seen = net(), []
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2, eps=1e-30)
+    for x, by in zip(inputs, scale):
+        optimizer.zero_grad()
+        theirs(by * x).square().mean().backward()
+        seen.append(float(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)))
+        optimizer.step()
+    assert min(seen) < 1 < max(seen)
+    want = torch.cat([p.detach().flatten() for p in theirs.parameters()])
+    torch.testing.assert_close(ours(float(n)), want, rtol=1e-4, atol=1e-5)
+    assert float((ours(1.0) - want).abs().max()) > 1e-3
+
+
 def test_power_profile_has_its_width():
     for sigma_rel in (0.05, 0.1, 0.2):
         n = 4000
@@ -104,6 +134,17 @@ def test_power_profile_has_its_width():
         mean = (weights * t).sum()
         assert abs(weights.sum() - 1) < 1e-9
         assert abs(np.sqrt((weights * (t - mean) ** 2).sum()) - sigma_rel) < 0.02 * sigma_rel + 1e-3
+
+
+def test_widths_are_those_of_edm2():
+    """sigma_rel .05 and .1 are gamma 16.97 and 6.94 (Karras et al. 2024, sec. 3.1); a gamma is no width (in a port that
+    takes either, 100 was tried as one: kohya-ss/sd-scripts#1100)."""
+    assert ema.gamma(0.05) == pytest.approx(16.97, abs=5e-3) and ema.gamma(0.1) == pytest.approx(6.94, abs=5e-3)
+    for width in (0.02, 0.15, 0.25):
+        g = ema.gamma(width)
+        assert (g + 1) / ((g + 2) ** 2 * (g + 3)) == pytest.approx(width**2)
+    with pytest.raises(ConfigError, match="pre.ema.0.sigma_rel: 6.94 is not valid"):
+        loading.load("digits", ["pre.ema=[{kind: power, sigma_rel: 6.94}]"])
 
 
 def test_post_hoc_reconstruction_finds_an_untracked_profile():
@@ -122,6 +163,35 @@ def test_post_hoc_reconstruction_finds_an_untracked_profile():
     got = sum(w * s[2] for w, s in zip(weights, snapshots))
     nearest = min(np.linalg.norm(state[s] - state[target]) for s in tracked)
     assert np.linalg.norm(got - state[target]) < 0.1 * nearest
+
+
+def profile_product(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """The inner product of two power profiles (step, sigma_rel), by the midpoint rule on their common part."""
+    t = (np.arange(100_000) + 0.5) * (min(a[0], b[0]) / 100_000)
+    density = lambda step, g: (g + 1) * t**g / step ** (g + 1)
+    return float((density(a[0], ema.gamma(a[1])) * density(b[0], ema.gamma(b[1]))).sum() * (t[1] - t[0]))
+
+
+@pytest.mark.parametrize(
+    "snapshots, target",
+    [
+        ([(100, 0.1)], (100, 0.05)),
+        ([(100, 0.05), (100, 0.1)], (100, 0.2)),
+        ([(60, 0.05), (100, 0.05), (100, 0.1)], (100, 0.15)),
+    ],
+)
+def test_weights_of_snapshots_are_least_squares_over_their_sum(snapshots, target):
+    """NVlabs/edm2 `solve_posthoc_coefficients`: the normal equations of the profiles, solved and divided by the sum.
+
+    Profiles multiplied by quadrature here; what is the same in every snapshot comes back."""
+    weights = ema.reconstruction_weights(*map(list, zip(*snapshots)), *target)
+    a = np.array([[profile_product(x, y) for y in snapshots] for x in snapshots])
+    solved = np.linalg.solve(a, np.array([profile_product(x, target) for x in snapshots]))
+    assert abs(solved.sum() - 1) > 1e-3  # the sum has to be made 1
+    np.testing.assert_allclose(weights, solved / solved.sum(), rtol=1e-5)
+    assert abs(weights.sum() - 1) < 1e-12
+    still = np.float32(0.1234567) * np.ones(5, np.float32)
+    assert np.array_equal(sum(w * still.astype(float) for w in weights).astype(np.float32), still)
 
 
 def test_schedule_and_learning_rate():

@@ -232,6 +232,40 @@ def test_a_profile_rebuilt_from_snapshots_keeps_the_constants(tmp_path):
     load_named(work.build(), rebuilt)
 
 
+def test_dropout_up_to_a_side_is_in_those_blocks_alone():
+    """ECT on ImageNet-64 drops where features are 16 x 16 or smaller (locuslab/ect, branch imgnet, `dropout_res`); EDM2 in
+    every block."""
+    make = lambda **more: build(Edm2(width=8, blocks=1, attention=(8,), head=8, **more), "ve", 0.5, (3, 64, 64), 0).net
+    rates = lambda net: {name: b.p for part in (net.encoder, net.decoder) for name, b in part.items()}
+    assert set(rates(make(dropout=0.4)).values()) == {0.4}
+    net = make(dropout=0.4, dropout_max_side=16)
+    assert {name: p for name, p in rates(net).items() if p} == dict.fromkeys(
+        ("16x16_down", "16x16_block0", "8x8_down", "8x8_block0", "8x8_in0", "8x8_in1", "16x16_up", "8x8_block1", "16x16_block1"),
+        0.4,
+    )  # fmt: skip
+    assert net.dropouts == len(net.encoder) + len(net.decoder)  # a block's seeds stand at its own place
+    assert make(dropout=0.4, dropout_max_side=4).dropouts == 0 == make(dropout=0.0).dropouts
+
+
+def test_a_block_above_the_side_is_the_same_with_and_without_seeds():
+    """What each block gives in a step: the first that is at most 8 wide is the first that the seeds change."""
+    net = build(
+        Edm2(width=8, blocks=1, attention=(4,), head=8, dropout=0.5, dropout_max_side=4), "ve", 0.5, (2, 16, 16), 0
+    ).net
+    perturbed(net)
+    x, t = torch.randn(B, 2, 16, 16), torch.rand(B)
+    given: list[tuple[str, torch.Tensor]] = []
+    for name, block in (*net.encoder.items(), *net.decoder.items()):
+        block.register_forward_hook(lambda _, __, out, name=name: given.append((name, out)))
+    runs = []
+    for seeds in (None, rng.Random(0, 1, 2).seeds(rng.DROPOUT, torch.arange(B), net.dropouts)):
+        given.clear()
+        net(x, t, None, None, None, seeds)
+        runs.append(list(given))
+    differs = [name for (name, a), (_, b) in zip(*runs) if not torch.equal(a, b)]
+    assert differs[0] == "4x4_down"
+
+
 def test_what_a_network_has_not_is_refused():
     with pytest.raises(ConfigError, match="pre.objective.uncertainty: needs a model of kind edm2"):
         validation.check(loading.load("digits", ["pre.objective.uncertainty=true"]), (1, 8, 8), 10)

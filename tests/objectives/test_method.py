@@ -9,7 +9,7 @@ import torch
 from cmt_kernels import Dual
 from torch import Tensor
 
-from cmt_fast.config.schema import Ecd, Ect, Flow, MeanFlow, Mlp, SamplerConfig
+from cmt_fast.config.schema import CmtMf, Ecd, Ect, Flow, IMeanFlow, MeanFlow, Mlp, SamplerConfig
 from cmt_fast.diffusion import paths, rng
 from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
 from cmt_fast.diffusion.guidance import guided
@@ -19,7 +19,8 @@ from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.diffusion.solvers import ve_step
 from cmt_fast.models import build
 from cmt_fast.models.precond import AverageVelocity, Denoiser
-from cmt_fast.objectives import Batch, LossContext, consistency, flow, meanflow
+from cmt_fast.objectives import Batch, LossContext, cmt, consistency, flow, meanflow
+from cmt_fast.objectives.batch import Points
 
 VE, LINEAR = ProbabilityPath("ve"), ProbabilityPath("linear")
 CPU = torch.device("cpu")
@@ -125,7 +126,15 @@ def test_average_velocity_at_equal_times_is_the_velocity() -> None:
     batch = Batch(torch.randn(32, 2).double(), None, torch.arange(32), None)
     world = LossContext(LINEAR, Random(1, 2, 3))
     mean_flow, _ = meanflow.meanflow(net, batch, MeanFlow(ratio=0.0, p=0.0), world)
-    torch.testing.assert_close(mean_flow, flow.flow(net, batch, Flow(), world)[0])
+    for loss, t in (  # both are flow matching, MeanFlow's at the later of two draws
+        (mean_flow, meanflow.draw_times(batch.sample, 0, MeanFlow(), world, torch.float64)[0]),
+        (
+            flow.flow(net, batch, Flow(), world)[0],
+            torch.sigmoid(world.random.gauss(rng.TIME, batch.sample) - 0.4).double(),
+        ),
+    ):
+        z, v = LINEAR.point(batch.x_0, t, world.random.key(rng.NOISE), batch.sample)
+        torch.testing.assert_close(loss, (net(z, t, t) - v).square().sum(1))
 
 
 def test_a_quarter_of_the_rows_has_two_times() -> None:
@@ -134,6 +143,42 @@ def test_a_quarter_of_the_rows_has_two_times() -> None:
     t, r = meanflow.draw_times(torch.arange(256), k, config, LossContext(LINEAR, Random(0, 0, 0)), torch.float32)
     assert k == 64 and (r[:k] < t[:k]).all() and torch.equal(r[k:], t[k:])
     assert ((t > 0) & (t < 1) & (r > 0)).all()
+
+
+@pytest.mark.parametrize("config", [MeanFlow(mean=-0.4, std=1.0), IMeanFlow(mean=0.3, std=0.8)])
+def test_rows_of_one_time_take_the_later_of_two_draws(config: MeanFlow) -> None:
+    """Row by row from the two streams; and their law, F(t)^2 for F(t) = Phi((logit t - mean) / std): at the median of one
+    draw it is a quarter. As in Gsunshine/meanflow and imeanflow (`sample_tr`), zhuyu-cs/MeanFlow and py-meanflow's v0."""
+    ids, random = torch.arange(20_000), Random(0, 0, 0)
+    t, r = meanflow.draw_times(ids, 7_000, config, LossContext(LINEAR, random), torch.float64)
+    one, two = (torch.sigmoid(config.mean + config.std * random.gauss(s, ids)).double() for s in (rng.TIME, rng.TIME_R))
+    assert torch.equal(t, torch.maximum(one, two)) and torch.equal(r[:7_000], torch.minimum(one, two)[:7_000])
+    assert torch.equal(r[7_000:], t[7_000:])
+    z = (torch.logit(t[7_000:]) - config.mean) / config.std
+    for level, below in ((-1.0, 0.0252), (0.0, 0.25), (1.0, 0.7079)):  # Phi(level)^2
+        n = len(z)
+        assert abs(float((z < level).double().mean()) - below) < 4 * math.sqrt(below * (1 - below) / n)
+
+
+def test_a_row_without_its_label_follows_the_null_class() -> None:
+    """Improved MeanFlow: such a row's u, and the velocity that its derivative is taken along, are the null class's."""
+    n, k = 8, 4
+    net, ids = average_velocity_network(classes=5), torch.arange(n)
+    config, world = IMeanFlow(omega=2.0), LossContext(LINEAR, Random(1, 2, 3))
+    x_0, dropped = torch.randn(n, 2).double(), torch.ones(n, dtype=torch.bool)
+    of = lambda labels, drop: meanflow.improved(net, Batch(x_0, labels, ids, drop), config, world)[0]
+    lost = of(ids % 5, dropped)
+    assert torch.equal(lost, of((ids + 3) % 5, dropped))  # whichever label it was
+    assert not torch.equal(lost, of(ids % 5, ~dropped))
+    t, r = meanflow.draw_times(ids, k, config, world, x_0.dtype)
+    z, v = LINEAR.point(x_0, t, world.random.key(rng.NOISE), ids)
+    null = torch.full_like(ids, 5)
+    with torch.no_grad():
+        own, h = net(z, t, t, null), 1e-5
+        moved = lambda s: net(z + s * own, t + s, r, null)
+        gap = net(z, t, r, null) + (t - r).view(-1, 1) * (moved(h) - moved(-h)) / (2 * h) - v
+    squared = gap.square().sum(1)
+    torch.testing.assert_close(lost, squared / (squared + 0.01), rtol=1e-5, atol=1e-7)
 
 
 def test_tangent_agrees_with_finite_differences_to_second_order() -> None:
@@ -174,6 +219,19 @@ def test_guided_target_by_hand_with_one_label_mask(omega: float, kappa: float) -
     torch.testing.assert_close(loss, squared / (squared + 0.01), rtol=1e-5, atol=1e-7)
     for mask in masks:
         assert bool(mask.all()) or torch.equal(mask, drop[: len(mask)])
+
+
+def test_l2_losses_are_sums_over_the_numbers_of_a_row() -> None:
+    """What `grad_clip_norm` is of: the loss of a row is `mse` times the row's numbers, for every l2 loss without a weight."""
+    net, ids = average_velocity_network(), torch.arange(6)
+    world, x = LossContext(LINEAR, Random(1, 2, 3)), torch.randn(6, 2).double()
+    points = Points(x, torch.full((6,), 0.9).double(), x / 2, torch.full((6,), 0.1).double(), None, None, ids)
+    for loss, scalars in (
+        flow.flow(net, Batch(x, None, ids, None), Flow(), world),
+        cmt.cmt_mf(net, points, CmtMf(), world),
+    ):
+        torch.testing.assert_close(loss, scalars["mse"] * x[0].numel())
+        assert bool((loss.detach() > 0).all())
 
 
 # ------------------------------------------------------------------------------------------ 8. samplers, wrapper

@@ -51,10 +51,11 @@ def stores(tmp_path_factory) -> Callable[[Run], list[str]]:
             return ["data.n=64"] if run.data.kind == "gmm" else []
         pixels, labelled = expects.shape[0] == 3, bool(expects.classes)
         shape, classes = (expects.shape[0], *((16, 16) if pixels else (8, 8))), 3 if labelled else 0
-        if (shape, classes) not in made:
-            made[shape, classes] = folder / f"{len(made)}"
-            make_store(made[shape, classes], 48, shape, classes=classes, pixels=pixels)
-        return [f"data.path={made[shape, classes]}", f"data.expects={{shape: {list(shape)}, classes: {classes}}}"]
+        kind = (shape, classes, run.data.flip)
+        if kind not in made:
+            made[kind] = folder / f"{len(made)}"
+            make_store(made[kind], 48, shape, classes=classes, pixels=pixels, flips=run.data.flip)
+        return [f"data.path={made[kind]}", f"data.expects={{shape: {list(shape)}, classes: {classes}}}"]
 
     return store
 
@@ -104,31 +105,31 @@ def test_a_recipe_is_valid_where_its_data_are_not(recipe: str, capsys, monkeypat
         assert [run.stages[s].batch for s in ("pre", "mid", "post")] == batches
 
 
-# what arXiv 2509.24526 and its published scripts say of ImageNet-512
-IMAGENET512 = {
-    "model.size": "XXL", "model.dropout": 0.0, "sigma_data": 0.5,
-    "mid.images_nimg": 12_800_000, "mid.batch": 128, "mid.lr": 2e-4, "mid.lr_schedule": "linear", "mid.betas": [0.9, 0.999],
-    "mid.grad_clip_norm": 0.0, "mid.ema.0.beta": 0.999, "mid.ema.0.ramp": False, "mid.objective.distance": "latent_lpips",
-    "mid.trajectories.solver": "dpmpp", "mid.trajectories.order": 3, "mid.trajectories.nfe": 16,
-    "mid.trajectories.t_max": 80.0, "mid.trajectories.t_min": 0.002, "mid.trajectories.guidance": 1.0,
-    "post.images_nimg": 16_000_000, "post.batch": 128, "post.lr": 1e-6, "post.lr_schedule": "constant",
-    "post.betas": [0.9, 0.99], "post.ema.0.beta": 0.9999, "post.ema.0.ramp": False, "post.precision": "tf32",
-    "post.objective.kind": "ecd", "post.objective.mean": -0.8, "post.objective.std": 1.6, "post.objective.q": 1024.0,
-    "post.objective.doublings": 0, "post.objective.c": 0.06, "post.objective.weight": "snr", "post.objective.step": "heun",
-    "post.autoguidance.scale": 2.05, "sampler.mid_times.2": [1.526], "features.epochs": 100, "features.lr": 0.1,
-}  # fmt: skip
-
-
-def test_imagenet512_is_the_published_run() -> None:
-    """Printed as a table: key, published, ours."""
-    tree, differs = loading.dump(loading.load("imagenet512-ecd")), []
-    for key, published in IMAGENET512.items():
-        ours = tree
-        for part in key.split("."):
-            ours = ours[int(part)] if isinstance(ours, list) else ours[part]
-        print(f"{key:28} {published!s:14} {ours!s}")
-        differs += [key] * (ours != published)
-    assert not differs
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_dry_run_works_where_data_are_not_and_names_what_to_bring(
+    recipe: str, capsys, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = loading.load(recipe)
+    assert main(["train", recipe, "--dry-run"]) == 0
+    written = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")]
+    assert written == ([] if run.data.kind == "latents" else [f"runs/{recipe}-look.png"])
+    said = capsys.readouterr().out.splitlines()
+    lines = [line.strip() for line in said]
+    assert [n for n in run.stages if any(line.startswith(f"{n}: ") and " steps, " in line for line in lines)] == list(
+        run.stages
+    )
+    missing = [line.removeprefix("not here: ") for line in said if line.startswith("not here: ")]
+    if run.data.kind != "latents":
+        assert not missing
+        return
+    assert run.data.expects and f"of {run.data.expects.shape}" in next(x for x in lines if " parameters; device " in x)
+    assert missing[0] == f"data.path: {run.data.path!r} is not a folder"
+    named = [s.perceptual.weights for s in run.stages.values() if s.perceptual] + [str(run.eval.weights)]
+    named += [str(Path(name).parent) for name in other_runs(run)]
+    assert all(any(name in line for line in missing) for name in named)
+    assert main(["train", recipe]) == 2  # as an error, and nothing is written
+    assert capsys.readouterr().err.strip() == f"cmt: {missing[0]}" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -47,9 +47,9 @@ class Mlp:
 class Edm2:
     """EDM2's U-Net. `size` sets the width; ImageNet-512's and ImageNet-64's networks differ in their data alone.
 
-    `dropout`: by default the published one of the size, 0.1 from M upwards. `multipliers`: of the width, level by level,
-    `attention`: the sides that have it. `conditional` false: labels of the data are not read. `checkpoint_activations` as
-    in a dit.
+    `dropout`: by default the published one of the size, 0.1 from M upwards; in blocks of at most `dropout_max_side` (16 in
+    ECT on ImageNet-64), by default in all, as EDM2 has it. `multipliers`: of the width, level by level, `attention`: the
+    sides that have it. `conditional` false: labels of the data are not read. `checkpoint_activations` as in a dit.
     """
 
     kind: Literal["edm2"] = "edm2"
@@ -61,6 +61,7 @@ class Edm2:
     attention: tuple[Count, ...] = (16, 8)
     head: Count = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    dropout_max_side: Count | None = None
     checkpoint_activations: bool = False
 
 
