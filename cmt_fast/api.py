@@ -164,6 +164,7 @@ def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[],
     from cmt_fast.train import attention_choice, batches
 
     own = work.stage(stage)
+    work.check_guidance()
     config = own.config
     parts, plan = own.grad_accum_steps(1), own.schedule
     engine = LocalEngine(work.build(), config, work.device, parts)

@@ -333,6 +333,8 @@ def write_index(folder: Path, facts: dict[str, Any]) -> None:
     body = TypeAdapter(Index).dump_python(index, mode="json")
     if index.trajectories is None:
         del body["trajectories"]  # as every store of data has it
+    elif not index.trajectories.label_dropout:
+        del body["trajectories"]["label_dropout"]  # as every store has it whose trajectories all have labels
     body["xxh3_128"] = xxhash.xxh3_128_hexdigest(checkpoint.canonical(body))
     files_.write_text(folder / INDEX, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
