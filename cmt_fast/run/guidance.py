@@ -58,6 +58,8 @@ def check(place: Place, classes: int) -> None:
         return
     if not _conditional(run, classes):
         raise ConfigError(f"sampler.guidance: {run.sampler.guidance} needs class labels, and {_unread(classes)}")
+    if classes == 1:
+        raise ConfigError(f"sampler.guidance: {run.sampler.guidance} {ONE}")
     for sampled in dict.fromkeys(s for name, stage in run.stages.items() if (s := _sampled(run, name, stage))):
         check_solver(place, sampled)
 
@@ -77,6 +79,7 @@ def check_apart(key: str, manifests: list[dict]) -> None:
 
 
 WEAKER = "name a weaker network, smaller or trained for less"
+ONE = "guides nothing where the data has one class: with its label and without are the same"
 
 
 def null_class(place: Place, name: str) -> Null | None:
@@ -157,10 +160,12 @@ def _labels(place: Place, name: str, stage: Stage, classes: int) -> None:
         "objective.omega": None if (w := getattr(o, "omega", 1.0)) == 1 else w,
         "objective.kappa": getattr(o, "kappa", 0.0) or None,
     }
-    wrong = next((key for key, value in asked.items() if value is not None), None)
-    if wrong and not _conditional(place.run, classes):
-        what = f"{name}.{wrong}: {asked[wrong]}: label_dropout and guidance need class labels"
+    found = [key for key, value in asked.items() if value is not None]
+    if found and not _conditional(place.run, classes):
+        what = f"{name}.{found[0]}: {asked[found[0]]}: label_dropout and guidance need class labels"
         raise ConfigError(f"{what}, and {_unread(classes)}")
+    if classes == 1 and found and found[-1] != "label_dropout":
+        raise ConfigError(f"{name}.{found[-1]}: {asked[found[-1]]} {ONE}")
     if stage.label_dropout == 1:
         raise ConfigError(
             f"{name}.label_dropout: 1.0 drops every label, so that no class is learned; it is a share of rows, published: 0.1"

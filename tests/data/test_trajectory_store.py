@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,10 @@ def test_trajectories_without_label_are_those_that_the_recipe_drops(world: Path,
     shards.export(store, tmp_path / "shards", 20, 0, lambda done, total: None)
     packed = rolled.opened(tmp_path / "shards")
     assert sorted(packed.rows(ids)[1].tolist()) == sorted(labels.tolist()) and not packed.verify()
+    with tarfile.open(sorted((tmp_path / "shards").glob("*.tar"))[0]) as archive:
+        assert (
+            {m.size for m in archive if m.name.endswith(".cls")} == {2} == {packed.digits}
+        )  # 0 to 10, where 9 was the last
     assert "label_dropout" not in json.loads((world / "fp32" / "index.json").read_text())["trajectories"]
     for where, share, line in ((tmp_path, 0.0, "0.3, this recipe's is 0.0"), (world, 0.3, "0.0, this recipe's is 0.3")):
         here = Workspace(
