@@ -44,7 +44,7 @@ def open_run(run: str | Path) -> Workspace:
     from cmt_fast.run.workspace import Workspace
 
     where = Path(run)
-    return Workspace(folder.stored_run(where), where, folder.parents_of(where))
+    return Workspace(folder.stored_run(where), where, folder.parents_of(where), reading=True)
 
 
 def network(stage: str | Path) -> nn.Module:
@@ -69,10 +69,13 @@ def sample(
     """
     import torch
 
+    from cmt_fast.run import guidance
     from cmt_fast.run.workspace import open_stage
 
     _at_least(n=(n, 1), steps=(steps, 1))
     work, name = open_stage(str(stage))
+    if solver:
+        guidance.check_solver(work.place, name)
     x = work.setting.generate(work.network(name), steps, n, seed, solver, work.run.eval.batch)
     return x, work.setting.labels(torch.arange(n))
 
@@ -89,10 +92,13 @@ def evaluate(
     n, seed: the recipe's unless given. Raises ConfigError where n is below 2 or a number of steps below 1,
     FloatingPointError where samples are not finite.
     """
+    from cmt_fast.run import guidance
     from cmt_fast.run.workspace import open_stage
 
     _at_least(n=(n, 2), steps=(min(steps, default=0), 1))
     work, name = open_stage(str(stage))
+    if solver:
+        guidance.check_solver(work.place, name)
     return work.judging.evaluate(work.network(name), tuple(steps), n or work.run.eval.n, solver, seed, quiet=True)
 
 
@@ -100,8 +106,8 @@ def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tenso
     """The first n teacher trajectories of a stage: nodes (N + 1, n, ...) from noise to data, their N + 1 times, labels (n,).
 
     The teacher computes in the stage's format (`trajectories.precision`), as in `cmt trajectories`, and is rolled out anew
-    where the stage reads a cache. Raises ConfigError where the stage has no teacher's trajectories, its teacher is not
-    trained, or n is below 1.
+    where the stage reads a cache; where it drops labels, the number of classes stands for none. Raises ConfigError where the
+    stage has no teacher's trajectories, its teacher is not trained or guided by nothing, or n is below 1.
     """
     import dataclasses
     import functools
@@ -114,13 +120,14 @@ def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tenso
 
     _at_least(n=(n, 1))
     own, data = work.stage(stage), work.data
+    work.check_guidance()
     t = solver_record.settled(own.folder, own.trajectories)
     config = dataclasses.replace(own.config, trajectories=t)  # type: ignore[type-var]
     teacher = Teacher(stage, config, functools.cache(work.network), own.path, work.device)
     machine.allow_tf32(config.precision == "tf32")
     try:
         format = teacher.choose(own.seed, own.index, data.shape, data.classes)["precision"]
-        prior = Prior(data.shape, data.classes, own.seed, own.index)
+        prior = Prior(data.shape, data.classes, own.seed, own.index, config.trajectory_dropout)
         roll = roller(teacher.net(format), own.path, t, prior, work.device, n, teacher.computing(format))
         nodes, labels = roll(0, n)
     finally:
@@ -157,6 +164,7 @@ def training_steps(work: Workspace, stage: str) -> tuple[nn.Module, Callable[[],
     from cmt_fast.train import attention_choice, batches
 
     own = work.stage(stage)
+    work.check_guidance()
     config = own.config
     parts, plan = own.grad_accum_steps(1), own.schedule
     engine = LocalEngine(work.build(), config, work.device, parts)

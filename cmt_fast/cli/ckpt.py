@@ -84,7 +84,7 @@ def import_(args: argparse.Namespace) -> None:
     if run.pre is None:
         raise ConfigError(f"--recipe: {args.recipe} has no stage pre, which is what a file is imported as")
     source = files.read(args.file, args.ema)
-    work = workspace.Workspace(run, args.out)
+    work = workspace.Workspace(run, args.out, reading=True)
     parity = importing.compare(source, work, args.family)
     print(importing.text(source, parity))
     importing.write(source, parity, work)

@@ -10,7 +10,7 @@ from cmt_fast.cli.parser import checked
 from cmt_fast.config import loading, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.evaluation import judges, references
-from cmt_fast.run import folder, workspace
+from cmt_fast.run import folder, guidance, workspace
 from cmt_fast.runtime import distributed, machine, progress
 
 
@@ -48,6 +48,8 @@ def evaluate(args: argparse.Namespace) -> None:
         return _make_reference(args, given)
     distributed.start(machine.device("auto"))
     work, stage = workspace.open_stage(args.stage, given)
+    if args.solver:
+        guidance.check_solver(work.place, stage)
     judge = work.judging.open_judge(args.precision_recall)
     net, n = work.network(stage), args.n or work.run.eval.n
     figures = checked(lambda: work.judging.evaluate(net, steps, n, args.solver, args.seed, judge))

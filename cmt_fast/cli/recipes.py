@@ -53,7 +53,7 @@ def recipes(args: argparse.Namespace) -> None:
 def _validate(run: Run) -> str:
     """What a run is; of one whose store is not here, by what its recipe expects of it. Raises ConfigError."""
     from cmt_fast.config import fingerprint
-    from cmt_fast.run import networks, workspace
+    from cmt_fast.run import guidance, networks, workspace
 
     expects = getattr(run.data, "expects", None)
     if expects is None or Path(run.data.path).is_dir():
@@ -61,6 +61,7 @@ def _validate(run: Run) -> str:
         return f"{parameters:,} parameters, {fingerprint.digest(run)[:12]}"
     try:
         parameters = networks.check(run, expects.shape, expects.classes or 0)
+        guidance.check(guidance.Place(run), expects.classes or 0)
     except ConfigError:
         raise
     except ValueError as error:

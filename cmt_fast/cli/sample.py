@@ -11,7 +11,7 @@ import torch
 from cmt_fast.cli.parser import checked
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.render import grids
-from cmt_fast.run import workspace
+from cmt_fast.run import guidance, workspace
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -40,6 +40,8 @@ def sample(args: argparse.Namespace) -> None:
     if args.vae and not args.decode:
         raise ConfigError("--vae: goes with --decode")
     codec = work.decoding.codec(args.vae) if args.decode else None
+    if args.solver:
+        guidance.check_solver(work.place, stage)
     net = work.network(stage)
     images = checked(
         lambda: work.setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch)

@@ -86,10 +86,10 @@ def make(
         rolled = trajectory_store.Rolled(
             shape=work.data.shape, times=facts["times"], spread=spread, path=facts["path"], teacher=teacher_of,
             solver=facts["solver"], solver_xxh3_128=facts["solver_xxh3_128"], guidance=facts["guidance"],
-            precision=about["precision"], seed=run.seed,
+            label_dropout=facts["label_dropout"], precision=about["precision"], seed=run.seed,
         )  # fmt: skip
         format = about["precision"]
-        prior = Prior(work.data.shape, work.data.classes, run.seed, resolved.index)
+        prior = Prior(work.data.shape, work.data.classes, run.seed, resolved.index, stage.trajectory_dropout)
         roll = roller(
             teacher.net(format), work.path, stage.trajectories, prior, work.device, min(shard_rows, n),
             teacher.computing(format),

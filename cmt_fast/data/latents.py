@@ -52,7 +52,8 @@ class Rolled:
     """What the rows of a store of trajectories are, and all that they depend on (data/trajectories.py).
 
     shape: of one node; times: of the nodes; spread: nodes are stored times 1/sqrt(spread^2 + t^2), 0 as they are. The rest
-    says which trajectories these are: `teacher` is of weights and architecture, `solver` of the table of coefficients.
+    says which trajectories these are: `teacher` is of weights and architecture, `solver` of the table of coefficients;
+    label_dropout: the share that was rolled out without a label, whose label is the number of classes.
     """
 
     shape: Annotated[tuple[Side, ...], Field(min_length=1, max_length=3)]
@@ -65,6 +66,7 @@ class Rolled:
     guidance: str
     precision: str
     seed: Natural
+    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 @schema
@@ -97,6 +99,11 @@ class Index:
     def channels(self) -> int:
         """Channels of what is trained on."""
         return self.shape[0] // 2 if self.kind == "mean+std" else self.shape[0]
+
+    @property
+    def labels(self) -> int:
+        """Labels are below this: the classes, and the null class where trajectories were rolled out without a label."""
+        return self.classes + bool(self.trajectories and self.trajectories.label_dropout)
 
     @property
     def stride(self) -> int:
@@ -141,9 +148,9 @@ class Store:
             raise DatasetError(f"data.mean and data.std: need {index.channels} numbers each, one a channel of {folder}")
         self._checksums = self._numbers(CHECKSUMS, "<u8")
         labels = self._numbers(LABELS, "<i8") if index.classes else None
-        if labels is not None and not (labels.min() >= 0 and labels.max() < index.classes):
+        if labels is not None and not (labels.min() >= 0 and labels.max() < index.labels):
             raise DatasetError(
-                f"{folder / LABELS}: labels reach from {labels.min()} to {labels.max()}, not 0 to {index.classes - 1}"
+                f"{folder / LABELS}: labels reach from {labels.min()} to {labels.max()}, not 0 to {index.labels - 1}"
             )
         self.stored_labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
         self.labels = None if labels is None else self.stored_labels[torch.arange(self.n) % self._rows]
@@ -326,6 +333,8 @@ def write_index(folder: Path, facts: dict[str, Any]) -> None:
     body = TypeAdapter(Index).dump_python(index, mode="json")
     if index.trajectories is None:
         del body["trajectories"]  # as every store of data has it
+    elif not index.trajectories.label_dropout:
+        del body["trajectories"]["label_dropout"]  # as every store has it whose trajectories all have labels
     body["xxh3_128"] = xxhash.xxh3_128_hexdigest(checkpoint.canonical(body))
     files_.write_text(folder / INDEX, json.dumps(body, indent=1, sort_keys=True) + "\n")
 

@@ -40,7 +40,7 @@ class Shards(Store):
     @functools.cached_property
     def digits(self) -> int:
         """Bytes of a label: the class number in decimal digits, padded with zeros. 0 without labels."""
-        return len(str(self.index.classes - 1)) if self.index.classes else 0
+        return len(str(self.index.labels - 1)) if self.index.classes else 0
 
     @functools.cached_property
     def sample(self) -> int:
@@ -150,7 +150,7 @@ def export(store: Store, out: Path, per_shard: int, seed: int, tell: Callable[[i
 
 def _write_shard(store: Store, path: Path, rows: Tensor, labels: np.ndarray | None, first: int) -> list[int]:
     """One archive of the store's rows (B,), named by their number from `first` on. Returns their checksums."""
-    header, digits = npy_header(store.index), len(str(store.index.classes - 1))
+    header, digits = npy_header(store.index), len(str(store.index.labels - 1))
     checksums = []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
 

@@ -125,6 +125,7 @@ def meant(run: Run, stage: Stage, shape: tuple[int, ...], classes: int) -> dict[
         "solver": f"{t.solver} of order {t.order}, {plan.nfe} calls from {t.t_max} to {t.t_min}, shift {t.shift}",
         "solver_xxh3_128": key_of(plan),
         "guidance": f"autoguidance {auto}" if auto else f"classifier-free {t.guidance}" if t.guidance != 1 else "none",
+        "label_dropout": stage.trajectory_dropout,
     }
 
 
@@ -136,7 +137,7 @@ def check(folder: str, wanted: dict[str, Any]) -> dict[str, Any]:
     store = opened(folder)
     found = store.rolled
     have = {"shape": tuple(found.shape), "classes": store.classes}
-    have |= {key: getattr(found, key) for key in ("path", "solver_xxh3_128", "guidance", "teacher")}
+    have |= {key: getattr(found, key) for key in ("path", "solver_xxh3_128", "guidance", "label_dropout", "teacher")}
     for key, theirs in have.items():
         if key in wanted and theirs != wanted[key]:
             name = key.removesuffix("_xxh3_128")
@@ -182,6 +183,8 @@ def write(
     )
     layout = Layout("mean", DTYPES[dtype], shape)
     facts = TypeAdapter(Rolled).dump_python(rolled, mode="json")
+    if not rolled.label_dropout:  # the facts, and so the shards' keys, of stores that were begun before there was one
+        del facts["label_dropout"]
     firsts = range(0, n, shard_rows)
     keys = [key_of(facts, dtype, first, min(shard_rows, n - first)) for first in firsts]
     with writer.lock_together():

@@ -39,7 +39,7 @@ def write(folder: Path) -> dict[str, Any]:
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
     about = json.loads((folder / RUN_FILE).read_text("utf-8"))
-    work = Workspace(run, folder, Path(about["parents"]) if about.get("parents") else None)
+    work = Workspace(run, folder, Path(about["parents"]) if about.get("parents") else None, reading=True)
     stands = {name: stand(work, name) for name in run.stages}
     done = {name: s for name, s in stands.items() if s.done}
     if not done:

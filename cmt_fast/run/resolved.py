@@ -125,7 +125,7 @@ class ResolvedStage:
         """
         how = how or self.trajectories
         rows = self.trajectory_rows
-        prior = Prior(shape, classes, self.seed, self.index)
+        prior = Prior(shape, classes, self.seed, self.index, self.config.trajectory_dropout)
         return Pool(teacher, self.path, how, prior, rows, device, **options)
 
     def candidates(

@@ -44,10 +44,6 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
             f"{name}.lr_knee_nimg: {stage.lr_knee_nimg} with lr_schedule {stage.lr_schedule!r}; "
             "inverse_sqrt needs the images at which it begins to fall, the others take none"
         )
-    if stage.label_dropout and (needs.draws == "trajectories" or stage.objective.kind in ("ecd", "scd")):
-        raise ConfigError(
-            f"{name}.label_dropout: {stage.label_dropout} with {stage.objective.kind}, whose target the teacher makes with labels"
-        )
     points = resolved.trajectory_rows
     if points and not stage.trajectories:
         raise ConfigError(
@@ -61,10 +57,6 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
             f"{name}.anchor.fraction: {stage.anchor and stage.anchor.fraction} leaves no row "
             f"of the batch of {stage.batch} to one side"
         )
-    if (
-        stage.label_dropout or stage.teacher_guidance != 1 or (stage.trajectories and stage.trajectories.guidance != 1)
-    ) and not classes:
-        raise ConfigError(f"{name}: label_dropout and guidance need class labels, and this data has none")
     if getattr(stage.objective, "distance", "") == "features" and (not classes or len(shape) == 1):
         raise ConfigError(
             f"{name}.objective.distance: 'features' needs labelled images to train the feature network on"

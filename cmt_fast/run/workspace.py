@@ -26,6 +26,7 @@ from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import load_named, sharding
 from cmt_fast.perceptual import distance
+from cmt_fast.run import guidance
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.run.folder import RUN_FILE, about_run, judged_by, parents_of, stored_run
 from cmt_fast.run.judging import Judging
@@ -38,10 +39,13 @@ from cmt_fast.storage import checkpoint, files
 class Workspace:
     """One run on one device. Raises ConfigError for data, model or device that cannot be had; writes nothing."""
 
-    def __init__(self, run: Run, folder: Path, parents: Path | None = None, expected: bool = False) -> None:
+    def __init__(
+        self, run: Run, folder: Path, parents: Path | None = None, expected: bool = False, reading: bool = False
+    ) -> None:
         """folder: the run's own; parents: where stages that are not trained here are found (default: the same).
 
-        expected: a store that is not here is what the recipe expects, for what reads no row.
+        expected: a store that is not here is what the recipe expects, for what reads no row. reading: nothing is trained or
+        rolled out here, so guidance of stages that stand already is not asked about.
         """
         self.run, self.folder, self.parents = run, folder, parents or folder
         self.device = machine.device(run.device)
@@ -52,10 +56,21 @@ class Workspace:
             raise
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if not reading:
+            self.check_guidance()
         self.path = ProbabilityPath(run.path, run.sigma_data)
         self.setting = Sampler(self.path, run.sampler, self.data.shape, self.data.classes, self.device)
         self.decoding = Decoding(self.data, self.device, run.eval.vae)
         self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
+
+    @property
+    def place(self) -> guidance.Place:
+        """The run and where its stages are."""
+        return guidance.Place(self.run, self.folder, self.parents)
+
+    def check_guidance(self) -> None:
+        """Raises ConfigError for guidance and dropped labels that mean nothing, as `guidance.check`."""
+        guidance.check(self.place, self.data.classes)
 
     def build(self) -> nn.Module:
         """A fresh network, initialised from the run's seed."""
@@ -104,6 +119,7 @@ class Workspace:
         if not stage.teacher:
             raise ConfigError("teacher: is missing")
         manifests = [self.finished(name).manifest for name in named if name]
+        guidance.check_apart("autoguidance.network", manifests)
         return " + ".join(m["files"]["ema-0.safetensors"]["xxh3_128"] for m in manifests)
 
     def trajectories(self, stage: Stage) -> dict:
@@ -126,6 +142,10 @@ class Workspace:
             if "/" in name:
                 m = self.finished(name).manifest
                 found[key] = {"stage": name, "config": m["config"], "ema": m["files"]["ema-0.safetensors"]["xxh3_128"]}
+        both = [stage.called[key] for key in ("teacher", "autoguidance.network") if key in stage.called]
+        with contextlib.suppress(checkpoint.CheckpointError):  # a stage of this run may have to be trained first
+            manifests = [checkpoint.complete(self.stage_dir(name)).manifest for name in both]
+            guidance.check_apart(f"{stage.name}.autoguidance.network", manifests)
         if stage.config.perceptual:
             found["perceptual"] = distance.checksums(stage.config.perceptual)
         return found
@@ -235,7 +255,7 @@ def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, st
             f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{errors.nearest(path.name, STAGES)}"
         )
     run = judged_by(stored_run(path.parent), evaluation or {})
-    return Workspace(run, path.parent, parents_of(path.parent)), path.name
+    return Workspace(run, path.parent, parents_of(path.parent), reading=True), path.name
 
 
 def fits(work: Workspace, name: str) -> None:

@@ -43,12 +43,16 @@ class Stock(Protocol):
 
 
 class Prior(NamedTuple):
-    """What trajectories start from: rows of a shape with uniform labels (classes 0: none), drawn by seed and stage."""
+    """What trajectories start from: rows of a shape with uniform labels (classes 0: none), drawn by seed and stage.
+
+    dropout: the share of them that starts without a label.
+    """
 
     shape: tuple[int, ...]
     classes: int
     seed: int
     stage: int
+    dropout: float = 0.0
 
 
 class Pool:
@@ -78,7 +82,7 @@ class Pool:
         Raises ValueError where the numbers do not divide.
         """
         self.teacher, self.path, self.config, self.computing, self.graph = teacher, path, config, computing, graph
-        self.shape, self.classes, self.seed, self.stage = prior
+        self.shape, self.classes, self.seed, self.stage, self.dropout = prior
         self.rows = rows
         self.device = torch.device(device)
         self.plan = table(path, config.solver, config.nfe, config.t_max, config.t_min, config.order, config.shift)
@@ -142,7 +146,8 @@ class Pool:
     def _roll(self, index: int, mine: slice) -> None:
         """This rank's starts, and the teacher's way from them."""
         ids = torch.arange(mine.start, mine.stop, device=self.device)
-        x, labels = starts(Random(self.seed, self.stage, index), ids, self.shape, self.classes, self.path, self.config)
+        random = Random(self.seed, self.stage, index)
+        x, labels = starts(random, ids, self.shape, self.classes, self.path, self.config, self.dropout)
         self._states[0, mine] = x
         if self._labels is not None and labels is not None:
             self._labels[mine] = labels
@@ -216,10 +221,16 @@ class Pool:
 
 
 def starts(
-    random: Random, ids: Tensor, shape: tuple[int, ...], classes: int, path: ProbabilityPath, config: Trajectories
-) -> tuple[Tensor, Tensor | None]:
-    """Where trajectories `ids` (n,) begin: x_T ~ prior (n, *shape), and uniform labels (n,), None without classes."""
+    random: Random, ids: Tensor, shape: tuple[int, ...], classes: int, path: ProbabilityPath, config: Trajectories,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Where trajectories `ids` (n,) begin: x_T ~ prior (n, *shape), and uniform labels (n,), None without classes.
+
+    A share `dropout` of them has the label `classes`, the null class of every network: teacher and student both go without.
+    """
     labels = random.integers(rng.START_LABEL, ids, classes) if classes else None
+    if labels is not None and dropout:
+        labels = labels.masked_fill(random.uniform(rng.START_DROP, ids) < dropout, classes)
     return random.normal(rng.START, ids, shape) * (config.t_max if path.name == "ve" else 1.0), labels
 
 
@@ -236,7 +247,7 @@ def roller(
 
     What it returns is good until the next call.
     """
-    shape, classes, seed, stage = prior
+    shape, classes, seed, stage, dropout = prior
     plan = table(path, config.solver, config.nfe, config.t_max, config.t_min, config.order, config.shift)
     nodes = torch.empty((len(plan.times), rows, *shape), device=device)
     labels = torch.zeros(rows, dtype=torch.int64, device=device) if classes else None
@@ -244,7 +255,7 @@ def roller(
 
     def roll(first: int, count: int) -> tuple[Tensor, Tensor | None]:
         ids = torch.arange(rows, device=device) + first  # a short last part is rolled out whole: one shape, one graph
-        x, ys = starts(Random(seed, stage, 0), ids, shape, classes, path, config)
+        x, ys = starts(Random(seed, stage, 0), ids, shape, classes, path, config, dropout)
         nodes[0] = x
         if labels is not None and ys is not None:
             labels.copy_(ys)

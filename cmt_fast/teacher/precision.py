@@ -76,7 +76,8 @@ class Teacher:
         if precision == "fp32" or (precision == "tf32" and self.device.type == "cpu"):  # there it is fp32
             return {"precision": precision, "errors": {}, "limit": limit}
         ids = torch.arange(MEASURED, device=self.device)
-        x, labels = starts(Random(seed, index, 0), ids, shape, classes, self.path, self.config)
+        dropout = self.stage.trajectory_dropout
+        x, labels = starts(Random(seed, index, 0), ids, shape, classes, self.path, self.config, dropout)
         c = self.config
         plan = table(self.path, c.solver, c.nfe, c.t_max, c.t_min, c.order, c.shift)
 

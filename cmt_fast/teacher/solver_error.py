@@ -172,13 +172,19 @@ def _resampled(squares: Tensor) -> Tensor:
 
 def starts(
     path: ProbabilityPath, config: Trajectories, shape: tuple[int, ...], classes: int, seed: int, device: Any,
-    count: int = COUNT,
+    count: int = COUNT, dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """This rank's share of the starting noise (n, ...) and labels; `count` is rounded up to whole shares."""
+    """This rank's share of the starting noise (n, ...) and labels, a share `dropout` of them the null class's.
+
+    `count` is rounded up to whole shares.
+    """
     share = -(-count // distributed.size())
     ids, random = torch.arange(share, device=device) + share * distributed.rank(), Random(seed, _STAGE, 1)
     x = random.normal(rng.START, ids, shape) * (config.t_max if path.name == "ve" else 1.0)
-    return x, random.integers(rng.START_LABEL, ids, classes) if classes else None
+    labels = random.integers(rng.START_LABEL, ids, classes) if classes else None
+    if labels is not None and dropout:
+        labels = labels.masked_fill(random.uniform(rng.START_DROP, ids) < dropout, classes)
+    return x, labels
 
 
 def settings(path: str, config: Trajectories, grids: bool = False) -> list[Solver]:

@@ -186,13 +186,18 @@ class BatchProvider:
             with self._within("stalled"):
                 self._step, self._rows = step, self.loader.rows(mine + step * self.own)
         x_0, labels = (x if x is None else x[part :: self.grad_accum_steps] for x in self._rows)
-        return Batch(x_0, labels, rows, self._drop(random, labels, rows))
+        drop = self._drop(random, labels, rows)
+        if (
+            drop is not None and self.stage.label_dropout
+        ):  # a teacher, which is told labels alone, goes without them too
+            labels = labels.masked_fill(drop, self.data.classes)
+        return Batch(x_0, labels, rows, drop)
 
     def _points(self, random: rng.Random, step: int, rows: Tensor, sample: Tensor):
         assert self.pool is not None
         with self._within("teacher"):
             points = self.pool.draw(step, rows)
-        return points._replace(sample=sample)  # with its label: the teacher rolled it out under that condition
+        return points._replace(sample=sample)  # with its label, or the null class: the teacher rolled it out under it
 
     def _seeds(self, random: rng.Random, sample: Tensor) -> Tensor | None:
         """Of the dropout in these rows (B,), None for a network without: (B, dropouts, 2)."""

@@ -41,6 +41,7 @@ def train(work: Workspace, names: list[str], profile: Profile | None = None) -> 
 
     profile: profiles some steps of the first stage that is trained.
     """
+    work.check_guidance()
     meter = meters.Meter.of(work.device)
     with work.lock(), noted() as asked:
         work.claim(names)

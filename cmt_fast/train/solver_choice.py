@@ -116,7 +116,8 @@ def endpoints(
     """Rollouts of a stage's teacher, under its guidance."""
     rolled = Teacher(stage.name, stage.config, work.network, work.path, work.device).net("fp32")
     t, data = stage.trajectories, work.data
-    x, labels = solver_error.starts(work.path, t, data.shape, data.classes, work.run.seed, work.device, count)
+    dropout = stage.config.trajectory_dropout
+    x, labels = solver_error.starts(work.path, t, data.shape, data.classes, work.run.seed, work.device, count, dropout)
     return solver_error.Endpoints(rolled, work.path, x, labels, t, advance)
 
 

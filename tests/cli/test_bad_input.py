@@ -82,7 +82,7 @@ CASES = [
         ["train", "digits", "eval.metric=fid", "eval.weights=none.pth"],
         ["eval.weights", "'none.pth'", "eval.metric=frechet"],
     ),
-    (["train", "digits", "mid.label_dropout=0.1"], ["mid.label_dropout", "cmt_cm"]),
+    (["train", "digits", "mid.label_dropout=0.1"], ["mid.label_dropout", "cmt_cm", "pre", "null class is not trained"]),
     (["train", "digits", "loader.kind=dalli"], ["loader.kind", "'dalli'", "did you mean dali?"]),
     (["train", "digits", "loader.kind=dali"], ["loader.kind", "'dali'", "in memory", "torch"]),
     (["train", "digits", "data={kind: latents, path: none}"], ["data.path", "'none'", "not a folder"]),

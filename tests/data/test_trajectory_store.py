@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,40 @@ def test_trajectories_of_something_else_are_refused(changes: list[str], text: st
                 world / "run",
             )  # fmt: skip
             work.external_inputs(work.stage("mid"))
+
+
+def test_trajectories_without_label_are_those_that_the_recipe_drops(world: Path, tmp_path: Path) -> None:
+    """Rolled out, stored, sharded and read with the label of the null class; a store of another share is refused."""
+    drops = ["pre.label_dropout=0.1", "mid.label_dropout=0.3"]
+    loop.train(Workspace(tiny("digits", *FEW, *drops), tmp_path / "run"), ["pre"])
+    assert main(command(tmp_path, tmp_path / "fp32", *drops, "--dtype", "fp32")) == 0
+    store = rolled.opened(tmp_path / "fp32")
+    work = Workspace(tiny("digits", *FEW, *drops), tmp_path / "run")
+    p, ids = source_of(work, "mid").pool, torch.arange(N)
+    x, labels = pools.starts(pools.Random(0, 1, 0), ids, p.shape, p.classes, p.path, p.config, 0.3)
+    nodes = rollout(p.teacher, p.path, p.plan, x, labels).transpose(0, 1)
+    found, told = store.rows(ids)
+    torch.testing.assert_close(found, nodes, rtol=1e-5, atol=1e-5)
+    assert torch.equal(told, labels) and int((labels == 10).sum()) in range(15, 45) and store.classes == 10
+    shards.export(store, tmp_path / "shards", 20, 0, lambda done, total: None)
+    packed = rolled.opened(tmp_path / "shards")
+    assert sorted(packed.rows(ids)[1].tolist()) == sorted(labels.tolist()) and not packed.verify()
+    with tarfile.open(sorted((tmp_path / "shards").glob("*.tar"))[0]) as archive:
+        assert (
+            {m.size for m in archive if m.name.endswith(".cls")} == {2} == {packed.digits}
+        )  # 0 to 10, where 9 was the last
+    assert "label_dropout" not in json.loads((world / "fp32" / "index.json").read_text())["trajectories"]
+    for where, share, line in ((tmp_path, 0.0, "0.3, this recipe's is 0.0"), (world, 0.3, "0.0, this recipe's is 0.3")):
+        here = Workspace(
+            tiny("digits", *FEW, f"mid.trajectories.cache={where}/fp32", f"mid.label_dropout={share}"), tmp_path / "other",
+            where / "run",
+        )  # fmt: skip
+        with pytest.raises(ConfigError, match=f"of other trajectories: its label_dropout is {line}"):
+            here.external_inputs(here.stage("mid"))
+    cached = Workspace(tiny("digits", *FEW, *drops, f"mid.trajectories.cache={tmp_path}/fp32"), tmp_path / "run")
+    cached.external_inputs(cached.stage("mid"))
+    points = source_of(cached, "mid").pool.draw(0, torch.arange(32))
+    assert int(points.labels.max()) == 10 and points.drop is None
 
 
 def test_other_shapes_and_folders_are_refused(world: Path, tmp_path: Path) -> None:

@@ -142,9 +142,9 @@ def test_two_steps_of_every_stage(recipe: str, stores, vgg16: Path, tmp_path: Pa
         monkeypatch.setattr(page, "theory", lambda folder: {})
         monkeypatch.setattr(sections, "theory", lambda figures: sections.Section("", [], []))
     small = [*shrunk(run), *stores(run)]
-    for name in sorted(other_runs(run)):  # another network of its kind, trained as its own stage `pre`
+    for k, name in enumerate(sorted(other_runs(run))):  # another network of its kind, trained as its own stage `pre`
         source = "imagenet256-mf-teacher" if run.pre is None else recipe
-        own = [*shrunk(loading.load(source)), *stores(run), "model.width=24", "seed=5", "--stages", "pre"]
+        own = [*shrunk(loading.load(source)), *stores(run), "model.width=24", f"seed={5 + k}", "--stages", "pre"]
         assert main(["train", source, *own, "--out", str(Path(name).parent)]) == 0
     for name in run.stages:
         if run.stages[name].perceptual:

@@ -120,10 +120,11 @@ def test_a_guide_that_changed_is_refused_on_resume(world: Path, tmp_path: Path) 
         patch.setattr(checkpoint, "save", stop_after_first)
         with pytest.raises(KeyboardInterrupt):
             loop.train(work, ["post"])
-    shutil.rmtree(tmp_path / "guide" / "pre")
-    shutil.copytree(world / "ve" / "pre", tmp_path / "guide" / "pre")
-    shutil.copy(world / "ve" / RUN_FILE, tmp_path / "guide" / RUN_FILE)
-    with pytest.raises(ConfigError, match="post.autoguidance.network.config: .* has changed since this stage began"):
+    step = checkpoint.complete(tmp_path / "guide" / "pre")
+    moved = {k: v * 1.01 if v.is_floating_point() else v for k, v in step.tensors("ema-0").items()}
+    about = {k: step.manifest[k] for k in ("stage", "nimg", "done", "config", "parent")}
+    checkpoint.save(tmp_path / "guide" / "pre", step.manifest["step"], {"ema-0": moved}, about)
+    with pytest.raises(ConfigError, match="post.autoguidance.network.ema: .* has changed since this stage began"):
         loop.train(work, ["post"])
 
 

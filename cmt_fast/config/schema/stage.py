@@ -153,6 +153,11 @@ class Stage:
         named = {"start": self.start, "teacher": self.teacher, "autoguidance.network": guide}
         return {key: name for key, name in named.items() if name}
 
+    @property
+    def trajectory_dropout(self) -> float:
+        """The share of its trajectories that begin without a label: `label_dropout` of mid-training, 0 of an anchor's."""
+        return self.label_dropout if isinstance(self.objective, CmtCm | CmtMf) else 0.0
+
     def distances(self) -> set[str]:
         """The distances of its objective and its anchor."""
         both = (self.objective, self.anchor.objective if self.anchor else None)

@@ -1,0 +1,253 @@
+"""Guidance only where it means something: whose null class is trained, and what may guide what.
+
+A network's null class is what it predicts without a label: a row of its own in a DiT's or an MLP's table, a label of zeros
+in EDM and EDM2. It means something only where labels were dropped in training; classifier-free guidance extrapolates from it,
+and from one that nobody trained it leads anywhere. The rule:
+
+* a stage that drops labels trains it;
+* a stage that does not drop labels has that of the network that it starts from, roughly kept; from nothing it has none;
+* an imported network has what its file's project says, else what the recipe says of its `pre`.
+
+Where a stage has begun, what its own folder says counts, not the recipe that is being read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import DIFFUSION, Autoguidance, Run, Stage
+from cmt_fast.objectives import OBJECTIVES
+from cmt_fast.run.folder import RUN_FILE, parents_of, stored_run
+from cmt_fast.run.resolved import resolve
+from cmt_fast.storage import checkpoint
+
+
+class Place(NamedTuple):
+    """A run, and where its stages are: folder, else `parents`; None where nothing is on disk."""
+
+    run: Run
+    folder: Path | None = None
+    parents: Path | None = None
+
+
+class Null(NamedTuple):
+    """Whether a network's null class is trained, None where nobody says; why that is so, and what would change it."""
+
+    trained: bool | None
+    why: str = ""
+    fix: str = ""
+
+
+def check(place: Place, classes: int) -> None:
+    """Raises ConfigError for guidance and dropped labels of any stage, or of the sampler, that mean nothing.
+
+    classes: of the data, 0 without labels. Networks of other runs that are not here yet are passed over.
+    """
+    run = place.run
+    for name, stage in run.stages.items():
+        _labels(place, name, stage, classes)
+        _dropped(place, name, stage)
+        _teacher(place, name, stage)
+        _inside(place, name, stage)
+        if stage.autoguidance:
+            _guide(place, name, stage, stage.autoguidance)
+    if run.sampler.guidance == 1:
+        return
+    if not _conditional(run, classes):
+        raise ConfigError(f"sampler.guidance: {run.sampler.guidance} needs class labels, and {_unread(classes)}")
+    if classes == 1:
+        raise ConfigError(f"sampler.guidance: {run.sampler.guidance} {ONE}")
+    for sampled in dict.fromkeys(s for name, stage in run.stages.items() if (s := _sampled(run, name, stage))):
+        check_solver(place, sampled)
+
+
+def check_solver(place: Place, name: str) -> None:
+    """Raises ConfigError where an ODE solver would guide the network of stage `name` and its null class is not trained."""
+    scale = place.run.sampler.guidance
+    if scale != 1:
+        _need(place, name, f"sampler.guidance: {scale} guides {name}", "take sampler.guidance 1")
+
+
+def check_apart(key: str, manifests: list[dict]) -> None:
+    """Raises ConfigError, for `key`, where the teacher and its guide, by their manifests, are the same weights."""
+    sums = [m["files"]["ema-0.safetensors"]["xxh3_128"] for m in manifests]
+    if len(sums) > 1 and len(set(sums)) == 1:
+        raise ConfigError(f"{key}: has the teacher's own weights and guides nothing; {WEAKER}")
+
+
+WEAKER = "name a weaker network, smaller or trained for less"
+ONE = "guides nothing where the data has one class: with its label and without are the same"
+
+
+def null_class(place: Place, name: str) -> Null | None:
+    """Of the network of stage `name`, RUN/STAGE of another run; None where there is no such run or stage here yet."""
+    at = _at(place, name)
+    if at is None:
+        return None
+    place, name = at
+    stage = place.run.stages.get(name)
+    if stage is None:
+        return None
+    if not getattr(place.run.model, "conditional", True):
+        return Null(False, "it reads no labels (model.conditional: false)", "train it with them")
+    file = _imported(place, name)
+    if file and isinstance(known := file.get("null_class"), bool):
+        return Null(known, f"{file.get('file')} comes of training {'with' if known else 'without'} dropped labels")
+    if stage.label_dropout:
+        return Null(True, f"{name}.label_dropout is {stage.label_dropout}")
+    if file:
+        said = f"{file.get('file')} does not say whether labels were dropped in its training"
+        return Null(None, said, f"if they were, import it with {name}.label_dropout=0.1")
+    if stage.start:
+        return null_class(place, stage.start)
+    return Null(False, f"{name}.label_dropout is 0", f"train {name} with label_dropout above 0 (published: 0.1)")
+
+
+def _at(place: Place, name: str) -> tuple[Place, str] | None:
+    """Where a stage is, with the run that its folder says it is of, and its name there; None where its run is not here."""
+    if "/" in name:
+        folder = Path(name).parent
+        if not (folder / RUN_FILE).is_file():
+            return None
+        return _at(Place(stored_run(folder), folder, parents_of(folder)), Path(name).name)
+    for home in (place.folder, place.parents):
+        if home and checkpoint.steps(home / name) and (home / RUN_FILE).is_file():
+            return Place(stored_run(home), home, parents_of(home)), name
+    return place, name
+
+
+def _imported(place: Place, name: str) -> dict | None:
+    """What the manifest of an imported stage says of its file; None for a stage that was trained, or is not there."""
+    folder = (place.folder or Path()) / name
+    found = checkpoint.steps(folder) if place.folder else []
+    if not found:
+        return None
+    try:
+        text = (checkpoint.folder_of(folder, found[-1]) / "manifest.json").read_text("utf-8")
+        parent = json.loads(text).get("parent")
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever reads the weights says what is wrong with it
+    return parent if isinstance(parent, dict) and parent.get("stage") == "import" else None
+
+
+def _need(place: Place, name: str, what: str, otherwise: str) -> None:
+    """Raises ConfigError, `what` and why it cannot be, unless the null class of stage `name` is trained or not known yet."""
+    null = null_class(place, name)
+    if null and not null.trained:
+        trained = "is not known to be trained" if null.trained is None else "is not trained"
+        fix = f"{null.fix}, or {otherwise}" if null.fix else otherwise
+        raise ConfigError(f"{what}, whose null class {trained}: {null.why}; {fix}")
+
+
+def _conditional(run: Run, classes: int) -> bool:
+    return bool(classes) and getattr(run.model, "conditional", True)
+
+
+def _unread(classes: int) -> str:
+    return "this network reads none (model.conditional: false)" if classes else "this data has none"
+
+
+def _labels(place: Place, name: str, stage: Stage, classes: int) -> None:
+    """What needs labels has them, and some are left."""
+    how, o = stage.trajectories, stage.objective
+    asked = {
+        "label_dropout": stage.label_dropout or None,
+        "teacher_guidance": None if stage.teacher_guidance == 1 else stage.teacher_guidance,
+        "trajectories.guidance": None if how is None or how.guidance == 1 else how.guidance,
+        "objective.omega": None if (w := getattr(o, "omega", 1.0)) == 1 else w,
+        "objective.kappa": getattr(o, "kappa", 0.0) or None,
+    }
+    found = [key for key, value in asked.items() if value is not None]
+    if found and not _conditional(place.run, classes):
+        what = f"{name}.{found[0]}: {asked[found[0]]}: label_dropout and guidance need class labels"
+        raise ConfigError(f"{what}, and {_unread(classes)}")
+    if classes == 1 and found and found[-1] != "label_dropout":
+        raise ConfigError(f"{name}.{found[-1]}: {asked[found[-1]]} {ONE}")
+    if stage.label_dropout == 1:
+        raise ConfigError(
+            f"{name}.label_dropout: 1.0 drops every label, so that no class is learned; it is a share of rows, published: 0.1"
+        )
+
+
+def _dropped(place: Place, name: str, stage: Stage) -> None:
+    """Where the teacher makes the targets of rows without labels, it knows what there is without them."""
+    kind = stage.objective.kind
+    if not stage.label_dropout or not (stage.trajectory_dropout or OBJECTIVES[kind].teacher):
+        return
+    if stage.trajectories and stage.trajectory_dropout and stage.trajectories.cache:
+        return  # the store says with what dropout it was made, by a teacher that was asked the same
+    guide = stage.autoguidance
+    guides = guide and (OBJECTIVES[kind].teacher or guide.trajectories)
+    for key, other in (
+        ("teacher", stage.teacher),
+        ("autoguidance.network", guide.network if guide and guides else None),
+    ):
+        if other:
+            what = f"{name}.label_dropout: {stage.label_dropout} with {kind} asks the {key} {other} for targets without labels"
+            _need(place, other, what, f"take {name}.label_dropout 0")
+
+
+def _teacher(place: Place, name: str, stage: Stage) -> None:
+    """A guided teacher has a null class, and something to be guided in."""
+    kind, how = stage.objective.kind, stage.trajectories
+    otherwise = f"guide by {name}.autoguidance, or take 1"
+    if stage.teacher_guidance != 1:
+        what = f"{name}.teacher_guidance: {stage.teacher_guidance}"
+        if not OBJECTIVES[kind].teacher:
+            raise ConfigError(f"{what} guides nothing here, {kind} takes no step of a teacher; it is of ecd and scd")
+        if stage.teacher:
+            _need(place, stage.teacher, f"{what} guides {stage.teacher}", otherwise)
+    if how and how.guidance != 1:
+        what = f"{name}.trajectories.guidance: {how.guidance}"
+        if not resolve(place.run, name).trajectory_rows:
+            raise ConfigError(f"{what} guides nothing here, {kind} draws from no trajectories")
+        if stage.teacher and not how.cache:
+            _need(place, stage.teacher, f"{what} guides {stage.teacher}", otherwise)
+
+
+def _inside(place: Place, name: str, stage: Stage) -> None:
+    """Guidance inside MeanFlow's target is finite, somewhere, and from a null class that the student has."""
+    o = stage.objective
+    omega, kappa = getattr(o, "omega", 1.0), getattr(o, "kappa", 0.0)
+    if omega == 1 and kappa == 0:
+        return
+    where = f"{name}.objective"
+    if kappa >= 1:
+        raise ConfigError(f"{where}.kappa: {kappa} is not below 1; guidance is of scale omega / (1 - kappa)")
+    low, high = getattr(o, "guide_t_min", 0.0), getattr(o, "guide_t_max", 1.0)
+    if low >= high:
+        raise ConfigError(f"{where}.guide_t_max: {high} is not above guide_t_min, {low}; no time is guided")
+    if stage.label_dropout or abs(1 - omega - kappa) < 1e-9:
+        return
+    what = f"{where}.omega: {omega} with kappa {kappa} takes the null class of {name} itself"
+    otherwise = f"take {name}.label_dropout above 0 (published: 0.1), or omega 1 and kappa 0"
+    if stage.start is None:
+        raise ConfigError(f"{what}, which is not trained: {name}.label_dropout is 0; {otherwise}")
+    _need(place, stage.start, f"{what}, begun from {stage.start}", otherwise)
+
+
+def _guide(place: Place, name: str, stage: Stage, guide: Autoguidance) -> None:
+    """Two diffusion models, one not the other. Whether they fit each other is asked where their weights are read."""
+    key = f"{name}.autoguidance.network"
+    for which, other in (("teacher", stage.teacher), ("guide", guide.network)):
+        at = other and _at(place, other)
+        found = at and at[0].run.stages.get(at[1])
+        if at and found and found.objective.kind not in DIFFUSION and at[0].run.path == place.run.path:
+            raise ConfigError(
+                f"{key}: the {which} {other} is trained by {found.objective.kind}, for few steps; both must be diffusion models "
+                f"({', '.join(DIFFUSION)})"
+            )
+    if stage.teacher and Path(stage.teacher) == Path(guide.network):
+        raise ConfigError(f"{key}: {guide.network!r} is the teacher itself and guides nothing; {WEAKER}")
+
+
+def _sampled(run: Run, name: str, stage: Stage) -> str | None:
+    """The network that the pictures of a stage's training sample by an ODE solver: pre's own, or the teacher's."""
+    if name == "pre":
+        return name
+    if resolve(run, name).cache:
+        return None
+    return stage.teacher or ("pre" if "pre" in run.stages else None)
