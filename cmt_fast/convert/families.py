@@ -293,13 +293,12 @@ def _lightningdit_asks(source: Source) -> Asks:
             against=(*asks.against, "feat_rope: the file's network turns its queries, its tables are missing")
         )
     said, turned = given(source), (TURNED, STARTS)
+    factor = _number(said.get("latent_multiplier"))
     if said.get("latent_norm") is False:
-        return asks._replace(affine=([_number(said.get("latent_multiplier")) or 0.18215], [0.0]), notes=turned)
-    latents = (
-        "it was trained on latents (x - mean) / std by a file of statistics that is not in it, VA-VAE's as published"
-    )
-    set_to = "set data.mean and data.std to those, or leave them out for a store's own, and data.scale=1"
-    return asks._replace(affine=None, standard=True, notes=(*turned, f"{latents}; {set_to}"))
+        return asks._replace(affine=([factor or 0.18215], [0.0]), notes=turned)
+    latents = "it was trained on latents (x - mean) / std of a file that is not in it, VA-VAE's as published"
+    set_to = f"set data.mean and data.std to those, or leave them out for a store's own, and data.scale={factor or 1:g}"
+    return asks._replace(affine=None, standard=factor or 1.0, notes=(*turned, f"{latents}; {set_to}"))
 
 
 SD = ([0.18215], [0.0])  # DiT, SiT, REPA and MeanFlow are trained behind Stable Diffusion's autoencoder, scaled so

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -178,8 +179,13 @@ def _torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     zipped = zipfile.is_zipfile(path)
     if zipped:
         _archive(path)
+    elif (protocol := _protocol(path)) > 3:
+        raise Refused(
+            f"torch's form of before 1.6 with pickle protocol {protocol}, which is not read; torch.save it anew"
+        )
     try:
-        with torch.serialization.safe_globals([(_Inert, "argparse.Namespace")]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Inert, "argparse.Namespace")]):
+            warnings.simplefilter("ignore")  # protocol 3 is read well, and warned of
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises nearly every kind for a damaged file
         text = str(error)
@@ -196,6 +202,12 @@ def _torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         networks = {"": own}
     args = tree.get("args", tree.get("config"))
     return networks, {"args": _plain(args.state if isinstance(args, _Inert) else args)}
+
+
+def _protocol(path: Path) -> int:
+    with open(path, "rb") as file:
+        head = file.read(2)
+    return head[1] if head[:1] == b"\x80" and len(head) == 2 else 0
 
 
 def _plain(args: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
