@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def import_(args: argparse.Namespace) -> None:
     parity = importing.compare(source, run, work.data, args.family)
     print(importing.text(source, parity))
     importing.write(source, parity, work)
-    again = " ".join(["cmt train", args.recipe, *args.overrides, "--from", str(args.out), "--stages mid,post"])
+    again = shlex.join(["cmt", "train", args.recipe, *args.overrides, "--from", str(args.out), "--stages", "mid,post"])
     print(f"{args.out / 'pre'}: finished; next: {again}")
 
 

@@ -75,7 +75,8 @@ def suggestions(asks: Asks, run: Run, data: Rows) -> list[str]:
             out.append(f"model.size={published[value]}")
         else:
             out.append(f"model.{key}={_yaml(value)}")
-    if asks.classes == 0 and _classes(run, data) and hasattr(run.model, "conditional"):
+    unsaid = isinstance(data, AbsentRows) and "classes" not in data.known
+    if asks.classes == 0 and getattr(run.model, "conditional", False) and (unsaid or _classes(run, data)):
         out.append("model.conditional=false")
     if asks.classes and not getattr(run.model, "conditional", True):
         out.append("model.conditional=true")

@@ -63,7 +63,7 @@ def rows(source: Source, run: Run, wanted: str | None = None) -> Rows:
     found = absent.rows(run)
     if not isinstance(found, AbsentRows) or "classes" in found.known:
         return found
-    family = telling.find(source, network(run, found), wanted)
+    family = telling.find(source, wanted)
     return absent.rows(run, family.asks(source).classes or 0)
 
 
@@ -82,8 +82,9 @@ def compare(source: Source, run: Run, data: Rows, wanted: str | None = None) -> 
 
 def match(source: Source, run: Run, data: Rows, wanted: str | None = None) -> Parity:
     """As `compare`, by names and shapes alone: no number of the file is looked at, and no network takes memory."""
-    own = network(run, data)
-    family = telling.find(source, own, wanted)
+    family = telling.find(source, wanted)
+    with weightless():
+        own = networks.fresh_network(run, data.shape, data.classes).state_dict()
     asks = family.asks(source)
     shapeless = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in source.tensors.items()}
     theirs, skipped = _renamed(source, family, _wide(shapeless))
@@ -99,12 +100,6 @@ def match(source: Source, run: Run, data: Rows, wanted: str | None = None) -> Pa
     notes = [*source.notes, *asks.notes, *fitting.doubts(asks, run), *fitting.normalisation(asks, data)]
     against, hints = fitting.conflicts(source, family, asks, run, data), fitting.suggestions(asks, run, data)
     return Parity(family.name, weights, skipped, missing, shapes, against, notes, hints, asks.null_class)
-
-
-def network(run: Run, data: Rows) -> dict[str, Tensor]:
-    """The state dict of a run's network on such rows, without memory."""
-    with weightless():
-        return networks.fresh_network(run, data.shape, data.classes).state_dict()
 
 
 def _renamed(source: Source, family: Family, theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -33,15 +33,14 @@ def propose(source: Source, wanted: str | None = None) -> tuple[str, list[Propos
     wanted: its family, where it does not tell. Raises ConfigError where no packaged recipe comes to fit, with the reason of
     the one that came nearest.
     """
-    family, found, near = "", [], {}
+    family = telling.find(source, wanted)
+    asks, found, near = family.asks(source), [], {}
     for name in recipes.recipes():
         run = loading.load(name)
         if run.pre is None or not isinstance(run.data, Latents) or run.data.expects is None:
             continue
-        known = telling.find(source, importing.network(run, absent.AbsentRows(run.data)), wanted)
-        family, asks = known.name, known.asks(source)
         others = asks.model.get("kind", run.model.kind) != run.model.kind and _others(run)
-        if known.path not in (None, run.path) or others:
+        if family.path not in (None, run.path) or others:
             continue
         overrides = _overrides(asks, run)
         reason = _refused(source, name, overrides, wanted)
@@ -53,9 +52,9 @@ def propose(source: Source, wanted: str | None = None) -> tuple[str, list[Propos
     if not found:
         nearest = near[min(near)] if near else "none is of its path"
         raise ConfigError(
-            f"FILE: {str(source.path)!r} is of the family {family} and fits no packaged recipe; nearest is {nearest}"
+            f"FILE: {str(source.path)!r} is of the family {family.name} and fits no packaged recipe; nearest is {nearest}"
         )
-    return family, [proposal for _, proposal in sorted(found)]
+    return family.name, [proposal for _, proposal in sorted(found)]
 
 
 def _others(run: Run) -> bool:

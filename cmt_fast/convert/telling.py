@@ -10,10 +10,11 @@ import re
 from typing import Any
 
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.convert.families import FAMILIES, KNOWN, OURS, Family, Weights, given
+from cmt_fast.convert.families import FAMILIES, KNOWN, OURS, Family, given
 from cmt_fast.convert.files import Source
 from cmt_fast.safe_pickle.opcodes import shown
 
+OURS_BEGIN = "net."  # every tensor of a network built here (models.build)
 # arguments of each project's training script that the scripts before it do not have; the first with one is the file's
 ARGUMENTS = (
     ("meanflow", ("ratio_r_not_equal_t", "time_sampler", "cfg_omega", "cfg_kappa")),
@@ -23,15 +24,16 @@ ARGUMENTS = (
 )
 
 
-def find(source: Source, own: Weights, wanted: str | None = None) -> Family:
+def find(source: Source, wanted: str | None = None) -> Family:
     """The family of a file: that which its tensors and arguments tell, or `wanted` where they leave a choice.
 
-    own: the state dict of the recipe's network, whose names are ours. Raises ConfigError where there is none, where it must
-    be asked for, and where the file itself says that it is not `wanted`.
+    Raises ConfigError where there is none, where it must be asked for, and where the file itself says that it is not `wanted`.
     """
     if wanted is not None and wanted not in KNOWN:
         raise ConfigError(f"--as: {wanted!r} is not valid; valid are {', '.join(KNOWN)}{nearest(wanted, KNOWN)}")
-    if wanted == OURS.name or (wanted is None and (source.about.get("cmt") or source.tensors.keys() & own.keys())):
+    if wanted == OURS.name or (
+        wanted is None and (source.about.get("cmt") or all(n.startswith(OURS_BEGIN) for n in source.tensors))
+    ):
         return OURS
     marked = [f for f in FAMILIES if all(_has(source, mark) for mark in f.marks)]
     if not marked or (wanted and KNOWN[wanted] not in marked):

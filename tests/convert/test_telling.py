@@ -58,18 +58,18 @@ def stripped(name: str) -> dict:
     ],
 )
 def test_a_file_says_what_it_is(state, args, family):
-    assert telling.find(source(stripped(state) if args else weights(BY_ID[state]), args), {}).name == family
+    assert telling.find(source(stripped(state) if args else weights(BY_ID[state]), args)).name == family
 
 
 def test_a_bare_file_of_dit_or_sit_is_asked_for():
     """facebookresearch/DiT#83: the published DiT-XL-2-256x256.pt has no "ema", "opt" or "args", it is the EMA alone."""
     bare = source(weights(BY_ID["sit"]))
     with pytest.raises(ConfigError, match=r"'x.pt' could be dit or sit .*; say which with --as sit"):
-        telling.find(bare, {})
+        telling.find(bare)
     for name in ("dit", "sit", "repa"):
-        assert telling.find(bare, {}, name).name == name
+        assert telling.find(bare, name).name == name
     with pytest.raises(ConfigError, match="--as: 'sot' is not valid; .*did you mean sit"):
-        telling.find(bare, {}, "sot")
+        telling.find(bare, "sot")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_bare_file_of_dit_or_sit_is_asked_for():
 )
 def test_a_file_that_says_otherwise_is_refused(state, args, wanted, why):
     with pytest.raises(ConfigError, match=f"--as: 'x.pt' is not {wanted}: {why}") as caught:
-        telling.find(source(weights(BY_ID[state]), args), {}, wanted)
+        telling.find(source(weights(BY_ID[state]), args), wanted)
     assert "\n" not in str(caught.value)
 
 
@@ -94,13 +94,13 @@ def test_a_file_that_contradicts_itself_is_asked_for():
     with pytest.raises(
         ConfigError, match="could be sit or dit: the argument path_type Linear is sit's, but the argument model"
     ):
-        telling.find(both, {})
-    assert telling.find(both, {}, "sit").name == "sit"
+        telling.find(both)
+    assert telling.find(both, "sit").name == "sit"
     with pytest.raises(ConfigError, match="has not the names of edm2"):
-        telling.find(both, {}, "edm2")
+        telling.find(both, "edm2")
     hub = source({"transformer_blocks.0.attn1.to_q.weight": torch.ones(2, 2)})
     with pytest.raises(ConfigError, match="is of no known family .*in the layout of diffusers"):
-        telling.find(hub, {})
+        telling.find(hub)
 
 
 def test_the_recipes_path_tells_nothing(tmp_path, capsys):
@@ -125,7 +125,7 @@ def test_the_recipes_path_tells_nothing(tmp_path, capsys):
 
 def asks(state: dict, args: dict | None = None, name: str | None = None):
     found = source(state, args)
-    return telling.find(found, {}, name).asks(found)
+    return telling.find(found, name).asks(found)
 
 
 def test_whether_no_label_was_trained():
@@ -143,7 +143,7 @@ def test_whether_no_label_was_trained():
     ):
         one = source(weights(BY_ID[case]))
         one.about["init_kwargs"] = said
-        assert telling.find(one, {}).asks(one).null_class is known, case
+        assert telling.find(one).asks(one).null_class is known, case
 
 
 def test_the_rows_of_the_table_are_kept_and_none_is_made_up():
@@ -181,7 +181,7 @@ def test_the_first_files_of_repa():
     assert any("decoder_blocks" in k for k in old)
     new, legacy = names.repa(state), names.repa(old)
     assert new.keys() == legacy.keys() and all(torch.equal(new[k], legacy[k]) for k in new)
-    assert asks(old).model["depth"] == 2 and telling.find(source(old), {}).name == "repa"
+    assert asks(old).model["depth"] == 2 and telling.find(source(old)).name == "repa"
 
 
 def test_the_manifest_says_whether_no_label_was_trained(tmp_path, capsys):
