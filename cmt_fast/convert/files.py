@@ -29,6 +29,7 @@ from cmt_fast.safe_pickle.opcodes import OPCODES, Refused, scan, shown
 
 # names under which files keep several versions of a network, the wanted one first
 PREFERRED = ("ema", "ema_model", "model_ema", "G_ema", "net", "model", "state_dict", "module")
+AVERAGED = PREFERRED[:4]
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch began files with before 1.6, as a pickle
 ZIP = b"PK\x03\x04"
@@ -78,6 +79,10 @@ def read(path: Path, entry: str | None = None) -> Source:
         raise ConfigError(f"FILE: {str(path)!r} is refused: {refused}") from None
     name = _pick(path, networks, entry)
     tensors, notes = _unwrapped(networks[name])
+    if entry is None and name not in ("", *AVERAGED):
+        notes += (
+            f"the file has no EMA; its entry {shown(name)!r} is taken, whose weights may be those of the last step",
+        )
     about = {**about, **about.pop("networks", {}).get(name, {})}
     return Source(path, kind, name, tuple(networks), tensors, about, notes)
 

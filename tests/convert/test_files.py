@@ -101,6 +101,15 @@ def test_torch_files_and_pickles_of_every_protocol_are_told_apart(tmp_path, prot
     assert files.read(path).kind == "pickle" and same(files.read(path).tensors, net.state_dict())
 
 
+def test_a_file_without_an_ema_is_said_to_have_none(tmp_path):
+    """zhuyu-cs/MeanFlow#12: published files held "model" where the script reads "ema", and their FID was 2 higher."""
+    for entries, said in (({"model": state()}, True), ({"model": state(1), "ema": state()}, False)):
+        torch.save(entries, tmp_path / "x.pt")
+        notes = files.read(tmp_path / "x.pt").notes
+        assert any("has no EMA; its entry 'model' is taken" in note for note in notes) == said
+    assert not files.read(tmp_path / "x.pt", "model").notes  # asked for by name
+
+
 def test_what_was_not_downloaded_is_called_so(tmp_path):
     """huggingface/diffusers#13559, NVlabs/CALM#7: a pointer of Git LFS ends in `invalid load key, 'v'`."""
     path = tmp_path / "model.pt"

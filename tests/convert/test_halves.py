@@ -52,7 +52,7 @@ def written(path: Path, state: dict, how: str, family: str) -> list[str]:
     + [("float16", "script"), ("float16", "safetensors"), ("bfloat16", "bare"), ("bfloat16", "safetensors")],
 )
 @pytest.mark.parametrize("family", ["dit", "sit"])
-def test_outputs_are_those_of_the_projects_own_code(tmp_path, capsys, family, kind, how):
+def test_imported_files_give_what_the_projects_own_code_gives(tmp_path, capsys, family, kind, how):
     case = BY_ID[family]
     scale = {"mean": [0.0] * 4, "std": [1.0] * 4, "scale": 0.18215}
     recipe = small.elsewhere(tmp_path, case["model"], case["path"], expects={"shape": [4, 8, 8], "classes": 5}, **scale)
