@@ -85,16 +85,9 @@ def _propose(args: argparse.Namespace) -> None:
 def _validate(run: Run) -> str:
     """What a run is; of one whose store is not here, by what its recipe expects of it. Raises ConfigError."""
     from cmt_fast.config import fingerprint
-    from cmt_fast.run import networks, workspace
+    from cmt_fast.run import absent, workspace
 
-    expects = getattr(run.data, "expects", None)
-    if expects is None or Path(run.data.path).is_dir():
-        parameters = workspace.Workspace(run, Path(".")).parameters
-        return f"{parameters:,} parameters, {fingerprint.digest(run)[:12]}"
-    try:
-        parameters = networks.check(run, expects.shape, expects.classes or 0)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return f"{parameters:,} parameters, {fingerprint.digest(run)[:12]} ({run.data.path} is not here)"
+    data = absent.rows(run)
+    parameters = workspace.Workspace(run, Path("."), data=data).parameters
+    gone = f" ({data.path} is not here)" if isinstance(data, absent.AbsentRows) else ""
+    return f"{parameters:,} parameters, {fingerprint.digest(run)[:12]}{gone}"

@@ -48,8 +48,13 @@ class AbsentRows:
 def rows(run: Run, classes: int = 0) -> Rows:
     """A run's data; where its store is not here and the recipe says what it expects, that in their place.
 
-    classes: of rows whose recipe expects any. Raises ValueError as `data.datasets.load` does.
+    classes: of rows whose recipe expects any. Raises ConfigError naming the key when they cannot be had.
     """
     if isinstance(run.data, Latents) and run.data.expects is not None and not Path(run.data.path).exists():
         return AbsentRows(run.data, classes)
-    return load(run.data)
+    try:
+        return load(run.data)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
