@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -40,7 +41,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--recipe", required=True, help="the recipe whose network the file must fit: a name or YAML file")
     p.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder, for cmt train --from")
     p.add_argument("--ema", metavar="KEY", help="which of the file's networks (default: its EMA, if it has one)")
-    p.add_argument("--family", help="network family (edm2, edm, dit, sit, ...), if the file fits more than one")
+    p.add_argument(
+        "--as",
+        "--family",
+        dest="family",
+        metavar="FAMILY",
+        help="what the file is (dit, sit, repa, ...), where neither its tensors nor its arguments tell",
+    )
 
     p = action("export", export, "a stage's network as one file, or as a folder that diffusers loads")
     p.add_argument("stage", metavar="RUN/STAGE")
@@ -84,11 +91,11 @@ def import_(args: argparse.Namespace) -> None:
     if run.pre is None:
         raise ConfigError(f"--recipe: {args.recipe} has no stage pre, which is what a file is imported as")
     source = files.read(args.file, args.ema)
-    work = workspace.Workspace(run, args.out, reading=True)
-    parity = importing.compare(source, work, args.family)
+    work = workspace.Workspace(run, args.out, data=importing.rows(source, run, args.family), reading=True)
+    parity = importing.compare(source, run, work.data, args.family)
     print(importing.text(source, parity))
     importing.write(source, parity, work)
-    again = " ".join(["cmt train", args.recipe, *args.overrides, "--from", str(args.out), "--stages mid,post"])
+    again = shlex.join(["cmt", "train", args.recipe, *args.overrides, "--from", str(args.out), "--stages", "mid,post"])
     print(f"{args.out / 'pre'}: finished; next: {again}")
 
 

@@ -16,11 +16,10 @@ from cmt_fast.config import errors, fingerprint, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.cost import estimate, flops, hardware
 from cmt_fast.data.loaders import check_loader
-from cmt_fast.data.rows import Expectation
 from cmt_fast.evaluation import judges
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
-from cmt_fast.run import folder, workspace
+from cmt_fast.run import absent, folder, workspace
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.runtime import distributed, machine, memory
 from cmt_fast.teacher import precision, solver_record
@@ -76,10 +75,12 @@ def train(args: argparse.Namespace) -> None:
     if args.parents:
         folder.stored_run(args.parents)
     distributed.start(machine.device(run.device), run.timeout_s)
-    work = workspace.Workspace(run, out, args.parents, expected=args.dry_run)
+    work = workspace.Workspace(run, out, args.parents, absent.rows(run) if args.dry_run else None)
     names = [name for name in have if name in names]
     missing = _missing(work, names)
-    if missing and not isinstance(work.data, Expectation):  # what cannot be done is said before the first stage begins
+    if missing and not isinstance(
+        work.data, absent.AbsentRows
+    ):  # what cannot be done is said before the first stage begins
         raise missing[0]
     if args.dry_run:
         return _dry_run(work, names, missing, out) if distributed.rank() == 0 else None
@@ -96,7 +97,7 @@ def train(args: argparse.Namespace) -> None:
 def _missing(work: workspace.Workspace, names: list[str]) -> list[ConfigError]:
     """What these stages cannot have here: networks, files, an engine, a precision, a loader. Each once, in order.
 
-    Where the rows themselves are not here (`Workspace(expected=True)`), they and what evaluation reads are among it.
+    Where the rows themselves are not here (run/absent.py), they and what evaluation reads are among it.
     """
     found: dict[str, ConfigError] = {}
 
@@ -106,8 +107,8 @@ def _missing(work: workspace.Workspace, names: list[str]) -> list[ConfigError]:
         except ConfigError as error:
             found.setdefault(str(error), error)
 
-    absent = isinstance(work.data, Expectation)
-    if absent:
+    gone = isinstance(work.data, absent.AbsentRows)
+    if gone:
         tried(work.data.rows, None)
         tried(judges.check_files, work.run.eval)
     for i, stage in enumerate(map(work.stage, names)):
@@ -119,7 +120,7 @@ def _missing(work: workspace.Workspace, names: list[str]) -> list[ConfigError]:
         tried(stage.grad_accum_steps, distributed.size())
         tried(work.sharding_plan, stage)
         tried(precision.check, stage.name, stage.config, work.device)
-    if not absent and any(OBJECTIVES[work.stage(name).config.objective.kind].draws == "data" for name in names):
+    if not gone and any(OBJECTIVES[work.stage(name).config.objective.kind].draws == "data" for name in names):
         tried(check_loader, work.run.loader, work.data)
     return list(found.values())
 

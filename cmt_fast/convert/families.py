@@ -1,6 +1,7 @@
-"""The families of public checkpoints: how one is told, which path and settings it was made for, what of it is left out.
+"""The families of public checkpoints: their marks, which path and settings each was made for, what of it is left out.
 
-The names themselves are in names.py. What a file asks for is read off the arguments stored with it, or off its shapes.
+The names themselves are in names.py, and how a file's family is told is in telling.py. What a file asks for is read off
+the arguments stored with it, or off its shapes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Dit, Edm, Edm2, Mlp, Model
 from cmt_fast.convert import names
 from cmt_fast.convert.files import Source
@@ -27,7 +28,9 @@ KINDS: dict[str, Any] = {"dit": Dit, "edm2": Edm2, "edm": Edm, "mlp": Mlp}
 class Asks(NamedTuple):
     """What a file says it was made for; None where it does not say. model: keys of the recipe's model, as built.
 
-    affine: (a, b) of the latents z = a x + b that it was trained on, channel by channel or one for all.
+    affine: (a, b) of the latents z = a x + b that it was trained on, channel by channel or one for all; standard: k
+    of latents k (x - mean) / std by the statistics of its own data. null_class: whether no label was trained beside the
+    labels (label dropout).
     """
 
     model: dict[str, Any]
@@ -38,10 +41,15 @@ class Asks(NamedTuple):
     affine: tuple[list[float], list[float]] | None = None
     against: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    null_class: bool | None = None
+    standard: float | None = None
 
 
 class Family(NamedTuple):
-    """One project's networks. marks: patterns of names that each of its files has; left: of names that its map leaves out."""
+    """One project's networks. marks: patterns of names that each of its files has; left: of names that its map leaves out.
+
+    tells: of names that no other family with the same marks has, one of which is enough.
+    """
 
     name: str
     path: str | None
@@ -49,6 +57,7 @@ class Family(NamedTuple):
     names: Callable[[Weights], Weights]
     asks: Callable[[Source], Asks]
     left: dict[str, str]
+    tells: tuple[str, ...] = ()
 
     def rename(self, theirs: Weights) -> tuple[Weights, dict[str, str]]:
         """Our names, and the file's names that are left out with the reason. Raises ValueError for what does not belong."""
@@ -65,6 +74,13 @@ def _arguments(source: Source) -> dict[str, Any]:
     return source.about.get("init_kwargs") or {}
 
 
+def given(source: Source) -> dict[str, Any]:
+    """What a training script stored of its arguments; of a config in sections (LightningDiT's) the keys that matter here."""
+    args = source.about.get("args") or {}
+    sections = ("model.", "transport.", "data.")
+    return args | {k.partition(".")[2]: v for k, v in args.items() if k.startswith(sections) and k.count(".") == 1}
+
+
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
@@ -77,21 +93,55 @@ def _numbers(value: Any) -> tuple[int, ...] | None:
     return tuple(value) if isinstance(value, list) and all(type(v) is int for v in value) else None
 
 
-def _unet_asks(source: Source, kind: str, conv: Tensor, defaults: dict[str, Any], **more) -> Asks:
-    """EDM's and EDM2's preconditioners keep their arguments; their U-Nets name them alike."""
-    given = {**defaults, **_arguments(source)}
+def _unet_asks(source: Source, kind: str, conv: Tensor, parts: tuple[str, str, str], **more) -> Asks:
+    """EDM's and EDM2's preconditioners keep their arguments; their U-Nets name them alike, and their tensors' names tell most.
+
+    parts: what a file calls the encoder, a block's first convolution and its attention. Heads and sigma_data no shape tells.
+    """
+    said = {**_structure(source.tensors, parts, conv.shape[0]), **_arguments(source)}
     state = source.about.get("state") or {}
     model = {
         "kind": kind,
-        "width": _whole(given.get("model_channels")) or conv.shape[0],
-        "multipliers": _numbers(given.get("channel_mult")),
-        "blocks": _whole(given.get("num_blocks")),
-        "attention": _numbers(given.get("attn_resolutions")),
+        "width": _whole(said.get("model_channels")),
+        "multipliers": _numbers(said.get("channel_mult")),
+        "blocks": _whole(said.get("num_blocks")),
+        "attention": _numbers(said.get("attn_resolutions")),
         **more,
     }
-    sigma = _number(given.get("sigma_data", state.get("sigma_data")))
-    side, channels, classes = (_whole(given.get(k)) for k in ("img_resolution", "img_channels", "label_dim"))
-    return Asks(model, side, channels, classes, sigma, _affine((source.about.get("encoder") or {}).get("state") or {}))
+    sigma = _number(said.get("sigma_data", state.get("sigma_data")))
+    side, classes = _whole(said.get("img_resolution")), _whole(said.get("label_dim"))
+    affine = _affine((source.about.get("encoder") or {}).get("state") or {})
+    channels = conv.shape[1] - (kind == "edm2")  # EDM2's also sees a channel of ones
+    return Asks(model, side, channels, classes, sigma, affine, null_class=_dropped(source, kind, classes))
+
+
+def _structure(tensors: Weights, parts: tuple[str, str, str], width: int) -> dict[str, Any]:
+    """EDM's arguments as its tensors' names and shapes tell them, by the names that it gives them: blocks are called by side."""
+    encoder, first, attention = map(re.escape, parts)
+    levels: dict[int, list[int]] = {}
+    attended = []
+    for name, x in tensors.items():
+        if m := re.fullmatch(rf"{encoder}\.(\d+)x\1_block\d+\.({first}|{attention})\.weight", name):
+            if m[2] == parts[1]:
+                levels.setdefault(int(m[1]), []).append(x.shape[0])
+            elif int(m[1]) not in attended:
+                attended.append(int(m[1]))
+    labels = next((x.shape[1] for n, x in tensors.items() if n.endswith(("emb_label.weight", "map_label.weight"))), 0)
+    out: dict[str, Any] = {"model_channels": width, "label_dim": labels}
+    if levels:
+        out["img_resolution"] = max(levels)
+        out["channel_mult"] = [levels[side][-1] // width for side in sorted(levels, reverse=True)]
+        out["num_blocks"] = min(map(len, levels.values()))
+        out["attn_resolutions"] = sorted(attended, reverse=True)
+    return out
+
+
+def _dropped(source: Source, kind: str, classes: int | None) -> bool | None:
+    """Whether labels were dropped in training, so that a row of zeros is a class: never in EDM2, as said in EDM (default 0)."""
+    if kind == "edm2" or not classes:
+        return False
+    said = _arguments(source)
+    return (_number(said.get("label_dropout", 0)) or 0) > 0 if said else None
 
 
 def _affine(encoder: dict[str, Any]) -> tuple[list[float], list[float]] | None:
@@ -112,18 +162,16 @@ def _first_convolution(source: Source, start: str) -> Tensor:
 
 def _edm2_asks(source: Source) -> Asks:
     conv = _first_convolution(source, "unet.enc.")
-    return _unet_asks(source, "edm2", conv, {"img_channels": conv.shape[1] - 1})  # it also sees a channel of ones
+    head = _whole(_arguments(source).get("channels_per_head"))
+    return _unet_asks(source, "edm2", conv, ("unet.enc", "conv_res0", "attn_qkv"), head=head)
 
 
 def _edm_asks(source: Source) -> Asks:
     conv = _first_convolution(source, "model.enc.")
     adm = "model.out_conv.weight" in source.tensors
-    defaults = {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3, "attn_resolutions": [32, 16, 8]}
-    if not adm:
-        defaults = {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}
-    defaults = {**defaults, "img_channels": conv.shape[1]} if _arguments(source) else {"img_channels": conv.shape[1]}
     augment = source.tensors.get("model.map_augment.weight")
-    asks = _unet_asks(source, "edm", conv, defaults, adm=adm, augment=0 if augment is None else augment.shape[1])
+    more = {"adm": adm, "augment": 0 if augment is None else augment.shape[1]}
+    asks = _unet_asks(source, "edm", conv, ("model.enc", "conv0", "qkv"), **more)
     kind = source.about.get("class")
     if kind not in (None, "EDMPrecond"):
         return asks._replace(against=(f"class: the file's network is a {kind}, what is built here is EDMPrecond",))
@@ -140,7 +188,21 @@ def _own_asks(source: Source) -> Asks:
     except (ValidationError, KeyError, TypeError):
         raise ConfigError(f"FILE: {str(source.path)!r}: the run in its metadata is not of this version") from None
     unread = ("size", "preset", "dropout", "checkpoint_activations")  # said by other keys, or no matter for the weights
-    return Asks({k: v for k, v in built(model).items() if k not in unread}, sigma_data=sigma)
+    null = _own_null(source.about["cmt"])
+    return Asks({k: v for k, v in built(model).items() if k not in unread}, sigma_data=sigma, null_class=null)
+
+
+def _own_null(about: dict[str, Any]) -> bool | None:
+    """Whether a stage of the run in a file of ours, or the import it begins with, dropped labels; None where it is not said."""
+    node, run, known = about.get("lineage"), about["run"], None
+    while isinstance(node, dict):
+        if isinstance(node.get("null_class"), bool):
+            return known or node["null_class"]
+        stage = run.get(node.get("stage")) if isinstance(node.get("stage"), str) else None
+        if isinstance(stage, dict):
+            known = known or bool(_number(stage.get("label_dropout")))
+        node = node.get("parent")
+    return known
 
 
 def built(model: Any) -> dict[str, Any]:
@@ -156,30 +218,58 @@ def built(model: Any) -> dict[str, Any]:
 
 
 def _transformer_asks(source: Source, **more) -> Asks:
-    """DiT and its kin keep no arguments; their shapes say everything but the number of heads, which the size does."""
-    tensors, given = source.tensors, source.about.get("args") or {}
-    patches, table = tensors["x_embedder.proj.weight"], tensors.get("y_embedder.embedding_table.weight")
+    """DiT and its kin keep few arguments; their shapes say everything but the number of heads, which the size does."""
+    tensors, said = source.tensors, given(source)
+    patches = tensors["x_embedder.proj.weight"]
     if patches.ndim != 4:
         raise ConfigError(f"FILE: {str(source.path)!r}: x_embedder.proj.weight is {tuple(patches.shape)}, not 4-D")
     width, channels, patch = patches.shape[:3]
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    depth = len({tuple(name.split(".")[:2]) for name in tensors if re.match(r"(decoder_)?blocks\.\d+\.", name)})
     model: dict[str, Any] = {"kind": "dit", "embeddings": "dit", "patch": patch, "width": width, "depth": depth}
-    model["heads"] = next((h for w, d, h in dit.SIZES.values() if (w, d) == (width, depth)), None)
+    model["heads"] = _heads(tensors, width, depth)
     model["qk_norm"] = "blocks.0.attn.q_norm.weight" in tensors
     position = tensors.get("pos_embed")
     side = math.isqrt(position.shape[1]) * patch if position is not None and position.ndim == 3 else None
     against = [
-        f"{key}: the file's network was trained with {key} {shown(given[key])!r}, what is read here is {only}"
+        f"{key}: the file's network was trained with {key} {shown(said[key])!r}, what is read here is {only}"
         for key, only in (("prediction", "velocity"), ("path_type", "Linear"))
-        if key in given and str(given[key]).lower() not in (only.lower(), "v")
+        if key in said and str(said[key]).lower() not in (only.lower(), "v")
     ]
-    classes = None if table is None else table.shape[0] - 1
-    return Asks({**model, **more}, side, channels, classes, None, SD, tuple(against))
+    classes, null, why = _table(tensors.get("y_embedder.embedding_table.weight"), said)
+    return Asks({**model, **more}, side, channels, classes, None, SD, tuple(against + why), null_class=null)
+
+
+def _heads(tensors: Weights, width: int, depth: int) -> int | None:
+    """The heads of a published size, or those that a norm or a table over one head tells; None where nothing does."""
+    one = tensors.get("blocks.0.attn.q_norm.weight", tensors.get("feat_rope.freqs_cos"))
+    if one is not None and one.ndim and one.shape[-1] and width % one.shape[-1] == 0:
+        return width // one.shape[-1]
+    return next((h for w, d, h in dit.SIZES.values() if (w, d) == (width, depth)), None)
+
+
+def _table(table: Tensor | None, said: dict[str, Any]) -> tuple[int, bool, list[str]]:
+    """Classes, whether the row for no label was trained, and what is against the file, of a table of labels.
+
+    All these projects drop labels in a tenth of training unless told otherwise, and their table has a row for it then. A
+    table without that row fits no network here: none is made up.
+    """
+    if table is None:
+        return 0, False, []
+    rows, known = table.shape[0], _whole(said.get("num_classes"))
+    if known == rows:
+        text = f"the file's table has {rows} rows for {known} classes and none for no label, which the network here has"
+        return rows, False, [f"y_embedder: {text}"]
+    return rows - 1, _number(said.get("cfg_prob")) != 0, []
 
 
 def _dit_asks(source: Source) -> Asks:
     asks = _transformer_asks(source, mlp="gelu", norm="layer", rope=False, precondition="ddpm")
-    return asks._replace(notes=("it predicts the noise of DDPM's 1000 steps; of a learned variance nothing is kept",))
+    steps = given(source).get("diffusion_steps", 1000)
+    against = (
+        () if steps == 1000 else (f"diffusion_steps: the file's network was trained with {shown(steps)}, not 1000",)
+    )
+    notes = ("it predicts the noise of DDPM's 1000 steps; of a learned variance nothing is kept",)
+    return asks._replace(notes=notes, against=asks.against + against)
 
 
 def _sit_asks(source: Source) -> Asks:
@@ -195,11 +285,20 @@ def _meanflow_asks(source: Source) -> Asks:
 
 
 def _lightningdit_asks(source: Source) -> Asks:
-    asks = _transformer_asks(source, mlp="swiglu", norm="rms", rope="feat_rope.freqs_cos" in source.tensors or None)
-    latents = (
-        "it was trained on VA-VAE's latents, (x - mean) / std by a file of statistics that is not in it; set data.mean,"
-    )
-    return asks._replace(affine=None, notes=(TURNED, STARTS, f"{latents} data.std and data.scale=1 to those"))
+    gated, rms = "blocks.0.mlp.w12.weight" in source.tensors, "blocks.0.norm1.weight" in source.tensors
+    rope = "feat_rope.freqs_cos" in source.tensors
+    asks = _transformer_asks(source, mlp="swiglu" if gated else "gelu", norm="rms" if rms else "layer", rope=rope)
+    if given(source).get("use_rope") and not rope:
+        asks = asks._replace(
+            against=(*asks.against, "feat_rope: the file's network turns its queries, its tables are missing")
+        )
+    said, turned = given(source), (TURNED, STARTS)
+    factor = _number(said.get("latent_multiplier"))
+    if said.get("latent_norm") is False:
+        return asks._replace(affine=([factor or 0.18215], [0.0]), notes=turned)
+    latents = "it was trained on latents (x - mean) / std of a file that is not in it, VA-VAE's as published"
+    set_to = f"set data.mean and data.std to those, or leave them out for a store's own, and data.scale={factor or 1:g}"
+    return asks._replace(affine=None, standard=factor or 1.0, notes=(*turned, f"{latents}; {set_to}"))
 
 
 SD = ([0.18215], [0.0])  # DiT, SiT, REPA and MeanFlow are trained behind Stable Diffusion's autoencoder, scaled so
@@ -209,37 +308,18 @@ POSITION = {"pos_embed": "a constant of the architecture, checked", r"feat_rope\
 PROJECTORS = {r"projectors\..*": "read by its training alone"}
 OURS = Family("cmt-fast", None, (), lambda theirs: dict(theirs), _own_asks, {})
 PATCHES = r"x_embedder\.proj\.weight"
-# the first whose marks a file has; sit and dit have the same names, their paths tell them apart
+ROPE = r"feat_rope\..*"
+# the first families have marks of their own; those of transformers share theirs
 FAMILIES = (
     Family("edm2", "ve", (r"unet\.emb_fourier\.freqs", r"unet\.out_gain"), names.edm2, _edm2_asks, {}),
     Family("edm", "ve", (r"model\.map_layer0\.weight",), names.edm, _edm_asks,
            {r".*\.resample_filter": "a constant of the architecture, checked"}),
-    Family("lightningdit", "linear", (PATCHES, r"blocks\.0\.mlp\.w12\.weight"), names.lightningdit, _lightningdit_asks, POSITION),
-    Family("meanflow", "linear", (PATCHES, r"r_embedder\..*"), names.meanflow, _meanflow_asks, POSITION),
-    Family("repa", "linear", (PATCHES, r"projectors\..*"), names.repa, _repa_asks, POSITION | PROJECTORS),
+    Family("lightningdit", "linear", (PATCHES,), names.lightningdit, _lightningdit_asks, POSITION,
+           (r"blocks\.0\.mlp\.w12\.weight", r"blocks\.0\.norm1\.weight", ROPE)),
+    Family("meanflow", "linear", (PATCHES, r"r_embedder\..*"), names.meanflow, _meanflow_asks, POSITION, (r"r_embedder\..*",)),
+    Family("repa", "linear", (PATCHES,), names.repa, _repa_asks, POSITION | PROJECTORS,
+           (r"projectors\..*", r"decoder_blocks\..*")),
     Family("sit", "linear", (PATCHES,), names.sit, _sit_asks, POSITION),
     Family("dit", "ve", (PATCHES,), names.dit, _dit_asks, POSITION),
 )  # fmt: skip
-
-
-def find(source: Source, own: Weights, path: str, wanted: str | None = None) -> Family:
-    """The family of a file: the one wanted, or told by its names, and where they are two families' by the recipe's path.
-
-    Raises ConfigError when there is none.
-    """
-    known = {f.name: f for f in (*FAMILIES, OURS)}
-    if wanted is not None and wanted not in known:
-        raise ConfigError(f"--family: {wanted!r} is not valid; valid are {', '.join(known)}{nearest(wanted, known)}")
-    if wanted == OURS.name or (wanted is None and (source.about.get("cmt") or source.tensors.keys() & own.keys())):
-        return OURS
-    has = lambda mark: any(re.fullmatch(mark, name) for name in source.tensors)
-    fitting = [f for f in FAMILIES if all(map(has, f.marks)) and wanted in (None, f.name)]
-    # what marks alone tell apart comes first; of equals the one of the recipe's path
-    fitting.sort(key=lambda f: (-len(f.marks), f.path != path))
-    if fitting:
-        return fitting[0]
-    first = shown(next(iter(source.tensors)))
-    what = f"has not the names of {wanted}" if wanted else "is of no known family"
-    raise ConfigError(
-        f"FILE: {str(source.path)!r} {what} (its first tensor is {first!r}); known are {', '.join(known)}"
-    )
+KNOWN = {f.name: f for f in (*FAMILIES, OURS)}

@@ -1,18 +1,20 @@
 """Other projects' checkpoint files as named tensors: pickles (sandbox.py), torch's `.pt`, safetensors.
 
-What a file is, is read off its first bytes, not its name. `.pt` files are read by `torch.load(weights_only=True)` over a
+What a file is, is read off its structure, not its name. `.pt` files are read by `torch.load(weights_only=True)` over a
 memory map, after their archive and opcodes were looked at; the one class beside tensors and plain data that training scripts
 store, argparse.Namespace, is replaced by an inert one.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import tempfile
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +29,20 @@ from cmt_fast.safe_pickle.opcodes import OPCODES, Refused, scan, shown
 
 # names under which files keep several versions of a network, the wanted one first
 PREFERRED = ("ema", "ema_model", "model_ema", "G_ema", "net", "model", "state_dict", "module")
+AVERAGED = PREFERRED[:4]
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how torch began files before 1.6
+LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch began files with before 1.6, as a pickle
+ZIP = b"PK\x03\x04"
+HEADER_BYTES = 100_000_000  # the longest header that safetensors has
+POINTER = b"version https://git-lfs"
 
 
 class Source(NamedTuple):
     """One network of a file. entry: which of `entries` it is, "" where the file holds one; about: what else is known of it.
 
-    about: "class" and "init_kwargs" of a pickled network, "encoder" of its snapshot, "args" of a training script's file,
-    "metadata" of safetensors. notes: sentences for the reader.
+    about: "class" and "init_kwargs" of a pickled network, "encoder" of its snapshot, "args" of a training script's file (the
+    namespace, or a nested config with dots in its keys), "metadata" of safetensors. notes: sentences for the reader. Tensors
+    of safetensors and `.pt` files are a memory map: until their numbers are looked at, only headers were read.
     """
 
     path: Path
@@ -44,8 +51,12 @@ class Source(NamedTuple):
     entries: tuple[str, ...]
     tensors: dict[str, Tensor]
     about: dict[str, Any]
-    sha256: str
     notes: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """sha256 of the file's bytes, all of which are read for it, once."""
+        return sha256(self.path)
 
 
 def read(path: Path, entry: str | None = None) -> Source:
@@ -55,32 +66,57 @@ def read(path: Path, entry: str | None = None) -> Source:
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(24)
+            head = file.read(64)
     except OSError as error:
         raise ConfigError(f"FILE: {str(path)!r} cannot be read ({error.strerror})") from None
-    reader: Callable[[Path], tuple[dict[str, dict[str, Tensor]], dict[str, Any]]]
-    if head[:2] == b"PK" or head.startswith(LEGACY):
-        kind, reader = "torch", _torch
-    elif head[:1] == b"\x80":
-        kind, reader = "pickle", _pickle
-    elif len(head) > 8 and head[8:9] == b"{":
-        kind, reader = "safetensors", _safetensors
-    else:
-        raise ConfigError(
-            f"FILE: {str(path)!r} is no checkpoint; valid are .safetensors, .pt, and pickles of EDM and EDM2"
-        )
+    kind = _kind(head)
+    if kind is None:
+        raise ConfigError(f"FILE: {str(path)!r} is {_else(head)}")
+    reader = {"torch": _torch, "pickle": _pickle, "safetensors": _safetensors}[kind]
     try:
         networks, about = reader(path)
     except Refused as refused:
         raise ConfigError(f"FILE: {str(path)!r} is refused: {refused}") from None
     name = _pick(path, networks, entry)
     tensors, notes = _unwrapped(networks[name])
+    if entry is None and name not in ("", *AVERAGED):
+        notes += (
+            f"the file has no EMA; its entry {shown(name)!r} is taken, whose weights may be those of the last step",
+        )
     about = {**about, **about.pop("networks", {}).get(name, {})}
-    return Source(path, kind, name, tuple(networks), tensors, about, sha256(path), notes)
+    return Source(path, kind, name, tuple(networks), tensors, about, notes)
+
+
+def _kind(head: bytes) -> str | None:
+    """What begins with these bytes: safetensors (8 bytes of header length, little endian, then its JSON), torch or pickle.
+
+    A header's length may begin with any byte, those of a pickle or of an archive too; neither has a small number and a brace
+    there: the sixth to eighth bytes of a pickle that are zero belong to a frame, whose length does not end in a brace.
+    """
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= HEADER_BYTES:
+        return "safetensors"
+    if head.startswith(ZIP) or (head[:1] == b"\x80" and LEGACY in head):
+        return "torch"
+    return "pickle" if head[:1] == b"\x80" else None
+
+
+def _else(head: bytes) -> str:
+    """What a file is that is no checkpoint, in words for its reader."""
+    if head.startswith(POINTER):
+        return "a pointer of Git LFS and not the file it stands for; fetch that with `git lfs pull`, or download it"
+    if head.lstrip()[:1] == b"<":
+        return "a web page and no checkpoint; the download was answered with text, open its address in a browser"
+    return "no checkpoint; valid are .safetensors, .pt, and pickles of EDM and EDM2"
 
 
 def sha256(path: Path) -> str:
     """sha256 of a file's bytes."""
+    found = path.stat()
+    return _sha256(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(8)
+def _sha256(path: Path, size: int, time: int) -> str:
     state = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -148,8 +184,13 @@ def _torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     zipped = zipfile.is_zipfile(path)
     if zipped:
         _archive(path)
+    elif (protocol := _protocol(path)) > 3:
+        raise Refused(
+            f"torch's form of before 1.6 with pickle protocol {protocol}, which is not read; torch.save it anew"
+        )
     try:
-        with torch.serialization.safe_globals([(_Inert, "argparse.Namespace")]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Inert, "argparse.Namespace")]):
+            warnings.simplefilter("ignore")  # protocol 3 is read well, and warned of
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises nearly every kind for a damaged file
         text = str(error)
@@ -164,9 +205,26 @@ def _torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     networks = {k: v for k, v in networks.items() if v}
     if own := _tensors(tree):
         networks = {"": own}
-    args = tree.get("args")
-    known = args.state if isinstance(args, _Inert) else args if isinstance(args, dict) else {}
-    return networks, {"args": {shown(k): v for k, v in known.items() if isinstance(v, (str, int, float, bool))}}
+    args = tree.get("args", tree.get("config"))
+    return networks, {"args": _plain(args.state if isinstance(args, _Inert) else args)}
+
+
+def _protocol(path: Path) -> int:
+    with open(path, "rb") as file:
+        head = file.read(2)
+    return head[1] if head[:1] == b"\x80" and len(head) == 2 else 0
+
+
+def _plain(args: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
+    """The plain values of a training script's arguments; those of a dictionary in it under `outer.inner`."""
+    known: dict[str, Any] = {}
+    for key, value in args.items() if isinstance(args, Mapping) else ():
+        name = prefix + shown(key)
+        if isinstance(value, Mapping) and depth < 3:
+            known |= _plain(value, f"{name}.", depth + 1)
+        elif value is None or isinstance(value, (str, int, float, bool)):
+            known[name] = value
+    return known
 
 
 def _tensors(tree: Mapping) -> dict[str, Tensor]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from cmt_fast.config.schema import Run
 from cmt_fast.convert.families import KINDS, Asks, Family, built
 from cmt_fast.convert.files import Source
+from cmt_fast.data.autoencoder import Normalisation
+from cmt_fast.data.rows import Rows
 from cmt_fast.models import dit, edm, edm2
-from cmt_fast.run.workspace import Workspace
+from cmt_fast.run.absent import AbsentRows
 
 
-def conflicts(source: Source, family: Family, asks: Asks, work: Workspace) -> list[str]:
+def conflicts(source: Source, family: Family, asks: Asks, run: Run, data: Rows) -> list[str]:
     """What the file says it was made for and the recipe does otherwise, though every shape may fit."""
-    run, out = work.run, list(asks.against)
+    out = list(asks.against)
     have = {"adm": None, **built(run.model)}
     for key, value in _wanted(asks).items():
         if have.get(key) != value and (run.model.kind == asks.model.get("kind", run.model.kind) or key == "kind"):
@@ -28,19 +31,25 @@ def conflicts(source: Source, family: Family, asks: Asks, work: Workspace) -> li
         out.append(
             f"sigma_data: the file's network was trained with {asks.sigma_data:g}, the recipe has {run.sigma_data:g}"
         )
-    shape = work.data.shape
+    shape = data.shape
     if asks.side is not None and len(shape) == 3 and (asks.channels, asks.side) != shape[:2]:
         made = f"{asks.channels} x {asks.side} x {asks.side}"
         out.append(f"data: the file's network is for {made}, the data are {' x '.join(map(str, shape))}")
-    classes = _classes(work)
+    classes = _classes(run, data)
     if asks.classes is not None and asks.classes != classes:
         out.append(f"data: the file's network knows {asks.classes} classes, the recipe's {classes}")
+    if asks.affine and isinstance(data, AbsentRows) and data.normalisation is None:
+        out.append(
+            f"data.mean: is missing; {data.path} is not here, and how its latents are scaled must be said: the file's "
+            f"network takes z = a x + b with a {_text(asks.affine[0])}, b {_text(asks.affine[1])}"
+        )
     return out
 
 
-def suggestions(asks: Asks, work: Workspace) -> list[str]:
-    """The overrides that would bring the recipe's model and sigma_data to what the file was built with."""
-    run, out = work.run, []
+def suggestions(asks: Asks, run: Run, data: Rows) -> list[str]:
+    """The overrides that would bring the recipe's model and sigma_data to what the file was built with; of rows that are
+    not here also what they must be like."""
+    out: list[str] = []
     wanted = _wanted(asks)
     kind = wanted.pop("kind", run.model.kind)
     have = built(run.model if kind == run.model.kind else KINDS[kind]())
@@ -66,21 +75,63 @@ def suggestions(asks: Asks, work: Workspace) -> list[str]:
             out.append(f"model.size={published[value]}")
         else:
             out.append(f"model.{key}={_yaml(value)}")
-    if asks.classes == 0 and _classes(work) and hasattr(run.model, "conditional"):
+    unsaid = isinstance(data, AbsentRows) and "classes" not in data.known
+    if asks.classes == 0 and getattr(run.model, "conditional", False) and (unsaid or _classes(run, data)):
         out.append("model.conditional=false")
+    if asks.classes and not getattr(run.model, "conditional", True):
+        out.append("model.conditional=true")
     if asks.sigma_data is not None and run.path == "ve" and asks.sigma_data != run.sigma_data:
         out.append(f"sigma_data={asks.sigma_data:g}")
+    return out + (_rows(asks, data) if isinstance(data, AbsentRows) else [])
+
+
+def _rows(asks: Asks, data: AbsentRows) -> list[str]:
+    """The overrides that say of rows which are not here what the file's network needs."""
+    out = []
+    shape = data.shape if asks.side is None or asks.channels is None else (asks.channels, asks.side, asks.side)
+    classes = data.known.get("classes") if not asks.classes else asks.classes
+    if shape != data.shape or classes not in (None, data.known.get("classes", classes)):
+        of = "" if classes is None else f",classes: {classes}"
+        out.append(f"data.expects={{shape: [{','.join(map(str, shape))}]{of}}}")
+    if asks.standard and data.scale != asks.standard:
+        out += ["data.mean=null", "data.std=null", f"data.scale={asks.standard:g}"]
+    if asks.affine and not _scaled_alike(asks.affine, data.normalisation):
+        a, b = (part * shape[0] if len(part) == 1 else part for part in asks.affine)
+        out += constants(a, b)
+    elif data.normalisation and len(data.normalisation.mean) != shape[0] and not asks.standard:
+        out += ["data.mean=null", "data.std=null"]
     return out
+
+
+def constants(a: list[float], b: list[float]) -> list[str]:
+    """The overrides that scale latents x as z = a x + b: scale (x - mean) / std with one scale for all channels."""
+    if len({*a}) == 1 and not any(b):
+        return [
+            f"data.mean=[{','.join('0' for _ in a)}]",
+            f"data.std=[{','.join('1' for _ in a)}]",
+            f"data.scale={a[0]:g}",
+        ]
+    mean, std = [-y / x for x, y in zip(a, b)], [0.5 / x for x in a]
+    return [f"data.mean={_text(mean)}", f"data.std={_text(std)}", "data.scale=0.5"]
+
+
+def _scaled_alike(affine: tuple[list[float], list[float]], ours: Normalisation | None) -> bool:
+    if ours is None:
+        return False
+    a, b = affine
+    scale, shift = [ours.scale / s for s in ours.std], [-m * ours.scale / s for m, s in zip(ours.mean, ours.std)]
+    a, b = (part * len(scale) if len(part) == 1 else part for part in (a, b))
+    return len(a) == len(scale) and all(abs(x - y) <= 1e-3 * max(1, abs(x)) for x, y in zip(a + b, scale + shift))
 
 
 def _wanted(asks: Asks) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in asks.model.items() if v is not None}
 
 
-def doubts(asks: Asks, work: Workspace) -> list[str]:
+def doubts(asks: Asks, run: Run) -> list[str]:
     """What no file of the family says and no shape tells, so that the recipe's word is taken for it."""
     if asks.model.get("kind") == "dit" and asks.model.get("heads") is None:
-        return [f"the number of heads is not in the file; the recipe's {built(work.run.model).get('heads')} are taken"]
+        return [f"the number of heads is not in the file; the recipe's {built(run.model).get('heads')} are taken"]
     return []
 
 
@@ -89,8 +140,8 @@ def _preset(adm: bool, multipliers: tuple[int, ...] | None) -> str:
     return next((k for k in fitting if edm.PRESETS[k]["multipliers"] == multipliers), fitting[0])
 
 
-def _classes(work: Workspace) -> int:
-    return work.data.classes if getattr(work.run.model, "conditional", True) else 0
+def _classes(run: Run, data: Rows) -> int:
+    return data.classes if getattr(run.model, "conditional", True) else 0
 
 
 def _yaml(value: Any) -> str:
@@ -113,12 +164,11 @@ def normalisation(asks: Asks, data: Any) -> list[str]:
         return [f"the network takes latents z = a x + b with a {_text(a)}, b {_text(b)}; the data do not say theirs"]
     scale, shift = [ours.scale / s for s in ours.std], [-m * ours.scale / s for m, s in zip(ours.mean, ours.std)]
     a, b = (part * len(scale) if len(part) == 1 else part for part in (a, b))
-    if len(a) == len(scale) and all(abs(x - y) <= 1e-3 * max(1, abs(x)) for x, y in zip(a + b, scale + shift)):
+    if _scaled_alike(asks.affine, ours):
         return [f"the data's latents are scaled as the network's were: a {_text(scale)}, b {_text(shift)}"]
-    mean, std = [-y / x for x, y in zip(a, b)], [0.5 / x for x in a]
     return [
         f"WARNING: the network was trained on latents z = a x + b with a {_text(a)}, b {_text(b)}, the data have "
-        f"a {_text(scale)}, b {_text(shift)}; set data.mean={_text(mean)} data.std={_text(std)} data.scale=0.5"
+        f"a {_text(scale)}, b {_text(shift)}; set {' '.join(constants(a, b))}"
     ]
 
 

@@ -1,7 +1,8 @@
 """A public checkpoint becomes the finished stage `pre` of a run, and a parity report says what of it fits where.
 
 The file's tensors are renamed by its family's map (names.py) and compared with the network that the recipe builds: every
-tensor of the network must be there with its shape. What the file has besides is named with the reason why it is not used.
+tensor of the network must be there with its shape. Shapes are compared first, without numbers on either side; only a file
+that fits is read. What the file has besides is named with the reason why it is not used.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ from torch import Tensor
 
 from cmt_fast.config import fingerprint
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.convert import families, fitting
+from cmt_fast.config.schema import Run
+from cmt_fast.convert import fitting, telling
+from cmt_fast.convert.families import Family
 from cmt_fast.convert.files import Source
+from cmt_fast.data.rows import Rows
+from cmt_fast.models.weightless import weightless
+from cmt_fast.run import absent, networks
+from cmt_fast.run.absent import AbsentRows
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.safe_pickle.opcodes import shown
 from cmt_fast.storage import checkpoint
@@ -26,7 +33,11 @@ FIRST = 5  # names shown of a long list
 
 
 class Parity(NamedTuple):
-    """How a file fits a network. weights: by our names, fp32; skipped: the file's name -> why; shapes: name, file's, ours."""
+    """How a file fits a network. weights: by our names, fp32; skipped: the file's name -> why; shapes: name, file's, ours.
+
+    null_class: whether no label was trained beside the labels, None where the file does not say. Of a file that does not fit
+    the weights are shapes alone, on the meta device.
+    """
 
     family: str
     weights: dict[str, Tensor]
@@ -36,6 +47,7 @@ class Parity(NamedTuple):
     conflicts: list[str]
     notes: list[str]
     suggestions: list[str]
+    null_class: bool | None = None
 
     @property
     def fits(self) -> bool:
@@ -43,20 +55,39 @@ class Parity(NamedTuple):
         return not (self.missing or self.shapes or self.conflicts)
 
 
-def compare(source: Source, work: Workspace, wanted: str | None = None) -> Parity:
-    """How the file fits the network that the recipe builds. wanted: its family, where names do not tell.
+def rows(source: Source, run: Run, wanted: str | None = None) -> Rows:
+    """A run's data or, where its store is not here, what its recipe expects of it; classes that it leaves open are the file's.
+
+    Raises ValueError and ConfigError as `data.datasets.load` and `compare` do.
+    """
+    found = absent.rows(run)
+    if not isinstance(found, AbsentRows) or "classes" in found.known:
+        return found
+    family = telling.find(source, wanted)
+    return absent.rows(run, family.asks(source).classes or 0)
+
+
+def compare(source: Source, run: Run, data: Rows, wanted: str | None = None) -> Parity:
+    """How the file fits the network that the recipe builds, with its weights if it does. wanted: its family, if asked for.
 
     Raises ConfigError for a file of no known family.
     """
-    net = work.build()
-    own = net.state_dict()
-    family = families.find(source, own, work.run.path, wanted)
-    try:
-        theirs, skipped = family.rename(_wide(source.tensors))
-    except ValueError as error:
-        raise ConfigError(
-            f"FILE: {str(source.path)!r} looks like {family.name}, but {shown(str(error), 200)}"
-        ) from None
+    found = match(source, run, data, wanted)
+    if not found.fits:
+        return found
+    theirs = _renamed(source, telling.KNOWN[found.family], _wide(source.tensors))[0]
+    weights = {name: theirs[name].to(like.dtype).contiguous() for name, like in found.weights.items()}
+    return found._replace(weights=weights, notes=[*found.notes, *_numbers(source, weights)])
+
+
+def match(source: Source, run: Run, data: Rows, wanted: str | None = None) -> Parity:
+    """As `compare`, by names and shapes alone: no number of the file is looked at, and no network takes memory."""
+    family = telling.find(source, wanted)
+    with weightless():
+        own = networks.fresh_network(run, data.shape, data.classes).state_dict()
+    asks = family.asks(source)
+    shapeless = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in source.tensors.items()}
+    theirs, skipped = _renamed(source, family, _wide(shapeless))
     weights, shapes = {}, []
     for name, tensor in theirs.items():
         if name not in own:
@@ -64,13 +95,21 @@ def compare(source: Source, work: Workspace, wanted: str | None = None) -> Parit
         elif tensor.shape != own[name].shape:
             shapes.append((name, tuple(tensor.shape), tuple(own[name].shape)))
         else:
-            weights[name] = tensor.to(own[name].dtype).contiguous()
+            weights[name] = torch.empty(tensor.shape, dtype=own[name].dtype, device="meta")
     missing = sorted(own.keys() - theirs.keys())
-    asks = family.asks(source)
-    notes = [*source.notes, *_numbers(source, weights), *asks.notes, *fitting.doubts(asks, work)]
-    notes += fitting.normalisation(asks, work.data)
-    against, hints = fitting.conflicts(source, family, asks, work), fitting.suggestions(asks, work)
-    return Parity(family.name, weights, skipped, missing, shapes, against, notes, hints)
+    notes = [*source.notes, *asks.notes, *fitting.doubts(asks, run), *fitting.normalisation(asks, data)]
+    against, hints = fitting.conflicts(source, family, asks, run, data), fitting.suggestions(asks, run, data)
+    return Parity(family.name, weights, skipped, missing, shapes, against, notes, hints, asks.null_class)
+
+
+def _renamed(source: Source, family: Family, theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The file's tensors by our names, and those left out. Raises ConfigError for what is not of the family."""
+    try:
+        return family.rename(theirs)
+    except ValueError as error:
+        raise ConfigError(
+            f"FILE: {str(source.path)!r} looks like {family.name}, but {shown(str(error), 200)}"
+        ) from None
 
 
 def _wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,11 +134,10 @@ def write(source: Source, parity: Parity, work: Workspace) -> Path:
     """
     stage = work.folder / "pre"
     if not parity.fits:
-        first = [*parity.conflicts, *parity.missing, *(f"{n} is {a}, not {b}" for n, a, b in parity.shapes)][0]
         hint = f"; try {' '.join(parity.suggestions)}" if parity.suggestions else ""
         raise ConfigError(
             f"FILE: {str(source.path)!r} does not fit the recipe: {len(parity.missing)} tensors missing, "
-            f"{len(parity.shapes)} of another shape; first: {first}{hint}"
+            f"{len(parity.shapes)} of another shape; first: {first(parity)}{hint}"
         )
     if checkpoint.steps(stage):
         raise ConfigError(f"--out: {stage} holds checkpoints already; choose another folder")
@@ -117,6 +155,11 @@ def write(source: Source, parity: Parity, work: Workspace) -> Path:
         tracks = {f"ema-{i}": parity.weights for i in range(len(work.run.pre.ema))}
         checkpoint.save(stage, 0, {"model": parity.weights, **tracks}, about)
     return stage
+
+
+def first(parity: Parity) -> str:
+    """The first thing that keeps a file from fitting."""
+    return [*parity.conflicts, *parity.missing, *(f"{n} is {a}, not {b}" for n, a, b in parity.shapes)][0]
 
 
 def lineage(source: Source, parity: Parity) -> dict[str, Any]:
@@ -139,6 +182,7 @@ def lineage(source: Source, parity: Parity) -> dict[str, Any]:
         "init_kwargs": about.get("init_kwargs") or about.get("args"),
         "encoder": about.get("encoder"),
         "skipped": sorted(parity.skipped),
+        "null_class": parity.null_class,
     }
 
 
@@ -152,6 +196,7 @@ def _chain(node: Any, depth: int = 0) -> dict[str, Any] | None:
     out |= {"config": word("config"), "ema": word("ema") or ""}
     if "file" in node:
         out |= {key: word(key) or "" for key in ("file", "sha256", "family", "kind", "entry")}
+        out["null_class"] = null if isinstance(null := node.get("null_class"), bool) else None
     return {**out, "parent": _chain(node.get("parent"), depth + 1)}
 
 
@@ -160,7 +205,7 @@ def text(source: Source, parity: Parity) -> str:
     where = f"entry {source.entry!r} of {', '.join(source.entries)}" if source.entry else "one network"
     parameters = sum(math.prod(t.shape) for t in parity.weights.values() if t.is_floating_point())
     lines = [
-        f"{source.path.name}: {source.kind}, {where}, sha256 {source.sha256[:16]}...",
+        f"{source.path.name}: {source.kind}, {where}" + (f", sha256 {source.sha256[:16]}..." if parity.fits else ""),
         f"family {parity.family}: {len(parity.weights)} tensors matched ({parameters:,} numbers), {len(parity.skipped)} skipped, "
         f"{len(parity.missing)} missing, {len(parity.shapes)} of another shape",
     ]

@@ -3,7 +3,7 @@
 Each takes the published state dict, upstream name -> tensor, and returns ours, name -> tensor: parameters and constant
 buffers of the wrapped network (`models.build`), so a checkpoint's `model` and `ema-0` hold exactly these. Tensors keep
 their dtype. Nothing is read from disk and nothing of the arguments is changed. A name that a family does not have, and a
-tensor that is missing, raise ValueError.
+tensor that is missing, raise ValueError. Tensors on the meta device give names and shapes; their numbers are not checked.
 """
 
 from __future__ import annotations
@@ -94,8 +94,16 @@ def sit(theirs: Weights) -> Weights:
 
 
 def repa(theirs: Weights) -> Weights:
-    """REPA's SiT (sihyun-yu/REPA), whose time is ours, as `sit`. The projectors, which only its training reads, go."""
-    return _one_time(_transformer({k: v for k, v in theirs.items() if not k.startswith("projectors.")}))
+    """REPA's SiT (sihyun-yu/REPA), whose time is ours, as `sit`. The projectors, which only its training reads, go.
+
+    Its first files call the blocks behind the projectors `decoder_blocks` and count them anew.
+    """
+    first = len({name.split(".")[1] for name in theirs if name.startswith("blocks.")})
+    count = lambda m: f"blocks.{int(m[1]) + first}."
+    kept = {
+        re.sub(r"^decoder_blocks\.(\d+)\.", count, k): v for k, v in theirs.items() if not k.startswith("projectors.")
+    }
+    return _one_time(_transformer(kept))
 
 
 def meanflow(theirs: Weights) -> Weights:
@@ -131,10 +139,8 @@ def _transformer(theirs: Weights) -> Weights:
     if patches is None:
         raise ValueError("'x_embedder.proj.weight' is missing: this is no DiT")
     width, channels, patch = patches.shape[:3]
-    if position is not None:
-        ours = positions(math.isqrt(position.shape[1]), width, columns_first=True)
-        if not torch.allclose(position[0].float().cpu(), ours, atol=1e-4):
-            raise ValueError("'pos_embed' is not the fixed position embedding of DiT")
+    if position is not None and not position.is_meta:
+        _check_position(position, width)
     theirs["x_embedder.proj.weight"] = patches.flatten(1)
     for end in ("weight", "bias"):
         rows = theirs[f"final_layer.linear.{end}"].unflatten(0, (patch, patch, -1))[:, :, :channels]
@@ -160,6 +166,21 @@ def _transformer(theirs: Weights) -> Weights:
             ),
         ],
     )
+
+
+def _check_position(position: Tensor, width: int) -> None:
+    """Raises ValueError unless position (1, T, D) is DiT's constant, to 1e-4 and the rounding of half precision.
+
+    A file that was halved, even if it was widened again, has numbers that float16 or bfloat16 holds exactly: they may be off
+    by half a unit in the last place of that format.
+    """
+    given = position[0].float().cpu()
+    held = [kind for kind in (torch.float16, torch.bfloat16) if torch.equal(given.to(kind).float(), given)]
+    rounding = max((torch.finfo(kind).eps / 2 for kind in held), default=0.0)
+    side = math.isqrt(len(given))
+    ours = positions(side, width, columns_first=True)
+    if given.shape != ours.shape or not torch.allclose(given, ours, rtol=rounding, atol=1e-4):
+        raise ValueError("'pos_embed' is not the fixed position embedding of DiT")
 
 
 def _reversed(theirs: Weights) -> Weights:

@@ -10,15 +10,10 @@ from cmt_fast.config.schema import Data
 from cmt_fast.data.rows import Dataset, Rows
 
 
-def load(config: Data, expected: bool = False) -> Rows:
-    """The data set a recipe names. Raises ValueError naming the key when it cannot be had.
-
-    expected: where a store is not here and the recipe says what it expects, that (`Expectation`, without a row).
-    """
+def load(config: Data) -> Rows:
+    """The data set a recipe names. Raises ValueError naming the key when it cannot be had."""
     from cmt_fast.data import digits, gmm, npz, opening
 
-    if expected and (stand_in := opening.expectation(config)):
-        return stand_in
     loaders: dict[str, Callable] = {"digits": digits.load, "gmm": gmm.load, "npz": npz.load, "latents": opening.load}
     return loaders[config.kind](config)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cmt_fast.config.schema import Data, Latents
+from cmt_fast.config.schema import Latents
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.autoencoder import Normalisation
 from cmt_fast.data.latents import Store, read_index
-from cmt_fast.data.rows import Expectation
 from cmt_fast.data.shards import Shards
 
 
@@ -17,17 +16,6 @@ def opened(folder: Path, flip: bool = False, normalisation: Normalisation | None
     if read_index(folder).shards[0].file.endswith(".tar"):
         return Shards(folder, flip, normalisation)
     return Store(folder, flip, normalisation)
-
-
-def expectation(config: Data) -> Expectation | None:
-    """What a recipe expects of a store that is not here; None where it is here, or nothing is expected."""
-    if not isinstance(config, Latents) or config.expects is None or Path(config.path).is_dir():
-        return None
-    given = config.mean is not None and config.std is not None
-    normalisation = Normalisation(config.mean, config.std, config.scale) if given else None
-    return Expectation(
-        config.expects.shape, config.expects.classes or 0, f"{config.path!r} is not a folder", normalisation
-    )
 
 
 def load(config: Latents) -> Store:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
-
-from cmt_fast.config.errors import ConfigError
 
 
 class Rows(Protocol):
@@ -69,26 +67,3 @@ class Dataset(NamedTuple):
     def rows(self, index: Tensor, draw: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]:
         """As Rows; rows are points, so `draw` and `seed` change nothing."""
         return self.x[index], None if self.labels is None else self.labels[index]
-
-
-class Expectation(NamedTuple):
-    """Rows of a store that is not here, as a recipe expects them: they can be counted with, and there are none to read.
-
-    reason: why the store cannot be opened, the line of an error without its key.
-    """
-
-    shape: tuple[int, ...]
-    classes: int
-    reason: str
-    normalisation: Any = None
-    n: int = 0
-    labels: Tensor | None = None
-
-    @property
-    def facts(self) -> dict[str, int | str]:
-        """As Rows: none, as no row is known."""
-        return {}
-
-    def rows(self, index: Tensor, draw: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Raises ConfigError: there is no row."""
-        raise ConfigError(self.reason, "data.path")

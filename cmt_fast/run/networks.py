@@ -15,6 +15,7 @@ from cmt_fast.config.schema import Run
 from cmt_fast.data.rows import Rows
 from cmt_fast.models.weightless import weightless
 from cmt_fast.run import validation
+from cmt_fast.run.absent import AbsentRows
 
 
 def check(run: Run, shape: tuple[int, ...], classes: int) -> int:
@@ -57,6 +58,8 @@ def fresh_network(run: Run, shape: tuple[int, ...], classes: int, seed: int = 0)
 
 
 def rows_of(data: Rows) -> dict:
-    """What a network was trained on, as run.json keeps it: shape, classes, normalisation."""
+    """What a network was trained on, as run.json keeps it: shape, classes, normalisation; of absent rows what is known."""
+    if isinstance(data, AbsentRows):
+        return data.known
     own = {"shape": data.shape, "classes": data.classes, "normalisation": getattr(data, "normalisation", None)}
     return json.loads(json.dumps(own))

@@ -22,6 +22,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES, Run, Stage
 from cmt_fast.data import datasets
 from cmt_fast.data import trajectory_store as rolled
+from cmt_fast.data.rows import Rows
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import load_named, sharding
@@ -40,17 +41,17 @@ class Workspace:
     """One run on one device. Raises ConfigError for data, model or device that cannot be had; writes nothing."""
 
     def __init__(
-        self, run: Run, folder: Path, parents: Path | None = None, expected: bool = False, reading: bool = False
+        self, run: Run, folder: Path, parents: Path | None = None, data: Rows | None = None, reading: bool = False
     ) -> None:
         """folder: the run's own; parents: where stages that are not trained here are found (default: the same).
 
-        expected: a store that is not here is what the recipe expects, for what reads no row. reading: nothing is trained or
-        rolled out here, so guidance of stages that stand already is not asked about.
+        data: in the place of the recipe's, for what reads none (run/absent.py). reading: nothing is trained or rolled out
+        here, so guidance of stages that stand already is not asked about.
         """
         self.run, self.folder, self.parents = run, folder, parents or folder
         self.device = machine.device(run.device)
         try:
-            self.data = datasets.load(run.data, expected)
+            self.data = datasets.load(run.data) if data is None else data
             check(run, self.data.shape, self.data.classes)
         except ConfigError:
             raise
@@ -261,7 +262,8 @@ def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, st
 def fits(work: Workspace, name: str) -> None:
     """Raises ConfigError unless the network RUN/STAGE means the same thing here: path, scale of the data, rows.
 
-    Its size may be another. A run whose rows are not on record must have the same data in its recipe.
+    Its size may be another. A run whose rows are not on record must have the same data in its recipe; what is not on
+    record of them, because they were not there when its network was imported, is not compared.
     """
     folder, mine = Path(name).parent, work.run
     other = stored_run(folder)
@@ -270,7 +272,7 @@ def fits(work: Workspace, name: str) -> None:
     if stored is None:
         pairs.append(("data", loading.dump(other)["data"], loading.dump(mine)["data"]))
     else:
-        pairs += [(key, stored.get(key), value) for key, value in work.rows().items()]
+        pairs += [(key, stored.get(key), value) for key, value in work.rows().items() if key in stored]
     for key, theirs, ours in pairs:
         if theirs != ours:
             raise ConfigError(f"{name}: its {key} is {theirs}, this run's is {ours}; its network cannot be read here")

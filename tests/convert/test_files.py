@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import warnings
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.convert import files
@@ -57,6 +58,86 @@ def test_bare_state_dicts_and_safetensors(tmp_path):
     torch.save({"first": state(), "second": state(1)}, tmp_path / "two.pt")
     with pytest.raises(ConfigError, match="--ema: is missing; the file has first, second"):
         files.read(tmp_path / "two.pt")
+
+
+def padded(path, length: int | None = None, first: int = 0):
+    """A safetensors file with spaces behind its header until the header's length is `length`, or ends in the byte `first`."""
+    whole = save(state())
+    header = whole[8 : 8 + int.from_bytes(whole[:8], "little")].rstrip()
+    length = length or len(header) + (first - len(header)) % 256
+    path.write_bytes(
+        length.to_bytes(8, "little") + header.ljust(length) + whole[8 + int.from_bytes(whole[:8], "little") :]
+    )
+    return path
+
+
+def test_safetensors_with_each_first_byte_of_the_header_length(tmp_path):
+    """0x80 begins a pickle, "P" an archive, "<" a web page. huggingface/diffusers#7782, #5328 and deepspeedai/DeepSpeed#2945:
+    safetensors taken for pickles, `invalid load key, ' '`, `'<'`, `'\\xec'`: each the first byte of a header's length."""
+    for first in range(256):
+        path = padded(tmp_path / "x.bin", first=first)
+        assert path.read_bytes()[0] == first
+        found = files.read(path)
+        assert found.kind == "safetensors" and same(found.tensors, state()), first
+    length = int.from_bytes(b"PK\0\0\0\0\0\0", "little")  # 19,280: the file begins as an archive does
+    found = files.read(padded(tmp_path / "x.bin", length))
+    assert found.kind == "safetensors" and same(found.tensors, state())
+    for start in (b"PK\x03\x04", b"\x80\x02\x8a\x03", b"\x80\x04\x95\x05"):  # the same with headers of up to 96 MB
+        assert files._kind(start + b"\0\0\0\0{" + b" " * 40) == "safetensors"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_torch_files_and_pickles_of_every_protocol_are_told_apart(tmp_path, protocol):
+    path = tmp_path / "x.bin"
+    torch.save(state(), path, pickle_protocol=min(protocol, 3))
+    assert files.read(path).kind == "torch"
+    torch.save(state(), path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+    if protocol < 4:
+        assert files.read(path).kind == "torch" and same(files.read(path).tensors, state())
+    else:  # torch's own safe reader does not read it
+        with pytest.raises(ConfigError, match=f"before 1.6 with pickle protocol {protocol}.*torch.save it anew"):
+            files.read(path)
+    net = pickled.network(path, protocol=protocol)
+    assert files.read(path).kind == "pickle" and same(files.read(path).tensors, net.state_dict())
+
+
+def test_a_file_without_an_ema_is_said_to_have_none(tmp_path):
+    """zhuyu-cs/MeanFlow#12: published files held "model" where the script reads "ema", and their FID was 2 higher."""
+    for entries, said in (({"model": state()}, True), ({"model": state(1), "ema": state()}, False)):
+        torch.save(entries, tmp_path / "x.pt")
+        notes = files.read(tmp_path / "x.pt").notes
+        assert any("has no EMA; its entry 'model' is taken" in note for note in notes) == said
+    assert not files.read(tmp_path / "x.pt", "model").notes  # asked for by name
+
+
+def test_what_was_not_downloaded_is_called_so(tmp_path):
+    """huggingface/diffusers#13559, NVlabs/CALM#7: a pointer of Git LFS ends in `invalid load key, 'v'`."""
+    path = tmp_path / "model.pt"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0d71\nsize 19332096\n")
+    with pytest.raises(ConfigError, match="pointer of Git LFS and not the file it stands for"):
+        files.read(path)
+    path.write_text("\n<!DOCTYPE html><html><body>Quota exceeded</body></html>")
+    with pytest.raises(ConfigError, match="a web page and no checkpoint"):
+        files.read(path)
+    path.write_bytes(padded(tmp_path / "whole").read_bytes()[:40])  # cut in the header
+    with pytest.raises(ConfigError, match="is damaged"):
+        files.read(path)
+
+
+def test_a_file_is_read_for_its_checksum_only_when_that_is_asked_for(tmp_path, monkeypatch):
+    path = padded(tmp_path / "x.safetensors")
+    monkeypatch.setattr(files, "_sha256", lambda *_: pytest.fail("all bytes were read"))
+    found = files.read(path)
+    monkeypatch.undo()
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_arguments_of_a_training_script_keep_what_is_plain(tmp_path):
+    """A namespace (DiT, SiT, REPA), or a nested config (LightningDiT)."""
+    inner = {"model_type": "LightningDiT-XL/1", "use_rope": True, "odd": [1]}
+    torch.save({"ema": state(), "config": {"model": inner, "transport": {"loss_weight": None}}}, tmp_path / "a.pt")
+    said = {"model.model_type": "LightningDiT-XL/1", "model.use_rope": True, "transport.loss_weight": None}
+    assert files.read(tmp_path / "a.pt").about["args"] == said
 
 
 def test_pickled_networks(tmp_path):

@@ -133,15 +133,6 @@ def test_sit_training_file(tmp_path, capsys):
         capsys, "ckpt", "import", path, "--recipe", recipe, "--out", tmp_path / "no", "model.rope=true"
     )
     assert code == 2 and "model.rope: the file's network has false, the recipe's true" in out
-    # the same names on path ve are DiT's, which predicts noise
-    recipe = small.recipe(tmp_path, {**small.SIT, "precondition": "ddpm"}, name="ve")
-    torch.save(small.sit_state(0), path)
-    code, out, err = cmt(capsys, "ckpt", "import", path, "--recipe", recipe, "--out", tmp_path / "dit")
-    assert code == 0 and "family dit" in out, err
-    code, out, err = cmt(
-        capsys, "ckpt", "import", path, "--recipe", recipe, "--out", tmp_path / "no", "--family", "sot"
-    )
-    assert code == 2 and "did you mean sit?" in err
 
 
 @pytest.mark.parametrize("scale, says", [(0.5, "are scaled as the network's were"), (1.0, "WARNING")])
