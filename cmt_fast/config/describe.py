@@ -32,7 +32,7 @@ class Key(NamedTuple):
 
     name: str
     kind: str
-    type: str
+    takes: str
     default: str
     unit: str
     text: str

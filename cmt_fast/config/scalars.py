@@ -104,7 +104,7 @@ def natural(tree: Any) -> Any:
         return None
     if tree.lower() in ("true", "false"):
         return tree.lower() == "true"
-    found = _whole(tree) if WHOLE.fullmatch(tree) and not _leading_zero(tree) else None
+    found: float | None = _whole(tree) if WHOLE.fullmatch(tree) and not _leading_zero(tree) else None
     if found is None and NUMBER.fullmatch(tree) and not _leading_zero(tree):
         found = float(tree)
     return str(tree) if found is None else found
@@ -120,6 +120,7 @@ def typed(tree: Any, hint: Any, key: str = "") -> Any:
         return _mapping_of(tree, hint, key)
     if isinstance(tree, Word) and optional and tree.lower() in NULLS:
         return None
+    hint = _list_of(tree, hint)
     origin, inner = get_origin(hint), get_args(hint)
     if origin is tuple:
         if isinstance(tree, Word):
@@ -135,6 +136,19 @@ def typed(tree: Any, hint: Any, key: str = "") -> Any:
     if classes or origin is dict:
         raise ConfigError(f"{str(tree)!r} is not valid; {_instead(tree, classes, key)}", key)
     return _word(tree, inner if origin in (Union, types.UnionType) else (hint,), key)
+
+
+def _list_of(tree: Any, hint: Any) -> Any:
+    """Of a choice between a list and words, the list: for a list, and for a word that is none of the others."""
+    lists = (
+        [m for m in get_args(hint) if get_origin(m) is tuple] if get_origin(hint) in (Union, types.UnionType) else []
+    )
+    words = [v for m in get_args(hint) if get_origin(m) is Literal for v in get_args(m)]
+    return (
+        lists[0]
+        if lists and (isinstance(tree, (list, tuple)) or (isinstance(tree, Word) and tree not in words))
+        else hint
+    )
 
 
 def bare(hint: Any) -> tuple[Any, bool]:

@@ -56,7 +56,7 @@ OTHERS = {
     "model.checkpoint_activations": "gradient_checkpointing grad_checkpointing use_checkpoint use_checkpointing grad_ckpt",
     "data.path": "data_path data_dir dataset datadir train_data_dir root dataroot data_root feature_path",
     "data.flip": "xflip mirror hflip random_flip horizontal_flip",
-    "the store: `cmt data encode --size`": "image_size img_size resolution size res",
+    "`cmt data encode --size`, which makes the store": "image_size img_size resolution size res",
     "data.mean, data.std and data.scale": "latents_scale latents_bias raw_mean raw_std scaling_factor latent_scale",
     "eval.steps": "num_sampling_steps sampling_timesteps num_inference_steps sampling_num_steps mid_t",
     "eval.n": "num_fid_samples num_samples n_samples fid_samples num_images",
@@ -73,11 +73,12 @@ OTHERS = {
     "engine=zero": "deepspeed fsdp strategy use_deepspeed",
     "STAGE.compile": "torch_compile use_compile compile_model",
     "--out RUN": "outdir output_dir results_dir logdir workdir log_dir save_dir out_dir out output",
-    "the same command again, with the same --out RUN: it goes on from the last checkpoint": "resume resume_from resume_pkl "
+    "--out RUN with the same command again: it goes on from the last checkpoint": "resume resume_from resume_pkl "
     "resume_checkpoint resume_from_checkpoint auto_resume continue",
     "`torchrun --nproc-per-node N -m cmt_fast train ...`": "gpus num_gpus n_gpus nproc world_size devices ngpu num_processes",
-    "cmt eval or cmt sample, which have --steps, --n and --seed": "sample eval evaluate",
+    "`cmt eval` or `cmt sample`, which have --steps, --n and --seed": "sample eval evaluate",
 }
+KEY = re.compile(r"(STAGE|[a-z_]+)(\.[a-z_]+)*(?=$|=| )")
 HERE = {word: target for target, words in OTHERS.items() for word in words.split()}
 
 
@@ -86,28 +87,31 @@ def plain(word: str) -> str:
     return re.sub(r"[-\s]+", "_", word.strip().lstrip("-+")).lower()
 
 
-def answer(name: str, valid: Iterable[str] = ()) -> str:
+def answer(name: str, valid: Iterable[str] = (), value: str = "") -> str:
     """What a key that is not there was meant as, "" where nothing is known of it: a key of this name at another place, or
     of another kind at this one, or the word of another trainer.
 
-    name: as typed, dotted; valid: the keys that its place has.
+    name: as typed, dotted; valid: the keys that its place has; value: what was to be set, put behind a key that is proposed.
     """
     parents, _, last = plain(name).rpartition(".")
-    valid = set(valid)
-    if last in valid:
+    if last in set(valid):
         return f"did you mean {f'{parents}.' * bool(parents)}{last}?"
-    here = [k for k in describe.every() if k.name == describe.general(plain(name)) and k.kind]
+    here = [k.kind for k in describe.every() if k.name == describe.general(plain(name)) and k.kind]
     if here:
-        return f"it is a key of kind {' or '.join(k.kind for k in here)}"
+        return f"it is a key of kind {' or '.join(here)}"
     found = [HERE[last]] if last in HERE else []
     found += [p for p in describe.places(last) if not any(p in target for target in found)]
-    if parents.partition(".")[0] in STAGES:
+    stage = parents.partition(".")[0]
+    if stage in STAGES:
         found = [p for p in found if p.startswith(describe.STAGE)] or found
     if not found:
         return ""
-    stage = parents.partition(".")[0] if parents.partition(".")[0] in STAGES else ""
-    each = "" if stage or not any(describe.STAGE in p for p in found) else f" ({', '.join(STAGES)} each have their own)"
-    return f"did you mean {' or '.join(p.replace(describe.STAGE, stage or 'post') for p in found)}?{each}"
+    if not KEY.match(found[0]):
+        return f"here it is {found[0]}"
+    stage, each = (stage, "") if stage in STAGES else ("post", f" ({', '.join(STAGES)} each have their own)")
+    each = each if any(describe.STAGE in p for p in found) else ""
+    found = [p + f"={value}" * bool(value and KEY.fullmatch(p)) for p in found]
+    return f"did you mean {' or '.join(p.replace(describe.STAGE, stage) for p in found)}?{each}"
 
 
 def unknown(key: str, valid: list[str]) -> str:
@@ -126,5 +130,8 @@ def command_line(option: str, value: str) -> str:
     known |= {k.name.replace(describe.STAGE, s, 1) for k in describe.every() for s in STAGES}
     if name in known:
         return f"; did you mean {name}={value or 'VALUE'}, without dashes?"
-    said = answer(name)
-    return said and f"; {said} Keys of the recipe are set as a.b=value, without dashes"
+    said = answer(name, value=value)
+    if not said:
+        return ""
+    form = "" if said.startswith("here") else " Keys of the recipe are set as a.b=value, without dashes"
+    return f"; {said}{form}"
