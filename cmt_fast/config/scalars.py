@@ -71,7 +71,7 @@ def parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where, why = (f" line {mark.line + 1}" if mark else ""), str(getattr(error, "problem", None) or error)
         if mark and mark.line < len(lines := text.splitlines()) and "\t" in lines[mark.line][: mark.column + 1]:
-            why += "; a line is indented by spaces, not by a tab"
+            why += "; a tab stands where YAML takes spaces"
         raise ConfigError(f"{source}:{where} is not valid YAML ({why})") from None
 
 

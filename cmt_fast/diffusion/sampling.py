@@ -52,16 +52,19 @@ class Sampler:
             )
         for k in steps:
             if solver:
-                self._table(k)
+                self.table(k, key)
             elif self.path.name == "ve":
                 self.mid_times(k)
 
-    def _table(self, steps: int) -> Table:
-        """The solver's coefficients for `steps` network calls. Raises ConfigError where it has none."""
+    def table(self, steps: int, key: str = "sampler.nfe") -> Table:
+        """The solver's coefficients for `steps` network calls. Raises ConfigError where it has none; key: what named them."""
         c = self.config
         if self.path.name == "linear" and c.solver == "dpmpp":
             raise ConfigError("dpmpp is for path ve here; valid are euler, heun, jump", "sampler.solver")
-        return table(self.path, c.solver, steps, c.t_max, c.t_min, c.order)
+        try:
+            return table(self.path, c.solver, steps, c.t_max, c.t_min, c.order)
+        except ConfigError as error:
+            raise (ConfigError(error.reason, key) if error.key == "nfe" else error.under("sampler")) from None
 
     def labels(self, index: Tensor) -> Tensor | None:
         """Equal numbers of each class: index mod classes."""
@@ -92,7 +95,7 @@ class Sampler:
     def solve(self, net: Callable, steps: int, seed: int, index: Tensor) -> Tensor:
         """`steps` network calls of the ODE solver, as a diffusion model is sampled; guided if the recipe says so. (n, ...)."""
         c = self.config
-        plan = self._table(steps)
+        plan = self.table(steps)
         z = self.noise(seed, index) * (c.t_max if self.path.name == "ve" else 1.0)
         return rollout(guided(net, c.guidance), self.path, plan, z, self.labels(index), dense=False)
 
@@ -129,10 +132,7 @@ def check(config: SamplerConfig, path: str, steps: tuple[int, ...]) -> None:
     if path == "ve":
         _check_mid_counts(config)
     setting.check_steps(steps)
-    try:
-        table(ProbabilityPath(path), config.solver, config.teacher_steps, config.t_max, config.t_min, config.order)
-    except ConfigError as error:
-        raise (ConfigError(error.reason, "teacher_steps") if error.key == "nfe" else error).under("sampler") from None
+    setting.table(config.teacher_steps, "sampler.teacher_steps")
     for s in steps if path == "ve" else ():
         times = setting.mid_times(s)
         if list(times) != sorted(set(times), reverse=True) or not all(config.t_min < t < config.t_max for t in times):

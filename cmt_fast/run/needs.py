@@ -140,13 +140,17 @@ def _files(run: Run, name: str, stage: Stage) -> Iterator[Need]:
 def _judge(run: Run) -> Iterator[Need]:
     e = run.eval
     free = "or judge by eval.metric=frechet eval.reference=null eval.weights=null"
-    if e.weights:
+    if e.weights or e.metric != "frechet":
         url = URL if e.metric == "fid" else "DINOv2 ViT-L/14 of facebookresearch"
-        yield Need("eval.weights", e.weights, Path(e.weights).is_file(), "is no file", f"fetch it from {url}, {free}")
-    if e.reference:
+        wrong = "is no file" if e.weights else f"is missing, {e.metric} needs the file of its extractor's weights"
+        there = bool(e.weights) and Path(str(e.weights)).is_file()
+        yield Need("eval.weights", str(e.weights), there, wrong, f"fetch it from {url}, {free}")
+    if e.reference or e.metric != "frechet":
         own = f"`cmt eval {run.name} --metric {e.metric} --weights {e.weights} --make-reference FILE.npz`"
         how = f"public statistics (of EDM, EDM2 or ADM) or your own by {own}, {free}"
-        yield Need("eval.reference", e.reference, Path(e.reference).is_file(), "is no file", how)
+        wrong = "is no file" if e.reference else f"is missing, {e.metric} compares with a file of statistics"
+        there = bool(e.reference) and Path(str(e.reference)).is_file()
+        yield Need("eval.reference", str(e.reference), there, wrong, how)
     if _decodes(run) and not e.vae and not Path(getattr(run.data, "path", "")).is_dir():
         yield Need("eval.vae", VAE, False, "is not known to be here", "the store names the autoencoder that made it")
     if e.vae and e.vae.startswith(("/", "./", "../")):
