@@ -116,7 +116,9 @@ def test_stages_from_another_run(run):
 
 def test_post_hoc_ema(tmp_path):
     power = "pre.ema=[{kind: power, sigma_rel: 0.05}, {kind: power, sigma_rel: 0.1}]"
-    done = cmt("train", "digits", *TINY, power, "pre.snapshot_every_nimg=100", "--stages", "pre", "--out", "run", cwd=tmp_path)
+    done = cmt(
+        "train", "digits", *TINY, power, "pre.snapshot_every_nimg=100", "--stages", "pre", "--out", "run", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     done = cmt("ckpt", "reconstruct", "run/pre", "--sigma-rel", "0.07", "--out", "e.safetensors", cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "e.safetensors").is_file(), done.stderr
