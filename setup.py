@@ -39,7 +39,7 @@ class BuildNative(build_ext):
 setup(
     packages=find_packages(include=["cmt_fast*"]) + find_packages("kernels"),
     package_dir={"cmt_fast": "cmt_fast", "cmt_kernels": "kernels/cmt_kernels"},
-    package_data={"cmt_fast": ["recipes/*.yaml", "render/templates/*.j2"]},
+    package_data={"cmt_fast": ["recipes/*.yaml", "config/keys.yaml", "render/templates/*.j2"]},
     ext_modules=[Extension("cmt_kernels._native.cmt_native", [])],
     cmdclass={"build_ext": BuildNative},
 )

@@ -14,6 +14,7 @@ import yaml
 from bench.harness import gpu_tables, tables
 from bench.harness.pages import inputs, keys, picture, promises
 from cmt_fast import cli
+from cmt_fast.config import describe
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
@@ -91,11 +92,13 @@ def test_pages_hold_what_the_command_writes(page):
 
 def test_keys_and_texts_are_the_same_set(tmp_path, monkeypatch):
     """A key without a sentence is an error, and a sentence without a key."""
-    texts = yaml.safe_load(keys.TEXTS.read_text("utf-8"))
-    monkeypatch.setattr(keys, "TEXTS", tmp_path / "keys.yaml")
+    texts = yaml.safe_load(describe.TEXTS.read_text("utf-8"))
+    monkeypatch.setattr(describe, "TEXTS", tmp_path / "keys.yaml")
     lacking = {**texts, "Stage": {k: v for k, v in texts["Stage"].items() if k != "lr"}}
-    for changed, words in ((lacking, "Stage.lr has no text"), ({**texts, "Run": {**texts["Run"], "x": "y"}}, "Run.x")):
-        keys.TEXTS.write_text(yaml.safe_dump(changed))
+    spare = {**texts, "Run": {**texts["Run"], "x": "y"}}
+    counted = {**texts, "units": {**texts["units"], "apples": ["Stage.lrr"]}}
+    for changed, words in ((lacking, "Stage.lr has no text"), (spare, "Run.x"), (counted, "Stage.lrr")):
+        describe.TEXTS.write_text(yaml.safe_dump(changed))
         with pytest.raises(ValueError, match=words):
             keys.table()
 

@@ -43,7 +43,8 @@ COMMANDS = {
     "eval": ("eval", "Fréchet distance (FID, FD-DINOv2), accuracy, precision and recall of a trained stage"),
     "ckpt": ("ckpt", "list, verify, import and export checkpoints; reconstruct an EMA profile"),
     "data": ("data", "stores of latents or images: encode, import foreign files, look, verify, stats"),
-    "recipes": ("recipes", "list, show, copy or validate the recipes that come with the package"),
+    "recipes": ("recipes", "list, show, copy or validate recipes, or write a new one for a store"),
+    "keys": ("keys", "every key of a recipe: type, default, unit, meaning, which recipes set it"),
     "doctor": ("doctor", "show this machine's versions, devices and ops, or check that a run is alive"),
 }
 
@@ -71,9 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         args, rest = root.parse_known_args(arguments)
         if rest:
             if any(r.startswith("-") for r in rest) or not hasattr(args, "overrides"):
-                known = [a for p in _subparsers(root) for a in p._option_string_actions]
-                hint = nearest(rest[0], known) or f"; `cmt {args.command} --help` lists what it takes"
-                raise ConfigError(f"cmt {args.command}: unknown argument {rest[0]!r}{hint}")
+                raise ConfigError(_unknown(root, args, rest[0], arguments))
             args.overrides += rest
         args.call(args)
         sys.stdout.flush()
@@ -93,6 +92,21 @@ def main(arguments: list[str] | None = None) -> int:
             from cmt_fast.runtime import distributed
 
             distributed.stop()
+
+
+def _unknown(root: argparse.ArgumentParser, args: argparse.Namespace, given: str, arguments: list[str]) -> str:
+    """The line of an argument that no command takes: a recipe's key that was meant, else the nearest option."""
+    from cmt_fast.config.synonyms import command_line
+
+    known = [a for p in _subparsers(root) for a in p._option_string_actions]
+    word, hint = given.partition("=")[0], ""
+    if hasattr(args, "overrides"):
+        after = arguments[arguments.index(given) + 1 :] if given in arguments else []
+        near = nearest(word, known)
+        hint = command_line(given, after[0] if after and after[0][:1] != "-" else "")
+        hint = near if near and not hint else hint
+    hint = hint or nearest(word, known) or f"; `cmt {args.command} --help` lists what it takes"
+    return f"cmt {args.command}: unknown argument {given!r}{hint}"
 
 
 def _nobody_reads() -> bool:

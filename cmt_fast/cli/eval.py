@@ -40,14 +40,15 @@ def evaluate(args: argparse.Namespace) -> None:
         steps = tuple(int(s) for s in args.steps.split(","))
     except ValueError:
         raise ConfigError(f"--steps: {args.steps!r} is not a list of numbers like 1,2") from None
-    if min(steps) < 1 or (args.n is not None and args.n < 2):
-        raise ConfigError("--steps and --n: must be at least 1 and 2")
+    if args.n is not None and args.n < 2:
+        raise ConfigError(f"--n: {args.n} is not at least 2")
     keys = ("metric", "reference", "weights", "vae", "batch")
     given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     if args.make_reference:
         return _make_reference(args, given)
     distributed.start(machine.device("auto"))
     work, stage = workspace.open_stage(args.stage, given)
+    work.setting.check_steps(steps, args.solver, "--steps")
     if args.solver:
         guidance.check_solver(work.place, stage)
     judge = work.judging.open_judge(args.precision_recall)

@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_overrides(p: argparse.ArgumentParser) -> None:
     """Declare the recipe's keys that a command line may set."""
-    text = "any key of the recipe, as pre.images_nimg=6400; docs/keys.md has all"
+    text = "any key of the recipe, as pre.images_nimg=6400; `cmt keys` has all"
     p.add_argument("overrides", nargs="*", metavar="a.b=value", help=text)
 
 

@@ -17,43 +17,45 @@ if TYPE_CHECKING:
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=recipes)
-    p.add_argument("action", choices=("ls", "show", "copy", "validate"))
-    p.add_argument("names", nargs="*", metavar="RECIPE", help="`copy` takes a recipe and a file to write")
+    p.add_argument("action", choices=("ls", "show", "copy", "new", "validate"))
+    p.add_argument("names", nargs="*", metavar="RECIPE", help="`copy`: a recipe and a file to write; `new`: a name")
     p.add_argument("--all", action="store_true", help="validate every recipe of the package")
     p.add_argument(
         "--weights", type=Path, metavar="FILE", help="ls: the recipes that a checkpoint can be imported with, and how"
     )
     p.add_argument("--as", dest="family", metavar="FAMILY", help="ls --weights: what the file is (dit, sit, ...)")
     p.add_argument("--ema", metavar="KEY", help="ls --weights: which of the file's networks")
+    p.add_argument("--data", metavar="STORE", help="new: the store that it trains on")
+    p.add_argument("--like", metavar="RECIPE", help="new: the recipe whose method and settings it takes")
+    p.add_argument(
+        "--images", type=int, metavar="N", help="new: student images of mid and post together; all lengths follow"
+    )
+    text = "new: file of the perceptual network, for a recipe whose distance has one (default: the distance l2, which has none)"
+    p.add_argument("--perceptual", metavar="FILE", help=text)
 
 
 def recipes(args: argparse.Namespace) -> None:
-    known = recipes_.recipes()
     for key, value in (("--weights", args.weights), ("--as", args.family), ("--ema", args.ema)):
         if value is not None and (args.action != "ls" or args.weights is None):
             raise ConfigError(f"{key}: is for cmt recipes ls --weights FILE")
     if args.weights is not None:
         return _propose(args)
     if args.action == "ls":
-        width = max(map(len, known))
-        for name, path in known.items():
-            print(f"{name:{width}s} {path.read_text('utf-8').splitlines()[0].lstrip('# ')}")
+        print("\n".join(recipes_.listed()))
         return
-    names = list(known) if args.all else args.names
-    if not names or (args.action == "copy" and len(names) != 2):
-        raise ConfigError(
-            f"cmt recipes {args.action}: needs {'a recipe and a file to write' if args.action == 'copy' else 'a recipe'}"
-        )
+    names = list(recipes_.recipes()) if args.all else args.names
+    needed = {"copy": (2, "a recipe and a file to write"), "new": (1, "a name")}.get(args.action)
+    if not names or (needed and len(names) != needed[0]):
+        raise ConfigError(f"cmt recipes {args.action}: needs {needed[1] if needed else 'a recipe'}")
+    for option in ("data", "like", "images", "perceptual"):
+        if args.action != "new" and getattr(args, option) is not None:
+            raise ConfigError(f"--{option}: is for `cmt recipes new`")
     if args.action == "show":
         print(recipes_.recipe_text(names[0]), end="")
     elif args.action == "copy":
-        text, target = recipes_.recipe_text(names[0]), Path(names[1])
-        if target.exists() or not target.parent.is_dir():
-            raise ConfigError(
-                f"cmt recipes copy: {names[1]!r} {'already exists' if target.exists() else 'is in a folder that does not exist'}"
-            )
-        target.write_text(text, "utf-8")
-        print(f"{target}: a copy of {names[0]}. Its `name` says where it trains, runs/NAME; change it, or give --out")
+        _copy(names[0], _free(Path(names[1]), "copy"))
+    elif args.action == "new":
+        _new(args)
     else:
         from cmt_fast.config import loading
 
@@ -80,6 +82,46 @@ def _propose(args: argparse.Namespace) -> None:
         print(
             f"{proposing.HEADS}: the file does not say how many heads its network has; write the number that it was built with"
         )
+
+
+def _free(target: Path, action: str) -> Path:
+    """A file that can be written. Raises ConfigError where one stands already, or its folder does not."""
+    if target.exists() or not target.parent.is_dir():
+        wrong = "already exists" if target.exists() else "is in a folder that does not exist"
+        raise ConfigError(f"cmt recipes {action}: {str(target)!r} {wrong}")
+    return target
+
+
+def _copy(name: str, target: Path) -> None:
+    from cmt_fast.config import loading
+    from cmt_fast.run import needs
+
+    text = recipes_.recipe_text(name)
+    missing, here = needs.listed(loading.load(name))
+    target.write_text(text, "utf-8")
+    print(f"{target}: a copy of {name}. Its `name` says where it trains, runs/NAME; change it, or give --out")
+    if missing:
+        print("to be brought, not on this machine:", *missing, sep="\n  ")
+    if here:
+        print("here already:", *here, sep="\n  ")
+
+
+def _new(args: argparse.Namespace) -> None:
+    from cmt_fast.run import adapting
+
+    for option, what in (("data", "the store that it trains on"), ("like", "the recipe whose method it takes")):
+        if getattr(args, option) is None:
+            raise ConfigError(f"cmt recipes new: --{option} is missing, {what}")
+    if args.images is not None and args.images < 1:
+        raise ConfigError(f"--images: {args.images} is not at least 1")
+    name = args.names[0].removesuffix(".yaml")
+    if name in recipes_.recipes():
+        raise ConfigError(f"cmt recipes new: {name!r} is the name of a recipe of the package; choose another")
+    target = _free(Path(f"{name}.yaml"), "new")
+    made = adapting.adapted(Path(name).name, args.data, args.like, args.images, args.perceptual)
+    target.write_text(made.text, "utf-8")
+    print(f"{target}: like {args.like}, for {args.data}. It trains by: cmt train {target}")
+    print("changed:", *made.changed, sep="\n  ")
 
 
 def _validate(run: Run) -> str:

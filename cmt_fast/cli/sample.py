@@ -32,6 +32,7 @@ def sample(args: argparse.Namespace) -> None:
     work, stage = workspace.open_stage(args.stage)
     if args.steps < 1 or args.n < 1:
         raise ConfigError(f"--{'steps' if args.steps < 1 else 'n'}: must be at least 1")
+    work.setting.check_steps((args.steps,), args.solver, "--steps")
     if not args.out and not args.grid:
         raise ConfigError("cmt sample: nothing to write; give --out FILE.npz, --grid FILE.png or both")
     for path in (args.out, args.grid):

@@ -12,14 +12,14 @@ import yaml
 
 from cmt_fast.cli import look
 from cmt_fast.cli.parser import add_overrides
-from cmt_fast.config import errors, fingerprint, loading
+from cmt_fast.config import errors, fingerprint, loading, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.cost import estimate, flops, hardware
 from cmt_fast.data.loaders import check_loader
 from cmt_fast.evaluation import judges
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
-from cmt_fast.run import absent, folder, workspace
+from cmt_fast.run import absent, folder, needs, workspace
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.runtime import distributed, machine, memory
 from cmt_fast.teacher import precision, solver_record
@@ -29,7 +29,7 @@ from cmt_fast.train import loop, profiler
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=train)
-    p.add_argument("recipe", nargs="?", default="digits", help="name or YAML file (default: digits)")
+    p.add_argument("recipe", nargs="?", help="name or YAML file; without one the names are listed")
     add_overrides(p)
     p.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     p.add_argument("--stages", help="comma-separated stages (default: all of the recipe)")
@@ -54,16 +54,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--profile-steps", type=int, default=4, metavar="N", help="steps to profile (default: 4)")
 
 
-def _resolve(recipe: str, overrides: list[str]):
-    if "=" in recipe and not Path(recipe).is_file():  # `cmt train post.lr=1e-3` means digits
-        recipe, overrides = "digits", [recipe, *overrides]
-    return loading.load(recipe, overrides)
-
-
 def train(args: argparse.Namespace) -> None:
     if args.profile_steps < 1:
         raise ConfigError(f"--profile-steps: {args.profile_steps} is not a positive number")
-    run = _resolve(args.recipe, args.overrides)
+    if args.recipe is None:
+        print("\n".join(recipes.listed()))
+        raise ConfigError("cmt train: which recipe? name one of these, or a YAML file (`cmt recipes new` writes one)")
+    run = loading.load(args.recipe, args.overrides)
     out = args.out or folder.default(run)
     have = list(run.stages)
     names = args.stages.split(",") if args.stages else have
@@ -74,14 +71,14 @@ def train(args: argparse.Namespace) -> None:
             )
     if args.parents:
         folder.stored_run(args.parents)
+    names = [name for name in have if name in names]
+    if not args.dry_run:
+        needs.check(run, out, args.parents, names)
     distributed.start(machine.device(run.device), run.timeout_s)
     work = workspace.Workspace(run, out, args.parents, absent.rows(run) if args.dry_run else None)
-    names = [name for name in have if name in names]
     missing = _missing(work, names)
-    if missing and not isinstance(
-        work.data, absent.AbsentRows
-    ):  # what cannot be done is said before the first stage begins
-        raise missing[0]
+    if missing and not isinstance(work.data, absent.AbsentRows):
+        raise missing[0]  # what cannot be done is said before the first stage begins
     if args.dry_run:
         return _dry_run(work, names, missing, out) if distributed.rank() == 0 else None
     judges.check_files(run.eval)

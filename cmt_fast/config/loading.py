@@ -1,5 +1,6 @@
 """From YAML and `a.b=value` overrides to a Run, and the one-line errors on the way.
 
+What a word means is scalars.py's, how an override is written overrides.py's, what a key is called elsewhere synonyms.py's.
 A wrong key or value raises ConfigError: the key, what it was, what is valid, the nearest name.
 """
 
@@ -11,61 +12,30 @@ import re
 import sys
 from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from cmt_fast.config import scalars, synonyms
 from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.config.overrides import apply as override
 from cmt_fast.config.recipes import recipe_text
-from cmt_fast.config.renames import renamed, today
+from cmt_fast.config.renames import renamed
 from cmt_fast.config.schema import Run
 
 
-class _Loader(yaml.SafeLoader):
-    """safe_load with YAML 1.2 floats (1e-3 is a number) and duplicate keys refused."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)$|^[-+]?(\d[\d_]*)?\.\d[\d_]*([eE][-+]?\d+)?$"),
-    list("-+0123456789."),
-)
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    out: dict = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, (str, int)):
-            raise ConfigError(f"key {key!r} in line {key_node.start_mark.line + 1} is not a name")
-        if key in out:
-            raise ConfigError(f"{key}: appears twice, again in line {key_node.start_mark.line + 1}")
-        out[key] = loader.construct_object(value_node, deep=True)
-    return out
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def parse_yaml(text: str, source: str) -> Any:
-    """YAML to plain Python. Raises ConfigError naming `source` and the line."""
-    try:
-        return yaml.load(text, _Loader)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}:{where} is not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    """YAML to plain Python, words by their looks. Raises ConfigError naming `source` and the line."""
+    return scalars.natural(scalars.parse(text, source))
 
 
 def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     """The resolved run of a recipe (name or path) and `a.b=value` overrides. Raises ConfigError."""
-    tree = parse_yaml(recipe_text(recipe), recipe)
+    tree = scalars.parse(recipe_text(recipe), recipe)
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe: {recipe!r} holds no mapping at its top level")
+    if {"run", "digest"} <= set(tree):  # a run's run.json: the recipe as it was resolved
+        tree = tree["run"]
     tree, notes = renamed(tree)
-    for override in overrides:
-        notes += _override(tree, override)
+    notes += override(tree, overrides)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return build(tree)
@@ -74,28 +44,9 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run:
 def build(tree: dict) -> Run:
     """A Run from plain data, keys under their names of before too. Raises ConfigError for the first thing that is wrong."""
     try:
-        return TypeAdapter(Run).validate_python(renamed(tree)[0])
+        return TypeAdapter(Run).validate_python(scalars.typed(renamed(tree)[0], Run))
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
-
-
-def _override(tree: dict, text: str) -> list[str]:
-    """Set one key, whatever its name was; a note where it has another today, for which a recipe may stand already."""
-    key, equals, raw = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override: {text!r} is not of the form a.b=value")
-    *parents, last = key.split(".")
-    node = tree
-    for i, name in enumerate(parents):
-        child = node.get(name)
-        if child is None:
-            child = node[name] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"{'.'.join(parents[: i + 1])}: is {child!r}, it has no key {parents[i + 1 :] + [last]}")
-        node = child
-    now = today(tuple(parents), last)
-    node[now], notes = renamed(parse_yaml(raw, f"override {key}"), (*parents, now))
-    return notes + ([f"{key} is now {'.'.join((*parents, now))}"] if now != last else [])
 
 
 def dump(run: Run) -> dict:
@@ -153,11 +104,12 @@ def _one_line(error: ValidationError) -> str:
     key = _key(loc)
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         valid = _fields(Run, loc[:-1])
-        return f"{key}: unknown key; valid are {', '.join(valid)}{nearest(loc[-1], valid)}"
+        return f"{key}: {synonyms.unknown(key, valid)}"
     if kind in ("missing", "missing_argument"):
         return f"{key}: is missing"
     if kind in ("union_tag_invalid", "literal_error"):
-        valid = re.findall(r"'([^']*)'", first["ctx"].get("expected_tags") or first["ctx"].get("expected") or "")
+        expected = first["ctx"].get("expected_tags") or first["ctx"].get("expected") or ""
+        valid = [word.strip("'") for word in re.split(r", | or ", expected)]
         bad = first["ctx"].get("tag", given)
         key = f"{key}.kind" if kind == "union_tag_invalid" else key
         return f"{key}: {bad!r} is not valid; valid are {', '.join(valid)}{nearest(bad, valid)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from cmt_fast.diffusion.few_steps import consistency_first, consistency_onwards,
 from cmt_fast.diffusion.guidance import guided
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
-from cmt_fast.diffusion.solvers import rollout, table
+from cmt_fast.diffusion.solvers import Table, rollout, table
 
 
 class Sampler:
@@ -34,6 +34,37 @@ class Sampler:
             known = ", ".join(str(k) for k in sorted({1, *self.config.mid_times}))
             raise ConfigError(f"has no {steps - 1} times for {steps} steps; it serves {known}", "sampler.mid_times")
         return times
+
+    def check_steps(self, steps: Sequence[int], solver: bool = False, key: str = "eval.steps") -> None:
+        """Raises ConfigError for numbers of steps that this sampler cannot take, before anything is drawn: none, repeated or
+        below 1, without their times on VE, or that the solver's table does not have. key: what to name.
+        """
+        if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
+            wrong = (
+                "is empty"
+                if not steps
+                else f"{min(steps)} is not at least 1"
+                if min(steps) < 1
+                else "a number stands twice"
+            )
+            raise ConfigError(
+                f"{', '.join(map(str, steps)) or '[]'}: {wrong}; give each number of steps once, as 1,2", key
+            )
+        for k in steps:
+            if solver:
+                self.table(k, key)
+            elif self.path.name == "ve":
+                self.mid_times(k)
+
+    def table(self, steps: int, key: str = "sampler.nfe") -> Table:
+        """The solver's coefficients for `steps` network calls. Raises ConfigError where it has none; key: what named them."""
+        c = self.config
+        if self.path.name == "linear" and c.solver == "dpmpp":
+            raise ConfigError("dpmpp is for path ve here; valid are euler, heun, jump", "sampler.solver")
+        try:
+            return table(self.path, c.solver, steps, c.t_max, c.t_min, c.order)
+        except ConfigError as error:
+            raise (ConfigError(error.reason, key) if error.key == "nfe" else error.under("sampler")) from None
 
     def labels(self, index: Tensor) -> Tensor | None:
         """Equal numbers of each class: index mod classes."""
@@ -64,9 +95,7 @@ class Sampler:
     def solve(self, net: Callable, steps: int, seed: int, index: Tensor) -> Tensor:
         """`steps` network calls of the ODE solver, as a diffusion model is sampled; guided if the recipe says so. (n, ...)."""
         c = self.config
-        if self.path.name == "linear" and c.solver == "dpmpp":
-            raise ConfigError("dpmpp is for path ve here; valid are euler, heun, jump", "sampler.solver")
-        plan = table(self.path, c.solver, steps, c.t_max, c.t_min, c.order)
+        plan = self.table(steps)
         z = self.noise(seed, index) * (c.t_max if self.path.name == "ve" else 1.0)
         return rollout(guided(net, c.guidance), self.path, plan, z, self.labels(index), dense=False)
 
@@ -100,10 +129,20 @@ class Sampler:
 def check(config: SamplerConfig, path: str, steps: tuple[int, ...]) -> None:
     """Raises ValueError when a recipe asks for steps or a solver that its sampler does not have."""
     setting = Sampler(ProbabilityPath(path), config, (1,), 0, torch.device("cpu"))
-    for s in steps:
-        if path == "ve":
-            setting.mid_times(s)
-    try:
-        table(ProbabilityPath(path), config.solver, config.teacher_steps, config.t_max, config.t_min, config.order)
-    except ConfigError as error:
-        raise (ConfigError(error.reason, "teacher_steps") if error.key == "nfe" else error).under("sampler") from None
+    if path == "ve":
+        _check_mid_counts(config)
+    setting.check_steps(steps)
+    setting.table(config.teacher_steps, "sampler.teacher_steps")
+    for s in steps if path == "ve" else ():
+        times = setting.mid_times(s)
+        if list(times) != sorted(set(times), reverse=True) or not all(config.t_min < t < config.t_max for t in times):
+            between = f"from below sampler.t_max ({config.t_max:g}) to above sampler.t_min ({config.t_min:g})"
+            raise ConfigError(f"{list(times)} for {s} steps must fall, {between}", "sampler.mid_times")
+
+
+def _check_mid_counts(config: SamplerConfig) -> None:
+    """One time fewer than steps for each number of steps, asked for or not."""
+    for steps, times in config.mid_times.items():
+        if steps < 2 or len(times) != steps - 1:
+            need = f"it needs {steps - 1}" if steps > 1 else "and a single step has no time in between"
+            raise ConfigError(f"has {len(times)} times for {steps} steps, {need}", "sampler.mid_times")

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from cmt_fast.data.datasets import in_memory
 from cmt_fast.data.rows import Rows
 
+GRID = 8  # fields along a side
+WHOLE = 2048  # numbers of a row that are features one by one, as many as Inception has
+
 
 class Extractor(Protocol):
     """A feature space. name: network, hash of its weights, resize rule; what is stored with statistics and compared.
@@ -47,6 +50,17 @@ class Identity:
 
     def classes(self, x: Tensor) -> None:
         return None
+
+
+class Pooled(Identity):
+    """Images of many numbers, averaged over a grid of GRID x GRID fields: a covariance of all of them would take minutes a
+    distance and be of far lower rank than size, as 64 x 64 x 3 numbers are more than there are samples.
+    """
+
+    name = f"pooled-{GRID}"
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x.float(), GRID).flatten(1)
 
 
 class Classifier(nn.Module):
@@ -98,9 +112,11 @@ def train_classifier(data: Rows, seed: int = 0, epochs: int = 40, batch: int = 1
 
 
 def extractor(data: Rows, cache: Path) -> Extractor:
-    """The run's feature space: the classifier for labelled images (kept in `cache`), else the data themselves."""
+    """The run's feature space: the classifier for labelled images (kept in `cache`), else the data themselves, averaged over
+    fields where they are images of more than WHOLE numbers.
+    """
     if data.labels is None or len(data.shape) == 1:
-        return Identity()
+        return Pooled() if len(data.shape) == 3 and math.prod(data.shape) > WHOLE else Identity()
     file = cache / "extractor.safetensors"
     net = Classifier(math.prod(data.shape), data.classes)
     if file.is_file():

@@ -22,6 +22,8 @@ def world(tmp_path_factory):
     loop.train(Workspace(tiny(), folder / "run"), ["pre"])
     (folder / "bad.yaml").write_text("name: [1\n")
     (folder / "list.yaml").write_text("- a\n")
+    (folder / "tabs.yaml").write_text("name: a\n\tdata: b\n")
+    (folder / "latin.yaml").write_bytes("name: caf\xe9\n".encode("latin-1"))
     (folder / "twice.yaml").write_text("name: a\nname: b\n")
     (folder / "evil.yaml").write_text("name: !!python/object/apply:os.system ['touch pwned']\n")
     (folder / "text.npz").write_text("no archive")
@@ -57,6 +59,42 @@ CASES = [
     (["train", "digits", "path=vp"], ["path", "'vp'", "ve"]),
     (["train", "digits", "path=linear"], ["pre.objective.kind", "denoise", "linear", "flow"]),
     (["train", "digits", "post"], ["override", "'post'", "a.b=value"]),
+    (["train", "post.lr=1e-3"], ["recipe", "an override", "cmt train digits post.lr=1e-3"]),
+    (["train", "run"], ["recipe", "of a run", "cmt train run/run.json --out run"]),
+    (["train", "run/pre"], ["recipe", "of a run", "cmt train run/run.json --out run"]),
+    (["train", "bad"], ["recipe", "did you mean bad.yaml?"]),
+    (["train", "tabs.yaml"], ["tabs.yaml", "line 2", "a tab stands where YAML takes spaces"]),
+    (["train", "latin.yaml"], ["latin.yaml", "UTF-8"]),
+    (["train", "digits", "--lr", "1e-3"], ["--lr", "post.lr=1e-3", "without dashes"]),
+    (["train", "digits", "--batch", "32"], ["--batch", "post.batch=32"]),
+    (["train", "digits", "--class", "3"], ["--class", "data.expects.classes"]),
+    (["train", "digits", "--seed", "3"], ["--seed", "did you mean seed=3"]),
+    (["train", "digits", "--device", "cpu"], ["--device", "did you mean device=cpu"]),
+    (["train", "digits", "--post.lr=3"], ["--post.lr=3", "did you mean post.lr=3, without dashes"]),
+    (["train", "digits", "--resume", "run"], ["--resume", "the same command again"]),
+    (["eval", "run/pre", "--steps", "1,1"], ["--steps", "1, 1", "twice"]),
+    (["eval", "run/pre", "--steps", "0,1"], ["--steps", "at least 1"]),
+    (["eval", "run/pre", "--steps", "1,3"], ["sampler.mid_times", "3 steps"]),
+    (["eval", "run/pre", "--n", "1"], ["--n", "at least 2"]),
+    (["train", "digits", "eval.steps=1,1"], ["eval.steps", "1, 1", "twice"]),
+    (["train", "digits", "eval.steps=[]"], ["eval.steps", "empty"]),
+    (["train", "digits", "eval.steps=0"], ["eval.steps", "greater than or equal to 1"]),
+    (["train", "digits", "sampler.mid_times={2: [0.8, 0.4]}"], ["sampler.mid_times", "2 times for 2 steps", "needs 1"]),
+    (["train", "digits", "sampler.mid_times={1: [0.8]}", "eval.steps=1"], ["sampler.mid_times", "no time in between"]),
+    (["train", "digits", "sampler.mid_times.2=90"], ["sampler.mid_times", "[90.0]", "below sampler.t_max (80)"]),
+    (["train", "digits", "eval.steps=4", "sampler.mid_times.4=0.4,1.5,5"], ["sampler.mid_times", "must fall"]),
+    (["train", "digits-mf", "sampler.solver=dpmpp"], ["sampler.solver", "dpmpp", "path ve"]),
+    (["keys", "pst.lr"], ["'pst.lr'", "did you mean post.lr?"]),
+    (["keys", "batch_size"], ["'batch_size'", "did you mean post.batch?"]),
+    (["keys", "xyzzy"], ["'xyzzy'", "`cmt keys` lists all"]),
+    (["recipes", "new", "mine", "--like", "digits"], ["--data", "missing"]),
+    (["recipes", "new", "mine", "--data", "run"], ["--like", "missing"]),
+    (["recipes", "new", "mine", "--data", "none", "--like", "digits"], ["--data", "'none'", "not a folder"]),
+    (["recipes", "new", "mine", "--data", "run", "--like", "gmm"], ["--like", "'gmm'", "points in a plane"]),
+    (["recipes", "new", "digits", "--data", "run", "--like", "gmm"], ["'digits'", "recipe of the package"]),
+    (["recipes", "new", "bad", "--data", "run", "--like", "gmm"], ["'bad.yaml'", "already exists"]),
+    (["recipes", "new", "mine", "--data", "run", "--like", "digits", "--images", "0"], ["--images", "0", "at least 1"]),
+    (["recipes", "copy", "digits", "x.yaml", "--images", "9"], ["--images", "cmt recipes new"]),
     (["train", "digits", "name.first=x"], ["name", "digits", "first"]),
     (["train", "digits", "pre.start=mid"], ["pre.start", "'mid'", "does not come before pre"]),
     (["train", "digits", "mid.teacher=null"], ["mid.teacher", "missing"]),

@@ -24,7 +24,7 @@ TINY = [*SMALL, *NO_EVAL, "mid.eval_every_nimg=320"]
 def run(tmp_path_factory):
     """All four stages of digits by one command."""
     folder = tmp_path_factory.mktemp("cli")
-    done = cmt("train", *TINY, "--out", "run", cwd=folder)
+    done = cmt("train", "digits", *TINY, "--out", "run", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout and "100 %" in done.stdout
     return folder
@@ -40,7 +40,7 @@ def test_the_run_folder(run):
 
 
 def test_the_same_command_again_does_nothing(run):
-    done = cmt("train", *TINY, "--out", "run", cwd=run)
+    done = cmt("train", "digits", *TINY, "--out", "run", cwd=run)
     assert done.returncode == 0 and done.stdout.count("done (") == 4
 
 
@@ -108,7 +108,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
 
 
 def test_stages_from_another_run(run):
-    done = cmt("train", *TINY, "post.lr=1e-5", "--stages", "post", "--from", "run", "--out", "other", cwd=run)
+    done = cmt("train", "digits", *TINY, "post.lr=1e-5", "--stages", "post", "--from", "run", "--out", "other", cwd=run)
     assert done.returncode == 0, done.stderr
     lineage = checkpoint.complete(run / "other" / "post").manifest["parent"]
     assert lineage["ema"] == checkpoint.complete(run / "run" / "mid").manifest["files"]["ema-0.safetensors"]["xxh3_128"]
@@ -116,7 +116,9 @@ def test_stages_from_another_run(run):
 
 def test_post_hoc_ema(tmp_path):
     power = "pre.ema=[{kind: power, sigma_rel: 0.05}, {kind: power, sigma_rel: 0.1}]"
-    done = cmt("train", *TINY, power, "pre.snapshot_every_nimg=100", "--stages", "pre", "--out", "run", cwd=tmp_path)
+    done = cmt(
+        "train", "digits", *TINY, power, "pre.snapshot_every_nimg=100", "--stages", "pre", "--out", "run", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     done = cmt("ckpt", "reconstruct", "run/pre", "--sigma-rel", "0.07", "--out", "e.safetensors", cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "e.safetensors").is_file(), done.stderr
@@ -124,7 +126,7 @@ def test_post_hoc_ema(tmp_path):
 
 def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
     long = [*TINY, "--stages", "pre,mid"]
-    assert cmt("train", *long, "--out", "one", cwd=tmp_path).returncode == 0
+    assert cmt("train", "digits", *long, "--out", "one", cwd=tmp_path).returncode == 0
     command = [
         *forked.python("torch"),
         "-m",
@@ -137,7 +139,7 @@ def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
         "cmt_fast",
     ]
     done = subprocess.run(
-        [*command, "train", *long, "--out", "two"],
+        [*command, "train", "digits", *long, "--out", "two"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -158,6 +160,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_exit_code(tmp_path, number):
         "-m",
         "cmt_fast",
         "train",
+        "digits",
         *TINY,
         "pre.images_nimg=320000",
         "--stages",

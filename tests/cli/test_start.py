@@ -12,6 +12,8 @@ import pytest
 LIMITS = {
     "--help": 0.3,
     "recipes ls": 0.3,
+    "keys": 1.0,
+    "keys post.lr": 1.0,
     "train digits --dry-run": 3.0,
     "doctor": 2.0,
     "estimate imagenet512-ecd --gpu h100 --gpus 8": 4.0,
@@ -38,6 +40,12 @@ def run(code: str, *arguments: str) -> tuple[float, str]:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return taken, (done.stdout.splitlines() or [""])[-1]
+
+
+@pytest.mark.parametrize("command", ["--help", "recipes ls", "keys post.lr"])
+def test_what_only_reads_words_imports_no_torch(command):
+    code = CHILD % (("torch", "cmt_kernels"),)
+    assert run(code, *command.split())[1] == "0 []"
 
 
 @pytest.fixture(scope="module")

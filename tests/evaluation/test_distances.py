@@ -135,3 +135,18 @@ def test_precision_and_recall_by_brute_force():
     assert neighbours.precision_recall(real, made + 1e3) == (0, 0)
     with pytest.raises(ValueError, match="3-th neighbour in a set of 3"):
         neighbours.precision_recall(real[:3], made)
+
+
+def test_large_unlabelled_images_are_compared_by_the_means_of_fields():
+    """64 x 64 x 3 numbers become 8 x 8 x 3, each the mean of an 8 x 8 field; smaller rows are features as they are."""
+    from pathlib import Path
+
+    from cmt_fast.data.rows import Dataset
+    from cmt_fast.evaluation import features
+
+    x = torch.arange(2 * 3 * 64 * 64, dtype=torch.float32).view(2, 3, 64, 64)
+    space = features.extractor(Dataset(x, None, 0), Path("nowhere"))
+    by_hand = x.view(2, 3, 8, 8, 8, 8).double().mean((3, 5)).flatten(1)
+    assert space.name == "pooled-8" and torch.allclose(space.features(x).double(), by_hand, rtol=1e-6)
+    small = x[..., :16, :16]
+    assert torch.equal(features.extractor(Dataset(small, None, 0), Path("nowhere")).features(small), small.flatten(1))
