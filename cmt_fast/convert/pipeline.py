@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cmt_fast import models
 from cmt_fast.config.schema import Model, SamplerConfig
+from cmt_fast.diffusion.labels import Law
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 

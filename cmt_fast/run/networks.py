@@ -57,6 +57,9 @@ def fresh_network(run: Run, shape: tuple[int, ...], classes: int, seed: int = 0)
 
 
 def rows_of(data: Rows) -> dict:
-    """What a network was trained on, as run.json keeps it: shape, classes, normalisation."""
+    """What a network was trained on, as run.json keeps it: shape, classes, normalisation, and the source's numbers of the
+    classes where those are others.
+    """
     own = {"shape": data.shape, "classes": data.classes, "normalisation": getattr(data, "normalisation", None)}
+    own |= {"class_ids": ids} if (ids := getattr(data, "class_ids", ())) else {}
     return json.loads(json.dumps(own))

@@ -20,14 +20,14 @@ from cmt_fast import engine, models
 from cmt_fast.config import errors, fingerprint, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES, Run, Stage
-from cmt_fast.data import datasets
+from cmt_fast.data import classes, datasets
 from cmt_fast.data import trajectory_store as rolled
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import load_named, sharding
 from cmt_fast.perceptual import distance
 from cmt_fast.run.decoding import Decoding
-from cmt_fast.run.folder import RUN_FILE, about_run, judged_by, parents_of, stored_run
+from cmt_fast.run.folder import RUN_FILE, about_run, classes_of, judged_by, parents_of, stored_run
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.networks import check, fresh_network, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
@@ -43,14 +43,15 @@ class Workspace:
         self.run, self.folder, self.parents = run, folder, parents or folder
         self.device = machine.device(run.device)
         try:
-            self.data = datasets.load(run.data)
+            self.data = datasets.load(run.data, classes_of(folder))
             check(run, self.data.shape, self.data.classes)
+            law = classes.law(self.data, run.eval.labels)
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.path = ProbabilityPath(run.path, run.sigma_data)
-        self.setting = Sampler(self.path, run.sampler, self.data.shape, self.data.classes, self.device)
+        self.setting = Sampler(self.path, run.sampler, self.data.shape, law, self.device)
         self.decoding = Decoding(run, self.data, self.device)
         self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
 
@@ -105,7 +106,7 @@ class Workspace:
 
     def trajectories(self, stage: Stage) -> dict:
         """What a stage's trajectories are, as `data.trajectories.check` compares it; "teacher" where it is at hand."""
-        about = rolled.meant(self.run, stage, self.data.shape, self.data.classes)
+        about = rolled.meant(self.run, stage, self.data)
         with contextlib.suppress(ConfigError):
             about["teacher"] = self.identity(stage)
         return about
@@ -249,5 +250,10 @@ def fits(work: Workspace, name: str) -> None:
     else:
         pairs += [(key, stored.get(key), value) for key, value in work.rows().items()]
     for key, theirs, ours in pairs:
+        if key == "class_ids" and None in (theirs, ours):
+            continue  # one of the two says what its classes are in the other's numbers
         if theirs != ours:
-            raise ConfigError(f"{name}: its {key} is {theirs}, this run's is {ours}; its network cannot be read here")
+            hint = f"; {classes.asks(work.data, theirs)}" if key == "classes" and isinstance(theirs, int) else ""
+            raise ConfigError(
+                f"{name}: its {key} is {theirs}, this run's is {ours}; its network cannot be read here{hint}"
+            )

@@ -42,11 +42,18 @@ class Stock(Protocol):
         """End what reads in the background."""
 
 
+Drawn = int | tuple[int, ...]  # labels that are drawn, each as often: 0 to n - 1, or these
+
+
 class Prior(NamedTuple):
-    """What trajectories start from: rows of a shape with uniform labels (classes 0: none), drawn by seed and stage."""
+    """What trajectories start from: rows of a shape with labels (classes 0: none), drawn by seed and stage.
+
+    Labels are uniform over the classes that have rows, not in the data's proportions: a class that the teacher never saw has
+    no trajectories worth learning, and a rare one is learnt best from the teacher, which has no lack of samples of it.
+    """
 
     shape: tuple[int, ...]
-    classes: int
+    classes: Drawn
     seed: int
     stage: int
 
@@ -216,11 +223,20 @@ class Pool:
 
 
 def starts(
-    random: Random, ids: Tensor, shape: tuple[int, ...], classes: int, path: ProbabilityPath, config: Trajectories
+    random: Random, ids: Tensor, shape: tuple[int, ...], classes: Drawn, path: ProbabilityPath, config: Trajectories
 ) -> tuple[Tensor, Tensor | None]:
-    """Where trajectories `ids` (n,) begin: x_T ~ prior (n, *shape), and uniform labels (n,), None without classes."""
-    labels = random.integers(rng.START_LABEL, ids, classes) if classes else None
+    """Where trajectories `ids` (n,) begin: x_T ~ prior (n, *shape), and labels (n,) as of Prior, None without classes."""
+    labels = start_labels(random, ids, classes)
     return random.normal(rng.START, ids, shape) * (config.t_max if path.name == "ve" else 1.0), labels
+
+
+def start_labels(random: Random, ids: Tensor, classes: Drawn) -> Tensor | None:
+    """Labels of trajectories `ids` (n,), each class as likely; None without classes."""
+    if not classes:
+        return None
+    if isinstance(classes, int):
+        return random.integers(rng.START_LABEL, ids, classes)
+    return torch.tensor(classes, device=ids.device)[random.integers(rng.START_LABEL, ids, len(classes))]
 
 
 def roller(
