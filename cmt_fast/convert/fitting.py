@@ -6,6 +6,7 @@ from typing import Any
 
 from cmt_fast.convert.families import KINDS, Asks, Family, built
 from cmt_fast.convert.files import Source
+from cmt_fast.data import classes as in_data
 from cmt_fast.models import dit, edm, edm2
 from cmt_fast.run.workspace import Workspace
 
@@ -34,7 +35,8 @@ def conflicts(source: Source, family: Family, asks: Asks, work: Workspace) -> li
         out.append(f"data: the file's network is for {made}, the data are {' x '.join(map(str, shape))}")
     classes = _classes(work)
     if asks.classes is not None and asks.classes != classes:
-        out.append(f"data: the file's network knows {asks.classes} classes, the recipe's {classes}")
+        hint = f"; {in_data.asks(work.data, asks.classes)}" if classes and asks.classes else ""
+        out.append(f"data: the file's network knows {asks.classes} classes, the recipe's {classes}{hint}")
     return out
 
 
