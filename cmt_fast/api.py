@@ -106,7 +106,6 @@ def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tenso
     import dataclasses
     import functools
 
-    from cmt_fast.data.classes import drawn
     from cmt_fast.diffusion.solvers import table
     from cmt_fast.runtime import machine
     from cmt_fast.teacher import solver_record
@@ -115,19 +114,18 @@ def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tenso
 
     _at_least(n=(n, 1))
     own, data = work.stage(stage), work.data
-    labels = drawn(data)
     t = solver_record.settled(own.folder, own.trajectories)
     config = dataclasses.replace(own.config, trajectories=t)  # type: ignore[type-var]
     teacher = Teacher(stage, config, functools.cache(work.network), own.path, work.device)
     machine.allow_tf32(config.precision == "tf32")
     try:
-        format = teacher.choose(own.seed, own.index, data.shape, labels)["precision"]
-        prior = Prior(data.shape, labels, own.seed, own.index)
+        format = teacher.choose(own.seed, own.index, data.shape, work.drawn)["precision"]
+        prior = Prior(data.shape, work.drawn, own.seed, own.index)
         roll = roller(teacher.net(format), own.path, t, prior, work.device, n, teacher.computing(format))
-        nodes, ys = roll(0, n)
+        nodes, labels = roll(0, n)
     finally:
         machine.allow_tf32(False)
-    return nodes, tuple(table(own.path, t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift).times), ys
+    return nodes, tuple(table(own.path, t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift).times), labels
 
 
 def train(work: Workspace, stages: Sequence[str] | None = None) -> None:

@@ -22,7 +22,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("stage", metavar="RUN/STAGE")
     p.add_argument("--steps", type=int, default=1, help="network calls (default: 1)")
     p.add_argument("--n", type=int, default=64, help="samples (default: 64)")
-    p.add_argument("--class", "--classes", dest="classes", metavar="A,B", help="of these alone, by number or name, in equal parts")
+    p.add_argument(
+        "--class", "--classes", dest="classes", metavar="A,B", help="of these alone, by number or name, in equal parts"
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
     p.add_argument("--out", type=Path, help="images (N, C, H, W) float32 in data units, labels (N,)")
@@ -50,9 +52,7 @@ def sample(args: argparse.Namespace) -> None:
         chosen = torch.tensor(classes.by_name(work.data, args.classes))
         setting = setting.under(Law.uniform(chosen, work.data.classes))
     net = work.network(stage)
-    images = checked(
-        lambda: setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch)
-    )
+    images = checked(lambda: setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch))
     labels = setting.labels(torch.arange(args.n))
     if codec:  # bytes as soon as they are decoded: fp32 images of thousands of latents would not fit
         images = torch.cat([_bytes(codec.decode(part)) for part in images.split(64)])

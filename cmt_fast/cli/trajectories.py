@@ -11,7 +11,7 @@ from cmt_fast.cli.parser import add_overrides, checked
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES
-from cmt_fast.data import classes, trajectory_store
+from cmt_fast.data import trajectory_store
 from cmt_fast.data.latents import Index
 from cmt_fast.data.writing import ROWS
 from cmt_fast.run import folder, workspace
@@ -73,11 +73,11 @@ def make(
     """Write a stage's trajectories into OUT; the index on rank 0. Raises ConfigError for a teacher that cannot be had."""
     run, resolved = work.run, work.stage(name)
     stage = resolved.config
-    teacher_of, labels = work.identity(stage), classes.drawn(work.data)
+    teacher_of = work.identity(stage)
     teacher = Teacher(name, stage, functools.cache(work.network), work.path, work.device)
     machine.allow_tf32(stage.precision == "tf32")
     try:
-        about = teacher.choose(run.seed, resolved.index, work.data.shape, labels)
+        about = teacher.choose(run.seed, resolved.index, work.data.shape, work.drawn)
         if distributed.rank() == 0:
             for line in teacher.lines(about):
                 progress.say(f"{name:>8} {line}")
@@ -89,7 +89,7 @@ def make(
             precision=about["precision"], seed=run.seed, drawn=facts["drawn"],
         )  # fmt: skip
         format = about["precision"]
-        prior = Prior(work.data.shape, labels, run.seed, resolved.index)
+        prior = Prior(work.data.shape, work.drawn, run.seed, resolved.index)
         roll = roller(
             teacher.net(format), work.path, stage.trajectories, prior, work.device, min(shard_rows, n),
             teacher.computing(format),

@@ -181,7 +181,9 @@ def by_name(data: Rows, asked: str) -> list[int]:
         if word not in known and word.isdigit() and int(word) in present and not own.ids:
             known[word] = int(word)
         if word not in known:
-            raise ConfigError(f"{word!r} is no class with rows; there are {_some(_called(own, present), 20)}", "--classes")
+            raise ConfigError(
+                f"{word!r} is no class with rows; there are {_some(_called(own, present), 20)}", "--classes"
+            )
         out.append(known[word])
     return out
 

@@ -34,6 +34,11 @@ def load(config: Latents) -> Store:
     if wanted and store.shape != wanted.shape:
         raise DatasetError(f"data.expects.shape: {config.path} holds rows of {store.shape}, not {wanted.shape}")
     if wanted and wanted.classes not in (None, store.classes):
+        if not store.classes:
+            raise DatasetError(
+                f"data.expects.classes: {config.path} has no labels, and the recipe is of {wanted.classes} classes; encode class "
+                "folders or import labels, or set data.expects.classes=0 to train without labels"
+            )
         hint = classes.asks(store, wanted.classes or 0)
         raise DatasetError(
             f"data.expects.classes: {config.path} has {store.classes} classes, not {wanted.classes}; {hint}"

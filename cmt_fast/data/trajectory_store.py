@@ -146,7 +146,7 @@ def check(folder: str, wanted: dict[str, Any]) -> dict[str, Any]:
             ours = wanted[name]
             theirs = found.solver if name == "solver" else theirs
             if name == "drawn":
-                name, theirs, ours = "start labels", *(f"of {_range(v)}" for v in (theirs, ours))
+                name, theirs, ours = "choice of start labels", *map(_range, (theirs, ours))
             raise ConfigError(
                 f"trajectories.cache: {folder} is of other trajectories: its {name} is {theirs}, this recipe's is {ours}"
             )
@@ -155,7 +155,9 @@ def check(folder: str, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _range(drawn: tuple[int, ...]) -> str:
     """Classes that start labels are drawn from, in words."""
-    return f"{len(drawn)} classes, {', '.join(map(str, drawn[:8]))}{' ...' * (len(drawn) > 8)}" if drawn else "all classes"
+    return (
+        f"{len(drawn)} classes, {', '.join(map(str, drawn[:8]))}{' ...' * (len(drawn) > 8)}" if drawn else "all classes"
+    )
 
 
 def _scales(r: Rolled, like: Tensor) -> Tensor:

@@ -83,7 +83,9 @@ class Stream:
             raise ValueError(f"moments of {n} samples: at least 2 are needed")
         mean = self.mean if self.n else torch.zeros(width, dtype=torch.float64)
         scatter = self.scatter if self.n else torch.zeros(width, width, dtype=torch.float64)
-        weight, squares = (float(distributed.sum_(torch.tensor(v, dtype=torch.float64))) for v in (self.weight, self.squares))
+        weight, squares = (
+            float(distributed.sum_(torch.tensor(v, dtype=torch.float64))) for v in (self.weight, self.squares)
+        )
         common = distributed.sum_(mean * self.weight) / weight
         off = mean - common
         whole = distributed.sum_(scatter + torch.outer(off, off) * self.weight)

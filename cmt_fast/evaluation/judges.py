@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Eval
+from cmt_fast.data import classes
 from cmt_fast.data.datasets import in_memory
 from cmt_fast.data.rows import Dataset, Rows
 from cmt_fast.diffusion.labels import Law
@@ -91,7 +92,7 @@ class Judge:
             known = distances.moments(features, self.weights)
             return Reference(known, source, self.name, len(self.real), features)
         found = references.read(self.file, self.metric, self.rows)
-        if found.labels and self.law and not _alike(found.labels, self.law):
+        if found.labels and self.law and not _alike(found.labels, self.law, self.data):
             raise ConfigError(
                 f"eval.labels: {self.law.name!r}, and the rows behind {str(self.file)!r} have the labels {found.labels!r}; "
                 f"set eval.labels={found.labels}, or make the file anew"
@@ -263,9 +264,10 @@ def class_weights(labels: Tensor | None, law: Law) -> Tensor | None:
     return None if bool((w == w[0]).all()) else w
 
 
-def _alike(name: str, law: Law) -> bool:
-    """Whether statistics of labels by `name` are comparable with samples of a law: the same, or both even."""
-    return name == law.name or not len(law.counts) or (law.even and {name, law.name} == {"data", "uniform"})
+def _alike(name: str, law: Law, data: Rows) -> bool:
+    """Whether statistics of labels by `name` are comparable with samples of a law: the same one, or data that are even."""
+    even = {name, law.name} == {"data", "uniform"} and Law(classes.counts(data), "data").even
+    return name == law.name or not len(law.counts) or even
 
 
 def _cpu(m: distances.Moments) -> distances.Moments:

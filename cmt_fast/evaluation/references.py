@@ -138,7 +138,12 @@ def _safetensors(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], d
         raise ConfigError(f"eval.reference: {str(path)!r} is no sound file of statistics ({error})") from None
     if {"mu", "sigma"} - keys or not about.get("extractor"):
         raise ConfigError(f"eval.reference: {str(path)!r} has no mu and sigma, or names no extractor")
-    return found, {"source": "own statistics", "extractor": about["extractor"], "n": n, "labels": about.get("labels", "data")}
+    return found, {
+        "source": "own statistics",
+        "extractor": about["extractor"],
+        "n": n,
+        "labels": about.get("labels", "data"),
+    }
 
 
 def _edm2(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], dict[str, Any]]:

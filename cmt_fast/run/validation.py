@@ -68,7 +68,9 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
     if (
         stage.label_dropout or stage.teacher_guidance != 1 or (stage.trajectories and stage.trajectories.guidance != 1)
     ) and not classes:
-        raise ConfigError(f"{name}: label_dropout and guidance need class labels, and this data has none")
+        raise ConfigError(
+            f"{name}: label_dropout and guidance need class labels, and this data has none; bring labels, or leave both out"
+        )
     if getattr(stage.objective, "distance", "") == "features" and (not classes or len(shape) == 1):
         raise ConfigError(
             f"{name}.objective.distance: 'features' needs labelled images to train the feature network on"

@@ -59,6 +59,11 @@ class Workspace:
         """A fresh network, initialised from the run's seed."""
         return fresh_network(self.run, self.data.shape, self.data.classes, self.run.seed)
 
+    @property
+    def drawn(self) -> int | tuple[int, ...]:
+        """Classes that trajectories start from, each as often: how many, or those that have rows."""
+        return classes.drawn(self.data)
+
     def stage_dir(self, name: str) -> Path:
         """Where a stage lives: in this run, or where its parents are; RUN/STAGE in the other run."""
         folder, parents = self.folder, self.parents

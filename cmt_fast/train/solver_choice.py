@@ -28,7 +28,6 @@ from torch import Tensor
 from cmt_fast import engine as engines
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION, Stage
-from cmt_fast.data import classes
 from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
@@ -117,7 +116,7 @@ def endpoints(
     """Rollouts of a stage's teacher, under its guidance."""
     rolled = Teacher(stage.name, stage.config, work.network, work.path, work.device).net("fp32")
     t, data = stage.trajectories, work.data
-    x, labels = solver_error.starts(work.path, t, data.shape, classes.drawn(data), work.run.seed, work.device, count)
+    x, labels = solver_error.starts(work.path, t, data.shape, work.drawn, work.run.seed, work.device, count)
     return solver_error.Endpoints(rolled, work.path, x, labels, t, advance)
 
 

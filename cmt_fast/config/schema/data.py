@@ -8,7 +8,6 @@ from pydantic import Field
 
 from cmt_fast.config.schema.numbers import Count, Natural, Positive, schema
 
-
 # the network's class of each class of the data; "stored": the numbers that their source gave them
 ClassIds = tuple[Natural, ...] | Literal["stored"] | None
 
