@@ -68,7 +68,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(out, indent=1))
         return
-    print(f"{args.stage}: features {judge.name}; against {against.source}{f', {against.n:,} images' * bool(against.n)}")
+    count = f", {against.n:,} images" if against.n else ""  # public files do not say
+    print(f"{args.stage}: features {judge.name}; against {against.source}{count}")
     print(f"labels: {about['labels']}{_protocol(work, judge)}")
     if "note" in about:
         print(f"note: {about['note']}")

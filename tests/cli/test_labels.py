@@ -10,6 +10,10 @@ import torch
 import yaml
 
 from cmt_fast.cli import main
+from cmt_fast.config import loading, recipes
+from cmt_fast.evaluation import references
+from cmt_fast.evaluation.distances import Moments
+from cmt_fast.evaluation.references import Reference
 from cmt_fast.models import layers
 from cmt_fast.run import folder
 from cmt_fast.run.workspace import Workspace, stored_run
@@ -91,6 +95,27 @@ def test_a_teacher_of_more_classes_asks_which_they_are_and_sees_those_alone(worl
     )
 
 
+def test_an_imported_file_of_more_classes_asks_too_and_its_pipeline_draws_the_datas(tmp_path, monkeypatch, capsys):
+    """A public file of three classes, data of two of them, numbered 1 and 2, one of them rare."""
+    from cmt_fast.convert.pipeline import CmtPipeline
+
+    monkeypatch.chdir(tmp_path)
+    small.edm2(tmp_path / "net.pkl")
+    recipe = small.recipe(tmp_path, small.EDM2)
+    images(tmp_path / "data.npz", [1, 2, 2, 2, 2])
+    import_ = ["ckpt", "import", "net.pkl", "--recipe", str(recipe), "--out", "run"]
+    error = said(capsys, *import_, code=2)
+    assert "knows 3 classes, the recipe's 2" in error and "data.class_ids=[1,2] data.classes=3" in error
+    said(capsys, *import_, "data.class_ids=[1,2]", "data.classes=3", "eval.batch=10")
+    said(capsys, "sample", "run/pre", "--n", "10", "--solver", "--steps", "4", "--out", "x.npz")
+    found = np.load("x.npz")
+    assert sorted(found["labels"].tolist()) == [1] * 2 + [2] * 8
+    said(capsys, "ckpt", "export", "run/pre", "pipe", "--format", "diffusers")
+    pipe = CmtPipeline.from_pretrained("pipe")
+    again = pipe(batch_size=10, num_inference_steps=4, output_type="latent").images
+    assert np.array_equal(again.numpy(), found["images"])
+
+
 def test_every_record_of_an_evaluation_says_its_law(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     for law, want in (("data", "data: 10 classes, 10 % to 10 %"), ("uniform", "uniform over 10 classes")):
@@ -118,6 +143,26 @@ def test_statistics_say_their_law_and_are_not_compared_with_another(world, monke
             assert f"eval.labels: '{other}'" in error and f"set eval.labels={law}" in error
     a, b = (np.load(f"{law}.npz") for law in ("data", "uniform"))
     assert abs(a["mu"] - b["mu"]).max() > 1e-6 and str(b["labels"]) == "uniform"
+
+
+def test_public_statistics_do_not_say_their_law_and_recipes_draw_as_published(world, monkeypatch, capsys):
+    """openai/guided-diffusion#56: 50,000 samples of uniformly random classes, against all training images."""
+    imagenet = [name for name in recipes.recipes() if name.startswith("imagenet")]
+    assert len(imagenet) == 6 and {loading.load(name).eval.labels for name in imagenet} == {"uniform"}
+    monkeypatch.chdir(world)
+    images(world / "many.npz", [*range(10)] * 3 + [0] * 20)
+    about = folder.about_run(world / "wide")
+    about["run"]["data"]["path"] = "many.npz"
+    (world / "skewed").mkdir(exist_ok=True)
+    (world / "skewed" / "run.json").write_text(json.dumps(about | {"parents": "wide"}))
+    public = Reference(
+        Moments(torch.zeros(32).double(), torch.eye(32).double()), "mu and sigma as ADM and EDM publish them"
+    )
+    monkeypatch.setattr(references, "read", lambda *_: public)
+    arguments = ["eval", "skewed/pre", "--steps", "1", "--n", "50", "--reference", "adm.npz"]
+    out = said(capsys, *arguments)
+    assert "labels: data: 10 classes, 6 % to 46 %; the reference does not say its own, published figures" in out
+    assert "published" not in said(capsys, *arguments, "--labels", "uniform").partition("labels: ")[2]
 
 
 def test_a_network_that_takes_no_labels_has_no_law_of_them(tmp_path, monkeypatch, capsys):
