@@ -205,6 +205,17 @@ def test_maps_that_cannot_be_are_one_line(tmp_path, names, about, words):
     assert "\n" not in str(error.value) and all(w in str(error.value) for w in words), error.value
 
 
+def test_many_classes_are_proposed_by_a_word(tmp_path):
+    """Ten numbers of a thousand: `stored` stands for them, and is what the store knows."""
+    numbers = list(range(3, 33, 3))
+    written(tmp_path / "s", numbers)
+    with pytest.raises(
+        ValueError, match=r"data.class_ids=stored data.classes=1000 \(the numbers that its source gave them\)"
+    ):
+        opening.load(Latents(str(tmp_path / "s"), classes=1000))
+    assert opening.load(Latents(str(tmp_path / "s"), class_ids="stored", classes=1000)).labels.tolist() == numbers
+
+
 def test_a_store_without_labels_is_refused_by_a_recipe_of_classes(tmp_path):
     """NVlabs/stylegan3#161: labels that were not picked up, "Dataset labels: False", and training went on."""
     s = written(tmp_path / "s", [None] * 3)
