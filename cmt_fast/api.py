@@ -126,8 +126,8 @@ def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tenso
     teacher = Teacher(stage, config, functools.cache(work.network), own.path, work.device)
     machine.allow_tf32(config.precision == "tf32")
     try:
-        format = teacher.choose(own.seed, own.index, data.shape, data.classes)["precision"]
-        prior = Prior(data.shape, data.classes, own.seed, own.index, config.trajectory_dropout)
+        format = teacher.choose(own.seed, own.index, data.shape, work.drawn)["precision"]
+        prior = Prior(data.shape, work.drawn, own.seed, own.index, config.trajectory_dropout)
         roll = roller(teacher.net(format), own.path, t, prior, work.device, n, teacher.computing(format))
         nodes, labels = roll(0, n)
     finally:

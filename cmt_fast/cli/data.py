@@ -13,7 +13,7 @@ import torch
 from cmt_fast.cli import look
 from cmt_fast.cli.parser import Parser
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.data import autoencoder, encoding, importing, latents, opening
+from cmt_fast.data import autoencoder, classes, encoding, importing, latents, opening
 from cmt_fast.data import shards as webdataset
 from cmt_fast.data.writing import ROWS
 from cmt_fast.runtime import distributed, machine
@@ -182,6 +182,9 @@ def _about(out: Path, index: latents.Index) -> None:
         f"{out}: {index.rows:,} rows of {index.kind} {index.dtype} {' x '.join(map(str, index.shape))}, "
         f"{index.classes} classes, {len(index.shards)} shards, {size / 1e6:,.1f} MB"
     )
+    if index.class_ids:
+        ids = ", ".join(map(str, index.class_ids[:8])) + " ..." * (index.classes > 8)
+        print(f"{out}: the source's labels {ids} are the classes 0 to {index.classes - 1}; their numbers are kept")
     broken = out / "broken.tsv"
     if broken.is_file():
         lines = broken.read_text("utf-8").splitlines()
@@ -216,11 +219,12 @@ def stats(args: argparse.Namespace) -> None:
     print(f"smallest {found.low:.4g}, largest {found.high:.4g}")
     for c, (mean, std) in enumerate(zip(found.mean, found.std)):
         print(f"channel {c}: mean {mean:.4f} (index {index.mean[c]:.4f}), std {std:.4f} (index {index.std[c]:.4f})")
+    print(classes.line(store))
+    if note := classes.gaps(store):
+        print(f"note: {note}")
     if found.counts:
-        counts = found.counts
-        empty = sum(1 for n in counts if not n)
-        print(f"rows a class: {min(counts):,} to {max(counts):,}{f', {empty} classes without rows' if empty else ''}")
+        counts, names = found.counts, index.class_names or tuple(map(str, index.class_ids))
         for k, n in list(enumerate(counts))[:20]:
-            print(f"  {k:>4} {index.class_names[k] if index.class_names else ''} {n:,}")
+            print(f"  {k:>4} {names[k] if names else ''} {n:,}")
         if len(counts) > 20:
             print(f"  and {len(counts) - 20} more")

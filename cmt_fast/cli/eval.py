@@ -26,6 +26,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--reference", help="statistics: own .npz or .safetensors, ADM's or EDM's .npz, EDM2's .pkl")
     p.add_argument("--weights", help="file of the extractor's weights: .pth, .pt or .safetensors")
     p.add_argument("--vae", metavar="FOLDER_OR_ID", help="the autoencoder (default: the one that the store names)")
+    p.add_argument("--labels", help="law of the samples' labels: data, uniform, or a .npy or .npz of labels or counts")
     p.add_argument("--batch", type=int, help="samples at a time")
     p.add_argument("--precision-recall", action="store_true", help="Kynkäänniemi et al. 2019, 3 neighbours")
     p.add_argument("--make-reference", type=Path, metavar="FILE", help="write the data set's statistics and stop")
@@ -42,7 +43,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ConfigError(f"--steps: {args.steps!r} is not a list of numbers like 1,2") from None
     if args.n is not None and args.n < 2:
         raise ConfigError(f"--n: {args.n} is not at least 2")
-    keys = ("metric", "reference", "weights", "vae", "batch")
+    keys = ("metric", "reference", "weights", "vae", "labels", "batch")
     given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     if args.make_reference:
         return _make_reference(args, given)
@@ -56,7 +57,7 @@ def evaluate(args: argparse.Namespace) -> None:
     figures = checked(lambda: work.judging.evaluate(net, steps, n, args.solver, args.seed, judge))
     if distributed.rank():
         return
-    against = judge.reference
+    against, about = judge.reference, work.judging.about(n, judge)
     out = {
         "stage": args.stage,
         "n": n,
@@ -64,18 +65,31 @@ def evaluate(args: argparse.Namespace) -> None:
         "extractor": judge.name,
         "reference": {"source": against.source, "n": against.n, "file": work.run.eval.reference},
         "solver": args.solver,
+        **about,
         "steps": figures,
     }
     if args.json:
         print(json.dumps(out, indent=1))
         return
-    print(f"{args.stage}: features {judge.name}; against {against.source}{f', {against.n:,} images' * bool(against.n)}")
+    count = f", {against.n:,} images" if against.n else ""  # public files do not say
+    print(f"{args.stage}: features {judge.name}; against {against.source}{count}")
+    print(f"labels: {about['labels']}{_protocol(work, judge)}")
+    if "note" in about:
+        print(f"note: {about['note']}")
     for k, row in figures.items():
         named = {judge.title(n) if key == "frechet" else key: value for key, value in row.items()}
         print(
             f"{k:>4} step{'s' if int(k) > 1 else ' '}  "
             + "  ".join(f"{key} {value:.4f}" for key, value in named.items())
         )
+
+
+def _protocol(work: workspace.Workspace, judge: judges.Judge) -> str:
+    """What to know of labels where the reference is a public file: ADM, EDM and EDM2 draw them uniformly."""
+    law, file = work.setting.law, judge.reference
+    if judge.file is None or file.labels or not len(law.counts) or law.even:
+        return ""
+    return "; the reference does not say its own, published figures of classes are of uniform labels (--labels uniform)"
 
 
 def _make_reference(args: argparse.Namespace, given: dict) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from cmt_fast.cli.parser import checked
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.data import classes
+from cmt_fast.diffusion.labels import Law
 from cmt_fast.render import grids
 from cmt_fast.run import guidance, workspace
 
@@ -20,6 +22,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("stage", metavar="RUN/STAGE")
     p.add_argument("--steps", type=int, default=1, help="network calls (default: 1)")
     p.add_argument("--n", type=int, default=64, help="samples (default: 64)")
+    p.add_argument(
+        "--class", "--classes", dest="classes", metavar="A,B", help="of these alone, by number or name, in equal parts"
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
     p.add_argument("--out", type=Path, help="images (N, C, H, W) float32 in data units, labels (N,)")
@@ -43,11 +48,15 @@ def sample(args: argparse.Namespace) -> None:
     codec = work.decoding.codec(args.vae) if args.decode else None
     if args.solver:
         guidance.check_solver(work.place, stage)
+    setting = work.setting
+    if args.classes:
+        if not getattr(work.run.model, "conditional", True):
+            raise ConfigError("--classes: the network takes no labels (model.conditional false)")
+        chosen = torch.tensor(classes.by_name(work.data, args.classes))
+        setting = setting.under(Law.uniform(chosen, work.data.classes))
     net = work.network(stage)
-    images = checked(
-        lambda: work.setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch)
-    )
-    labels = work.setting.labels(torch.arange(args.n))
+    images = checked(lambda: setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch))
+    labels = setting.labels(torch.arange(args.n))
     if codec:  # bytes as soon as they are decoded: fp32 images of thousands of latents would not fit
         images = torch.cat([_bytes(codec.decode(part)) for part in images.split(64)])
     if args.out:
@@ -56,6 +65,7 @@ def sample(args: argparse.Namespace) -> None:
             np.savez(file, images=images.numpy(), labels=numbers)
         print(
             f"{args.out}: {args.n} samples of {args.stage}, {args.steps} step{'s' * (args.steps > 1)}, seed {args.seed}"
+            f"; labels {setting.law.text()}"
         )
     if args.grid:
         shown = images if images.ndim == 2 else images[:100]

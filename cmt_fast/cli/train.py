@@ -15,6 +15,7 @@ from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import errors, fingerprint, loading, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.cost import estimate, flops, hardware
+from cmt_fast.data import classes
 from cmt_fast.data.loaders import check_loader
 from cmt_fast.evaluation import judges
 from cmt_fast.objectives import OBJECTIVES
@@ -85,6 +86,7 @@ def train(args: argparse.Namespace) -> None:
     work.compare()
     if distributed.rank() == 0:
         _ops(work.device.type)
+        _classes(work)
     if work.device.type == "cpu":
         memory.keep_freed()
     loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None)
@@ -126,12 +128,20 @@ def _ops(device: str) -> None:
     print("ops: " + ", ".join(f"{op} {name}" for op, name in cmt_kernels.table(device).items()))
 
 
+def _classes(work: workspace.Workspace) -> None:
+    print(classes.line(work.data))
+    note = classes.gaps(work.data)
+    if note and work.run.data.class_ids is None:
+        print(f"note: {note}")
+
+
 def _dry_run(work: workspace.Workspace, names: list[str], missing: list[ConfigError], out: Path) -> None:
     print(yaml.safe_dump(loading.dump(work.run), sort_keys=False).rstrip())
     print(f"digest: {fingerprint.digest(work.run)}")
     _ops(work.device.type)
     rows = f"{work.data.n:,} rows" if work.data.n else "rows as data.expects has them,"
     print(f"network: {work.parameters:,} parameters; device {work.device}; {rows} of {work.data.shape}")
+    _classes(work)
     for stage in map(work.stage, names):
         c = flops.calls(stage)
         how = " (compiled)" if stage.config.compile else ""

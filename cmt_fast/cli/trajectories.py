@@ -77,7 +77,7 @@ def make(
     teacher = Teacher(name, stage, functools.cache(work.network), work.path, work.device)
     machine.allow_tf32(stage.precision == "tf32")
     try:
-        about = teacher.choose(run.seed, resolved.index, work.data.shape, work.data.classes)
+        about = teacher.choose(run.seed, resolved.index, work.data.shape, work.drawn)
         if distributed.rank() == 0:
             for line in teacher.lines(about):
                 progress.say(f"{name:>8} {line}")
@@ -86,10 +86,10 @@ def make(
         rolled = trajectory_store.Rolled(
             shape=work.data.shape, times=facts["times"], spread=spread, path=facts["path"], teacher=teacher_of,
             solver=facts["solver"], solver_xxh3_128=facts["solver_xxh3_128"], guidance=facts["guidance"],
-            label_dropout=facts["label_dropout"], precision=about["precision"], seed=run.seed,
+            label_dropout=facts["label_dropout"], precision=about["precision"], seed=run.seed, drawn=facts["drawn"],
         )  # fmt: skip
         format = about["precision"]
-        prior = Prior(work.data.shape, work.data.classes, run.seed, resolved.index, stage.trajectory_dropout)
+        prior = Prior(work.data.shape, work.drawn, run.seed, resolved.index, stage.trajectory_dropout)
         roll = roller(
             teacher.net(format), work.path, stage.trajectories, prior, work.device, min(shard_rows, n),
             teacher.computing(format),

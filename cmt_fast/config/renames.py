@@ -10,7 +10,12 @@ from cmt_fast.config.schema.stage import STAGES
 # where a key stands -> its name of before -> today's; "stage": directly in a stage
 RENAMED = {"stage": {"clip": "grad_clip_norm"}, "anchor": {"share": "fraction"}}
 # a key that came later, `stage.` before one of any stage -> its default, under which it is no part of a digest
-ADDED: dict[str, Any] = {"model.dropout_max_side": None}
+ADDED: dict[str, Any] = {
+    "data.class_ids": None,
+    "data.classes": None,
+    "eval.labels": "data",
+    "model.dropout_max_side": None,
+}
 FIRST = {place: {now: before for before, now in keys.items()} for place, keys in RENAMED.items()}
 
 

@@ -81,7 +81,8 @@ def to_diffusers(export: Export, out: Path, vae: Path | None = None, license: st
     if vae is not None and not (vae / "config.json").is_file():
         raise ConfigError(f"--vae: {str(vae)!r} holds no config.json, it is no autoencoder's folder")
     run, data = export.work.run, export.work.data
-    latents = _latents(export.work)
+    latents, law = _latents(export.work), export.work.setting.law
+    even = law.even and len(law.present) == len(law.counts)
     if vae is not None and latents is None:
         raise ConfigError("--vae: the run's data are no latents, nothing is decoded")
     if vae is not None:
@@ -94,6 +95,7 @@ def to_diffusers(export: Export, out: Path, vae: Path | None = None, license: st
         "vae": ["diffusers", "AutoencoderKL"] if vae else [None, None],
         "sampler": tree["sampler"],
         "latents": latents,
+        "labels": None if even else law.counts.tolist(),
         "many_steps": run.stages[export.stage].objective.kind in DIFFUSION,
     }
     network = {

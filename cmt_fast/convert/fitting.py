@@ -7,6 +7,7 @@ from typing import Any
 from cmt_fast.config.schema import Run
 from cmt_fast.convert.families import KINDS, Asks, Family, built
 from cmt_fast.convert.files import Source
+from cmt_fast.data import classes as in_data
 from cmt_fast.data.autoencoder import Normalisation
 from cmt_fast.data.rows import Rows
 from cmt_fast.models import dit, edm, edm2
@@ -37,7 +38,8 @@ def conflicts(source: Source, family: Family, asks: Asks, run: Run, data: Rows) 
         out.append(f"data: the file's network is for {made}, the data are {' x '.join(map(str, shape))}")
     classes = _classes(run, data)
     if asks.classes is not None and asks.classes != classes:
-        out.append(f"data: the file's network knows {asks.classes} classes, the recipe's {classes}")
+        hint = f"; {in_data.asks(data, asks.classes)}" if classes and asks.classes else ""
+        out.append(f"data: the file's network knows {asks.classes} classes, the recipe's {classes}{hint}")
     if asks.affine and isinstance(data, AbsentRows) and data.normalisation is None:
         out.append(
             f"data.mean: is missing; {data.path} is not here, and how its latents are scaled must be said: the file's "

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cmt_fast import models
 from cmt_fast.config.schema import Model, SamplerConfig
+from cmt_fast.diffusion.labels import Law
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 
@@ -64,7 +65,8 @@ class CmtPipeline(DiffusionPipeline):
     """Few-step generation: `pipe(class_labels=[207], num_inference_steps=1, seed=0).images[0]`.
 
     sampler: times and solver as in a recipe; latents: None for pixels in [-1, 1], else mean, std, scale and the name of the
-    autoencoder; many_steps: the network is a diffusion model, sampled by its ODE solver.
+    autoencoder; many_steps: the network is a diffusion model, sampled by its ODE solver; labels: counts of the classes, in
+    whose proportions they are drawn where none are given, None for all alike.
     """
 
     _optional_components = ["vae"]
@@ -77,10 +79,11 @@ class CmtPipeline(DiffusionPipeline):
         sampler: dict[str, Any] | None = None,
         latents: dict[str, Any] | None = None,
         many_steps: bool = False,
+        labels: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(network=network, vae=vae)
-        self.register_to_config(sampler=sampler, latents=latents, many_steps=many_steps)
+        self.register_to_config(sampler=sampler, latents=latents, many_steps=many_steps, labels=labels)
 
     @classmethod
     def from_pretrained(cls, folder: str, vae: Any = None, torch_dtype: torch.dtype = torch.float32, **named):
@@ -96,7 +99,7 @@ class CmtPipeline(DiffusionPipeline):
                 folder, subfolder="vae", torch_dtype=torch_dtype, use_safetensors=True, low_cpu_mem_usage=False
             )
         network = CmtNetwork.from_pretrained(folder, subfolder="network", torch_dtype=torch_dtype)
-        return cls(network, vae, index["sampler"], index["latents"], index["many_steps"])
+        return cls(network, vae, index["sampler"], index["latents"], index["many_steps"], index.get("labels"))
 
     @torch.no_grad()
     def __call__(
@@ -109,7 +112,7 @@ class CmtPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ):
-        """Images of the given classes, or `batch_size` ones of classes 0, 1, 2, ... as `cmt sample` draws them.
+        """Images of the given classes, or `batch_size` ones of the classes that `cmt sample` draws, in its order.
 
         latents: (B, *shape) unit normal noise in the place of the seed's. output_type: "pil", "np" (B, H, W, C) in [0, 1],
         "pt" (B, C, H, W) in [0, 1], "latent" (B, *shape) as the network gives it. Raises ValueError for steps or
@@ -126,7 +129,8 @@ class CmtPipeline(DiffusionPipeline):
         device = self.network.device
         sampler = TypeAdapter(SamplerConfig).validate_python(self.config.sampler or {})
         path = ProbabilityPath(known["path"], known["sigma_data"])
-        setting = _Chosen(path, sampler, shape, classes, device, noise=_on(latents, device), labels=_on(labels, device))
+        law = Law(self.config.labels, "data") if self.config.labels else Law.uniform(classes)
+        setting = _Chosen(path, sampler, shape, law, device, noise=_on(latents, device), labels=_on(labels, device))
         steps = num_inference_steps or (sampler.teacher_steps if self.config.many_steps else 1)
         # the network itself, not its holder: solvers ask it for its preconditioning
         x = setting.draw(self.network.net, steps, seed, torch.arange(n, device=device), self.config.many_steps)

@@ -7,15 +7,19 @@ from collections.abc import Callable
 import torch
 
 from cmt_fast.config.schema import Data
+from cmt_fast.data import classes
 from cmt_fast.data.rows import Dataset, Rows
 
 
-def load(config: Data) -> Rows:
-    """The data set a recipe names. Raises ValueError naming the key when it cannot be had."""
+def load(config: Data, table: int | None = None) -> Rows:
+    """The data set a recipe names. Raises ValueError naming the key when it cannot be had.
+
+    table: classes of the network that a run on record has, whose npz file may have had its labels as they were.
+    """
     from cmt_fast.data import digits, gmm, npz, opening
 
-    loaders: dict[str, Callable] = {"digits": digits.load, "gmm": gmm.load, "npz": npz.load, "latents": opening.load}
-    return loaders[config.kind](config)
+    loaders: dict[str, Callable] = {"digits": digits.load, "gmm": gmm.load, "latents": opening.load}
+    return npz.load(config, table) if config.kind == "npz" else loaders[config.kind](config)
 
 
 def in_memory(data: Rows, limit: int = 10_000) -> Dataset:
@@ -25,4 +29,5 @@ def in_memory(data: Rows, limit: int = 10_000) -> Dataset:
     index = torch.arange(min(data.n, limit)) * data.n // min(data.n, limit)
     parts = [data.rows(i, torch.zeros_like(i)) for i in index.split(256)]
     labels = None if data.labels is None else data.labels[index]
-    return Dataset(torch.cat([x for x, _ in parts]), labels, data.classes)
+    own = classes.of(data)
+    return Dataset(torch.cat([x for x, _ in parts]), labels, own.classes, "", own.names, own.ids)

@@ -186,7 +186,7 @@ def _json_labels(archive: Archive, names: list[str]) -> dict[str, int | None]:
 
 def _class(value: Any, where: str) -> int:
     if type(value) is not int or not 0 <= value < CLASSES:
-        raise DatasetError(f"{where}: {str(value)[:40]!r} is no class number")
+        raise DatasetError(f"{where}: {str(value)[:40]!r} is no class number, a whole number from 0 to {CLASSES - 1}")
     return value
 
 

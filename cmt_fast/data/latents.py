@@ -27,6 +27,7 @@ from torch import Tensor
 from cmt_fast.config.schema.numbers import Count, Natural, schema
 from cmt_fast.data.archives import DatasetError, array, parse
 from cmt_fast.data.autoencoder import Normalisation
+from cmt_fast.data.classes import Classes
 from cmt_fast.diffusion import rng
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage import files as files_
@@ -53,7 +54,8 @@ class Rolled:
 
     shape: of one node; times: of the nodes; spread: nodes are stored times 1/sqrt(spread^2 + t^2), 0 as they are. The rest
     says which trajectories these are: `teacher` is of weights and architecture, `solver` of the table of coefficients;
-    label_dropout: the share that was rolled out without a label, whose label is the number of classes.
+    label_dropout: the share that was rolled out without a label, whose label is the number of classes; drawn: the classes that
+    start labels are drawn from, () for all.
     """
 
     shape: Annotated[tuple[Side, ...], Field(min_length=1, max_length=3)]
@@ -67,6 +69,7 @@ class Rolled:
     precision: str
     seed: Natural
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    drawn: tuple[Natural, ...] = ()
 
 
 @schema
@@ -74,7 +77,8 @@ class Index:
     """index.json. shape: of a stored row (C or 2 C, h, w); flips: the second half are the first half's mirror images.
 
     mean, std: of the latents over the data, channel by channel, before normalisation; files: xxh3_128 by name.
-    trajectories: what they are where rows are those of a teacher, and no data.
+    trajectories: what they are where rows are those of a teacher, and no data. class_ids: the numbers that the source gave
+    the classes, where those are not 0, 1, 2, ... without gaps.
     """
 
     format: Literal[1]
@@ -94,6 +98,7 @@ class Index:
     shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
     files: dict[Literal["labels.npy", "checksums.npy"], str]
     trajectories: Rolled | None = None
+    class_ids: tuple[Natural, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -139,7 +144,7 @@ class Store:
         self._mirror = flip and not index.flips
         self.n = self._base * (2 if flip else 1)
         self.shape: tuple[int, ...] = (index.channels, *index.shape[1:])
-        self.classes, self.class_names = index.classes, index.class_names
+        self.classes, self.class_names, self.class_ids = index.classes, index.class_names, index.class_ids
         pixels = Normalisation((127.5,) * index.channels, (127.5,) * index.channels, 1.0)
         self.normalisation = normalisation or (
             pixels if index.kind == "pixels" else Normalisation(index.mean, index.std)
@@ -189,6 +194,10 @@ class Store:
         if found.dtype != np.dtype(dtype) or found.shape != (self.index.rows,):
             raise DatasetError(f"{path}: holds {found.dtype} {found.shape}, not {dtype} ({self.index.rows},)")
         return found
+
+    def relabel(self, own: Classes) -> None:
+        """Take the network's numbers for the store's; rows on disk stay what they are."""
+        self.labels, self.classes, self.class_names, self.class_ids = own.labels, own.classes, own.names, own.ids
 
     @functools.cached_property
     def facts(self) -> dict[str, int | str]:
@@ -318,10 +327,17 @@ def _contradiction(index: Index) -> str:
         return f"mean, std: need {index.channels} numbers each"
     if index.class_names and len(index.class_names) != index.classes:
         return f"class_names: {len(index.class_names)} names for {index.classes} classes"
+    if index.class_ids and (len(index.class_ids) != index.classes or len(set(index.class_ids)) != index.classes):
+        return f"class_ids: {len(index.class_ids)} numbers for {index.classes} classes, or one of them twice"
     r = index.trajectories
     if r and (index.kind != "mean" or math.prod(index.shape) != len(r.times) * math.prod(r.shape)):
         return f"trajectories: {len(r.times)} nodes of {r.shape} are no rows of {index.shape}"
     return ""
+
+
+def said(rolled: dict[str, Any]) -> dict[str, Any]:
+    """A `Rolled` as plain data without keys that came later and say nothing: so checksums are those of before they came."""
+    return {k: v for k, v in rolled.items() if v or k not in ("label_dropout", "drawn")}
 
 
 def write_index(folder: Path, facts: dict[str, Any]) -> None:
@@ -331,10 +347,11 @@ def write_index(folder: Path, facts: dict[str, Any]) -> None:
     if wrong:
         raise DatasetError(f"{folder}: {wrong}")
     body = TypeAdapter(Index).dump_python(index, mode="json")
-    if index.trajectories is None:
-        del body["trajectories"]  # as every store of data has it
-    elif not index.trajectories.label_dropout:
-        del body["trajectories"]["label_dropout"]  # as every store has it whose trajectories all have labels
+    for key, value in (("trajectories", None), ("class_ids", ())):
+        if getattr(index, key) == value:
+            del body[key]  # an index says what there is to say
+    if index.trajectories is not None:
+        body["trajectories"] = said(body["trajectories"])
     body["xxh3_128"] = xxhash.xxh3_128_hexdigest(checkpoint.canonical(body))
     files_.write_text(folder / INDEX, json.dumps(body, indent=1, sort_keys=True) + "\n")
 

@@ -10,6 +10,8 @@ from torch import Tensor
 class Rows(Protocol):
     """A data set. n: rows; shape: of one row; classes: 0 without labels; labels: (n,) int64 on the CPU or None.
 
+    A label is a row of the network's table, whose length is `classes`; data/classes.py says which of them have rows.
+
     rows: index (B,) int64 -> x (B, *shape) float32 in data units, labels (B,) or None. Rows that are distributions
     (latents with a standard deviation) are drawn from: draw (B,) int64 says which draw of each row, None takes means.
     facts: what tells these rows, in this order, from others; a run keeps it.
@@ -41,13 +43,16 @@ class Stored(Rows, Protocol):
 class Dataset(NamedTuple):
     """In memory. x: (N, ...) float32 in data units; labels: (N,) int64 or None; classes: 0 without labels.
 
-    checksum: of the file they came from, empty where the recipe alone says what they are.
+    checksum: of the file they came from, empty where the recipe alone says what they are. class_names, class_ids: of all
+    classes, where they have names or numbers of their source that differ from those here.
     """
 
     x: Tensor
     labels: Tensor | None
     classes: int
     checksum: str = ""
+    class_names: tuple[str, ...] = ()
+    class_ids: tuple[int, ...] = ()
 
     @property
     def n(self) -> int:

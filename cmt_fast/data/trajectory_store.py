@@ -19,12 +19,15 @@ from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Feed, Run, Stage
+from cmt_fast.data import classes
 from cmt_fast.data.archives import DatasetError
-from cmt_fast.data.latents import Index, Rolled, Store, read_index
+from cmt_fast.data.latents import Index, Rolled, Store, read_index, said
 from cmt_fast.data.loaders import loader
+from cmt_fast.data.rows import Rows
 from cmt_fast.data.shards import Shards
 from cmt_fast.data.writing import Layout, Writer, key_of
 from cmt_fast.diffusion import rng
+from cmt_fast.diffusion.labels import Some
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
 from cmt_fast.runtime import distributed
@@ -111,15 +114,16 @@ def reader(folder: str | Path, config: Feed, seed: int, stage: int, device: torc
     return Reader(store, made)
 
 
-def meant(run: Run, stage: Stage, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
-    """What a recipe says of a stage's trajectories: all that they depend on but the teacher's weights."""
+def meant(run: Run, stage: Stage, data: Rows) -> dict[str, Any]:
+    """What a recipe says of a stage's trajectories on a data set: all that they depend on but the teacher's weights."""
     t, guide = stage.trajectories, stage.autoguidance
     assert t is not None
     plan = table(ProbabilityPath(run.path, run.sigma_data), t.solver, t.nfe, t.t_max, t.t_min, t.order, t.shift)
     auto = guide.scale if guide and guide.trajectories else None
     return {
-        "shape": shape,
-        "classes": classes,
+        "shape": data.shape,
+        "classes": data.classes,
+        "drawn": drawn.labels if isinstance(drawn := classes.drawn(data), Some) else (),
         "path": f"{run.path}, sigma_data {run.sigma_data}" if run.path == "ve" else run.path,
         "times": plan.times,
         "solver": f"{t.solver} of order {t.order}, {plan.nfe} calls from {t.t_max} to {t.t_min}, shift {t.shift}",
@@ -137,16 +141,26 @@ def check(folder: str, wanted: dict[str, Any]) -> dict[str, Any]:
     store = opened(folder)
     found = store.rolled
     have = {"shape": tuple(found.shape), "classes": store.classes}
-    have |= {key: getattr(found, key) for key in ("path", "solver_xxh3_128", "guidance", "label_dropout", "teacher")}
+    compared = ("drawn", "path", "solver_xxh3_128", "guidance", "label_dropout", "teacher")
+    have |= {key: getattr(found, key) for key in compared}
     for key, theirs in have.items():
         if key in wanted and theirs != wanted[key]:
             name = key.removesuffix("_xxh3_128")
             ours = wanted[name]
             theirs = found.solver if name == "solver" else theirs
+            if name == "drawn":
+                name, theirs, ours = "choice of start labels", *map(_range, (theirs, ours))
             raise ConfigError(
                 f"trajectories.cache: {folder} is of other trajectories: its {name} is {theirs}, this recipe's is {ours}"
             )
     return {**store.facts, "teacher": found.teacher}
+
+
+def _range(drawn: tuple[int, ...]) -> str:
+    """Classes that start labels are drawn from, in words."""
+    return (
+        f"{len(drawn)} classes, {', '.join(map(str, drawn[:8]))}{' ...' * (len(drawn) > 8)}" if drawn else "all classes"
+    )
 
 
 def _scales(r: Rolled, like: Tensor) -> Tensor:
@@ -182,9 +196,7 @@ def write(
         else (len(rolled.times), 1, math.prod(rolled.shape))
     )
     layout = Layout("mean", DTYPES[dtype], shape)
-    facts = TypeAdapter(Rolled).dump_python(rolled, mode="json")
-    if not rolled.label_dropout:  # the facts, and so the shards' keys, of stores that were begun before there was one
-        del facts["label_dropout"]
+    facts = said(TypeAdapter(Rolled).dump_python(rolled, mode="json"))
     firsts = range(0, n, shard_rows)
     keys = [key_of(facts, dtype, first, min(shard_rows, n - first)) for first in firsts]
     with writer.lock_together():

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from cmt_fast.data import latents
+from cmt_fast.data import classes, latents
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.runtime import distributed
 from cmt_fast.storage import files as files_
@@ -111,7 +111,7 @@ class Writer:
         """Index, labels and checksums from the records of all shards, then OUT.part becomes OUT.
 
         facts: flips, class_names, vae, vae_xxh3_128, crop, source. Shards of no row are left out. What was left out of
-        shards, and why, is in broken.tsv.
+        shards, and why, is in broken.tsv. Class numbers with gaps become 0, 1, 2, ..., and class_ids says what they were.
         """
         records = [self.record(k, key) for k, key in enumerate(keys)]
         assert all(r is not None for r in records)
@@ -130,8 +130,10 @@ class Writer:
             raise DatasetError(
                 f"{self.out}: the mirror images are not those of the images; the source has changed; remove {self.folder}"
             )
-        names = tuple(facts["class_names"])
+        names, ids = tuple(facts["class_names"]), ()
         has = labels[0] is not None
+        if has and not names:  # a source that names its classes has a table of them, some may have no rows
+            labels, ids = classes.dense(labels)
         arrays = {latents.CHECKSUMS: np.array([int(c, 16) for _, r in kept for c in r["checksums"]], "<u8")}
         if has:
             arrays[latents.LABELS] = np.array(labels, "<i8")
@@ -146,6 +148,7 @@ class Writer:
             {
                 **facts, "format": latents.FORMAT, **layout._asdict(), "rows": len(labels),
                 "classes": (len(names) or max(labels) + 1) if has else 0, "class_names": names if has else (),
+                "class_ids": ids,
                 "mean": mean, "std": std, "shards": shards, "files": files,
             },
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -12,18 +13,29 @@ from cmt_fast.config.schema import SamplerConfig
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.few_steps import consistency_first, consistency_onwards, sample_jumps
 from cmt_fast.diffusion.guidance import guided
+from cmt_fast.diffusion.labels import Law
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import Table, rollout, table
 
 
 class Sampler:
-    """How a run's networks are sampled: path, sampler, shape of a row, classes, device."""
+    """How a run's networks are sampled: path, sampler, shape of a row, the law of labels, device."""
 
     def __init__(
-        self, path: ProbabilityPath, config: SamplerConfig, shape: tuple[int, ...], classes: int, device: torch.device
+        self, path: ProbabilityPath, config: SamplerConfig, shape: tuple[int, ...], law: Law, device: torch.device
     ) -> None:
-        self.path, self.config, self.shape, self.classes, self.device = path, config, shape, classes, device
+        self.path, self.config, self.shape, self.law, self.device = path, config, shape, law, device
+
+    def under(self, law: Law) -> Sampler:
+        """The same with labels of another law."""
+        other = copy.copy(self)
+        other.law = law
+        return other
+
+    def each_class(self) -> Sampler:
+        """The same with one sample of every class that is drawn at all, in order, over and over: for pictures."""
+        return self.under(Law.uniform(self.law.present, len(self.law.counts)))
 
     def mid_times(self, steps: int) -> tuple[float, ...]:
         """The times after the first of a consistency model's `steps`. Raises ValueError if the recipe names none."""
@@ -67,8 +79,8 @@ class Sampler:
             raise (ConfigError(error.reason, key) if error.key == "nfe" else error.under("sampler")) from None
 
     def labels(self, index: Tensor) -> Tensor | None:
-        """Equal numbers of each class: index mod classes."""
-        return index % self.classes if self.classes else None
+        """The class of each sample, by the law. index: (n,) -> (n,), None without classes."""
+        return self.law(index)
 
     def noise(self, seed: int, index: Tensor) -> Tensor:
         """Unit starting noise of sample `index` (n,) -> (n, ...)."""
@@ -128,7 +140,7 @@ class Sampler:
 
 def check(config: SamplerConfig, path: str, steps: tuple[int, ...]) -> None:
     """Raises ValueError when a recipe asks for steps or a solver that its sampler does not have."""
-    setting = Sampler(ProbabilityPath(path), config, (1,), 0, torch.device("cpu"))
+    setting = Sampler(ProbabilityPath(path), config, (1,), Law.uniform(0), torch.device("cpu"))
     if path == "ve":
         _check_mid_counts(config)
     setting.check_steps(steps)

@@ -18,8 +18,16 @@ class Moments(NamedTuple):
     covariance: Tensor
 
 
-def moments(features: Tensor) -> Moments:
-    """features: (N, F), N >= 2."""
+def moments(features: Tensor, weights: Tensor | None = None) -> Moments:
+    """features: (N, F), N >= 2; weights: (N,) of sum 1, by which rows count: m = sum w x,
+    C = sum w (x - m)(x - m)^T / (1 - sum w^2), which for w = 1/N is the covariance over N - 1. Raises ValueError for N < 2.
+    """
+    if len(features) < 2:
+        raise ValueError(f"moments of {len(features)} rows: at least 2 are needed")
+    if weights is not None:
+        stream = Stream()
+        stream.add(features, weights)
+        return stream.over_ranks()[1]
     f = features.double()
     return Moments(f.mean(0), torch.cov(f.T).reshape(f.shape[1], f.shape[1]))
 
@@ -28,32 +36,43 @@ class Stream:
     """Moments of features that arrive in batches; holds the mean (F,) and the scatter (F, F) about it, never the features.
 
     Batches are merged about their common mean (Chan, Golub & LeVeque 1983): sums of squares, from which the mean's are
-    taken off at the end, lose the digits in which features of a large mean differ.
+    taken off at the end, lose the digits in which features of a large mean differ. Rows may count by weights; those that do
+    not weigh 1 each.
     """
 
     def __init__(self) -> None:
         self.n = 0
+        self.weight = self.squares = 0.0  # sums of weights and of their squares
         self.mean = self.scatter = torch.zeros(0, dtype=torch.float64)
 
-    def add(self, features: Tensor) -> None:
-        """features: (B, F), any B."""
+    def add(self, features: Tensor, weights: Tensor | None = None) -> None:
+        """features: (B, F), any B; weights: (B,), positive."""
         f = features.double()
         if not len(f):
             return
-        mean = f.mean(0)
-        scatter = (f - mean).T @ (f - mean)
-        if not self.n:
-            self.n, self.mean, self.scatter = len(f), mean, scatter
-            return
-        total, off = self.n + len(f), mean - self.mean
-        self.scatter += scatter + torch.outer(off, off) * (self.n * len(f) / total)
-        self.mean = self.mean + off * (len(f) / total)
-        self.n = total
+        if weights is None:
+            weight = squares = float(len(f))
+            mean = f.mean(0)
+            scatter = (f - mean).T @ (f - mean)
+        else:
+            w = weights.double().to(f.device)
+            weight, squares = float(w.sum()), float(w.square().sum())
+            mean = (w[:, None] * f).sum(0) / weight
+            scatter = (f - mean).T @ (w[:, None] * (f - mean))
+        first, total = not self.n, self.weight + weight
+        if first:
+            self.mean, self.scatter = mean, scatter
+        else:
+            off = mean - self.mean
+            self.scatter += scatter + torch.outer(off, off) * (self.weight * weight / total)
+            self.mean = self.mean + off * (weight / total)
+        self.n, self.weight, self.squares = self.n + len(f), total, self.squares + squares
 
     def copy(self) -> Stream:
         """Another that goes on from here; this one stays as it is."""
         other = Stream()
-        other.n, other.mean, other.scatter = self.n, self.mean, self.scatter.clone()
+        other.n, other.weight, other.squares = self.n, self.weight, self.squares
+        other.mean, other.scatter = self.mean, self.scatter.clone()
         return other
 
     def over_ranks(self) -> tuple[int, Moments]:
@@ -64,16 +83,24 @@ class Stream:
             raise ValueError(f"moments of {n} samples: at least 2 are needed")
         mean = self.mean if self.n else torch.zeros(width, dtype=torch.float64)
         scatter = self.scatter if self.n else torch.zeros(width, width, dtype=torch.float64)
-        common = distributed.sum_(mean * self.n) / n
+        weight, squares = (
+            float(distributed.sum_(torch.tensor(v, dtype=torch.float64))) for v in (self.weight, self.squares)
+        )
+        common = distributed.sum_(mean * self.weight) / weight
         off = mean - common
-        return n, Moments(common, distributed.sum_(scatter + torch.outer(off, off) * self.n) / (n - 1))
+        whole = distributed.sum_(scatter + torch.outer(off, off) * self.weight)
+        return n, Moments(common, whole / (weight - squares / weight))  # n - 1 where every row weighs 1
 
 
 def frechet(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), float64, by symmetric eigenvalues.
 
-    tr (C_a C_b)^1/2 is the sum of square roots of the eigenvalues of C_a^1/2 C_b C_a^1/2, which is symmetric.
+    tr (C_a C_b)^1/2 is the sum of square roots of the eigenvalues of C_a^1/2 C_b C_a^1/2, which is symmetric; covariances
+    of less than full rank are served as well. Raises FloatingPointError for moments that are not finite.
     """
+    for which, m in (("first", a), ("second", b)):
+        if not (torch.isfinite(m.mean).all() and torch.isfinite(m.covariance).all()):
+            raise FloatingPointError(f"a distance between moments of which the {which} are not finite")
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
@@ -92,12 +119,28 @@ def project(x: Tensor, onto: Tensor) -> Tensor:
     return x.flatten(1).double() @ onto
 
 
-def wasserstein(pa: Tensor, pb: Tensor) -> float:
-    """2-Wasserstein distance of projections (N, n) and (M, n), averaged over the n, at the quantiles of the smaller set."""
+def wasserstein(pa: Tensor, pb: Tensor, weights: Tensor | None = None) -> float:
+    """2-Wasserstein distance of projections (N, n) and (M, n), averaged over the n, at the quantiles of the smaller set.
+
+    weights: (M,) of sum 1, by which the rows of pb count.
+    """
     n = min(len(pa), len(pb))
     q = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    pa, pb = (torch.quantile(p, q, dim=0) for p in (pa, pb))
+    pa = torch.quantile(pa, q, dim=0)
+    pb = torch.quantile(pb, q, dim=0) if weights is None else _quantiles(pb, weights, q)
     return float((pa - pb).square().mean().sqrt())
+
+
+def _quantiles(p: Tensor, weights: Tensor, q: Tensor) -> Tensor:
+    """Quantiles of columns (M, n) whose rows weigh w: linear between x_(i) at c_i - w_(i)/2, c the sums of weights."""
+    x, order = p.sort(dim=0)
+    w = weights.double()[order]
+    at = (w.cumsum(0) - w / 2).T.contiguous()
+    hi = torch.searchsorted(at, q.expand(len(at), -1).contiguous()).clamp(1, len(p) - 1)
+    a, b = at.gather(1, hi - 1), at.gather(1, hi)
+    lo, up = x.T.gather(1, hi - 1), x.T.gather(1, hi)
+    part = torch.where(b > a, (q - a) / (b - a), 0.0).clamp(0, 1)
+    return (lo + part * (up - lo)).T
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, n: int = 128, seed: int = 0) -> float:

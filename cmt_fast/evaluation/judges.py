@@ -12,8 +12,10 @@ from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Eval
+from cmt_fast.data import classes
 from cmt_fast.data.datasets import in_memory
-from cmt_fast.data.rows import Rows
+from cmt_fast.data.rows import Dataset, Rows
+from cmt_fast.diffusion.labels import Law
 from cmt_fast.evaluation import distances, neighbours, references
 from cmt_fast.evaluation.distances import Stream
 from cmt_fast.evaluation.features import Extractor
@@ -28,13 +30,15 @@ class Judge:
     """A feature space, what samples are compared with in it, and how they become what it looks at.
 
     The reference is what `file` says, else the moments of the data set, taken once. `decode`: latents (B, C, h, w) to
-    images (B, 3, H, W) in [-1, 1], for spaces of images. `rows`: also precision and recall, which keep features.
+    images (B, 3, H, W) in [-1, 1], for spaces of images. `rows`: also precision and recall, which keep features. `law`: of
+    the samples' labels; the data set is weighted to the same, class by class (default: the data's own, nothing is weighted).
     """
 
     def __init__(
         self, data: Rows, space: Extractor, file: Path | None = None, metric: str = "frechet",
-        decode: Decode | None = None, rows: bool = False,
+        decode: Decode | None = None, rows: bool = False, law: Law | None = None,
     ) -> None:  # fmt: skip
+        self.law = law
         self.data, self.space, self.file, self.metric = data, space, file, metric
         self.decode, self.rows, self.name = decode, rows, space.name
 
@@ -50,9 +54,18 @@ class Judge:
         return self.decode(x) if self.decode else x
 
     @functools.cached_property
+    def _rows(self) -> Dataset:
+        return in_memory(self.data)
+
+    @functools.cached_property
     def real(self) -> Tensor:
         """The data set, or evenly spaced rows of a large one, on the CPU."""
-        return in_memory(self.data).x.cpu()
+        return self._rows.x.cpu()
+
+    @functools.cached_property
+    def weights(self) -> Tensor | None:
+        """By which rows of `real` count, (N,) of sum 1, None for all alike. Raises ConfigError for classes without rows."""
+        return class_weights(self._rows.labels, self.law) if self.law else None
 
     @functools.cached_property
     def directions(self) -> Tensor:
@@ -68,9 +81,22 @@ class Judge:
         if self.file is None:
             if self.space.images:
                 raise ConfigError(f"eval.reference: is missing; {self.metric} compares with a file of statistics")
-            features = self.space.features(self.real)
-            return Reference(distances.moments(features), "the data set", self.name, len(self.real), features)
+            if len(self.real) < 2:
+                raise ConfigError("data: has 1 row; a distance to it needs 2 or more")
+            features, source = self.space.features(self.real), "the data set"
+            if self.weights is not None:
+                if self.rows:
+                    raise ConfigError("--precision-recall: counts rows as they are in the data, set eval.labels=data")
+                assert self.law
+                source += f", its classes weighted ({self.law.text()})"
+            known = distances.moments(features, self.weights)
+            return Reference(known, source, self.name, len(self.real), features)
         found = references.read(self.file, self.metric, self.rows)
+        if found.labels and self.law and not _alike(found.labels, self.law, self.data):
+            raise ConfigError(
+                f"eval.labels: {self.law.name!r}, and the rows behind {str(self.file)!r} have the labels {found.labels!r}; "
+                f"set eval.labels={found.labels}, or make the file anew"
+            )
         if found.extractor and found.extractor != self.name:
             raise ConfigError(
                 f"eval.reference: {str(self.file)!r} was made with {found.extractor!r}, not with {self.name!r}; "
@@ -86,6 +112,16 @@ class Judge:
         """ADM's images (M, H, W, 3) of bytes -> features (M, F): midpoints of bytes come back as those bytes."""
         bytes_ = torch.from_numpy(images).permute(0, 3, 1, 2)
         return torch.cat([self.space.features((b.float() - 127.5) / 127.5).cpu() for b in bytes_.split(64)])
+
+    def caution(self, n: int) -> str:
+        """What is to be known of a distance of n samples, "" where there is nothing: fewer rows than features."""
+        width, against = len(self.reference.moments.mean), self.reference.n
+        few = [f"{n:,} samples"] * (n <= width) + [f"{against or 0:,} rows of the reference"] * (
+            against is not None and against <= width
+        )
+        if not few:
+            return ""
+        return f"{' and '.join(few)} for {width:,} features: covariances are not of full rank, and distances are biased"
 
     def tally(self) -> Tally:
         """A fresh count of samples."""
@@ -137,7 +173,7 @@ class Tally:
         out = {"frechet": distances.frechet(_cpu(self.stream.over_ranks()[1]), _cpu(self.reference.moments))}
         if judge.file is None:
             made = distributed.gather_uneven(torch.cat(self.slices) if self.slices else None)
-            out["sliced_wasserstein"] = distances.wasserstein(made, judge.projected)
+            out["sliced_wasserstein"] = distances.wasserstein(made, judge.projected, judge.weights)
         right, labelled = (int(distributed.sum_(torch.tensor(v))) for v in (self.right, self.labelled))
         if labelled:
             out["accuracy"] = right / labelled
@@ -150,16 +186,16 @@ class Tally:
 
 def open_judge(
     data: Rows, config: Eval, space: Callable[[], Extractor], device: torch.device, decode: Callable[[], Decode] | None,
-    rows: bool = False,
+    rows: bool = False, law: Law | None = None,
 ) -> Judge:  # fmt: skip
     """The judge that `config` asks for. space: the run's own features, for metric "frechet"; decode: opens the decoder of
-    data that are latents.
+    data that are latents; rows, law: as of Judge.
 
     Raises ConfigError when a key that the metric needs is missing, or rows are no images and there is no decoder.
     """
     file = Path(config.reference) if config.reference else None
     if config.metric == "frechet":
-        return Judge(data, space(), file, rows=rows)
+        return Judge(data, space(), file, rows=rows, law=law)
     if config.weights is None:
         raise ConfigError(f"eval.weights: is missing; {config.metric} needs the file of its extractor's weights")
     if decode is None and (len(data.shape) != 3 or data.shape[0] not in (1, 3)):
@@ -168,7 +204,7 @@ def open_judge(
     from cmt_fast.evaluation.inception import Inception
 
     network = {"fid": Inception, "fd_dinov2": DinoV2}[config.metric](Path(config.weights), device)
-    return Judge(data, network, file, config.metric, decode() if decode else None, rows)
+    return Judge(data, network, file, config.metric, decode() if decode else None, rows, law)
 
 
 def check_files(config: Eval) -> None:
@@ -190,18 +226,48 @@ def make_reference(judge: Judge, n: int | None, batch: int, keep: int, advance: 
     """
     data, stream, kept = judge.data, Stream(), []
     n = min(n or data.n, data.n)
+    if n < 2:
+        raise ConfigError(f"data: statistics of {n} row; 2 are needed")
     index = torch.arange(n) * data.n // n
+    labels = None if data.labels is None else data.labels[index]
+    weights = class_weights(labels, judge.law) if judge.law else None
+    keep = 0 if weights is not None else keep  # neighbours count rows as they are
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[torch.arange(min(keep, n)) * n // max(1, min(keep, n))] = keep > 0
     for i, place in enumerate(torch.arange(n).split(batch)):
         if i % distributed.size() == distributed.rank():
             rows = data.rows(index[place], torch.zeros_like(place))[0]  # the first draw, as `in_memory` takes
             features = judge.space.features(judge.look(rows))
-            stream.add(features)
+            stream.add(features, None if weights is None else weights[place])
             kept.append(features[chosen[place].to(features.device)].cpu())
         advance(len(place))
     features = distributed.gather_uneven(torch.cat(kept) if kept else None) if keep else None
-    return Reference(_cpu(stream.over_ranks()[1]), "own statistics", judge.name, n, features)
+    law = judge.law.name if judge.law and len(judge.law.counts) else ""
+    return Reference(_cpu(stream.over_ranks()[1]), "own statistics", judge.name, n, features, labels=law)
+
+
+def class_weights(labels: Tensor | None, law: Law) -> Tensor | None:
+    """w_i = q_y / n_y of rows with the labels y (N,): classes weigh as the law's shares q, rows of a class alike; sum 1.
+
+    None where the law is the data's own, or all weights are equal. Raises ConfigError for a class without rows to compare with.
+    """
+    if labels is None or law.name == "data":
+        return None
+    n = torch.bincount(labels.cpu(), minlength=len(law.counts))
+    missing = [int(k) for k in law.present if not n[k]]
+    if missing:
+        raise ConfigError(
+            f"eval.labels: {law.name!r} draws class {missing[0]}, of which there are no rows to compare with"
+            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    w = (law.shares / n.clamp(min=1))[labels.cpu()]
+    return None if bool((w == w[0]).all()) else w
+
+
+def _alike(name: str, law: Law, data: Rows) -> bool:
+    """Whether statistics of labels by `name` are comparable with samples of a law: the same one, or data that are even."""
+    even = {name, law.name} == {"data", "uniform"} and Law(classes.counts(data), "data").even
+    return name == law.name or not len(law.counts) or even
 
 
 def _cpu(m: distances.Moments) -> distances.Moments:

@@ -13,7 +13,9 @@ from torch import Tensor
 def radii(x: Tensor, k: int = 3, block: int = 4096) -> Tensor:
     """Squared distance of every point to its k-th neighbour in the set, itself not counted. x: (N, F), N > k -> (N,)."""
     if len(x) <= k:
-        raise ValueError(f"the {k}-th neighbour in a set of {len(x)} points")
+        raise ValueError(
+            f"precision and recall look at the {k}-th neighbour, and a set has {len(x)} rows; {k + 1} are needed"
+        )
     parts = []
     for start in range(0, len(x), block):
         rows = x[start : start + block]

@@ -27,7 +27,10 @@ WIDTHS = {"fid": 2048, "fd_dinov2": 1024}
 
 
 class Reference(NamedTuple):
-    """extractor: "" in files that do not say; source: whose file; features (M, F) or images (M, H, W, 3) for recall."""
+    """extractor: "" in files that do not say; source: whose file; features (M, F) or images (M, H, W, 3) for recall.
+
+    labels: the law of labels of the rows behind it, as `eval.labels` has it, "" in files that do not say.
+    """
 
     moments: Moments
     source: str
@@ -35,6 +38,7 @@ class Reference(NamedTuple):
     n: int | None = None
     features: Tensor | None = None
     images: np.ndarray | None = None
+    labels: str = ""
 
 
 def read(path: Path, metric: str, rows: bool = False) -> Reference:
@@ -66,10 +70,11 @@ def write(path: Path, reference: Reference) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     if path.suffix == ".npz":
         about = {"num_images": np.int64(reference.n), "extractor": np.array(reference.extractor)}
+        about["labels"] = np.array(reference.labels)
         with open(temporary, "wb") as file:
             np.savez(file, **{k: v.numpy() for k, v in arrays.items()}, **about)
     elif path.suffix == ".safetensors":
-        about = {"num_images": str(reference.n), "extractor": reference.extractor}
+        about = {"num_images": str(reference.n), "extractor": reference.extractor, "labels": reference.labels}
         save_file({k: v.contiguous() for k, v in arrays.items()}, temporary, about)
     else:
         raise ConfigError(f"--make-reference: {str(path)!r} is none of .npz, .safetensors")
@@ -77,7 +82,7 @@ def write(path: Path, reference: Reference) -> None:
 
 
 def _npz(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    wanted = {"mu": WIDEST * 8, "sigma": WIDEST**2 * 8, "num_images": 64, "extractor": 4096}
+    wanted = {"mu": WIDEST * 8, "sigma": WIDEST**2 * 8, "num_images": 64, "extractor": 4096, "labels": 4096}
     wanted |= {"features": LARGEST, "arr_0": LARGEST} if rows else {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -91,7 +96,7 @@ def _npz(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], dict[str,
     ours = "extractor" in found
     facts: dict[str, Any] = {"source": "own statistics" if ours else "mu and sigma as ADM and EDM publish them"}
     if ours:
-        facts["extractor"] = str(found["extractor"])
+        facts |= {"extractor": str(found["extractor"]), "labels": str(found.get("labels", "data"))}
         facts["n"] = int(found["num_images"]) if "num_images" in found and found["num_images"].shape == () else None
     images = found.get("arr_0")
     if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
@@ -133,7 +138,12 @@ def _safetensors(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], d
         raise ConfigError(f"eval.reference: {str(path)!r} is no sound file of statistics ({error})") from None
     if {"mu", "sigma"} - keys or not about.get("extractor"):
         raise ConfigError(f"eval.reference: {str(path)!r} has no mu and sigma, or names no extractor")
-    return found, {"source": "own statistics", "extractor": about["extractor"], "n": n}
+    return found, {
+        "source": "own statistics",
+        "extractor": about["extractor"],
+        "n": n,
+        "labels": about.get("labels", "data"),
+    }
 
 
 def _edm2(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], dict[str, Any]]:

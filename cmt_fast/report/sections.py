@@ -121,8 +121,11 @@ def distance_title(work: Workspace) -> str:
 def quality(work: Workspace, tables: list[Table]) -> Section:
     """The tables with and without mid-training, and in what post-training and control differ besides."""
     run, e = work.run, work.run.eval
+    about = work.judging.about(e.n)
+    note = f" {about['note'].capitalize()}." if "note" in about else ""
     text = (
         f"Each network draws {e.n:,} samples with its EMA weights, from the same noise and labels (seed {e.seed}). "
+        f"Labels: {about['labels']}.{note} "
         "Student images: images seen after pre-training, summed along the path. Lower distances are better. "
         f"The teacher is the pre-trained network through the ODE solver ({run.sampler.solver}); the row `pre-trained` is "
         "the same network as a generator of few steps."

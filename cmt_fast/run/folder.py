@@ -33,6 +33,14 @@ def stored_run(folder: Path) -> Run:
         raise ConfigError(f"RUN: {file} cannot be read ({error})") from None
 
 
+def classes_of(folder: Path) -> int | None:
+    """Classes of the network of the run in a folder, None where there is no run, or one that does not say."""
+    try:
+        return about_run(folder)["rows"]["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def parents_of(folder: Path) -> Path | None:
     """Where the stages are that a stored run did not train itself."""
     stored_run(folder)

@@ -38,7 +38,15 @@ class Judging:
     def open_judge(self, rows: bool = False) -> judges.Judge:
         """What `eval` asks for; rows: with precision and recall. Raises ConfigError naming the key that is missing."""
         decode = (lambda: self.decoding.codec(self.run.eval.vae).decode) if self.decoding.latents else None
-        return judges.open_judge(self.data, self.run.eval, lambda: self.space, self.setting.device, decode, rows)
+        law = self.setting.law
+        return judges.open_judge(self.data, self.run.eval, lambda: self.space, self.setting.device, decode, rows, law)
+
+    def about(self, n: int, judge: judges.Judge | None = None) -> dict[str, str]:
+        """What a record says beside the figures of n samples: the law of their labels, and what is to be known of n."""
+        note = (judge or self.judge).caution(n)
+        steered = getattr(self.run.model, "conditional", True)
+        labels = self.setting.law.text() if steered else "the network takes none"
+        return {"labels": labels, **({"note": note} if note else {})}
 
     def evaluate(
         self, net: Callable, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None,

@@ -58,8 +58,11 @@ def fresh_network(run: Run, shape: tuple[int, ...], classes: int, seed: int = 0)
 
 
 def rows_of(data: Rows) -> dict:
-    """What a network was trained on, as run.json keeps it: shape, classes, normalisation; of absent rows what is known."""
+    """What a network was trained on, as run.json keeps it: shape, classes, normalisation, and the source's numbers of the
+    classes where those are others; of absent rows what is known.
+    """
     if isinstance(data, AbsentRows):
         return data.known
     own = {"shape": data.shape, "classes": data.classes, "normalisation": getattr(data, "normalisation", None)}
+    own |= {"class_ids": ids} if (ids := getattr(data, "class_ids", ())) else {}
     return json.loads(json.dumps(own))

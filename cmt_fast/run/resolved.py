@@ -15,7 +15,7 @@ from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.schedule import Schedule, schedule
 from cmt_fast.teacher import solver_error
-from cmt_fast.teacher.pool import Pool, Prior
+from cmt_fast.teacher.pool import Drawn, Pool, Prior
 
 INDEX = {name: i for i, name in enumerate(STAGES)}  # enters every random key: never renumber
 
@@ -116,7 +116,7 @@ class ResolvedStage:
         return count
 
     def pool(
-        self, teacher: Net | None, shape: tuple[int, ...], classes: int, device: torch.device,
+        self, teacher: Net | None, shape: tuple[int, ...], classes: Drawn, device: torch.device,
         how: Trajectories | None = None, **options: Any,
     ) -> Pool:  # fmt: skip
         """Its trajectories, rolled out as `how` says (default: its own keys); options: as of Pool.

@@ -20,6 +20,10 @@ def check(run: Run, shape: tuple[int, ...], classes: int) -> None:
     for name in run.stages:
         _check_stage(resolve(run, name), shape, classes)
     sampling.check(run.sampler, run.path, run.eval.steps)
+    if run.eval.labels != "data" and not getattr(run.model, "conditional", True):
+        raise ConfigError(
+            f"eval.labels: {run.eval.labels!r}, and the network takes no labels (model.conditional false); valid is data"
+        )
 
 
 def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) -> None:

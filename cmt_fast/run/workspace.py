@@ -20,16 +20,17 @@ from cmt_fast import engine, models
 from cmt_fast.config import errors, fingerprint, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES, Run, Stage
-from cmt_fast.data import datasets
+from cmt_fast.data import classes, datasets
 from cmt_fast.data import trajectory_store as rolled
 from cmt_fast.data.rows import Rows
+from cmt_fast.diffusion.labels import Some
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import load_named, sharding
 from cmt_fast.perceptual import distance
 from cmt_fast.run import guidance
 from cmt_fast.run.decoding import Decoding
-from cmt_fast.run.folder import RUN_FILE, about_run, judged_by, parents_of, stored_run
+from cmt_fast.run.folder import RUN_FILE, about_run, classes_of, judged_by, parents_of, stored_run
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.networks import check, fresh_network, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
@@ -51,8 +52,9 @@ class Workspace:
         self.run, self.folder, self.parents = run, folder, parents or folder
         self.device = machine.device(run.device)
         try:
-            self.data = datasets.load(run.data) if data is None else data
+            self.data = datasets.load(run.data, classes_of(folder)) if data is None else data
             check(run, self.data.shape, self.data.classes)
+            law = classes.law(self.data, run.eval.labels)
         except ConfigError:
             raise
         except ValueError as error:
@@ -60,7 +62,7 @@ class Workspace:
         if not reading:
             self.check_guidance()
         self.path = ProbabilityPath(run.path, run.sigma_data)
-        self.setting = Sampler(self.path, run.sampler, self.data.shape, self.data.classes, self.device)
+        self.setting = Sampler(self.path, run.sampler, self.data.shape, law, self.device)
         self.decoding = Decoding(self.data, self.device, run.eval.vae)
         self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
 
@@ -76,6 +78,11 @@ class Workspace:
     def build(self) -> nn.Module:
         """A fresh network, initialised from the run's seed."""
         return fresh_network(self.run, self.data.shape, self.data.classes, self.run.seed)
+
+    @property
+    def drawn(self) -> int | Some:
+        """Classes that trajectories start from, each as often: how many, or those that have rows."""
+        return classes.drawn(self.data)
 
     def stage_dir(self, name: str) -> Path:
         """Where a stage lives: in this run, or where its parents are; RUN/STAGE in the other run."""
@@ -125,7 +132,7 @@ class Workspace:
 
     def trajectories(self, stage: Stage) -> dict:
         """What a stage's trajectories are, as `data.trajectories.check` compares it; "teacher" where it is at hand."""
-        about = rolled.meant(self.run, stage, self.data.shape, self.data.classes)
+        about = rolled.meant(self.run, stage, self.data)
         with contextlib.suppress(ConfigError):
             about["teacher"] = self.identity(stage)
         return about
@@ -274,5 +281,10 @@ def fits(work: Workspace, name: str) -> None:
     else:
         pairs += [(key, stored.get(key), value) for key, value in work.rows().items() if key in stored]
     for key, theirs, ours in pairs:
+        if key == "class_ids" and None in (theirs, ours):
+            continue  # one of the two says what its classes are in the other's numbers
         if theirs != ours:
-            raise ConfigError(f"{name}: its {key} is {theirs}, this run's is {ours}; its network cannot be read here")
+            hint = f"; {classes.asks(work.data, theirs)}" if key == "classes" and isinstance(theirs, int) else ""
+            raise ConfigError(
+                f"{name}: its {key} is {theirs}, this run's is {ours}; its network cannot be read here{hint}"
+            )

@@ -22,6 +22,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Trajectories
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Net
+from cmt_fast.diffusion.labels import Some
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import table
@@ -42,14 +43,19 @@ class Stock(Protocol):
         """End what reads in the background."""
 
 
-class Prior(NamedTuple):
-    """What trajectories start from: rows of a shape with uniform labels (classes 0: none), drawn by seed and stage.
+Drawn = int | Some  # labels that are drawn, each as often: 0 to n - 1, or some
 
+
+class Prior(NamedTuple):
+    """What trajectories start from: rows of a shape with labels (classes 0: none), drawn by seed and stage.
+
+    Labels are uniform over the classes that have rows, not in the data's proportions: a class that the teacher never saw has
+    no trajectories worth learning, and a rare one is learnt best from the teacher, which has no lack of samples of it.
     dropout: the share of them that starts without a label.
     """
 
     shape: tuple[int, ...]
-    classes: int
+    classes: Drawn
     seed: int
     stage: int
     dropout: float = 0.0
@@ -221,17 +227,27 @@ class Pool:
 
 
 def starts(
-    random: Random, ids: Tensor, shape: tuple[int, ...], classes: int, path: ProbabilityPath, config: Trajectories,
+    random: Random, ids: Tensor, shape: tuple[int, ...], classes: Drawn, path: ProbabilityPath, config: Trajectories,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Where trajectories `ids` (n,) begin: x_T ~ prior (n, *shape), and uniform labels (n,), None without classes.
-
-    A share `dropout` of them has the label `classes`, the null class of every network: teacher and student both go without.
-    """
-    labels = random.integers(rng.START_LABEL, ids, classes) if classes else None
-    if labels is not None and dropout:
-        labels = labels.masked_fill(random.uniform(rng.START_DROP, ids) < dropout, classes)
+    """Where trajectories `ids` (n,) begin: x_T ~ prior (n, *shape), and labels (n,) as of Prior, None without classes."""
+    labels = start_labels(random, ids, classes, dropout)
     return random.normal(rng.START, ids, shape) * (config.t_max if path.name == "ve" else 1.0), labels
+
+
+def start_labels(random: Random, ids: Tensor, classes: Drawn, dropout: float = 0.0) -> Tensor | None:
+    """Labels of trajectories `ids` (n,), each class as likely; None without classes.
+
+    A share `dropout` of them is the null class of every network, the number of classes: teacher and student go without both.
+    """
+    if not classes:
+        return None
+    if isinstance(classes, Some):
+        of = torch.tensor(classes.labels, device=ids.device)
+        labels, null = of[random.integers(rng.START_LABEL, ids, len(of))], classes.classes
+    else:
+        labels, null = random.integers(rng.START_LABEL, ids, classes), classes
+    return labels.masked_fill(random.uniform(rng.START_DROP, ids) < dropout, null) if dropout else labels
 
 
 def roller(

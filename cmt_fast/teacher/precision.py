@@ -26,7 +26,7 @@ from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import rollout, table
 from cmt_fast.models.fp8 import Fp8Linear, in_fp8, shared
 from cmt_fast.runtime import distributed, machine
-from cmt_fast.teacher.pool import starts
+from cmt_fast.teacher.pool import Drawn, starts
 
 PRECISIONS = ("fp8", "bf16", "tf32", "fp32")  # from cheap to exact
 MEASURED = 32  # trajectories
@@ -62,7 +62,7 @@ class Teacher:
             return partial(torch.autocast, self.device.type, torch.bfloat16)
         return partial(_tf32, precision == "tf32") if self.device.type == "cuda" else nullcontext
 
-    def choose(self, seed: int, index: int, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
+    def choose(self, seed: int, index: int, shape: tuple[int, ...], classes: Drawn) -> dict[str, Any]:
         """A stage's precision as it begins: {"precision", "errors" of endpoints by precision, "limit"}; the same on all ranks.
 
         Under auto also "refused": {precision: why it was not tried}.

@@ -57,7 +57,7 @@ from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import rollout, table
 from cmt_fast.runtime import distributed
-from cmt_fast.teacher.pool import drawn
+from cmt_fast.teacher.pool import Drawn, drawn, start_labels
 
 NFE = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 SHIFTS = (1.0, 0.5, 2.0)  # grids of linear flow that are tried beside the recipe's own
@@ -171,7 +171,7 @@ def _resampled(squares: Tensor) -> Tensor:
 
 
 def starts(
-    path: ProbabilityPath, config: Trajectories, shape: tuple[int, ...], classes: int, seed: int, device: Any,
+    path: ProbabilityPath, config: Trajectories, shape: tuple[int, ...], classes: Drawn, seed: int, device: Any,
     count: int = COUNT, dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """This rank's share of the starting noise (n, ...) and labels, a share `dropout` of them the null class's.
@@ -181,10 +181,7 @@ def starts(
     share = -(-count // distributed.size())
     ids, random = torch.arange(share, device=device) + share * distributed.rank(), Random(seed, _STAGE, 1)
     x = random.normal(rng.START, ids, shape) * (config.t_max if path.name == "ve" else 1.0)
-    labels = random.integers(rng.START_LABEL, ids, classes) if classes else None
-    if labels is not None and dropout:
-        labels = labels.masked_fill(random.uniform(rng.START_DROP, ids) < dropout, classes)
-    return x, labels
+    return x, start_labels(random, ids, classes, dropout)
 
 
 def settings(path: str, config: Trajectories, grids: bool = False) -> list[Solver]:

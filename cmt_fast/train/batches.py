@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cmt_fast.config.schema import CmtCm
 from cmt_fast.data import trajectory_store
+from cmt_fast.data.classes import drawn
 from cmt_fast.data.loaders import loader
 from cmt_fast.data.rows import Rows
 from cmt_fast.diffusion import rng
@@ -97,14 +98,14 @@ class BatchProvider:
 
     def _cached(self, folder: str) -> Pool:
         """Points of trajectories that are on disk: no teacher is there."""
-        pool = self.resolved.pool(None, self.data.shape, self.data.classes, self.device)
+        pool = self.resolved.pool(None, self.data.shape, drawn(self.data), self.device)
         feed = self.resolved.run.loader
         pool.stock = trajectory_store.reader(folder, feed, self.seed, self.index, self.device, pool.count)
         return pool
 
     def _rolled(self, held: Callable, found: checkpoint.Checkpoint | None) -> Pool:
         """Points of trajectories that the teacher makes, in the precision that the stage began with."""
-        name, shape, classes = self.resolved.name, self.data.shape, self.data.classes
+        name, shape, classes = self.resolved.name, self.data.shape, drawn(self.data)
         teacher = Teacher(name, self.stage, held, self.path, self.device)
         if found:  # a checkpoint that says nothing is of a version that knew fp32 and tf32 alone
             before = {"precision": "tf32" if self.stage.precision == "tf32" else "fp32"}

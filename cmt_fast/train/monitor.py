@@ -28,8 +28,9 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
     if now(plan.eval_every) or now(plan.grid_every) or last:
         net = engine.average()
         if now(plan.eval_every):
-            figures = work.judging.evaluate(net, work.run.eval.steps, work.run.eval.n_during, quiet=True)
-            log.row("eval", n, n * config.batch, {"steps": figures})
+            n_during = work.run.eval.n_during
+            figures = work.judging.evaluate(net, work.run.eval.steps, n_during, quiet=True)
+            log.row("eval", n, n * config.batch, {"steps": figures, **work.judging.about(n_during)})
         if now(plan.grid_every) or last:
             distributed.agreed(lambda: draw_grid(work, net, stage, n) if first else None)
     if now(plan.snapshot_every):
@@ -47,15 +48,15 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
 
 
 def draw_grid(work: Workspace, net: Callable, stage: ResolvedStage, step: int) -> None:
-    """The same noise through 1, 2 and many steps: RUN/stage/grids/step.png."""
-    run, n = work.run, 10 if len(work.data.shape) == 3 else 1500
-    rows = [(f"{k} step{'s' * (k > 1)}", work.setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
+    """The same noise through 1, 2 and many steps, one picture of each class in order: RUN/stage/grids/step.png."""
+    run, n, setting = work.run, 10 if len(work.data.shape) == 3 else 1500, work.setting.each_class()
+    rows = [(f"{k} step{'s' * (k > 1)}", setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
     name, config = stage.name, stage.config
     before = "pre" if checkpoint.steps(work.stage_dir("pre")) else None
     named = (config.teacher or before) if name != "pre" and not stage.cache else None  # no teacher for a cache
     if named or name == "pre":
         teacher, title = (work.network(named), "teacher") if named else (net, "solver")
-        drawn = work.setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)
+        drawn = setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)
         rows.append((f"{title}, {run.sampler.teacher_steps}", drawn))
     seen = [(title, *work.decoding.visible(x)) for title, x in rows]
     grids.grid([(f"{title}\n{note}", x) for title, x, note in seen], stage.folder / "grids" / f"{step:08d}.png")

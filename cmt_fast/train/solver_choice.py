@@ -117,7 +117,7 @@ def endpoints(
     rolled = Teacher(stage.name, stage.config, work.network, work.path, work.device).net("fp32")
     t, data = stage.trajectories, work.data
     dropout = stage.config.trajectory_dropout
-    x, labels = solver_error.starts(work.path, t, data.shape, data.classes, work.run.seed, work.device, count, dropout)
+    x, labels = solver_error.starts(work.path, t, data.shape, work.drawn, work.run.seed, work.device, count, dropout)
     return solver_error.Endpoints(rolled, work.path, x, labels, t, advance)
 
 

@@ -213,7 +213,9 @@ def test_a_recipe_trains_on_a_store_and_samples_are_decoded(world, encoded, tmp_
     assert main(["sample", "run/post", "--n", "5", "--decode", "--out", "x.npz", "--grid", "x.png"]) == 0
     with np.load("x.npz") as found:
         images, labels = found["images"], found["labels"]
-    assert images.shape == (5, 3, 32, 32) and images.dtype == np.uint8 and labels.tolist() == [0, 1, 2, 0, 1]
+    assert images.shape == (5, 3, 32, 32) and images.dtype == np.uint8
+    rows = Store(encoded).labels.bincount().numpy()
+    assert (abs(np.bincount(labels, minlength=3) - 5 * rows / rows.sum()) < 1).all()  # as the store's
     assert main(["sample", "run/post", "--n", "5", "--out", "z.npz"]) == 0
     with np.load("z.npz") as found:
         z = torch.from_numpy(found["images"])

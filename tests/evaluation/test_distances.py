@@ -133,7 +133,7 @@ def test_precision_and_recall_by_brute_force():
         assert neighbours.precision_recall(real, made, block=block) == want
     assert neighbours.precision_recall(real, real.clone()) == (1, 1)
     assert neighbours.precision_recall(real, made + 1e3) == (0, 0)
-    with pytest.raises(ValueError, match="3-th neighbour in a set of 3"):
+    with pytest.raises(ValueError, match="3-th neighbour, and a set has 3 rows; 4 are needed"):
         neighbours.precision_recall(real[:3], made)
 
 

@@ -12,6 +12,7 @@ from cmt_fast.config.schema import Dit, Ecd, Gmm, IMeanFlow, MeanFlow, Mlp, Samp
 from cmt_fast.data.gmm import Exact
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Autoguided
+from cmt_fast.diffusion.labels import Law
 from cmt_fast.diffusion.paths import column
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.sampling import Sampler
@@ -301,7 +302,7 @@ def test_published_second_times() -> None:
     assert SamplerConfig().mid_times[2] == (0.821,)
     seen: list[tuple[float, float]] = []
     net = lambda x, t, r, labels: (seen.append((float(t[0]), float(r[0]))), torch.zeros_like(x))[1]
-    setting = Sampler(VE, SamplerConfig(mid_times={2: (1.526,)}), (2,), 0, torch.device("cpu"))
+    setting = Sampler(VE, SamplerConfig(mid_times={2: (1.526,)}), (2,), Law.uniform(0), torch.device("cpu"))
     setting.few_steps(net, 2, 0, torch.arange(3))
-    Sampler(LINEAR, SamplerConfig(), (2,), 0, torch.device("cpu")).few_steps(net, 2, 0, torch.arange(3))
+    Sampler(LINEAR, SamplerConfig(), (2,), Law.uniform(0), torch.device("cpu")).few_steps(net, 2, 0, torch.arange(3))
     assert [t for t, _ in seen[:2]] == pytest.approx([80.0, 1.526]) and seen[2:] == [(1.0, 0.5), (0.5, 0.0)]

@@ -13,6 +13,7 @@ from cmt_fast.config.schema import CmtMf, Ecd, Ect, Flow, IMeanFlow, MeanFlow, M
 from cmt_fast.diffusion import paths, rng
 from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
 from cmt_fast.diffusion.guidance import guided
+from cmt_fast.diffusion.labels import Law
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.sampling import Sampler
@@ -256,7 +257,7 @@ def test_two_step_consistency_sampling(mid: float) -> None:
 
 
 def test_default_sampler_is_ects() -> None:
-    setting, calls = Sampler(VE, SamplerConfig(), (3,), 0, CPU), []
+    setting, calls = Sampler(VE, SamplerConfig(), (3,), Law.uniform(0), CPU), []
     setting.few_steps(recorded(calls, student), 2, 0, torch.arange(4))
     assert [c[1] for c in calls] == [80.0, pytest.approx(0.821)]
     assert torch.equal(calls[0][0], 80 * setting.noise(0, torch.arange(4)))

@@ -50,6 +50,7 @@ def test_the_page_holds_both_tables_and_every_section(run, capsys):
             "Images the control needs to reach what mid",
             "by evaluations of 100 samples",
             "The resolved recipe",
+            "Labels: data: 10 classes, 9.68 % to 10.2 %.",
         ):
             assert title in text
         assert re.search(r"Fréchet, classifier-64-32@[0-9a-f]{12}", text)

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from cmt_fast.config.schema.numbers import Count, Natural, Positive, schema
 
+# the network's class of each class of the data; "stored": the numbers that their source gave them
+ClassIds = tuple[Natural, ...] | Literal["stored"] | None
+
 
 @schema
 class Digits:
@@ -29,10 +32,15 @@ class Gmm:
 
 @schema
 class Npz:
-    """A file of one's own: `images` (N, C, H, W), float32 in [-1, 1] or uint8, and optionally `labels` (N,)."""
+    """A file of one's own: `images` (N, C, H, W), float32 in [-1, 1] or uint8, and optionally `labels` (N,).
+
+    class_ids, classes: as of `Latents`.
+    """
 
     path: str
     kind: Literal["npz"] = "npz"
+    class_ids: ClassIds = None
+    classes: Count | None = None
 
 
 @schema
@@ -49,7 +57,8 @@ class Latents:
 
     flip: mirror images are rows too. z = scale (x - mean) / std: a channel's own mean and std over the data unless given
     here, as public checkpoints need (Stable Diffusion: mean 0, std 1, scale 0.18215). expects: another store is refused,
-    and the recipe can be checked where its store is not.
+    and the recipe can be checked where its store is not. class_ids: the network's class of each class of the store, classes:
+    rows of the network's table of labels, for a network that knows more than the store has.
     """
 
     path: str
@@ -58,6 +67,8 @@ class Latents:
     mean: tuple[float, ...] | None = None
     std: tuple[Positive, ...] | None = None
     scale: Positive = 0.5
+    class_ids: ClassIds = None
+    classes: Count | None = None
     expects: Expected | None = None
 
 

@@ -36,7 +36,8 @@ class Eval:
 
     metric: "frechet" in the features of a small classifier or of the data themselves; "fid" and "fd_dinov2" need
     `weights`, a file of their network's, and `reference`, a file of statistics; `vae` decodes latents.
-    Without `vae` that is the autoencoder that the store names.
+    Without `vae` that is the autoencoder that the store names. labels: of the samples, in the proportions of the "data", or
+    "uniform" over the classes that have rows, as FID on ImageNet is published, or as a FILE of labels or counts has them.
     """
 
     steps: tuple[Count, ...] = (1, 2)
@@ -48,6 +49,7 @@ class Eval:
     reference: str | None = None
     weights: str | None = None
     vae: str | None = None
+    labels: str = "data"
 
 
 @schema
