@@ -10,7 +10,7 @@ from cmt_fast.config.schema.stage import STAGES
 # where a key stands -> its name of before -> today's; "stage": directly in a stage
 RENAMED = {"stage": {"clip": "grad_clip_norm"}, "anchor": {"share": "fraction"}}
 # a key that came later, `stage.` before one of any stage -> its default, under which it is no part of a digest
-ADDED: dict[str, Any] = {}
+ADDED: dict[str, Any] = {"data.range": None, "data.layout": "chw", "data.unchecked": False}
 FIRST = {place: {now: before for before, now in keys.items()} for place, keys in RENAMED.items()}
 
 

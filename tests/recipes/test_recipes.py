@@ -54,7 +54,9 @@ def stores(tmp_path_factory) -> Callable[[Run], list[str]]:
         if (shape, classes) not in made:
             made[shape, classes] = folder / f"{len(made)}"
             make_store(made[shape, classes], 48, shape, classes=classes, pixels=pixels)
-        return [f"data.path={made[shape, classes]}", f"data.expects={{shape: {list(shape)}, classes: {classes}}}"]
+        path = f"data.path={made[shape, classes]}"
+        random = ["data.unchecked=true"] if getattr(run.data, "mean", None) else []  # no autoencoder's mean and std
+        return [path, f"data.expects={{shape: {list(shape)}, classes: {classes}}}", *random]
 
     return store
 

@@ -29,10 +29,17 @@ class Gmm:
 
 @schema
 class Npz:
-    """A file of one's own: `images` (N, C, H, W), float32 in [-1, 1] or uint8, and optionally `labels` (N,)."""
+    """A file of one's own: `images` (N, C, H, W), float32 in [-1, 1] or uint8, and optionally `labels` (N,).
+
+    range: these two numbers become -1 and 1, in place of 0 and 255 of uint8; layout: hwc where channels come last;
+    unchecked: numbers are taken whatever their range and standard deviation.
+    """
 
     path: str
     kind: Literal["npz"] = "npz"
+    range: tuple[float, float] | None = None
+    layout: Literal["chw", "hwc"] = "chw"
+    unchecked: bool = False
 
 
 @schema
@@ -49,7 +56,7 @@ class Latents:
 
     flip: mirror images are rows too. z = scale (x - mean) / std: a channel's own mean and std over the data unless given
     here, as public checkpoints need (Stable Diffusion: mean 0, std 1, scale 0.18215). expects: another store is refused,
-    and the recipe can be checked where its store is not.
+    and the recipe can be checked where its store is not. unchecked: numbers are taken whatever their standard deviation.
     """
 
     path: str
@@ -59,6 +66,7 @@ class Latents:
     std: tuple[Positive, ...] | None = None
     scale: Positive = 0.5
     expects: Expected | None = None
+    unchecked: bool = False
 
 
 Data = Annotated[Digits | Gmm | Npz | Latents, Field(discriminator="kind")]
