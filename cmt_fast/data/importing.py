@@ -85,7 +85,7 @@ def convert(
         raise DatasetError(f"--flip: format {format} holds no mirror images")
     layout = _layout(found, kind, dtype, settings.unchecked)
     if kind != "pixels" and not settings.unchecked:
-        _check(found, kind, factor, str(source))
+        _check(found, kind, factor, str(source), note)
     shards = [(i, min(i + shard_rows, found.n)) for i in range(0, found.n, shard_rows)]
     keys = [key_of(format, layout, found.facts, factor, span) for span in shards]
     name = re.sub(r"[^\w. -]", "_", source.resolve().name)
@@ -132,8 +132,11 @@ def _layout(found: Foreign, kind: str, dtype: str, unchecked: bool) -> Layout:
     return Layout(kind, dtype, tuple(first.shape[1:]))
 
 
-def _check(found: Foreign, kind: str, factor: float, source: str) -> None:
-    """Raises DatasetError where a sample of the rows, evenly spread, says that they cannot be latents as they are."""
+def _check(found: Foreign, kind: str, factor: float, source: str, note: Callable[[str], None]) -> None:
+    """Raises DatasetError where a sample of the rows, evenly spread, says that they cannot be latents as they are.
+
+    What may be right or wrong is noted.
+    """
     starts = sorted({k * max(0, found.n - PART) // (SAMPLE - 1) for k in range(SAMPLE)})
 
     def parts() -> Iterator[np.ndarray]:
@@ -150,6 +153,11 @@ def _check(found: Foreign, kind: str, factor: float, source: str) -> None:
         raise DatasetError(
             f"{source}: has {spread.text()}{after}: {wrong}; --factor divides a factor out, images are for `cmt data encode "
             f"--pixels`, and --unchecked takes the numbers as they are"
+        )
+    if factor == 1 and spread.all < 1.5:
+        note(
+            f"{spread.text()}: if these were multiplied by an autoencoder's factor (DiT: 0.18215), import them with --factor; "
+            "without it they train as well, but that autoencoder cannot decode them"
         )
 
 

@@ -52,7 +52,7 @@ def names(source: Path, **more) -> list[str]:
 
 
 def test_every_kind_of_image_is_taken_whatever_the_case_of_its_suffix(tmp_path):
-    """huggingface/pytorch-image-models#1335 (.tif) and pytorch/vision#707 (.bmp): such files were not found."""
+    """huggingface/pytorch-image-models#1335 (.tif) and pytorch/vision#707 (.bmp in one flat folder): found 0 images."""
     want = []
     for k, suffix in enumerate(SUFFIXES):
         for name in (f"a{k}{suffix}", f"b{k}{suffix.upper()}", f"c{k}{suffix.title()}"):
@@ -177,7 +177,7 @@ def test_what_systems_leave_behind_is_no_class(tmp_path, capsys):
 
 
 def test_links_to_files_and_folders_are_followed(tmp_path):
-    """huggingface/pytorch-image-models#334: data sets that are put together of links were empty."""
+    """fastai/fastai#2270: a folder that was a link was not used."""
     picture(tmp_path / "far" / "cats" / "in" / "1.png", 1)
     picture(tmp_path / "far" / "2.png", 2)
     images = tmp_path / "images"
@@ -244,7 +244,7 @@ def test_links_that_lead_nowhere_are_as_broken_images(tmp_path, capsys):
     ],
 )
 def test_splits_are_asked_about(tmp_path, monkeypatch, capsys, folders, named):
-    """huggingface/datasets#4015: train/ and val/ of ImageNet came out as the classes."""
+    """huggingface/datasets#4015: of ImageNet with train/ and val/ "the parsing of classes is incorrect"."""
     monkeypatch.chdir(tmp_path)
     for k, name in enumerate(folders):
         picture(Path("images") / name / "n01440764" / "a.png", k)

@@ -163,7 +163,7 @@ IMPORTED = {
 @pytest.mark.parametrize("format", ["npy", "edm2", "lightningdit"])
 @pytest.mark.parametrize("name", IMPORTED)
 def test_import_looks_at_the_numbers_before_it_writes(tmp_path, capsys, format, name):
-    """facebookresearch/DiT#13, hustvl/LightningDiT#34: latents whose factor, or normalisation, was forgotten."""
+    """explainingai-code/StableDiffusion-PyTorch#33, hustvl/LightningDiT#34: the factor, or the normalisation, was forgotten."""
     rows, words = IMPORTED[name]
     made = source(tmp_path / "source", format, rows)
     command = ["data", "import", str(made), str(tmp_path / "out"), "--format", format, "--dtype", "fp32"]
@@ -190,6 +190,15 @@ def test_a_factor_that_is_left_out_or_given_too_much(tmp_path, capsys, format):
     ]
     assert main([*command(small, "a"), "--factor", "0.03318"]) == 0  # 0.18215 twice is divided out
     assert main(command(large, "b")) == 0
+    assert "--factor" not in capsys.readouterr().out
+    once = source(tmp_path / "once", format, RAW * 0.18215)  # as DiT keeps its features
+    assert main(command(once, "d")) == 0
+    assert (
+        "if these were multiplied by an autoencoder's factor (DiT: 0.18215), import them with --factor"
+        in capsys.readouterr().out
+    )
+    assert main([*command(once, "e"), "--factor", "0.18215"]) == 0 and "--factor" not in capsys.readouterr().out
+    np.testing.assert_allclose(Store(tmp_path / "e").index.std, Store(tmp_path / "b").index.std, rtol=1e-3)
     assert main([*command(large, "c"), "--factor", "0.18215"]) == 2  # they never had it: 3.97 / 0.18215
     assert "after --factor 0.18215" in capsys.readouterr().err
     np.testing.assert_allclose(Store(tmp_path / "b").index.std, SD.ravel(), rtol=0.1)
