@@ -213,6 +213,10 @@ def _about(out: Path, index: latents.Index) -> None:
         f"{out}: {index.rows:,} rows of {index.kind} {index.dtype} {' x '.join(map(str, index.shape))}, "
         f"{index.classes} classes, {len(index.shards)} shards, {size / 1e6:,.1f} MB"
     )
+    if index.rows == 1:
+        print(
+            f"{out}: of one row stages train and samples are drawn; a distance to it, which ends a run, needs two and more"
+        )
     broken = out / "broken.tsv"
     if broken.is_file():
         lines = broken.read_text("utf-8").splitlines()
