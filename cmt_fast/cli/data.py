@@ -1,4 +1,4 @@
-"""`cmt data`: make, import, check, describe and show stores of latents or images."""
+"""`cmt data`: make, import, check, describe and show stores of latents and of 8-bit images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from cmt_fast.cli import look
 from cmt_fast.cli.parser import Parser
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.data import autoencoder, classes, encoding, importing, latents, opening
+from cmt_fast.data import autoencoder, classes, encoding, folders, importing, latents, opening
 from cmt_fast.data import shards as webdataset
 from cmt_fast.data.writing import ROWS
 from cmt_fast.runtime import distributed, machine
@@ -31,7 +31,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         a.set_defaults(call=call)
         return a
 
-    text = "encode images, one folder a class, to a store of latents; rerun to resume"
+    text = "encode a folder of images, or one folder a class, to a store of latents or --pixels; rerun to resume"
     _encoding(action("encode", encode, text))
     _importing(action("import", convert, "latents or images as other projects store them, into a store"))
     p = action(
@@ -58,14 +58,21 @@ def _encoding(p: argparse.ArgumentParser) -> None:
     """The arguments of `cmt data encode`."""
     p.add_argument("source", type=Path, metavar="IMAGES")
     p.add_argument("out", type=Path, metavar="OUT", help="the store, a new folder")
-    p.add_argument("--vae", required=True, metavar="FOLDER_OR_ID", help="an AutoencoderKL of diffusers")
+    p.add_argument("--vae", metavar="FOLDER_OR_ID", help="an AutoencoderKL of diffusers: the store holds its latents")
+    p.add_argument(
+        "--pixels", action="store_true", help="no autoencoder: the store holds 8-bit images, C x SIZE x SIZE"
+    )
+    p.add_argument("--channels", type=int, choices=(3, 1), help="with --pixels: 3, colour (default), or 1, grey")
     p.add_argument(
         "--download", action="store_true", help="fetch the autoencoder from the hub if there is no local copy"
     )
-    p.add_argument("--size", type=int, required=True, help="side of the square cut from the middle, 256 or 512")
+    p.add_argument("--size", type=int, required=True, help="side of the square cut from the middle, such as 64 or 512")
     p.add_argument("--flip", action="store_true", help="encode the mirror images too (twice the rows)")
-    p.add_argument("--statistics", choices=("mean+std", "mean"), default="mean+std")
-    p.add_argument("--dtype", choices=tuple(DTYPES), default="fp16", help="of the store (default: fp16)")
+    p.add_argument(
+        "--any-class", action="store_true", help="every folder is a class: train and val, and empty ones too"
+    )
+    p.add_argument("--statistics", choices=("mean+std", "mean"), help="of each latent (default: mean+std)")
+    p.add_argument("--dtype", choices=tuple(DTYPES), help="of the store (default: fp16; pixels are 8-bit)")
     p.add_argument(
         "--precision", choices=tuple(PRECISIONS), help="of the autoencoder (default: fp16 on a GPU, fp32 on a CPU)"
     )
@@ -73,7 +80,7 @@ def _encoding(p: argparse.ArgumentParser) -> None:
         "--broken",
         choices=("fail", "skip"),
         default="fail",
-        help="skip: list them in OUT/broken.tsv",
+        help="skip: leave out images that cannot be read and links that lead nowhere, and list them in OUT/broken.tsv",
     )
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--workers", type=int, default=4, help="threads that decode images")
@@ -97,6 +104,7 @@ def _importing(p: argparse.ArgumentParser) -> None:
         default=1.0,
         help="factor that the latents were multiplied by (DiT: 0.18215); it is divided out",
     )
+    p.add_argument("--unchecked", action="store_true", help="take numbers whatever their range and standard deviation")
     p.add_argument("--shard-rows", type=int, default=ROWS)
 
 
@@ -144,28 +152,55 @@ def encode(args: argparse.Namespace) -> None:
     _positive(args, "size", "batch", "workers", "shard_rows")
     if not args.source.is_dir():
         raise ConfigError(f"IMAGES: {str(args.source)!r} is not a folder")
+    _pixels_or_latents(args)
+    found = folders.listing(args.source, args.any_class)
     device = machine.device(args.device)
     distributed.start(device)
     precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    vae = autoencoder.Codec.open(args.vae, device, dtype=PRECISIONS[precision], download=args.download)
-    settings = encoding.Settings(args.size, args.statistics, DTYPES[args.dtype], precision, args.batch, args.flip)
+    vae, settings = None, encoding.Settings(args.size, "pixels", "uint8", batch=args.batch, channels=args.channels or 3)
+    if not args.pixels:
+        vae = autoencoder.Codec.open(args.vae, device, dtype=PRECISIONS[precision], download=args.download)
+        kind, dtype = args.statistics or "mean+std", DTYPES[args.dtype or "fp16"]
+        settings = encoding.Settings(args.size, kind, dtype, precision, args.batch, args.flip)
     with _progress("encode") as tell, _stoppable():
         index = encoding.encode(
-            args.source, args.out, vae, settings, shard_rows=args.shard_rows, skip_broken=args.broken == "skip",
+            found, args.out, vae, settings, shard_rows=args.shard_rows, skip_broken=args.broken == "skip",
             workers=args.workers, tell=tell,
         )  # fmt: skip
     if index:
         _about(args.out, index)
+        if found.told():
+            print(f"{args.source}: {found.told()}")
+
+
+def _pixels_or_latents(args: argparse.Namespace) -> None:
+    """Raises ConfigError unless one of --vae and --pixels is given, for options of the other."""
+    if bool(args.vae) == args.pixels:
+        what = "both are given" if args.pixels else "neither is given"
+        raise ConfigError(f"--vae, --pixels: {what}; --vae FOLDER_OR_ID stores latents, --pixels the images themselves")
+    if args.pixels and args.flip:
+        raise ConfigError(
+            "--flip: is for latents; of --pixels the recipe's key data.flip=true makes mirror images when read"
+        )
+    for name in ("statistics", "dtype", "precision", "download") if args.pixels else ("channels",):
+        if getattr(args, name):
+            raise ConfigError(f"--{name}: is for {'latents' if args.pixels else '--pixels'} only")
 
 
 def convert(args: argparse.Namespace) -> None:
     _positive(args, "shard_rows")
     if not 1e-6 <= args.factor <= 1e6 or (args.factor != 1 and args.format == "edm"):
         raise ConfigError(f"--factor: {args.factor} is not valid; it must be positive, and is for latents only")
-    settings = importing.Settings(args.format, DTYPES[args.dtype], args.statistics, args.flip, args.factor)
+    dtype = DTYPES[args.dtype]
+    settings = importing.Settings(args.format, dtype, args.statistics, args.flip, args.factor, args.unchecked)
+    notes: list[str] = []
     with _progress("import") as tell:
-        index = importing.convert(args.source, args.out, settings, shard_rows=args.shard_rows, tell=tell)
+        index = importing.convert(
+            args.source, args.out, settings, shard_rows=args.shard_rows, tell=tell, note=notes.append
+        )
     _about(args.out, index)
+    for note in notes:
+        print(f"{args.source}: {note}")
 
 
 def shards(args: argparse.Namespace) -> None:
@@ -185,6 +220,10 @@ def _about(out: Path, index: latents.Index) -> None:
     if index.class_ids:
         ids = ", ".join(map(str, index.class_ids[:8])) + " ..." * (index.classes > 8)
         print(f"{out}: the source's labels {ids} are the classes 0 to {index.classes - 1}; their numbers are kept")
+    if index.rows == 1:
+        print(
+            f"{out}: of one row stages train and samples are drawn; a distance to it, which ends a run, needs two and more"
+        )
     broken = out / "broken.tsv"
     if broken.is_file():
         lines = broken.read_text("utf-8").splitlines()

@@ -13,13 +13,15 @@ from cmt_fast.config.schema import Run
 HOW = ("micro_batch", "cuda_graph")
 # keys of a stage that change no weight, or its rounding alone as the number of processes does
 WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg", *HOW)
+# keys of the data that say what is asked of them, not what they are
+ASKED = ("unchecked",)
 # keys of a run that say where and how it is computed
 WHERE = ("device", "loader", "tensorboard", "engine", "zero_stage", "zero_teacher", "timeout_s")
 
 
 def digest(run: Run) -> str:
     """sha256 of the resolved run, without what does not change its numbers: where and in what parts it is computed."""
-    tree = {k: v for k, v in dump(run).items() if k not in WHERE}
+    tree = {k: v for k, v in _dumped(run).items() if k not in WHERE}
     for stage in tree.values():
         if isinstance(stage, dict):
             for key in HOW:
@@ -33,7 +35,7 @@ def stage_facts(run: Run, name: str) -> dict:
     Of what lies outside the run only the name is in it; its checksums are in the stage's manifest. How often it is
     looked at or saved is not in it: that may change while a stage is under way.
     """
-    tree = dump(run)
+    tree = _dumped(run)
     facts = {k: tree[k] for k in ("data", "model", "path", "sigma_data", "seed")}
     for member in (name, *run.ancestors(name)):
         facts[member] = {k: v for k, v in tree[member].items() if k not in WATCHING}
@@ -43,6 +45,12 @@ def stage_facts(run: Run, name: str) -> dict:
 def stage_digest(run: Run, name: str, others: dict | None = None) -> str:
     """sha256 of `stage_facts` and of what the stage reads outside its run: equal digests mean equal weights."""
     return _sha(stage_facts(run, name) | ({"others": others} if others else {}))
+
+
+def _dumped(run: Run) -> dict:
+    """The run as plain data, its data without what is only asked of them."""
+    tree = dump(run)
+    return {**tree, "data": {k: v for k, v in tree["data"].items() if k not in ASKED}}
 
 
 def _sha(tree: dict) -> str:

@@ -13,6 +13,8 @@ RENAMED = {"stage": {"clip": "grad_clip_norm"}, "anchor": {"share": "fraction"}}
 ADDED: dict[str, Any] = {
     "data.class_ids": None,
     "data.classes": None,
+    "data.layout": "chw",
+    "data.range": None,
     "eval.labels": "data",
     "model.dropout_max_side": None,
 }

@@ -192,3 +192,12 @@ def parse(data: bytes, where: str) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def labels_in(path: Path) -> bool:
+    """Whether a file is a dataset.json as EDM's tools write it, with labels in it."""
+    try:
+        body = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError, MemoryError):
+        return False
+    return isinstance(body, dict) and isinstance(body.get("labels"), list) and any(body["labels"])

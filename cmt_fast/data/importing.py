@@ -18,13 +18,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cmt_fast.data import values
 from cmt_fast.data.archives import Archive, DatasetError, array, parse
+from cmt_fast.data.folders import debris, named
 from cmt_fast.data.latents import Index
 from cmt_fast.data.writing import Layout, Writer, key_of
 from cmt_fast.render import grids
 
 FORMATS = ("edm2", "edm", "lightningdit", "npy")
 PART = 64  # rows read at a time
+SAMPLE = 4  # parts that are looked at before anything is written
 MOST_PIXELS = 1 << 22  # of an image in an archive
 CLASSES = 1 << 20
 
@@ -40,6 +43,7 @@ class Foreign(NamedTuple):
     facts: Any
     class_names: tuple[str, ...] = ()
     flips: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 class Settings(NamedTuple):
@@ -47,7 +51,7 @@ class Settings(NamedTuple):
     mirror images.
 
     factor: what the arrays were multiplied with when they were written; they are divided by it, so that an autoencoder
-    decodes them.
+    decodes them. unchecked: numbers are taken whatever their range and standard deviation.
     """
 
     format: str
@@ -55,6 +59,7 @@ class Settings(NamedTuple):
     kind: str = "mean"
     flip: bool = False
     factor: float = 1.0
+    unchecked: bool = False
 
 
 def convert(
@@ -64,9 +69,13 @@ def convert(
     *,
     shard_rows: int,
     tell: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Index:
-    """Write OUT from `source`. tell(rows done, all of them). Raises DatasetError; what was begun of OUT is removed then."""
-    format, dtype, kind, flip, factor = settings
+    """Write OUT from `source`. tell(rows done, all of them); note: told what is left out.
+
+    Raises DatasetError; what was begun of OUT is removed then.
+    """
+    format, dtype, kind, flip, factor, _ = settings
     writer = Writer(out)
     if format == "edm":
         kind, dtype = "pixels", "uint8"
@@ -74,14 +83,9 @@ def convert(
     found = _lightningdit(source, flip) if format == "lightningdit" else _members(source, format)
     if flip and not found.flips:
         raise DatasetError(f"--flip: format {format} holds no mirror images")
-    first, _, where = found.part(0, 1)
-    if first.ndim != 4 or max(first.shape[1:]) > 1 << 20 or first[0].nbytes > 1 << 26:
-        raise DatasetError(f"{where}: has the shape {first.shape[1:]}, a row is (C, h, w)")
-    if (first.dtype == np.uint8) != (kind == "pixels"):
-        raise DatasetError(f"{where}: holds {first.dtype}, which is not what rows of kind {kind} are")
-    if kind == "mean+std" and first.shape[1] % 2:
-        raise DatasetError(f"{where}: has {first.shape[1]} channels, mean and std are an even number")
-    layout = Layout(kind, dtype, tuple(first.shape[1:]))
+    layout = _layout(found, kind, dtype, settings.unchecked)
+    if kind != "pixels" and not settings.unchecked:
+        _check(found, kind, factor, str(source), note)
     shards = [(i, min(i + shard_rows, found.n)) for i in range(0, found.n, shard_rows)]
     keys = [key_of(format, layout, found.facts, factor, span) for span in shards]
     name = re.sub(r"[^\w. -]", "_", source.resolve().name)
@@ -92,10 +96,12 @@ def convert(
                 if writer.record(k, keys[k]) is None:
                     with writer.shard(k, layout, keys[k]) as rows:
                         for i in range(start, stop, PART):
-                            values, labels, where = found.part(i, min(i + PART, stop))
-                            rows.add(values if factor == 1 else values / np.float32(factor), labels, where)
+                            x, labels, where = found.part(i, min(i + PART, stop))
+                            rows.add(x if factor == 1 else x / np.float32(factor), labels, where)
                             tell(min(i + PART, stop), found.n)
                 tell(stop, found.n)
+            if found.left_out:
+                note(f"left out {len(found.left_out):,} files that systems leave behind: {named(list(found.left_out))}")
             return writer.finish(
                 layout,
                 keys,
@@ -109,13 +115,61 @@ def convert(
             raise
 
 
+def _layout(found: Foreign, kind: str, dtype: str, unchecked: bool) -> Layout:
+    """What the rows are, by the first. Raises DatasetError where they are no rows of this kind."""
+    first, _, where = found.part(0, 1)
+    if first.ndim != 4 or max(first.shape[1:]) > 1 << 20 or first[0].nbytes > 1 << 26:
+        raise DatasetError(f"{where}: has the shape {first.shape[1:]}, a row is (C, h, w)")
+    if values.last_axis(first.shape[1:]) and not unchecked:
+        raise DatasetError(
+            f"{where}: has the shape {first.shape[1:]}, that is (h, w, C), channels last; a row is (C, h, w), "
+            "array.transpose(2, 0, 1)"
+        )
+    if (first.dtype == np.uint8) != (kind == "pixels"):
+        raise DatasetError(f"{where}: holds {first.dtype}, which is not what rows of kind {kind} are")
+    if kind == "mean+std" and first.shape[1] % 2:
+        raise DatasetError(f"{where}: has {first.shape[1]} channels, mean and std are an even number")
+    return Layout(kind, dtype, tuple(first.shape[1:]))
+
+
+def _check(found: Foreign, kind: str, factor: float, source: str, note: Callable[[str], None]) -> None:
+    """Raises DatasetError where a sample of the rows, evenly spread, says that they cannot be latents as they are.
+
+    What may be right or wrong is noted.
+    """
+    starts = sorted({k * max(0, found.n - PART) // (SAMPLE - 1) for k in range(SAMPLE)})
+
+    def parts() -> Iterator[np.ndarray]:
+        for start in starts:
+            x, _, where = found.part(start, min(start + PART, found.n))
+            x = x.astype(np.float32) / np.float32(factor)
+            if not np.isfinite(x).all():
+                raise DatasetError(f"{where}: has numbers that are not finite")
+            yield x[:, : x.shape[1] // 2] if kind == "mean+std" else x
+
+    spread = values.spread(parts())
+    if wrong := values.flat(spread, 1e-6) or values.raw(spread):
+        after = "" if factor == 1 else f" after --factor {factor:g}"
+        raise DatasetError(
+            f"{source}: has {spread.text()}{after}: {wrong}; --factor divides a factor out, images are for `cmt data encode "
+            f"--pixels`, and --unchecked takes the numbers as they are"
+        )
+    if factor == 1 and spread.all < 1.5:
+        note(
+            f"{spread.text()}: if these were multiplied by an autoencoder's factor (DiT: 0.18215), import them with --factor; "
+            "without it they train as well, but that autoencoder cannot decode them"
+        )
+
+
 # ----------------------------------------------------------------------------- archives and folders of single files
 
 
 def _members(source: Path, format: str) -> Foreign:
     archive = Archive(source)
     suffixes = {"edm2": (".npy",), "npy": (".npy",), "edm": (".png", ".npy")}[format]
-    names = [n for n in archive.names if n.lower().endswith(suffixes)]
+    every = [n for n in archive.names if n.lower().endswith(suffixes)]
+    names = [n for n in every if not any(map(debris, n.split("/")))]
+    left_out = tuple(sorted(set(every) - set(names)))
     if format == "npy":
         names, labels, classes = _npy_labels(archive, names)
     else:
@@ -139,7 +193,7 @@ def _members(source: Path, format: str) -> Foreign:
         stat.st_mtime_ns,
         [archive.size(n) for n in names[:: max(1, len(names) // 1000)]],
     )
-    return Foreign(len(names), part, about, classes)
+    return Foreign(len(names), part, about, classes, left_out=left_out)
 
 
 def _row(archive: Archive, name: str) -> np.ndarray:
@@ -161,11 +215,19 @@ def _row(archive: Archive, name: str) -> np.ndarray:
 
 
 def _json_labels(archive: Archive, names: list[str]) -> dict[str, int | None]:
-    """Labels of dataset.json, `{"labels": [[name, class], ...]}`: for all rows or, if it is missing or null, none."""
-    if "dataset.json" not in archive.names:
+    """Labels of dataset.json, `{"labels": [[name, class], ...]}`: for all rows or, if it is missing or null, none.
+
+    The file may lie in any folder, as in an archive that was unpacked and packed again; the names in it begin there.
+    """
+    found = [n for n in archive.names if n.rpartition("/")[2] == "dataset.json" and not any(map(debris, n.split("/")))]
+    if not found:
         return dict.fromkeys(names)
-    where = f"{archive.path}: 'dataset.json'"
-    body = parse(archive.read("dataset.json"), where)
+    if len(found) > 1:
+        raise DatasetError(
+            f"{archive.path}: has {len(found):,} files dataset.json ({named(found)}); import one data set"
+        )
+    where, folder = f"{archive.path}: {found[0]!r}", found[0].removesuffix("dataset.json")
+    body = parse(archive.read(found[0]), where)
     if not isinstance(body, dict):
         raise DatasetError(f"{where}: is no mapping")
     pairs = body.get("labels")
@@ -175,9 +237,9 @@ def _json_labels(archive: Archive, names: list[str]) -> dict[str, int | None]:
         raise DatasetError(f"{where}: its labels are no list")
     out: dict[str, int | None] = {}
     for p in pairs:
-        if not (isinstance(p, list) and len(p) == 2 and isinstance(p[0], str)) or p[0] in out:
+        if not (isinstance(p, list) and len(p) == 2 and isinstance(p[0], str)) or folder + p[0] in out:
             raise DatasetError(f"{where}: {str(p)[:60]!r} is no [name, class], or appears twice")
-        out[p[0]] = _class(p[1], where)
+        out[folder + p[0]] = _class(p[1], where)
     wrong = sorted(set(names) ^ set(out))
     if wrong:
         raise DatasetError(f"{where}: {wrong[0][:80]!r} is only {'there' if wrong[0] in out else 'in the archive'}")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cmt_fast.config.schema import Npz
-from cmt_fast.data import classes
+from cmt_fast.data import classes, values
 from cmt_fast.data.classes import Classes
 from cmt_fast.data.rows import Dataset
 from cmt_fast.storage import files
@@ -20,7 +21,8 @@ MOST = 1 << 20  # classes
 def load(config: Npz, table: int | None = None) -> Dataset:
     """x: (N, C, H, W) float32; uint8 is scaled to [-1, 1]. Raises ValueError naming the key and what is wrong.
 
-    table: as of datasets.load. Labels that reach to its last class stay as they are, as a run begun with them has them.
+    Numbers that cannot be meant as they are, by the rules of data/values.py, are refused unless data.unchecked. table: as of
+    datasets.load. Labels that reach to its last class stay as they are, as a run begun with them has them.
     """
     try:
         with np.load(config.path, allow_pickle=False) as file:
@@ -31,14 +33,16 @@ def load(config: Npz, table: int | None = None) -> Dataset:
         raise ValueError(f"data.path: {config.path!r} has no array called 'images'") from None
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"data.path: {config.path!r} is no .npz file without pickles ({error})") from None
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"data.path: images of {config.path!r} have the shape {images.shape}, not (N, C, H, W)")
+    images = _shaped(images, config)
     if images.dtype not in (np.uint8, np.float32):
-        raise ValueError(f"data.path: images of {config.path!r} are {images.dtype}, not uint8 or float32")
-    x = torch.from_numpy(images).float()
-    x = x / 127.5 - 1 if images.dtype == np.uint8 else x
-    if not torch.isfinite(x).all():
+        raise ValueError(
+            f"data.path: images of {config.path!r} are {images.dtype}, not uint8 or float32 (images.astype(np.float32))"
+        )
+    if not np.isfinite(images).all():
         raise ValueError(f"data.path: images of {config.path!r} are not all finite")
+    x = _scaled(images, config)
+    if not config.unchecked:
+        _check(images, x, config)
     checksum = files.checksum(Path(config.path))
     own = Classes(None, 0)
     if labels is not None:
@@ -68,3 +72,48 @@ def _wrong(labels: np.ndarray, n: int) -> str:
     if labels.min() < 0 or labels.max() >= MOST:
         return f"reach from {labels.min()} to {labels.max()}; a class is a number from 0 to {MOST - 1}"
     return ""
+
+
+def _shaped(images: np.ndarray, config: Npz) -> np.ndarray:
+    """(N, C, H, W) of what the file holds. Raises ValueError naming the key."""
+    shape, what = images.shape, f"images of {config.path!r} have the shape {images.shape}"
+    if images.ndim == 3:
+        raise ValueError(f"data.path: {what}, not (N, C, H, W); of grey images it is images[:, None]")
+    if images.ndim != 4 or not images.size:
+        raise ValueError(f"data.path: {what}, not (N, C, H, W)")
+    if config.layout == "hwc":
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    if values.last_axis(shape[1:]) and not config.unchecked:
+        raise ValueError(f"data.layout: {what}, that is (N, H, W, C), channels last; data.layout=hwc reads them so")
+    return images
+
+
+def _scaled(images: np.ndarray, config: Npz) -> Tensor:
+    """float32 with data.range, or 0 and 255 of uint8, brought to -1 and 1. Raises ValueError naming the key."""
+    x = torch.from_numpy(images).float()
+    low, high = config.range or (0.0, 255.0)
+    if not low < high:
+        raise ValueError(f"data.range: {low:g} is not below {high:g}")
+    if config.range:
+        return (x - low) * (2 / (high - low)) - 1
+    return x / 127.5 - 1 if images.dtype == np.uint8 else x
+
+
+def _check(images: np.ndarray, x: Tensor, config: Npz) -> None:
+    """Raises ValueError naming the key that would mend numbers which cannot be meant as they are."""
+    parts = lambda rows: (rows[i : i + 1024] for i in range(0, len(rows), 1024))
+    stored, scaled = values.spread(parts(images)), values.spread(parts(x.numpy()))
+    what = f"images of {config.path!r} have {stored.text()}"
+    kept = "data.unchecked=true takes them as they are"
+    if wrong := values.flat(scaled):
+        tip = "data.range=[0, 1] if that is black and white; " if (stored.low, stored.high) == (0, 1) else ""
+        raise ValueError(f"data.{'range' if tip else 'unchecked'}: {what}: {wrong}; {tip}{kept}")
+    wrong, (low, high) = (found := values.seen(scaled))[0], found[1] or (0.0, 0.0)
+    if wrong:
+        tip = f"data.range=[{low:.5g}, {high:.5g}] brings these two to -1 and 1"
+        if config.range:
+            what, tip = (
+                f"{what}, and {scaled.text()} after data.range={list(config.range)}",
+                "give the range that they have",
+            )
+        raise ValueError(f"data.range: {what}: {wrong}; {tip}; {kept}")

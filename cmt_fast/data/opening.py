@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from cmt_fast.config.schema import Latents
-from cmt_fast.data import classes
+from cmt_fast.data import classes, values
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.autoencoder import Normalisation
 from cmt_fast.data.latents import Store, read_index
 from cmt_fast.data.shards import Shards
+
+CENTRE = 3.0  # of a channel, as networks see it
 
 
 def opened(folder: Path, flip: bool = False, normalisation: Normalisation | None = None) -> Store:
@@ -46,7 +49,34 @@ def load(config: Latents) -> Store:
     if config.mean is not None and config.std is not None:
         store = opened(Path(config.path), config.flip, Normalisation(config.mean, config.std, config.scale))
         store.relabel(own)
-        return store
-    if store.index.kind != "pixels":
+    elif store.index.kind != "pixels":
         store.normalisation = store.normalisation._replace(scale=config.scale)
+    if not config.unchecked:
+        _check(store, given=config.mean is not None)
     return store
+
+
+def _check(store: Store, given: bool) -> None:
+    """Raises DatasetError where the statistics of the index, which are those of all rows, say that the numbers cannot be
+    meant as they are. given: whether mean and std are the recipe's.
+    """
+    index, n = store.index, store.normalisation
+    have = values.Spread(math.nan, math.nan, index.mean, index.std)
+    kept = "data.unchecked=true takes it as it is"
+    if not given:
+        if wrong := values.flat(have, 0.5 if index.kind == "pixels" else 0.0):
+            tip = "" if index.kind == "pixels" else "; data.mean and data.std set what each channel is normalised by"
+            raise DatasetError(f"data.path: {store.folder} has {have.text()}: {wrong}{tip}; {kept}")
+        return
+    scaled = zip(index.mean, index.std, n.mean, n.std)
+    mean, std = zip(*((n.scale * (m - m0) / s0, n.scale * s / s0) for m, s, m0, s0 in scaled))
+    z = values.Spread(math.nan, math.nan, mean, std)
+    (low, high), dark = values.SEEN, index.kind == "pixels"  # images may be as dark and flat as they like
+    if (low <= z.all or dark) and z.all <= high and max(map(abs, mean)) <= CENTRE:
+        return
+    tip = f"data.scale={n.scale * 0.5 / z.all:.3g} makes the std 0.5; " if max(map(abs, mean)) <= CENTRE * z.all else ""
+    raise DatasetError(
+        f"data.scale: {store.folder} has {have.text()}; after data.mean, data.std and data.scale={n.scale:g} that is "
+        f"{z.text()}, where a mean near 0 and a std of 0.5 to 1 are meant; {tip}without data.mean and data.std the store's own "
+        f"bring each channel to mean 0 and std data.scale; {kept}"
+    )

@@ -121,7 +121,13 @@ class Writer:
         sums = np.sum([np.array(r["sums"]) for _, r in kept], axis=0)
         mean, std = latents.moments(sums)
         if min(std) < 1e-6:
-            raise DatasetError(f"{self.out}: channel {std.index(min(std))} is the same number everywhere")
+            c = std.index(min(std))
+            n = sum(len(r["checksums"]) for _, r in kept)
+            tip = "; --channels 1 makes grey images" if layout.kind == "pixels" and max(std) >= 1 else ""
+            raise DatasetError(
+                f"{self.out}: channel {c} is the same number everywhere, {mean[c]:.4g} in {n:,} row{'s' * (n > 1)}; there is "
+                f"nothing in it to learn{tip}"
+            )
         labels = [y for _, r in kept for y in r["labels"]]
         if any(y is None for y in labels) and any(y is not None for y in labels):
             raise DatasetError(f"{self.out}: some rows have labels and some have none")

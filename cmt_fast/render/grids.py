@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# the EXIF orientation tag -> what brings the picture upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 def grid(rows: list[tuple[str, Tensor]], path: Path, zoom: int | None = None) -> None:
@@ -56,36 +62,76 @@ class BrokenImage(ValueError):
 
 
 def read(data: bytes, most_pixels: int = 1 << 27) -> Image.Image:
-    """A JPEG, PNG or WebP file's bytes as an 8-bit RGB image, whatever the file's name says. Raises BrokenImage.
+    """An image file's bytes as an 8-bit RGB image, whatever the file's name says: the first frame, turned as its orientation
+    tag says. Raises BrokenImage.
 
-    Orientation tags are not obeyed. What is transparent becomes white; 16-bit grey keeps its upper 8 bits.
+    What is transparent becomes white; 16 bits keep their upper 8; floats are taken from 0 to 1; CMYK without a profile, and no
+    other colour profile is applied either. Integers of 32 bits and signed ones are refused, as nothing says what is white.
     """
     if not data:
         raise BrokenImage("is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a bomb is refused below by its header
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > most_pixels:
                 raise BrokenImage(f"would have {image.width} x {image.height} pixels, that is too many")
             image.load()
-            return _rgb(image)
+            return _upright(_rgb(image), _orientation(image))
     except BrokenImage:
         raise
     except UnidentifiedImageError:
-        raise BrokenImage("is no JPEG, PNG or WebP image") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise BrokenImage(f"cannot be read ({str(error)[:80]})") from None
+        raise BrokenImage(f"is no image of a kind that is read ({', '.join(FORMATS)})") from None
+    except Exception as error:  # readers of damaged files raise whatever they trip over; the bytes are in memory
+        raise BrokenImage(f"cannot be read ({(str(error) or type(error).__name__)[:80]})") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """What is left to do of the orientation tag: 1 without one, where it is damaged, and for TIFF files that PIL has turned."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # as above; the pixels are sound
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would cut it off at 255
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        return _grey(_floats(np.asarray(image)))
+    if image.mode.startswith("I"):  # PIL's own conversion would cut it off at 255
+        return _grey(_upper_bits(image))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+
+
+def _floats(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        raise BrokenImage(f"holds floats from {values.min():.4g} to {values.max():.4g}; they are taken from 0 to 1")
+    return np.rint(values * 255)
+
+
+def _upper_bits(image: Image.Image) -> np.ndarray:
+    """The upper 8 bits of grey values of 16 bits, or of the 12 that a TIFF file says it has."""
+    values, tags = np.asarray(image).astype(np.int64), getattr(image, "tag_v2", {})
+    bits = int(np.ravel(tags.get(258, 16))[0])
+    if bits > 16 or np.ravel(tags.get(339, 1))[0] != 1:
+        raise BrokenImage(
+            f"holds {bits}-bit {'integers' if bits > 16 else 'signed integers'}; write it with 8 or 16 bits"
+        )
+    if tags.get(262, 1) == 0:  # white is zero, which PIL undoes for 8 bits alone
+        values = (1 << bits) - 1 - values
+    return (values >> (bits - 8)).clip(0, 255)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -104,6 +150,6 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def pixels(image: Image.Image, mirror: bool = False) -> np.ndarray:
-    """An RGB image as (3, H, W) uint8."""
-    array = np.asarray(image)[:, ::-1] if mirror else np.asarray(image)
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
+    """An RGB image as (3, H, W) uint8, a grey one as (1, H, W)."""
+    array = np.atleast_3d(np.asarray(image))
+    return np.ascontiguousarray((array[:, ::-1] if mirror else array).transpose(2, 0, 1))

@@ -319,7 +319,7 @@ def test_a_checkpoint_of_other_rows_or_another_batch_is_refused(folder, tmp_path
 
 
 def test_another_file_of_the_same_name_is_refused(tmp_path):
-    path, images = tmp_path / "images.npz", torch.rand(40, 1, 8, 8).numpy()
+    path, images = tmp_path / "images.npz", torch.rand(40, 1, 8, 8).numpy() * 2 - 1
     np.savez(path, images=images)
     more = [*LATENTS, "model.patch=2", f"data={{kind: npz, path: {path}}}", "loader.kind=torch"]
     work = lambda: Workspace(tiny("digits-mf", *more), tmp_path / "run")

@@ -55,7 +55,8 @@ def stores(tmp_path_factory) -> Callable[[Run], list[str]]:
         if kind not in made:
             made[kind] = folder / f"{len(made)}"
             make_store(made[kind], 48, shape, classes=classes, pixels=pixels, flips=run.data.flip)
-        return [f"data.path={made[kind]}", f"data.expects={{shape: {list(shape)}, classes: {classes}}}"]
+        random = ["data.unchecked=true"] if getattr(run.data, "mean", None) else []  # no autoencoder's mean and std
+        return [f"data.path={made[kind]}", f"data.expects={{shape: {list(shape)}, classes: {classes}}}", *random]
 
     return store
 

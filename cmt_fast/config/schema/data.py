@@ -34,13 +34,17 @@ class Gmm:
 class Npz:
     """A file of one's own: `images` (N, C, H, W), float32 in [-1, 1] or uint8, and optionally `labels` (N,).
 
-    class_ids, classes: as of `Latents`.
+    range: these two numbers become -1 and 1, in place of 0 and 255 of uint8; layout: hwc where channels come last;
+    unchecked: numbers are taken whatever their range and standard deviation. class_ids, classes: as of `Latents`.
     """
 
     path: str
     kind: Literal["npz"] = "npz"
     class_ids: ClassIds = None
     classes: Count | None = None
+    range: tuple[float, float] | None = None
+    layout: Literal["chw", "hwc"] = "chw"
+    unchecked: bool = False
 
 
 @schema
@@ -58,7 +62,8 @@ class Latents:
     flip: mirror images are rows too. z = scale (x - mean) / std: a channel's own mean and std over the data unless given
     here, as public checkpoints need (Stable Diffusion: mean 0, std 1, scale 0.18215). expects: another store is refused,
     and the recipe can be checked where its store is not. class_ids: the network's class of each class of the store, classes:
-    rows of the network's table of labels, for a network that knows more than the store has.
+    rows of the network's table of labels, for a network that knows more than the store has. unchecked: numbers are taken
+    whatever their standard deviation.
     """
 
     path: str
@@ -70,6 +75,7 @@ class Latents:
     class_ids: ClassIds = None
     classes: Count | None = None
     expects: Expected | None = None
+    unchecked: bool = False
 
 
 Data = Annotated[Digits | Gmm | Npz | Latents, Field(discriminator="kind")]
