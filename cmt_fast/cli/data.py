@@ -215,7 +215,7 @@ def _about(out: Path, index: latents.Index) -> None:
     size = index.rows * index.stride
     print(
         f"{out}: {index.rows:,} rows of {index.kind} {index.dtype} {' x '.join(map(str, index.shape))}, "
-        f"{index.classes} classes, {len(index.shards)} shards, {size / 1e6:,.1f} MB"
+        f"{index.classes} classes, {len(index.shards)} shard{'s' * (len(index.shards) > 1)}, {size / 1e6:,.1f} MB"
     )
     if index.class_ids:
         ids = ", ".join(map(str, index.class_ids[:8])) + " ..." * (index.classes > 8)
@@ -227,7 +227,9 @@ def _about(out: Path, index: latents.Index) -> None:
     broken = out / "broken.tsv"
     if broken.is_file():
         lines = broken.read_text("utf-8").splitlines()
-        print(f"{broken}: {len(lines)} images left out, the first: {lines[0].replace(chr(9), ': ')}")
+        print(
+            f"{broken}: {len(lines)} image{'s' * (len(lines) > 1)} left out, the first: {lines[0].replace(chr(9), ': ')}"
+        )
 
 
 def verify(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from cmt_fast.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from cmt_fast.config.schema import Data
+    from cmt_fast.data.rows import Rows
     from cmt_fast.run.workspace import Workspace
 
 
@@ -28,7 +30,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def look(args: argparse.Namespace) -> None:
-    from cmt_fast.data import datasets
     from cmt_fast.render import look as picture
     from cmt_fast.run import look as looking
     from cmt_fast.run.decoding import Decoding
@@ -40,13 +41,13 @@ def look(args: argparse.Namespace) -> None:
     out = args.out or Path(f"{Path(args.data).resolve().stem}-look.png")
     _check(out)
     device = machine.device(args.device)
-    data = checked(lambda: datasets.load(config))
+    data, refused = checked(lambda: _opened(config))
     decoding = Decoding(data, device, args.vae or vae)
     found = checked(lambda: looking.gather(data, decoding, args.seed, args.data, args.n))
     if args.vae and decoding.why:
         raise ConfigError(decoding.why)
-    picture.draw(found, out)
-    print("\n".join(found.lines))
+    picture.draw(found._replace(lines=[*found.lines, *refused]), out)
+    print("\n".join([*found.lines, *refused]))
     print(f"{out}: a picture of them")
 
 
@@ -61,6 +62,18 @@ def of_run(work: Workspace, out: Path) -> None:
     except OSError as error:
         return print(f"no picture of the data: {error}")
     print(f"{out}: a picture of the first samples ({'; '.join(found.lines[2:])})")
+
+
+def _opened(config: Data) -> tuple[Rows, list[str]]:
+    """The data, also where training would refuse their numbers, which is what one looks for; a line then says so."""
+    from cmt_fast.data import datasets
+
+    try:
+        return datasets.load(config), []
+    except ValueError as error:
+        if getattr(config, "unchecked", True):
+            raise
+        return datasets.load(dataclasses.replace(config, unchecked=True)), [f"training refuses these: {error}"]
 
 
 def _config(text: str) -> tuple[Data, str | None]:

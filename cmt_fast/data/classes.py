@@ -97,6 +97,12 @@ def of(data: Rows) -> Classes:
     return Classes(data.labels, data.classes, getattr(data, "class_names", ()), getattr(data, "class_ids", ()))
 
 
+def names(data: Rows) -> list[str]:
+    """What each class is called: by name, by the source's number, by the network's."""
+    own = of(data)
+    return _called(own, list(range(own.classes)))
+
+
 def counts(data: Rows) -> Tensor:
     """Rows of each class, (classes,) int64."""
     if data.labels is None:

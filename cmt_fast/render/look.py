@@ -20,7 +20,7 @@ class Look(NamedTuple):
     """What is drawn.
 
     samples: images (n, C, H, W) in [-1, 1], C 1 or 3, or points (n, 2); names: of each sample's class, "" without one.
-    values: (C, M) numbers as the network sees them, channel by channel; counts: name -> rows of each class.
+    values: (C, M) numbers as the network sees them, channel by channel; counts: (name, rows) of each class that has some.
     title: what it is a picture of; lines: what else a reader should know.
     """
 
@@ -28,7 +28,7 @@ class Look(NamedTuple):
     samples: Tensor
     names: list[str]
     values: Tensor
-    counts: dict[str, int]
+    counts: list[tuple[str, int]]
     lines: list[str]
 
 
@@ -86,9 +86,8 @@ def _values(values: Tensor, axes: Any) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
-def _counts(counts: dict[str, int], axes: Any) -> None:
-    most = sorted(counts.items(), key=lambda pair: -pair[1]) if len(counts) > MOST_CLASSES else list(counts.items())
-    shown = most[:MOST_CLASSES]
+def _counts(counts: list[tuple[str, int]], axes: Any) -> None:
+    shown = counts if len(counts) <= MOST_CLASSES else sorted(counts, key=lambda pair: -pair[1])[:MOST_CLASSES]
     axes.bar(range(len(shown)), [n for _, n in shown], color=plots.BLUE)
     axes.set_xticks(
         range(len(shown)), [textwrap.shorten(name, 16, placeholder="...") for name, _ in shown], rotation=90

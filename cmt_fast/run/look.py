@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmt_fast.data import classes
 from cmt_fast.data.order import Order
 from cmt_fast.data.rows import Rows
 from cmt_fast.render.look import Look
@@ -38,15 +39,10 @@ def gather(data: Rows, decoding: Decoding, seed: int, title: str, shown: int = S
     elif samples.shape[1] != 2:
         samples = samples[:, :2]
         lines.append(f"2 of {data.shape[0]} numbers of a row are shown")
-    names = class_names(data)
+    names = classes.names(data)
     of = [""] * shown if labels is None else [names[y] for y in labels[:shown].tolist()]
-    counts = {}
-    if data.labels is not None:
-        rows = torch.bincount(data.labels, minlength=data.classes).tolist()
-        counts = {name: n for name, n in zip(names, rows)}
-        empty = [name for name, n in counts.items() if not n]
-        lines.append(f"{data.classes:,} classes" + (f", {len(empty):,} without rows" if empty else ""))
-        counts = {name: n for name, n in counts.items() if n}
+    counts = [(name, rows) for name, rows in zip(names, classes.counts(data).tolist()) if rows]
+    lines.append(classes.line(data))
     values = x.transpose(0, 1).flatten(1)
     lines.append(f"values of {n:,} rows: {values.min():.4g} to {values.max():.4g}, std {values.std():.4g}")
     return Look(title, samples, of, values, counts, lines)
@@ -61,8 +57,3 @@ def first_rows(data: Rows, seed: int, n: int) -> tuple[Tensor, Tensor | None]:
         parts.append(data.rows(index, epoch, seed))
     labels = [y for _, y in parts if y is not None]
     return torch.cat([x for x, _ in parts]), torch.cat(labels) if labels else None
-
-
-def class_names(data: Rows) -> list[str]:
-    """A name for each class: the store's, or its number."""
-    return list(getattr(data, "class_names", ())) or [str(k) for k in range(data.classes)]

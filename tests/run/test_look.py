@@ -41,7 +41,7 @@ def test_the_samples_shown_are_the_first_rows_of_training(tmp_path, how):
     found = look.gather(data, Decoding(data, CPU), 5, "store")
     assert torch.equal(found.values[:, : 16 * 16], x.transpose(0, 1).flatten(1)[:, : 16 * 16])
     assert found.names == [data.class_names[k] for k in labels.tolist()]
-    assert sum(found.counts.values()) == data.n
+    assert sum(rows for _, rows in found.counts) == data.n
     assert any("3 of 4 channels are shown" in line and "autoencoder" in line for line in found.lines)
 
 
@@ -53,8 +53,8 @@ def test_what_a_picture_says_of_pixels_points_and_classes_without_rows(tmp_path)
     assert found.samples.mul(127.5).add(127.5).round().sub(found.samples * 127.5 + 127.5).abs().max() < 1e-4  # bytes
     gapped = Dataset(torch.rand(3, 1, 4, 4), torch.tensor([0, 2, 2]), 4)
     found = look.gather(gapped, Decoding(gapped, CPU), 0, "gapped")
-    assert len(found.samples) == 3 and found.counts == {"0": 1, "2": 2}
-    assert "4 classes, 2 without rows" in found.lines
+    assert len(found.samples) == 3 and found.counts == [("0", 1), ("2", 2)]
+    assert any("without rows: 1, 3" in line for line in found.lines)
     points = Dataset(torch.rand(5, 7), None, 0)
     found = look.gather(points, Decoding(points, CPU), 0, "points")
     assert found.samples.shape == (5, 2) and found.names == [""] * 5 and not found.counts
@@ -65,7 +65,7 @@ def test_the_picture_holds_the_samples(tmp_path):
     """Two flat samples, black and white: their tiles in the file are that."""
     flat = torch.stack((torch.full((3, 4, 4), -1.0), torch.full((3, 4, 4), 1.0)))
     seen = picture.Look(
-        "two", flat, ["a $5", "b" * 60], flat.transpose(0, 1).flatten(1), {"a $5": 1, "b" * 60: 1}, ["x"]
+        "two", flat, ["a $5", "b" * 60], flat.transpose(0, 1).flatten(1), [("a $5", 1), ("b" * 60, 1)], ["x"]
     )
     picture.draw(seen, tmp_path / "deep" / "two.png")
     pixels = np.asarray(Image.open(tmp_path / "deep" / "two.png").convert("L"))
@@ -80,7 +80,11 @@ def test_the_command_takes_stores_files_and_recipes(tmp_path, monkeypatch, capsy
     np.savez(tmp_path / "own.npz", images=np.zeros((2, 1, 4, 4), np.uint8), labels=np.array([0, 1]))
     for given, file in (("store", "store-look.png"), ("own.npz", "own-look.png"), ("digits", "digits-look.png")):
         assert cli.main(["data", "look", given]) == 0
-        assert f"{file}: a picture" in capsys.readouterr().out and (tmp_path / file).is_file()
+        said = capsys.readouterr().out
+        assert f"{file}: a picture" in said and (tmp_path / file).is_file()
+        assert ("training refuses these: data.unchecked: images of 'own.npz'" in said) == (
+            given == "own.npz"
+        )  # all black
     for arguments, words in (
         (["nowhere"], ["STORE", "'nowhere'", "no store, no .npz file and no recipe"]),
         (["store", "--out", "x.jpg"], ["--out", "'x.jpg'", ".png"]),
