@@ -120,22 +120,10 @@ class Writer:
             raise DatasetError(f"{self.out}: not one row could be made")
         sums = np.sum([np.array(r["sums"]) for _, r in kept], axis=0)
         mean, std = latents.moments(sums)
-        if min(std) < 1e-6:
-            c = std.index(min(std))
-            n = sum(len(r["checksums"]) for _, r in kept)
-            tip = "; --channels 1 makes grey images" if layout.kind == "pixels" and max(std) >= 1 else ""
-            raise DatasetError(
-                f"{self.out}: channel {c} is the same number everywhere, {mean[c]:.4g} in {n:,} row{'s' * (n > 1)}; there is "
-                f"nothing in it to learn{tip}"
-            )
         labels = [y for _, r in kept for y in r["labels"]]
-        if any(y is None for y in labels) and any(y is not None for y in labels):
-            raise DatasetError(f"{self.out}: some rows have labels and some have none")
-        half = len(labels) // 2
-        if facts["flips"] and (len(labels) % 2 or labels[:half] != labels[half:]):
-            raise DatasetError(
-                f"{self.out}: the mirror images are not those of the images; the source has changed; remove {self.folder}"
-            )
+        wrong = _constant(mean, std, len(labels), layout.kind) or _labels(labels, facts["flips"], self.folder)
+        if wrong:
+            raise DatasetError(f"{self.out}: {wrong}")
         names, ids = tuple(facts["class_names"]), ()
         has = labels[0] is not None
         if has and not names:  # a source that names its classes has a table of them, some may have no rows
@@ -177,6 +165,26 @@ class Writer:
         path.write_bytes(buffer.getvalue())
         files_.sync(path)
         return xxhash.xxh3_128_hexdigest(buffer.getvalue())
+
+
+def _constant(mean: tuple[float, ...], std: tuple[float, ...], n: int, kind: str) -> str:
+    """What is wrong with channels of this mean and std over n rows, "" where they vary."""
+    if min(std) >= 1e-6:
+        return ""
+    c = std.index(min(std))
+    tip = "; --channels 1 makes grey images" if kind == "pixels" and max(std) >= 1 else ""
+    where = f"{mean[c]:.4g} in {n:,} row{'s' * (n > 1)}"
+    return f"channel {c} is the same number everywhere, {where}; there is nothing in it to learn{tip}"
+
+
+def _labels(labels: list[int | None], flips: bool, folder: Path) -> str:
+    """What is wrong with the labels of all rows, "" where nothing is."""
+    if any(y is None for y in labels) and any(y is not None for y in labels):
+        return "some rows have labels and some have none"
+    half = len(labels) // 2
+    if flips and (len(labels) % 2 or labels[:half] != labels[half:]):
+        return f"the mirror images are not those of the images; the source has changed; remove {folder}"
+    return ""
 
 
 class Rows:
