@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cmt_kernels
 import yaml
@@ -73,15 +71,14 @@ def train(args: argparse.Namespace) -> None:
     if args.parents:
         folder.stored_run(args.parents)
     names = [name for name in have if name in names]
-    if not args.dry_run:
-        needs.check(run, out, args.parents, names)
+    lacking = needs.missing(run, out, args.parents, names)
+    if lacking and not args.dry_run:
+        raise needs.error(lacking)
     distributed.start(machine.device(run.device), run.timeout_s)
     work = workspace.Workspace(run, out, args.parents, absent.rows(run) if args.dry_run else None)
-    missing = _missing(work, names)
-    if missing and not isinstance(work.data, absent.AbsentRows):
-        raise missing[0]  # what cannot be done is said before the first stage begins
+    _check(work, names, not lacking)
     if args.dry_run:
-        return _dry_run(work, names, missing, out) if distributed.rank() == 0 else None
+        return _dry_run(work, names, lacking, out) if distributed.rank() == 0 else None
     judges.check_files(run.eval)
     work.compare()
     if distributed.rank() == 0:
@@ -93,35 +90,23 @@ def train(args: argparse.Namespace) -> None:
     page.write(out)
 
 
-def _missing(work: workspace.Workspace, names: list[str]) -> list[ConfigError]:
-    """What these stages cannot have here: networks, files, an engine, a precision, a loader. Each once, in order.
+def _check(work: workspace.Workspace, names: list[str], complete: bool) -> None:
+    """Raises ConfigError for what these stages cannot do here, before the first of them begins.
 
-    Where the rows themselves are not here (run/absent.py), they and what evaluation reads are among it.
+    complete: all that they read from outside is here; else only what does not depend on it is looked at.
     """
-    found: dict[str, ConfigError] = {}
-
-    def tried(what: Callable, *inputs: Any) -> None:
-        try:
-            what(*inputs)
-        except ConfigError as error:
-            found.setdefault(str(error), error)
-
-    gone = isinstance(work.data, absent.AbsentRows)
-    if gone:
-        tried(work.data.rows, None)
-        tried(judges.check_files, work.run.eval)
-    for i, stage in enumerate(map(work.stage, names)):
+    for i, name in enumerate(names if complete else []):
+        stage = work.stage(name)
         for parent in stage.called.values():
-            if "/" in parent or parent not in names[:i]:
-                tried(work.finished, parent)
-        tried(work.external_inputs, stage)
+            if "/" not in parent and parent not in names[:i]:
+                work.weights(parent)
+        work.external_inputs(stage)
+        work.sharding_plan(stage)
     for stage in map(work.stage, names):
-        tried(stage.grad_accum_steps, distributed.size())
-        tried(work.sharding_plan, stage)
-        tried(precision.check, stage.name, stage.config, work.device)
-    if not gone and any(OBJECTIVES[work.stage(name).config.objective.kind].draws == "data" for name in names):
-        tried(check_loader, work.run.loader, work.data)
-    return list(found.values())
+        stage.grad_accum_steps(distributed.size())
+        precision.check(stage.name, stage.config, work.device)
+    if complete and any(OBJECTIVES[work.stage(name).config.objective.kind].draws == "data" for name in names):
+        check_loader(work.run.loader, work.data)
 
 
 def _ops(device: str) -> None:
@@ -135,7 +120,7 @@ def _classes(work: workspace.Workspace) -> None:
         print(f"note: {note}")
 
 
-def _dry_run(work: workspace.Workspace, names: list[str], missing: list[ConfigError], out: Path) -> None:
+def _dry_run(work: workspace.Workspace, names: list[str], lacking: list[needs.Need], out: Path) -> None:
     print(yaml.safe_dump(loading.dump(work.run), sort_keys=False).rstrip())
     print(f"digest: {fingerprint.digest(work.run)}")
     _ops(work.device.type)
@@ -154,13 +139,13 @@ def _dry_run(work: workspace.Workspace, names: list[str], missing: list[ConfigEr
         try:
             sizing = work.sharding_plan(stage).lines(work.parameters, distributed.size())
         except ConfigError:
-            sizing = []  # it is among what is missing
+            sizing = []  # a network that it counts is not here
         for line in [*sizing, _step(stage), _bill(work, stage)]:
             print(f"{'':>8}  {line}")
     if work.data.n:
         look.of_run(work, out.with_name(f"{out.name}-look.png"))
-    for error in missing:
-        print(f"not here: {error}")
+    for need in lacking:
+        print(f"not here: {need}")
 
 
 def _auto(stage: ResolvedStage) -> str:

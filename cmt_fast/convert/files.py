@@ -34,7 +34,7 @@ WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.c
 LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch began files with before 1.6, as a pickle
 ZIP = b"PK\x03\x04"
 HEADER_BYTES = 100_000_000  # the longest header that safetensors has
-POINTER = b"version https://git-lfs"
+POINTER = b"version https://git-lfs.github.com/"
 
 
 class Source(NamedTuple):

@@ -104,9 +104,9 @@ def names(data: Rows) -> list[str]:
 
 
 def counts(data: Rows) -> Tensor:
-    """Rows of each class, (classes,) int64."""
+    """Rows of each class, (classes,) int64; 1 each where the rows are not here, and only how many classes they have is known."""
     if data.labels is None:
-        return torch.zeros(data.classes, dtype=torch.int64)
+        return torch.ones(data.classes, dtype=torch.int64)
     return torch.bincount(data.labels.cpu(), minlength=data.classes)
 
 
@@ -143,7 +143,11 @@ def law(data: Rows, labels: str) -> Law:
 def line(data: Rows) -> str:
     """One line: `classes: 3 (5, 17, 402), 12 to 400 rows each; unbalanced 33:1`; classes without rows are named."""
     if data.labels is None:
-        return "classes: none, the rows have no labels"
+        return (
+            f"classes: {data.classes}, as data.expects has them"
+            if data.classes
+            else "classes: none, the rows have no labels"
+        )
     own, n = of(data), counts(data)
     present = own.present
     rows = n[torch.tensor(present)]

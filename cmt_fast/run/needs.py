@@ -37,13 +37,16 @@ class Need(NamedTuple):
         return f"{self.key}: {self.what!r} {self.wrong}" + f"; {self.how}" * bool(self.how)
 
 
-def check(run: Run, folder: Path, parents: Path | None, stages: Sequence[str]) -> None:
-    """Raises ConfigError with everything that is missing to train these stages."""
-    missing = [n for n in needs(run, folder, parents, stages) if not n.here]
+def missing(run: Run, folder: Path, parents: Path | None, stages: Sequence[str]) -> list[Need]:
+    """What is not here to train these stages; arguments as of `needs`."""
+    return [n for n in needs(run, folder, parents, stages) if not n.here]
+
+
+def error(missing: Sequence[Need]) -> ConfigError:
+    """One line of everything that is missing."""
     if len(missing) == 1:
-        raise ConfigError(str(missing[0]))
-    if missing:
-        raise ConfigError(f"{len(missing)} things are missing: {' | '.join(map(str, missing))}")
+        return ConfigError(str(missing[0]))
+    return ConfigError(f"{len(missing)} things are missing: {' | '.join(map(str, missing))}")
 
 
 def needs(run: Run, folder: Path, parents: Path | None = None, stages: Sequence[str] | None = None) -> list[Need]:

@@ -16,6 +16,7 @@ from cmt_fast.data import classes, datasets, latents, opening, shards
 from cmt_fast.data.importing import Settings, convert
 from cmt_fast.data.order import Loader
 from cmt_fast.data.writing import Layout, Writer
+from cmt_fast.diffusion.labels import Some
 from cmt_fast.run.networks import rows_of
 from tests.fixtures.hostile_stores import npy
 
@@ -47,8 +48,13 @@ def old(out, labels):
     return opening.opened(out) if store else store
 
 
+def images(n):
+    """n images of one channel."""
+    return np.random.default_rng(1).integers(256, size=(n, 1, 4, 4)).astype(np.uint8)
+
+
 def npz(path, labels, n=None):
-    np.savez(path, images=np.zeros((n or len(labels), 1, 4, 4), np.uint8), labels=labels)
+    np.savez(path, images=images(n or len(labels)), labels=labels)
     return Npz(str(path))
 
 
@@ -155,7 +161,7 @@ def test_a_store_of_before_loads_with_equal_rows_and_digests(tmp_path):
 def test_labels_are_the_networks_numbers_wherever_rows_are_read(tmp_path, ids):
     """facebookresearch/DiT#100: "a mapping of my dataset classes to the pre-trained dataset classes"."""
     written(tmp_path / "s", NUMBERS)
-    np.savez(tmp_path / "x.npz", images=np.zeros((6, 1, 4, 4), np.uint8), labels=np.array(NUMBERS))
+    np.savez(tmp_path / "x.npz", images=images(6), labels=np.array(NUMBERS))
     about = {"class_ids": ids, "classes": 1000}
     for config in (Latents(str(tmp_path / "s"), **about), Npz(str(tmp_path / "x.npz"), **about)):
         d = datasets.load(config)
@@ -166,7 +172,7 @@ def test_labels_are_the_networks_numbers_wherever_rows_are_read(tmp_path, ids):
         loader.close()
         small = datasets.in_memory(d)
         assert small.labels.tolist() == NUMBERS and small.classes == 1000
-        assert classes.drawn(d) == (5, 17, 402)
+        assert classes.drawn(d) == Some((5, 17, 402), 1000)
         assert classes.law(d, "data")(torch.arange(6)).bincount(minlength=403)[[5, 17, 402]].tolist() == [2, 3, 1]
         assert set(classes.law(d, "uniform")(torch.arange(3)).tolist()) == {5, 17, 402}
         assert classes.line(d).startswith(

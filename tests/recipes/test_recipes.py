@@ -125,12 +125,13 @@ def test_a_dry_run_works_where_data_are_not_and_names_what_to_bring(
         assert not missing
         return
     assert run.data.expects and f"of {run.data.expects.shape}" in next(x for x in lines if " parameters; device " in x)
-    assert missing[0] == f"data.path: {run.data.path!r} is not a folder"
+    assert missing[0].startswith(f"data.path: {run.data.path!r} is not a folder; make it by `cmt data encode ")
     named = [s.perceptual.weights for s in run.stages.values() if s.perceptual] + [str(run.eval.weights)]
     named += [str(Path(name).parent) for name in other_runs(run)]
     assert all(any(name in line for line in missing) for name in named)
     assert main(["train", recipe]) == 2  # as an error, and nothing is written
-    assert capsys.readouterr().err.strip() == f"cmt: {missing[0]}" and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.strip() == f"cmt: {len(missing)} things are missing: {' | '.join(missing)}"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
