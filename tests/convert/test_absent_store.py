@@ -142,7 +142,7 @@ def test_absent_rows_give_none(tmp_path):
     run = loading.load(str(small.elsewhere(tmp_path, small.SIT, "linear", expects=EXPECTS)))
     rows = absent.rows(run)
     assert isinstance(rows, absent.AbsentRows) and rows.known == {"shape": [4, 8, 8], "classes": 3}
-    with pytest.raises(ConfigError, match="data.path: .* is not here"):
+    with pytest.raises(ConfigError, match="data.path: .* is not a folder"):
         rows.rows(torch.tensor([0]))
     make_store(tmp_path / "store", 24, (4, 8, 8), classes=3)
     assert absent.rows(run).n == 24

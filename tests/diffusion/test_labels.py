@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cmt_fast.diffusion import rng
-from cmt_fast.diffusion.labels import Law
+from cmt_fast.diffusion.labels import Law, Some
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.teacher.pool import start_labels
 
@@ -68,7 +68,16 @@ def test_trajectories_start_from_classes_that_have_rows_each_as_often():
     random, ids = Random(3, 1, 0), torch.arange(6000)
     plain = (random.uniform(rng.START_LABEL, ids) * 10).long()
     assert torch.equal(start_labels(random, ids, 10), plain)  # as ever where all ten have rows
-    few = start_labels(random, ids, (5, 17))
+    few = start_labels(random, ids, Some((5, 17), 1000))
     assert torch.equal(few, torch.tensor([5, 17])[(random.uniform(rng.START_LABEL, ids) * 2).long()])
     assert abs(float((few == 5).double().mean()) - 0.5) < 4 * 0.5 / 6000**0.5
     assert start_labels(random, ids, 0) is None
+    dropped = random.uniform(rng.START_DROP, ids) < 0.1
+    for of, null in (
+        (10, 10),
+        (Some((5, 17), 1000), 1000),
+    ):  # the null class is the table's, not the number that are drawn
+        labels = start_labels(random, ids, of, 0.1)
+        assert torch.equal(labels == null, dropped) and torch.equal(
+            labels[~dropped], start_labels(random, ids, of)[~dropped]
+        )
