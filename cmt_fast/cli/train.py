@@ -73,6 +73,8 @@ def train(args: argparse.Namespace) -> None:
     names = [name for name in have if name in names]
     lacking = needs.missing(run, out, args.parents, names)
     if lacking and not args.dry_run:
+        if getattr(run.data, "expects", None) or all(need.key != "data.path" for need in lacking):
+            workspace.Workspace(run, out, args.parents, absent.rows(run))  # what cannot be meant is said first
         raise needs.error(lacking)
     distributed.start(machine.device(run.device), run.timeout_s)
     work = workspace.Workspace(run, out, args.parents, absent.rows(run) if args.dry_run else None)
