@@ -169,6 +169,7 @@ def tree(folder) -> dict[str, int]:
     }
 
 
+# met in public: facebookresearch/pytorch_GAN_zoo#92
 @pytest.mark.parametrize("arguments, words", CASES, ids=[" ".join(a for a in c[0] if a not in SHRUNK) for c in CASES])
 def test_one_line_and_nothing_changes(arguments, words, world, monkeypatch, capsys):
     monkeypatch.chdir(world)

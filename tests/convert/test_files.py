@@ -71,6 +71,7 @@ def padded(path, length: int | None = None, first: int = 0):
     return path
 
 
+# met in public: huggingface/diffusers#5328
 def test_safetensors_with_each_first_byte_of_the_header_length(tmp_path):
     """0x80 begins a pickle, "P" an archive, "<" a web page. huggingface/diffusers#7782, #5328 and deepspeedai/DeepSpeed#2945:
     safetensors taken for pickles, `invalid load key, ' '`, `'<'`, `'\\xec'`: each the first byte of a header's length."""

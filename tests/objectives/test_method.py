@@ -121,6 +121,7 @@ def average_velocity_network(classes: int = 0) -> AverageVelocity:
     return net
 
 
+# met in public: Lyy-iiis/imeanflow#4
 def test_average_velocity_at_equal_times_is_the_velocity() -> None:
     net, z, t = average_velocity_network(), torch.randn(6, 2).double(), torch.rand(6).double()
     assert torch.equal(net(z, t), net(z, t, t))
@@ -138,6 +139,7 @@ def test_average_velocity_at_equal_times_is_the_velocity() -> None:
         torch.testing.assert_close(loss, (net(z, t, t) - v).square().sum(1))
 
 
+# met in public: facebookresearch/flow_matching#82
 def test_a_quarter_of_the_rows_has_two_times() -> None:
     config = MeanFlow()
     k = meanflow.tangent_rows(256, config.ratio)
@@ -192,6 +194,7 @@ def test_tangent_agrees_with_finite_differences_to_second_order() -> None:
     assert gap[1] < 1e-2 * float(exact.norm()) and gap[0] / gap[1] == pytest.approx(4, rel=0.05)
 
 
+# met in public: zhuyu-cs/MeanFlow#2
 @pytest.mark.parametrize("omega, kappa", [(3.0, 0.0), (0.2, 0.92)])
 def test_guided_target_by_hand_with_one_label_mask(omega: float, kappa: float) -> None:
     """v~ = omega v + kappa u_c + (1 - omega - kappa) u_null, t <= .75 and the label kept; tangent (v~, 0, 1)."""

@@ -13,6 +13,7 @@ from cmt_fast.config import loading
 SETTINGS = list(published.settings())
 
 
+# met in public: haidog-yaqub/MeanFlow#17, Kinyugo/consistency_models#5, kynkaat/guidance-interval#3, sihyun-yu/REPA#19
 def test_every_published_setting_is_ours_or_says_why_not() -> None:
     """Where a value differs, or nothing is published, there is a reason; where both agree there is none."""
     for s in SETTINGS:
