@@ -221,9 +221,7 @@ def _about(out: Path, index: latents.Index) -> None:
         ids = ", ".join(map(str, index.class_ids[:8])) + " ..." * (index.classes > 8)
         print(f"{out}: the source's labels {ids} are the classes 0 to {index.classes - 1}; their numbers are kept")
     if index.rows == 1:
-        print(
-            f"{out}: of one row stages train and samples are drawn; a distance to it, which ends a run, needs two and more"
-        )
+        print(f"{out}: one row is no data set to be judged by; to learn one image by heart, store two copies of it")
     broken = out / "broken.tsv"
     if broken.is_file():
         lines = broken.read_text("utf-8").splitlines()

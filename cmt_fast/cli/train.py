@@ -107,6 +107,7 @@ def _check(work: workspace.Workspace, names: list[str], complete: bool) -> None:
     for stage in map(work.stage, names):
         stage.grad_accum_steps(distributed.size())
         precision.check(stage.name, stage.config, work.device)
+    judges.check_rows(work.data.n, work.run.eval.reference)
     if complete and any(OBJECTIVES[work.stage(name).config.objective.kind].draws == "data" for name in names):
         check_loader(work.run.loader, work.data)
 

@@ -81,8 +81,7 @@ class Judge:
         if self.file is None:
             if self.space.images:
                 raise ConfigError(f"eval.reference: is missing; {self.metric} compares with a file of statistics")
-            if len(self.real) < 2:
-                raise ConfigError("data: has 1 row; a distance to it needs 2 or more")
+            check_rows(self.data.n, None)
             features, source = self.space.features(self.real), "the data set"
             if self.weights is not None:
                 if self.rows:
@@ -205,6 +204,15 @@ def open_judge(
 
     network = {"fid": Inception, "fd_dinov2": DinoV2}[config.metric](Path(config.weights), device)
     return Judge(data, network, file, config.metric, decode() if decode else None, rows, law)
+
+
+def check_rows(n: int, reference: str | None) -> None:
+    """Raises ConfigError where samples are to be compared with too few rows of the data set. reference: of `eval`."""
+    if n == 1 and reference is None:
+        raise ConfigError(
+            "data: has 1 row; the distance to it that judges a run needs 2 or more; to learn one image by heart store two "
+            "copies of it, or name statistics of others as eval.reference"
+        )
 
 
 def check_files(config: Eval) -> None:

@@ -337,14 +337,17 @@ def test_one_image_two_images_one_class(tmp_path, recwarn, monkeypatch, capsys):
     load = lambda store: datasets.load(loading.load("digits", [f"data={{kind: latents, path: {store}}}"]).data)
     picture(tmp_path / "one" / "a.png")
     assert encode(tmp_path / "one", tmp_path / "1") == 0 and load(tmp_path / "1").n == 1
-    assert "of one row stages train" in capsys.readouterr().out
+    assert "one row is no data set to be judged by" in capsys.readouterr().out
     recipe = {**RECIPE, "data": {"kind": "latents", "path": "1"}, "device": "cpu"}
     recipe["pre"] = {**recipe["pre"], "images_nimg": 32}
     monkeypatch.chdir(tmp_path)
-    loop.train(Workspace(loading.build(recipe), Path("run")), ["pre"])
+    Path("one.yaml").write_text(json.dumps(recipe))
+    assert main(["train", "one.yaml", "--stages", "pre"]) == 2 and not Path("runs").exists()
+    assert "has 1 row" in (err := capsys.readouterr().err) and "two copies of it" in err and err.count("\n") == 1
+    loop.train(Workspace(loading.build(recipe), Path("run")), ["pre"])  # without a judge one row is trained on as any
     assert checkpoint.complete(Path("run/pre")).manifest["step"] == 2
     picture(tmp_path / "one" / "b.png", 1)
-    assert encode(tmp_path / "one", tmp_path / "2") == 0 and "of one row" not in capsys.readouterr().out
+    assert encode(tmp_path / "one", tmp_path / "2") == 0 and "one row" not in capsys.readouterr().out
     assert Store(tmp_path / "2").n == 2 and load(tmp_path / "2").classes == 0
     os.rename(tmp_path / "one", tmp_path / "cat")
     (tmp_path / "class").mkdir()
