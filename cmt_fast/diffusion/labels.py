@@ -62,9 +62,11 @@ class Law:
         if self.even:
             place = index % len(self.present)
             return place if len(self.present) == len(self.counts) else self.present.to(index.device)[place]
-        if len(index) and int(index.max()) >= len(self._first):
-            self._first = self._beginning(max(1024, 2 * int(index.max()) + 2))
-        return self._first.to(index.device)[index]
+        total = int(self._of.sum())  # after so many all counts are exact, no window is open, and the sequence begins again
+        place = index % total
+        if len(index) and int(place.max()) >= len(self._first):
+            self._first = self._beginning(min(total, max(1024, 2 * int(place.max()) + 2)))
+        return self._first.to(index.device)[place]
 
     def _beginning(self, n: int) -> Tensor:
         """The first n labels of the sequence, by earliest deadline among the windows that are open."""

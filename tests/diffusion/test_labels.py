@@ -81,3 +81,12 @@ def test_trajectories_start_from_classes_that_have_rows_each_as_often():
         assert torch.equal(labels == null, dropped) and torch.equal(
             labels[~dropped], start_labels(random, ids, of)[~dropped]
         )
+
+
+def test_a_far_sample_costs_no_more_than_one_round_of_the_counts():
+    law = Law([3, 0, 5, 1], "data")
+    near, far = law(torch.arange(9)), law(torch.arange(9) + 9 * 10**15)
+    assert torch.equal(near, far) and len(law._first) == 9
+    assert torch.bincount(near, minlength=4).tolist() == [3, 0, 5, 1]
+    long = Law([3, 0, 5, 1], "data")._beginning(45)  # what is cut off is what would have come
+    assert torch.equal(long.view(5, 9), near.expand(5, 9))
