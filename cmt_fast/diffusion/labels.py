@@ -62,7 +62,8 @@ class Law:
         if self.even:
             place = index % len(self.present)
             return place if len(self.present) == len(self.counts) else self.present.to(index.device)[place]
-        total = int(self._of.sum())  # after so many all counts are exact, no window is open, and the sequence begins again
+        # after so many samples all counts are exact, no window is open, and the sequence begins again
+        total = int(self._of.sum())
         place = index % total
         if len(index) and int(place.max()) >= len(self._first):
             self._first = self._beginning(min(total, max(1024, 2 * int(place.max()) + 2)))
