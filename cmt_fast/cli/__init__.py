@@ -105,6 +105,8 @@ def _unknown(root: argparse.ArgumentParser, args: argparse.Namespace, given: str
         near = nearest(word, known)
         hint = command_line(given, after[0] if after and after[0][:1] != "-" else "")
         hint = near if near and not hint else hint
+    if not hint and word in known:
+        hint = f"; it is of other actions of `cmt {args.command}`, `--help` after an action lists what that takes"
     hint = hint or nearest(word, known) or f"; `cmt {args.command} --help` lists what it takes"
     return f"cmt {args.command}: unknown argument {given!r}{hint}"
 

@@ -15,6 +15,7 @@ from cmt_fast.cost import flops as flops_
 from cmt_fast.cost import published, step_time
 from cmt_fast.cost.flops import OURS, Ideas, Network, Term
 from cmt_fast.cost.hardware import Card
+from cmt_fast.data import classes as in_data
 from cmt_fast.data import datasets
 from cmt_fast.engine import ShardingPlan, StageSize, choose
 from cmt_fast.objectives.distance import PERCEPTUAL
@@ -85,7 +86,8 @@ def rows_of(run: Run) -> Rows:
     each = 4 * size if latents else size  # mean and std in fp16; 8-bit pixels
     kind = "mean and std in fp16" if latents else "8-bit pixels"
     note = f"{n:,} rows x {each:,} bytes, {kind}; arithmetic" if n else "rows unknown, the store is not here"
-    return Rows(expects.shape, expects.classes or 0, n, n * each if n else None, note)
+    classes = in_data.expected(run.data.class_ids, run.data.classes, expects.classes) or 0
+    return Rows(expects.shape, classes, n, n * each if n else None, note)
 
 
 def networks(resolved: ResolvedStage, rows: Rows) -> tuple[dict[str, Network], list[str]]:

@@ -73,16 +73,7 @@ def settled(own: Classes, class_ids: Given, classes: int | None, what: str) -> C
         raise DatasetError(
             f"data.class_ids: {len(class_ids)} numbers for the {_number(len(of))} of {what} ({_some(_called(own, of))})"
         )
-    twice = sorted({k for k in class_ids if class_ids.count(k) > 1})
-    if twice:
-        raise DatasetError(f"data.class_ids: {twice[0]} is there twice; two classes of {what} would be one")
-    table = classes or len(class_ids)
-    if max(class_ids) >= table:
-        more = "" if classes else " (as many as there are ids)"
-        raise DatasetError(
-            f"data.class_ids: {max(class_ids)} is none of the classes 0 to {table - 1}{more}; set "
-            f"data.classes to how many the network knows, {max(class_ids) + 1} or more"
-        )
+    table = checked(class_ids, classes, what)
     to = torch.full((own.classes,), -1)
     to[torch.tensor(of)] = torch.tensor(class_ids)
     called, names = _called(own, of), [str(k) for k in range(table)]
@@ -90,6 +81,43 @@ def settled(own: Classes, class_ids: Given, classes: int | None, what: str) -> C
         names[k] = name
     plain = names == [str(k) for k in range(table)]
     return Classes(to[own.labels], table, () if plain else tuple(names))
+
+
+def checked(class_ids: tuple[int, ...], classes: int | None, what: str) -> int:
+    """Rows of the table of labels that `data.class_ids` and `data.classes` make. Raises DatasetError where they cannot be."""
+    twice = sorted({k for k in class_ids if class_ids.count(k) > 1})
+    if twice:
+        raise DatasetError(f"data.class_ids: {twice[0]} is there twice; two classes of {what} would be one")
+    table = classes or len(class_ids)
+    if class_ids and max(class_ids) >= table:
+        more = "" if classes else " (as many as there are ids)"
+        raise DatasetError(
+            f"data.class_ids: {max(class_ids)} is none of the classes 0 to {table - 1}{more}; set "
+            f"data.classes to how many the network knows, {max(class_ids) + 1} or more"
+        )
+    return table
+
+
+def expected(class_ids: Given, classes: int | None, own: int | None) -> int | None:
+    """Rows of the table of labels as far as a recipe alone says, without its store; None where it leaves them open.
+
+    own: `data.expects.classes`, of the store itself or of the table. Raises DatasetError for what no store can make right.
+    """
+    if class_ids is None and (classes is None or own in (None, classes)):
+        return classes or own
+    key, what = ("data.classes" if class_ids is None else "data.class_ids"), "data.expects"
+    if own == 0:
+        raise DatasetError(f"{key}: {what} has no labels; leave the key out, or expect how many classes there are")
+    if class_ids is None:
+        raise DatasetError(
+            f"{key}: {classes}, and {what} has {_number(own or 0)}: say which they are, data.class_ids=[...]"
+        )
+    if class_ids == "stored":
+        return classes or own
+    table = checked(class_ids, classes, what)
+    if own is not None and own != table and len(class_ids) > own:
+        raise DatasetError(f"data.class_ids: {len(class_ids)} numbers for the {_number(own)} of {what}")
+    return table
 
 
 def of(data: Rows) -> Classes:
@@ -120,6 +148,9 @@ def drawn(data: Rows) -> int | Some:
 def asks(data: Rows, table: int) -> str:
     """What to set so that the data's labels are those of a network with `table` classes."""
     own = of(data)
+    if own.labels is None and own.classes and not data.n:  # they are not here
+        which = f"data.class_ids=[...] data.classes={table}, with a number of 0 to {table - 1} for each"
+        return f"if the data have {_number(own.classes)}, say which of its {table} they are: {which}"
     if own.labels is None:
         return f"the data have no labels, and its network wants one of {table} classes"
     if table < len(own.present):
@@ -130,6 +161,8 @@ def asks(data: Rows, table: int) -> str:
 def law(data: Rows, labels: str) -> Law:
     """The law of `eval.labels` on a data set. Raises ConfigError naming the key."""
     if not data.classes:
+        if labels != "data" and not data.n:
+            raise ConfigError(f"{labels!r}, and data.expects has no classes; set data.expects.classes", "eval.labels")
         if labels != "data":
             raise ConfigError(f"{labels!r}, and the data have no labels; valid is data", "eval.labels")
         return Law([], labels)
@@ -188,7 +221,7 @@ def by_name(data: Rows, asked: str) -> list[int]:
     known = dict(zip(_called(own, present), present))
     out = []
     for word in (w.strip() for w in asked.split(",")):
-        if word not in known and word.isdigit() and int(word) in present and not own.ids:
+        if word not in known and word.isdigit() and int(word) in present and not (own.ids or _numbered(own)):
             known[word] = int(word)
         if word not in known:
             raise ConfigError(
@@ -231,6 +264,11 @@ def _file(path: Path, classes: int) -> Tensor:
 def _called(own: Classes, chosen: list[int]) -> list[str]:
     """What classes are called: by name, by the source's number, by the network's."""
     return [own.names[k] if own.names else str(own.ids[k]) if own.ids else str(k) for k in chosen]
+
+
+def _numbered(own: Classes) -> bool:
+    """Whether names are numbers themselves, as those of folders 0, 1, 10, 2: then a number that is asked for is a name."""
+    return bool(own.names) and all(name.isdigit() for name in own.names)
 
 
 def _range(own: Classes, chosen: list[int]) -> str:

@@ -31,12 +31,13 @@ def load(config: Latents) -> Store:
     store = opened(Path(config.path), config.flip)
     if store.index.trajectories:
         raise DatasetError(f"data.path: {config.path} holds trajectories; they are for a stage's trajectories.cache")
+    stored = store.classes
     own = classes.settled(classes.of(store), config.class_ids, config.classes, config.path)
     store.relabel(own)
     wanted = config.expects
     if wanted and store.shape != wanted.shape:
         raise DatasetError(f"data.expects.shape: {config.path} holds rows of {store.shape}, not {wanted.shape}")
-    if wanted and wanted.classes not in (None, store.classes):
+    if wanted and wanted.classes not in (None, stored, store.classes):
         if not store.classes:
             raise DatasetError(
                 f"data.expects.classes: {config.path} has no labels, and the recipe is of {wanted.classes} classes; encode class "

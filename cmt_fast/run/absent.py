@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Latents, Run
+from cmt_fast.data import classes as in_data
 from cmt_fast.data.autoencoder import Normalisation
 from cmt_fast.data.datasets import load
 from cmt_fast.data.rows import Rows
@@ -16,8 +17,9 @@ from cmt_fast.data.rows import Rows
 class AbsentRows:
     """No rows: their shape, their classes, and their normalisation where the recipe gives it. For what reads no data.
 
-    `known` is what a run may keep of them. Classes are those given where the recipe leaves them open, and are not kept.
-    Raises ConfigError for a mean that is not of the shape.
+    `known` is what a run may keep of them. Classes are those of the network's table of labels: what `data.class_ids` and
+    `data.classes` make of those expected, or those given where the recipe leaves them open, a checkpoint's own.
+    Raises ConfigError for a mean that is not of the shape, and for classes that cannot be.
     """
 
     def __init__(self, config: Latents, classes: int = 0) -> None:
@@ -27,9 +29,10 @@ class AbsentRows:
         self.scale = config.scale
         self.facts: dict[str, int | str] = {}
         self.shape: tuple[int, ...] = tuple(config.expects.shape)
-        self.classes = classes if config.expects.classes is None else config.expects.classes
+        said = in_data.expected(config.class_ids, config.classes, config.expects.classes)
+        self.classes = classes if said is None else said
         self.known: dict = {"shape": list(self.shape)}
-        if config.expects.classes is not None:
+        if said is not None or classes:
             self.known["classes"] = self.classes
         self.normalisation = None
         if config.mean is not None and config.std is not None:

@@ -205,21 +205,22 @@ def _distance(stage: dict, rows: Rows, weights: str | None, changed: list[str]) 
 
 
 def _labels(tree: dict, rows: Rows, changed: list[str]) -> None:
-    """Without labels nothing is dropped and nothing guides."""
-    if rows.classes:
+    """Without labels, or with one class, nothing is dropped and nothing guides."""
+    if rows.classes > 1:
         return
+    left_out = f"label dropout and guidance are left out: the store has {'one class' if rows.classes else 'no labels'}"
     for stage in _stages(tree).values():
         objective, trajectories = stage["objective"], stage.get("trajectories") or {}
         places = [(stage, ("label_dropout", "teacher_guidance")), (trajectories, ("guidance",))]
         places.append((objective, ("omega", "kappa", "guide_t_min", "guide_t_max")))
         found = [part.pop(key) for part, keys in places for key in keys if key in part]
-        if objective.get("distance") == "features":
+        if objective.get("distance") == "features" and not rows.classes:
             objective["distance"] = "l2"
             changed.append("distance: l2 in place of features, whose classifier needs labels")
         if found:
-            changed.append("label dropout and guidance are left out: the store has no labels")
+            changed.append(left_out)
     if (tree.get("sampler") or {}).pop("guidance", None):
-        changed.append("label dropout and guidance are left out: the store has no labels")
+        changed.append(left_out)
 
 
 def _judged(tree: dict, rows: Rows, changed: list[str]) -> None:

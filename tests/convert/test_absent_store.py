@@ -68,19 +68,48 @@ def test_rows_that_are_not_those_expected_are_refused_when_they_come(tmp_path, c
 
 
 def test_what_the_recipe_leaves_open_is_not_made_up(tmp_path, capsys):
-    """Neither its classes nor its normalisation: the file's classes build the network, and training compares what is known."""
+    """Not its normalisation; the file's classes build the network and are kept, and training compares what is known."""
     save_file({k: v.contiguous() for k, v in small.edm2_state().items()}, tmp_path / "net.pt")  # without an encoder
     recipe = small.elsewhere(tmp_path, small.EDM2, expects={"shape": [4, 8, 8]})
     code, _, err = cmt(capsys, "ckpt", "import", tmp_path / "net.pt", "--recipe", recipe, "--out", tmp_path / "run")
     assert code == 0, err
     assert checkpoint.complete(tmp_path / "run" / "pre").tensors("ema-0")["net.label.weight"].shape[1] == 3
     rows = json.loads((tmp_path / "run" / "run.json").read_text())["rows"]
-    assert rows == {"shape": [4, 8, 8]}
+    assert rows == {"shape": [4, 8, 8], "classes": 3}
     make_store(tmp_path / "store", 24, (4, 8, 8), classes=3)
     code, _, err = cmt(
         capsys, "train", recipe, "--from", tmp_path / "run", "--stages", "mid", "--out", tmp_path / "more"
     )
     assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    "classes, hint", [(2, "say which of its 3 classes the data's are"), (0, "the data have no labels")]
+)
+def test_a_store_of_other_classes_than_the_file_is_refused_when_it_comes(classes, hint, tmp_path, capsys):
+    recipe, say = sit(tmp_path, expects={"shape": [4, 8, 8]}, **SCALE)
+    assert cmt(capsys, *say)[0] == 0
+    make_store(tmp_path / "store", 24, (4, 8, 8), classes=classes)
+    train = ("train", recipe, "--from", tmp_path / "run", "--stages", "mid", "--out", tmp_path / "more")
+    code, _, err = cmt(capsys, *train)
+    assert code == 2 and f"its classes is 3, this run's is {classes}" in err and hint in err
+    if classes:
+        assert cmt(capsys, *train, "data.class_ids=[0,2]", "data.classes=3")[0] == 0
+
+
+def test_a_map_to_the_files_classes_needs_no_store(tmp_path, capsys):
+    """The recipe expects the store's own two classes; which of the file's three they are is asked for, and said without it."""
+    recipe, say = sit(tmp_path, expects={"shape": [4, 8, 8], "classes": 2}, **SCALE)
+    code, out, err = cmt(capsys, *say)
+    assert (
+        code == 2
+        and "if the data have 2 classes, say which of its 3 they are: data.class_ids=[...] data.classes=3" in out
+    )
+    keys = ("data.class_ids=[0,2]", "data.classes=3")
+    assert cmt(capsys, *say, *keys)[0] == 0
+    make_store(tmp_path / "store", 24, (4, 8, 8), classes=2)
+    more = ("--from", tmp_path / "run", "--stages", "mid", "--out", tmp_path / "more")
+    assert cmt(capsys, "train", recipe, *more, *keys)[0] == 0
 
 
 def test_a_scale_that_nobody_could_compare_later_must_be_said(tmp_path, capsys):

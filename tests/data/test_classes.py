@@ -17,6 +17,7 @@ from cmt_fast.data.importing import Settings, convert
 from cmt_fast.data.order import Loader
 from cmt_fast.data.writing import Layout, Writer
 from cmt_fast.diffusion.labels import Some
+from cmt_fast.run.absent import AbsentRows
 from cmt_fast.run.networks import rows_of
 from tests.fixtures.hostile_stores import npy
 
@@ -242,3 +243,52 @@ def test_classes_are_asked_for_by_the_sources_numbers(tmp_path, asked, want):
     assert classes.by_name(named, "dog, cat") == [1, 0] and classes.by_name(named, "2") == [2]
     with pytest.raises(ConfigError, match="--classes: '3' is no class with rows; there are cat, dog, eel"):
         classes.by_name(named, "3")
+
+
+@pytest.mark.parametrize("asked, want", [("10", [1]), ("2,1", [2, 0])])
+def test_names_that_are_numbers_are_what_a_number_asks_for(tmp_path, asked, want):
+    """Folders 1, 10, 2 are classes 0, 1, 2 by the order of names: a number is a folder's, never a place in that order."""
+    named = written(tmp_path / "n", DENSE, ("1", "10", "2"))
+    assert classes.by_name(named, asked) == want
+    with pytest.raises(ConfigError, match="--classes: '0' is no class with rows; there are 1, 10, 2"):
+        classes.by_name(named, "0")
+
+
+@pytest.mark.parametrize("own", [3, 1000, None])
+def test_a_store_may_be_expected_by_its_own_classes_or_by_those_of_the_table(tmp_path, own):
+    """A recipe that was written for three classes takes the keys that a teacher of a thousand asks for."""
+    written(tmp_path / "s", NUMBERS)
+    about = {"class_ids": (5, 17, 402), "classes": 1000, "expects": Expected((4, 2, 2), own)}
+    assert opening.load(Latents(str(tmp_path / "s"), **about)).classes == 1000
+    gone = AbsentRows(Latents("nowhere", **about))  # what is said of the store before it is there is the same
+    assert gone.classes == gone.known["classes"] == 1000
+    with pytest.raises(ConfigError, match="data.expects.classes: .* has 1000 classes, not 7"):
+        opening.load(Latents(str(tmp_path / "s"), **{**about, "expects": Expected((4, 2, 2), 7)}))
+
+
+@pytest.mark.parametrize(
+    "own, about, words",
+    [
+        (3, {"class_ids": (5, 5, 6), "classes": 9}, ["data.class_ids: 5 is there twice"]),
+        (3, {"class_ids": (5, 17, 402)}, ["data.class_ids: 402", "0 to 2", "403 or more"]),
+        (3, {"class_ids": (1, 2, 3, 4), "classes": 9}, ["data.class_ids: 4 numbers for the 3 classes of data.expects"]),
+        (3, {"classes": 9}, ["data.classes: 9", "data.expects has 3 classes", "data.class_ids="]),
+        (0, {"class_ids": (1, 2), "classes": 9}, ["data.class_ids: data.expects has no labels"]),
+        (0, {"classes": 9}, ["data.classes: data.expects has no labels"]),
+    ],
+)
+def test_maps_that_cannot_be_are_told_where_the_store_is_not(own, about, words):
+    with pytest.raises(ConfigError) as error:
+        AbsentRows(Latents("nowhere", expects=Expected((4, 2, 2), own), **about))
+    assert "\n" not in str(error.value) and all(w in str(error.value) for w in words), error.value
+
+
+def test_a_law_of_classes_that_nobody_has_said(tmp_path):
+    """The store is not here and the recipe does not say its classes: it may well have labels."""
+    gone = AbsentRows(Latents("nowhere", expects=Expected((4, 2, 2))))
+    with pytest.raises(
+        ConfigError, match="eval.labels: 'uniform', and data.expects has no classes; set data.expects.cl"
+    ):
+        classes.law(gone, "uniform")
+    stored = AbsentRows(Latents("nowhere", expects=Expected((4, 2, 2)), class_ids="stored", classes=9))
+    assert classes.law(stored, "uniform").text() == "uniform over 9 classes"

@@ -61,6 +61,16 @@ def test_a_new_recipe_fits_its_store_and_trains(store, like, stores, tmp_path, m
     assert all(checkpoint.complete(Path("run") / stage).manifest["step"] == 2 for stage in run.stages)
 
 
+@pytest.mark.parametrize("like", ["imagenet512-dit", "imagenet256-mf", "imagenet256-mf-teacher"])
+def test_what_nothing_guides_is_left_out_of_a_new_recipe(like, tmp_path, monkeypatch, capsys):
+    """One class folder: with its label and without are the same, which a run refuses to guide by."""
+    monkeypatch.chdir(tmp_path)
+    make_store(Path("one"), 12, (3, 16, 16), classes=1, pixels=True)
+    assert main(["recipes", "new", "mine", "--data", "one", "--like", like]) == 0
+    assert "label dropout and guidance are left out: the store has one class" in capsys.readouterr().out
+    assert main(["recipes", "validate", "mine.yaml"]) == 0, capsys.readouterr().err
+
+
 def test_a_file_for_the_perceptual_distance_is_used_where_it_fits(stores, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     new = ["recipes", "new", "mine", "--like", "cifar10", "--perceptual", "my vgg.pt", "--data"]

@@ -49,7 +49,8 @@ class Npz:
 
 @schema
 class Expected:
-    """What a recipe's rows must be like: shape (C, H, W) of one, number of classes (0: no labels; by default any)."""
+    """What a recipe's rows must be like: shape (C, H, W) of one, number of classes, their own or, with `data.class_ids`, the
+    network's (0: no labels; by default any)."""
 
     shape: tuple[Count, Count, Count]
     classes: Natural | None = None
