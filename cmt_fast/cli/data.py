@@ -215,7 +215,8 @@ def _about(out: Path, index: latents.Index) -> None:
     size = index.rows * index.stride
     print(
         f"{out}: {index.rows:,} rows of {index.kind} {index.dtype} {' x '.join(map(str, index.shape))}, "
-        f"{index.classes} classes, {len(index.shards)} shard{'s' * (len(index.shards) > 1)}, {size / 1e6:,.1f} MB"
+        f"{index.classes} class{'es' * (index.classes != 1)}, {len(index.shards)} shard{'s' * (len(index.shards) > 1)}, "
+        f"{size / 1e6:,.1f} MB"
     )
     if index.class_ids:
         ids = ", ".join(map(str, index.class_ids[:8])) + " ..." * (index.classes > 8)

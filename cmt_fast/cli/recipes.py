@@ -120,7 +120,7 @@ def _new(args: argparse.Namespace) -> None:
     target = _free(Path(f"{name}.yaml"), "new")
     made = adapting.adapted(Path(name).name, args.data, args.like, args.images, args.perceptual)
     target.write_text(made.text, "utf-8")
-    print(f"{target}: like {args.like}, for {args.data}. It trains by: cmt train {target}")
+    print(f"{target}: like {args.like}, for {args.data}. It trains by: {shlex.join(['cmt', 'train', str(target)])}")
     print("changed:", *made.changed, sep="\n  ")
 
 

@@ -49,7 +49,7 @@ def sample(args: argparse.Namespace) -> None:
     if args.solver:
         guidance.check_solver(work.place, stage)
     setting = work.setting
-    if args.classes:
+    if args.classes is not None:
         if not getattr(work.run.model, "conditional", True):
             raise ConfigError("--classes: the network takes no labels (model.conditional false)")
         chosen = torch.tensor(classes.by_name(work.data, args.classes))
@@ -73,7 +73,8 @@ def sample(args: argparse.Namespace) -> None:
         rows = [shown] if images.ndim == 2 else shown.split(10)
         title = f"{args.steps} step{'s' * (args.steps > 1)}\n{note}"
         grids.grid([(title if i == 0 else "", r) for i, r in enumerate(rows)], args.grid)
-        print(f"{args.grid}: a picture of them{f' ({note} channels, without the autoencoder)' if note else ''}")
+        without = ", without the autoencoder" if work.decoding.latents else ""
+        print(f"{args.grid}: a picture of them{f' ({note} channels{without})' if note else ''}")
 
 
 def _bytes(images: torch.Tensor) -> torch.Tensor:

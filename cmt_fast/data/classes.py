@@ -220,7 +220,10 @@ def by_name(data: Rows, asked: str) -> list[int]:
     present = own.present
     known = dict(zip(_called(own, present), present))
     out = []
-    for word in (w.strip() for w in asked.split(",")):
+    words = (
+        [asked] if asked in known else [w.strip() for w in asked.split(",")]
+    )  # a name may have commas: tench, Tinca tinca
+    for word in words:
         if word not in known and word.isdigit() and int(word) in present and not (own.ids or _numbered(own)):
             known[word] = int(word)
         if word not in known:

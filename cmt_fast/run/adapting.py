@@ -110,7 +110,7 @@ def _data(tree: dict, run: Run, store: str, opened: Store, rows: Rows, changed: 
 
 
 def _classes(rows: Rows) -> str:
-    return f"{rows.classes} classes" if rows.classes else "no labels"
+    return f"{rows.classes} class{'es' * (rows.classes > 1)}" if rows.classes else "no labels"
 
 
 def _model(tree: dict, run: Run, rows: Rows, changed: list[str]) -> None:

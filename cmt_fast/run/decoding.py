@@ -63,13 +63,16 @@ class Decoding:
         return self._decoder if self.latents and isinstance(self._decoder, str) else ""
 
     def visible(self, x: Tensor) -> tuple[Tensor, str]:
-        """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand."""
-        index = self.latents
+        """Samples (n, ...) as they can be shown, and a note: latents are decoded where their autoencoder is at hand.
+
+        Of images that are neither grey nor coloured the first channels are shown, 3 or 1.
+        """
+        index, channels = self.latents, 3 if x.shape[1] >= 3 else 1
         if index is None:
-            return x, ""
+            whole = x.ndim == 2 or x.shape[1] == channels
+            return (x, "") if whole else (x[:, :channels], f"{channels} of {x.shape[1]}")
         if isinstance(self._decoder, Codec):
             return self._decoder.decode(x), ""
-        channels = 3 if x.shape[1] >= 3 else 1
         n = self._normalisation
         std = torch.tensor([n.scale * a / b for a, b in zip(index.std, n.std)])[:channels].view(-1, 1, 1)
         return x[:, :channels] / (3 * std), f"latents, {channels} of {x.shape[1]}"

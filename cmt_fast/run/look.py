@@ -32,10 +32,7 @@ def gather(data: Rows, decoding: Decoding, seed: int, title: str, shown: int = S
         samples, note = decoding.visible(samples.to(decoding.device))
         samples = samples.cpu()
         if note:
-            lines.append(f"{note} channels are shown: {decoding.why}")
-        if samples.shape[1] not in (1, 3):
-            samples, keep = samples[:, : 3 if samples.shape[1] > 3 else 1], samples.shape[1]
-            lines.append(f"{samples.shape[1]} of {keep} channels are shown")
+            lines.append(f"{note} channels are shown" + f": {decoding.why}" * bool(decoding.why))
     elif samples.shape[1] != 2:
         samples = samples[:, :2]
         lines.append(f"2 of {data.shape[0]} numbers of a row are shown")

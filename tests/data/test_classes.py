@@ -254,6 +254,12 @@ def test_names_that_are_numbers_are_what_a_number_asks_for(tmp_path, asked, want
         classes.by_name(named, "0")
 
 
+def test_a_name_with_commas_is_one_class(tmp_path):
+    """As ImageNet's words are: `tench, Tinca tinca`."""
+    named = written(tmp_path / "n", DENSE, ("cat", "tench, Tinca tinca", "dog"))
+    assert classes.by_name(named, "tench, Tinca tinca") == [1] and classes.by_name(named, "dog, cat") == [2, 0]
+
+
 @pytest.mark.parametrize("own", [3, 1000, None])
 def test_a_store_may_be_expected_by_its_own_classes_or_by_those_of_the_table(tmp_path, own):
     """A recipe that was written for three classes takes the keys that a teacher of a thousand asks for."""

@@ -66,9 +66,11 @@ def test_what_nothing_guides_is_left_out_of_a_new_recipe(like, tmp_path, monkeyp
     """One class folder: with its label and without are the same, which a run refuses to guide by."""
     monkeypatch.chdir(tmp_path)
     make_store(Path("one"), 12, (3, 16, 16), classes=1, pixels=True)
-    assert main(["recipes", "new", "mine", "--data", "one", "--like", like]) == 0
-    assert "label dropout and guidance are left out: the store has one class" in capsys.readouterr().out
-    assert main(["recipes", "validate", "mine.yaml"]) == 0, capsys.readouterr().err
+    assert main(["recipes", "new", "my own", "--data", "one", "--like", like]) == 0
+    said = capsys.readouterr().out
+    assert "label dropout and guidance are left out: the store has one class" in said
+    assert "cmt train 'my own.yaml'" in said and "12 rows of 3 x 16 x 16, 1 class\n" in said
+    assert main(["recipes", "validate", "my own.yaml"]) == 0, capsys.readouterr().err
 
 
 def test_a_file_for_the_perceptual_distance_is_used_where_it_fits(stores, tmp_path, monkeypatch, capsys):

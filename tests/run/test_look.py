@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from cmt_fast import cli
+from cmt_fast.config import loading
 from cmt_fast.config.schema import Latents, Torch
 from cmt_fast.data import datasets
 from cmt_fast.data.loaders import loader
@@ -16,6 +17,7 @@ from cmt_fast.data.rows import Dataset
 from cmt_fast.render import look as picture
 from cmt_fast.run import look
 from cmt_fast.run.decoding import Decoding
+from tests.fixtures import small
 from tests.fixtures.stores import make_store
 
 CPU = torch.device("cpu")
@@ -104,3 +106,22 @@ def test_a_dry_run_writes_the_picture_and_nothing_else(tmp_path, monkeypatch, ca
     monkeypatch.setattr(picture, "draw", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
     assert cli.main(["train", "digits", "--dry-run", "--out", "mine"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "no picture of the data: read-only"
+
+
+@pytest.mark.parametrize("channels, shown", [(1, 1), (2, 1), (3, 3), (4, 3), (5, 3), (16, 3)])
+def test_of_arrays_of_any_channels_what_can_be_shown_is(tmp_path, monkeypatch, capsys, channels, shown):
+    """Latents of other autoencoders in an .npz file: a stage ends with a picture of them, whatever they are."""
+    monkeypatch.chdir(tmp_path)
+    recipe = small.recipe(tmp_path, {"kind": "dit", "width": 16, "depth": 1, "heads": 2})
+    x = np.random.default_rng(0).normal(size=(8, channels, small.SIDE, small.SIDE)).astype(np.float32)
+    np.savez("data.npz", images=x / 2, labels=np.arange(8) % 2)
+    data = datasets.load(loading.load(str(recipe)).data)
+    seen, note = Decoding(data, CPU).visible(data.x)
+    assert torch.equal(seen, data.x[:, :shown]) and note == ("" if shown == channels else f"{shown} of {channels}")
+    assert (f"{note} channels are shown" in look.gather(data, Decoding(data, CPU), 0, "x").lines) == bool(note)
+    if channels not in (2, 5):
+        return
+    assert cli.main(["train", str(recipe), "--stages", "pre", "--out", "run"]) == 0
+    assert cli.main(["sample", "run/pre", "--n", "4", "--grid", "x.png"]) == 0
+    assert f"a picture of them ({note} channels)" in capsys.readouterr().out
+    assert list((tmp_path / "run" / "pre" / "grids").glob("*.png"))
