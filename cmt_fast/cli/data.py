@@ -255,7 +255,8 @@ def stats(args: argparse.Namespace) -> None:
     print(
         f"source {index.source or 'unknown'}; crop {index.crop or 'unknown'}; mirror images {'yes' if index.flips else 'no'}"
     )
-    print(f"autoencoder {index.vae or 'unknown'} {index.vae_xxh3_128[:12]}")
+    if index.kind != "pixels":
+        print(f"autoencoder {index.vae or 'unknown'} {index.vae_xxh3_128[:12]}")
     print(f"smallest {found.low:.4g}, largest {found.high:.4g}")
     for c, (mean, std) in enumerate(zip(found.mean, found.std)):
         print(f"channel {c}: mean {mean:.4f} (index {index.mean[c]:.4f}), std {std:.4f} (index {index.std[c]:.4f})")
