@@ -264,8 +264,8 @@ def stats(args: argparse.Namespace) -> None:
     if note := classes.gaps(store):
         print(f"note: {note}")
     if found.counts:
-        counts, names = found.counts, index.class_names or tuple(map(str, index.class_ids))
-        for k, n in list(enumerate(counts))[:20]:
-            print(f"  {k:>4} {names[k] if names else ''} {n:,}")
+        counts = found.counts
+        for k, (name, n) in enumerate(zip(classes.names(store)[:20], counts)):
+            print(f"  {k:>4} {'' if name == str(k) else name} {n:,}")
         if len(counts) > 20:
             print(f"  and {len(counts) - 20} more")

@@ -22,6 +22,7 @@ from cmt_fast.diffusion.labels import Law, Some
 SHOWN = 8  # classes that a line names
 UNBALANCED = 2.0  # ratio of rows from which a line says so
 FILE_BYTES = 1 << 30
+MOST = 1 << 20  # a class number is below this
 Given = tuple[int, ...] | Literal["stored"] | None
 
 
@@ -220,9 +221,8 @@ def by_name(data: Rows, asked: str) -> list[int]:
     present = own.present
     known = dict(zip(_called(own, present), present))
     out = []
-    words = (
-        [asked] if asked in known else [w.strip() for w in asked.split(",")]
-    )  # a name may have commas: tench, Tinca tinca
+    # a name may have commas: tench, Tinca tinca
+    words = [asked] if asked in known else [w.strip() for w in asked.split(",")]
     for word in words:
         if word not in known and word.isdigit() and int(word) in present and not (own.ids or _numbered(own)):
             known[word] = int(word)

@@ -20,6 +20,7 @@ import numpy as np
 
 from cmt_fast.data import values
 from cmt_fast.data.archives import Archive, DatasetError, array, parse
+from cmt_fast.data.classes import MOST
 from cmt_fast.data.folders import debris, named
 from cmt_fast.data.latents import Index
 from cmt_fast.data.writing import Layout, Writer, key_of
@@ -29,7 +30,6 @@ FORMATS = ("edm2", "edm", "lightningdit", "npy")
 PART = 64  # rows read at a time
 SAMPLE = 4  # parts that are looked at before anything is written
 MOST_PIXELS = 1 << 22  # of an image in an archive
-CLASSES = 1 << 20
 
 
 class Foreign(NamedTuple):
@@ -247,8 +247,8 @@ def _json_labels(archive: Archive, names: list[str]) -> dict[str, int | None]:
 
 
 def _class(value: Any, where: str) -> int:
-    if type(value) is not int or not 0 <= value < CLASSES:
-        raise DatasetError(f"{where}: {str(value)[:40]!r} is no class number, a whole number from 0 to {CLASSES - 1}")
+    if type(value) is not int or not 0 <= value < MOST:
+        raise DatasetError(f"{where}: {str(value)[:40]!r} is no class number, a whole number from 0 to {MOST - 1}")
     return value
 
 

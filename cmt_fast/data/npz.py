@@ -11,11 +11,9 @@ from torch import Tensor
 
 from cmt_fast.config.schema import Npz
 from cmt_fast.data import classes, values
-from cmt_fast.data.classes import Classes
+from cmt_fast.data.classes import MOST, Classes
 from cmt_fast.data.rows import Dataset
 from cmt_fast.storage import files
-
-MOST = 1 << 20  # classes
 
 
 def load(config: Npz, table: int | None = None) -> Dataset:
