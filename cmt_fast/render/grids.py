@@ -78,7 +78,7 @@ def read(data: bytes, most_pixels: int = 1 << 27) -> Image.Image:
                 raise BrokenImage(f"would have {image.width} x {image.height} pixels, that is too many")
             image.load()
             return _upright(_rgb(image), _orientation(image))
-    except BrokenImage:
+    except (BrokenImage, MemoryError):  # a machine without memory is no broken image
         raise
     except UnidentifiedImageError:
         raise BrokenImage(f"is no image of a kind that is read ({', '.join(FORMATS)})") from None

@@ -170,3 +170,14 @@ def test_damaged_files_of_every_kind_are_broken_images():
             with pytest.raises(grids.BrokenImage) as caught:
                 grids.read(data[:cut])
             assert "\n" not in str(caught.value)
+
+
+def test_a_machine_without_memory_is_no_broken_image(monkeypatch):
+    """Else --broken skip would leave sound images out."""
+
+    def full(*_, **named):
+        raise MemoryError
+
+    monkeypatch.setattr(grids.Image, "open", full)
+    with pytest.raises(MemoryError):
+        grids.read(b"an image")
