@@ -40,11 +40,9 @@ def open_recipe(recipe: str, *overrides: str, out: str | Path | None = None) -> 
 
 def open_run(run: str | Path) -> Workspace:
     """A run that is on disk, as `cmt train` left it. Raises ConfigError where the folder holds none."""
-    from cmt_fast.run import folder
-    from cmt_fast.run.workspace import Workspace
+    from cmt_fast.run import workspace
 
-    where = Path(run)
-    return Workspace(folder.stored_run(where), where, folder.parents_of(where), reading=True)
+    return workspace.open_run(Path(run))
 
 
 def network(stage: str | Path) -> nn.Module:
@@ -55,7 +53,7 @@ def network(stage: str | Path) -> nn.Module:
     """
     from cmt_fast.run.workspace import open_stage
 
-    work, name = open_stage(str(stage))
+    work, name = open_stage(str(stage), rows=False)
     return work.network(name)
 
 
@@ -73,7 +71,7 @@ def sample(
     from cmt_fast.run.workspace import open_stage
 
     _at_least(n=(n, 1), steps=(steps, 1))
-    work, name = open_stage(str(stage))
+    work, name = open_stage(str(stage), rows=False)
     if solver:
         guidance.check_solver(work.place, name)
     x = work.setting.generate(work.network(name), steps, n, seed, solver, work.run.eval.batch)

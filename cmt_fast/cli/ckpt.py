@@ -102,7 +102,7 @@ def import_(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     from cmt_fast.convert import exporting
 
-    work, stage = workspace.open_stage(args.stage)
+    work, stage = workspace.open_stage(args.stage, rows=False)
     found = exporting.collect(work, stage, args.ema)
     if args.format == "safetensors":
         for name in ("vae", "license"):

@@ -34,7 +34,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    work, stage = workspace.open_stage(args.stage)
+    work, stage = workspace.open_stage(args.stage, rows=False)
     if args.steps < 1 or args.n < 1:
         raise ConfigError(f"--{'steps' if args.steps < 1 else 'n'}: must be at least 1")
     work.setting.check_steps((args.steps,), args.solver, "--steps")

@@ -20,7 +20,7 @@ from cmt_fast.render import templates
 from cmt_fast.report import sections
 from cmt_fast.report.standing import Curve, Judged, Stand
 from cmt_fast.run.folder import RUN_FILE, stored_run
-from cmt_fast.run.workspace import Workspace
+from cmt_fast.run.workspace import Workspace, open_run
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint, files, metrics_log
 from cmt_fast.teacher import solver_record
@@ -39,7 +39,7 @@ def write(folder: Path) -> dict[str, Any]:
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
     about = json.loads((folder / RUN_FILE).read_text("utf-8"))
-    work = Workspace(run, folder, Path(about["parents"]) if about.get("parents") else None, reading=True)
+    work = open_run(folder)
     stands = {name: stand(work, name) for name in run.stages}
     done = {name: s for name, s in stands.items() if s.done}
     if not done:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION, Autoguidance, Run, Stage
 from cmt_fast.objectives import OBJECTIVES
-from cmt_fast.run.folder import RUN_FILE, parents_of, stored_run
+from cmt_fast.run.folder import RUN_FILE, located, parents_of, stored_run
 from cmt_fast.run.resolved import resolve
 from cmt_fast.storage import checkpoint
 
@@ -109,7 +109,7 @@ def null_class(place: Place, name: str) -> Null | None:
 def _at(place: Place, name: str) -> tuple[Place, str] | None:
     """Where a stage is, with the run that its folder says it is of, and its name there; None where its run is not here."""
     if "/" in name:
-        folder = Path(name).parent
+        folder = located(Path(name).parent, place.folder or Path())
         if not (folder / RUN_FILE).is_file():
             return None
         return _at(Place(stored_run(folder), folder, parents_of(folder)), Path(name).name)
