@@ -126,7 +126,12 @@ def _check(work: workspace.Workspace, names: list[str], complete: bool) -> None:
 
 
 def _ops(device: str) -> None:
-    print("ops: " + ", ".join(f"{op} {name}" for op, name in cmt_kernels.table(device).items()))
+    """Which backend computes which op, those of a backend together."""
+    by_name: dict[str, list[str]] = {}
+    for op, name in cmt_kernels.table(device).items():
+        by_name.setdefault(name, []).append(op)
+    for name, ops in sorted(by_name.items()):
+        print(f"ops: {name:9} {' '.join(ops)}")
 
 
 def _classes(work: workspace.Workspace) -> None:

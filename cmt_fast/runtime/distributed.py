@@ -166,5 +166,5 @@ def agreed(call: Callable[[], object], kind: type[Exception] = OSError, text: st
 
 
 def barrier() -> None:
-    if size() > 1:
-        dist.barrier()
+    if size() > 1:  # NCCL warns on every rank where it has to guess the device
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

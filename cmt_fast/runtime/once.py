@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -30,18 +31,18 @@ def rank() -> int:
 @contextlib.contextmanager
 def voice() -> Iterator[None]:
     """Inside: ranks after the first print nothing but their errors: no lines, no warnings of libraries."""
-    if rank() == 0:
+    with contextlib.ExitStack() as ending:
+        if _claim():
+            ending.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _ended))
+        if rank():
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            nowhere = ending.enter_context(open(os.devnull, "w"))
+            ending.enter_context(contextlib.redirect_stdout(nowhere))
+            ending.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            ending.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)
         yield
-        return
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    before = logging.root.manager.disable
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 def tell() -> bool:
@@ -76,6 +77,15 @@ def leave(text: str) -> None:
         about = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": about}), "utf-8")
+
+
+def _ended(number: int, _: object) -> None:
+    """torchrun ends what is left once a rank has failed: where that rank has told why, this is no failure to be listed."""
+    claim = _claim()
+    if claim and claim.exists():
+        os._exit(0)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _claim() -> Path | None:

@@ -75,10 +75,10 @@ def say(text: str) -> None:
     print(text, file=sys.stdout, flush=True)
 
 
-def told(title: str, text: str) -> None:
+def told(title: str, *parts: str) -> None:
     """A line of a stage, with the time where lines have it; nothing on ranks after the first."""
     if first():
-        (_shown or Display(sys.stdout)).line(title, text)
+        (_shown or Display(sys.stdout)).line(title, *parts)
 
 
 @dataclasses.dataclass(eq=False)
@@ -96,10 +96,6 @@ class Part:
 
     def count(self) -> str:
         return f"{self.done:,}/{self.total:,}" if self.total else ""
-
-    def note(self, now: float) -> str:
-        """In a display: what it is, how far it is, how long it has taken."""
-        return "  ".join(p for p in (self.title, self.count(), pace.duration(now - self.start)) if p)
 
 
 @contextlib.contextmanager
@@ -121,9 +117,9 @@ def phase(
     with _within(part, sys.stderr) as display:
         yield lambda more: _advance(part, more)
     took = time.monotonic() - part.start
-    if took >= part.lasts_s and (part.said is not None or display.live):
-        if _shown or not display.live:  # what stood alone on a terminal is gone from it
-            display.line(_name(), f"{title}{f', {part.count()}' if total else ''}: took {pace.duration(took)}")
+    # a part of a part was not told of; what stood alone on a terminal goes as it came
+    if _phase() is None and took >= part.lasts_s and (_shown if display.live else part.said is not None):
+        display.line(_name(), f"{title}: took {pace.duration(took)}")
 
 
 def counting(title: str, total: int, run: Path | None, quiet: bool = False) -> contextlib.AbstractContextManager:
@@ -135,6 +131,16 @@ def _advance(part: Part, more: int) -> None:
     part.done, part.moved = part.done + more, time.monotonic()
     if part.run and first():
         beat(part.run)
+
+
+def _phase() -> Part | None:
+    """The outermost that is open and no stage: what is told of."""
+    return next((part for part in list(_open) if not isinstance(part, Stage)), None)
+
+
+def _count() -> str:
+    """How far the innermost is that counts: 1,200/2,000."""
+    return next((count for part in reversed(list(_open)) if not isinstance(part, Stage) and (count := part.count())), "")
 
 
 def _name() -> str:
@@ -232,7 +238,7 @@ class Stage(Part):
         self.pace.pause(self.clock() - start)
 
     def parts(self, end: bool = False) -> list[str]:
-        """What a line says, the first things first."""
+        """What a line says. Its end is left out where there is no room."""
         assert self.total is not None
         n, per_s, left = self.done, self.pace.per_s, self.pace.left_s
         width = len(f"{self.total:,}")
@@ -241,8 +247,8 @@ class Stage(Part):
             out.append(f"loss {self.loss:<7.4g}")
         if per_s:
             out.append(f"{pace.speed(per_s * self.batch):>6} img/s")
-        if end:
-            out.append(f"took {pace.duration(self.clock() - self.begun)}")
+        if end:  # of all things this is not left out
+            out.insert(2, f"took {pace.duration(self.clock() - self.begun)}")
         elif left is not None:
             out.append(f"ETA ~{pace.duration(left)}")
         if self.bill:
@@ -294,20 +300,15 @@ class Display:
     def _watch(self) -> None:
         """Tell of phases that last, and beat the heart of a run whose phase is at work."""
         while not self._ended.wait(0.25 if every_s() < 10 else 1.0):
-            now = time.monotonic()
-            for part in list(_open):
-                if not isinstance(part, Stage):
-                    self._of(part, now)
-
-    def _of(self, part: Part, now: float) -> None:
-        if part.run and now - part.moved < ALIVE_S:
-            beat(part.run)
-        if self.live or now - part.start < part.lasts_s:
-            return
-        if part.said is None or now - part.said >= every_s():
-            how = part.count() if part.total else "" if part.said is None else f"for {pace.duration(now - part.start)}"
-            part.said = now
-            self.line(_name(), part.title, how)
+            now, part = time.monotonic(), _phase()
+            if part is None:
+                continue
+            if part.run and now - max(p.moved for p in [part, *_open]) < ALIVE_S:
+                beat(part.run)
+            lasts = not self.live and now - part.start >= part.lasts_s
+            if lasts and (part.said is None or now - part.said >= every_s()):
+                self.line(_name(), part.title, *(["since " + pace.duration(now - part.start)] if part.said else []), _count())
+                part.said = now
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         """At most two lines: the bar, and beneath it what there is room for."""
@@ -316,7 +317,7 @@ class Display:
         if not parts:
             return
         stage = next((part for part in parts if isinstance(part, Stage)), None)
-        inner = parts[-1] if not isinstance(parts[-1], Stage) and now - parts[-1].start > 0.5 else None
+        inner = next((part for part in parts if part is not stage and now - part.start > 0.5), None)
         head = stage or parts[0]
         said = stage.parts() if stage else [head.count(), _left(head, now) or pace.duration(now - head.start)]
         if stage:  # beside the bar the step and the time that is left; what is left out first is the number of images
@@ -325,7 +326,8 @@ class Display:
         else:
             rest = []
         yield _bar(f"{head.title:>8} ", head, [p for p in said if p], width, options.ascii_only)
-        notes = [inner.note(now)] if inner and inner is not head else []
+        notes = [inner.title, _count(), pace.duration(now - inner.start)] if stage and inner else []
+        notes = [note for note in notes if note]
         if rest or notes:
             yield _line(fitted([" " * 8 + " " + (notes + rest)[0].strip(), *(p.strip() for p in (notes + rest)[1:])], width))
 
@@ -344,9 +346,9 @@ def _bar(title: str, part: Part, parts: list[str], width: int, ascii_only: bool)
     text = Text(title, style="bold", no_wrap=True, overflow="ellipsis")
     if part.total and room >= 4:
         full = min(room, room * part.done // part.total)
-        mark = "#" if ascii_only else "━"
-        text.append(mark * full, style="green")
-        text.append(("-" if ascii_only else mark) * (room - full), style="bright_black")
+        done, open_ = "#-" if ascii_only else "━─"  # told apart without colours too
+        text.append(done * full, style="green")
+        text.append(open_ * (room - full), style="bright_black")
         text.append("  ")
     return text.append(words, style="not bold")
 

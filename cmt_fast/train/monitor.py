@@ -48,8 +48,9 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
             n_during = work.run.eval.n_during
             figures = work.judging.evaluate(net, work.run.eval.steps, n_during, quiet=True)
             log.row("eval", n, n * config.batch, {"steps": figures, **work.judging.about(n_during)})
-            distance = ", ".join(f"{row['frechet']:.4g} at {k} step{'s' * (k != '1')}" for k, row in figures.items())
-            progress.told(name, f"after {n * config.batch:,} images: {work.judging.judge.title(n_during)} {distance}")
+            distance = ", ".join(f"{row['frechet']:.4g} @{k}" for k, row in figures.items())
+            about = f"{work.judging.judge.title(n_during)}: {distance}"
+            progress.told(name, f"after {n * config.batch:,} images", about)
         if now(plan.grid_every) or last:
             distributed.agreed(lambda: draw_grid(work, net, stage, n) if first else None)
     if now(plan.snapshot_every):
