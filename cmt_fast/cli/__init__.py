@@ -98,7 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _own(arguments: list[str]) -> list[str]:
     """The arguments without a `--` that torchrun was told to end its own by, and passed on."""
     launched = "TORCHELASTIC_RUN_ID" in os.environ
-    return [a for i, a in enumerate(arguments) if not (a == "--" and "--" not in arguments[:i] and (launched or i == 0))]
+    return [
+        a for i, a in enumerate(arguments) if not (a == "--" and "--" not in arguments[:i] and (launched or i == 0))
+    ]
 
 
 def _call(arguments: list[str]) -> None:

@@ -23,8 +23,7 @@ from cmt_fast.config.schema import Features, Run
 from cmt_fast.data.loaders import loader
 from cmt_fast.models.vgg import LatentVgg
 from cmt_fast.perceptual.distance import save_latent_network
-from cmt_fast.runtime import distributed
-from cmt_fast.runtime import progress
+from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint, files
 from cmt_fast.storage.metrics_log import Log
 
@@ -61,10 +60,9 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
     save_every = every * max(1, round(data.n / f.batch / every))
     log, sums = Log(folder, first, write=True), torch.zeros(2, dtype=torch.float64, device=device)
     clock = time.perf_counter()
-    with contextlib.ExitStack() as ending:
-        ending.callback(rows.close)
-        ending.callback(log.close)
-        shown = ending.enter_context(progress.Stage("features", first, total, f.batch, folder.parent))
+    with contextlib.ExitStack() as ending, progress.Stage("features", first, total, f.batch, folder.parent) as shown:
+        for part in (rows, log):
+            ending.callback(part.close)
         for step in range(first, total):
             x, labels = rows.rows(torch.arange(f.batch, device=rows.place) + step * f.batch)
             for group in sgd.param_groups:

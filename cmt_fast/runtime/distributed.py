@@ -8,6 +8,7 @@ its connection closed and after the process group's timeout otherwise.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -59,6 +60,7 @@ def lost(error: BaseException) -> str | None:
         if closed
         else "another process is dead or hangs: a collective call timed out (timeout_s)"
     )
+    text = re.sub(r"^\[\S+\] *", "", text)  # a line of the library's source
     return f"{what}; the last checkpoint is sound ({text[:120]})"
 
 

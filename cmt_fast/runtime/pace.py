@@ -10,14 +10,20 @@ import collections
 import time
 from collections.abc import Callable
 
-WINDOW_S = 300.0  # of steps: as long as several rounds of a teacher's rollouts, short enough to follow a machine that slows
+WINDOW_S = (
+    300.0  # of steps: as long as several rounds of a teacher's rollouts, short enough to follow a machine that slows
+)
 
 
 class Pace:
     """Steps by the clock. The first step is never counted: it compiles, proves and fills what later ones find."""
 
     def __init__(
-        self, step: int, total: int, pauses: Callable[[int], int] = lambda n: 0, clock: Callable[[], float] = time.monotonic
+        self,
+        step: int,
+        total: int,
+        pauses: Callable[[int], int] = lambda n: 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """step: done before this process; pauses: steps done -> how many pauses are still to come; clock: seconds."""
         self.step, self.total, self.pauses, self.clock = step, total, pauses, clock

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import threading
@@ -101,8 +102,10 @@ class Part:
 @contextlib.contextmanager
 def phase(
     title: str, total: int | None = None, run: Path | None = None, quiet: bool = False, again: bool = False
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[..., None]]:
     """Inside: a part of the work that would be silent. Yields the function to call with how many more of `total` are done.
+
+    That function takes a total too, of what does not know it before.
 
     On a terminal it is drawn at once. Elsewhere it says what it is when it has lasted for LASTS_S seconds, how far it is
     every `every_s()`, and at its end how long it took. quiet: not by itself, only within what is already shown.
@@ -112,10 +115,10 @@ def phase(
     lasts_s = max(LASTS_S, every_s()) if again else LASTS_S
     part = Part(title, total, run or (_open[-1].run if _open else None), lasts_s)
     if not first() or (quiet and _shown is None):
-        yield lambda more: _advance(part, more)
+        yield functools.partial(_advance, part)
         return
     with _within(part, sys.stderr) as display:
-        yield lambda more: _advance(part, more)
+        yield functools.partial(_advance, part)
     took = time.monotonic() - part.start
     # a part of a part was not told of; what stood alone on a terminal goes as it came
     if _phase() is None and took >= part.lasts_s and (_shown if display.live else part.said is not None):
@@ -127,8 +130,8 @@ def counting(title: str, total: int, run: Path | None, quiet: bool = False) -> c
     return phase(title, total, run, quiet)
 
 
-def _advance(part: Part, more: int) -> None:
-    part.done, part.moved = part.done + more, time.monotonic()
+def _advance(part: Part, more: int, total: int | None = None) -> None:
+    part.done, part.total, part.moved = part.done + more, total or part.total, time.monotonic()
     if part.run and first():
         beat(part.run)
 
@@ -140,7 +143,9 @@ def _phase() -> Part | None:
 
 def _count() -> str:
     """How far the innermost is that counts: 1,200/2,000."""
-    return next((count for part in reversed(list(_open)) if not isinstance(part, Stage) and (count := part.count())), "")
+    return next(
+        (count for part in reversed(list(_open)) if not isinstance(part, Stage) and (count := part.count())), ""
+    )
 
 
 def _name() -> str:
@@ -171,10 +176,7 @@ def _within(part: Part, stream: TextIO) -> Iterator[Display]:
 
 
 class Stage(Part):
-    """The steps of a stage, told by the clock. Used as `with Stage(...) as shown`, on every rank.
-
-    loss: what a line says of the loss, read when one is due: () -> float, of the steps since the last row of metrics.
-    """
+    """The steps of a stage, told by the clock. Used as `with Stage(...) as shown`, on every rank."""
 
     def __init__(
         self, title: str, step: int, total: int, batch: int, run: Path, *, pauses: Callable[[int], int] = lambda n: 0,
@@ -189,7 +191,9 @@ class Stage(Part):
         self.pace = pace.Pace(step, total, pauses, clock)
         self.loss: float | None = None
         self.begun = clock()
-        self.last_line, self.last_loss, self.first_at = None, -float("inf"), None
+        self.steps, self.last_loss = total, -float("inf")
+        self.last_line: float | None = None
+        self.first_at: float | None = None
         self.bill: tuple[float, int, float] | None = None
         self._ending = contextlib.ExitStack()
 
@@ -204,7 +208,10 @@ class Stage(Part):
         self._ending.close()
 
     def step(self, n: int, loss: Callable[[], float | None]) -> None:
-        """n steps are done. Costs nothing but a look at the clock, except when something is due."""
+        """n steps are done. Costs nothing but a look at the clock, except when something is due.
+
+        loss: that of the steps since the last row of metrics, None where there were none; asked when it is due.
+        """
         if self.quiet:
             return
         self.done, now = n, self.clock()
@@ -213,7 +220,7 @@ class Stage(Part):
         live = self.display.live
         steady = now - self.first_at >= STEADY_S
         due = steady if self.last_line is None else now - self.last_line >= every_s()
-        due = due and n < self.total and not live  # the last line comes at the end, when the stage is whole
+        due = due and n < self.steps and not live  # the last line comes at the end, when the stage is whole
         if now - self.last_loss >= LOOK_S if live else due:
             self.saw(loss())
             self.last_loss = now
@@ -239,10 +246,9 @@ class Stage(Part):
 
     def parts(self, end: bool = False) -> list[str]:
         """What a line says. Its end is left out where there is no room."""
-        assert self.total is not None
         n, per_s, left = self.done, self.pace.per_s, self.pace.left_s
-        width = len(f"{self.total:,}")
-        out = [f"step {n:>{width},}/{self.total:,}", f"{100 * n // self.total:>3} %", f"{n * self.batch:,} images"]
+        width = len(f"{self.steps:,}")
+        out = [f"step {n:>{width},}/{self.steps:,}", f"{100 * n // self.steps:>3} %", f"{n * self.batch:,} images"]
         if self.loss is not None:
             out.append(f"loss {self.loss:<7.4g}")
         if per_s:
@@ -263,16 +269,18 @@ class Display:
     """Where all of it is shown: drawn over where `stream` is a terminal that can be drawn on, else lines."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.live, self._live = stream, _can_draw(stream), None
-        self._ended, self._thread = threading.Event(), None
-        self._lock = threading.Lock()
+        self.stream, self.live = stream, _can_draw(stream)
+        self._live: Live | None = None
+        self._thread: threading.Thread | None = None
+        self._ended, self._lock = threading.Event(), threading.Lock()
 
     def begin(self) -> None:
         """Draw from now on."""
         if self.live:
-            console = Console(file=self.stream)
-            both = {"redirect_stdout": _can_draw(sys.stdout), "redirect_stderr": _can_draw(sys.stderr)}
-            self._live = Live(self, console=console, transient=True, refresh_per_second=4, **both)
+            self._live = Live(
+                self, console=Console(file=self.stream), transient=True, refresh_per_second=4,
+                redirect_stdout=_can_draw(sys.stdout), redirect_stderr=_can_draw(sys.stderr),
+            )  # fmt: skip
             self._live.start()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
         self._thread.start()
@@ -288,7 +296,9 @@ class Display:
     def line(self, title: str, *parts: str) -> None:
         """A line that stays."""
         text = f"{title:>8} {'  '.join(part for part in parts if part)}".rstrip()
-        stream = sys.stderr if self.stream is sys.stderr else sys.stdout  # which a Live may have put its own in place of
+        stream = (
+            sys.stderr if self.stream is sys.stderr else sys.stdout
+        )  # which a Live may have put its own in place of
         if self.live:
             width = (self._live.console if self._live else Console(file=self.stream)).width
             text = fitted([f"{title:>8} {parts[0]}", *parts[1:]], width) if len(parts) > 1 else text
@@ -307,7 +317,9 @@ class Display:
                 beat(part.run)
             lasts = not self.live and now - part.start >= part.lasts_s
             if lasts and (part.said is None or now - part.said >= every_s()):
-                self.line(_name(), part.title, *(["since " + pace.duration(now - part.start)] if part.said else []), _count())
+                self.line(
+                    _name(), part.title, *(["since " + pace.duration(now - part.start)] if part.said else []), _count()
+                )
                 part.said = now
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
@@ -329,7 +341,9 @@ class Display:
         notes = [inner.title, _count(), pace.duration(now - inner.start)] if stage and inner else []
         notes = [note for note in notes if note]
         if rest or notes:
-            yield _line(fitted([" " * 8 + " " + (notes + rest)[0].strip(), *(p.strip() for p in (notes + rest)[1:])], width))
+            yield _line(
+                fitted([" " * 8 + " " + (notes + rest)[0].strip(), *(p.strip() for p in (notes + rest)[1:])], width)
+            )
 
 
 def _left(part: Part, now: float) -> str:

@@ -112,7 +112,9 @@ def train_stage(
             every = source.pool.steps if source.pool else 1
             kept = profile.over(steps, plan, every, work.device, config.products, config.compile, folder)
             steps = ending.enter_context(contextlib.closing(kept))
-        Steps(work, stage, engine, source, gradient, log, shown, account, meter, Sums(found), wall, always).take(steps, asked)
+        Steps(work, stage, engine, source, gradient, log, shown, account, meter, Sums(found), wall, always).take(
+            steps, asked
+        )
 
 
 def _shown(work: Workspace, stage: ResolvedStage, step: int, unit: str) -> progress.Stage:

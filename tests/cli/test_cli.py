@@ -143,7 +143,9 @@ def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
         "cmt_fast",
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": forked.executable()}  # by which it starts its ranks
-    run = lambda *rest: subprocess.run([*command, *rest], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
+    run = lambda *rest: subprocess.run(
+        [*command, *rest], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300
+    )
     done = run("train", "digits", *long, "--out", "two", "--log-every-s", "0.05")
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()

@@ -30,7 +30,9 @@ def left_to_us(option: str) -> bool:
 
     command = ["cmt", "X", option, "8"]
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        return get_args_parser().parse_args(["--nproc-per-node", "2", "-m", *command]).training_script_args == command[1:]
+        return (
+            get_args_parser().parse_args(["--nproc-per-node", "2", "-m", *command]).training_script_args == command[1:]
+        )
     return False
 
 
@@ -53,7 +55,13 @@ def rank(tmp_path, monkeypatch):
     def become(n: int) -> Path:
         file = tmp_path / "attempt_0" / str(n) / "error.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        for key, value in {"RANK": n, "LOCAL_RANK": n, "WORLD_SIZE": 2, once.FILE: file, "TORCHELASTIC_RUN_ID": "x"}.items():
+        for key, value in {
+            "RANK": n,
+            "LOCAL_RANK": n,
+            "WORLD_SIZE": 2,
+            once.FILE: file,
+            "TORCHELASTIC_RUN_ID": "x",
+        }.items():
             monkeypatch.setenv(key, str(value))
         return file
 

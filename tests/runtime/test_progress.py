@@ -73,15 +73,25 @@ def test_pauses_are_in_no_step_and_in_what_is_left():
     assert p.left_s == 89 / (10 / 9.0) + 1 * 20.0
 
 
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3599.6, "1 h 00 min"), (8040, "2 h 14 min"), (86399, "1 d 00 h"), (273_600, "3 d 04 h")],
-)  # fmt: skip
+DURATIONS = {
+    0.4: "0 s",
+    59.4: "59 s",
+    59.6: "1 min 00 s",
+    3599.6: "1 h 00 min",
+    8040: "2 h 14 min",
+    86399: "1 d 00 h",
+    273_600: "3 d 04 h",
+}
+
+
+@pytest.mark.parametrize("seconds, text", DURATIONS.items())
 def test_durations_have_two_units(seconds, text):
     assert pace.duration(seconds) == text
 
 
-@pytest.mark.parametrize("h, text", [(0.0, "0"), (0.0002, "0.0002"), (0.0031, "0.003"), (0.523, "0.52"), (3.14, "3.1"), (1234.5, "1,234")])
+@pytest.mark.parametrize(
+    "h, text", [(0.0, "0"), (0.0002, "0.0002"), (0.0031, "0.003"), (0.523, "0.52"), (3.14, "3.1"), (1234.5, "1,234")]
+)
 def test_hours_have_two_digits(h, text):
     assert pace.hours(h) == text
 
@@ -140,11 +150,14 @@ def test_a_phase_that_lasts_says_what_it_is_how_far_and_how_long(tmp_path, capsy
     heart = tmp_path / "heartbeat"
     heart.touch()
     os.utime(heart, (0, 0))
-    with progress.Stage("pre", 0, 10, 1, tmp_path) as shown, shown.pause("evaluating, 40 samples"):
-        with progress.counting("1 step", 40, tmp_path, quiet=True) as advance:
-            advance(8)
-            os.utime(heart, (0, 0))
-            time.sleep(0.8)
+    with (
+        progress.Stage("pre", 0, 10, 1, tmp_path) as shown,
+        shown.pause("evaluating, 40 samples"),
+        progress.counting("1 step", 40, tmp_path, quiet=True) as advance,
+    ):
+        advance(8)
+        os.utime(heart, (0, 0))
+        time.sleep(0.8)
     out = capsys.readouterr().out.splitlines()
     assert re.fullmatch(STAMP + r" +pre evaluating, 40 samples  8/40", out[0])
     assert re.fullmatch(STAMP + r" +pre evaluating, 40 samples  since \d s  8/40", out[1])
