@@ -65,9 +65,7 @@ def train_stage(
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
     found = checkpoint.latest(folder)
     if found and found.manifest.get("done"):
-        if distributed.rank() == 0:
-            say(f"{name:>8} done ({found.manifest['nimg']} images)")
-        return
+        return say(f"{name:>8} done ({found.manifest['nimg']} images)") if distributed.rank() == 0 else None
     others = work.external_inputs(stage) | solver_choice.settle(work, stage)
     if found:
         _same(name, found.manifest, others)
@@ -99,22 +97,18 @@ def train_stage(
         chosen = {"trajectories": source.trajectories, "attention": attention}
         always = _identity(run, name, lineage, others, choice, chosen)
         if config.compile:
-            with progress.phase("compiling the network and comparing it with the eager one"):
-                compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
+            compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         gradient = _gradient(engine, source, name, profile)
         meter.lap("startup")
+        taken = Steps(work, stage, engine, source, gradient, log, shown, account, meter, Sums(found), wall, always)
         if found and found.manifest.get("unseen"):
-            with shown.pause(monitor.title(work, stage, engine.step_count, False)):
-                monitor.observe(work, stage, engine, engine.step_count, False, log)
-            wall["eval_s"] += meter.lap("evaluation")
+            taken.observe(engine.step_count, last=False)
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
             every = source.pool.steps if source.pool else 1
             kept = profile.over(steps, plan, every, work.device, config.products, config.compile, folder)
             steps = ending.enter_context(contextlib.closing(kept))
-        Steps(work, stage, engine, source, gradient, log, shown, account, meter, Sums(found), wall, always).take(
-            steps, asked
-        )
+        taken.take(steps, asked)
 
 
 def _shown(work: Workspace, stage: ResolvedStage, step: int, unit: str) -> progress.Stage:
@@ -162,7 +156,7 @@ class Steps(NamedTuple):
                 look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
                 # one who stops does not wait for an evaluation: it is made up for on resuming
                 if last or not stop:
-                    self._observe(n, last)
+                    self.observe(n, last)
             self.shown.step(n, lambda n=n: self.sums.loss(self._since(n)))
             if n % plan.checkpoint_every == 0 or last or stop:
                 self._checkpoint(n, last, unseen=bool(row and stop and not last))
@@ -170,7 +164,7 @@ class Steps(NamedTuple):
                 if stop and not last:
                     raise Stopped(128 + stop)
 
-    def _observe(self, n: int, last: bool) -> None:
+    def observe(self, n: int, last: bool) -> None:
         """The evaluation that is due after n steps, with the memory of the step's graph."""
         if not monitor.due(self.stage, n, last):
             return distributed.barrier()
