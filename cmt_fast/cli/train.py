@@ -86,9 +86,10 @@ def train(args: argparse.Namespace) -> None:
             workspace.Workspace(run, out, args.parents, absent.rows(run))  # what cannot be meant is said first
         raise needs.error(lacking)
     distributed.start(machine.device(run.device), run.timeout_s)
-    with progress.phase("reading the data", run=out, quiet=args.dry_run):
+    alive = None if args.dry_run else out
+    with progress.phase("reading the data", run=alive):
         work = workspace.Workspace(run, out, args.parents, absent.rows(run) if args.dry_run else None)
-    with progress.phase("reading what the stages build on", run=out, quiet=args.dry_run):
+    with progress.phase("reading what the stages build on", run=alive):
         _check(work, names, not lacking)
     if args.dry_run:
         return _dry_run(work, names, lacking, out) if distributed.rank() == 0 else None

@@ -47,7 +47,7 @@ def voice() -> Iterator[None]:
 
 def tell() -> bool:
     """Whether this process is to tell its error; it waits where the first of its machine may do so for it."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK", rank()))
     claim = _claim()
     end = time.monotonic() + (GRACE_S if local else 0.0)
     while time.monotonic() < end:

@@ -79,9 +79,9 @@ def duration(seconds: float) -> str:
 
 def hours(h: float) -> str:
     """Device-hours to about two digits: 0.003, 0.52, 3.1, 41.2, 1,234."""
-    if h < 1:
-        return f"{h:.2g}" if h >= 0.01 else f"{h:.4f}".rstrip("0").rstrip(".") if h < 0.001 else f"{h:.3f}"
-    return f"{h:,.1f}" if h < 100 else f"{h:,.0f}"
+    if h < 0.01:
+        return f"{h:.1g}" if h >= 1e-4 else "0"
+    return f"{h:.2g}" if h < 1 else f"{h:,.1f}" if h < 100 else f"{h:,.0f}"
 
 
 def speed(per_s: float) -> str:

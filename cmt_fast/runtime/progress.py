@@ -220,7 +220,8 @@ class Stage(Part):
         live = self.display.live
         steady = now - self.first_at >= STEADY_S
         due = steady if self.last_line is None else now - self.last_line >= every_s()
-        due = due and n < self.steps and not live  # the last line comes at the end, when the stage is whole
+        soon = n == self.steps or (self.last_line is not None and (self.pace.left_s or 0.0) < every_s() / 4)
+        due = due and not live and not soon  # the last line comes at the end, when the stage is whole
         if now - self.last_loss >= LOOK_S if live else due:
             self.saw(loss())
             self.last_loss = now
@@ -248,7 +249,8 @@ class Stage(Part):
         """What a line says. Its end is left out where there is no room."""
         n, per_s, left = self.done, self.pace.per_s, self.pace.left_s
         width = len(f"{self.steps:,}")
-        out = [f"step {n:>{width},}/{self.steps:,}", f"{100 * n // self.steps:>3} %", f"{n * self.batch:,} images"]
+        out = [f"step {n:>{width},}/{self.steps:,}", f"{100 * n // self.steps:>3} %"]
+        out.append(f"{n * self.batch:>{len(f'{self.steps * self.batch:,}')},} images")
         if self.loss is not None:
             out.append(f"loss {self.loss:<7.4g}")
         if per_s:
@@ -318,7 +320,7 @@ class Display:
             lasts = not self.live and now - part.start >= part.lasts_s
             if lasts and (part.said is None or now - part.said >= every_s()):
                 self.line(
-                    _name(), part.title, *(["since " + pace.duration(now - part.start)] if part.said else []), _count()
+                    _name(), part.title, *([f"{pace.duration(now - part.start)} so far"] if part.said else []), _count()
                 )
                 part.said = now
 

@@ -63,7 +63,7 @@ def train_stage(
     """
     run, name, folder, config, plan = work.run, stage.name, stage.folder, stage.config, stage.schedule
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
-    found = checkpoint.latest(folder)
+    found = _found(folder)
     if found and found.manifest.get("done"):
         return say(f"{name:>8} done ({found.manifest['nimg']} images)") if distributed.rank() == 0 else None
     others = work.external_inputs(stage) | solver_choice.settle(work, stage)
@@ -261,6 +261,7 @@ def _identity(
     }
 
 
+@progress.phase("reading the checkpoint", quiet=True)
 def _load(engine: Engine, found: checkpoint.Checkpoint, stage: ResolvedStage) -> None:
     """Go on from a checkpoint, and say so. Raises CheckpointError when it lacks what the engine needs."""
     try:
@@ -272,6 +273,12 @@ def _load(engine: Engine, found: checkpoint.Checkpoint, stage: ResolvedStage) ->
         say(f"{stage.name:>8} resumes at step {step:,} of {stage.schedule.total:,} ({images:,} images)")
 
 
+@progress.phase("checking the checkpoints")
+def _found(folder: Path) -> checkpoint.Checkpoint | None:
+    """The newest that is whole, by its checksums."""
+    return checkpoint.latest(folder)
+
+
 def _same(name: str, manifest: dict, others: dict) -> None:
     """Raises ConfigError when a stage that has begun would go on with other networks of other runs."""
     moved = fingerprint.changed(manifest.get("others", {}), others)
@@ -279,6 +286,7 @@ def _same(name: str, manifest: dict, others: dict) -> None:
         raise errors.ConfigError(f"{name}.{moved[0]}: has changed since this stage began; start it in a new folder")
 
 
+@progress.phase("reading the weights to start from", quiet=True)
 def _parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict | None:
     """Start from the parent stage's EMA, and say in the lineage which file that was."""
     if stage.start is None:
