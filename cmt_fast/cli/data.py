@@ -127,7 +127,8 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
+        if distributed.rank() == 0:
+            print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -58,7 +58,8 @@ def write(args: argparse.Namespace) -> None:
     try:
         index = checked(lambda: make(work, args.stage, args.cache, args.n, args.dtype, args.shard_rows))
     except KeyboardInterrupt:
-        print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
+        if distributed.rank() == 0:
+            print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
         raise SystemExit(130) from None
     if index:
         size = index.rows * index.stride
