@@ -119,7 +119,7 @@ def trained(clock, tmp_path, steps, seconds, losses=None):
 
 
 def test_lines_come_by_the_clock_and_a_loss_is_read_for_them_alone(tmp_path, capsys):
-    """An eighth of a second a step: the first line after a second of steps, then one a minute unless the end is near, and the last one."""
+    """An eighth of a second a step: a line after a second of them, then one a minute unless the end is near, and the last."""
     read = trained(Time(), tmp_path, 1000, 0.125)
     found = lines(capsys)
     assert [int(m["step"].replace(",", "")) for m in found] == [9, 489, 1000] and read == [9, 489]
