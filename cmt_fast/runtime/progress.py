@@ -370,7 +370,7 @@ def _bar(title: str, part: Part, parts: list[str], width: int, ascii_only: bool)
 
 
 def _line(text: str) -> Text:
-    return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def fitted(parts: list[str], width: int) -> str:
