@@ -24,7 +24,7 @@ def to_come(stage: ResolvedStage, n: int) -> int:
     """How many evaluations are due after step n: the stage's last, and those before it."""
     plan = stage.schedule
     rests = [-(-plan.total // every) - n // every for every in (plan.eval_every, plan.grid_every) if every]
-    return max(rests, default=int(n < plan.total))
+    return max(rests, default=1) if n < plan.total else 0
 
 
 def title(work: Workspace, stage: ResolvedStage, n: int, last: bool) -> str:
