@@ -19,7 +19,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.set_defaults(call=evaluate)
     p.add_argument("stage", metavar="RUN/STAGE", help="with --make-reference also a recipe")
     p.add_argument("--steps", default="1,2", help="comma-separated numbers of network calls (default: 1,2)")
-    p.add_argument("--n", type=int, help="samples (default: the recipe's); with --make-reference rows (default: all)")
+    text = "samples (default: the recipe's); with --make-reference rows (default: all)"
+    p.add_argument("-n", "--samples", "--n", dest="n", type=int, help=text)
     p.add_argument("--seed", type=int, help="seed of the noise (default: the recipe's)")
     p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
     p.add_argument("--metric", help="frechet, fid or fd_dinov2 (default: the recipe's, as for all below)")

@@ -21,7 +21,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.set_defaults(call=sample)
     p.add_argument("stage", metavar="RUN/STAGE")
     p.add_argument("--steps", type=int, default=1, help="network calls (default: 1)")
-    p.add_argument("--n", type=int, default=64, help="samples (default: 64)")
+    p.add_argument("-n", "--samples", "--n", dest="n", type=int, default=64, help="samples (default: 64)")
     p.add_argument(
         "--class", "--classes", dest="classes", metavar="A,B", help="of these alone, by number or name, in equal parts"
     )

@@ -92,7 +92,7 @@ class Judging:
                 else:
                     tallies[k] = None
 
-        title = f"{' and '.join(map(str, steps))} step{'s' * (max(steps) > 1)}"
+        title = f"judging at {' and '.join(map(str, steps))} step{'s' * (max(steps) > 1)}"
         with progress.counting(title, n, self.folder, quiet) as advance:
             for i, index in enumerate(torch.arange(n).split(e.batch)):
                 first, mine = int(index[0]), i % distributed.size() == distributed.rank()

@@ -142,7 +142,7 @@ def _files(run: Run, name: str, stage: Stage) -> Iterator[Need]:
                 yield Need(f"{where}.{key}", path, Path(path).is_file(), "does not exist", how)
     if stage.trajectories and stage.trajectories.cache:
         path = stage.trajectories.cache
-        how = f"`cmt trajectories {run.name} --stage {name} --cache {path} --n N`"
+        how = f"`cmt trajectories {run.name} --stage {name} --cache {path} -n N`"
         yield Need(f"{name}.trajectories.cache", path, Path(path).is_dir(), "is not a folder", how)
 
 
