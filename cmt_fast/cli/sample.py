@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from cmt_fast.cli.parser import checked
@@ -75,7 +76,11 @@ def sample(args: argparse.Namespace) -> None:
     if not out and not any(getattr(args, key) for key in PICTURES):
         args.grid = Path(f"{drawing.work.run.name}-{drawing.stage}.png")
     if out:
-        said = samples.save(drawing, out, args.format)
+        try:
+            said = samples.save(drawing, out, args.format)
+        except SystemExit:
+            print("cmt: stopped; rerun the same command to resume", file=sys.stderr)
+            raise
         if distributed.rank() == 0:
             print(said)
     if distributed.rank() == 0:
