@@ -16,6 +16,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from cmt_fast.cli import main
 from cmt_fast.config.errors import ConfigError
