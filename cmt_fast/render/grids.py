@@ -60,7 +60,7 @@ def _save(canvas: Image.Image, path: Path) -> None:
 def png(pixels: np.ndarray, text: dict[str, str]) -> bytes:
     """One image as the bytes of a PNG file. pixels: (C, H, W) uint8, C 1 or 3; text: words kept in the file, by key.
 
-    Compressed as little as it can be: at 512 pixels that takes a fifth of the time, for files a tenth larger.
+    Compressed in a hurry: a photograph of 512 pixels takes 30 ms of one CPU core in place of 51, for a file 4 % larger.
     """
     about = PngImagePlugin.PngInfo()
     for key, words in text.items():
