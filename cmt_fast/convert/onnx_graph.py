@@ -115,6 +115,7 @@ def to_onnx(export: Export, out: Path) -> str:
             f"--format: onnx is of one or two steps, and {stage} is a diffusion model ({kind}); take a later stage"
         )
     claim(out)
+    claim(out.with_name(f"{out.name}.data"))
     if out.suffix != ".onnx":
         raise ConfigError(f"OUT: {str(out)!r} does not end in .onnx")
     _libraries()

@@ -248,7 +248,7 @@ def _check_images(drawing: Drawing, kind: str) -> None:
     if drawing.work.decoding.latents:
         raise ConfigError(f"--out: latents are no images; add --decode, or take --format arrays (in place of {kind})")
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ConfigError(f"--out: samples of {' x '.join(map(str, shape))} are no images; take an .npz of arrays")
+        raise ConfigError(f"--out: samples of shape {tuple(shape)} are no images; take an .npz of arrays")
 
 
 def _claimed(drawing: Drawing, folder: Path, kind: str) -> Request:

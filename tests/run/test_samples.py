@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -159,6 +160,24 @@ def test_two_ranks_write_what_one_writes(run, tmp_path):
     assert "25 samples" in said[0] and "samples" not in said[1]
     api.sample_to(run / "post", tmp_path / "one", n=25)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_signal_stops_between_pieces_and_what_is_there_counts(run, tmp_path, monkeypatch, capsys):
+    command = ["sample", f"{run}/post", "--n", "30", "--out", str(tmp_path / "out")]
+    drawn, block = [], samples.Drawing.block
+
+    def asked(self, rows):
+        drawn.append(rows)
+        if len(drawn) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return block(self, rows)
+
+    monkeypatch.setattr(samples.Drawing, "block", asked)
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 128 + signal.SIGTERM and "rerun the same command to resume" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").glob("*.png"))) == 20 and len(drawn) == 2
+    assert main(command) == 0 and [rows.start for rows in drawn] == [0, 10, 20]
 
 
 def test_guidance_is_of_the_solver_and_few_steps_say_theirs(run, tmp_path, capsys):
