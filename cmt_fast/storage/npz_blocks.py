@@ -49,15 +49,15 @@ def join(blocks: Sequence[Path], out: Path, name: str, small: dict[str, np.ndarr
 
     The file is whole or not there. Raises OSError where it cannot be written.
     """
-    parts = [np.load(path, mmap_mode="r") for path in blocks]
-    n = sum(map(len, parts))
-    header = {"descr": np.lib.format.dtype_to_descr(parts[0].dtype), "fortran_order": False}
+    opened = lambda path: np.load(path, mmap_mode="r")  # one at a time: a map holds a file open
+    first, n = opened(blocks[0]), sum(len(opened(path)) for path in blocks)
+    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False}
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, {**header, "shape": (n, *parts[0].shape[1:])})
-                for part in parts:
+                np.lib.format.write_array_header_1_0(file, {**header, "shape": (n, *first.shape[1:])})
+                for part in map(opened, blocks):
                     step = max(1, AT_ONCE // max(1, part[:1].nbytes))
                     for i in range(0, len(part), step):
                         file.write(part[i : i + step].tobytes())
