@@ -78,6 +78,32 @@ def sample(
     return x, work.setting.labels(torch.arange(n))
 
 
+def sample_to(
+    stage: str | Path,
+    out: str | Path,
+    n: int = 64,
+    steps: int | None = None,
+    seed: int = 0,
+    solver: bool = False,
+    **more: Any,
+) -> str:
+    """Samples of "RUN/STAGE" on disk, as `cmt sample --out` writes them: PNGs in a folder, or one .npz; what is there is kept.
+
+    more: `format` ("png", "arrays", "adm"), `first`, `batch`, `classes` ("3,7"), `guidance`, `decode`, `vae`, as the options.
+    Call it in the main thread. Returns the line that says what was written. Raises ConfigError as the command does.
+    """
+    from cmt_fast.run import samples
+
+    _at_least(n=(n, 1), steps=(steps, 1))
+    kind = more.pop("format", None)
+    valid = {*samples.Request._fields[3:], *samples.Asked._fields} - {"solver"}
+    if wrong := sorted(set(more) - valid):
+        raise TypeError(f"sample_to: {wrong[0]!r} is no argument; valid are {', '.join(sorted(valid))}, format")
+    own = {key: more.pop(key) for key in ("first", "batch") if key in more}
+    request = samples.Request(n, steps or 0, seed, solver=solver, **own)
+    return samples.save(samples.opened(str(stage), request, samples.Asked(**more)), Path(out), kind, quiet=True)
+
+
 def evaluate(
     stage: str | Path,
     steps: Sequence[int] = (1, 2),
@@ -195,6 +221,7 @@ __all__: list[Any] = [
     "open_recipe",
     "open_run",
     "sample",
+    "sample_to",
     "train",
     "training_steps",
     "trajectories",
