@@ -22,6 +22,7 @@ from cmt_fast.runtime import once
 from cmt_fast.runtime.signals import Stopped
 
 STDOUT = 1
+ALL = "*"
 # command: its module, what it is for
 COMMANDS = {
     "train": ("train", "train the stages of a recipe; rerun to resume"),
@@ -47,6 +48,7 @@ COMMANDS = {
     "data": ("data", "stores of latents or images: encode, import foreign files, look, verify, stats"),
     "recipes": ("recipes", "list, show, copy or validate recipes, or write a new one for a store"),
     "keys": ("keys", "every key of a recipe: type, default, unit, meaning, which recipes set it"),
+    "completion": ("completion", "a script by which bash, zsh or tcsh completes commands, options and recipes"),
     "doctor": ("doctor", "show this machine's versions, devices and ops, or check that a run is alive"),
 }
 
@@ -61,9 +63,14 @@ def parser(asked: str | None = None) -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         p = commands.add_parser(name, help=text, description=text)
-        if name == asked:
+        if name == asked or asked is ALL:
             importlib.import_module(f"cmt_fast.cli.{module}").add_arguments(p)
     return root
+
+
+def complete_parser() -> argparse.ArgumentParser:
+    """All commands with all their arguments: imports all that any of them does."""
+    return parser(ALL)
 
 
 def main(arguments: list[str] | None = None) -> int:
