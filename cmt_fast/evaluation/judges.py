@@ -46,7 +46,9 @@ class Judge:
         self.data, self.space, self.file, self.metric = data, space, file, metric
         self.decode, self.rows, self.name = decode, rows, space.name
         self.kept: Kept | None = None  # what a run keeps of real data, in their place
-        self.expected = 0  # samples; of reports and `cmt eval`, whose figures are more than evaluations in training have
+        self.expected = (
+            0  # samples; of reports and `cmt eval`, whose figures are more than evaluations in training have
+        )
 
     def title(self, n: int) -> str:
         """What the distance of n samples is called: FID and FD-DINOv2 are names of their protocols alone."""
@@ -147,9 +149,9 @@ class Judge:
             return ""
         return f"{' and '.join(few)} for {width:,} features: covariances are not of full rank, and distances are biased"
 
-    def tally(self) -> Tally:
-        """A fresh count of samples."""
-        return Tally(self)
+    def tally(self, n: int | None = None) -> Tally:
+        """A fresh count of samples. n: how many will come, where every measure is asked for and others than `expected` do."""
+        return Tally(self, n or self.expected)
 
     def __call__(self, samples: Tensor, labels: Tensor | None) -> dict[str, Any]:
         """Figures of samples (n, ...) with the labels (n,) that they were asked for, all on this rank."""
@@ -164,14 +166,14 @@ class Tally:
     Raises ConfigError at once when there is no reference to compare with.
     """
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Judge, n: int = 0) -> None:
         self.judge, self.stream, self.reference = judge, Stream(), judge.reference
         self.right = self.labelled = 0
         self.kept: list[Tensor] = []
         self.slices: list[Tensor] = []
         self.seen, self.more = 0, None
         if judge.expected and judge.kept is not None:
-            self.more = Measures(judge.kept, self.reference, judge.expected)
+            self.more = Measures(judge.kept, self.reference, n or judge.expected)
 
     def copy(self) -> Tally:
         """Another that goes on from here; this one stays as it is."""

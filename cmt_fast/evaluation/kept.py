@@ -1,6 +1,6 @@
 """What judging needs of real data, as files of the run: RUN/reference/kept.safetensors and kept.json.
 
-Written by the first that judges while the data are here, read by everybody after that, whether they are here or not: a run that was
+Written by the first that judges while the data are here, read by all others, whether they are here or not: a run that was
 copied elsewhere is judged, and its report drawn, without its data. Nothing in them is a pickle. They hold the moments of both
 feature spaces, features of at most 10,000 rows for precision and recall, projections for the sliced distance, the
 sharpness, real rows for the picture, and figures of real rows against real rows (the floor), by number of samples.
@@ -102,7 +102,12 @@ def take(judge: Judge, key: dict[str, Any]) -> Kept:
     second = Second(tuple(judge.data.shape)).fit(real)
     features = second.features(real)
     mu_2, sigma_2 = distances.moments(features, weights)
-    tensors = {"mu": known.moments.mean.cpu(), "sigma": known.moments.covariance.cpu(), "mu_2": mu_2, "sigma_2": sigma_2}
+    tensors = {
+        "mu": known.moments.mean.cpu(),
+        "sigma": known.moments.covariance.cpu(),
+        "mu_2": mu_2,
+        "sigma_2": sigma_2,
+    }
     tensors |= {f"fitted.{k}": v for k, v in second.fitted.items()}
     tensors["features_2"] = features[_few(index, features.shape[1])].clone()
     if known.features is not None:

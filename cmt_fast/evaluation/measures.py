@@ -7,8 +7,8 @@ For reports and `cmt eval`; evaluations in training go without. Figures of one s
     sharpness                                share of energy in high frequencies, of images (sharpness.py)
     precision, recall                        Kynkäänniemi et al. 2019 in the first space, of at most 10,000 samples and rows
     precision_2, recall_2                    the same in the second
-    left_out                                 {"frechet": [...], "frechet_2": [...]}: both distances without each group of
-                                             samples in turn, of which intervals are made (intervals.py)
+    left_out                                 {"frechet": [...], "frechet_2": [...], "sharpness": [...]}: these without each
+                                             group of samples in turn, of which intervals are made (intervals.py)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Measures:
         self.kept, self.reference, self.n, self.second = kept, reference, n, kept.second
         groups = min(GROUPS // (1 + (len(reference.moments.mean) > WIDE)), n // 2)
         self.streams = [[Stream() for _ in range(max(1, groups))] for _ in range(2)]  # by space, by group
-        self.energies = torch.zeros(2, dtype=torch.float64)
+        self.energies = torch.zeros(max(1, groups), 2, dtype=torch.float64)
         self.features: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def copy(self) -> Measures:
@@ -56,7 +56,8 @@ class Measures:
                 space[g].add(of[(group == g).to(of.device)])
             kept.append(of[(index < ROWS).to(of.device)].float().cpu())
         if sharpness.served(samples.shape[1:]):
-            self.energies += sharpness.energies(samples)
+            for g in group.unique().tolist():
+                self.energies[g] += sharpness.energies(samples[(group == g).to(samples.device)])
 
     def figures(self) -> dict[str, Any]:
         """As the module says, without those of `Tally`; every rank must call it."""
@@ -72,8 +73,10 @@ class Measures:
             if len(groups) > 1 and min(whole.n - g.n for g in groups) > 1:
                 out["left_out"][key] = [distance(whole.without(g).moments()) / per for g in groups]
         energies = distributed.sum_(self.energies.clone())
-        if "high_energy" in self.kept.tensors and (share := sharpness.share(energies)) is not None:
+        if "high_energy" in self.kept.tensors and (share := sharpness.share(energies.sum(0))) is not None:
             out["sharpness"] = share
+            rest = [sharpness.share(energies.sum(0) - own) for own in energies if float(own[1])]
+            out["left_out"]["sharpness"] = [v for v in rest if v is not None]
         for tail, real, made in zip(("", "_2"), self._real(), self.features):
             near = distributed.gather_uneven(torch.cat(made) if made else None)
             if real is not None and min(len(real), len(near)) > neighbours.K:
@@ -85,9 +88,9 @@ class Measures:
 
 
 def apart(features: Tensor, n: int, rows: int | None) -> float | None:
-    """The Fréchet distance of n samples of a perfect generator of new rows to `rows` real ones, from two halves of real features (M, F).
+    """The Fréchet distance of n samples of a perfect generator of new rows to `rows` real ones, from real features (M, F).
 
-    Halves of M/2 rows differ by c (2/M + 2/M): the distance of finite sets falls as 1/n. c then gives c (1/n + 1/rows).
+    Two halves of M/2 rows differ by c (2/M + 2/M): the distance of finite sets falls as 1/n. c then gives c (1/n + 1/rows).
     None where a half has no more rows than features, for which that law does not hold.
     """
     a, b = features[0::2], features[1::2]

@@ -1,4 +1,4 @@
-"""Sharpness: which share of an image's energy is in high frequencies. Blur lowers it, noise raises it; real data say what is right.
+"""Sharpness: the share of an image's energy in high frequencies. Blur lowers it, noise raises it; real data say what is right.
 
 The mean of each channel is taken off, and |FFT|^2 is summed over frequencies of a radius above half of Nyquist's,
 sqrt(f_y^2 + f_x^2) > 1/4 cycles a pixel, over the sum of all. Energies are added up over all images first: one flat image

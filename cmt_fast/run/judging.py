@@ -92,22 +92,28 @@ class Judging:
     def _key(self, judge: judges.Judge) -> dict[str, Any]:
         """What the kept files must be of. Where the data or the reference are not here, what is kept stands for them."""
         settings = {k: v for k, v in loading.dump(self.run)["data"].items() if k != "path"}
-        key = {"rows": self.data.facts, "metric": judge.metric, "extractor": judge.name, "labels": self.setting.law.text()}
+        key = {
+            "rows": self.data.facts,
+            "metric": judge.metric,
+            "extractor": judge.name,
+            "labels": self.setting.law.text(),
+        }
         file = judge.file
         reference = "the data" if file is None else files.checksum(file) if file.is_file() else None
         return {**key, "reference": reference, "data": settings if judge.here else None}
 
-    def floor(self, n: int) -> dict[str, Any] | None:
+    def floor(self, judge: judges.Judge, n: int) -> dict[str, Any] | None:
         """Figures of n real rows, drawn again and again with the labels that samples have, as though a network had made them:
         what one that knows the data by heart would get. "unseen": {distance: what a perfect generator of new rows would},
         where two halves of the data say it. None where the data are not here and nobody asked before. On every rank.
+
+        judge: one of every measure, as `thorough` is.
         """
-        judge = self.open_judge(samples=n)
         found = self._keep(judge)
         known = found.about["floor"].get(str(n))
         if known is not None or not judge.here:
             return known
-        tally, index, chosen = judge.tally(), torch.arange(n), self._drawn(n)
+        tally, index, chosen = judge.tally(n), torch.arange(n), self._drawn(n)
         for i, part in enumerate(index.split(self.run.eval.batch)):
             if i % distributed.size() == distributed.rank():
                 rows = self.data.rows(chosen[part], torch.zeros_like(part))[0]
