@@ -87,7 +87,7 @@ def _say(first: templates.Section, tables: list[templates.Table]) -> None:
     for table in tables:
         templates.show(table)
     for line in first.headlines:
-        progress.say(line)
+        progress.say(" ".join(line))
     for line in first.alerts:
         progress.say(f"! {line}")
 

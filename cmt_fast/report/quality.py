@@ -14,9 +14,8 @@ from cmt_fast.report.text import DASH, TEXT, differences, number, steps_text
 from cmt_fast.report.verdict import Figures
 from cmt_fast.run.workspace import Workspace
 
-FLOOR, UNSEEN = "real rows, drawn again (floor)", "real rows, unseen (estimate)"
+FLOOR, UNSEEN = "real, again (floor)", "real, unseen (estimate)"
 TITLES = {"pre": "pre-trained"}
-OF_DISTANCE = "the distances and their ratios"
 
 
 class Quality(NamedTuple):
@@ -35,61 +34,55 @@ class Quality(NamedTuple):
 def first(work: Workspace, stands: dict[str, Stand], quality: Quality, pictures: list[Picture]) -> Section:
     """Pictures, the result in a line per number of steps, what contradicts it, one sentence on the run."""
     run, steps = work.run, work.run.eval.steps
-    headlines = [line for k in steps if (line := headline(stands, quality, k))]
+    headlines = [line for k in steps if (line := headline(stands, quality, k))[0]]
     alerts = [
         line for k in steps for line in verdict.disagreements(quality.of(k), quality.real, run.eval.n, steps_text(k))
     ]
     text = []
     if headlines:
         text.append(
-            "Intervals are of 95 %: other samples of the same networks. Other seeds of training are not in them; "
-            "train again with another seed to know those. First space: "
-            f"{quality.names.first}; second: {quality.names.second}."
+            "Intervals are of 95 %, over other samples of the same networks. Seeds of training are not in them: train again "
+            "with another `seed` to know those. "
+            f"Feature spaces: first {quality.names.first}, second {quality.names.second}."
         )
     text.append(about(work, stands))
     note = "In a column: the same noise and the same class." if len(work.data.shape) == 3 else "The same noise."
     groups = []
     if pictures:
         how = "strips" if len(work.data.shape) == 3 else "panels"
-        groups.append(Group([*pictures], how=how, note=f"{note} The real rows are not what the noise should become."))
+        groups.append(Group([*pictures], how=how, note=f"{note} The real rows belong to no noise."))
     return Section("", text, groups, headlines=headlines, alerts=alerts)
 
 
-def headline(stands: dict[str, Stand], quality: Quality, k: int) -> str:
-    """One plain sentence with the ratio and its uncertainty, then the second space, mid-training and the floor."""
+def headline(stands: dict[str, Stand], quality: Quality, k: int) -> tuple[str, str]:
+    """One plain sentence with the ratio and its uncertainty; then the second space, mid-training alone and the floor."""
     post, control, mid = (quality.of(k).get(name) for name in ("post", "control", "mid"))
-    name, a_distance = quality.names.distance, _a_distance(quality.names.distance)
-    if not post:
-        if not mid:
-            return ""
-        return f"In {steps_text(k)}, mid-training alone reaches {a_distance} of {verdict.text(verdict.distance(mid, 'frechet'))}."
-    reached = verdict.text(verdict.distance(post, "frechet"))
-    line = f"In {steps_text(k)}, post-training after mid-training reaches {a_distance} of {reached}"
-    over = verdict.ratio(post, control, "frechet")
+    first, what = (
+        post or mid,
+        f"{quality.names.distance} distance" if quality.names.distance == "Fréchet" else quality.names.distance,
+    )
+    if not first:
+        return "", ""
+    line = f"In {steps_text(k)}, {'post-training after ' * bool(post)}mid-training reaches the {what} "
+    line += verdict.text(verdict.distance(first, "frechet"))
+    more, over = [], verdict.ratio(post, control, "frechet")
     if over and control:
         without = verdict.text(verdict.distance(control, "frechet"))
-        line += f"; without mid-training it is {without}, {_images(stands)}: {verdict.text(over)} times the distance."
-        second = verdict.ratio(post, control, "frechet_2")
-        line += f" In the second feature space: {verdict.text(second)} times." if second else ""
-    else:
-        line += "."
-    before = verdict.ratio(post, mid, "frechet")
-    if before and mid:
-        line += f" Mid-training alone is at {mid['frechet']:.3g} (post / mid: {verdict.text(before)})."
+        line += f", post-training alone {without}: {verdict.text(over)} times the distance, {_images(stands)}"
+        if second := verdict.ratio(post, control, "frechet_2"):
+            more.append(f"In the second feature space: {verdict.text(second)} times.")
+    if mid and (before := verdict.ratio(post, mid, "frechet")):
+        more.append(f"Mid-training alone: {mid['frechet']:.3g}; post / mid is {verdict.text(before)}.")
     if quality.floor:
-        line += f" Real rows against real rows: {quality.floor['frechet']:.3g}."
-    return line.replace("Fréchet distance", name) if name != "Fréchet" else line
-
-
-def _a_distance(name: str) -> str:
-    return "a Fréchet distance" if name == "Fréchet" else f"an {name}" if name.startswith("F") else f"a {name}"
+        more.append(f"Real rows against real rows: {quality.floor['frechet']:.3g}.")
+    return f"{line}.", " ".join(more)
 
 
 def _images(stands: dict[str, Stand]) -> str:
     a, b = (stands[name].path[1] for name in ("post", "control"))
     if a == b:
         return f"after as many student images ({a:,})"
-    return f"after {b:,} student images, not {a:,}"
+    return f"after {a:,} student images against {b:,}"
 
 
 def about(work: Workspace, stands: dict[str, Stand]) -> str:
@@ -142,7 +135,7 @@ def _columns(quality: Quality, figures: list[Figures]) -> dict[str, str]:
         "frechet_2": f"Fréchet, {quality.names.second}",
         "sharpness": "sharpness",
         "precision": "precision, recall",
-        "precision_2": "the same, second space",
+        "precision_2": "in the second space",
         **PLAIN,
         "accuracy": "accuracy",
     }
@@ -157,9 +150,9 @@ def _cells(f: Figures | None, columns: dict[str, str]) -> list[str]:
         if key not in f:
             out.append(DASH)
         elif key in verdict.SPACES:
-            out.append(verdict.text(verdict.distance(f, key), ".4g" if key not in f.get("left_out", {}) else ".3g"))
+            out.append(verdict.text(verdict.distance(f, key)))
         elif key.startswith("precision"):
-            out.append(f"{f[key]:.3f}, {f[key.replace('precision', 'recall')]:.3f}")
+            out.append(f"{f[key]:.2f}, {f[key.replace('precision', 'recall')]:.2f}")
         else:
             out.append(number(f[key], {"accuracy": ".1%", "sharpness": ".3f"}.get(key, ".4g")))
     return out

@@ -63,7 +63,8 @@ class Group(NamedTuple):
 class Section(NamedTuple):
     """A heading, lines of text, groups, and text to fold away. The first section has no title: it heads the page.
 
-    Under its pictures the first says the results: headlines, and alerts, which contradict them.
+    Under its pictures the first says the results: headlines, each a sentence and what is to be known beside it, and alerts,
+    which contradict them.
     """
 
     title: str
@@ -71,7 +72,7 @@ class Section(NamedTuple):
     groups: list[Group]
     fold_title: str = ""
     fold: str = ""
-    headlines: list[str] = []
+    headlines: list[tuple[str, str]] = []
     alerts: list[str] = []
 
 
