@@ -1,11 +1,11 @@
-"""What judging needs of real data, as files of the run: RUN/reference/kept.safetensors and kept.json.
+"""What judging needs of real data, as files of the run: RUN/reference/KEY.safetensors and KEY.json.
 
 Written by the first that judges while the data are here, read by all others, whether they are here or not: a run that was
 copied elsewhere is judged, and its report drawn, without its data. Nothing in them is a pickle. They hold the moments of both
 feature spaces, features of at most 10,000 rows for precision and recall, projections for the sliced distance, the
 sharpness, real rows for the picture, and figures of real rows against real rows (the floor), by number of samples.
 
-They are of one key: the rows, the metric, the features and the law of labels. Another key makes them anew.
+They are of one key: the rows, the metric, the features, the reference file, the law of labels. Another key has other files.
 """
 
 from __future__ import annotations
@@ -71,28 +71,35 @@ def read(folder: Path, key: dict[str, Any]) -> Kept | None:
 
     A key of which a part is None fits whatever stands there: what cannot be looked up where the data, or a file, are not.
     """
-    try:
-        about = json.loads((folder / FOLDER / "kept.json").read_text("utf-8"))
-        theirs = about["key"]
-        if about["format"] != FORMAT or any(v is not None and theirs.get(k) != v for k, v in key.items()):
-            return None
-        data = (folder / FOLDER / "kept.safetensors").read_bytes()
-        if xxhash.xxh3_128(data).hexdigest() != about["xxh3_128"]:
-            return None
-        return Kept(about, load(data))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return None
+    for file in sorted((folder / FOLDER).glob("*.json")):
+        try:
+            about = json.loads(file.read_text("utf-8"))
+            if about["format"] != FORMAT or not _fits(key, about["key"]):
+                continue
+            data = file.with_suffix(".safetensors").read_bytes()
+            if xxhash.xxh3_128(data).hexdigest() == about["xxh3_128"]:
+                return Kept(about, load(data))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            continue
+    return None
+
+
+def _fits(key: Any, theirs: Any) -> bool:
+    if isinstance(key, dict) and isinstance(theirs, dict):
+        return all(_fits(v, theirs.get(k)) for k, v in key.items())
+    return key is None or key == theirs
 
 
 def write(folder: Path, kept: Kept) -> None:
     """Both files, each whole or not there; the checksum in the second says that they belong together."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    name = xxhash.xxh3_64(json.dumps(kept.about["key"], sort_keys=True).encode()).hexdigest()
     data = save({k: v.contiguous() for k, v in kept.tensors.items()})
     kept.about["xxh3_128"] = xxhash.xxh3_128(data).hexdigest()
-    for name, content in (("kept.safetensors", data), ("kept.json", json.dumps(kept.about, indent=1).encode())):
-        temporary = folder / FOLDER / f".tmp-{name}-{os.getpid()}"
+    for ending, content in (("safetensors", data), ("json", json.dumps(kept.about, indent=1).encode())):
+        temporary = folder / FOLDER / f".tmp-{name}.{ending}-{os.getpid()}"
         temporary.write_bytes(content)
-        temporary.replace(folder / FOLDER / name)
+        temporary.replace(folder / FOLDER / f"{name}.{ending}")
 
 
 def take(judge: Judge, key: dict[str, Any]) -> Kept:

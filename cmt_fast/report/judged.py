@@ -9,7 +9,7 @@ figures.json, for others to read:
 
 The figures of one number of steps are plain numbers: frechet, sliced_wasserstein, accuracy, frechet_2, sharpness, precision,
 recall, precision_2, recall_2 (evaluation/measures.py), each where it can be had. Figures of real rows, the floor, are in
-RUN/reference/kept.json. A key that differs in anything makes all of them anew.
+RUN/reference/*.json. A key that differs in anything makes all of them anew.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _key(work: Workspace, s: Stand) -> dict[str, Any]:
     key |= {"rows": work.data.facts, "ema": s.ema, "extractor": judge.name, "second": judge.kept.about["second"]}
     key["measures"] = MEASURES
     if work.run.eval.reference:
-        key["reference"] = judge.kept.about["key"]["reference"]
+        key["reference"] = judge.kept.about["key"]["reference"]["xxh3_128"]
     return json.loads(json.dumps(key))
 
 

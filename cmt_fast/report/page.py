@@ -110,9 +110,8 @@ def _known(work: Workspace, done: dict[str, Stand]) -> tuple[Quality, float | No
     """The same as far as files say it: nothing is computed, no judge is opened."""
     found = {name: k for name, s in done.items() if (k := judged_.known(work, s))}
     key = next((key for _, key in found.values()), {})
-    real = next((k for f in (work.folder, work.parents) if (k := kept.read(f, {}))), None)
-    if real is not None and key and real.about["key"]["extractor"] != key["extractor"]:
-        real = None
+    asked = {"extractor": key["extractor"], "labels": work.setting.law.text()} if key else None
+    real = next((k for f in (work.folder, work.parents) if asked and (k := kept.read(f, asked))), None)
     floors = real.about["floor"] if real is not None else {}
     floor, during = (floors.get(str(n)) for n in (work.run.eval.n, work.run.eval.n_during))
     names = Names(key.get("extractor", ""), key.get("second", ""), "Fréchet")

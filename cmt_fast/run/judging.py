@@ -98,8 +98,9 @@ class Judging:
             "extractor": judge.name,
             "labels": self.setting.law.text(),
         }
-        file = judge.file
-        reference = "the data" if file is None else files.checksum(file) if file.is_file() else None
+        file, reference = judge.file, {"name": "", "xxh3_128": ""}
+        if file is not None:
+            reference = {"name": file.name, "xxh3_128": files.checksum(file) if file.is_file() else None}
         return {**key, "reference": reference, "data": settings if judge.here else None}
 
     def floor(self, judge: judges.Judge, n: int) -> dict[str, Any] | None:
