@@ -179,8 +179,43 @@ def test_samples_that_are_not_finite_are_said_to_be(tmp_path, monkeypatch):
     train(tmp_path / "run", ["pre"], *SHORT)
     monkeypatch.setattr(Judging, "figures", broken)
     text = page.write(tmp_path / "run")["markdown"].read_text()
-    assert "| teacher, 16 steps | not finite | not finite | not finite | 0 | pre |" in text
-    assert "| pre-trained | 1.5 | 25.0% | 0.5 | 0 | pre |" in text
+    assert f"| teacher, 16 steps |{' not finite |' * 7} 0 | pre |" in text
+    assert "| pre-trained | 1.5 | – | – | – | – | 0.5 | 25.0% | 0 | pre |" in text
+
+
+def test_the_page_is_drawn_at_any_moment_and_nothing_is_computed_for_it(tmp_path, monkeypatch):
+    def look() -> str:
+        with monkeypatch.context() as patch:
+            for name in ("figures", "thorough", "judge", "space"):
+                patch.setattr(Judging, name, property(lambda self: pytest.fail("was judged")))
+            patch.setattr(torch.nn.Module, "__call__", lambda *a, **k: pytest.fail("a network was called"))
+            out = page.write(folder, judge=False, refresh_s=20)
+        assert '<meta http-equiv="refresh" content="20">' in out["html"].read_text()
+        return out["markdown"].read_text()
+
+    folder = tmp_path / "run"
+    work = train(folder, [], *SHORT, "mid.eval_every_nimg=32", "mid.grid_every_nimg=32")
+    work.claim()
+    assert "pre not begun, mid not begun, post not begun, control not begun" in look()  # nothing but run.json
+    loop.train(work, ["pre"])
+    text = look()
+    assert "pre finished, mid not begun" in text and "Not judged yet: pre; \\`cmt report\\` judges" in text
+    taken = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: taken.append(look()) or save(*a, **k))
+    loop.train(work, ["mid"])  # its rows and grids are there, its checkpoint is not
+    monkeypatch.undo()
+    assert "mid 100% of 64 images" in taken[-1] and "quality-1.svg" in taken[-1] and "grid-mid.png" in taken[-1]
+    with open(folder / "mid" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "eval", "step')  # a row that is being written
+    assert "mid finished" in look()
+    page.write(folder)
+    text = look()
+    assert "Not judged yet" not in text and "In 1 step, mid-training reaches the Fréchet distance" in text
+    assert "real, again (floor)" in text and "shown-teacher.png" in text
+    page.write(folder)
+    assert "As of" not in (folder / "report.md").read_text()
+    assert "refresh" not in (folder / "report.html").read_text()
 
 
 def test_a_mixture_gets_its_theory_once(tmp_path, monkeypatch):
