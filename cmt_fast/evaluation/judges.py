@@ -85,7 +85,7 @@ class Judge:
         """By which rows of `real` count, (N,) of sum 1, None for all alike. Raises ConfigError for classes without rows."""
         if not self.here and self.kept is not None:
             return self.kept.tensors.get("weights")
-        return class_weights(self._rows.labels, self.law) if self.law else None
+        return class_weights(self._rows.labels, self.law, self.file is None) if self.law else None
 
     @functools.cached_property
     def directions(self) -> Tensor:
@@ -291,22 +291,23 @@ def make_reference(judge: Judge, n: int | None, batch: int, keep: int, advance: 
     return Reference(_cpu(stream.over_ranks()[1]), "own statistics", judge.name, n, features, labels=law)
 
 
-def class_weights(labels: Tensor | None, law: Law) -> Tensor | None:
+def class_weights(labels: Tensor | None, law: Law, whole: bool = True) -> Tensor | None:
     """w_i = q_y / n_y of rows with the labels y (N,): classes weigh as the law's shares q, rows of a class alike; sum 1.
 
-    None where the law is the data's own, or all weights are equal. Raises ConfigError for a class without rows to compare with.
+    None where the law is the data's own, or all weights are equal. Raises ConfigError for a class without rows to compare with;
+    not where these rows are not the `whole` of what is compared with: then that class counts for nothing.
     """
     if labels is None or law.name == "data":
         return None
     n = torch.bincount(labels.cpu(), minlength=len(law.counts))
     missing = [int(k) for k in law.present if not n[k]]
-    if missing:
+    if missing and whole:
         raise ConfigError(
             f"eval.labels: {law.name!r} draws class {missing[0]}, of which there are no rows to compare with"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
     w = (law.shares / n.clamp(min=1))[labels.cpu()]
-    return None if bool((w == w[0]).all()) else w
+    return None if bool((w == w[0]).all()) else w / w.sum() if missing else w
 
 
 def _alike(name: str, law: Law, data: Rows) -> bool:

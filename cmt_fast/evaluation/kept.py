@@ -151,9 +151,10 @@ def chosen(labels: Tensor | None, law: Law | None, rows: int, most: int) -> Tens
         n = min(rows, most)
         return torch.arange(n) * rows // n
     have = torch.bincount(labels, minlength=len(law.counts)).double()
-    total = min(float((have[law.present] / law.shares[law.present]).min()), float(most))
+    present = [k for k in law.present.tolist() if have[k]]
+    total = min(float((have[present] / law.shares[present]).min()), float(most))
     parts = []
-    for k in law.present.tolist():
+    for k in present:
         own, n = (labels == k).nonzero()[:, 0], max(1, int(total * float(law.shares[k])))
         parts.append(own[torch.arange(n) * len(own) // n])
     return torch.cat(parts).sort().values

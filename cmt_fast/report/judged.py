@@ -126,9 +126,9 @@ def draw_real(work: Workspace) -> None:
 
 
 def _limit(work: Workspace) -> float:
-    """Half the side of the square in which points are drawn: real ones fill two thirds of it."""
+    """Half the side of the square in which points are drawn, a little more than real ones need."""
     kept_ = work.judging.thorough.kept
-    return 1.5 * float(kept_.tensors["shown"].abs().max()) if kept_ is not None and len(work.data.shape) == 1 else 2.0
+    return 1.15 * float(kept_.tensors["shown"].abs().max()) if kept_ is not None and len(work.data.shape) == 1 else 2.0
 
 
 def _flat(x: Any) -> Any:
@@ -141,7 +141,15 @@ def pictures(work: Workspace, stands: dict[str, Stand], quality: Quality) -> lis
     k, out = work.run.eval.steps[0], []
     real = next((f for w in (work.folder, work.parents) if (f := w / kept.FOLDER / REAL).is_file()), None)
     if real:
-        out.append(png("real", "shown-real.png", real, "one of each class" * bool(work.data.classes), "Real rows"))
+        points = len(work.data.shape) == 1
+        what = (
+            f"{min(kept.POINTS, work.data.n):,} rows"
+            if points
+            else "one of each class"
+            if work.data.classes
+            else "rows"
+        )
+        out.append(png("real", "shown-real.png", real, what, "Real rows"))
     asked = [("pre", "teacher", work.run.sampler.teacher_steps, "solver")]
     asked += [(name, TITLES.get(name, name), k, "few") for name in stands]
     for name, title, steps, how in asked:

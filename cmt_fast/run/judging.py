@@ -98,7 +98,8 @@ class Judging:
             "extractor": judge.name,
             "labels": self.setting.law.text(),
         }
-        file, reference = judge.file, {"name": "", "xxh3_128": ""}
+        reference: dict[str, str | None] = {"name": "", "xxh3_128": ""}
+        file = judge.file
         if file is not None:
             reference = {"name": file.name, "xxh3_128": files.checksum(file) if file.is_file() else None}
         return {**key, "reference": reference, "data": settings if judge.here else None}
@@ -106,15 +107,17 @@ class Judging:
     def floor(self, judge: judges.Judge, n: int) -> dict[str, Any] | None:
         """Figures of n real rows, drawn again and again with the labels that samples have, as though a network had made them:
         what one that knows the data by heart would get. "unseen": {distance: what a perfect generator of new rows would},
-        where two halves of the data say it. None where the data are not here and nobody asked before. On every rank.
+        where two halves of the data say it. None where the data are not here and nobody asked before, or where samples are of
+        classes that the data do not have. On every rank.
 
         judge: one of every measure, as `thorough` is.
         """
         found = self._keep(judge)
         known = found.about["floor"].get(str(n))
-        if known is not None or not judge.here:
+        chosen = self._drawn(n) if known is None and judge.here else None
+        if chosen is None:
             return known
-        tally, index, chosen = judge.tally(n), torch.arange(n), self._drawn(n)
+        tally, index = judge.tally(n), torch.arange(n)
         for i, part in enumerate(index.split(self.run.eval.batch)):
             if i % distributed.size() == distributed.rank():
                 rows = self.data.rows(chosen[part], torch.zeros_like(part))[0]
@@ -125,13 +128,15 @@ class Judging:
         distributed.barrier()
         return known
 
-    def _drawn(self, n: int) -> torch.Tensor:
-        """Rows that stand for n samples, of the labels that those have. (n,)"""
+    def _drawn(self, n: int) -> torch.Tensor | None:
+        """Rows that stand for n samples, of the labels that those have. (n,); None where a label has no rows."""
         u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         of, labels = self.setting.labels(torch.arange(n)), self.data.labels
         if of is None or labels is None:
             return (u * self.data.n).long()
         order, counts = labels.cpu().argsort(stable=True), torch.bincount(labels.cpu(), minlength=int(of.max()) + 1)
+        if not bool(counts[of].all()):
+            return None
         return order[(counts.cumsum(0) - counts)[of] + (u * counts[of]).long()]
 
     def _unseen(self, found: kept.Kept, n: int) -> dict[str, float]:
