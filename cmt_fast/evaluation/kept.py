@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FOLDER, FORMAT = "reference", 1
 ROWS = 10_000  # whose features are kept, at most
+SHARP = 2000  # rows that say how sharp real ones are, at most
 FEATURES_BYTES = 32 << 20  # of them, at most
 LARGEST_BYTES = 50 << 20  # of projections; of more the quantiles are kept
 SHOWN, POINTS = 10, 1500  # real rows for the picture: images, points
@@ -106,8 +107,7 @@ def take(judge: Judge, key: dict[str, Any]) -> Kept:
     """From the data of a judge. Raises ConfigError where they, or its reference, cannot be had."""
     real, weights, known = judge.real, judge.weights, judge.reference
     index = chosen(judge.labels, judge.law if weights is not None else None, len(real), ROWS)
-    second = Second(tuple(judge.data.shape)).fit(real)
-    features = second.features(real)
+    second, features = Second(tuple(judge.data.shape)).fit(real)
     mu_2, sigma_2 = distances.moments(features, weights)
     tensors = {
         "mu": known.moments.mean.cpu(),
@@ -129,7 +129,7 @@ def take(judge: Judge, key: dict[str, Any]) -> Kept:
             tensors["projected"] = distances.quantiles(judge.projected, weights, q)
             tensors.pop("weights", None)
     if sharpness.served(judge.data.shape):
-        each = [sharpness.energies(part) for part in real[index].split(256)]
+        each = [sharpness.energies(part) for part in real[index[:: -(-len(index) // SHARP)]].split(256)]
         tensors["high_energy"] = torch.stack(each).sum(0)
     tensors["shown"] = real[_shown(judge.labels, judge.law, len(real), len(judge.data.shape) == 3)].clone()
     about = {

@@ -4,11 +4,11 @@ One distance can be won by samples that are worse to look at, as every feature s
 (features.py) is of what tells classes apart, or of the numbers themselves; this one is of local frequencies for images, as
 texture and edges are, and of a characteristic function for vectors. Where both agree on a winner, more can be believed.
 
-Images (N, C, H, W): the 16 products of 4-point cosines (DCT-II) over every 4 x 4 window, at full size and at every half of it
-down to 4 x 4. Magnitudes are averaged over 2 x 2 fields of the image, so that where an edge lies exactly does not matter
-but that it is there does (the first layer of a scattering transform, Mallat 2012). The plain mean of a window, and the one
-window of the coarsest scale, keep their sign. Vectors: cosines and sines of random projections at three widths, from a fixed seed
-(random Fourier features, Rahimi & Recht 2007).
+Images (N, C, H, W): the 16 products of 4-point cosines (DCT-II) over 4 x 4 windows, at full size and at every half of it down to
+4 x 4; every window of a side up to 63, every second of one up to 95, and so on. Magnitudes are averaged over 2 x 2 fields of the
+image, so that where an edge lies exactly does not matter but that it is there does (the first layer of a scattering transform,
+Mallat 2012). The plain mean of a window, and the one window of the coarsest scale, keep their sign. Vectors: cosines and sines of
+random projections at three widths, from a fixed seed (random Fourier features, Rahimi & Recht 2007).
 
 Every feature is then measured in standard deviations of the real data's, and the Fréchet distance is a mean over features:
 0.01 means that a typical feature is off by as much as 1 % of its variance.
@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WINDOW = 4  # pixels along a side
-WIDEST = 1024  # features; beyond it fields, then channels, are averaged
+WIDEST = 640  # features; beyond it fields, then channels, are averaged
+DENSE = 32  # windows along a side, from twice as many of which on some are passed over
 SMALLEST = 1e-3  # of the largest deviation of a feature: one that hardly varies is not blown up
 WIDTHS, EACH = (0.5, 1.0, 2.0), 32  # of the projections of a vector, per standard deviation
 
@@ -37,16 +38,20 @@ class Second:
         self.images = len(shape) == 3 and min(shape[1:]) >= WINDOW
         self.name = "local-frequencies-1" if self.images else "random-fourier-1"
 
-    def fit(self, rows: Tensor) -> Second:
-        """The space in which every feature of the real rows (N, ...) has mean 0 and deviation 1."""
+    def fit(self, rows: Tensor) -> tuple[Second, Tensor]:
+        """The space in which every feature of the real rows (N, ...) has mean 0 and deviation 1, and those features."""
         flat = rows.flatten(1).double()
         own = {"centre": flat.mean(0), "scale": _deviation(flat)} if not self.images else {}
-        plain = torch.cat(list(Second(self.shape, own).plain(rows))).double()
-        return Second(self.shape, {**own, "mean": plain.mean(0), "deviation": _deviation(plain)})
+        plain = torch.cat(list(Second(self.shape, own).plain(rows)))
+        mean, deviation = plain.double().mean(0), _deviation(plain.double())
+        found = Second(self.shape, {**own, "mean": mean, "deviation": deviation})
+        return found, found._measured(plain)
 
     def features(self, rows: Tensor) -> Tensor:
         """(N, ...) -> (N, F) float32 on the CPU. Raises KeyError before `fit`."""
-        plain = torch.cat(list(self.plain(rows)))
+        return self._measured(torch.cat(list(self.plain(rows))))
+
+    def _measured(self, plain: Tensor) -> Tensor:
         return ((plain - self.fitted["mean"]) / self.fitted["deviation"]).float()
 
     def plain(self, rows: Tensor, batch: int = 256) -> Iterator[Tensor]:
@@ -63,7 +68,7 @@ class Second:
         parts = []
         for scale in range(scales):
             h, w = x.shape[2:]
-            y = F.conv2d(x.reshape(n * channels, 1, h, w), filters)
+            y = F.conv2d(x.reshape(n * channels, 1, h, w), filters, stride=max(1, min(h, w) // DENSE))
             if y.shape[2:] != (1, 1):
                 y = torch.cat((y[:, :1], y[:, 1:].abs()), 1)
             y = F.adaptive_avg_pool2d(y, (min(fields, y.shape[2]), min(fields, y.shape[3])))
