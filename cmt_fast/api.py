@@ -123,7 +123,10 @@ def evaluate(
     work, name = open_stage(str(stage))
     if solver:
         guidance.check_solver(work.place, name)
-    return work.judging.evaluate(work.network(name), tuple(steps), n or work.run.eval.n, solver, seed, quiet=True)
+    n = n or work.run.eval.n
+    judge = work.judging.open_judge(samples=n)
+    found = work.judging.evaluate(work.network(name), tuple(steps), n, solver, seed, judge, quiet=True)
+    return {k: {key: v for key, v in row.items() if key != "left_out"} for k, row in found.items()}
 
 
 def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tensor, tuple[float, ...], Tensor | None]:
