@@ -66,6 +66,9 @@ DOORS = {
     "matplotlib": "cmt_fast/render/plots",
     "tensorboard": "cmt_fast/storage/metrics_log",
     "torch_fidelity": "cmt_fast/evaluation/inception",
+    "onnx": "cmt_fast/convert/onnx_graph",
+    "onnxruntime": "cmt_fast/convert/onnx_graph",
+    "onnxscript": "cmt_fast/convert/onnx_graph",
 }
 TRITON = ("triton", "triton_kernels", "triton_launches", "assembler")  # the modules of cmt_kernels that may name it
 STANDALONE = PurePath(

@@ -15,6 +15,8 @@ from cmt_fast.run import folder as folder_
 from cmt_fast.run import workspace
 from cmt_fast.storage import checkpoint
 
+PLAIN = ("edm2", "dit", "sit", "meanflow")  # the names of those projects
+
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
@@ -54,7 +56,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "out", type=Path, metavar="OUT", help="a .safetensors file, or the pipeline's folder; must not exist"
     )
-    p.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+    p.add_argument("--format", choices=("safetensors", "diffusers", "onnx", *PLAIN), default="safetensors")
     p.add_argument("--ema", type=int, default=0, metavar="I", help="index of the stage's EMA (default: 0, the first)")
     p.add_argument(
         "--vae", type=Path, metavar="FOLDER", help="diffusers: the autoencoder's folder, copied into the pipeline"
@@ -102,13 +104,21 @@ def import_(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     from cmt_fast.convert import exporting
 
-    work, stage = workspace.open_stage(args.stage)
+    work, stage = workspace.open_stage(args.stage, rows=False)
     found = exporting.collect(work, stage, args.ema)
+    for name in ("vae", "license"):
+        if args.format != "diffusers" and getattr(args, name) is not None:
+            raise ConfigError(f"--{name}: is for --format diffusers")
     if args.format == "safetensors":
-        for name in ("vae", "license"):
-            if getattr(args, name) is not None:
-                raise ConfigError(f"--{name}: is for --format diffusers")
         exporting.to_safetensors(found, args.out)
+    elif args.format == "onnx":
+        from cmt_fast.convert import onnx_graph
+
+        print(onnx_graph.to_onnx(found, args.out))
+    elif args.format in PLAIN:
+        from cmt_fast.convert import plain
+
+        print(plain.write(found, args.format, args.out))
     else:
         exporting.to_diffusers(found, args.out, args.vae, args.license)
     print(f"{args.out}: EMA {args.ema} of {args.stage}, {len(found.weights)} tensors")

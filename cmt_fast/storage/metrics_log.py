@@ -1,4 +1,4 @@
-"""Metrics as JSON lines, always; progress as a rich bar on a terminal and plain lines elsewhere; TensorBoard as an extra."""
+"""Metrics as JSON lines, always; TensorBoard as an extra. What a person sees meanwhile is runtime/progress.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import json
 import os
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cmt_fast.storage.heartbeat import beat
 
@@ -30,12 +27,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 class Log:
     """One stage's record. Rows: {"kind", "step", "nimg", ..., "wall": {...}}; only "wall" differs between equal runs."""
 
-    def __init__(self, folder: Path, step: int, total: int, title: str, quiet: bool, tensorboard: bool = False) -> None:
-        """Opens the file for appending after `step`: rows past it belong to work that was lost and is done again."""
-        self.file, self.run = None, folder.parent
-        self.total, self.title, self.quiet = total, title, quiet
-        self.board = None
-        if not quiet:
+    def __init__(self, folder: Path, step: int, write: bool, tensorboard: bool = False) -> None:
+        """Opens the file for appending after `step`: rows past it belong to work that was lost and is done again.
+
+        write: whether this process keeps it; another takes rows and leaves them.
+        """
+        self.file, self.run, self.board = None, folder.parent, None
+        if write:
             path = folder / METRICS
             kept = [row for row in read(path) if row["step"] <= step]
             temporary = path.with_suffix(".tmp")
@@ -45,20 +43,6 @@ class Log:
             beat(self.run)
             if tensorboard:
                 self.board = _tensorboard(folder)
-        self.progress = None
-        self.console = Console(stderr=False)
-        if not quiet and self.console.is_terminal:
-            self.progress = Progress(
-                TextColumn("{task.description:>10}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self.task = self.progress.add_task(title, total=total, completed=step, note="")
-            self.progress.start()
-        self._last_percent = -1
 
     def row(self, kind: str, step: int, nimg: int, values: dict[str, Any], wall: dict[str, Any] | None = None) -> None:
         """Append one row and flush it to the system."""
@@ -76,21 +60,7 @@ class Log:
         if self.file:
             os.fsync(self.file.fileno())
 
-    def advance(self, step: int, note: str) -> None:
-        """Show progress: the bar, or a plain line every ten percent."""
-        if self.quiet:
-            return
-        if self.progress:
-            self.progress.update(self.task, completed=step, note=note)
-            return
-        percent = 10 * (10 * step // self.total)
-        if percent != self._last_percent:
-            self._last_percent = percent
-            print(f"{self.title:>8} {percent:3d} %  step {step}/{self.total}  {note}", flush=True)
-
     def close(self) -> None:
-        if self.progress:
-            self.progress.stop()
         if self.file:
             self.file.close()
         if self.board:
