@@ -23,6 +23,8 @@ assert found and found.loader
 native = importlib.util.module_from_spec(found)
 found.loader.exec_module(native)
 
+ABOUT = "The ops that cmt-fast carries. A distribution cmt-kernels, where one is installed, is taken before them.\n"
+
 
 class Modules(build_py):
     """The packages in an empty folder: what an earlier build left there, a library above all, is in no wheel.
@@ -42,6 +44,9 @@ class Modules(build_py):
             folder = Path(self.build_lib, self.carried)
             folder.mkdir()
             Path(self.build_lib, "cmt_kernels").rename(folder / "cmt_kernels")
+            (folder / "ABOUT.txt").write_text(
+                ABOUT
+            )  # a folder without a file of its own would outlive its distribution
             folder.with_suffix(".pth").write_text(f"{self.carried}\n")
 
 
@@ -77,6 +82,8 @@ class Wheel(bdist_wheel):
         self.run_command("build")
         self.skip_build = True
         self.root_is_pure = not (self.get_finalized_command("build_ext").folder() / native.LIBRARY).exists()
+        if self.root_is_pure:  # else what has an extension by its name is put where files of a platform go
+            self.distribution.ext_modules = []
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
