@@ -35,7 +35,7 @@ def environment(tmp_path, monkeypatch) -> Path:
     site = tmp_path / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     site.mkdir(parents=True)
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path))
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind: str(tmp_path / "isolated"))
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind, vars=None: str(tmp_path / "isolated"))
     return site
 
 
@@ -52,6 +52,23 @@ def test_torch_is_found_around_an_isolated_build(environment, monkeypatch):
         build.torch_folder()
     (environment / "torch" / "version.py").write_text("from x import y\n__version__ = '2.11.0+cpu'\n")
     assert build.torch_folder() == environment / "torch"
+
+
+def test_the_environment_is_found_where_a_tool_builds_in_another(environment, monkeypatch):
+    """uv sets VIRTUAL_ENV to the environment that it builds in; an activated one stays on PATH."""
+    home = environment.parents[2]
+    monkeypatch.setenv("VIRTUAL_ENV", str(home / "of-the-build"))
+    monkeypatch.setenv("PATH", os.pathsep.join((str(home / "of-the-build" / "bin"), str(home / "bin"), "")))
+    monkeypatch.chdir(home)
+    assert environment not in build.outer()  # a folder on PATH is no environment
+    (home / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    assert environment in build.outer()
+    monkeypatch.setenv("PATH", "")
+    home.joinpath("src").mkdir()
+    monkeypatch.chdir(home / "src")
+    assert environment not in build.outer()
+    (home / "src" / ".venv").symlink_to(home)  # what uv takes where none is activated
+    assert environment in [place.resolve() for place in build.outer()]
 
 
 def test_what_cannot_be_built_leaves_no_older_library(tmp_path, monkeypatch):
