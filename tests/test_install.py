@@ -35,6 +35,9 @@ def environment(tmp_path, monkeypatch) -> Path:
     site = tmp_path / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     site.mkdir(parents=True)
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(build.sysconfig, "get_path", lambda kind, vars=None: str(tmp_path / "isolated"))
     return site
 
