@@ -212,6 +212,12 @@ def test_the_readme_of_the_ops_runs_and_its_tangent_is_right():
     world: dict = {}
     exec(compile(code, "kernels/README.md", "exec"), world)
     assert all(w.grad.norm() > 0 for w in world["weights"].values())
+    table = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", (ROOT / "kernels" / "README.md").read_text(), re.M)
+    folders = {op: ROOT / "kernels" / "cmt_kernels" / op for op in cmt_kernels.OPS}
+    assert {op: set(re.findall(r"\w+", names)) for op, names in table} == {
+        op: {name for name in ("native", "triton", "torch", "apex") if (folder / f"{name}.py").exists()}
+        for op, folder in folders.items()
+    }
     u, Dual, r = world["u"], world["Dual"], world["r"].double()
     world["weights"].update({k: w.detach().double() for k, w in world["weights"].items()})
     z, t, v = (world[k].double() for k in "ztv")
