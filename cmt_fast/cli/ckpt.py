@@ -15,6 +15,8 @@ from cmt_fast.run import folder as folder_
 from cmt_fast.run import workspace
 from cmt_fast.storage import checkpoint
 
+LICENCES = {"license": "these weights", "data-license": "the data", "teacher-license": "the teacher"}
+
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
@@ -59,7 +61,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--vae", type=Path, metavar="FOLDER", help="diffusers: the autoencoder's folder, copied into the pipeline"
     )
-    p.add_argument("--license", metavar="ID", help="diffusers: the licence in the model card (default: unknown)")
+    for name, of in LICENCES.items():
+        p.add_argument(f"--{name}", metavar="ID", help=f"diffusers: the licence of {of}, for the card (apache-2.0)")
 
 
 def reconstruct(args: argparse.Namespace) -> None:
@@ -100,15 +103,19 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from cmt_fast.convert import exporting
+    from cmt_fast.convert import card, diffusers_folder, exporting
 
     work, stage = workspace.open_stage(args.stage)
     found = exporting.collect(work, stage, args.ema)
     if args.format == "safetensors":
-        for name in ("vae", "license"):
-            if getattr(args, name) is not None:
+        for name in ("vae", *LICENCES):
+            if getattr(args, name.replace("-", "_")) is not None:
                 raise ConfigError(f"--{name}: is for --format diffusers")
         exporting.to_safetensors(found, args.out)
     else:
-        exporting.to_diffusers(found, args.out, args.vae, args.license)
+        terms = card.Terms(args.license, args.data_license, args.teacher_license)
+        diffusers_folder.write(found, args.out, args.vae, terms)
+        unsaid = [f"--{name}" for name, value in zip(LICENCES, terms) if value is None]
+        if unsaid:
+            print(f"licences: the card says 'not stated'; say them with {', '.join(unsaid)} (such as apache-2.0)")
     print(f"{args.out}: EMA {args.ema} of {args.stage}, {len(found.weights)} tensors")
