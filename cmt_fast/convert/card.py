@@ -83,15 +83,18 @@ def markdown(work: Workspace, stage: str, about: dict[str, Any], terms: Terms, p
         )
     sections = [
         Section("", text, []),
-        Section("Use", [], [], "In the folder of this file", _usage(pipeline)),
+        Section("Use", ["In the folder of this file:"], []),
         Section("Figures", _judge(work, stage, about), [Group(_figures(work, stage, about), wide=True)]),
         Section("Sampling", _sampling_text(sampling), [Group([_sampling(sampling)], wide=True)]),
         Section("Limits", _limits(work, pipeline), []),
-        Section("Licences", _licences(about, terms), []),
+        Section("Licences", _licences(work, about, terms), []),
         Section("Lineage", [], [Group([_lineage(about)], wide=True)]),
         Section("Recipe", [], [], "The resolved run", yaml.safe_dump(loading.dump(run), sort_keys=False)),
     ]
     page = templates.markdown(run.name, sections)
+    page = page.replace(
+        "\nIn the folder of this file:\n", f"\nIn the folder of this file:\n\n```python\n{_usage(pipeline)}```\n", 1
+    )
     if pipeline.picture:
         page = page.replace("\n## Use\n", f"\n![{pipeline.picture}](samples.png)\n\n{pipeline.picture}.\n\n## Use\n", 1)
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{page}"
@@ -285,17 +288,24 @@ def _lineage(about: dict[str, Any]) -> Table:
     return Table("Newest first", ["stage", "images", "config digest", "EMA or file checksum", "file"], rows, left=5)
 
 
-def _licences(about: dict[str, Any], terms: Terms) -> list[str]:
-    """What was said, and plainly what was not."""
-    node = about["lineage"]
+def foreign(work: Workspace, about: dict[str, Any]) -> list[str]:
+    """The weights of others behind these: an imported file, and stages of other runs that taught."""
+    node, stages = about["lineage"], []
     while node and not node.get("file"):
+        stages.append(node["stage"])
         node = node.get("parent")
+    taught = [work.run.stages[name].networks().values() for name in stages if name in work.run.stages]
+    runs = dict.fromkeys(name for names in taught for name in names if "/" in name)
+    return [*([f"{node['file']} (sha256 {node['sha256']})"] if node else []), *runs]
+
+
+def _licences(work: Workspace, about: dict[str, Any], terms: Terms) -> list[str]:
+    """What was said, and plainly what was not."""
     lines = [f"These weights: {terms.weights or NOT_STATED}. The data: {terms.data or NOT_STATED}."]
-    if node:
-        lines.append(
-            f"Trained from {node['file']} (sha256 {node['sha256']}): {terms.teacher or NOT_STATED}; what its licence asks holds "
-            "for these weights too."
-        )
+    others = foreign(work, about)
+    if others:
+        said = f"{', '.join(others)}: {terms.teacher or NOT_STATED}"
+        lines.append(f"Trained from {said}; what its licence asks holds for these weights too.")
     elif terms.teacher:
         lines.append(f"The teacher: {terms.teacher}.")
     else:

@@ -1,7 +1,8 @@
 """Exported folders where nothing of ours is installed: every promise of theirs, each a line that says what was found.
 
-`python clean_export.py OUT`, of a folder that tests/convert/folders.py wrote. It needs torch and diffusers, accelerate or not.
-Imports of ours raise. Ends with 1 if a promise is broken.
+`python clean_export.py OUT [NAME ...]`, of a folder that tests/convert/folders.py wrote; of names that are given everything is
+asked, of the others samples alone. It needs torch and diffusers, accelerate or not. Imports of ours raise. Ends with 1 if a
+promise is broken.
 """
 
 from __future__ import annotations
@@ -182,10 +183,8 @@ def saved_again(name: str, pipe: Any, want: dict[str, torch.Tensor]) -> None:
 def as_typed(name: str, folder: Path) -> None:
     """The lines of the card run in the folder as they stand."""
     card = (folder / "README.md").read_text("utf-8")
-    block = [
-        line[4:] for line in card.partition("## Use")[2].partition("\n## ")[0].splitlines() if line.startswith("    ")
-    ]
-    code = "\n".join(line for line in block if "save(" not in line)
+    block = card.partition("```python\n")[2].partition("```")[0]
+    code = "\n".join(line for line in block.splitlines() if "save(" not in line and "print(" not in line)
     where = os.getcwd()
     try:
         os.chdir(folder)
@@ -195,7 +194,8 @@ def as_typed(name: str, folder: Path) -> None:
         os.chdir(where)
 
 
-def main(out: Path) -> None:
+def main(out: Path, chosen: list[str]) -> None:
+    """All promises of the chosen folders, or of all; of the others that samples are equal."""
     for module in ("cmt_fast", "cmt_kernels"):
         try:
             importlib.import_module(module)
@@ -212,6 +212,8 @@ def main(out: Path) -> None:
         pipe = load(folder)
         pipes[name] = (pipe, want)
         bits(name, pipe, want, "loaded")
+        if chosen and name not in chosen:
+            continue
         steps = int(next(iter(want)))
         arguments(name, pipe, steps)
         outputs(name, pipe, steps, want)
@@ -225,6 +227,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
     print("\n".join(broken), file=sys.stderr)
     sys.exit(bool(broken))

@@ -70,7 +70,7 @@ def recipe(folder: Path, case: Case) -> Path:
     tree = yaml.safe_load(file.read_text())
     tree["sampler"] |= case.sampler
     tree[case.stage] |= case.keys
-    tree["eval"]["batch"] = 64
+    tree["eval"]["batch"], tree["sampler"]["teacher_steps"] = 64, 4
     if case.data == "vectors":
         tree["data"] = {"kind": "gmm", "n": 64}
     if case.data == "latents":
