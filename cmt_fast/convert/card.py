@@ -148,8 +148,8 @@ def _limits(work: Workspace, pipeline: Pipeline) -> list[str]:
             "The autoencoder is not in this folder: give from_pretrained(..., vae=AutoencoderKL), or take output_type='latent'."
         )
     lines.append(
-        "With seed, in float32 on a CPU, images are those of cmt sample in the trainer's plain torch, bit for bit; other devices "
-        "and dtypes round otherwise."
+        "With seed, in float32 on a CPU, images are those of cmt sample in plain torch with as many threads, bit for bit; other "
+        "devices and dtypes round otherwise."
     )
     return lines
 

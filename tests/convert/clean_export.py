@@ -36,6 +36,7 @@ import diffusers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from diffusers import DiffusionPipeline  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()
@@ -209,6 +210,8 @@ def main(out: Path, chosen: list[str]) -> None:
     pipes = {}
     for file in sorted(out.glob("*/expected.safetensors")):
         name, folder, want = file.parent.name, file.parent / "pipe", load_file(file)
+        with safe_open(file, "pt") as opened:
+            torch.set_num_threads(int(opened.metadata()["threads"]))
         pipe = load(folder)
         pipes[name] = (pipe, want)
         bits(name, pipe, want, "loaded")

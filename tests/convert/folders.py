@@ -115,7 +115,9 @@ def exported(stage: str, folder: Path, steps: Iterable[int] | None = None) -> No
         codec = work.decoding.codec(str(vae)) if vae.is_dir() else None
         images = {f"images-{k}": codec.decode(x) / 2 + 0.5 for k, x in drawn.items()} if codec else {}
     tensors: dict[str, Tensor] = drawn | {k: x.clamp(0, 1).contiguous() for k, x in images.items()}
-    save_file(tensors, folder / "expected.safetensors")
+    save_file(
+        tensors, folder / "expected.safetensors", {"threads": str(torch.get_num_threads())}
+    )  # sums depend on them
 
 
 def write(out: Path, stages: Iterable[str] = ()) -> None:

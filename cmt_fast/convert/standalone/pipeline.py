@@ -4,7 +4,7 @@
     images = pipe(class_labels=[0, 1], num_inference_steps=2, seed=0).images
 
 It needs torch and diffusers alone. Samples are kept in float32 whatever dtype the network computes in. With `seed` sample i is a
-function of (seed, i): on a CPU in float32 the one that the trainer draws, bit for bit. Otherwise noise is torch's.
+function of (seed, i): in float32 on a CPU, with as many threads, the trainer's bit for bit. Otherwise noise is torch's.
 """
 
 import difflib
