@@ -123,7 +123,7 @@ def pack_heads(qkv: Tensor, heads: int) -> Tensor:
 def attention(qkv: Tensor, side: int) -> Tensor:
     """(B, T, 3, heads, d) -> (B, heads d, side, T / side): softmax(q k^T / sqrt(d)) v."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    if qkv.is_cpu and _extreme(qkv):
+    if qkv.is_cpu and not torch.compiler.is_compiling() and _extreme(qkv):
         o = torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1) @ v
     else:
         o = F.scaled_dot_product_attention(q, k, v)

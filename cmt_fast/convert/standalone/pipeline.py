@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +133,9 @@ def solver_rows(path: str, solver: str, order: int, calls: int, t_max: float, t_
     if solver == "heun" and calls % 2:
         raise ValueError(f"num_inference_steps: {calls} is odd, and Heun's solver calls the network twice a step")
     steps = calls // 2 if solver == "heun" else calls
-    if path == "ve":  # geometric
+    times, rows = [t_max + (t_min - t_max) * i / steps for i in range(steps + 1)], []
+    if path == "ve":  # not evenly: each a constant factor below the last
         times = [t_max * ((t_min / t_max) ** (1 / steps)) ** i for i in range(steps)] + [t_min]
-    else:  # uniform
-        times = [t_max + (t_min - t_max) * i / steps for i in range(steps + 1)]
-    rows: list[tuple] = []
     for i, (t, s) in enumerate(zip(times, times[1:])):
         if solver == "dpmpp":
             rows.append((t, t, _dpmpp(times, i, min(order, i + 1, steps - i))))
@@ -393,3 +392,7 @@ class CmtPipeline(DiffusionPipeline):
         for file in ("README.md", "samples.png"):
             if origin and (Path(origin) / file).is_file() and not (folder / file).exists():
                 shutil.copyfile(Path(origin) / file, folder / file)
+
+
+# diffusers would run the next folder's pipeline.py in the module of this name, over the names that this code reads
+sys.modules.pop(__name__ if __name__.startswith("diffusers_modules.") else "", None)
