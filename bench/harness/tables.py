@@ -11,11 +11,12 @@ import re
 from pathlib import Path
 
 from bench.harness import gpu_tables
-from bench.harness.pages import inputs, keys, launches, picture, promises, published, recipe_tables
+from bench.harness.pages import gallery, inputs, keys, launches, picture, promises, published, recipe_tables
 
 PAGES = (
     Path("README.md"),
     Path("bench/README.md"),
+    Path("docs/gallery.md"),
     Path("docs/inputs.md"),
     Path("docs/keys.md"),
     Path("docs/performance.md"),
@@ -353,6 +354,7 @@ def tune(recipe: str) -> str:
 
 
 TABLES = {
+    "gallery": lambda recipe: gallery.table(RESULTS, recipe),
     "inputs": inputs.table,
     "keys": keys.table,
     "launches": lambda _: launches.table(RESULTS),
