@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import re
 import subprocess
 import sys
@@ -46,41 +45,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train what is missing, draw, write the JSON and the page; 1 where a training failed."""
     for recipe in args.recipe or RECIPES:
-        folder = found(recipe, args.runs)
-        command = ["train", recipe, *([f"seed={s}"] if (s := seed_of(folder, recipe)) else []), "--out", str(folder)]
+        name, (folder, seed) = loading.load(recipe).name, found(recipe, args.runs)
+        command = ["train", recipe, *([f"seed={seed}"] if seed else []), "--out", str(folder)]
         if not finished(folder) and subprocess.run([sys.executable, "-m", "cmt_fast", *command]).returncode:
             return 1
-        picture = args.docs / gallery.PICTURES / f"{recipe}.png"
-        results_file.write_json(tables.RESULTS / f"{recipe}-gallery.json", facts(recipe, folder))
+        picture = args.docs / gallery.PICTURES / f"{name}.png"
+        results_file.write_json(tables.RESULTS / f"{name}-gallery.json", facts(recipe, folder))
         draw(Workspace(stored_run(folder), folder, reading=True), picture)
         print(picture, flush=True)
     file = args.docs / PAGE.name
-    if file.is_file():
-        file.write_text(tables.filled(file.read_text("utf-8")), "utf-8")
-        print(file)
+    file.write_text(tables.filled(file.read_text("utf-8")), "utf-8")
+    print(file)
     return 0
 
 
-def found(recipe: str, runs: Path) -> Path:
-    """The folder of a recipe's run, which need not be there yet. Raises ValueError where one holds other settings."""
-    numbered = {int(m[1]): p for p in runs.glob(f"{recipe}-*") if (m := re.fullmatch(rf"{recipe}-(\d+)", p.name))}
-    folder = runs / recipe
-    if not (folder / "run.json").is_file() and numbered:
-        folder = numbered[min(numbered)]
+def found(recipe: str, runs: Path) -> tuple[Path, int]:
+    """The folder and the seed of a recipe's run, which need not be there yet. Raises ValueError where the run that is there
+    has other settings.
+    """
+    name = loading.load(recipe).name
+    numbered = {int(m[1]): p for p in runs.glob("*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))}
+    folder, seed = runs / name, loading.load(recipe).seed
+    if not folder.is_dir() and numbered:
+        seed, folder = min(numbered.items())
     if (folder / "run.json").is_file():
         stored = stored_run(folder)
-        meant = loading.load(recipe, [f"seed={stored.seed}"])
+        seed, meant = stored.seed, loading.load(recipe, [f"seed={stored.seed}"])
         if fingerprint.digest(stored) != fingerprint.digest(meant):
             differs = fingerprint.changed(loading.dump(meant), loading.dump(stored))
-            raise ValueError(f"--runs: {folder} is not a run of {recipe} as it stands ({'; '.join(differs[:3])})")
-    return folder
-
-
-def seed_of(folder: Path, recipe: str) -> int:
-    """The seed of a run; of one that is not there yet the recipe's, or the one in its folder's name."""
-    if (folder / "run.json").is_file():
-        return stored_run(folder).seed
-    return int(folder.name.rpartition("-")[2]) if folder.name != recipe else loading.load(recipe).seed
+            raise ValueError(f"--runs: {folder} is not a run of {name} as it stands ({'; '.join(differs[:3])})")
+    return folder, seed
 
 
 def finished(folder: Path) -> bool:
@@ -121,7 +115,12 @@ def facts(recipe: str, folder: Path) -> dict[str, Any]:
 def stage_facts(folder: Path, quality: dict, student_images: int) -> dict[str, Any]:
     """Of one stage: seconds by its own clock, figures as a few-step generator."""
     wall = checkpoint.complete(folder).manifest["wall"]
-    return {"train_s": wall["train_s"], "eval_s": wall["eval_s"], "few": quality["few"], "student_images": student_images}
+    return {
+        "train_s": wall["train_s"],
+        "eval_s": wall["eval_s"],
+        "few": quality["few"],
+        "student_images": student_images,
+    }
 
 
 def draw(work: Workspace, file: Path) -> None:
@@ -144,4 +143,6 @@ def real(work: Workspace, n: int) -> Tensor:
     if data.labels is None or wanted is None:
         return data.x[torch.arange(n) * data.n // n]
     places = {int(k): (data.labels == k).nonzero().flatten() for k in wanted.unique()}
-    return torch.stack([data.x[of[(2 * k + 1) * len(of) // (2 * n)]] for k, of in enumerate(places[int(w)] for w in wanted)])
+    return torch.stack(
+        [data.x[of[(2 * k + 1) * len(of) // (2 * n)]] for k, of in enumerate(places[int(w)] for w in wanted)]
+    )

@@ -42,19 +42,19 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, judge, write the JSON; 1 where a seed failed."""
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    folders = {seed: args.out / f"{args.recipe}-{seed}" for seed in seeds}
+    recipe = loading.load(args.recipe)
+    folders = {seed: args.out / f"{recipe.name}-{seed}" for seed in seeds}
     if args.together > 1 and not side_by_side(args, folders):
         return 1
     rows = [measure(args.recipe, seed, folder) for seed, folder in folders.items()]
     if args.rows_alone:
         return 0
-    recipe = loading.load(args.recipe)
-    about = facts(args.recipe, recipe) | {
+    about = facts(recipe.name, recipe) | {
         "images": {name: stage.images_nimg for name, stage in recipe.stages.items()},
         "environment": rows[0]["environment"],
         "seeds": rows,
     }
-    path = args.json or Path("bench/results/cpu") / f"{args.recipe}-seeds.json"
+    path = args.json or Path("bench/results/cpu") / f"{recipe.name}-seeds.json"
     write_json(path, about)
     print(path)
     return 0

@@ -67,8 +67,11 @@ def test_a_package_that_is_not_installed_is_named(package, pip, fresh, monkeypat
 
 @pytest.mark.parametrize(
     "change, words",
-    [({"file": "data/chelsea.tif"}, "which this version of scikit-image does not have"), ({"hash": "0" * 16}, "is not the photograph")],
-)  # fmt: skip
+    [
+        ({"file": "data/chelsea.tif"}, "which this version of scikit-image does not have"),
+        ({"hash": "0" * 16}, "which is not the photograph that the rows are cut from"),
+    ],
+)
 def test_another_version_of_a_photograph_is_an_error(change, words, fresh, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(photos, "PHOTOS", (*photos.PHOTOS[:3], photos.PHOTOS[3]._replace(**change), *photos.PHOTOS[4:]))
     assert main(["train", "photos", "--out", str(tmp_path / "run")]) == 2
