@@ -14,7 +14,7 @@ from cmt_fast.cli import main
 from cmt_fast.config.schema import Photos
 from cmt_fast.data import photos
 
-ROWS = 2 * len(photos.SHARES) * photos.PLACES**2  # of a photograph
+ROWS = len(photos.SHARES) * photos.PLACES**2  # of a photograph
 
 
 @pytest.fixture
@@ -38,17 +38,12 @@ def test_rows_are_colour_images_of_six_named_classes_in_the_range_of_networks():
     assert dark < -0.4 < light
 
 
-def test_mirror_images_follow_their_windows():
-    x = photos.load(Photos()).x
-    assert torch.equal(x[1::2], x[0::2].flip(-1)) and not torch.equal(x[1::2], x[0::2])
-
-
 def test_windows_reach_from_edge_to_edge_of_a_photograph(tmp_path):
     """Of a picture whose colour is its place, a window's colour says where it was cut."""
     h, w = 60, 90
     place = np.stack(np.broadcast_arrays(np.arange(h)[:, None] * 4, np.arange(w)[None] * 2, 0), -1).astype(np.uint8)
     Image.fromarray(place).save(tmp_path / "place.png")
-    cut = np.stack(photos._windows((tmp_path / "place.png").read_bytes())[::2]).astype(float)
+    cut = np.stack(photos._windows((tmp_path / "place.png").read_bytes())).astype(float)
     for k, share in enumerate(photos.SHARES):
         rows, side = cut[k * photos.PLACES**2 : (k + 1) * photos.PLACES**2], share * h
         middle = rows[:, :2].mean((2, 3)) / [4, 2] + 0.5  # of each window in pixels from the top and from the left

@@ -12,7 +12,10 @@ PICTURES = "gallery"  # beside the page
 
 def table(results: Path, recipe: str) -> str:
     """A recipe's part of the page. results: the folder of one device."""
-    data = json.loads((results / f"{recipe}-gallery.json").read_text("utf-8"))
+    file = results / f"{recipe}-gallery.json"
+    if not file.is_file():
+        return f"Not drawn yet: `python -m bench gallery {recipe}`.\n\n"
+    data = json.loads(file.read_text("utf-8"))
     e, stages = data["environment"], data["stages"]
     seconds = {name: s["train_s"] + s["eval_s"] for name, s in stages.items()}
     device = e["gpu"] if data["device"] == "cuda" else f"{e['cpu']}, {e['threads']} thread{'s' * (e['threads'] > 1)}"
