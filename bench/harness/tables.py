@@ -66,7 +66,10 @@ def span(values: list[float], digits: int = 2) -> str:
 
 def seeds(recipe: str) -> str:
     """The table of one recipe over its seeds."""
-    data = json.loads((RESULTS / f"{recipe}-seeds.json").read_text())
+    file = RESULTS / f"{recipe}-seeds.json"
+    if not file.is_file():
+        return f"Not measured yet: `python -m bench seeds {recipe}`.\n\n"
+    data = json.loads(file.read_text())
     rows, steps = data["seeds"], list(data["seeds"][0]["stages"]["post"])
     head = "".join(f" Fréchet, {k} step{'s' * (k != '1')} | accuracy, {k} |" for k in steps)
     lines = [f"| {recipe}: weights | images |{head}", "|---|---|" + "---|---|" * len(steps)]

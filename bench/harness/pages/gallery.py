@@ -14,7 +14,7 @@ def table(results: Path, recipe: str) -> str:
     """A recipe's part of the page. results: the folder of one device."""
     file = results / f"{recipe}-gallery.json"
     if not file.is_file():
-        return f"Not drawn yet: `python -m bench gallery {recipe}`.\n\n"
+        return f"Not measured yet: `python -m bench gallery {recipe}`.\n\n"
     data = json.loads(file.read_text("utf-8"))
     e, stages = data["environment"], data["stages"]
     seconds = {name: s["train_s"] + s["eval_s"] for name, s in stages.items()}
