@@ -108,7 +108,10 @@ def seeds(recipe: str) -> str:
 
 def search(recipe: str) -> str:
     """One search, best product of distances first."""
-    data = json.loads((RESULTS / f"{recipe}-search.json").read_text())
+    file = RESULTS / f"{recipe}-search.json"
+    if not file.is_file():
+        return f"Not measured yet: `cmt search {recipe}`, with `--record {file}`.\n\n"
+    data = json.loads(file.read_text())
     done = sorted(
         (t for t in data["trials"] if "steps" in t),
         key=lambda t: t["steps"]["1"]["frechet"] * t["steps"]["2"]["frechet"],
