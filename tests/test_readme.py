@@ -61,7 +61,9 @@ def test_tables_are_generated_not_typed():
         if kind in gpu_tables.CARDS:  # what no card has measured yet says so in place of a table
             assert recipe in gpu_tables.TABLES, mark
             continue
-        if kind in ("gallery", "search", "seeds") and "Not measured yet" in tables.filled(f"<!-- table: {mark} -->\n<!-- end -->"):
+        if kind in ("gallery", "search", "seeds") and "Not measured yet" in tables.filled(
+            f"<!-- table: {mark} -->\n<!-- end -->"
+        ):
             assert recipe in recipes.recipes(), mark
             continue
         if mark in (
