@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -51,7 +52,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--yes", action="store_true", help="do not ask")
     p.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
-    p.add_argument("--force", action="store_true", help="also where it was alive a moment ago, or other runs use its weights")
+    p.add_argument(
+        "--force", action="store_true", help="also where it was alive a moment ago, or other runs use its weights"
+    )
 
 
 def ls(args: argparse.Namespace) -> None:
@@ -134,10 +137,14 @@ def _show(table: templates.Table) -> None:
 
 
 def rm(args: argparse.Namespace) -> None:
-    removing.check(args.run, args.force)
+    removing.check(args.run, args.force or args.dry_run)
     if not (args.yes or args.dry_run or sys.stdin.isatty()):
-        raise ConfigError(f"--yes: is needed to remove files of {args.run} where nobody can be asked; --dry-run says which")
-    with folder_.locked(args.run, "RUN"):  # it does not begin to train while it is looked at
+        raise ConfigError(
+            f"--yes: is needed to remove files of {args.run} where nobody can be asked; --dry-run says which"
+        )
+    with (
+        contextlib.nullcontext() if args.dry_run else folder_.locked(args.run, "RUN")
+    ):  # it does not begin to train while it is looked at
         plan = removing.plan(args.run, args.keep, args.force)
     if not plan.paths and not plan.pruned:
         return say(f"{args.run}: nothing to remove, all that stands is kept by --keep {args.keep}")

@@ -94,7 +94,9 @@ def beside(columns: tuple[str, ...], rows: list[tuple[str, list[tuple[Path, str]
     least = int(max(map(font.getlength, columns))) + 8
     widths = [max(least, *(row[i].width if row[i] else 0 for row in cells)) for i in range(len(columns))]
     heights = [max(image.height if image else 0 for image in row) + 2 * line for row in cells]
-    canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + 2 * line + gap * len(rows)), "white")
+    canvas = Image.new(
+        "RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + 2 * line + gap * len(rows)), "white"
+    )
     draw = ImageDraw.Draw(canvas)
     left = [gap + sum(widths[:i]) + gap * i for i in range(len(widths))]
     for x, title in zip(left, columns):

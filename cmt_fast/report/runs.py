@@ -121,7 +121,8 @@ def _standing(run: Run, folder: Path, parents: Path | None, name: str) -> Standi
     nimg = max([int(row.get("nimg", 0)) for row in rows[-1:]] + [manifest["nimg"] if manifest else 0])
     done = bool(manifest and manifest.get("done"))
     state = "finished" if done else f"{nimg / stage.images_nimg:.0%}" if nimg else "not begun"
-    state = f"damaged: {wrong}" if wrong and not manifest else state
+    if wrong:  # an older checkpoint serves where there is one
+        state = f"{state}; damaged: {wrong}" if manifest else f"damaged: {wrong}"
     figures = _judged((folder / name, where), manifest) or _evaluated(rows, run.eval.n_during)
     try:
         bill = ledger.of_stage(where, manifest)

@@ -143,7 +143,17 @@ def stages_table(known: Known) -> Table:
         images = f"{s.nimg:,} of {s.stage.images_nimg:,}"
         size = bytes_text(pruning.size(s.folder))
         rows.append([s.name, kind, how, begun, ema or DASH, figures, images, hours_text(hours), size])
-    head = ["stage", "objective", "state", "starts from (images, EMA)", "EMA", "Fréchet @ steps", "images", "hours", "size"]
+    head = [
+        "stage",
+        "objective",
+        "state",
+        "starts from (images, EMA)",
+        "EMA",
+        "Fréchet @ steps",
+        "images",
+        "hours",
+        "size",
+    ]
     return Table("Stages", head, rows, IN_TRAINING if left else "", left=6)
 
 

@@ -22,7 +22,7 @@ from cmt_fast.run import folder as folder_
 from cmt_fast.storage import checkpoint, heartbeat, pruning
 
 KEEP = ("final", "report", "nothing")
-RECENT_S = 300.0  # a heart that beat since then may be of a process on another machine, whose lock is not seen here
+RECENT_S = 120.0  # a heart that beat since then may be of a process on another machine, whose lock is not seen here
 
 
 class Plan(NamedTuple):
@@ -68,7 +68,9 @@ def plan(folder: Path, keep: str, force: bool = False) -> Plan:
     """
     users = dependents(folder) if keep != "final" else []
     if users and not force:
-        raise ConfigError(f"--keep: {keep} takes weights that {', '.join(users)} {_use(users)}; keep final, or say --force")
+        raise ConfigError(
+            f"--keep: {keep} takes weights that {', '.join(users)} {_use(users)}; keep final, or say --force"
+        )
     said = [f"{user} uses its weights" for user in users]
     if keep == "nothing":
         return Plan(keep, folder, [folder], {}, said)
@@ -76,7 +78,9 @@ def plan(folder: Path, keep: str, force: bool = False) -> Plan:
     for name in STAGES:
         stage = folder / name
         if stage.is_symlink() or (stage / "checkpoints").is_symlink():
-            said.append(f"{stage} is a link out of the run, or holds one in the place of its checkpoints: left as it is")
+            said.append(
+                f"{stage} is a link out of the run, or holds one in the place of its checkpoints: left as it is"
+            )
             continue
         paths += [p for p in (stage / "snapshots", *(stage / "checkpoints").glob(".tmp-*")) if p.exists()]
         last = _last(stage, keep)

@@ -30,7 +30,17 @@ from cmt_fast.engine import load_named, sharding
 from cmt_fast.perceptual import distance
 from cmt_fast.run import absent, guidance
 from cmt_fast.run.decoding import Decoding
-from cmt_fast.run.folder import RUN_FILE, about_run, classes_of, judged_by, located, locked, parents_of, read_run, stored_run
+from cmt_fast.run.folder import (
+    RUN_FILE,
+    about_run,
+    classes_of,
+    judged_by,
+    located,
+    locked,
+    parents_of,
+    read_run,
+    stored_run,
+)
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.networks import check, fresh_network, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
