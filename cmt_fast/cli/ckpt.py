@@ -16,6 +16,7 @@ from cmt_fast.run import workspace
 from cmt_fast.storage import checkpoint
 
 PLAIN = ("edm2", "dit", "sit", "meanflow")  # the names of those projects
+LICENCES = {"license": "these weights", "data-license": "the data", "teacher-license": "the teacher"}
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -61,7 +62,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--vae", type=Path, metavar="FOLDER", help="diffusers: the autoencoder's folder, copied into the pipeline"
     )
-    p.add_argument("--license", metavar="ID", help="diffusers: the licence in the model card (default: unknown)")
+    for name, of in LICENCES.items():
+        p.add_argument(f"--{name}", metavar="ID", help=f"diffusers: the licence of {of}, for the card (apache-2.0)")
 
 
 def reconstruct(args: argparse.Namespace) -> None:
@@ -78,7 +80,9 @@ def list_(args: argparse.Namespace) -> None:
             continue
         try:
             found = checkpoint.verify(folder)
-            print(f"{folder.relative_to(args.run)}: sound, {found.manifest['nimg']} images")
+            gone = ", ".join(name.removesuffix(".safetensors") for name in found.manifest.get("pruned", {}))
+            without = f"; {gone} removed by `cmt runs rm`" if gone else ""
+            print(f"{folder.relative_to(args.run)}: sound, {found.manifest['nimg']} images{without}")
         except checkpoint.CheckpointError as error:
             bad += 1
             print(f"cmt: {error}", file=sys.stderr)
@@ -102,12 +106,12 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from cmt_fast.convert import exporting
+    from cmt_fast.convert import card, diffusers_folder, exporting
 
     work, stage = workspace.open_stage(args.stage, rows=False)
     found = exporting.collect(work, stage, args.ema)
-    for name in ("vae", "license"):
-        if args.format != "diffusers" and getattr(args, name) is not None:
+    for name in ("vae", *LICENCES):
+        if args.format != "diffusers" and getattr(args, name.replace("-", "_")) is not None:
             raise ConfigError(f"--{name}: is for --format diffusers")
     if args.format == "safetensors":
         exporting.to_safetensors(found, args.out)
@@ -120,5 +124,10 @@ def export(args: argparse.Namespace) -> None:
 
         print(plain.write(found, args.format, args.out))
     else:
-        exporting.to_diffusers(found, args.out, args.vae, args.license)
+        terms = card.Terms(args.license, args.data_license, args.teacher_license)
+        diffusers_folder.write(found, args.out, args.vae, terms)
+        asked = [*LICENCES][: 3 if card.foreign(work, found.about) else 2]
+        unsaid = [f"--{name}" for name, value in zip(asked, terms) if value is None]
+        if unsaid:
+            print(f"licences: the card says 'not stated'; say them with {', '.join(unsaid)} (such as apache-2.0)")
     print(f"{args.out}: EMA {args.ema} of {args.stage}, {len(found.weights)} tensors")

@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION
-from cmt_fast.convert.exporting import Export
-from cmt_fast.convert.plain import claim
+from cmt_fast.convert.exporting import Export, claim
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.diffusion.solvers import table

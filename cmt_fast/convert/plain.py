@@ -22,7 +22,7 @@ from torch import Tensor
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION
 from cmt_fast.convert import families, names
-from cmt_fast.convert.exporting import Export
+from cmt_fast.convert.exporting import Export, claim
 from cmt_fast.models.dit import positions
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import files as files_
@@ -69,14 +69,6 @@ def write(export: Export, family: str, out: Path) -> str:
     named = ", ".join(f"{k}={v}" for k, v in arguments.items())
     lines = [f"{out}: {target.builds}({named})", f"read back by names.{family} it is the stage's network, {how}"]
     return "\n".join(lines + _latents(work))
-
-
-def claim(out: Path) -> None:
-    """Raises ConfigError where no file can be written."""
-    if out.exists():
-        raise ConfigError(f"OUT: {str(out)!r} exists already; choose another name")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"OUT: the folder of {str(out)!r} does not exist")
 
 
 def _check(target: Target, family: str, work: Workspace) -> None:

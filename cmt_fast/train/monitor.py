@@ -46,6 +46,7 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
         net = engine.average()
         if now(plan.eval_every):
             n_during = work.run.eval.n_during
+            work.judging.keep()  # so that the run can be judged where its data are not
             figures = work.judging.evaluate(net, work.run.eval.steps, n_during, quiet=True)
             log.row("eval", n, n * config.batch, {"steps": figures, **work.judging.about(n_during)})
             distance = ", ".join(f"{row['frechet']:.4g} @{k}" for k, row in figures.items())

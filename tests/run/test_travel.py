@@ -85,6 +85,22 @@ def test_exports_are_those_of_home(gone, tmp_path, capsys):
     assert all(torch.equal(want[k], x) for k, x in load_file(tmp_path / "x.safetensors").items())
 
 
+def test_figures_and_the_page_are_those_of_home(gone, capsys):
+    """Judged anew, by what the run keeps of its data: every figure is the one that home had."""
+    names = ("pre", "mid", "post")
+    want = {name: json.loads((gone / "runs/small" / name / "figures.json").read_text()) for name in names}
+    for name in names:
+        (Path("run") / name / "figures.json").unlink()
+    code, _, err = cmt(capsys, "report", "run")
+    assert code == 0, err
+    got = {name: json.loads((Path("run") / name / "figures.json").read_text()) for name in names}
+    assert got == want
+    code, out, err = cmt(capsys, "eval", "run/post", "--steps", "1", "--json")
+    assert code == 0, err
+    ours = json.loads(out)["steps"]["1"]
+    assert ours["frechet"] == want["post"]["few"]["1"]["frechet"]
+
+
 def test_what_needs_rows_says_where_they_would_be(gone):
     work = workspace.open_run(Path("run"))
     assert not work.data.here and work.data.n == 12 and classes.counts(work.data).tolist() == [4, 4, 4]
