@@ -64,7 +64,9 @@ DOORS = {
     "sklearn": "cmt_fast/data/digits",
     "PIL": "cmt_fast/render/grids",
     "matplotlib": "cmt_fast/render/plots",
-    "tensorboard": "cmt_fast/storage/metrics_log",
+    "tensorboard": "cmt_fast/storage/loggers/to_tensorboard",
+    "wandb": "cmt_fast/storage/loggers/to_wandb",
+    "mlflow": "cmt_fast/storage/loggers/to_mlflow",
     "torch_fidelity": "cmt_fast/evaluation/inception",
 }
 TRITON = ("triton", "triton_kernels", "triton_launches", "assembler")  # the modules of cmt_kernels that may name it

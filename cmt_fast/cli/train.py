@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 import cmt_kernels
@@ -23,6 +24,8 @@ from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.runtime import distributed, machine, memory
 from cmt_fast.teacher import precision, solver_record
 from cmt_fast.train import loop, profiler
+
+REFRESH_S = 30  # seconds after which the page of a run that trains loads itself anew
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -88,7 +91,8 @@ def train(args: argparse.Namespace) -> None:
         _classes(work)
     if work.device.type == "cpu":
         memory.keep_freed()
-    loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None)
+    draw = functools.partial(page.write, out, judge=False, refresh_s=REFRESH_S)
+    loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
     page.write(out)
 
 

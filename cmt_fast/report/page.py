@@ -30,10 +30,11 @@ from cmt_fast.usage import ledger
 FIGURES = "figures.json"
 
 
-def write(folder: Path) -> dict[str, Any]:
+def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dict[str, Any]:
     """Judge what is finished, on all ranks together, and write the report on the first. Returns figures and paths.
 
-    Raises ConfigError when `folder` is no run, holds no finished stage, or matplotlib is not installed.
+    judge: False draws what is there, on this rank alone, and says how far the run is; refresh_s: the page loads itself anew
+    so often. Raises ConfigError when `folder` is no run, holds no finished stage, or matplotlib is not installed.
     """
     run = stored_run(folder)
     if importlib.util.find_spec("matplotlib") is None:
@@ -42,10 +43,12 @@ def write(folder: Path) -> dict[str, Any]:
     work = Workspace(run, folder, Path(about["parents"]) if about.get("parents") else None, reading=True)
     stands = {name: stand(work, name) for name in run.stages}
     done = {name: s for name, s in stands.items() if s.done}
+    if not judge:
+        return _half_way(work, stands, about, refresh_s)
     if not done:
         states = "; ".join(f"{name}: {s.state}" for name, s in stands.items())
         raise ConfigError(f"RUN: {str(folder)!r} holds no finished stage to report on ({states})")
-    judged = {name: judge(work, s) for name, s in done.items()}
+    judged = {name: judge_stage(work, s) for name, s in done.items()}
     if distributed.rank():
         return {}
     curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in run.eval.steps}
@@ -78,6 +81,33 @@ def write(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _half_way(work: Workspace, stands: dict[str, Stand], about: dict[str, Any], refresh_s: int | None) -> dict[str, Any]:
+    """The page of a run that is under way: what needs no samples."""
+    curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in work.run.eval.steps}
+    now = datetime.datetime.now(datetime.timezone.utc)
+    page = [
+        sections.head(work, stands, {}),
+        sections.curves(work, {}, curves, []),
+        sections.training(stands),
+        sections.bill(stands),
+        sections.samples(stands),
+        sections.surroundings(work, about),
+    ]
+    page[0].text.append(f"{half_way(stands)}, updated {now:%H:%M} UTC")
+    html = work.folder / "report.html"
+    files.write_text(html, templates.html(work.run.name, [s for s in page if s.groups], refresh_s))
+    return {"run": work.run.name, "html": html}
+
+
+def half_way(stands: dict[str, Stand]) -> str:
+    """Where a run that is not at its end stands, by its newest rows."""
+    begun = [s for s in stands.values() if s.rows and not s.done]
+    if not begun:
+        return "between stages"
+    s = begun[-1]
+    return f"half-way: stage {s.name}, {100 * s.rows[-1]['nimg'] / s.stage.images_nimg:.0f} %"
+
+
 def stand(work: Workspace, name: str) -> Stand:
     """The stage as it is in the run's folder, or where its parents are."""
     stage, folder = work.run.stages[name], work.stage_dir(name)
@@ -97,7 +127,7 @@ def stand(work: Workspace, name: str) -> Stand:
     return Stand(name, stage, rows, manifest, done, state, grids, ledger.of_stage(folder, manifest))
 
 
-def judge(work: Workspace, s: Stand) -> Judged:
+def judge_stage(work: Workspace, s: Stand) -> Judged:
     """Figures of a finished stage, from its figures.json where that still holds; of `pre` by the solver too."""
     run, file, settings = work.run, work.folder / s.name / FIGURES, loading.dump(work.run)
     key = {k: settings[k] for k in ("data", "path", "sigma_data", "eval", "sampler")}

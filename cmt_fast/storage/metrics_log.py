@@ -1,4 +1,4 @@
-"""Metrics as JSON lines, always; progress as a rich bar on a terminal and plain lines elsewhere; TensorBoard as an extra."""
+"""Metrics as JSON lines, always; progress as a rich bar on a terminal and plain lines elsewhere; loggers beside them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cmt_fast.storage.heartbeat import beat
+from cmt_fast.storage.loggers import Loggers, Opening, picture_caption
 
 METRICS = "metrics.jsonl"
 
@@ -30,21 +31,29 @@ def read(path: Path) -> list[dict[str, Any]]:
 class Log:
     """One stage's record. Rows: {"kind", "step", "nimg", ..., "wall": {...}}; only "wall" differs between equal runs."""
 
-    def __init__(self, folder: Path, step: int, total: int, title: str, quiet: bool, tensorboard: bool = False) -> None:
-        """Opens the file for appending after `step`: rows past it belong to work that was lost and is done again."""
+    def __init__(
+        self, folder: Path, step: int, total: int, title: str, quiet: bool, loggers: tuple[str, ...] = (),
+        about: Opening | None = None,
+    ) -> None:  # fmt: skip
+        """Opens the file for appending after `step`: rows past it belong to work that was lost and is done again.
+
+        loggers: those that get what is logged too, of the stage that `about` describes.
+        """
         self.file, self.run = None, folder.parent
         self.total, self.title, self.quiet = total, title, quiet
-        self.board = None
+        self.loggers, self.last = Loggers((), Opening("", folder)), step
         if not quiet:
             path = folder / METRICS
-            kept = [row for row in read(path) if row["step"] <= step]
+            rows = read(path)
+            kept = [row for row in rows if row["step"] <= step]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
             os.replace(temporary, path)
             self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
             beat(self.run)
-            if tensorboard:
-                self.board = _tensorboard(folder)
+            if loggers and about:
+                seen = max((row["nimg"] for row in rows), default=0)
+                self.loggers = Loggers(loggers, about._replace(seen_nimg=seen), kept)
         self.progress = None
         self.console = Console(stderr=False)
         if not quiet and self.console.is_terminal:
@@ -66,10 +75,12 @@ class Log:
             beat(self.run)
             self.file.write(json.dumps({"kind": kind, "step": step, "nimg": nimg, **values, "wall": wall or {}}) + "\n")
             self.file.flush()
-        if self.board:
-            for key, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{kind}/{key}", value, nimg)
+        self.last = step
+        self.loggers.row(kind, nimg, values, wall or {})
+
+    def picture(self, name: str, nimg: int, path: Path) -> None:
+        """Give a picture that is on disk to the loggers."""
+        self.loggers.picture(name, nimg, path, picture_caption(self.title, nimg))
 
     def commit(self) -> None:
         """Force rows to disk, before a checkpoint that vouches for them."""
@@ -93,13 +104,4 @@ class Log:
             self.progress.stop()
         if self.file:
             self.file.close()
-        if self.board:
-            self.board.close()
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard: is true, but the package is not installed: pip install tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+        self.loggers.close(whole=self.last >= self.total)

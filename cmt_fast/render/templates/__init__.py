@@ -64,9 +64,9 @@ def png(title: str, file: str, path: Path) -> Picture:
     return Picture(title, file, base64=base64.b64encode(path.read_bytes()).decode())
 
 
-def html(title: str, sections: list[Section]) -> str:
-    """One self-contained page, escaped by jinja."""
-    return _render("report.html.j2", title, sections)
+def html(title: str, sections: list[Section], refresh_s: int | None = None) -> str:
+    """One self-contained page, escaped by jinja. refresh_s: the browser loads it anew so often."""
+    return _render("report.html.j2", title, sections, refresh_s)
 
 
 def markdown(title: str, sections: list[Section]) -> str:
@@ -81,13 +81,13 @@ def write_pictures(folder: Path, sections: list[Section]) -> None:
         (folder / picture.file).write_bytes(picture.svg.encode() or base64.b64decode(picture.base64))
 
 
-def _render(template: str, title: str, sections: list[Section]) -> str:
+def _render(template: str, title: str, sections: list[Section], refresh_s: int | None = None) -> str:
     environment = jinja2.Environment(
         autoescape=template.endswith(".html.j2"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["md"] = escape_markdown
     text = (resources.files(__name__) / template).read_text("utf-8")
-    return environment.from_string(text).render(title=title, sections=sections)
+    return environment.from_string(text).render(title=title, sections=sections, refresh_s=refresh_s)
 
 
 def escape_markdown(text: str) -> str:
