@@ -200,7 +200,7 @@ def _told(name: str, stage: str, error: Exception) -> None:
     """The one line of a logger that failed."""
     text = " ".join(str(error).split()) or type(error).__name__
     where = f" of {stage}" if stage else " from here on"
-    line = f"cmt: {name}: {text[:300]}; it gets nothing{where}, metrics.jsonl has every row"
+    line = f"cmt: {name}: {text[:600]}; it gets nothing{where}, metrics.jsonl has every row"
     print(line, file=sys.stderr, flush=True)
 
 
