@@ -57,15 +57,15 @@ def _look(watched: list[Watched], every: float, once: bool) -> None:
     console = Console()
     states = [w.look() for w in watched]
     if once or all(s.finished for s in states):
-        return console.print(_drawn(states))
+        return console.print(_drawn(states, console.width))
     if not console.is_terminal:
         return _lines(watched, states, every)
-    with Live(_drawn(states), console=console, auto_refresh=False, screen=True) as live:
+    with Live(_drawn(states, console.width), console=console, auto_refresh=False, screen=True) as live:
         while not all(s.finished for s in states):
             time.sleep(every)
             states = [w.look() for w in watched]
-            live.update(_drawn(states), refresh=True)
-    console.print(_drawn(states))
+            live.update(_drawn(states, console.width), refresh=True)
+    console.print(_drawn(states, console.width))
 
 
 def _lines(watched: list[Watched], states: list[RunState], every: float) -> None:
@@ -82,8 +82,8 @@ def _lines(watched: list[Watched], states: list[RunState], every: float) -> None
         states = [w.look() for w in watched]
 
 
-def _drawn(states: list[RunState]) -> RenderableType:
-    return screen.page(states[0]) if len(states) == 1 else screen.overview(states)
+def _drawn(states: list[RunState], width: int) -> RenderableType:
+    return screen.page(states[0], width) if len(states) == 1 else screen.overview(states)
 
 
 def _serve(watched: Watched, port: int | None, show: bool) -> None:

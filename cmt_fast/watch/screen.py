@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -17,37 +18,39 @@ from cmt_fast.watch.state import RunState, StageState, span
 MOODS = {"good": "green", "waiting": "yellow", "bad": "bold red"}
 HEIGHTS = "▁▂▃▄▅▆▇█"
 POINTS = 20  # of a curve of losses
+WIDE = 100  # characters of a terminal on which everything has a place
 DASH = "–"
 
 
-def page(state: RunState) -> RenderableType:
-    """One run, all of it."""
+def page(state: RunState, width: int = WIDE) -> RenderableType:
+    """One run, all of it. width: of the terminal, in characters."""
     title = Text.assemble((state.name, "bold"), ("  " + str(state.folder), "dim"))
-    parts: list[RenderableType] = [title, Text(state.life, MOODS[state.mood]), _stages(state)]
+    parts: list[RenderableType] = [title, Text(state.life, MOODS[state.mood]), Text(), _stages(state, width >= WIDE)]
     if state.teacher or any(s.evaluations for s in state.stages):
-        parts.append(_evaluations(state))
-    parts.append(Text(_spent(state), "dim"))
-    return Padding(Group(*parts), (1, 1, 0, 1))
+        parts += [Text(), Text(state.distance, "dim"), _evaluations(state)]
+    parts += [Text(), Text(_spent(state), "dim")]
+    return Padding(Group(*parts), (1, 1))
 
 
 def overview(states: Sequence[RunState]) -> RenderableType:
     """Several runs, a row each."""
     steps = sorted({k for s in states for k in s.steps})
-    table = _table(["run", "stage", "", "images/s", "left", *(f"Fréchet, {_steps(k)}" for k in steps), "sign of life"], 3)
+    table = _table(["run", "stage", "", "images/s", "left", *(f"in {_steps(k)}" for k in steps), "sign of life"], 2)
+    table.columns[-1].justify, table.title, table.title_justify = "left", "in N steps: Fréchet distance", "left"
     for state in states:
         stage = state.now or _last(state)
         running = state.now is not None
         newest = [_newest(state, str(k)) for k in steps]
         table.add_row(
-            Text(state.name, "bold"),
+            Text(state.folder.name or state.name, "bold"),
             Text("done" if state.finished else stage.name),
             Text(f"{100 * _share(state):.0f} %"),
             Text(f"{stage.speed:,.0f}" if running and stage.speed else DASH),
             Text(span(stage.left_s) if running and stage.left_s is not None else DASH),
             *(Text(number(found[1]) if found else DASH) for found in newest),
-            Text(state.life, MOODS[state.mood]),
+            Text(re.split("[;:]", state.life)[0], MOODS[state.mood]),
         )
-    return Padding(table, (1, 1, 0, 1))
+    return Padding(table, (1, 1))
 
 
 def line(state: RunState) -> str:
@@ -83,22 +86,30 @@ def number(x: float) -> str:
     return f"{x:.4g}"
 
 
-def _stages(state: RunState) -> Table:
-    table = _table(["stage", "", "", "images", "images/s", "left", "loss", ""], 2)
-    table.columns[-1].justify = "left"
+def short(n: int) -> str:
+    """A count of images: all digits below 100,000, else `128k`, `1.28M`."""
+    if n < 100_000:
+        return f"{n:,}"
+    return f"{n / 1000:.4g}k" if n < 1_000_000 else f"{n / 1e6:.4g}M"
+
+
+def _stages(state: RunState, wide: bool) -> Table:
+    table = _table(["stage", "", "", "images", "images/s", "left", "loss", *[""] * wide], 2)
+    if wide:
+        table.columns[-1].justify = "left"
     for s in state.stages:
         waiting, now = s.state == "waiting", s == state.now
-        bar = ProgressBar(100, 100 * s.share, width=22, complete_style="cyan" if now else "green", finished_style="green")
+        bar = ProgressBar(100, 100 * s.share, width=20 if wide else 10, complete_style="cyan" if now else "green", finished_style="green")
         left = span(s.left_s) if now and s.left_s is not None else ("done" if s.state == "done" else DASH)
         table.add_row(
             Text(s.name, "dim" if waiting else ("bold" if now else "")),
             bar,
             Text(f"{100 * s.share:.0f} %"),
-            Text(f"{s.nimg:,} of {s.total_nimg:,}" if s.state == "begun" else f"{s.nimg or s.total_nimg:,}"),
+            Text(f"{short(s.nimg)} of {short(s.total_nimg)}" if s.state == "begun" else short(s.nimg or s.total_nimg)),
             Text(f"{s.speed:,.0f}" if s.speed else DASH),
             Text(left),
             Text(number(s.losses[-1]) if s.losses else DASH),
-            Text(sparkline(s.losses) or (f"from {s.elsewhere}" if s.elsewhere else ""), "cyan"),
+            *[Text(sparkline(s.losses) or (f"from {s.elsewhere}" if s.elsewhere else ""), "cyan")] * wide,
             style="dim" if waiting else "",
         )
     return table
@@ -106,7 +117,7 @@ def _stages(state: RunState) -> Table:
 
 def _evaluations(state: RunState) -> Table:
     """The newest evaluation of every stage, and its best so far where that is another one."""
-    table = _table([state.distance, *(h for k in state.steps for h in (f"in {_steps(k)}", "best so far"))], 1)
+    table = _table(["", *(h for k in state.steps for h in (f"in {_steps(k)}", "best so far"))], 1)
     if state.teacher:
         steps, distance = state.teacher
         blank = [DASH] * (2 * len(state.steps) - 1)
@@ -120,10 +131,10 @@ def _evaluations(state: RunState) -> Table:
                 continue
             nimg, best = min(found, key=lambda e: e[1])
             is_best = best == found[-1][1]
-            at = "this one" if is_best else f"{number(best)} at {nimg:,}"
+            at = "this one" if is_best else f"{number(best)} at {short(nimg)}"
             cells += [Text(number(found[-1][1]), "bold green" if is_best else ""), Text(at, "dim")]
         last = max(found[-1][0] for found in s.evaluations.values())
-        table.add_row(Text(f"{s.name} at {last:,}", "bold" if s == state.now else ""), *cells)
+        table.add_row(Text(f"{s.name} at {short(last)}", "bold" if s == state.now else ""), *cells)
     return table
 
 
@@ -144,9 +155,9 @@ def _spent(state: RunState) -> str:
 
 
 def _table(head: list[str], left: int) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="dim")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for i, title in enumerate(head):
-        table.add_column(Text(title), justify="left" if i < left else "right", no_wrap=i > 0)
+        table.add_column(Text(title), justify="left" if i < left else "right", no_wrap=True)
     return table
 
 
