@@ -81,7 +81,9 @@ def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dic
     }  # fmt: skip
 
 
-def _half_way(work: Workspace, stands: dict[str, Stand], about: dict[str, Any], refresh_s: int | None) -> dict[str, Any]:
+def _half_way(
+    work: Workspace, stands: dict[str, Stand], about: dict[str, Any], refresh_s: int | None
+) -> dict[str, Any]:
     """The page of a run that is under way: what needs no samples."""
     curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in work.run.eval.steps}
     now = datetime.datetime.now(datetime.timezone.utc)

@@ -33,7 +33,7 @@ class HalfWay:
             return False
         try:
             self.page()
-        except Exception as error:  # noqa: BLE001  a picture of the run is not the run
+        except Exception as error:
             text = " ".join(str(error).split()) or type(error).__name__
             print(f"cmt: report.html is not drawn while the run trains ({text[:300]})", file=sys.stderr, flush=True)
             self.page = None

@@ -73,7 +73,9 @@ def sparkline(values: Sequence[float], points: int = POINTS) -> str:
     if len(sound) < 2:
         return ""
     n = min(points, len(sound))
-    means = [sum(part) / len(part) for i in range(n) if (part := sound[i * len(sound) // n : (i + 1) * len(sound) // n])]
+    means = [
+        sum(part) / len(part) for i in range(n) if (part := sound[i * len(sound) // n : (i + 1) * len(sound) // n])
+    ]
     if min(means) > 0:
         means = [math.log(v) for v in means]
     low, high = min(means), max(means)
@@ -99,7 +101,13 @@ def _stages(state: RunState, wide: bool) -> Table:
         table.columns[-1].justify = "left"
     for s in state.stages:
         waiting, now = s.state == "waiting", s == state.now
-        bar = ProgressBar(100, 100 * s.share, width=20 if wide else 10, complete_style="cyan" if now else "green", finished_style="green")
+        bar = ProgressBar(
+            100,
+            100 * s.share,
+            width=20 if wide else 10,
+            complete_style="cyan" if now else "green",
+            finished_style="green",
+        )
         left = span(s.left_s) if now and s.left_s is not None else ("done" if s.state == "done" else DASH)
         table.add_row(
             Text(s.name, "dim" if waiting else ("bold" if now else "")),

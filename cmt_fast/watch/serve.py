@@ -22,7 +22,12 @@ from cmt_fast.config.schema import STAGES
 
 HOST, PORT = "127.0.0.1", 8300
 SERVED = re.compile(rf"report\.(html|md)|report/[\w-]+\.(svg|png)|({'|'.join(STAGES)})/grids/\d+\.png")
-KINDS = {"html": "text/html; charset=utf-8", "md": "text/markdown; charset=utf-8", "png": "image/png", "svg": "image/svg+xml"}
+KINDS = {
+    "html": "text/html; charset=utf-8",
+    "md": "text/markdown; charset=utf-8",
+    "png": "image/png",
+    "svg": "image/svg+xml",
+}
 REST_S = 10.0  # between two drawings of the page
 
 
@@ -48,7 +53,7 @@ class Fresh:
                 return
             try:
                 self.draw()
-            except Exception as error:  # noqa: BLE001  what is there is served
+            except Exception as error:
                 text = " ".join(str(error).split()) or type(error).__name__
                 if text != self.said:
                     print(f"cmt: report.html is not drawn anew ({text[:300]})", file=sys.stderr, flush=True)
@@ -67,7 +72,9 @@ def server(run: Path, fresh: Callable[[], None], port: int | None = None) -> htt
             return http.server.ThreadingHTTPServer((HOST, choice), Handler)
         except OSError as error:
             refused = error
-    raise ConfigError(f"--serve: port {port} cannot be had ({refused.strerror}); without a number any free one is taken")
+    raise ConfigError(
+        f"--serve: port {port} cannot be had ({refused.strerror}); without a number any free one is taken"
+    )
 
 
 def served(run: Path, path: str) -> Path | None:

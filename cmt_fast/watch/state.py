@@ -1,8 +1,8 @@
 """How far a run is, from the files that it keeps while it trains.
 
-    RUN/run.json           the stages and their lengths          STAGE/metrics.jsonl    speed, loss, evaluations
-    RUN/heartbeat          when it last did something            STAGE/bill.alive       when its process last lived
-    STAGE/checkpoints/     what is finished
+RUN/run.json           the stages and their lengths          STAGE/metrics.jsonl    speed, loss, evaluations
+RUN/heartbeat          when it last did something            STAGE/bill.alive       when its process last lived
+STAGE/checkpoints/     what is finished
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class StageState(NamedTuple):
     speed: float | None = None
     left_s: float | None = None
     spent_s: float = 0.0
-    devices: dict[str, float] = {}  # noqa: RUF012  read only; unit -> device seconds
-    losses: list[float] = []  # noqa: RUF012
-    evaluations: dict[str, list[tuple[int, float]]] = {}  # noqa: RUF012
+    devices: dict[str, float] = {}
+    losses: list[float] = []
+    evaluations: dict[str, list[tuple[int, float]]] = {}
     elsewhere: str = ""
 
     @property

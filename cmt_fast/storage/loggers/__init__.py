@@ -24,7 +24,11 @@ from typing import Any, NamedTuple, Protocol
 
 from cmt_fast.storage import files
 
-EXTRAS = {"tensorboard": "log", "wandb": "wandb", "mlflow": "mlflow"}  # logger, and package of its name -> extra of ours
+EXTRAS = {
+    "tensorboard": "log",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+}  # logger, and package of its name -> extra of ours
 IDS = "loggers.json"  # STAGE/loggers.json: logger -> the id under which it knows the stage
 DRAIN_S = 60.0  # what the end of a stage waits for a logger that lags behind
 
@@ -40,7 +44,7 @@ class Opening(NamedTuple):
     before_nimg: int = 0
     nimg: int = 0
     seen_nimg: int = 0
-    settings: dict[str, Any] = {}  # noqa: RUF012  read only
+    settings: dict[str, Any] = {}
 
     @property
     def stage(self) -> str:
@@ -145,7 +149,9 @@ class Loggers:
             if nimg is not None:
                 at, when = self.about.before_nimg + nimg, path.stat().st_mtime
                 caption = picture_caption(self.about.stage, nimg)
-                worker.put(lambda logger, at=at, path=path, c=caption, w=when: logger.picture(at, "samples", path, c, w))
+                worker.put(
+                    lambda logger, at=at, path=path, c=caption, w=when: logger.picture(at, "samples", path, c, w)
+                )
 
 
 def picture_caption(stage: str, nimg: int) -> str:
@@ -168,7 +174,7 @@ class _Worker:
         try:
             module = importlib.import_module(f"cmt_fast.storage.loggers.to_{name}")
             return cls(name, module.open_logger(about))
-        except Exception as error:  # noqa: BLE001  whatever a foreign library raises
+        except Exception as error:
             _told(name, about.stage, error)
             return None
 
@@ -189,7 +195,7 @@ class _Worker:
                 continue
             try:
                 job(self.logger)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 self.failed = True
                 _told(self.name, "", error)
                 with contextlib.suppress(Exception):

@@ -13,7 +13,11 @@ from typing import Any
 
 from cmt_fast.storage.loggers import Opening, environment, keep_id, known_id
 
-NAME, LONGEST, AT_ONCE = "mlflow", 500, 100  # characters of a parameter and parameters of a call that every server takes
+NAME, LONGEST, AT_ONCE = (
+    "mlflow",
+    500,
+    100,
+)  # characters of a parameter and parameters of a call that every server takes
 
 
 def open_logger(about: Opening) -> Board:
