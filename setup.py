@@ -1,45 +1,32 @@
 """Packages of CMT-Fast: the trainer `cmt_fast` and, from its own source root, the ops `cmt_kernels` with their extension.
 
-The extension needs torch to build against. Where pip builds in isolation there is none, and the install is pure Python:
-`python -m cmt_kernels._native.build` then builds it in place, or `pip install --no-build-isolation` while installing.
+The extension is built beside a torch. `pip install .` builds in isolation, where none can be imported; then
+
+* CMT_BUILD_TORCH=torch==2.13.0 declares one, which pip installs for the build;
+* else that of the environment which pip installs into is taken, by its path (`outer` in cmt_kernels/_native/build.py);
+* else the install is pure Python. No torch is downloaded unasked: a CUDA build is gigabytes, and most have it already.
+
+CMT_WITHOUT_KERNELS=1, or a cmt-kernels in the environment, leaves the ops to that distribution (kernels/README.md): no file
+is ever owned by two.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
-from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+found = importlib.util.spec_from_file_location("wheel", Path(__file__).parent / "kernels/cmt_kernels/_native/wheel.py")
+wheel = importlib.util.module_from_spec(found)
+found.loader.exec_module(wheel)
 
-
-class BuildNative(build_ext):
-    """Compile csrc with cmt_kernels/_native/build.py; an install without a compiler succeeds and says so."""
-
-    def run(self) -> None:
-        if importlib.util.find_spec("torch") is None:
-            print("native ops not built: no torch to build against (isolated build)")
-            return
-        spec = importlib.util.spec_from_file_location("build_native", ROOT / "kernels/cmt_kernels/_native/build.py")
-        native = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(native)
-        in_place = self.inplace or self.editable_mode
-        print(native.build(native.HERE if in_place else Path(self.build_lib, "cmt_kernels/_native").absolute())[1])
-
-    def get_outputs(self) -> list[str]:
-        return []
-
-    def get_output_mapping(self) -> dict[str, str]:
-        return {}
-
-    def get_source_files(self) -> list[str]:
-        return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*")) if p.is_file()]
-
-
+asked = os.environ.get("CMT_WITHOUT_KERNELS")
+apart = asked == "1" if asked else bool(wheel.installed("cmt_kernels"))
 setup(
-    packages=find_packages(include=["cmt_fast*"]) + find_packages("kernels"),
+    packages=find_packages(include=["cmt_fast*"]) + ([] if apart else find_packages("kernels")),
     package_dir={"cmt_fast": "cmt_fast", "cmt_kernels": "kernels/cmt_kernels"},
     package_data={"cmt_fast": ["recipes/*.yaml", "config/keys.yaml", "render/templates/*.j2"]},
-    ext_modules=[Extension("cmt_kernels._native.cmt_native", [])],
-    cmdclass={"build_ext": BuildNative},
+    ext_modules=[] if apart else [Extension("cmt_kernels._native.cmt_native", [])],
+    setup_requires=wheel.declared(),
+    cmdclass={"build_ext": wheel.BuildNative, "bdist_wheel": wheel.Wheel},
 )

@@ -40,11 +40,9 @@ def open_recipe(recipe: str, *overrides: str, out: str | Path | None = None) -> 
 
 def open_run(run: str | Path) -> Workspace:
     """A run that is on disk, as `cmt train` left it. Raises ConfigError where the folder holds none."""
-    from cmt_fast.run import folder
-    from cmt_fast.run.workspace import Workspace
+    from cmt_fast.run import workspace
 
-    where = Path(run)
-    return Workspace(folder.stored_run(where), where, folder.parents_of(where), reading=True)
+    return workspace.open_run(Path(run))
 
 
 def network(stage: str | Path) -> nn.Module:
@@ -55,7 +53,7 @@ def network(stage: str | Path) -> nn.Module:
     """
     from cmt_fast.run.workspace import open_stage
 
-    work, name = open_stage(str(stage))
+    work, name = open_stage(str(stage), rows=False)
     return work.network(name)
 
 
@@ -73,11 +71,37 @@ def sample(
     from cmt_fast.run.workspace import open_stage
 
     _at_least(n=(n, 1), steps=(steps, 1))
-    work, name = open_stage(str(stage))
+    work, name = open_stage(str(stage), rows=False)
     if solver:
         guidance.check_solver(work.place, name)
     x = work.setting.generate(work.network(name), steps, n, seed, solver, work.run.eval.batch)
     return x, work.setting.labels(torch.arange(n))
+
+
+def sample_to(
+    stage: str | Path,
+    out: str | Path,
+    n: int = 64,
+    steps: int | None = None,
+    seed: int = 0,
+    solver: bool = False,
+    **more: Any,
+) -> str:
+    """Samples of "RUN/STAGE" on disk, as `cmt sample --out` writes them: PNGs in a folder, or one .npz; what is there is kept.
+
+    more: `format` ("png", "arrays", "adm"), `first`, `batch`, `classes` ("3,7"), `guidance`, `decode`, `vae`, as the options.
+    Call it in the main thread. Returns the line that says what was written. Raises ConfigError as the command does.
+    """
+    from cmt_fast.run import samples
+
+    _at_least(n=(n, 1), steps=(steps, 1))
+    kind = more.pop("format", None)
+    valid = {*samples.Request._fields[3:], *samples.Asked._fields} - {"solver"}
+    if wrong := sorted(set(more) - valid):
+        raise TypeError(f"sample_to: {wrong[0]!r} is no argument; valid are {', '.join(sorted(valid))}, format")
+    own = {key: more.pop(key) for key in ("first", "batch") if key in more}
+    request = samples.Request(n, steps or 0, seed, solver=solver, **own)
+    return samples.save(samples.opened(str(stage), request, samples.Asked(**more)), Path(out), kind, quiet=True)
 
 
 def evaluate(
@@ -99,7 +123,10 @@ def evaluate(
     work, name = open_stage(str(stage))
     if solver:
         guidance.check_solver(work.place, name)
-    return work.judging.evaluate(work.network(name), tuple(steps), n or work.run.eval.n, solver, seed, quiet=True)
+    n = n or work.run.eval.n
+    judge = work.judging.open_judge(samples=n)
+    found = work.judging.evaluate(work.network(name), tuple(steps), n, solver, seed, judge, quiet=True)
+    return {k: {key: v for key, v in row.items() if key != "left_out"} for k, row in found.items()}
 
 
 def trajectories(work: Workspace, stage: str = "mid", n: int = 8) -> tuple[Tensor, tuple[float, ...], Tensor | None]:
@@ -197,6 +224,7 @@ __all__: list[Any] = [
     "open_recipe",
     "open_run",
     "sample",
+    "sample_to",
     "train",
     "training_steps",
     "trajectories",

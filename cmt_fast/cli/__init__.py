@@ -12,14 +12,17 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 
 from cmt_fast import __version__
 from cmt_fast.cli.parser import Parser
 from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.runtime import once
 from cmt_fast.runtime.signals import Stopped
 
 STDOUT = 1
+ALL = "*"
 # command: its module, what it is for
 COMMANDS = {
     "train": ("train", "train the stages of a recipe; rerun to resume"),
@@ -37,7 +40,7 @@ COMMANDS = {
         "train_features",
         "train the classifier behind the distance latent_lpips on a recipe's data; rerun to resume",
     ),
-    "sample": ("sample", "samples of a trained stage as .npz, as a picture, or both"),
+    "sample": ("sample", "samples of a trained stage as PNGs, as .npz and in pictures; rerun to resume"),
     "watch": ("watch", "how far a run is while it trains: stages, speed, figures, time left; also as a page (--serve)"),
     "report": ("report", "write RUN/report.html and RUN/report.md"),
     "theory": ("theory", "measure solver orders and gradient bias on a Gaussian mixture, against the paper's slopes"),
@@ -46,6 +49,7 @@ COMMANDS = {
     "data": ("data", "stores of latents or images: encode, import foreign files, look, verify, stats"),
     "recipes": ("recipes", "list, show, copy or validate recipes, or write a new one for a store"),
     "keys": ("keys", "every key of a recipe: type, default, unit, meaning, which recipes set it"),
+    "completion": ("completion", "a script by which bash, zsh or tcsh completes commands, options and recipes"),
     "doctor": ("doctor", "show this machine's versions, devices and ops, or check that a run is alive"),
 }
 
@@ -60,27 +64,31 @@ def parser(asked: str | None = None) -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         p = commands.add_parser(name, help=text, description=text)
-        if name == asked:
+        if name == asked or asked is ALL:
             importlib.import_module(f"cmt_fast.cli.{module}").add_arguments(p)
     return root
 
 
+def complete_parser() -> argparse.ArgumentParser:
+    """All commands with all their arguments: imports all that any of them does."""
+    return parser(ALL)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n."""
+    """Run a command. 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n. Of several ranks one tells what failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        root = parser(next((a for a in arguments if a in COMMANDS), None))
-        args, rest = root.parse_known_args(arguments)
-        if rest:
-            if any(r.startswith("-") for r in rest) or not hasattr(args, "overrides"):
-                raise ConfigError(_unknown(root, args, rest[0], arguments))
-            args.overrides += rest
-        args.call(args)
-        sys.stdout.flush()
+        with once.voice():
+            _call(_own(arguments))
         return 0
     except Stopped as stopped:
-        print("cmt: stopped; a checkpoint is on disk, rerun the same command to resume", file=sys.stderr)
+        if once.rank() == 0:
+            print("cmt: stopped; a checkpoint is on disk, rerun the same command to resume", file=sys.stderr)
         return int(stopped.code or 1)
+    except KeyboardInterrupt:
+        if once.rank() == 0:
+            print("cmt: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError as error:
         return 128 + signal.SIGPIPE if _nobody_reads() else _told(error) or 1
     except Exception as error:
@@ -93,6 +101,26 @@ def main(arguments: list[str] | None = None) -> int:
             from cmt_fast.runtime import distributed
 
             distributed.stop()
+
+
+def _own(arguments: list[str]) -> list[str]:
+    """The arguments without a `--` that torchrun was told to end its own by, and passed on."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    return [
+        a for i, a in enumerate(arguments) if not (a == "--" and "--" not in arguments[:i] and (launched or i == 0))
+    ]
+
+
+def _call(arguments: list[str]) -> None:
+    """Parse and call."""
+    root = parser(next((a for a in arguments if a in COMMANDS), None))
+    args, rest = root.parse_known_args(arguments)
+    if rest:
+        if any(r.startswith("-") for r in rest) or not hasattr(args, "overrides"):
+            raise ConfigError(_unknown(root, args, rest[0], arguments))
+        args.overrides += rest
+    args.call(args)
+    sys.stdout.flush()
 
 
 def _unknown(root: argparse.ArgumentParser, args: argparse.Namespace, given: str, arguments: list[str]) -> str:
@@ -123,16 +151,29 @@ def _nobody_reads() -> bool:
 
 
 def _told(error: Exception) -> int | None:
-    """The exit code of an error that is told in one line; None for one that is a fault of ours."""
+    """The exit code of an error that is told in one line; None for one that is a fault of ours.
+
+    A rank whose error another one tells ends without a word, and with 0: torchrun lists only those that failed otherwise.
+    """
     if isinstance(error, ConfigError):
         text, code = str(error), 2
     elif isinstance(error, (FloatingPointError, OSError)):
         text, code = str(error), 1
     else:
         text, code = _of_torch(error)
+    if not once.tell():
+        return 0
     if text is not None:
-        print(f"cmt: {text}", file=sys.stderr)
-    return None if text is None else code
+        print(f"cmt: {once.named(text)}", file=sys.stderr, flush=True)
+        once.leave(f"cmt: {once.named(text)}")
+        return code
+    last = " ".join(f"{type(error).__name__}: {error}".split())
+    once.leave(f"cmt: {once.named(last)} (its traceback is above)")
+    if once.rank() == 0:
+        return None
+    traceback.print_exception(error)
+    print(f"cmt: {once.named(last)}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _of_torch(error: Exception) -> tuple[str | None, int]:

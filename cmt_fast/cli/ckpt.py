@@ -15,6 +15,9 @@ from cmt_fast.run import folder as folder_
 from cmt_fast.run import workspace
 from cmt_fast.storage import checkpoint
 
+PLAIN = ("edm2", "dit", "sit", "meanflow")  # the names of those projects
+LICENCES = {"license": "these weights", "data-license": "the data", "teacher-license": "the teacher"}
+
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
@@ -54,12 +57,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "out", type=Path, metavar="OUT", help="a .safetensors file, or the pipeline's folder; must not exist"
     )
-    p.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors")
+    p.add_argument("--format", choices=("safetensors", "diffusers", "onnx", *PLAIN), default="safetensors")
     p.add_argument("--ema", type=int, default=0, metavar="I", help="index of the stage's EMA (default: 0, the first)")
     p.add_argument(
         "--vae", type=Path, metavar="FOLDER", help="diffusers: the autoencoder's folder, copied into the pipeline"
     )
-    p.add_argument("--license", metavar="ID", help="diffusers: the licence in the model card (default: unknown)")
+    for name, of in LICENCES.items():
+        p.add_argument(f"--{name}", metavar="ID", help=f"diffusers: the licence of {of}, for the card (apache-2.0)")
 
 
 def reconstruct(args: argparse.Namespace) -> None:
@@ -100,15 +104,28 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from cmt_fast.convert import exporting
+    from cmt_fast.convert import card, diffusers_folder, exporting
 
-    work, stage = workspace.open_stage(args.stage)
+    work, stage = workspace.open_stage(args.stage, rows=False)
     found = exporting.collect(work, stage, args.ema)
+    for name in ("vae", *LICENCES):
+        if args.format != "diffusers" and getattr(args, name.replace("-", "_")) is not None:
+            raise ConfigError(f"--{name}: is for --format diffusers")
     if args.format == "safetensors":
-        for name in ("vae", "license"):
-            if getattr(args, name) is not None:
-                raise ConfigError(f"--{name}: is for --format diffusers")
         exporting.to_safetensors(found, args.out)
+    elif args.format == "onnx":
+        from cmt_fast.convert import onnx_graph
+
+        print(onnx_graph.to_onnx(found, args.out))
+    elif args.format in PLAIN:
+        from cmt_fast.convert import plain
+
+        print(plain.write(found, args.format, args.out))
     else:
-        exporting.to_diffusers(found, args.out, args.vae, args.license)
+        terms = card.Terms(args.license, args.data_license, args.teacher_license)
+        diffusers_folder.write(found, args.out, args.vae, terms)
+        asked = [*LICENCES][: 3 if card.foreign(work, found.about) else 2]
+        unsaid = [f"--{name}" for name, value in zip(asked, terms) if value is None]
+        if unsaid:
+            print(f"licences: the card says 'not stated'; say them with {', '.join(unsaid)} (such as apache-2.0)")
     print(f"{args.out}: EMA {args.ema} of {args.stage}, {len(found.weights)} tensors")

@@ -16,7 +16,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import autoencoder, classes, encoding, folders, importing, latents, opening
 from cmt_fast.data import shards as webdataset
 from cmt_fast.data.writing import ROWS
-from cmt_fast.runtime import distributed, machine
+from cmt_fast.runtime import distributed, machine, progress
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -110,27 +110,16 @@ def _importing(p: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a line every ten percent elsewhere, nothing on ranks after the first."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Inside: the function to call with how many are done, and of how many."""
+    before = 0
+    with progress.phase(title) as advance:
 
-    if distributed.rank():
-        yield lambda done, total: None
-        return
-    if Console().is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns) as bar:
-            task = bar.add_task(title)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    last = [-1]
+        def tell(done: int, total: int) -> None:
+            nonlocal before
+            advance(done - before, total)
+            before = done
 
-    def line(done: int, total: int) -> None:
-        if (percent := 10 * (10 * done // max(total, 1))) != last[0]:
-            last[0] = percent
-            print(f"{title:>8} {percent:3d} %  {done:,}/{total:,}", flush=True)
-
-    yield line
+        yield tell
 
 
 @contextlib.contextmanager
@@ -138,7 +127,8 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
+        if distributed.rank() == 0:
+            print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -30,7 +30,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--gpus", type=int, default=1, help="number of cards, eight in a machine (default: 1)")
     p.add_argument("--price", type=float, help="price of a GPU-hour, in any currency")
     p.add_argument(
-        "--results", type=Path, help=f"folder of measurements by `python -m bench` (default: {RESULTS} if it exists)"
+        "--results",
+        type=Path,
+        help=f"folder of measurements by `python -m bench` of a clone (default: {RESULTS} if it exists)",
     )
     p.add_argument("--explain", action="store_true", help="the formulas with their numbers, for each stage")
     p.add_argument("--json", action="store_true", help="print all figures and the arithmetic as JSON")

@@ -9,7 +9,7 @@ from pathlib import Path
 from cmt_fast.cli.parser import checked
 from cmt_fast.config import loading, recipes
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.evaluation import judges, references
+from cmt_fast.evaluation import intervals, judges, references
 from cmt_fast.run import folder, guidance, workspace
 from cmt_fast.runtime import distributed, machine, progress
 
@@ -19,7 +19,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.set_defaults(call=evaluate)
     p.add_argument("stage", metavar="RUN/STAGE", help="with --make-reference also a recipe")
     p.add_argument("--steps", default="1,2", help="comma-separated numbers of network calls (default: 1,2)")
-    p.add_argument("--n", type=int, help="samples (default: the recipe's); with --make-reference rows (default: all)")
+    text = "samples (default: the recipe's); with --make-reference rows (default: all)"
+    p.add_argument("-n", "--samples", "--n", dest="n", type=int, help=text)
     p.add_argument("--seed", type=int, help="seed of the noise (default: the recipe's)")
     p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
     p.add_argument("--metric", help="frechet, fid or fd_dinov2 (default: the recipe's, as for all below)")
@@ -28,7 +29,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--vae", metavar="FOLDER_OR_ID", help="the autoencoder (default: the one that the store names)")
     p.add_argument("--labels", help="law of the samples' labels: data, uniform, or a .npy or .npz of labels or counts")
     p.add_argument("--batch", type=int, help="samples at a time")
-    p.add_argument("--precision-recall", action="store_true", help="Kynkäänniemi et al. 2019, 3 neighbours")
+    p.add_argument(
+        "--precision-recall", action="store_true", help="refuse to go without them; else given where they can be had"
+    )
     p.add_argument("--make-reference", type=Path, metavar="FILE", help="write the data set's statistics and stop")
     p.add_argument(
         "--features", type=int, default=10_000, help="--make-reference: features kept for precision and recall"
@@ -52,36 +55,69 @@ def evaluate(args: argparse.Namespace) -> None:
     work.setting.check_steps(steps, args.solver, "--steps")
     if args.solver:
         guidance.check_solver(work.place, stage)
-    judge = work.judging.open_judge(args.precision_recall)
     net, n = work.network(stage), args.n or work.run.eval.n
+    judge = checked(lambda: work.judging.open_judge(args.precision_recall, samples=n))
     figures = checked(lambda: work.judging.evaluate(net, steps, n, args.solver, args.seed, judge))
+    floor = checked(lambda: work.judging.floor(judge, n))
     if distributed.rank():
         return
     against, about = judge.reference, work.judging.about(n, judge)
+    assert judge.kept is not None
     out = {
         "stage": args.stage,
         "n": n,
         "metric": judge.title(n),
         "extractor": judge.name,
+        "second": judge.kept.about["second"],
         "reference": {"source": against.source, "n": against.n, "file": work.run.eval.reference},
         "solver": args.solver,
         **about,
-        "steps": figures,
+        "steps": {k: _plain(row) for k, row in figures.items()},
+        "intervals": {k: _intervals(row) for k, row in figures.items()},
+        "floor": floor and _plain(floor),
+        "real": {"sharpness": judge.kept.sharpness},
     }
     if args.json:
         print(json.dumps(out, indent=1))
         return
     count = f", {against.n:,} images" if against.n else ""  # public files do not say
-    print(f"{args.stage}: features {judge.name}; against {against.source}{count}")
+    print(f"{args.stage}: features {judge.name}; against {against.source}{count}; second space {out['second']}")
     print(f"labels: {about['labels']}{_protocol(work, judge)}")
     if "note" in about:
         print(f"note: {about['note']}")
     for k, row in figures.items():
-        named = {judge.title(n) if key == "frechet" else key: value for key, value in row.items()}
-        print(
-            f"{k:>4} step{'s' if int(k) > 1 else ' '}  "
-            + "  ".join(f"{key} {value:.4f}" for key, value in named.items())
+        print(f"{k:>4} step{'s' if int(k) > 1 else ' '}  {_line(row, judge.title(n))}")
+    if floor:
+        print(f"{'floor':>10}  {_line(floor, judge.title(n))}")
+    print("in brackets: 95 %, over other samples of the same network; floor: as many real rows")
+
+
+NAMES = {"frechet_2": "second", "precision_2": "precision (second)", "recall_2": "recall (second)"}
+
+
+def _line(row: dict, title: str) -> str:
+    """Figures of one set of samples, the distances first."""
+    first = [key for key in ("frechet", "frechet_2") if key in row]
+    rest = [key for key in _plain(row) if key not in first]
+    within = _intervals(row)
+    parts = []
+    for key in first + rest:
+        text = f"{title if key == 'frechet' else NAMES.get(key, key)} {row[key]:.4f}"
+        parts.append(
+            text + (f" [{within[key][0]:.4f}, {within[key][1]:.4f}]" if key in first and key in within else "")
         )
+    return "  ".join(parts)
+
+
+def _plain(row: dict) -> dict[str, float]:
+    """What of a row of figures is one number."""
+    return {key: value for key, value in row.items() if isinstance(value, float | int)}
+
+
+def _intervals(row: dict) -> dict[str, list[float]]:
+    """The ends of 95 % intervals, of what has one."""
+    found = {key: intervals.interval(row[key], out) for key, out in row["left_out"].items()}
+    return {key: [of.low, of.high] for key, of in found.items() if of}
 
 
 def _protocol(work: workspace.Workspace, judge: judges.Judge) -> str:

@@ -24,7 +24,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: NAME-look.png here)")
     p.add_argument("--seed", type=int, default=0, help="of the order of rows (default: 0)")
-    p.add_argument("--n", type=int, default=16, help="samples (default: 16)")
+    p.add_argument("-n", "--samples", "--n", dest="n", type=int, default=16, help="samples (default: 16)")
     p.add_argument("--vae", metavar="FOLDER_OR_ID", help="the autoencoder (default: the one that the store names)")
     p.add_argument("--device", default="auto", help="where latents are decoded")
 

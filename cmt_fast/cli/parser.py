@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import Any
 
 from cmt_fast.config.errors import ConfigError, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like every other error here."""
+    """argparse whose errors are one line, like every other error here.
+
+    Options are written out: what an abbreviation means changes with every option that comes to be, and torchrun takes some
+    for its own.
+    """
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **about})
 
     def error(self, message: str):
         match = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)

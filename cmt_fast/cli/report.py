@@ -6,13 +6,19 @@ import argparse
 from pathlib import Path
 
 from cmt_fast.report import page
+from cmt_fast.runtime import progress
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=make_report)
     p.add_argument("run", type=Path, metavar="RUN")
+    p.add_argument(
+        "--no-judge", action="store_true", help="draw what is known, in seconds; also of a run that is being trained"
+    )
 
 
 def make_report(args: argparse.Namespace) -> None:
-    page.write(args.run)
+    out = page.write(args.run, judge=not args.no_judge)
+    if args.no_judge:
+        progress.say(str(out["html"]))

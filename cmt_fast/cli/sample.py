@@ -1,81 +1,116 @@
-"""`cmt sample`: samples of a trained stage as arrays and pictures."""
+"""`cmt sample`: samples of a trained stage as a folder of PNGs, as arrays, and as pictures."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from cmt_fast.cli.parser import checked
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.data import classes
-from cmt_fast.diffusion.labels import Law
-from cmt_fast.render import grids
-from cmt_fast.run import guidance, workspace
+from cmt_fast.run import pictures, samples
+from cmt_fast.runtime import distributed, machine
+
+PICTURES = ("grid", "interpolate", "strip")
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=sample)
     p.add_argument("stage", metavar="RUN/STAGE")
-    p.add_argument("--steps", type=int, default=1, help="network calls (default: 1)")
-    p.add_argument("--n", type=int, default=64, help="samples (default: 64)")
+    p.add_argument("--steps", type=int, help="network calls (default: 1; of the solver sampler.teacher_steps)")
+    p.add_argument("-n", "--samples", "--n", dest="n", type=int, default=64, help="samples (default: 64)")
+    p.add_argument(
+        "--first", type=int, default=0, metavar="I", help="index of the first: an image alone is --first I -n 1"
+    )
     p.add_argument(
         "--class", "--classes", dest="classes", metavar="A,B", help="of these alone, by number or name, in equal parts"
     )
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
-    p.add_argument("--out", type=Path, help="images (N, C, H, W) float32 in data units, labels (N,)")
-    p.add_argument("--grid", type=Path, help="a PNG of the first samples")
+    p.add_argument(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="of the solver, which it implies for a diffusion model, in place of the recipe's",
+    )
+    p.add_argument("--batch", type=int, default=0, help="samples at a time (default: eval.batch)")
+    p.add_argument(
+        "--out",
+        metavar="FOLDER/|FILE.npz",
+        help="PNGs 000000.png ... in a folder, or one .npz; rerun to resume, over ranks with torchrun",
+    )
+    p.add_argument(
+        "--format",
+        choices=samples.FORMATS,
+        help="of an .npz: arrays (default): images (N, C, H, W) float32 in data units, labels; adm: arr_0 (N, H, W, 3) uint8, "
+        "arr_1 labels, as ADM's evaluator reads them",
+    )
+    p.add_argument("--grid", type=Path, metavar="FILE.png", help="a picture of the first 100 samples")
+    p.add_argument(
+        "--interpolate", type=Path, metavar="FILE.png", help="from one sample's noise to another's, a row a pair"
+    )
+    p.add_argument("--strip", type=Path, metavar="FILE.png", help="the same noise through 1, 2, 4, 8 steps, a row each")
+    p.add_argument("--strip-steps", metavar="K,L", help="other numbers of steps for --strip")
     p.add_argument("--decode", action="store_true", help="latents: write images (N, 3, H, W) uint8 instead")
     p.add_argument("--vae", metavar="FOLDER_OR_ID", help="the autoencoder (default: the one that the store names)")
 
 
 def sample(args: argparse.Namespace) -> None:
-    work, stage = workspace.open_stage(args.stage)
-    if args.steps < 1 or args.n < 1:
-        raise ConfigError(f"--{'steps' if args.steps < 1 else 'n'}: must be at least 1")
-    work.setting.check_steps((args.steps,), args.solver, "--steps")
-    if not args.out and not args.grid:
-        raise ConfigError("cmt sample: nothing to write; give --out FILE.npz, --grid FILE.png or both")
-    for path in (args.out, args.grid):
+    if args.steps is not None and args.steps < 1:
+        raise ConfigError("--steps: must be at least 1")
+    steps = _strip_steps(args)
+    if args.format and not args.out:
+        raise ConfigError("--format: goes with --out")
+    out = Path(args.out) if args.out else None
+    if out:
+        samples.kind_of(out, args.format)
+    for key in PICTURES:
+        path = getattr(args, key)
         if path and not path.parent.is_dir():
-            raise ConfigError(f"--{'out' if path is args.out else 'grid'}: the folder of {str(path)!r} does not exist")
-    if args.vae and not args.decode:
-        raise ConfigError("--vae: goes with --decode")
-    codec = work.decoding.codec(args.vae) if args.decode else None
-    if args.solver:
-        guidance.check_solver(work.place, stage)
-    setting = work.setting
-    if args.classes is not None:
-        if not getattr(work.run.model, "conditional", True):
-            raise ConfigError("--classes: the network takes no labels (model.conditional false)")
-        chosen = torch.tensor(classes.by_name(work.data, args.classes))
-        setting = setting.under(Law.uniform(chosen, work.data.classes))
-    net = work.network(stage)
-    images = checked(lambda: setting.generate(net, args.steps, args.n, args.seed, args.solver, work.run.eval.batch))
-    labels = setting.labels(torch.arange(args.n))
-    if codec:  # bytes as soon as they are decoded: fp32 images of thousands of latents would not fit
-        images = torch.cat([_bytes(codec.decode(part)) for part in images.split(64)])
-    if args.out:
-        numbers = (torch.zeros(args.n) if labels is None else labels).long().numpy()
-        with open(args.out, "wb") as file:
-            np.savez(file, images=images.numpy(), labels=numbers)
-        print(
-            f"{args.out}: {args.n} samples of {args.stage}, {args.steps} step{'s' * (args.steps > 1)}, seed {args.seed}"
-            f"; labels {setting.law.text()}"
-        )
+            raise ConfigError(f"--{key}: the folder of {str(path)!r} does not exist")
+    distributed.start(machine.device("auto"))
+    request = samples.Request(args.n, args.steps or 0, args.seed, args.first, args.solver, args.batch)
+    asked = samples.Asked(args.classes, args.guidance, args.decode, args.vae)
+    drawing = checked(lambda: samples.opened(args.stage, request, asked))
+    if not out and not any(getattr(args, key) for key in PICTURES):
+        args.grid = Path(f"{drawing.work.run.name}-{drawing.stage}.png")
+    if out:
+        try:
+            said = samples.save(drawing, out, args.format)
+        except SystemExit:
+            print("cmt: stopped; rerun the same command to resume", file=sys.stderr)
+            raise
+        if distributed.rank() == 0:
+            print(said)
+    if distributed.rank() == 0:
+        _pictures(args, drawing, steps)
+
+
+def _strip_steps(args: argparse.Namespace) -> tuple[int, ...] | None:
+    if args.strip_steps is None:
+        return None
+    if not args.strip:
+        raise ConfigError("--strip-steps: goes with --strip")
+    return pictures.steps_of(args.strip_steps)
+
+
+def _pictures(args: argparse.Namespace, drawing: samples.Drawing, steps: tuple[int, ...] | None) -> None:
+    """Those that are asked for, and a line each."""
+
+    def say(path: Path, note: str, text: str) -> None:
+        without = ", without the autoencoder" if drawing.work.decoding.latents else ""
+        print(f"{path}: {text}{f' ({note} channels{without})' if note else ''}")
+
+    r = drawing.request
     if args.grid:
-        shown = images if images.ndim == 2 else images[:100]
-        shown, note = (shown / 127.5 - 1, "") if codec else work.decoding.visible(shown)
-        rows = [shown] if images.ndim == 2 else shown.split(10)
-        title = f"{args.steps} step{'s' * (args.steps > 1)}\n{note}"
-        grids.grid([(title if i == 0 else "", r) for i, r in enumerate(rows)], args.grid)
-        without = ", without the autoencoder" if work.decoding.latents else ""
-        print(f"{args.grid}: a picture of them{f' ({note} channels{without})' if note else ''}")
-
-
-def _bytes(images: torch.Tensor) -> torch.Tensor:
-    return ((images + 1) * 127.5).round().byte()
+        few = f"{min(r.n, samples.SHOWN):,} of {args.stage}, {drawing.how}; labels {drawing.setting.law.text()}"
+        say(args.grid, pictures.grid(drawing, args.grid), "a picture of them" if args.out else f"a picture of {few}")
+    if args.interpolate:
+        text = f"{pictures.PAIRS} pairs of samples, the noise between them along the sphere, {drawing.how}"
+        say(args.interpolate, pictures.interpolation(drawing, args.interpolate), text)
+    if args.strip:
+        note, left = pictures.strip(drawing, args.strip, steps)
+        say(args.strip, note, "the same noise through more and more steps")
+        for line in left:
+            print(f"not in it: {line}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import time
 from pathlib import Path
 
 import cmt_kernels
@@ -11,8 +12,9 @@ import yaml
 
 from cmt_fast.cli import look
 from cmt_fast.cli.parser import add_overrides
-from cmt_fast.config import errors, fingerprint, loading, recipes
+from cmt_fast.config import errors, fingerprint, loading, paths, recipes
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import Run
 from cmt_fast.cost import estimate, flops, hardware
 from cmt_fast.data import classes
 from cmt_fast.data.loaders import check_loader
@@ -21,9 +23,11 @@ from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
 from cmt_fast.run import absent, folder, needs, workspace
 from cmt_fast.run.resolved import ResolvedStage
-from cmt_fast.runtime import distributed, machine, memory
+from cmt_fast.runtime import distributed, machine, memory, pace, progress
+from cmt_fast.storage import checkpoint
 from cmt_fast.teacher import precision, solver_record
 from cmt_fast.train import loop, profiler
+from cmt_fast.usage import ledger
 
 REFRESH_S = 30  # seconds after which the page of a run that trains loads itself anew
 
@@ -34,6 +38,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("recipe", nargs="?", help="name or YAML file; without one the names are listed")
     add_overrides(p)
     p.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
+    p.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with a run, wherever its folder is now, by its own recipe"
+    )
+    p.add_argument(
+        "--root",
+        type=Path,
+        metavar="FOLDER",
+        help=f"where relative paths of the recipe start (default: {paths.VARIABLE}, else the current folder)",
+    )
     p.add_argument("--stages", help="comma-separated stages (default: all of the recipe)")
     p.add_argument(
         "--from",
@@ -53,17 +66,23 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="profile some steps of the first stage; write a trace and a table of ops to its folder",
     )
+    p.add_argument(
+        "--log-every-s",
+        metavar="N",
+        help=f"seconds between lines where the output is no terminal (default: {progress.EVERY_S:.0f})",
+    )
     p.add_argument("--profile-steps", type=int, default=4, metavar="N", help="steps to profile (default: 4)")
 
 
 def train(args: argparse.Namespace) -> None:
     if args.profile_steps < 1:
         raise ConfigError(f"--profile-steps: {args.profile_steps} is not a positive number")
-    if args.recipe is None:
+    if args.recipe is None and args.resume is None:
         print("\n".join(recipes.listed()))
         raise ConfigError("cmt train: which recipe? name one of these, or a YAML file (`cmt recipes new` writes one)")
-    run = loading.load(args.recipe, args.overrides)
-    out = args.out or folder.default(run)
+    progress.set_every_s(args.log_every_s)
+    begun = time.monotonic()
+    run, out, parents = _asked(args)
     have = list(run.stages)
     names = args.stages.split(",") if args.stages else have
     for name in names:
@@ -71,17 +90,20 @@ def train(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--stages: {name!r} is not valid; this recipe has {', '.join(have)}{errors.nearest(name, have)}"
             )
-    if args.parents:
-        folder.stored_run(args.parents)
+    if parents:
+        folder.stored_run(parents)
     names = [name for name in have if name in names]
-    lacking = needs.missing(run, out, args.parents, names)
+    lacking = needs.missing(run, out, parents, names)
     if lacking and not args.dry_run:
         if getattr(run.data, "expects", None) or all(need.key != "data.path" for need in lacking):
-            workspace.Workspace(run, out, args.parents, absent.rows(run))  # what cannot be meant is said first
+            workspace.Workspace(run, out, parents, absent.rows(run))  # what cannot be meant is said first
         raise needs.error(lacking)
     distributed.start(machine.device(run.device), run.timeout_s)
-    work = workspace.Workspace(run, out, args.parents, absent.rows(run) if args.dry_run else None)
-    _check(work, names, not lacking)
+    alive = None if args.dry_run else out
+    with progress.phase("reading the data", run=alive):
+        work = workspace.Workspace(run, out, parents, absent.rows(run) if args.dry_run else None)
+    with progress.phase("reading what the stages build on", run=alive):
+        _check(work, names, not lacking)
     if args.dry_run:
         return _dry_run(work, names, lacking, out) if distributed.rank() == 0 else None
     judges.check_files(run.eval)
@@ -94,6 +116,28 @@ def train(args: argparse.Namespace) -> None:
     draw = functools.partial(page.write, out, judge=False, refresh_s=REFRESH_S)
     loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
     page.write(out)
+    if distributed.rank() == 0:
+        print(_done(work, names, time.monotonic() - begun))
+
+
+def _asked(args: argparse.Namespace) -> tuple[Run, Path, Path | None]:
+    """The run to train, its folder, and where stages are that it does not train: of a recipe, or of a run that goes on.
+
+    Raises ConfigError for arguments that do not go together.
+    """
+    root, again = paths.given(args.root), args.resume
+    if again is None:
+        run = loading.load(args.recipe, args.overrides)
+        return paths.rebased(run, root) if root else run, args.out or folder.default(run), args.parents
+    if args.out and args.out.resolve() != again.resolve():
+        raise ConfigError(f"--out: {again} goes on in its own folder; train a recipe to begin another")
+    folder.stored_run(again)
+    more = [args.recipe] if args.recipe else []  # its place is an override's where no recipe is named
+    run = loading.load(str(again / folder.RUN_FILE), [*more, *args.overrides])
+    home = folder.about_run(again).get("root")
+    if root or home:
+        run = paths.rebased(run, root or Path(home), found=root is None)
+    return run, again, args.parents or folder.parents_of(again)
 
 
 def _check(work: workspace.Workspace, names: list[str], complete: bool) -> None:
@@ -117,7 +161,12 @@ def _check(work: workspace.Workspace, names: list[str], complete: bool) -> None:
 
 
 def _ops(device: str) -> None:
-    print("ops: " + ", ".join(f"{op} {name}" for op, name in cmt_kernels.table(device).items()))
+    """Which backend computes which op, those of a backend together."""
+    by_name: dict[str, list[str]] = {}
+    for op, name in cmt_kernels.table(device).items():
+        by_name.setdefault(name, []).append(op)
+    for name, ops in sorted(by_name.items()):
+        print(f"ops: {name:9} {' '.join(ops)}")
 
 
 def _classes(work: workspace.Workspace) -> None:
@@ -125,6 +174,15 @@ def _classes(work: workspace.Workspace) -> None:
     note = classes.gaps(work.data)
     if note and work.run.data.class_ids is None:
         print(f"note: {note}")
+
+
+def _done(work: workspace.Workspace, names: list[str], seconds: float) -> str:
+    """The last line: what this command took, and what its stages have cost in all, restarts too."""
+    bills = [ledger.of_stage(work.folder / n, checkpoint.complete(work.folder / n).manifest) for n in names]
+    spent = {"GPU": "gpu", "core": "core"}
+    cost = {word: ledger.total([b for b in bills if b], unit).hours for word, unit in spent.items()}
+    said = " and ".join(f"{pace.hours(h)} {word}-hours" for word, h in cost.items() if h)
+    return f"done in {pace.duration(seconds)}; {', '.join(names)}: {said} in all"
 
 
 def _dry_run(work: workspace.Workspace, names: list[str], lacking: list[needs.Need], out: Path) -> None:

@@ -32,11 +32,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--from", dest="run", type=Path, metavar="RUN", help="where the teacher is (default: runs/NAME)")
     p.add_argument("--cache", type=Path, required=True, metavar="DIR", help="the store, a new folder")
     p.add_argument(
-        "--n",
+        "-n",
         "--count",
+        "--n",
+        dest="n",
         type=int,
         required=True,
-        help="number of trajectories (write --count under torchrun, which takes --n for itself)",
+        help="number of trajectories",
     )
     p.add_argument("--dtype", choices=tuple(trajectory_store.DTYPES), default="fp16")
     p.add_argument("--shard-rows", type=int, default=ROWS)
@@ -56,7 +58,8 @@ def write(args: argparse.Namespace) -> None:
     try:
         index = checked(lambda: make(work, args.stage, args.cache, args.n, args.dtype, args.shard_rows))
     except KeyboardInterrupt:
-        print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
+        if distributed.rank() == 0:
+            print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
         raise SystemExit(130) from None
     if index:
         size = index.rows * index.stride

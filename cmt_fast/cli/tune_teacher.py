@@ -61,7 +61,7 @@ def tune(args: argparse.Namespace) -> None:
     stored = (Path(args.recipe) / folder_.RUN_FILE).is_file()
     if stored and (args.overrides or args.out):
         raise ConfigError(f"RUN: {args.recipe!r} is a run; overrides and --out are for a recipe")
-    run = folder_.stored_run(Path(args.recipe)) if stored else loading.load(args.recipe, args.overrides)
+    run = folder_.read_run(Path(args.recipe)) if stored else loading.load(args.recipe, args.overrides)
     have = [name for name, stage in run.stages.items() if stage.trajectories]
     if args.stage not in have:
         hint = errors.nearest(args.stage, have)
@@ -70,11 +70,7 @@ def tune(args: argparse.Namespace) -> None:
         return closed_form(run, args, nfes)
     distributed.start(machine.device(run.device), run.timeout_s)
     folder = Path(args.recipe) if stored else args.out or folder_.default(run)
-    if stored:
-        parents = json.loads((folder / folder_.RUN_FILE).read_text("utf-8")).get("parents")
-        work = workspace.Workspace(run, folder, Path(parents) if parents else None)
-    else:
-        work = workspace.Workspace(run, folder)
+    work = workspace.Workspace(run, folder, folder_.parents_of(folder) if stored else None)
     student = args.student
     if student is None and args.epsilon is None and _finished(work, args.stage):
         student = args.stage

@@ -40,7 +40,7 @@ def _instead(recipe: str, known: list[str]) -> str:
     """What a word is that names no recipe, and what it may have been meant as."""
     for run in (Path(recipe), Path(recipe).parent):
         if (run / "run.json").is_file():
-            return f"of a run; `cmt train {run / 'run.json'} --out {run}` goes on with it as it was begun"
+            return f"of a run; `cmt train --resume {run}` goes on with it as it was begun"
     if "=" in recipe and "/" not in recipe.partition("=")[0]:
         return f"an override, and a recipe comes before it, as in `cmt train digits {recipe}`"
     if Path(f"{recipe}.yaml").is_file():

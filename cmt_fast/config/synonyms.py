@@ -78,7 +78,7 @@ OTHERS = {
     "--out RUN with the same command again: it goes on from the last checkpoint": "resume resume_from resume_pkl "
     "resume_checkpoint resume_from_checkpoint auto_resume continue",
     "`torchrun --nproc-per-node N -m cmt_fast train ...`": "gpus num_gpus n_gpus nproc world_size devices ngpu num_processes",
-    "`cmt eval` or `cmt sample`, which have --steps, --n and --seed": "sample evaluate",
+    "`cmt eval` or `cmt sample`, which have --steps, -n and --seed": "sample evaluate",
 }
 KEY = re.compile(r"(STAGE|[a-z_]+)(\.[a-z_]+)*(?=$|=| )")
 HERE = {word: target for target, words in OTHERS.items() for word in words.split()}

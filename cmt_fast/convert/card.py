@@ -9,13 +9,13 @@ import contextlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.config.schema import DIFFUSION, STAGES
+from cmt_fast.config.schema import STAGES
 from cmt_fast.render import templates
 from cmt_fast.render.templates import Group, Section, Table
 from cmt_fast.run.workspace import Workspace
@@ -23,50 +23,135 @@ from cmt_fast.safe_pickle.opcodes import shown
 from cmt_fast.storage import checkpoint, metrics_log
 from cmt_fast.usage import ledger
 
-HOW = """from diffusers import DiffusionPipeline  # with cmt-fast installed: pip install cmt-fast
-pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
-images = pipe({arguments}).images
+HOW = """import torch
+from diffusers import DiffusionPipeline
+
+# this folder, or its name on the hub; nothing but torch and diffusers is needed
+pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32, trust_remote_code=True)
+{device}images = pipe({arguments}).images
+{end}
 """
+ON_GPU = 'if torch.cuda.is_available():\n    pipe.to("cuda")\n'
+NOT_STATED = "not stated"
 
 
-def markdown(
-    work: Workspace, stage: str, about: dict[str, Any], license: str | None, latents: dict[str, Any] | None
-) -> str:
-    """README.md of the folder. license: the hub's word for it, "unknown" where nothing is said. Raises ConfigError."""
-    run, settings = work.run, work.run.stages[stage]
-    if license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):
-        raise ConfigError(f"--license: {shown(license)!r} is no licence's identifier, such as apache-2.0")
-    few = settings.objective.kind not in DIFFUSION
+class Terms(NamedTuple):
+    """Licences, as the hub names them (apache-2.0): of these weights, of the data, of the teacher. None: nothing was said."""
+
+    weights: str | None = None
+    data: str | None = None
+    teacher: str | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for what is no identifier, naming the option."""
+        for option, value in zip(("--license", "--data-license", "--teacher-license"), self):
+            if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", value):
+                raise ConfigError(f"{option}: {shown(value)!r} is no licence's identifier, such as apache-2.0")
+
+
+class Pipeline(NamedTuple):
+    """What the folder holds: how samples are drawn and latents decoded, whether an autoencoder; what its picture shows."""
+
+    sampling: dict[str, Any]
+    decoding: dict[str, Any] | None
+    vae: bool
+    picture: str | None = None
+
+
+def markdown(work: Workspace, stage: str, about: dict[str, Any], terms: Terms, pipeline: Pipeline) -> str:
+    """README.md of the folder."""
+    run, sampling, decoding = work.run, pipeline.sampling, pipeline.decoding
     shape = " x ".join(map(str, work.data.shape))
     spent = _spent(work, about)
     front = {
-        "license": license or "unknown",
+        "license": terms.weights or "unknown",
         "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
         "tags": ["consistency-mid-training", "cmt-fast", "few-step-generation"],
         "cmt_fast": {"version": about["version"], "digest": about["digest"], **spent},
     }
-    kind = "A generator of few steps" if few else "A diffusion model"
+    kind = "A diffusion model" if sampling["many_steps"] else "A generator of few steps"
     text = [
         f"{kind} for {run.data.kind} ({shape}, {work.data.classes or 'no'} classes), stage {stage} of the recipe {run.name}: "
         f"{run.model.kind}, {work.parameters:,} parameters, path {run.path}, trained with cmt-fast {about['version']}.",
-        f"{_spent_text(spent)} Licence: {license or 'unknown; nothing was said of it'}.",
+        _spent_text(spent),
     ]
-    arguments = "class_labels=[0, 1], " if work.data.classes else "batch_size=2, "
-    arguments += f"num_inference_steps={run.eval.steps[0] if few else run.sampler.teacher_steps}, seed=0"
-    if latents is not None:
+    if decoding is not None:
         text.append(
-            f"It makes latents of the autoencoder {latents['vae']}: z = {latents['scale']:g} (x - mean) / std, "
-            f"mean {latents['mean']}, std {latents['std']}."
+            f"It makes latents of the autoencoder {decoding['vae']}: z = {decoding['scale']:g} (x - mean) / std, "
+            f"mean {decoding['mean']}, std {decoding['std']}."
         )
     sections = [
-        Section("", text, [], "Loaded and sampled in three lines", HOW.replace("{arguments}", arguments)),
+        Section("", text, []),
+        Section("Use", ["In the folder of this file:"], []),
         Section("Figures", _judge(work, stage, about), [Group(_figures(work, stage, about), wide=True)]),
-        Section("Sampler", [], [Group([_sampler(work)], wide=True)]),
-        Section("Lineage", _licences(about), [Group([_lineage(about)], wide=True)]),
+        Section("Sampling", _sampling_text(sampling), [Group([_sampling(sampling)], wide=True)]),
+        Section("Limits", _limits(work, pipeline), []),
+        Section("Licences", _licences(work, about, terms), []),
+        Section("Lineage", [], [Group([_lineage(about)], wide=True)]),
         Section("Recipe", [], [], "The resolved run", yaml.safe_dump(loading.dump(run), sort_keys=False)),
     ]
     page = templates.markdown(run.name, sections)
+    page = page.replace(
+        "\nIn the folder of this file:\n", f"\nIn the folder of this file:\n\n```python\n{_usage(pipeline)}```\n", 1
+    )
+    if pipeline.picture:
+        page = page.replace("\n## Use\n", f"\n![{pipeline.picture}](samples.png)\n\n{pipeline.picture}.\n\n## Use\n", 1)
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{page}"
+
+
+def _usage(pipeline: Pipeline) -> str:
+    """Lines that run as they are typed."""
+    sampling = pipeline.sampling
+    images = pipeline.vae or (
+        pipeline.decoding is None and len(sampling["shape"]) == 3 and sampling["shape"][0] in (1, 3)
+    )
+    who = f"class_labels=[0, {min(1, sampling['classes'] - 1)}]" if sampling["classes"] else "batch_size=2"
+    arguments = f"{who}, num_inference_steps={sampling['steps']}, seed=0"
+    if not images:
+        return HOW.format(device=ON_GPU, arguments=f'{arguments}, output_type="latent"', end="print(images.shape)")
+    return HOW.format(device=ON_GPU, arguments=arguments, end='images[0].save("image.png")')
+
+
+def _sampling_text(sampling: dict[str, Any]) -> list[str]:
+    guidance = f"guidance_scale means nothing here, {sampling['no_guidance']}."
+    if not sampling["no_guidance"]:
+        guidance = f"guidance_scale: classifier-free guidance, by default {sampling['guidance']:g}; 1 is none."
+    return ["num_inference_steps counts network calls. " + guidance]
+
+
+def _sampling(sampling: dict[str, Any]) -> Table:
+    """Which numbers of steps there are, and the times at which each calls the network."""
+    high, low, ve = sampling["t_max"], sampling["t_min"], sampling["path"] == "ve"
+    if sampling["many_steps"]:
+        grid = "each a constant factor below the last" if ve else "evenly spaced"
+        even = ", an even number" if sampling["solver"] == "heun" else ""
+        solver = f"{sampling['solver']}" + (f" of order {sampling['order']}" if sampling["solver"] == "dpmpp" else "")
+        rows = [[f"any{even}; by default {sampling['steps']}", f"{solver}, from {high:g} to {low:g}, {grid}"]]
+    elif ve:
+        known = {1: [], **{int(k): times for k, times in sampling["mid_times"].items()}}
+        rows = [[str(k), ", ".join(f"{t:g}" for t in [high, *known[k]])] for k in sorted(known)]
+    else:
+        rows = [["any", "jumps on the even grid from 1 to 0"], ["1", "1 -> 0"], ["2", "1 -> 0.5 -> 0"]]
+    return Table("", ["steps", "times"], rows, left=2)
+
+
+def _limits(work: Workspace, pipeline: Pipeline) -> list[str]:
+    n = f"{work.data.n:,} rows of " if work.data.n else ""
+    lines = [
+        f"It was trained on {n}{work.run.data.kind} and draws what is like them; what they lack or overdo, it lacks and overdoes."
+    ]
+    if not pipeline.sampling["many_steps"] and pipeline.sampling["path"] == "ve":
+        lines.append("Only the numbers of steps in the table have times.")
+    if pipeline.decoding is not None and not pipeline.vae:
+        lines.append(
+            "The autoencoder is not in this folder: give from_pretrained(..., vae=AutoencoderKL), or take output_type='latent'."
+        )
+    lines.append(
+        "With seed, in float32 on a CPU, images are those of cmt sample in plain torch with as many threads, bit for bit; other "
+        "devices and dtypes round otherwise."
+    )
+    return lines
 
 
 def _spent(work: Workspace, about: dict[str, Any]) -> dict[str, Any]:
@@ -111,27 +196,45 @@ def _spent_text(spent: dict[str, Any]) -> str:
     return f"{' and '.join(parts)}, {energy}: stages {stages}, with their evaluations and what kills took."
 
 
-def _stored(work: Workspace, stage: str, about: dict[str, Any]) -> dict[str, Any] | None:
-    """What `cmt report` wrote of these very weights."""
+def _stored(work: Workspace, stage: str, ema: str) -> dict[str, Any] | None:
+    """What `cmt report` wrote of the weights with this checksum."""
     for folder in (work.folder, work.parents):
         try:
             found = json.loads((folder / stage / "figures.json").read_text("utf-8"))
-            if found["key"]["ema"] == about["lineage"]["ema"] and found["key"]["eval"]["n"]:
+            if found["key"]["ema"] == ema and found["key"]["eval"]["n"]:
                 return found
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
 
 
+def _others(work: Workspace, stage: str) -> dict[str, str]:
+    """The stages of this run that the figures are set beside, and what each is."""
+    stages = work.run.stages
+    teacher = stages[stage].teacher or ("pre" if "pre" in stages else None)
+    out = {teacher: f"teacher ({teacher})"} if teacher in stages and teacher != stage else {}
+    if "control" in stages and stage != "control":
+        out["control"] = "control"
+    if stage == "control" and "post" in stages:
+        out["post"] = "post, with mid-training"
+    return out
+
+
 def _judge(work: Workspace, stage: str, about: dict[str, Any]) -> list[str]:
-    found = _stored(work, stage, about)
+    found, lines = _stored(work, stage, about["lineage"]["ema"]), []
     if found is not None:
         settings = found["key"]
         n, seed = settings["eval"]["n"], settings["eval"]["seed"]
-        return [f"{n:,} samples of these weights, seed {seed}; features {settings.get('extractor')}."]
-    if _evaluated(work, stage):
-        return [f"The last evaluation during training, {work.run.eval.n_during:,} samples."]
-    return ["Not evaluated."]
+        lines.append(f"{n:,} samples of these weights, seed {seed}; features {settings.get('extractor')}.")
+    elif _evaluated(work, stage):
+        lines.append(f"The last evaluation during training, {work.run.eval.n_during:,} samples.")
+    else:
+        return ["Not evaluated."]
+    if _compared(work, stage, about):
+        lines.append("All rows have the same judge, the same number of samples and the same seed.")
+    if "control" in _compared(work, stage, about):
+        lines.append("control is post-training without mid-training, straight from pre, for as many student images.")
+    return lines
 
 
 def _evaluated(work: Workspace, stage: str) -> dict[str, Any] | None:
@@ -139,23 +242,41 @@ def _evaluated(work: Workspace, stage: str) -> dict[str, Any] | None:
     return next((row for row in reversed(rows) if row.get("kind") == "eval"), None)
 
 
+def _entries(found: dict[str, Any] | None, last: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """(steps, figures) of a figures.json, or of an evaluation in training."""
+    if found is None:
+        return [(str(k), v) for k, v in ((last or {}).get("steps") or {}).items() if v]
+    kinds = (("few", "few-step"), ("solver", "ODE solver"))
+    return [(f"{k}, {how}", v) for key, how in kinds for k, v in (found.get(key) or {}).items() if v]
+
+
+def _compared(work: Workspace, stage: str, about: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Entries of the other stages that were judged as this one was."""
+    own, out = _stored(work, stage, about["lineage"]["ema"]), {}
+    same = lambda found: {k: v for k, v in found["key"].items() if k != "ema"}
+    for other in _others(work, stage):
+        found = None
+        with contextlib.suppress(checkpoint.CheckpointError):
+            latest = checkpoint.latest(work.stage_dir(other))
+            if own and latest:
+                found = _stored(work, other, latest.manifest["files"]["ema-0.safetensors"]["xxh3_128"])
+        if own is None and _evaluated(work, stage):
+            out[other] = _entries(None, _evaluated(work, other))
+        elif own and found and same(own) == same(found):
+            out[other] = _entries(found, None)
+    return {name: entries for name, entries in out.items() if entries}
+
+
 def _figures(work: Workspace, stage: str, about: dict[str, Any]) -> list[Table]:
-    """Rows by steps: from figures.json of the same weights, or the last evaluation in training."""
-    found, last = _stored(work, stage, about), _evaluated(work, stage)
-    entries: list[tuple[str, dict[str, Any]]] = []
-    if found is not None:
-        for key, how in (("few", "few-step"), ("solver", "ODE solver")):
-            entries += [(f"{k}, {how}", v) for k, v in (found.get(key) or {}).items() if v]
-    elif last is not None:
-        entries = [(str(k), v) for k, v in (last.get("steps") or {}).items() if v]
-    columns = sorted({c for _, figures in entries for c in figures})
-    rows = [[title, *(f"{figures[c]:.4g}" if c in figures else "-" for c in columns)] for title, figures in entries]
-    return [Table("", ["steps", *columns], rows)] if rows else []
-
-
-def _sampler(work: Workspace) -> Table:
-    tree = loading.dump(work.run)["sampler"]
-    return Table("", ["setting", "value"], [[k, json.dumps(v)] for k, v in tree.items()], left=2)
+    """Rows by network and steps: from figures.json of the same weights, or the last evaluation in training."""
+    own = _entries(_stored(work, stage, about["lineage"]["ema"]), _evaluated(work, stage))
+    names, compared = _others(work, stage), _compared(work, stage, about)
+    entries = [(f"this ({stage})", *entry) for entry in own]
+    entries += [(names[other], *entry) for other in compared for entry in compared[other]] if own else []
+    columns = sorted({c for *_, figures in entries for c in figures})
+    cells = lambda figures: (f"{figures[c]:.4g}" if isinstance(figures.get(c), (int, float)) else "-" for c in columns)
+    rows = [[name, steps, *cells(figures)] for name, steps, figures in entries]
+    return [Table("", ["network", "steps", *columns], rows, left=2)] if rows else []
 
 
 def _lineage(about: dict[str, Any]) -> Table:
@@ -167,12 +288,26 @@ def _lineage(about: dict[str, Any]) -> Table:
     return Table("Newest first", ["stage", "images", "config digest", "EMA or file checksum", "file"], rows, left=5)
 
 
-def _licences(about: dict[str, Any]) -> list[str]:
-    node = about["lineage"]
+def foreign(work: Workspace, about: dict[str, Any]) -> list[str]:
+    """The weights of others behind these: an imported file, and stages of other runs that taught."""
+    node, stages = about["lineage"], []
     while node and not node.get("file"):
+        stages.append(node["stage"])
         node = node.get("parent")
-    if not node:
-        return []
-    return [
-        f"Trained from {node['file']} (sha256 {node['sha256']}); what its licence asks holds for these weights too."
-    ]
+    taught = [work.run.stages[name].networks().values() for name in stages if name in work.run.stages]
+    runs = dict.fromkeys(name for names in taught for name in names if "/" in name)
+    return [*([f"{node['file']} (sha256 {node['sha256']})"] if node else []), *runs]
+
+
+def _licences(work: Workspace, about: dict[str, Any], terms: Terms) -> list[str]:
+    """What was said, and plainly what was not."""
+    lines = [f"These weights: {terms.weights or NOT_STATED}. The data: {terms.data or NOT_STATED}."]
+    others = foreign(work, about)
+    if others:
+        said = f"{', '.join(others)}: {terms.teacher or NOT_STATED}"
+        lines.append(f"Trained from {said}; what its licence asks holds for these weights too.")
+    elif terms.teacher:
+        lines.append(f"The teacher: {terms.teacher}.")
+    else:
+        lines.append("No weights of others are behind these: every stage was trained by cmt-fast.")
+    return lines

@@ -90,7 +90,7 @@ def sit(theirs: Weights) -> Weights:
     rotation of waves of t, which the first layer of the time embedding takes in, and the last layer changes its sign. The
     embedding of t - r starts at 0, so that u(z, r, t) is the velocity at t, whatever r. The learned variance is left out.
     """
-    return _one_time(_transformer(_reversed(theirs)))
+    return _one_time(_transformer(reversed_time(theirs)))
 
 
 def repa(theirs: Weights) -> Weights:
@@ -129,7 +129,7 @@ def lightningdit(theirs: Weights) -> Weights:
                 theirs[name] = torch.cat((qkv[:2, :, halves], qkv[2:])).flatten(0, 2)
             elif ".attn.q_norm." in name or ".attn.k_norm." in name:
                 theirs[name] = x[halves]
-    return _one_time(_transformer(_reversed(theirs)))
+    return _one_time(_transformer(reversed_time(theirs)))
 
 
 def _transformer(theirs: Weights) -> Weights:
@@ -183,7 +183,7 @@ def _check_position(position: Tensor, width: int) -> None:
         raise ValueError("'pos_embed' is not the fixed position embedding of DiT")
 
 
-def _reversed(theirs: Weights) -> Weights:
+def reversed_time(theirs: Weights) -> Weights:
     """The network at time 1 - t with its output negated, as weights of a network at time t.
 
     cos(w (1 - t)) = cos w cos wt + sin w sin wt, sin(w (1 - t)) = sin w cos wt - cos w sin wt; in float64.

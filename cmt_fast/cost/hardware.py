@@ -128,7 +128,8 @@ def _cpu(found: list[tuple[str, dict]], results: Path | None) -> Card:
     source, roof = next(((s, r["roof"]) for s, r in reversed(found) if "gflop_s" in r.get("roof", {})), (None, None))
     if source is None:
         raise ConfigError(
-            f"--gpu: 'cpu' has no results in {results or 'bench/results'}; make them: python -m bench ops"
+            f"--gpu: 'cpu' has no measurements in {results or RESULTS}; in a clone of the repository `python -m bench ops` makes "
+            f"them, and --results names their folder"
         )
     rate, copy = roof["gflop_s"] * 1e9, roof["gb_s"] * 1e9
     rates = dict.fromkeys(("bf16", "tf32", "fp32"), rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -32,6 +33,19 @@ class Sampler:
         other = copy.copy(self)
         other.law = law
         return other
+
+    def guided_by(self, scale: float) -> Sampler:
+        """The same whose solver is guided by `scale`."""
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, guidance=scale)
+        return other
+
+    def starting(self, noise: Tensor, labels: Tensor | None, like: Tensor) -> Sampler:
+        """The same whose samples 0, 1, ... start from these rows of noise (n, ...), of these labels (n,).
+
+        like (n,): whose index each takes for the noise between steps.
+        """
+        return _Starting(self, noise, labels, like)
 
     def each_class(self) -> Sampler:
         """The same with one sample of every class that is drawn at all, in order, over and over: for pictures."""
@@ -86,6 +100,10 @@ class Sampler:
         """Unit starting noise of sample `index` (n,) -> (n, ...)."""
         return Random(seed, 0, 0).normal(rng.SAMPLE, index, self.shape)
 
+    def between(self, seed: int, step: int, index: Tensor) -> Tensor:
+        """Unit noise that a consistency model adds after `step` calls to sample `index` (n,) -> (n, ...)."""
+        return Random(seed, 0, step).normal(rng.RENOISE, index, self.shape)
+
     def few_steps(self, net: Callable, steps: int, seed: int, index: Tensor) -> Tensor:
         """`steps` network calls as a flow map: consistency sampling on VE, jumps on linear flow. (n, ...)."""
         if self.path.name == "linear":
@@ -101,7 +119,7 @@ class Sampler:
 
     def _onwards(self, net: Callable, x_0: Tensor, mids: tuple[float, ...], seed: int, index: Tensor) -> Tensor:
         """That of as many more as there are mid times."""
-        noises = [Random(seed, 0, i + 1).normal(rng.RENOISE, index, self.shape) for i in range(len(mids))]
+        noises = [self.between(seed, i + 1, index) for i in range(len(mids))]
         return consistency_onwards(net, x_0, mids, noises, self.labels(index))
 
     def solve(self, net: Callable, steps: int, seed: int, index: Tensor) -> Tensor:
@@ -136,6 +154,23 @@ class Sampler:
     def generate(self, net: Callable, steps: int, n: int, seed: int, solver: bool = False, batch: int = 1000) -> Tensor:
         """Samples 0..n-1 in data units, float32. (n, ...) on the CPU."""
         return torch.cat([self.draw(net, steps, seed, index, solver).cpu() for index in torch.arange(n).split(batch)])
+
+
+class _Starting(Sampler):
+    """A Sampler whose starting noise and labels are given, as `Sampler.starting` says."""
+
+    def __init__(self, setting: Sampler, noise: Tensor, labels: Tensor | None, like: Tensor) -> None:
+        super().__init__(setting.path, setting.config, setting.shape, setting.law, setting.device)
+        self._noise, self._labels, self._like = noise, labels, like
+
+    def noise(self, seed: int, index: Tensor) -> Tensor:
+        return self._noise.to(index.device)[index]
+
+    def between(self, seed: int, step: int, index: Tensor) -> Tensor:
+        return super().between(seed, step, self._like.to(index.device)[index])
+
+    def labels(self, index: Tensor) -> Tensor | None:
+        return None if self._labels is None else self._labels.to(index.device)[index]
 
 
 def check(config: SamplerConfig, path: str, steps: tuple[int, ...]) -> None:

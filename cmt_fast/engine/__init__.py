@@ -21,6 +21,7 @@ from cmt_fast.engine import graph
 from cmt_fast.engine.buffers import load_named, named
 from cmt_fast.engine.local import LocalEngine
 from cmt_fast.engine.sharding import ShardingPlan, StageSize, choose
+from cmt_fast.runtime import progress
 
 
 class Engine(Protocol):
@@ -82,6 +83,7 @@ def check(run: Run, name: str, stage: Stage, choice: ShardingPlan, device: torch
         )
 
 
+@progress.phase("building the engine", quiet=True)
 def build(
     run: Run, net: nn.Module, stage: Stage, device: torch.device, grad_accum_steps: int, choice: ShardingPlan
 ) -> Engine:

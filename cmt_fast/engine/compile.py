@@ -19,6 +19,8 @@ from cmt_kernels import graph as graph_passes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from cmt_fast.runtime import progress
+
 NAMES = ("value", "tangent")
 
 
@@ -82,6 +84,7 @@ def _dead_tangents():
     return DeadTangents()
 
 
+@progress.phase("compiling the network and comparing it with the eager one", quiet=True)
 def guard(engine: Any, loss: Callable[[], Any], name: str = "compile") -> None:
     """Compare the compiled network with the eager one in every kind of call that `loss()`, one real batch, makes of it.
 

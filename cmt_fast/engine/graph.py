@@ -30,7 +30,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.engine.local import LocalEngine
-from cmt_fast.runtime import distributed
+from cmt_fast.runtime import distributed, progress
 from cmt_fast.runtime.cuda_graphs import aside, captured, reason
 
 Loss = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
@@ -111,12 +111,13 @@ class StepGraph:
         if shape.replay and (proofs == 2 or shape.step == step):
             return
         try:
-            if proofs == 0:
-                found, proofs = proof.two_batches(shape, drawn), 1
-            elif shape.replay:
-                found, proofs = proof.moved_on(shape, drawn), 2
-            if not shape.replay and not found:
-                shape.record(self.eager)
+            with progress.phase("recording the step as a CUDA graph and proving it", quiet=True):
+                if proofs == 0:
+                    found, proofs = proof.two_batches(shape, drawn), 1
+                elif shape.replay:
+                    found, proofs = proof.moved_on(shape, drawn), 2
+                if not shape.replay and not found:
+                    shape.record(self.eager)
         except RuntimeError as error:
             found = reason(error)
         if distributed.largest(int(bool(found))) and not found:  # all are graphs or none is

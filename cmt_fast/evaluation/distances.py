@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,19 +78,50 @@ class Stream:
 
     def over_ranks(self) -> tuple[int, Moments]:
         """Samples and moments of all ranks together, the same on each; every rank must call it. Raises below 2 samples."""
-        width = distributed.largest(len(self.mean))
-        n = int(distributed.sum_(torch.tensor(self.n)))
-        if n < 2:
-            raise ValueError(f"moments of {n} samples: at least 2 are needed")
+        whole = self.shared()
+        if whole.n < 2:
+            raise ValueError(f"moments of {whole.n} samples: at least 2 are needed")
+        return whole.n, whole.moments()
+
+    def shared(self) -> Stream:
+        """That of all ranks together, the same on each; every rank must call it."""
+        width, whole = distributed.largest(len(self.mean)), Stream()
+        whole.n = int(distributed.sum_(torch.tensor(self.n)))
+        if not whole.n:
+            return whole
         mean = self.mean if self.n else torch.zeros(width, dtype=torch.float64)
         scatter = self.scatter if self.n else torch.zeros(width, width, dtype=torch.float64)
-        weight, squares = (
+        whole.weight, whole.squares = (
             float(distributed.sum_(torch.tensor(v, dtype=torch.float64))) for v in (self.weight, self.squares)
         )
-        common = distributed.sum_(mean * self.weight) / weight
-        off = mean - common
-        whole = distributed.sum_(scatter + torch.outer(off, off) * self.weight)
-        return n, Moments(common, whole / (weight - squares / weight))  # n - 1 where every row weighs 1
+        whole.mean = distributed.sum_(mean * self.weight) / whole.weight
+        off = mean - whole.mean
+        whole.scatter = distributed.sum_(scatter + torch.outer(off, off) * self.weight)
+        return whole
+
+    def moments(self) -> Moments:
+        """Of two rows or more: the scatter over n - 1 where every row weighs 1."""
+        return Moments(self.mean, self.scatter / (self.weight - self.squares / self.weight))
+
+    @staticmethod
+    def joined(streams: Sequence[Stream]) -> Stream:
+        """One of the rows of all of them; they stay as they are. At least one, none empty."""
+        whole = streams[0].copy()
+        for other in streams[1:]:
+            off, total = other.mean - whole.mean, whole.weight + other.weight
+            whole.scatter += other.scatter + torch.outer(off, off) * (whole.weight * other.weight / total)
+            whole.mean = whole.mean + off * (other.weight / total)
+            whole.n, whole.weight, whole.squares = whole.n + other.n, total, whole.squares + other.squares
+        return whole
+
+    def without(self, part: Stream) -> Stream:
+        """One of the rows that are in this and not in `part`, whose rows are in this: `joined` the other way round."""
+        rest = Stream()
+        rest.n, rest.weight, rest.squares = self.n - part.n, self.weight - part.weight, self.squares - part.squares
+        rest.mean = self.mean + (self.mean - part.mean) * (part.weight / rest.weight)
+        off = part.mean - rest.mean
+        rest.scatter = self.scatter - part.scatter - torch.outer(off, off) * (rest.weight * part.weight / self.weight)
+        return rest
 
 
 def frechet(a: Moments, b: Moments) -> float:
@@ -98,14 +130,29 @@ def frechet(a: Moments, b: Moments) -> float:
     tr (C_a C_b)^1/2 is the sum of square roots of the eigenvalues of C_a^1/2 C_b C_a^1/2, which is symmetric; covariances
     of less than full rank are served as well. Raises FloatingPointError for moments that are not finite.
     """
-    for which, m in (("first", a), ("second", b)):
+    return Against(a)(b)
+
+
+class Against:
+    """Fréchet distances to one set of moments, whose square root is taken once."""
+
+    def __init__(self, known: Moments) -> None:
+        self.known = self._finite("first", known)
+        values, vectors = torch.linalg.eigh(known.covariance)
+        self.root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+    def __call__(self, b: Moments) -> float:
+        """As `frechet`."""
+        a, b = self.known, self._finite("second", b)
+        cross = torch.linalg.eigvalsh(self.root @ b.covariance @ self.root).clamp(min=0).sqrt().sum()
+        distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+        return max(float(distance), 0.0)
+
+    @staticmethod
+    def _finite(which: str, m: Moments) -> Moments:
         if not (torch.isfinite(m.mean).all() and torch.isfinite(m.covariance).all()):
             raise FloatingPointError(f"a distance between moments of which the {which} are not finite")
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return max(float(distance), 0.0)
+        return Moments(m.mean.cpu(), m.covariance.cpu())
 
 
 def directions(dim: int, n: int = 128, seed: int = 0) -> Tensor:
@@ -126,9 +173,13 @@ def wasserstein(pa: Tensor, pb: Tensor, weights: Tensor | None = None) -> float:
     """
     n = min(len(pa), len(pb))
     q = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    pa = torch.quantile(pa, q, dim=0)
-    pb = torch.quantile(pb, q, dim=0) if weights is None else _quantiles(pb, weights, q)
+    pa, pb = torch.quantile(pa, q, dim=0), quantiles(pb, weights, q)
     return float((pa - pb).square().mean().sqrt())
+
+
+def quantiles(p: Tensor, weights: Tensor | None, q: Tensor) -> Tensor:
+    """Of columns (M, n), whose rows may weigh (M,) of sum 1, at q (Q,) -> (Q, n)."""
+    return torch.quantile(p, q, dim=0) if weights is None else _quantiles(p, weights, q)
 
 
 def _quantiles(p: Tensor, weights: Tensor, q: Tensor) -> Tensor:

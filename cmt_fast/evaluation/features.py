@@ -115,7 +115,7 @@ def extractor(data: Rows, cache: Path) -> Extractor:
     """The run's feature space: the classifier for labelled images (kept in `cache`), else the data themselves, averaged over
     fields where they are images of more than WHOLE numbers.
     """
-    if data.labels is None or len(data.shape) == 1:
+    if not data.classes or len(data.shape) == 1:
         return Pooled() if len(data.shape) == 3 and math.prod(data.shape) > WHOLE else Identity()
     file = cache / "extractor.safetensors"
     net = Classifier(math.prod(data.shape), data.classes)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from cmt_fast.diffusion.labels import Law
 from cmt_fast.evaluation import distances, neighbours, references
 from cmt_fast.evaluation.distances import Stream
 from cmt_fast.evaluation.features import Extractor
+from cmt_fast.evaluation.kept import Kept
+from cmt_fast.evaluation.measures import Measures
 from cmt_fast.evaluation.references import Reference
 from cmt_fast.runtime import distributed
 
@@ -41,6 +45,10 @@ class Judge:
         self.law = law
         self.data, self.space, self.file, self.metric = data, space, file, metric
         self.decode, self.rows, self.name = decode, rows, space.name
+        self.kept: Kept | None = None  # what a run keeps of real data, in their place
+        self.expected = (
+            0  # samples; of reports and `cmt eval`, whose figures are more than evaluations in training have
+        )
 
     def title(self, n: int) -> str:
         """What the distance of n samples is called: FID and FD-DINOv2 are names of their protocols alone."""
@@ -62,22 +70,41 @@ class Judge:
         """The data set, or evenly spaced rows of a large one, on the CPU."""
         return self._rows.x.cpu()
 
+    @property
+    def here(self) -> bool:
+        """Whether the data are, else what is kept of them has to do."""
+        return getattr(self.data, "here", True)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Of the rows of `real`, (N,)."""
+        return None if self._rows.labels is None else self._rows.labels.cpu()
+
     @functools.cached_property
     def weights(self) -> Tensor | None:
         """By which rows of `real` count, (N,) of sum 1, None for all alike. Raises ConfigError for classes without rows."""
-        return class_weights(self._rows.labels, self.law) if self.law else None
+        if not self.here and self.kept is not None:
+            return self.kept.tensors.get("weights")
+        return class_weights(self._rows.labels, self.law, self.file is None) if self.law else None
 
     @functools.cached_property
     def directions(self) -> Tensor:
-        return distances.directions(self.real[0].numel())
+        return distances.directions(math.prod(self.data.shape))
 
     @functools.cached_property
     def projected(self) -> Tensor:
+        kept = self.kept  # of very many rows it has quantiles alone
+        if kept is not None and (not self.here or len(kept.tensors["projected"]) == kept.about["rows"]):
+            return kept.tensors["projected"]
         return distances.project(self.real, self.directions)
 
     @functools.cached_property
     def reference(self) -> Reference:
         """Raises ConfigError for a file of another extractor, or one without what precision and recall need."""
+        kept = self.kept
+        if kept is not None and not (self.rows and self.here) and (self.file is None or not self.file.is_file()):
+            about, features = kept.about, kept.tensors.get("features")
+            return Reference(kept.moments, about["source"], self.name, about["n"], features, labels=about["labels"])
         if self.file is None:
             if self.space.images:
                 raise ConfigError(f"eval.reference: is missing; {self.metric} compares with a file of statistics")
@@ -90,7 +117,7 @@ class Judge:
                 source += f", its classes weighted ({self.law.text()})"
             known = distances.moments(features, self.weights)
             return Reference(known, source, self.name, len(self.real), features)
-        found = references.read(self.file, self.metric, self.rows)
+        found = references.read(self.file, self.metric, self.rows or self.file.suffix == ".safetensors")
         if found.labels and self.law and not _alike(found.labels, self.law, self.data):
             raise ConfigError(
                 f"eval.labels: {self.law.name!r}, and the rows behind {str(self.file)!r} have the labels {found.labels!r}; "
@@ -122,11 +149,11 @@ class Judge:
             return ""
         return f"{' and '.join(few)} for {width:,} features: covariances are not of full rank, and distances are biased"
 
-    def tally(self) -> Tally:
-        """A fresh count of samples."""
-        return Tally(self)
+    def tally(self, n: int | None = None) -> Tally:
+        """A fresh count of samples. n: how many will come, where every measure is asked for and others than `expected` do."""
+        return Tally(self, n or self.expected)
 
-    def __call__(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+    def __call__(self, samples: Tensor, labels: Tensor | None) -> dict[str, Any]:
         """Figures of samples (n, ...) with the labels (n,) that they were asked for, all on this rank."""
         tally = self.tally()
         tally.add(samples, labels)
@@ -139,20 +166,24 @@ class Tally:
     Raises ConfigError at once when there is no reference to compare with.
     """
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Judge, n: int = 0) -> None:
         self.judge, self.stream, self.reference = judge, Stream(), judge.reference
         self.right = self.labelled = 0
         self.kept: list[Tensor] = []
         self.slices: list[Tensor] = []
+        self.seen, self.more = 0, None
+        if judge.expected and judge.kept is not None:
+            self.more = Measures(judge.kept, self.reference, n or judge.expected)
 
     def copy(self) -> Tally:
         """Another that goes on from here; this one stays as it is."""
         other = copy.copy(self)
         other.stream, other.kept, other.slices = self.stream.copy(), list(self.kept), list(self.slices)
+        other.more = self.more and self.more.copy()
         return other
 
-    def add(self, samples: Tensor, labels: Tensor | None) -> None:
-        """samples: (B, ...) in data units; labels: (B,) or None."""
+    def add(self, samples: Tensor, labels: Tensor | None, index: Tensor | None = None) -> None:
+        """samples: (B, ...) in data units; labels: (B,) or None; index: (B,) of them among all, default: as they come."""
         judge = self.judge
         seen = judge.look(samples)
         features = judge.space.features(seen)
@@ -161,13 +192,19 @@ class Tally:
             self.kept.append(features.float().cpu())
         if judge.file is None:
             self.slices.append(distances.project(samples.cpu(), judge.directions))
+        if self.more:
+            index = torch.arange(self.seen, self.seen + len(samples)) if index is None else index
+            self.more.add(samples, features, index)
+        self.seen += len(samples)
         predicted = judge.space.classes(seen)
         if predicted is not None and labels is not None:
             self.right += int((predicted == labels.to(predicted.device)).sum())
             self.labelled += len(labels)
 
-    def figures(self) -> dict[str, float]:
-        """frechet; accuracy of labelled samples; precision and recall, or sliced_wasserstein. Every rank must call it."""
+    def figures(self) -> dict[str, Any]:
+        """frechet; accuracy of labelled samples; precision and recall, or sliced_wasserstein; where more is asked for, what
+        `measures` says. Every rank must call it.
+        """
         judge = self.judge
         out = {"frechet": distances.frechet(_cpu(self.stream.over_ranks()[1]), _cpu(self.reference.moments))}
         if judge.file is None:
@@ -180,7 +217,7 @@ class Tally:
             made = distributed.gather_uneven(torch.cat(self.kept) if self.kept else None)
             assert self.reference.features is not None
             out["precision"], out["recall"] = neighbours.precision_recall(self.reference.features.cpu(), made)
-        return out
+        return {**self.more.figures(), **out} if self.more else out
 
 
 def open_judge(
@@ -254,22 +291,23 @@ def make_reference(judge: Judge, n: int | None, batch: int, keep: int, advance: 
     return Reference(_cpu(stream.over_ranks()[1]), "own statistics", judge.name, n, features, labels=law)
 
 
-def class_weights(labels: Tensor | None, law: Law) -> Tensor | None:
+def class_weights(labels: Tensor | None, law: Law, whole: bool = True) -> Tensor | None:
     """w_i = q_y / n_y of rows with the labels y (N,): classes weigh as the law's shares q, rows of a class alike; sum 1.
 
-    None where the law is the data's own, or all weights are equal. Raises ConfigError for a class without rows to compare with.
+    None where the law is the data's own, or all weights are equal. Raises ConfigError for a class without rows to compare with;
+    not where these rows are not the `whole` of what is compared with: then that class counts for nothing.
     """
     if labels is None or law.name == "data":
         return None
     n = torch.bincount(labels.cpu(), minlength=len(law.counts))
     missing = [int(k) for k in law.present if not n[k]]
-    if missing:
+    if missing and whole:
         raise ConfigError(
             f"eval.labels: {law.name!r} draws class {missing[0]}, of which there are no rows to compare with"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
     w = (law.shares / n.clamp(min=1))[labels.cpu()]
-    return None if bool((w == w[0]).all()) else w
+    return None if bool((w == w[0]).all()) else w / w.sum() if missing else w
 
 
 def _alike(name: str, law: Law, data: Rows) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+K = 3  # neighbours, as Kynkäänniemi et al. count
 
-def radii(x: Tensor, k: int = 3, block: int = 4096) -> Tensor:
+
+def radii(x: Tensor, k: int = K, block: int = 4096) -> Tensor:
     """Squared distance of every point to its k-th neighbour in the set, itself not counted. x: (N, F), N > k -> (N,)."""
     if len(x) <= k:
         raise ValueError(
@@ -32,7 +34,7 @@ def inside(points: Tensor, centres: Tensor, radius: Tensor, block: int = 4096) -
     return count / len(points)
 
 
-def precision_recall(real: Tensor, made: Tensor, k: int = 3, block: int = 4096) -> tuple[float, float]:
+def precision_recall(real: Tensor, made: Tensor, k: int = K, block: int = 4096) -> tuple[float, float]:
     """Precision: samples in the manifold of real features; recall: real ones in that of the samples. (N, F), (M, F)."""
     centre = real.mean(0)  # near the origin squared distances by dot products keep their digits
     real, made = real - centre, made - centre

@@ -9,6 +9,7 @@ One process, fp32, no augmentation of its own: E-LatentLPIPS' published settings
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -22,8 +23,7 @@ from cmt_fast.config.schema import Features, Run
 from cmt_fast.data.loaders import loader
 from cmt_fast.models.vgg import LatentVgg
 from cmt_fast.perceptual.distance import save_latent_network
-from cmt_fast.runtime import distributed
-from cmt_fast.runtime.progress import say
+from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint, files
 from cmt_fast.storage.metrics_log import Log
 
@@ -58,9 +58,11 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     every = max(1, total // 50)
     save_every = every * max(1, round(data.n / f.batch / every))
-    log, sums = Log(folder, first, total, "features", quiet=False), torch.zeros(2, dtype=torch.float64, device=device)
+    log, sums = Log(folder, first, write=True), torch.zeros(2, dtype=torch.float64, device=device)
     clock = time.perf_counter()
-    try:
+    with contextlib.ExitStack() as ending, progress.Stage("features", first, total, f.batch, folder.parent) as shown:
+        for part in (rows, log):
+            ending.callback(part.close)
         for step in range(first, total):
             x, labels = rows.rows(torch.arange(f.batch, device=rows.place) + step * f.batch)
             for group in sgd.param_groups:
@@ -81,19 +83,17 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
                     raise FloatingPointError(f"features: loss {mean} at step {n}; the last checkpoint is sound")
                 row = {"loss": mean, "accuracy": accuracy, "lr": sgd.param_groups[0]["lr"]}
                 log.row("train", n, n * f.batch, row, {"train_s": wall})
-                log.advance(n, f"loss {mean:.4g}  accuracy {accuracy:.3f}")
+                shown.saw(mean)
+            shown.step(n, lambda: None)
             if n % save_every == 0 or last:
                 log.commit()
                 about = {"stage": "features", "nimg": n * f.batch, "done": last, "facts": facts, "wall": wall}
                 checkpoint.save(folder, n, _state(net, sgd), about)
-    finally:
-        log.close()
-        rows.close()
     file = folder / FILE
     save_latent_network(
         net, file, {"nimg": total * f.batch, "recipe": run.name, "normalisation": getattr(data, "normalisation", None)}
     )
-    say(f"{file}: xxh3_128 {files.checksum(file)}")
+    progress.say(f"{file}: xxh3_128 {files.checksum(file)}")
     return file
 
 

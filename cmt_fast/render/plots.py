@@ -127,18 +127,20 @@ def _legend(axes, columns: int = 1) -> None:
 # ---------------------------------------------------------------------------------------------- the run's figures
 
 
-def quality(steps: str, curves: dict[str, Points], teacher: tuple[str, float] | None) -> str:
+def quality(steps: str, curves: dict[str, Points], levels: Sequence[tuple[str, float]]) -> str:
     """Fréchet distance against student images at one number of steps.
 
-    curves: stage -> (student images, distance); `post` goes on where `mid` ends. teacher: label and its distance.
+    curves: stage -> (student images, distance); `post` goes on where `mid` ends. levels: label and distance of what does
+    not train, the teacher and real rows.
     """
 
     def draw(axes) -> None:
         values = [d for points in curves.values() for _, d in points if d > 0]
         axes.set_yscale("log")
-        if teacher and teacher[1] > 0:
-            axes.axhline(teacher[1], color=BLACK, linestyle=":", linewidth=1.2, label=teacher[0])
-            values.append(teacher[1])
+        for (label, level), color in zip(levels, (BLACK, PURPLE)):
+            if level > 0:
+                axes.axhline(level, color=color, linestyle=":", linewidth=1.2, label=label)
+                values.append(level)
         for stage, points in curves.items():
             joined = [*curves["mid"][-1:], *points] if stage == "post" and curves.get("mid") else points
             if not joined:

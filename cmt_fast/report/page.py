@@ -1,8 +1,7 @@
 """A run as one page: RUN/report.html (self-contained) and RUN/report.md, with and without mid-training side by side.
 
-This file gathers the facts, `templates.sections` says them. Networks are judged once: figures stay in
-RUN/<stage>/figures.json under the checksum of the EMA weights, the judge's settings and the sampler, and are
-taken from there while those are the same.
+This file gathers the facts, `quality` and `sections` say them. Finished networks are judged once (judged.py). Without judging the
+page is drawn at any moment from what is there, in seconds: that is what is looked at while a run trains.
 """
 
 from __future__ import annotations
@@ -14,100 +13,130 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.evaluation import kept
 from cmt_fast.render import templates
+from cmt_fast.report import judged as judged_
+from cmt_fast.report import quality as quality_
 from cmt_fast.report import sections
-from cmt_fast.report.standing import Curve, Judged, Stand
+from cmt_fast.report.quality import Quality
+from cmt_fast.report.standing import Curve, Names, Stand
 from cmt_fast.run.folder import RUN_FILE, stored_run
-from cmt_fast.run.workspace import Workspace
+from cmt_fast.run.workspace import Workspace, open_run
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint, files, metrics_log
 from cmt_fast.teacher import solver_record
 from cmt_fast.train import solver_choice
 from cmt_fast.usage import ledger
 
-FIGURES = "figures.json"
-
 
 def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dict[str, Any]:
     """Judge what is finished, on all ranks together, and write the report on the first. Returns figures and paths.
 
-    judge: False draws what is there, on this rank alone, and says how far the run is; refresh_s: the page loads itself anew
-    so often. Raises ConfigError when `folder` is no run, holds no finished stage, or matplotlib is not installed.
+    judge=False: no network is called and no other rank waited for; the page says what is known so far, also of a run that has
+    no finished stage, and how far it is. refresh_s: the page asks the browser to load it again every so many seconds.
+    Raises ConfigError when `folder` is no run, holds no finished stage to judge, or matplotlib is not installed.
     """
     run = stored_run(folder)
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
     about = json.loads((folder / RUN_FILE).read_text("utf-8"))
-    work = Workspace(run, folder, Path(about["parents"]) if about.get("parents") else None, reading=True)
+    work = open_run(folder)
     stands = {name: stand(work, name) for name in run.stages}
     done = {name: s for name, s in stands.items() if s.done}
-    if not judge:
-        return _half_way(work, stands, about, refresh_s)
-    if not done:
+    if judge and not done:
         states = "; ".join(f"{name}: {s.state}" for name, s in stands.items())
         raise ConfigError(f"RUN: {str(folder)!r} holds no finished stage to report on ({states})")
-    judged = {name: judge_stage(work, s) for name, s in done.items()}
-    if distributed.rank():
+    quality, floor, caution = _judged(work, done) if judge else _known(work, done)
+    if judge and distributed.rank():
         return {}
     curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in run.eval.steps}
     reached = [row for k, lines in curves.items() for row in reach_rows(k, lines, done)]
-    tables = [sections.quality_table(work, done, judged, k) for k in run.eval.steps]
+    tables = [quality_.table(run, done, quality, k) for k in run.eval.steps] if quality.judged else []
     page = [
-        sections.head(work, stands, judged),
-        sections.quality(work, tables),
-        sections.curves(work, judged, curves, reached),
+        quality_.first(work, stands, quality, judged_.pictures(work, stands, quality)),
+        quality_.section(work, quality, tables, caution),
+        sections.curves(work, quality.judged, curves, reached, floor),
         sections.training(stands),
         sections.bill(stands),
         sections.solvers(chosen(work)),
         sections.samples(stands),
-        *([sections.theory(theory(folder))] if run.data.kind == "gmm" else []),
+        *([sections.theory(theory(folder))] if run.data.kind == "gmm" and (judge or _measured(folder)) else []),
         sections.surroundings(work, about),
     ]
-    page = [section for section in page if section.groups]
-    html, markdown = folder / "report.html", folder / "report.md"
+    page = [page[0], *(section for section in page[1:] if section.groups)]
+    html, markdown, banner = folder / "report.html", folder / "report.md", "" if judge else _banner(stands, quality)
     templates.write_pictures(folder / "report", page)
-    files.write_text(html, templates.html(run.name, page))
-    files.write_text(markdown, templates.markdown(run.name, page))
-    templates.show(sections.summary(tables, run.eval.steps, work.judging.judge.name))
-    if reached:
-        templates.show(sections.reach_table(reached, run.eval.n_during))
-    progress.say(str(html))
-    figures = {name: j._asdict() for name, j in judged.items()}
+    files.write_text(html, templates.html(run.name, page, banner, refresh_s))
+    files.write_text(markdown, templates.markdown(run.name, page, banner))
+    if judge:
+        _say(page[0], [quality_.summary(run, tables, quality.names)] if tables else [])
+        if reached:
+            templates.show(sections.reach_table(reached, run.eval.n_during))
+        progress.say(str(html))
+    figures = {name: j._asdict() for name, j in quality.judged.items()}
     return {
-        "run": run.name, "extractor": work.judging.judge.name, "quality": figures, "reach": reached, "html": html,
+        "run": run.name, "extractor": quality.names.first, "second": quality.names.second, "quality": figures,
+        "floor": quality_.plain(quality.floor), "disagreements": page[0].alerts, "reach": reached, "html": html,
         "markdown": markdown,
     }  # fmt: skip
 
 
-def _half_way(
-    work: Workspace, stands: dict[str, Stand], about: dict[str, Any], refresh_s: int | None
-) -> dict[str, Any]:
-    """The page of a run that is under way: what needs no samples."""
-    curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in work.run.eval.steps}
+def _say(first: templates.Section, tables: list[templates.Table]) -> None:
+    """The result on the terminal: the table, the sentence of it, and what contradicts it."""
+    for table in tables:
+        templates.show(table)
+    for line in first.headlines:
+        progress.say(" ".join(line))
+    for line in first.alerts:
+        progress.say(f"! {line}")
+
+
+def _judged(work: Workspace, done: dict[str, Stand]) -> tuple[Quality, float | None, str]:
+    """Quality, the floor at as many samples as are judged in training, and what is to be known of the number of samples."""
+    e, judge = work.run.eval, work.judging.thorough
+    judged = {name: judged_.judge(work, s) for name, s in done.items()}
+    floor, during = (work.judging.floor(judge, n) for n in (e.n, e.n_during))
+    assert judge.kept is not None
+    if distributed.rank() == 0:
+        judged_.draw_real(work)
+    title = judge.title(e.n)
+    names = Names(judge.name, judge.kept.about["second"], "Fréchet" if title.startswith("frechet") else title)
+    caution = work.judging.about(e.n).get("note", "")
+    return Quality(judged, names, floor, judge.kept.sharpness), during and during["frechet"], caution
+
+
+def _known(work: Workspace, done: dict[str, Stand]) -> tuple[Quality, float | None, str]:
+    """The same as far as files say it: nothing is computed, no judge is opened."""
+    found = {name: k for name, s in done.items() if (k := judged_.known(work, s))}
+    key = next((key for _, key in found.values()), {})
+    asked = {"extractor": key["extractor"], "labels": work.setting.law.text()} if key else None
+    real = next((k for f in (work.folder, work.parents) if asked and (k := kept.read(f, asked))), None)
+    floors = real.about["floor"] if real is not None else {}
+    floor, during = (floors.get(str(n)) for n in (work.run.eval.n, work.run.eval.n_during))
+    names = Names(key.get("extractor", ""), key.get("second", ""), "Fréchet")
+    quality = Quality({n: j for n, (j, _) in found.items()}, names, floor, real.sharpness if real is not None else None)
+    return quality, during and during["frechet"], ""
+
+
+def _banner(stands: dict[str, Stand], quality: Quality) -> str:
+    """How far a run is, and when that was."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    page = [
-        sections.head(work, stands, {}),
-        sections.curves(work, {}, curves, []),
-        sections.training(stands),
-        sections.bill(stands),
-        sections.samples(stands),
-        sections.surroundings(work, about),
-    ]
-    page[0].text.append(f"{half_way(stands)}, updated {now:%H:%M} UTC")
-    html = work.folder / "report.html"
-    files.write_text(html, templates.html(work.run.name, [s for s in page if s.groups], refresh_s))
-    return {"run": work.run.name, "html": html}
+    parts = []
+    for s in stands.values():
+        rows = s.kind("train")
+        nimg = max(rows[-1]["nimg"] if rows else 0, s.manifest["nimg"] if s.manifest else 0)
+        whole = s.stage.images_nimg
+        parts.append(
+            f"{s.name} {'finished' if s.done else f'{nimg / whole:.0%} of {whole:,} images' if nimg else 'not begun'}"
+        )
+    unjudged = [s.name for s in stands.values() if s.done and s.name not in quality.judged]
+    text = f"As of {now:%Y-%m-%d %H:%M:%S} UTC: {', '.join(parts)}."
+    return text + f" Not judged yet: {', '.join(unjudged)}; `cmt report` judges what is finished." * bool(unjudged)
 
 
-def half_way(stands: dict[str, Stand]) -> str:
-    """Where a run that is not at its end stands, by its newest rows."""
-    begun = [s for s in stands.values() if s.rows and not s.done]
-    if not begun:
-        return "between stages"
-    s = begun[-1]
-    return f"half-way: stage {s.name}, {100 * s.rows[-1]['nimg'] / s.stage.images_nimg:.0f} %"
+def _measured(folder: Path) -> bool:
+    return (folder / "theory.json").is_file()
 
 
 def stand(work: Workspace, name: str) -> Stand:
@@ -127,41 +156,6 @@ def stand(work: Workspace, name: str) -> Stand:
     grids = sorted((folder / "grids").glob("[0-9]*.png"))
     rows = metrics_log.read(folder / metrics_log.METRICS)
     return Stand(name, stage, rows, manifest, done, state, grids, ledger.of_stage(folder, manifest))
-
-
-def judge_stage(work: Workspace, s: Stand) -> Judged:
-    """Figures of a finished stage, from its figures.json where that still holds; of `pre` by the solver too."""
-    run, file, settings = work.run, work.folder / s.name / FIGURES, loading.dump(work.run)
-    key = {k: settings[k] for k in ("data", "path", "sigma_data", "eval", "sampler")}
-    key |= {"ema": s.ema, "extractor": work.judging.judge.name}
-    if run.eval.reference:
-        key["reference"] = files.checksum(Path(run.eval.reference))
-    for known in (file, work.stage_dir(s.name) / FIGURES):
-        try:
-            stored = json.loads(known.read_text("utf-8"))
-            if stored["key"] == key:
-                return Judged(*(stored[kind] for kind in Judged._fields))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    if distributed.rank() == 0:
-        progress.say(f"judging {s.name}: {run.eval.n:,} samples at {', '.join(map(str, run.eval.steps))} steps")
-    net = work.network(s.name)
-
-    def figures(steps: tuple[int, ...], counts: tuple[int, ...], solver: bool) -> list[dict[str, dict | None]]:
-        """{steps: figures} for each count; None where samples or figures are not finite."""
-        found = work.judging.figures(net, steps, counts, solver) if steps else {}
-        sound = lambda out: out if out and all(map(math.isfinite, out.values())) else None
-        return [{str(k): sound(of[n]) for k, of in found.items()} for n in counts]
-
-    long = (run.sampler.teacher_steps,) if s.name == "pre" else ()
-    (few,) = figures(run.eval.steps, (run.eval.n,), False)
-    judged = Judged(few, *figures(long, (run.eval.n, run.eval.n_during), True))
-    distributed.barrier()  # no rank finds the file before all have looked for it
-    if distributed.rank():
-        return judged
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(file, json.dumps({"key": key, **judged._asdict()}, indent=1))
-    return judged
 
 
 def chosen(work: Workspace) -> dict[str, tuple[solver_record.Kept, list[str]]]:

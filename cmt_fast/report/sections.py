@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +11,23 @@ from cmt_fast.config import loading
 from cmt_fast.render import plots
 from cmt_fast.render.templates import Group, Picture, Section, Table, png
 from cmt_fast.report.standing import Curve, Judged, Stand
+from cmt_fast.report.text import DASH, TEXT, number, steps_text
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.teacher import solver_record
 from cmt_fast.usage import meters
 from cmt_fast.usage.meters import Amount
 
-DASH, RATIO = "–", "post / control"
 DATA = {
     "digits": "8 x 8 handwritten digits",
+    "photos": "32 x 32 windows of six photographs",
     "gmm": "points of a 2-D Gaussian mixture",
     "npz": "images of a file",
     "latents": "rows of a store",
 }
-TEXT = 99  # every column is text
 
 
-def number(value: float | None, form: str = ".4g") -> str:
-    """A figure, or a dash where there is none."""
-    return DASH if value is None else format(value, form)
-
-
-def steps_text(k: int | str) -> str:
-    """`1 step`, `2 steps`."""
-    return f"{k} step{'s' * (int(k) > 1)}"
-
-
-def head(work: Workspace, stands: dict[str, Stand], judged: dict[str, Judged]) -> Section:
-    """One sentence on the run, the result in a line per number of steps, lineage."""
-    run, shape = work.run, " x ".join(map(str, work.data.shape))
-    kinds = {name: s.objective for name, s in stands.items()}
-    first = f"pre-trained as a diffusion model ({kinds['pre']}, path {run.path})" if run.pre else f"on path {run.path}"
-    what = (
-        f"A network ({run.model.kind}, {work.parameters:,} parameters) for {DATA[run.data.kind]} ({work.data.n:,} of "
-        f"{shape}): {first}, mid-trained ({kinds['mid']}, teacher {run.mid.teacher or 'cached'}) "
-        f"and post-trained ({kinds['post']}) into a generator of {' or '.join(map(str, run.eval.steps))} steps"
-    )
-    if run.control:
-        begins = "straight from the pre-trained network" if run.control.start else "from nothing"
-        what += f"; the control is post-trained ({kinds['control']}) {begins}"
-    text = [f"{what}."]
-    for k in map(str, run.eval.steps):
-        a, b = (judged[name].few[k] if name in judged else None for name in ("post", "control"))
-        if a and b and b["frechet"] > 0:
-            with_, without = a["frechet"], b["frechet"]
-            text.append(
-                f"{steps_text(k)}: Fréchet distance {with_:.4g} with mid-training, {without:.4g} without "
-                f"(ratio {with_ / without:.3g})."
-            )
+def lineage(stands: dict[str, Stand]) -> Table:
+    """Every stage: what it starts from, checksums, how far it is."""
     rows = []
     for s in stands.values():
         m, parent = s.manifest or {}, DASH
@@ -69,87 +38,7 @@ def head(work: Workspace, stands: dict[str, Stand], judged: dict[str, Judged]) -
         digest = m.get("config", DASH)[:12]
         rows.append([s.name, s.objective, parent, number(m.get("nimg"), ","), s.ema[:12] or DASH, digest, s.state])
     columns = ["stage", "objective", "starts from (images, EMA)", "images", "EMA checksum", "config digest", "state"]
-    return Section("", text, [Group([Table("Lineage", columns, rows, left=TEXT)], wide=True)])
-
-
-def quality_table(work: Workspace, done: dict[str, Stand], judged: dict[str, Judged], k: int) -> Table:
-    """What every network makes in k steps, against the teacher's many."""
-    sampler, rows = work.run.sampler, []
-    n = str(sampler.teacher_steps)
-    entries: list[tuple[str, str, int, dict | None]] = []
-    if "pre" in done:
-        entries.append((f"teacher, {steps_text(n)}", "pre", 0, judged["pre"].solver[n]))
-    for name, s in done.items():
-        title = "pre-trained" if name == "pre" else name
-        entries.append((title, *s.path, judged[name].few[str(k)]))
-    columns = {
-        "frechet": f"{distance_title(work)}, {work.judging.judge.name}",
-        "accuracy": "accuracy",
-        "sliced_wasserstein": "sliced Wasserstein",
-    }
-    columns = {c: title for c, title in columns.items() if any(f and c in f for *_, f in entries)}
-    for title, path, nimg, figures in entries:
-        form = lambda c: ".1%" if c == "accuracy" else ".4g"
-        cells = [number(figures[c], form(c)) if figures else "not finite" for c in columns]
-        rows.append([title, *cells, f"{nimg:,}", path])
-    a, b = (next((e for e in entries if e[0] == name), None) for name in ("post", "control"))
-    share = lambda x, y: number(x / y, ".3g") if y else DASH
-    both = bool(a and b and a[3] and b[3])
-    if a and b and a[3] and b[3]:
-        rows.append([RATIO, *(share(a[3][c], b[3][c]) for c in columns), share(a[2], b[2]), ""])
-    return Table(steps_text(k), ["network", *columns.values(), "student images", "path"], rows, strong=both)
-
-
-def summary(tables: list[Table], steps: tuple[int, ...], extractor: str) -> Table:
-    """The quality tables as one for the terminal: distance and accuracy by number of steps."""
-    names = [title.partition(",")[0] for title in tables[0].head]
-    shown = [i for i, title in enumerate(names) if title in ("Fréchet", "FID", "FD-DINOv2", "accuracy")]
-    columns = ["network", "images", *(f"{names[i]} @{k}" for k in steps for i in shown)]
-    rows = []
-    for title, *_, nimg, _ in tables[0].rows:
-        found = [next((row for row in t.rows if row[0] == title), [DASH] * len(names)) for t in tables]
-        rows.append([title, nimg, *(row[i] for row in found for i in shown)])
-    return Table(f"{names[shown[0]]}: {extractor}; @k: in k steps", columns, rows)
-
-
-def distance_title(work: Workspace) -> str:
-    """FID and FD-DINOv2 where the figures follow those protocols, Fréchet where they do not."""
-    name = work.judging.judge.title(work.run.eval.n)
-    return "Fréchet" if name.startswith("frechet") else name
-
-
-def quality(work: Workspace, tables: list[Table]) -> Section:
-    """The tables with and without mid-training, and in what post-training and control differ besides."""
-    run, e = work.run, work.run.eval
-    about = work.judging.about(e.n)
-    note = f" {about['note'].capitalize()}." if "note" in about else ""
-    text = (
-        f"Each network draws {e.n:,} samples with its EMA weights, from the same noise and labels (seed {e.seed}). "
-        f"Labels: {about['labels']}.{note} "
-        "Student images: images seen after pre-training, summed along the path. Lower distances are better. "
-        f"The teacher is the pre-trained network through the ODE solver ({run.sampler.solver}); the row `pre-trained` is "
-        "the same network as a generator of few steps."
-    )
-    groups = [Group([*tables], wide=True)]
-    if run.control:
-        tree = loading.dump(run)
-        rows = [row for row in differences(tree["post"], tree["control"]) if not row[0].endswith("_every_nimg")]
-        note = "The control has settings of its own; it is not post-training with one thing left out."
-        groups.append(Group([Table("Settings that differ", ["key", "post", "control"], rows, note, TEXT)], wide=True))
-    return Section("Quality, with and without mid-training", [text], groups)
-
-
-def differences(a: dict, b: dict, prefix: str = "") -> list[list[str]]:
-    """Dotted keys in which two settings differ, with both values; a table that only one has is one row."""
-    rows: list[list[str]] = []
-    for key in {**a, **b}:
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            rows += differences(x, y, f"{prefix}{key}.")
-        elif x != y:
-            plain = str.maketrans("", "", '"{}')
-            rows.append([f"{prefix}{key}", *(DASH if v is None else json.dumps(v).translate(plain) for v in (x, y))])
-    return rows
+    return Table("Lineage", columns, rows, left=TEXT)
 
 
 def reach_table(reached: list[dict[str, Any]], n: int) -> Table:
@@ -176,21 +65,23 @@ def reach_table(reached: list[dict[str, Any]], n: int) -> Table:
 
 
 def curves(
-    work: Workspace, judged: dict[str, Judged], lines: dict[int, dict[str, Curve]], reached: list[dict[str, Any]]
-) -> Section:
-    """Fréchet distance against student images, one panel per number of steps."""
+    work: Workspace, judged: dict[str, Judged], lines: dict[int, dict[str, Curve]], reached: list[dict[str, Any]],
+    floor: float | None = None,
+) -> Section:  # fmt: skip
+    """Fréchet distance against student images, one panel per number of steps. floor: of as many real rows."""
     run, figures, n = work.run, [], work.run.sampler.teacher_steps
-    teacher = judged["pre"].during[str(n)] if "pre" in judged else None
-    level = (f"teacher, {steps_text(n)}", teacher["frechet"]) if teacher else None
+    teacher = judged["pre"].during.get(str(n)) if "pre" in judged else None
+    levels = [(f"teacher, {steps_text(n)}", teacher["frechet"])] if teacher else []
+    levels += [("real rows (floor)", floor)] if floor else []
     for k, stages in lines.items():
         if stages:
             title = f"Samples in {steps_text(k)}: Fréchet distance by student images."
-            figures.append(Picture(title, f"quality-{k}.svg", plots.quality(steps_text(k), stages, level)))
+            figures.append(Picture(title, f"quality-{k}.svg", plots.quality(steps_text(k), stages, levels)))
     groups = [Group(figures)] if figures else []
     if reached:
         groups.append(Group([reach_table(reached, run.eval.n_during)], wide=True))
     text = (
-        f"Judged during training, the dotted line too, on {run.eval.n_during:,} samples; the tables above are on "
+        f"Judged during training, the dotted lines too, on {run.eval.n_during:,} samples; the tables above are on "
         f"{run.eval.n:,}, and distances fall with the number of samples. "
         "Post-training continues from the images of mid-training."
     )
@@ -218,8 +109,8 @@ def training(stands: dict[str, Stand]) -> Section:
         "First and last loss are means over about a fiftieth of the stage. Losses of different objectives cannot be compared. "
         "Seconds of training include the teacher's rollouts; images/s count training alone."
     )
-    table = Table("", columns, rows, note, left=2)
-    return Section("Stages", [], [Group([table], wide=True), Group(figures)] if rows else [])
+    own = [Group([Table("", columns, rows, note, left=2)], wide=True), Group(figures)] if rows else []
+    return Section("Stages", [], [Group([lineage(stands)], wide=True), *own])
 
 
 UNITS = {"gpu": "GPU", "core": "core"}
@@ -262,7 +153,7 @@ def bill(stands: dict[str, Stand]) -> Section:
             rows.append(["kWh", "", *energy, "", ""])
         rows.append(["all", number(whole.seconds / span), *shares, kwh(whole), ""])
         columns = ["stage", f"{title}-{spans}", *used, "kWh", f"images per {title}-hour"]
-        tables.append(Table("", columns, rows, strong=True))
+        tables.append(Table("", columns, rows, strong=1))
     if not tables:
         return Section("Usage", [], [])
     text.insert(0, (
@@ -309,7 +200,7 @@ def theory(figures: dict[str, Any]) -> Section:
     errors.append(["slope", *(two(solver["slopes"][order]) for order in solver["rms"])])
     rows = [[name, r["swept"], r["expected"], two(r["slope_mse"]), two(r["slope_bias"])] for name, r in bias.items()]
     columns = ["target", "swept", "expected slopes", "slope of MSE", "slope of B"]
-    table = Table("Solver error (RMS)", ["network calls", *(f"order {o}" for o in solver["rms"])], errors, strong=True)
+    table = Table("Solver error (RMS)", ["network calls", *(f"order {o}" for o in solver["rms"])], errors, strong=1)
     order = Picture("Error at the end of the path; dashed: fitted slopes.", "solver.svg", plots.solver_order(solver))
     drawn = [
         Picture(f"{title}, by what is swept.", f"{key}.svg", plots.bias(title, bias, key))

@@ -54,9 +54,25 @@ class Stand(NamedTuple):
 class Judged(NamedTuple):
     """Figures of one network by number of steps, as a few-step generator and by the solver; None: not finite.
 
-    during: those by the solver on as many samples as are judged in training, to be drawn beside those curves.
+    Figures are those of evaluation/measures.py but `left_out`. during: those by the solver on as many samples as are judged in
+    training, to be drawn beside those curves. left_out: {"few": {steps: {distance: [...]}}, "solver": ...}, of which intervals
+    are made.
     """
 
     few: dict[str, dict[str, float] | None]
     solver: dict[str, dict[str, float] | None]
     during: dict[str, dict[str, float] | None]
+    left_out: dict[str, dict[str, dict[str, list[float]]]] = {}
+
+    def figures(self, steps: int | str, how: str = "few") -> dict[str, Any] | None:
+        """Those of so many steps with `left_out`; None where they are not finite or nobody judged them."""
+        found = getattr(self, how).get(str(steps))
+        return {**found, "left_out": self.left_out.get(how, {}).get(str(steps), {})} if found else None
+
+
+class Names(NamedTuple):
+    """What the report calls the judge: its first feature space, its second, and the distance (Fréchet, FID, FD-DINOv2)."""
+
+    first: str
+    second: str
+    distance: str

@@ -1,17 +1,22 @@
-"""The rows of a store that is not here, as far as its recipe says what they must be like."""
+"""Rows that are not here: as far as a recipe says what they must be like, or as the run remembers that was trained on them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.config.schema import Latents, Run
+from cmt_fast.config.schema import Data, Latents, Run
 from cmt_fast.data import classes as in_data
 from cmt_fast.data.autoencoder import Normalisation
 from cmt_fast.data.datasets import load
 from cmt_fast.data.rows import Rows
+from cmt_fast.diffusion.labels import Law
+from cmt_fast.run.decoding import Encoded
+from cmt_fast.run.folder import about_run
 
 
 class AbsentRows:
@@ -21,6 +26,8 @@ class AbsentRows:
     `data.classes` make of those expected, or those given where the recipe leaves them open, a checkpoint's own.
     Raises ConfigError for a mean that is not of the shape, and for classes that cannot be.
     """
+
+    here = False
 
     def __init__(self, config: Latents, classes: int = 0) -> None:
         assert config.expects is not None
@@ -46,6 +53,70 @@ class AbsentRows:
     def rows(self, index: Tensor, draw: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]:
         """As data.Rows. Raises ConfigError."""
         raise ConfigError(f"data.path: {self.path!r} is not a folder")
+
+
+class RememberedRows:
+    """The rows that a run was trained on, as its run.json has them: all but the rows, for what reads none.
+
+    n, shape, classes, class_names, class_ids, facts, normalisation: as of the rows. labels: as many of each class, in no
+    order; None where nobody counted them. encoded: of latents, see Decoding. law: (eval.labels, its name, counts) as kept.
+    """
+
+    here = False
+
+    def __init__(self, config: Data, about: dict[str, Any]) -> None:
+        """about: run.json, which has `rows`; what later versions keep may be missing. Raises KeyError without `rows`."""
+        known, more = about["rows"], about.get("remembered") or {}
+        self.config, self.facts = config, about.get("data") or {}
+        self.n: int = more.get("n", self.facts.get("rows", 0))
+        self.shape: tuple[int, ...] = tuple(known["shape"])
+        self.classes: int = known.get("classes") or 0
+        self.class_names, self.class_ids = tuple(more.get("class_names", ())), tuple(known.get("class_ids", ()))
+        counts = more.get("counts")
+        self.labels = torch.arange(self.classes).repeat_interleave(torch.tensor(counts)) if counts else None
+        n = known.get("normalisation")
+        self.normalisation = Normalisation(tuple(n[0]), tuple(n[1]), n[2]) if n else None
+        self.encoded = _encoded(more.get("encoded"), self, config)
+        self.law: dict[str, Any] = more.get("law") or {}
+
+    def rows(self, index: Tensor, draw: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+        """As data.Rows. Raises ConfigError."""
+        where = getattr(self.config, "path", None)
+        raise ConfigError(
+            f"data.path: {where!r} is not here, and this needs its rows; say where they are, or do it where they are"
+            if where
+            else f"data.kind: the rows of {self.config.kind!r} cannot be had here, and this needs them"
+        )
+
+
+def _encoded(kept: dict[str, Any] | None, data: RememberedRows, config: Data) -> Encoded | None:
+    """What latents are, as kept; of those whose store never was here, as their recipe has them."""
+    if kept:
+        return Encoded(kept["vae"], kept["vae_xxh3_128"], tuple(kept["mean"]), tuple(kept["std"]))
+    n = data.normalisation
+    if data.n or n is None or not isinstance(config, Latents) or data.shape[0] in (1, 3):
+        return None
+    return Encoded("", "", n.mean, n.std)
+
+
+def remembered(config: Data, folder: Path) -> RememberedRows | None:
+    """What the run in a folder remembers of its rows; None where that is nothing."""
+    try:
+        return RememberedRows(config, about_run(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def memory(data: Rows, law: Law, labels: str, encoded: Encoded | None) -> dict[str, Any]:
+    """What run.json keeps of rows beside their shape, classes and normalisation. labels: of `eval`, whose law that is."""
+    counted = data.labels is not None
+    return {
+        "n": data.n,
+        "counts": in_data.counts(data).tolist() if counted else None,
+        "class_names": list(getattr(data, "class_names", ())),
+        "encoded": encoded._asdict() if encoded else None,
+        "law": {"labels": labels, "name": law.name, "counts": law.counts.tolist()},
+    }
 
 
 def rows(run: Run, classes: int = 0) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from cmt_fast.data.latents import Index
 from cmt_fast.data.rows import Rows
 
 
+class Encoded(NamedTuple):
+    """What latents are: the autoencoder that made them, its weights' checksum, mean and std (C,) before normalisation."""
+
+    vae: str
+    vae_xxh3_128: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 class Decoding:
     """Of rows on one device. vae: the autoencoder that is asked for; by default the one that the store names."""
 
@@ -20,10 +30,12 @@ class Decoding:
         self.data, self.device, self.vae = data, device, vae
 
     @property
-    def latents(self) -> Index | None:
-        """What the store says of its latents; None where rows are no latents."""
+    def latents(self) -> Encoded | None:
+        """What the store says of its latents, or a run remembers of them; None where rows are no latents."""
         index = getattr(self.data, "index", None)
-        return index if isinstance(index, Index) and index.kind != "pixels" else None
+        if isinstance(index, Index) and index.kind != "pixels":
+            return Encoded(index.vae, index.vae_xxh3_128, index.mean, index.std)
+        return getattr(self.data, "encoded", None)
 
     @property
     def _normalisation(self) -> Normalisation:

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from cmt_fast.config import loading
+from cmt_fast.config import loading, paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
 
@@ -41,11 +41,31 @@ def classes_of(folder: Path) -> int | None:
         return None
 
 
+def read_run(folder: Path) -> Run:
+    """The stored run, its relative paths as they are from where it was trained, where they still are. Raises ConfigError."""
+    run, root = stored_run(folder), about_run(folder).get("root")
+    return paths.rebased(run, Path(root), found=True) if root else run
+
+
+def located(name: str | Path, folder: Path) -> Path:
+    """Another run that the run in `folder` names: from where it was trained, from here, or beside it, as when both were moved.
+
+    Where it is in none of these places, as it is named.
+    """
+    other = Path(name)
+    try:
+        root = about_run(folder).get("root")
+    except (OSError, ValueError):
+        root = None
+    places = [*([Path(root) / other] if root else []), other, folder.absolute().parent / other.name]
+    return next((place for place in places if (place / RUN_FILE).is_file()), other)
+
+
 def parents_of(folder: Path) -> Path | None:
     """Where the stages are that a stored run did not train itself."""
     stored_run(folder)
     parents = about_run(folder).get("parents")
-    return Path(parents) if parents else None
+    return located(parents, folder) if parents else None
 
 
 def judged_by(run: Run, evaluation: dict) -> Run:

@@ -14,13 +14,14 @@ Where a stage has begun, what its own folder says counts, not the recipe that is
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION, Autoguidance, Run, Stage
 from cmt_fast.objectives import OBJECTIVES
-from cmt_fast.run.folder import RUN_FILE, parents_of, stored_run
+from cmt_fast.run.folder import RUN_FILE, located, parents_of, stored_run
 from cmt_fast.run.resolved import resolve
 from cmt_fast.storage import checkpoint
 
@@ -64,11 +65,57 @@ def check(place: Place, classes: int) -> None:
         check_solver(place, sampled)
 
 
-def check_solver(place: Place, name: str) -> None:
-    """Raises ConfigError where an ODE solver would guide the network of stage `name` and its null class is not trained."""
+def check_solver(place: Place, name: str, key: str = "sampler.guidance") -> None:
+    """Raises ConfigError where an ODE solver would guide the network of stage `name` and its null class is not trained.
+
+    key: what asked for the run's `sampler.guidance`.
+    """
     scale = place.run.sampler.guidance
     if scale != 1:
-        _need(place, name, f"sampler.guidance: {scale} guides {name}", "take sampler.guidance 1")
+        _need(place, name, f"{key}: {scale} guides {name}", f"take {key} 1")
+
+
+def check_asked(place: Place, name: str, solver: bool, classes: int) -> None:
+    """Raises ConfigError where `--guidance`, which is the run's `sampler.guidance` here, means nothing to stage `name`.
+
+    Few-step samples are not guided: a network of few steps draws what it was trained to, and the line says at what scale.
+    """
+    run = place.run
+    scale = run.sampler.guidance
+    if not math.isfinite(scale):
+        raise ConfigError(f"--guidance: {scale} is not a number")
+    if not solver:
+        trained = learned(place, name)
+        at = f"was trained at guidance {trained}" if trained else "was trained without guidance"
+        raise ConfigError(
+            f"--guidance: {scale} guides the ODE solver (--solver) alone; {name} draws in few steps what it was trained to, "
+            f"and {at}; leave it out, or train at another"
+        )
+    if not _conditional(run, classes):
+        raise ConfigError(f"--guidance: {scale} needs class labels, and {_unread(classes)}")
+    if classes == 1 and scale != 1:
+        raise ConfigError(f"--guidance: {scale} {ONE}")
+    check_solver(place, name, "--guidance")
+
+
+def learned(place: Place, name: str) -> str:
+    """The guidance that stage `name` and those before it were trained to draw, as `1.5 (mid.trajectories.guidance)`; or ""."""
+    at, out = _at(place, name), []
+    while at is not None:
+        place, name = at
+        stage = place.run.stages.get(name)
+        if stage is None:
+            break
+        how, o = stage.trajectories, stage.objective
+        inside = getattr(o, "omega", 1.0) / (1 - getattr(o, "kappa", 0.0))
+        asked = {
+            "trajectories.guidance": how.guidance if how and resolve(place.run, name).trajectory_rows else 1.0,
+            "teacher_guidance": stage.teacher_guidance,
+            "objective.omega and kappa": inside,
+        }
+        out += [f"{scale:g} ({name}.{key})" for key, scale in asked.items() if scale != 1]
+        at = _at(place, stage.start) if stage.start else None
+    return ", ".join(out)
 
 
 def check_apart(key: str, manifests: list[dict]) -> None:
@@ -109,7 +156,7 @@ def null_class(place: Place, name: str) -> Null | None:
 def _at(place: Place, name: str) -> tuple[Place, str] | None:
     """Where a stage is, with the run that its folder says it is of, and its name there; None where its run is not here."""
     if "/" in name:
-        folder = Path(name).parent
+        folder = located(Path(name).parent, place.folder or Path())
         if not (folder / RUN_FILE).is_file():
             return None
         return _at(Place(stored_run(folder), folder, parents_of(folder)), Path(name).name)

@@ -1,19 +1,27 @@
-"""How samples of a run are judged: features, distances and figures, over all ranks."""
+"""How samples of a run are judged: features, distances and figures, over all ranks.
+
+Evaluations in training take the distance alone; `cmt report` and `cmt eval` all that evaluation/measures.py says. What either
+needs of the real data is kept in the run, so it is judged where the data are not.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from cmt_fast.config import loading
 from cmt_fast.config.schema import Run
 from cmt_fast.data.rows import Rows
 from cmt_fast.diffusion.sampling import Sampler
-from cmt_fast.evaluation import features, judges
+from cmt_fast.evaluation import features, judges, kept, measures
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.runtime import distributed, progress
+from cmt_fast.storage import files
 
 Tallies = dict[int, judges.Tally | None]  # of each number of steps; None: its samples are not finite
 
@@ -35,11 +43,111 @@ class Judging:
         """What `eval` asks for, opened once."""
         return self.open_judge()
 
-    def open_judge(self, rows: bool = False) -> judges.Judge:
-        """What `eval` asks for; rows: with precision and recall. Raises ConfigError naming the key that is missing."""
+    @functools.cached_property
+    def thorough(self) -> judges.Judge:
+        """The same with every measure, of `eval.n` samples. Opened by every rank."""
+        return self.open_judge(samples=self.run.eval.n)
+
+    def open_judge(self, rows: bool = False, samples: int = 0) -> judges.Judge:
+        """What `eval` asks for; rows: with precision and recall; samples: how many will come, for every measure there is,
+        then every rank must call it. Raises ConfigError naming the key that is missing.
+        """
         decode = (lambda: self.decoding.codec(self.run.eval.vae).decode) if self.decoding.latents else None
-        law = self.setting.law
-        return judges.open_judge(self.data, self.run.eval, lambda: self.space, self.setting.device, decode, rows, law)
+        law, device = self.setting.law, self.setting.device
+        judge = judges.open_judge(self.data, self.run.eval, lambda: self.space, device, decode, rows, law)
+        judge.kept = self._found(judge)
+        if samples:
+            self._keep(judge)
+            judge.expected = samples
+        return judge
+
+    # ------------------------------------------------------------------------------------------ what is kept of real data
+
+    def keep(self) -> kept.Kept:
+        """What judging needs of the real data as files of the run, unless they are there; every rank must call it.
+
+        Raises ConfigError where neither the data nor those files are here.
+        """
+        return self._keep(self.judge)
+
+    def _keep(self, judge: judges.Judge) -> kept.Kept:
+        found = judge.kept
+        distributed.barrier()  # no rank finds the files before all have looked for them
+        if found is None:
+            found = kept.take(judge, self._key(judge))
+            self._write(found)
+        judge.kept = found
+        return found
+
+    def _write(self, found: kept.Kept) -> None:
+        """Where the run's folder is a folder that can be written to: else they are taken again next time."""
+        if distributed.rank() == 0 and self.folder.is_dir():
+            with contextlib.suppress(PermissionError):
+                kept.write(self.folder, found)
+
+    def _found(self, judge: judges.Judge) -> kept.Kept | None:
+        key = self._key(judge)
+        return next((k for f in dict.fromkeys((self.folder, self.parents)) if (k := kept.read(f, key))), None)
+
+    def _key(self, judge: judges.Judge) -> dict[str, Any]:
+        """What the kept files must be of. Where the data or the reference are not here, what is kept stands for them."""
+        settings = {k: v for k, v in loading.dump(self.run)["data"].items() if k != "path"}
+        key = {
+            "rows": self.data.facts,
+            "metric": judge.metric,
+            "extractor": judge.name,
+            "labels": self.setting.law.text(),
+        }
+        reference: dict[str, str | None] = {"name": "", "xxh3_128": ""}
+        file = judge.file
+        if file is not None:
+            reference = {"name": file.name, "xxh3_128": files.checksum(file) if file.is_file() else None}
+        return {**key, "reference": reference, "data": settings if judge.here else None}
+
+    def floor(self, judge: judges.Judge, n: int) -> dict[str, Any] | None:
+        """Figures of n real rows, drawn again and again with the labels that samples have, as though a network had made them:
+        what one that knows the data by heart would get. "unseen": {distance: what a perfect generator of new rows would},
+        where two halves of the data say it. None where the data are not here and nobody asked before, or where samples are of
+        classes that the data do not have. On every rank.
+
+        judge: one of every measure, as `thorough` is.
+        """
+        found = self._keep(judge)
+        known = found.about["floor"].get(str(n))
+        chosen = self._drawn(n) if known is None and judge.here else None
+        if chosen is None:
+            return known
+        tally, index = judge.tally(n), torch.arange(n)
+        for i, part in enumerate(index.split(self.run.eval.batch)):
+            if i % distributed.size() == distributed.rank():
+                rows = self.data.rows(chosen[part], torch.zeros_like(part))[0]
+                tally.add(rows.to(self.setting.device), self.setting.labels(part), part)
+        known = {**tally.figures(), "unseen": self._unseen(found, n)}
+        found.about["floor"][str(n)] = known
+        self._write(found)
+        distributed.barrier()
+        return known
+
+    def _drawn(self, n: int) -> torch.Tensor | None:
+        """Rows that stand for n samples, of the labels that those have. (n,); None where a label has no rows."""
+        u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        of, labels = self.setting.labels(torch.arange(n)), self.data.labels
+        if of is None or labels is None:
+            return (u * self.data.n).long()
+        order, counts = labels.cpu().argsort(stable=True), torch.bincount(labels.cpu(), minlength=int(of.max()) + 1)
+        if not bool(counts[of].all()):
+            return None
+        return order[(counts.cumsum(0) - counts)[of] + (u * counts[of]).long()]
+
+    def _unseen(self, found: kept.Kept, n: int) -> dict[str, float]:
+        halves = {"frechet": ("features", 1), "frechet_2": ("features_2", len(found.moments_2.mean))}
+        rows, out = (found.about["n"], found.about["rows"]), {}
+        for (key, (name, per)), against in zip(halves.items(), rows):
+            features = found.tensors.get(name)
+            far = None if features is None else measures.apart(features, n, against)
+            if far is not None:
+                out[key] = far / per
+        return out
 
     def about(self, n: int, judge: judges.Judge | None = None) -> dict[str, str]:
         """What a record says beside the figures of n samples: the law of their labels, and what is to be known of n."""
@@ -88,11 +196,11 @@ class Judging:
             for k, samples in self.setting.draw_each(net, sound, seed, index, solver) if sound else ():
                 tally = tallies[k]
                 if tally and bool(torch.isfinite(samples).all()):
-                    tally.add(samples, self.setting.labels(index))
+                    tally.add(samples, self.setting.labels(index), index)
                 else:
                     tallies[k] = None
 
-        title = f"{' and '.join(map(str, steps))} step{'s' * (max(steps) > 1)}"
+        title = f"judging at {' and '.join(map(str, steps))} step{'s' * (max(steps) > 1)}"
         with progress.counting(title, n, self.folder, quiet) as advance:
             for i, index in enumerate(torch.arange(n).split(e.batch)):
                 first, mine = int(index[0]), i % distributed.size() == distributed.rank()

@@ -85,7 +85,8 @@ def _data(run: Run) -> Iterator[Need]:
 def _packages(run: Run) -> Iterator[Need]:
     wanted = [("engine", "deepspeed", "zero")] if run.engine == "zero" else []
     wanted += [("loader.kind", "nvidia.dali", "dali")] if run.loader.kind == "dali" else []
-    wanted += [("data.kind", "sklearn", "demo")] if run.data.kind == "digits" else []
+    wanted += [("data.kind", "sklearn", "demo")] if run.data.kind in ("digits", "photos") else []
+    wanted += [("data.kind", "skimage", "demo")] if run.data.kind == "photos" else []
     wanted += [("eval.metric", "torch_fidelity", "eval")] if run.eval.metric == "fid" else []
     wanted += [("eval.vae", "diffusers", "latents")] if _decodes(run) else []
     wanted += [("loggers", name, EXTRAS[name]) for name in run.logging]
@@ -109,16 +110,17 @@ def _networks(
     for key, other in stage.networks().items():
         if "/" in other:
             run_, _, last = other.rpartition("/")
+            at = folder_.located(run_, folder)
             train = f"`cmt train {Path(run_).name} --stages {last} --out {run_}`, or " * (
                 Path(run_).name in recipes.recipes()
             )
-            begun = (Path(run_) / folder_.RUN_FILE).is_file()
+            begun = (at / folder_.RUN_FILE).is_file()
             how = (
                 "train it first"
                 if begun
                 else f"{train}`cmt ckpt import FILE --recipe RECIPE --out {run_}` a public network"
             )
-            there = bool(checkpoint.steps(Path(other))) or (bool(cached) and key != "start")
+            there = bool(checkpoint.steps(at / last)) or (bool(cached) and key != "start")
             yield Need(f"{name}.{key}", other, there, "has no checkpoint" if begun else "is no run", how)
         elif other in list(run.stages)[: list(run.stages).index(name)] and other not in before:
             places = [p / other for p in (folder, parents) if p]
@@ -143,7 +145,7 @@ def _files(run: Run, name: str, stage: Stage) -> Iterator[Need]:
                 yield Need(f"{where}.{key}", path, Path(path).is_file(), "does not exist", how)
     if stage.trajectories and stage.trajectories.cache:
         path = stage.trajectories.cache
-        how = f"`cmt trajectories {run.name} --stage {name} --cache {path} --n N`"
+        how = f"`cmt trajectories {run.name} --stage {name} --cache {path} -n N`"
         yield Need(f"{name}.trajectories.cache", path, Path(path).is_dir(), "is not a folder", how)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import cmt_kernels
+import torch
 from torch import Tensor, nn
 
 from cmt_fast import engine, models
@@ -23,14 +24,14 @@ from cmt_fast.config.schema import STAGES, Run, Stage
 from cmt_fast.data import classes, datasets
 from cmt_fast.data import trajectory_store as rolled
 from cmt_fast.data.rows import Rows
-from cmt_fast.diffusion.labels import Some
+from cmt_fast.diffusion.labels import Law, Some
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import load_named, sharding
 from cmt_fast.perceptual import distance
-from cmt_fast.run import guidance
+from cmt_fast.run import absent, guidance
 from cmt_fast.run.decoding import Decoding
-from cmt_fast.run.folder import RUN_FILE, about_run, classes_of, judged_by, parents_of, stored_run
+from cmt_fast.run.folder import RUN_FILE, about_run, classes_of, judged_by, located, parents_of, read_run, stored_run
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.networks import check, fresh_network, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
@@ -47,14 +48,15 @@ class Workspace:
         """folder: the run's own; parents: where stages that are not trained here are found (default: the same).
 
         data: in the place of the recipe's, for what reads none (run/absent.py). reading: nothing is trained or rolled out
-        here, so guidance of stages that stand already is not asked about.
+        here, so guidance of stages that stand already is not asked about, and what the run remembers of its data serves
+        where they are not here or are others now.
         """
         self.run, self.folder, self.parents = run, folder, parents or folder
         self.device = machine.device(run.device)
         try:
-            self.data = datasets.load(run.data, classes_of(folder)) if data is None else data
+            self.data = self._opened(reading) if data is None else data
             check(run, self.data.shape, self.data.classes)
-            law = classes.law(self.data, run.eval.labels)
+            law = self._law()
         except ConfigError:
             raise
         except ValueError as error:
@@ -65,6 +67,26 @@ class Workspace:
         self.setting = Sampler(self.path, run.sampler, self.data.shape, law, self.device)
         self.decoding = Decoding(self.data, self.device, run.eval.vae)
         self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
+
+    def _opened(self, reading: bool) -> Rows:
+        """The run's data or, where it is only read, what it remembers of them. Raises ValueError where they cannot be had."""
+        kept = absent.remembered(self.run.data, self.folder) if reading else None
+        try:
+            found = datasets.load(self.run.data, classes_of(self.folder))
+        except (ValueError, OSError):
+            if kept is None:
+                raise
+            return kept
+        return kept if kept and kept.facts and kept.facts != found.facts else found
+
+    def _law(self) -> Law:
+        """Of the labels of samples. Raises ConfigError naming eval.labels, but for a file of them that the run has read."""
+        asked = self.run.eval.labels
+        if asked not in ("data", "uniform") and not Path(asked).exists():
+            kept = absent.remembered(self.run.data, self.folder)
+            if kept and kept.law.get("labels") == asked and kept.classes == self.data.classes:
+                return Law(torch.tensor(kept.law["counts"]), kept.law["name"])
+        return classes.law(self.data, asked)
 
     @property
     def place(self) -> guidance.Place:
@@ -88,15 +110,19 @@ class Workspace:
         """Where a stage lives: in this run, or where its parents are; RUN/STAGE in the other run."""
         folder, parents = self.folder, self.parents
         if "/" in name:
-            folder, name = Path(name).parent, Path(name).name
+            folder, name = self.other(name), Path(name).name
             parents = parents_of(folder) or folder
         return folder / name if checkpoint.steps(folder / name) else parents / name
+
+    def other(self, name: str) -> Path:
+        """The folder of another run's stage RUN/STAGE."""
+        return located(Path(name).parent, self.folder)
 
     def finished(self, name: str) -> checkpoint.Checkpoint:
         """The last checkpoint of a finished stage. Raises ConfigError if it is not there, or another run's does not fit."""
         where = self.stage_dir(name)
         if "/" in name or where.parent != self.folder:
-            fits(self, str(where) if "/" not in name else name)
+            fits(self, str(where) if "/" not in name else str(self.other(name) / Path(name).name))
         try:
             return checkpoint.complete(where)
         except checkpoint.CheckpointError as error:
@@ -112,7 +138,7 @@ class Workspace:
 
         Raises ConfigError when weights and network differ in a name or shape.
         """
-        weights, run = self.weights(name)[0], stored_run(Path(name).parent) if "/" in name else self.run
+        weights, run = self.weights(name)[0], stored_run(self.other(name)) if "/" in name else self.run
         try:
             net = fresh_network(run, self.data.shape, self.data.classes).to(self.device)
             load_named(net, weights)
@@ -173,7 +199,7 @@ class Workspace:
         """
         run, config = self.run, stage.config
         held = {name for key, name in stage.called.items() if key != "start"}  # teacher and guide, of any size
-        teacher = sum(self._parameters(stored_run(Path(n).parent)) if "/" in n else self.parameters for n in held)
+        teacher = sum(self._parameters(stored_run(self.other(n))) if "/" in n else self.parameters for n in held)
         size = sharding.StageSize(self.parameters, teacher, len(config.ema), config.products == "bf16")
         memory, processes = sharding.memory_bytes(self.device), distributed.size()
         choice = engine.choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, memory)
@@ -197,11 +223,13 @@ class Workspace:
         if not (self.folder / RUN_FILE).is_file():
             return None
         stored = stored_run(self.folder)
+        # where its rows are on record they say whether the data are the same, not the path
+        facts = fingerprint.content if about_run(self.folder).get("data") else fingerprint.stage_facts
         for name in STAGES:
             if not checkpoint.steps(self.folder / name) or name not in stored.stages:
                 continue
-            mine = fingerprint.stage_facts(self.run, name) if name in self.run.stages else {name: None}
-            differs = fingerprint.changed(fingerprint.stage_facts(stored, name), mine)
+            mine = facts(self.run, name) if name in self.run.stages else {name: None}
+            differs = fingerprint.changed(facts(stored, name), mine)
             if differs:
                 raise ConfigError(
                     f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
@@ -224,6 +252,7 @@ class Workspace:
             stored
             and loading.dump(stored) == loading.dump(self.run)
             and about_run(self.folder).get("data") == self.data.facts
+            and "remembered" in about_run(self.folder)
         ):
             return
         if distributed.rank() == 0:
@@ -233,10 +262,12 @@ class Workspace:
                 "run": loading.dump(self.run),
                 "rows": self.rows(),
                 "data": self.data.facts,
+                "remembered": absent.memory(self.data, self.setting.law, self.run.eval.labels, self.decoding.latents),
                 "environment": machine.environment(),
                 "ops": cmt_kernels.table(self.device.type),
                 "engine": {name: self.sharding_plan(self.stage(name))._asdict() for name in names},
                 "parents": str(self.parents) if self.parents != self.folder else None,
+                "root": str(Path.cwd()),
             }
             files.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))
 
@@ -255,15 +286,23 @@ class Workspace:
             yield
 
 
-def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, str]:
-    """`RUN/stage` as typed; evaluation: keys of `eval` that differ from the run's. Raises ConfigError naming what is valid."""
+def open_run(folder: Path, evaluation: dict | None = None, rows: bool = True) -> Workspace:
+    """A run on disk, to be read. evaluation: keys of `eval` that differ from the run's; rows: False where what the run
+    remembers of its data will do, which then are not opened. Raises ConfigError naming what is valid.
+    """
+    run = judged_by(read_run(folder), evaluation or {})
+    data = None if rows else absent.remembered(run.data, folder)
+    return Workspace(run, folder, parents_of(folder), data, reading=True)
+
+
+def open_stage(text: str, evaluation: dict | None = None, rows: bool = True) -> tuple[Workspace, str]:
+    """`RUN/stage` as typed, as `open_run`. Raises ConfigError naming what is valid."""
     path = Path(text)
     if path.name not in STAGES:
         raise ConfigError(
             f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{errors.nearest(path.name, STAGES)}"
         )
-    run = judged_by(stored_run(path.parent), evaluation or {})
-    return Workspace(run, path.parent, parents_of(path.parent), reading=True), path.name
+    return open_run(path.parent, evaluation, rows), path.name
 
 
 def fits(work: Workspace, name: str) -> None:

@@ -8,6 +8,7 @@ its connection closed and after the process group's timeout otherwise.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -59,6 +60,7 @@ def lost(error: BaseException) -> str | None:
         if closed
         else "another process is dead or hangs: a collective call timed out (timeout_s)"
     )
+    text = re.sub(r"^\[\S+\] *", "", text)  # a line of the library's source
     return f"{what}; the last checkpoint is sound ({text[:120]})"
 
 
@@ -166,5 +168,5 @@ def agreed(call: Callable[[], object], kind: type[Exception] = OSError, text: st
 
 
 def barrier() -> None:
-    if size() > 1:
-        dist.barrier()
+    if size() > 1:  # NCCL warns on every rank where it has to guess the device
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

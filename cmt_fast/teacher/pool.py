@@ -27,7 +27,7 @@ from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import table
 from cmt_fast.objectives.batch import Kept, Points
-from cmt_fast.runtime import distributed
+from cmt_fast.runtime import distributed, progress
 from cmt_fast.teacher.rollouts import Rolling
 
 KEEP_BYTES = 1 << 30  # endpoints' features of a round, on one device
@@ -193,7 +193,9 @@ class Pool:
         """The points of step `step` for global row ids `rows` (n,) in [0, self.rows). drop is None."""
         index, offset = divmod(step, self.steps)
         if index != self._round:
-            self._fill(index)
+            what = "reading trajectories" if self.stock else f"the teacher rolls out {self.count:,} trajectories"
+            with progress.phase(what, quiet=True, again=True):
+                self._fill(index)
         slot = self._order[rows + offset * self.rows]
         if self.pairs:
             i, j = self._pair(index, slot)

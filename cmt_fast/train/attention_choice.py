@@ -17,12 +17,13 @@ from cmt_kernels.attention import small
 from cmt_fast.config.schema import Stage
 from cmt_fast.run.networks import attentions
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import distributed
+from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint
 
 TANGENTS = ("meanflow", "imeanflow", "sct", "scd")  # objectives whose network is given Duals
 
 
+@progress.phase("choosing attention by time", quiet=True)
 def settle(work: Workspace, stage: Stage, found: checkpoint.Checkpoint | None) -> dict[str, str]:
     """{shape: name} of a stage's attentions; {} where nothing is chosen. Every rank must call it.
 

@@ -210,6 +210,7 @@ class BatchProvider:
         return None if labels is None else random.uniform(rng.DROP, sample) < self.stage.label_dropout
 
 
+@progress.phase("preparing rows and teachers", quiet=True)
 def provider(
     work: Workspace,
     stage: ResolvedStage,

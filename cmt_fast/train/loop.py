@@ -8,6 +8,7 @@ killed run that is started again ends with the same weights, EMA and metrics as 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from cmt_fast.engine import Engine, ShardingPlan, compile
 from cmt_fast.engine.graph import StepGraph
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import distributed, machine
+from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.runtime.progress import say
 from cmt_fast.runtime.signals import Stopped, noted
 from cmt_fast.storage import checkpoint
@@ -70,11 +71,9 @@ def train_stage(
     """
     run, name, folder, config, plan = work.run, stage.name, stage.folder, stage.config, stage.schedule
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
-    found = checkpoint.latest(folder)
+    found = _found(folder)
     if found and found.manifest.get("done"):
-        if distributed.rank() == 0:
-            say(f"{name:>8} done ({found.manifest['nimg']} images)")
-        return
+        return say(f"{name:>8} done ({found.manifest['nimg']} images)") if distributed.rank() == 0 else None
     others = work.external_inputs(stage) | solver_choice.settle(work, stage)
     if found:
         _same(name, found.manifest, others)
@@ -87,6 +86,7 @@ def train_stage(
     with contextlib.ExitStack() as ending:
         account = ledger.Account(folder, meter, found.manifest if found else None, first)
         ending.callback(account.close)
+        shown = ending.enter_context(_shown(work, stage, found.manifest["step"] if found else 0, meter.unit))
         machine.allow_tf32(config.precision == "tf32")
         ending.callback(machine.allow_tf32, False)
         engine = engines.build(run, work.build(), config, work.device, grad_accum_steps, choice)
@@ -95,7 +95,7 @@ def train_stage(
         if found:
             _load(engine, found, stage)
             wall = dict(found.manifest["wall"])
-        log = _log(run, stage, engine.step_count, lineage, not first)
+        log = _log(run, stage, engine.step_count, lineage, first)
         ending.callback(log.close)
         ending.enter_context(small.using(attention := attention_choice.settle(work, config, found)))
         source = batches.provider(work, stage, engine, meter, found)
@@ -108,16 +108,22 @@ def train_stage(
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         gradient = _gradient(engine, source, name, profile)
         meter.lap("startup")
+        sums, page = Sums(found), page or HalfWay(None)
+        taken = Steps(work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page)
         if found and found.manifest.get("unseen"):
-            monitor.observe(work, stage, engine, engine.step_count, False, log)
-            wall["eval_s"] += meter.lap("evaluation")
+            taken.observe(engine.step_count, last=False)
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
             every = source.pool.steps if source.pool else 1
             kept = profile.over(steps, plan, every, work.device, config.products, config.compile, folder)
             steps = ending.enter_context(contextlib.closing(kept))
-        sums, page = Sums(found), page or HalfWay(None)
-        Steps(work, stage, engine, source, gradient, log, account, meter, sums, wall, always, page).take(steps, asked)
+        taken.take(steps, asked)
+
+
+def _shown(work: Workspace, stage: ResolvedStage, step: int, unit: str) -> progress.Stage:
+    """What a person sees of a stage that has done `step` steps."""
+    plan, left = stage.schedule, functools.partial(monitor.to_come, stage)
+    return progress.Stage(stage.name, step, plan.total, plan.batch, work.folder, pauses=left, unit=unit)
 
 
 class Steps(NamedTuple):
@@ -133,6 +139,7 @@ class Steps(NamedTuple):
     source: batches.BatchProvider
     gradient: StepGraph
     log: Log
+    shown: progress.Stage
     account: ledger.Account
     meter: meters.Meter
     sums: Sums
@@ -159,17 +166,29 @@ class Steps(NamedTuple):
                 look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
                 # one who stops does not wait for an evaluation: it is made up for on resuming
                 if last or not stop:
-                    if monitor.due(self.stage, n, last):
-                        self.gradient.release()
-                    if monitor.observe(self.work, self.stage, self.engine, n, last, self.log):
-                        self.page.draw()
-                        machine.allow_tf32(self.stage.config.precision == "tf32")  # who draws opens the run once more
-                        wall["eval_s"] += self.meter.lap("evaluation")
+                    self.observe(n, last)
+            self.shown.step(n, lambda n=n: self.sums.loss(self._since(n)))
             if n % plan.checkpoint_every == 0 or last or stop:
                 self._checkpoint(n, last, unseen=bool(row and stop and not last))
                 self.account.settle(n, end=last or bool(stop))
                 if stop and not last:
                     raise Stopped(128 + stop)
+
+    def observe(self, n: int, last: bool) -> None:
+        """The evaluation that is due after n steps, with the memory of the step's graph."""
+        if not monitor.due(self.stage, n, last):
+            return distributed.barrier()
+        self.gradient.release()
+        with self.shown.pause(monitor.title(self.work, self.stage, n, last)):
+            monitor.observe(self.work, self.stage, self.engine, n, last, self.log)
+            self.page.draw()
+            machine.allow_tf32(self.stage.config.precision == "tf32")  # who draws opens the run once more
+        self.wall["eval_s"] += self.meter.lap("evaluation")
+
+    def _since(self, n: int) -> int:
+        """Steps of the row of metrics that step n is in."""
+        every = self.stage.schedule.log_every
+        return n - (n - 1) // every * every
 
     def _one(self, step: int) -> float:
         """Gradients of every part of a step, and the optimizer's step. Returns its learning rate."""
@@ -195,8 +214,8 @@ class Steps(NamedTuple):
 
     def _row(self, n: int, lr: float) -> None:
         """A row of metrics after n steps: means since the row before."""
-        every, nimg = self.stage.schedule.log_every, n * self.stage.config.batch
-        means = self.sums.means(n - (n - 1) // every * every)
+        nimg = n * self.stage.config.batch
+        means = self.sums.means(self._since(n))
         if not all(map(_finite, means.values())):
             raise FloatingPointError(
                 f"{self.stage.name}: loss {means['loss']} at step {n}; the last checkpoint is sound"
@@ -204,7 +223,8 @@ class Steps(NamedTuple):
         speed = nimg / self.wall["train_s"]
         spent = {**self.wall, "images_per_s": speed, "bill": self.account.add()}
         self.log.row("train", n, nimg, {**means, "lr": lr}, spent)
-        self.log.advance(n, f"loss {means['loss']:.4g}  {speed:.0f} img/s")
+        self.shown.saw(means["loss"])
+        self.shown.spent(self.account.bill.total(self.meter.unit).hours, self.account.held)
 
     def _checkpoint(self, n: int, last: bool, unseen: bool) -> None:
         """A checkpoint after n steps. unseen: it has a row of metrics whose evaluation is still to be made."""
@@ -212,17 +232,19 @@ class Steps(NamedTuple):
         nimg = n * self.stage.config.batch
         now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": self.wall, "bill": self.account.add()}
         now["proofs"] = cmt_kernels.proofs()
-        _save(self.stage.folder, n, self.engine, self.always | now, self.sums)
+        with progress.phase("writing a checkpoint"):
+            _save(self.stage.folder, n, self.engine, self.always | now, self.sums)
         self.meter.lap("checkpoint")
 
 
-def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, quiet: bool) -> Log:
+def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write: bool) -> Log:
     """The stage's record after `step`, and its loggers on an axis that begins with the images of the stages before it."""
     before, parent = 0, lineage
     while parent:
         before, parent = before + parent["nimg"], parent.get("parent")
-    about = Opening(run.name, stage.folder, before, step * stage.config.batch, settings=loading.dump(run))
-    return Log(stage.folder, step, stage.schedule.total, stage.name, quiet, run.logging, about)
+    batch, total = stage.config.batch, stage.schedule.total
+    about = Opening(run.name, stage.folder, total * batch, before, step * batch, settings=loading.dump(run))
+    return Log(stage.folder, step, write, run.logging, about)
 
 
 def _gradient(engine: Engine, source: batches.BatchProvider, name: str, profile: Profile | None) -> StepGraph:
@@ -261,6 +283,7 @@ def _identity(
     }
 
 
+@progress.phase("reading the checkpoint", quiet=True)
 def _load(engine: Engine, found: checkpoint.Checkpoint, stage: ResolvedStage) -> None:
     """Go on from a checkpoint, and say so. Raises CheckpointError when it lacks what the engine needs."""
     try:
@@ -272,6 +295,12 @@ def _load(engine: Engine, found: checkpoint.Checkpoint, stage: ResolvedStage) ->
         say(f"{stage.name:>8} resumes at step {step:,} of {stage.schedule.total:,} ({images:,} images)")
 
 
+@progress.phase("checking the checkpoints")
+def _found(folder: Path) -> checkpoint.Checkpoint | None:
+    """The newest that is whole, by its checksums."""
+    return checkpoint.latest(folder)
+
+
 def _same(name: str, manifest: dict, others: dict) -> None:
     """Raises ConfigError when a stage that has begun would go on with other networks of other runs."""
     moved = fingerprint.changed(manifest.get("others", {}), others)
@@ -279,6 +308,7 @@ def _same(name: str, manifest: dict, others: dict) -> None:
         raise errors.ConfigError(f"{name}.{moved[0]}: has changed since this stage began; start it in a new folder")
 
 
+@progress.phase("reading the weights to start from", quiet=True)
 def _parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict | None:
     """Start from the parent stage's EMA, and say in the lineage which file that was."""
     if stage.start is None:
@@ -318,6 +348,10 @@ class Sums:
         found = {k: float(distributed.mean_(v.clone()) / steps) for k, v in self.sums.items()}
         self.sums = {}
         return found
+
+    def loss(self, steps: int) -> float | None:
+        """This rank's mean over the steps since the last row, None where there was none; waits for the device."""
+        return float(self.sums["loss"]) / steps if "loss" in self.sums else None
 
     def state(self) -> dict | None:
         """What a checkpoint in the middle of a row keeps: every rank's sums."""

@@ -10,7 +10,7 @@ from cmt_fast.engine import Engine
 from cmt_fast.render import grids
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import distributed
+from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
 
@@ -19,6 +19,23 @@ def due(stage: ResolvedStage, n: int, last: bool) -> bool:
     """Whether anything is to be looked at after step n."""
     plan = stage.schedule
     return last or any(every and n % every == 0 for every in (plan.eval_every, plan.grid_every, plan.snapshot_every))
+
+
+def to_come(stage: ResolvedStage, n: int) -> int:
+    """How many evaluations are due after step n: the stage's last, and those before it."""
+    plan = stage.schedule
+    rests = [-(-plan.total // every) - n // every for every in (plan.eval_every, plan.grid_every) if every]
+    return max(rests, default=1) if n < plan.total else 0
+
+
+def title(work: Workspace, stage: ResolvedStage, n: int, last: bool) -> str:
+    """What `observe` will do after step n."""
+    plan, e = stage.schedule, work.run.eval
+    if plan.eval_every and (n % plan.eval_every == 0 or last):
+        return f"evaluating, {e.n_during:,} samples at {' and '.join(map(str, e.steps))} step{'s' * (max(e.steps) > 1)}"
+    if last or (plan.grid_every and n % plan.grid_every == 0):
+        return "drawing samples"
+    return "keeping the EMA"
 
 
 def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last: bool, log: Log) -> bool:
@@ -30,8 +47,12 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
         net = engine.average()
         if now(plan.eval_every):
             n_during = work.run.eval.n_during
+            work.judging.keep()  # so that the run can be judged where its data are not
             figures = work.judging.evaluate(net, work.run.eval.steps, n_during, quiet=True)
             log.row("eval", n, n * config.batch, {"steps": figures, **work.judging.about(n_during)})
+            distance = ", ".join(f"{row['frechet']:.4g} @{k}" for k, row in figures.items())
+            about = f"{work.judging.judge.title(n_during)}: {distance}"
+            progress.told(name, f"after {n * config.batch:,} images", about)
         if now(plan.grid_every) or last:
             file = stage.folder / "grids" / f"{n:08d}.png"
             distributed.agreed(lambda: draw_grid(work, net, stage, file) if first else None)

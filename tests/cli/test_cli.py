@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def test_eval_prints_json(run):
 def test_dry_run_says_what_would_be_done(tmp_path):
     done = cmt("train", "digits-mf", "--dry-run", "--out", "never", cwd=tmp_path)
     assert done.returncode == 0 and [p.name for p in tmp_path.iterdir()] == ["never-look.png"]
-    for word in ("digest:", "attention reference", "parameters", "network forwards", "post:"):
+    for word in ("digest:", "ops: reference ", "parameters", "network forwards", "post:"):
         assert word in done.stdout
 
 
@@ -141,19 +142,26 @@ def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
         "-m",
         "cmt_fast",
     ]
-    done = subprocess.run(
-        [*command, "train", "digits", *long, "--out", "two"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": forked.executable()},  # by which it starts its ranks
-        timeout=300,
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": forked.executable()}  # by which it starts its ranks
+    run = lambda *rest: subprocess.run(
+        [*command, *rest], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300
     )
+    done = run("train", "digits", *long, "--out", "two", "--log-every-s", "0.05")
     assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    steps = [line for line in said if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +(pre|mid) step ", line)]
+    assert sum("100 %" in line for line in steps) == 2 and len(set(said)) == len(said)  # rank 0's alone
+    assert said[-1].startswith("done in ") and "core-hours" in said[-1]
     for stage in ("pre", "mid"):
         one, two = (checkpoint.complete(tmp_path / r / stage).tensors("model") for r in ("one", "two"))
         for name in one:
             assert torch.allclose(one[name], two[name], atol=2e-4), (stage, name)
+    # an error of all ranks: once, by the first, and the last thing that torchrun says but for its frame
+    wrong = run("--", "train", "digits", "pre.btch=3")
+    line = "cmt: pre.btch: unknown key"
+    assert wrong.returncode and wrong.stdout == "" and wrong.stderr.startswith(line)
+    assert sum(text.startswith(line) for text in wrong.stderr.splitlines()) == 1
+    assert wrong.stderr.splitlines()[-2].strip().startswith(f"traceback : {line}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -151,7 +151,7 @@ def test_a_mismatch_is_found_before_anything_is_built_or_read(tmp_path, capsys, 
 
     monkeypatch.setattr(networks, "fresh_network", watched)
     monkeypatch.setattr(workspace, "fresh_network", watched)
-    for family in ("_transformer", "_reversed"):
+    for family in ("_transformer", "reversed_time"):
         call = getattr(names, family)
         monkeypatch.setattr(names, family, lambda theirs, call=call: seen.extend(theirs.values()) or call(theirs))
     recipe = small.elsewhere(tmp_path, {**small.SIT, "depth": 2}, "linear", expects=EXPECTS, **SCALE)

@@ -16,6 +16,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from cmt_fast.cli import main
 from cmt_fast.config.errors import ConfigError
@@ -216,6 +217,12 @@ def test_a_recipe_trains_on_a_store_and_samples_are_decoded(world, encoded, tmp_
     assert images.shape == (5, 3, 32, 32) and images.dtype == np.uint8
     rows = Store(encoded).labels.bincount().numpy()
     assert (abs(np.bincount(labels, minlength=3) - 5 * rows / rows.sum()) < 1).all()  # as the store's
+    assert main(["sample", "run/post", "--n", "5", "--decode", "--out", "pngs/"]) == 0
+    assert all(
+        np.array_equal(np.array(Image.open(f"pngs/{i:06d}.png")), images[i].transpose(1, 2, 0)) for i in range(5)
+    )
+    assert main(["sample", "run/post", "--n", "5", "--out", "latents/"]) == 2 and not os.path.exists("latents")
+    assert "latents are no images; add --decode" in capsys.readouterr().err
     assert main(["sample", "run/post", "--n", "5", "--out", "z.npz"]) == 0
     with np.load("z.npz") as found:
         z = torch.from_numpy(found["images"])

@@ -282,7 +282,7 @@ def test_a_heartbeat_is_fresh_while_a_run_does_something(tmp_path, capsys):
     stage.mkdir(parents=True)
     assert cli.main(["doctor", "--heartbeat", str(tmp_path / "runs")]) == 1
     assert "has never been alive" in capsys.readouterr().err
-    record = metrics_log.Log(stage, 0, 10, "pre", quiet=False)
+    record = metrics_log.Log(stage, 0, write=True)
     beat = stage.parent / heartbeat.HEARTBEAT
     for act in (lambda: record.row("train", 1, 1, {}), None):
         os.utime(beat, (time.time() - 1000,) * 2)

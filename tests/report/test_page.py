@@ -54,10 +54,19 @@ def test_the_page_holds_both_tables_and_every_section(run, capsys):
         ):
             assert title in text
         assert re.search(r"Fréchet, classifier-64-32@[0-9a-f]{12}", text)
-        for row in ("teacher, 16 steps", "pre → mid → post", "pre → control", "post / control"):
+        for row in ("teacher, 16 steps", "pre → mid → post", "pre → control", "post / control", "post / mid"):
             assert row in text
+        for what in (
+            "real, again (floor)",
+            "Fréchet, local-frequencies-1",
+            "sharpness",
+            "precision, recall",
+            "Seeds of training are",
+        ):
+            assert what in text
     html = (folder / "report.html").read_text()
-    assert html.count("<svg ") == 2 + 4 and html.count("data:image/png") == 4 + 4
+    assert html.count("<svg ") == 2 + 4 and html.count("data:image/png") == 6 + 4 + 4
+    assert html.index("data:image/png") < html.index("In 1 step, post-training after mid-training reaches")
 
 
 def test_the_page_loads_nothing_and_names_no_fid(run):
@@ -77,22 +86,25 @@ def test_a_hostile_name_is_text(run):
 
 def test_the_pictures_of_the_markdown_are_there(run):
     links = re.findall(r"\]\((report/[^)]+)\)", (run[0] / "report.md").read_text())
-    assert len(links) == 14 and all((run[0] / link).stat().st_size > 500 for link in links)
+    assert len(links) == 14 + 6 and all((run[0] / link).stat().st_size > 500 for link in links)
     assert not re.search(r"<metadata|<\?xml|<!--", (run[0] / "report" / "quality-1.svg").read_text())
 
 
 def test_figures_are_the_judge_s(run):
     folder, out = run
     work = Workspace(page.stored_run(folder), folder)
-    assert out["quality"]["post"]["few"]["2"] == work.judging.evaluate(work.network("post"), (2,), 200)["2"]
-    assert (
-        out["quality"]["pre"]["solver"]["16"]
-        == work.judging.evaluate(work.network("pre"), (16,), 200, solver=True)["16"]
-    )
-    assert (
-        out["quality"]["pre"]["during"]["16"]
-        == work.judging.evaluate(work.network("pre"), (16,), 100, solver=True)["16"]
-    )
+    quality, judging = out["quality"], work.judging
+    for name, kind, k, n, solver in (
+        ("post", "few", 2, 200, 0),
+        ("pre", "solver", 16, 200, 1),
+        ("pre", "during", 16, 100, 1),
+    ):
+        want = judging.evaluate(work.network(name), (k,), n, solver=bool(solver))[str(k)]
+        found = quality[name][kind][str(k)]
+        assert want.items() <= found.items() and {"frechet_2", "sharpness", "precision", "recall_2"} < found.keys()
+    whole = judging.evaluate(work.network("post"), (1,), 200, judge=judging.thorough)["1"]
+    assert whole == {**quality["post"]["few"]["1"], "left_out": quality["post"]["left_out"]["few"]["1"]}
+    assert out["floor"]["frechet"] < quality["pre"]["solver"]["16"]["frechet"]
     stored = json.loads((folder / "post" / "figures.json").read_text())
     assert stored["few"] == out["quality"]["post"]["few"]
     assert (
@@ -160,15 +172,50 @@ def test_stages_of_another_run(run, tmp_path):
 
 
 def test_samples_that_are_not_finite_are_said_to_be(tmp_path, monkeypatch):
-    def broken(self, net, steps, counts, solver=False):
+    def broken(self, net, steps, counts, solver=False, judge=None):
         found = None if solver else {"frechet": 1.5, "sliced_wasserstein": 0.5, "accuracy": 0.25}
         return {k: dict.fromkeys(counts, found) for k in steps}
 
     train(tmp_path / "run", ["pre"], *SHORT)
     monkeypatch.setattr(Judging, "figures", broken)
     text = page.write(tmp_path / "run")["markdown"].read_text()
-    assert "| teacher, 16 steps | not finite | not finite | not finite | 0 | pre |" in text
-    assert "| pre-trained | 1.5 | 25.0% | 0.5 | 0 | pre |" in text
+    assert f"| teacher, 16 steps |{' not finite |' * 7} 0 | pre |" in text
+    assert "| pre-trained | 1.5 | – | – | – | – | 0.5 | 25.0% | 0 | pre |" in text
+
+
+def test_the_page_is_drawn_at_any_moment_and_nothing_is_computed_for_it(tmp_path, monkeypatch):
+    def look() -> str:
+        with monkeypatch.context() as patch:
+            for name in ("figures", "thorough", "judge", "space"):
+                patch.setattr(Judging, name, property(lambda self: pytest.fail("was judged")))
+            patch.setattr(torch.nn.Module, "__call__", lambda *a, **k: pytest.fail("a network was called"))
+            out = page.write(folder, judge=False, refresh_s=20)
+        assert '<meta http-equiv="refresh" content="20">' in out["html"].read_text()
+        return out["markdown"].read_text()
+
+    folder = tmp_path / "run"
+    work = train(folder, [], *SHORT, "mid.eval_every_nimg=32", "mid.grid_every_nimg=32")
+    work.claim()
+    assert "pre not begun, mid not begun, post not begun, control not begun" in look()  # nothing but run.json
+    loop.train(work, ["pre"])
+    text = look()
+    assert "pre finished, mid not begun" in text and "Not judged yet: pre; \\`cmt report\\` judges" in text
+    taken = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: taken.append(look()) or save(*a, **k))
+    loop.train(work, ["mid"])  # its rows and grids are there, its checkpoint is not
+    monkeypatch.undo()
+    assert "mid 100% of 64 images" in taken[-1] and "quality-1.svg" in taken[-1] and "grid-mid.png" in taken[-1]
+    with open(folder / "mid" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "eval", "step')  # a row that is being written
+    assert "mid finished" in look()
+    page.write(folder)
+    text = look()
+    assert "Not judged yet" not in text and "In 1 step, mid-training reaches the Fréchet distance" in text
+    assert "real, again (floor)" in text and "shown-teacher.png" in text
+    page.write(folder)
+    assert "As of" not in (folder / "report.md").read_text()
+    assert "refresh" not in (folder / "report.html").read_text()
 
 
 def test_a_mixture_gets_its_theory_once(tmp_path, monkeypatch):

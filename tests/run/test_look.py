@@ -123,5 +123,5 @@ def test_of_arrays_of_any_channels_what_can_be_shown_is(tmp_path, monkeypatch, c
         return
     assert cli.main(["train", str(recipe), "--stages", "pre", "--out", "run"]) == 0
     assert cli.main(["sample", "run/pre", "--n", "4", "--grid", "x.png"]) == 0
-    assert f"a picture of them ({note} channels)" in capsys.readouterr().out
+    assert "x.png: a picture of 4 of run/pre" in (said := capsys.readouterr().out) and f"({note} channels)" in said
     assert list((tmp_path / "run" / "pre" / "grids").glob("*.png"))

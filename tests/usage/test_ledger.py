@@ -12,7 +12,7 @@ import types
 import pytest
 import yaml
 
-from cmt_fast.convert import card, exporting
+from cmt_fast.convert import card, diffusers_folder, exporting
 from cmt_fast.render import templates
 from cmt_fast.report import page as report
 from cmt_fast.report import sections
@@ -244,7 +244,8 @@ def test_a_killed_and_resumed_run_bills_each_stage_once(tmp_path, paced, monkeyp
     assert pre.total("core").seconds + mid.total("core").seconds == sum(alive)
     assert pre.total("core").joules is None and pre.total("core").kwh is None
     # the model card adds up the stages behind the weights
-    page = card.markdown(work, "mid", exporting.collect(work, "mid").about, None, None)
+    export = exporting.collect(work, "mid")
+    page = card.markdown(work, "mid", export.about, card.Terms(), diffusers_folder.described(export))
     front = yaml.safe_load(page.split("---\n")[1])["cmt_fast"]
     assert front["stages"] == ["pre", "mid"] and (front["gpu_hours"], front["kwh"]) == (0, None)
     assert front["core_hours"] == pytest.approx(sum(alive) / 3600)

@@ -21,57 +21,74 @@ from cmt_fast.runtime.progress import say
 
 
 class Table(NamedTuple):
-    """head and rows of text; left: how many columns are left-aligned text; strong: the last row in bold."""
+    """head and rows of text; left: how many columns are left-aligned text; strong: how many last rows are in bold."""
 
     title: str
     head: list[str]
     rows: list[list[str]]
     note: str = ""
     left: int = 1
-    strong: bool = False
+    strong: int = 0
     kind: str = "table"
 
 
 class Picture(NamedTuple):
-    """file: its name in the folder beside the Markdown; svg: the element's text, or else base64 of a PNG."""
+    """file: its name in the folder beside the Markdown; svg: the element's text, or else base64 of a PNG.
+
+    title: the caption; note: smaller beside it; alt: what it shows, for those who do not see it (default: the title).
+    """
 
     title: str
     file: str
     svg: str = ""
     base64: str = ""
     kind: str = "picture"
+    note: str = ""
+    alt: str = ""
 
 
 class Group(NamedTuple):
-    """Tables and pictures side by side where there is room; wide: one under another."""
+    """Tables and pictures side by side where there is room; wide: one under another.
+
+    how: "strips" are pictures of one shape, one under another with their captions at the left, to be compared column by column;
+    "panels" are small pictures, several in a row. note: under all of them.
+    """
 
     items: list[Table | Picture]
     wide: bool = False
+    how: str = ""
+    note: str = ""
 
 
 class Section(NamedTuple):
-    """A heading, lines of text, groups, and text to fold away. The first section has no title: it heads the page."""
+    """A heading, lines of text, groups, and text to fold away. The first section has no title: it heads the page.
+
+    Under its pictures the first says the results: headlines, each a sentence and what is to be known beside it, and alerts,
+    which contradict them.
+    """
 
     title: str
     text: list[str]
     groups: list[Group]
     fold_title: str = ""
     fold: str = ""
+    headlines: list[tuple[str, str]] = []
+    alerts: list[str] = []
 
 
-def png(title: str, file: str, path: Path) -> Picture:
+def png(title: str, file: str, path: Path, note: str = "", alt: str = "") -> Picture:
     """A picture from a PNG file."""
-    return Picture(title, file, base64=base64.b64encode(path.read_bytes()).decode())
+    return Picture(title, file, base64=base64.b64encode(path.read_bytes()).decode(), note=note, alt=alt)
 
 
-def html(title: str, sections: list[Section], refresh_s: int | None = None) -> str:
-    """One self-contained page, escaped by jinja. refresh_s: the browser loads it anew so often."""
-    return _render("report.html.j2", title, sections, refresh_s)
+def html(title: str, sections: list[Section], banner: str = "", refresh_s: int | None = None) -> str:
+    """One self-contained page, escaped by jinja. banner: how far an unfinished run is; refresh_s: load it again so often."""
+    return _render("report.html.j2", title, sections, banner, refresh_s)
 
 
-def markdown(title: str, sections: list[Section]) -> str:
+def markdown(title: str, sections: list[Section], banner: str = "") -> str:
     """The same page; pictures are links into `report/`, see `write_pictures`."""
-    return re.sub(r"\n{3,}", "\n\n", _render("report.md.j2", title, sections))
+    return re.sub(r"\n{3,}", "\n\n", _render("report.md.j2", title, sections, banner))
 
 
 def write_pictures(folder: Path, sections: list[Section]) -> None:
@@ -81,13 +98,13 @@ def write_pictures(folder: Path, sections: list[Section]) -> None:
         (folder / picture.file).write_bytes(picture.svg.encode() or base64.b64decode(picture.base64))
 
 
-def _render(template: str, title: str, sections: list[Section], refresh_s: int | None = None) -> str:
+def _render(template: str, title: str, sections: list[Section], banner: str, refresh_s: int | None = None) -> str:
     environment = jinja2.Environment(
         autoescape=template.endswith(".html.j2"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["md"] = escape_markdown
     text = (resources.files(__name__) / template).read_text("utf-8")
-    return environment.from_string(text).render(title=title, sections=sections, refresh_s=refresh_s)
+    return environment.from_string(text).render(title=title, sections=sections, banner=banner, refresh_s=refresh_s)
 
 
 def escape_markdown(text: str) -> str:

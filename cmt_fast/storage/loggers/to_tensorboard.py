@@ -43,7 +43,9 @@ class Board:
         image = Summary.Image(encoded_image_string=data, width=width, height=height, colorspace=3)
         about = SummaryMetadata(display_name=name, summary_description=caption)
         value = Summary.Value(tag=name, image=image, metadata=about)
-        self.writer.file_writer.add_summary(Summary(value=[value]), at, when)
+        events = self.writer.file_writer
+        assert events  # open until close()
+        events.add_summary(Summary(value=[value]), at, when)
         self.writer.flush()
 
     def close(self, whole: bool) -> None:

@@ -22,12 +22,24 @@ from cmt_kernels import transforms
 LIBRARY = Path(os.environ.get("CMT_NATIVE_LIBRARY") or Path(__file__).parent / "cmt_native.so")
 RECORD = LIBRARY.with_name("build.json")
 FUSED = ("modulated_norm", "gated_residual")  # where torch.compile's own fusion is faster, see `covers`
-BUILD = "`python -m cmt_kernels._native.build` builds it"
+CSRC = Path(__file__).resolve().parents[3] / "csrc"  # in a checkout; an installed package has none
+AGAIN = "`python -m cmt_kernels._native.build` builds it"
+BUILD = AGAIN if CSRC.is_dir() else "with torch, g++ and for a GPU nvcc here, install it again from its sources"
 
 
 def record() -> dict:
     """What the last build wrote, above all `line`: what was built and why."""
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def stale() -> bool:
+    """Whether the library beside a checkout's csrc was built from other sources. One that is named for tests is not asked."""
+    built = record().get("sources")
+    if "CMT_NATIVE_LIBRARY" in os.environ or built is None or not CSRC.is_dir():
+        return False
+    from cmt_kernels._native.build import sources
+
+    return sources() != built
 
 
 devices: tuple[str, ...] = ()  # device types that the loaded library has kernels for and can launch them on
@@ -43,6 +55,8 @@ def _load() -> str | None:
     global devices
     if not LIBRARY.exists():
         return f"the native extension is not built ({record().get('line', BUILD)})"
+    if stale():
+        return f"the native extension was built from other sources than those of {CSRC}: {AGAIN}"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as failure:

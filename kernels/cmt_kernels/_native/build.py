@@ -1,8 +1,10 @@
 """`python -m cmt_kernels._native.build` compiles csrc into one library beside this file, and says what it built and why.
 
-It needs torch's headers, not torch itself: where torch cannot be found (a build in isolation), or there is no C++
-compiler, it builds nothing, says so, and the ops run on their other backends. setup.py loads this file by its path.
+It needs torch's headers and libraries, not torch itself. Where pip builds in isolation torch cannot be imported, and that of the
+environment which pip installs into is taken, by its path. Without one, or without a C++ compiler, it builds nothing, says so,
+and the ops run on their other backends. setup.py loads this file by its path.
 
+    CMT_BUILD_TORCH  of an install in isolation: the torch to build beside, as torch==2.13.0 (setup.py)
     CMT_CUDA=1/0     CUDA kernels or none; unset: where nvcc is found (whether a GPU is visible has nothing to do with it)
     CMT_CUDA_ARCHS   default 80,90a,100a
     CXX, NVCC        the compilers
@@ -21,12 +23,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[2] / "csrc"
+# beside kernels/ in the repository and in cmt-fast's sdist, beside the package in that of cmt-kernels
+CSRC = next((p for up in (2, 1) if (p := HERE.parents[up] / "csrc").is_dir()), HERE.parents[2] / "csrc")
 OBJECTS = CSRC.parent / "build" / "native"
 LIBRARY, RECORD = "cmt_native.so", "build.json"
 
@@ -107,11 +111,33 @@ def libraries(torch: Path) -> list[str]:
 
 
 def torch_folder() -> Path:
-    """The package torch, not imported. Raises Failed without one."""
+    """The package torch, not imported: here, else in the environment around an isolated build. Raises Failed without one."""
     found = importlib.util.find_spec("torch")
-    if found is None or not found.submodule_search_locations:
-        raise Failed("torch is not here to build against; with torch installed, `python -m cmt_kernels._native.build`")
-    return Path(next(iter(found.submodule_search_locations)))
+    if found is not None and found.submodule_search_locations:
+        return Path(next(iter(found.submodule_search_locations)))
+    for place in outer():
+        if (place / "torch" / "include").is_dir() and (place / "torch" / "lib").is_dir():
+            return place / "torch"
+    raise Failed(
+        "torch is not here to build beside; install torch first, then this again, or set CMT_BUILD_TORCH=torch==VERSION"
+    )
+
+
+def outer() -> list[Path]:
+    """Where packages are of the environment that is installed into: pip hides it from an isolated build, uv builds in another."""
+    own = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
+    active = os.environ.get("VIRTUAL_ENV")
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    return [Path(p) for p in dict.fromkeys([*own, *([f"{active}/lib/{version}/site-packages"] if active else [])])]
+
+
+def sources() -> str:
+    """Of all that the library is made of here, the compilers and torch aside: another library is a stale one."""
+    total = hashlib.sha256(repr((ISAS, CXX_FLAGS, CPU_FLAGS, NVCC_FLAGS, TORCH_TARGET)).encode())
+    for path in sorted(CSRC.rglob("*")):
+        if path.suffix in (".cpp", ".cu", ".h", ".cuh") and path.parent.name != "emulation":
+            total.update(str(path.relative_to(CSRC)).encode() + path.read_bytes())
+    return total.hexdigest()[:16]
 
 
 def digest(command: list[str], source: Path) -> str:
@@ -173,7 +199,8 @@ def build(into: Path = HERE) -> tuple[bool, str]:
         built, line = False, f"not built: {failure}"
         (into / LIBRARY).unlink(missing_ok=True)  # an older library would not be what its sources say
     into.mkdir(parents=True, exist_ok=True)
-    (into / RECORD).write_text(json.dumps({"line": line.split("\n")[0]}) + "\n")
+    record = {"line": line.split("\n")[0], **({"sources": sources()} if built else {})}
+    (into / RECORD).write_text(json.dumps(record) + "\n")
     return built, f"native ops {line} in {time.monotonic() - start:.0f} s"
 
 

@@ -1,0 +1,60 @@
+"""`cmt completion`: what a shell needs to complete commands, options, recipes and stages. shtab writes it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cmt_fast.config import recipes
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import STAGES
+
+SHELLS = ("bash", "zsh", "tcsh")
+HOW = {
+    "bash": "cmt completion bash > ~/.local/share/bash-completion/completions/cmt",
+    "zsh": 'cmt completion zsh > "${fpath[1]}/_cmt"',
+    "tcsh": "cmt completion tcsh > ~/.cmt.tcsh; echo source ~/.cmt.tcsh >> ~/.tcshrc",
+}
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Declare its arguments."""
+    p.set_defaults(call=completion)
+    p.add_argument("shell", choices=SHELLS, help=f"bash: {HOW['bash']}")
+
+
+def completion(args: argparse.Namespace) -> None:
+    """Print the script. Raises ConfigError without shtab."""
+    try:
+        import shtab
+    except ImportError:
+        raise ConfigError("cmt completion: is written by shtab, which is not installed: pip install shtab") from None
+    from cmt_fast.cli import complete_parser
+
+    root = complete_parser()
+    for p in _all(root):
+        for action in p._actions:
+            _meant(action, shtab)
+    print(shtab.complete(root, args.shell))
+
+
+def _meant(action: argparse.Action, shtab) -> None:
+    """What stands in the place of an argument: one of the recipes, a stage, a folder or a file."""
+    if action.choices is not None or action.nargs == 0:
+        return
+    if action.dest == "recipe":
+        action.choices = list(recipes.recipes())
+    elif action.dest == "stages":
+        action.choices = list(STAGES)
+    elif action.metavar in ("RUN", "RUN/STAGE", "FOLDER", "STORE") or action.dest == "out":
+        action.complete = shtab.FILE  # type: ignore[attr-defined]  # a folder or what is in it
+    elif action.type is Path:
+        action.complete = shtab.FILE  # type: ignore[attr-defined]
+
+
+def _all(root: argparse.ArgumentParser):
+    yield root
+    for action in root._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _all(inner)

@@ -1,0 +1,31 @@
+"""How the report writes numbers and settings."""
+
+from __future__ import annotations
+
+import json
+
+DASH = "–"
+TEXT = 99  # every column is text
+
+
+def number(value: float | None, form: str = ".4g") -> str:
+    """A figure, or a dash where there is none."""
+    return DASH if value is None else format(value, form)
+
+
+def steps_text(k: int | str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{k} step{'s' * (int(k) > 1)}"
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[list[str]]:
+    """Dotted keys in which two settings differ, with both values; a table that only one has is one row."""
+    rows: list[list[str]] = []
+    for key in {**a, **b}:
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            rows += differences(x, y, f"{prefix}{key}.")
+        elif x != y:
+            plain = str.maketrans("", "", '"{}')
+            rows.append([f"{prefix}{key}", *(DASH if v is None else json.dumps(v).translate(plain) for v in (x, y))])
+    return rows

@@ -1,0 +1,71 @@
+"""Arrays too large for memory as one .npz: written block by block beside it, joined by a stream at the end.
+
+A block is an .npy file of some rows, under its name only when it is whole: what a kill leaves behind has a temporary name
+and never counts. Joining reads a few rows at a time, so the memory is that of one block whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cmt_fast.storage import files
+
+AT_ONCE = 1 << 24  # bytes copied at a time
+
+
+@contextlib.contextmanager
+def block(path: Path, rows: int) -> Iterator[Callable[[int, np.ndarray], None]]:
+    """Inside: put(place, part) writes part (m, ...) as the block's rows place to place + m; at the end the block is there.
+
+    Where an exception leaves it, nothing is. All parts have one dtype and one shape of a row.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    array: np.memmap | None = None
+
+    def put(place: int, part: np.ndarray) -> None:
+        nonlocal array
+        if array is None:
+            array = np.lib.format.open_memmap(temporary, "w+", part.dtype, (rows, *part.shape[1:]))
+        array[place : place + len(part)] = part
+
+    try:
+        yield put
+        assert array is not None, "a block of no rows"
+        array.flush()
+        files.sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def join(blocks: Sequence[Path], out: Path, name: str, small: dict[str, np.ndarray]) -> int:
+    """Write an .npz of the blocks' rows in their order, as `name`, and of small arrays beside it. Returns the number of rows.
+
+    The file is whole or not there. Raises OSError where it cannot be written.
+    """
+    opened = lambda path: np.load(path, mmap_mode="r")  # one at a time: a map holds a file open
+    first, n = opened(blocks[0]), sum(len(opened(path)) for path in blocks)
+    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False}
+    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, {**header, "shape": (n, *first.shape[1:])})
+                for part in map(opened, blocks):
+                    step = max(1, AT_ONCE // max(1, part[:1].nbytes))
+                    for i in range(0, len(part), step):
+                        file.write(part[i : i + step].tobytes())
+            for key, array in small.items():
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+        files.sync(temporary)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return n

@@ -1,0 +1,38 @@
+"""The ops alone, as the distribution cmt-kernels. Its sources are ../csrc in the repository, csrc beside this file in an sdist.
+
+cmt-fast carries the same package unless this one is there first. Where a cmt-fast that carries it is installed, this refuses:
+two distributions that own the same files would each break the other when it goes.
+"""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.sdist import sdist
+
+ROOT = Path(__file__).parent.resolve()
+found = importlib.util.spec_from_file_location("wheel", ROOT / "cmt_kernels/_native/wheel.py")
+wheel = importlib.util.module_from_spec(found)
+found.loader.exec_module(wheel)
+
+
+class Sdist(sdist):
+    """With the sources of the library, which stand beside this folder in the repository."""
+
+    def make_release_tree(self, base_dir, files) -> None:
+        super().make_release_tree(base_dir, files)
+        shutil.copytree(wheel.native.CSRC, Path(base_dir, "csrc"), dirs_exist_ok=True)
+
+
+for other in wheel.installed("cmt_fast"):
+    if "cmt_kernels/__init__.py" in (other / "RECORD").read_text("utf-8"):
+        raise SystemExit(
+            f"{other.stem} carries these ops already; to have them apart install it again with CMT_WITHOUT_KERNELS=1 first"
+        )
+setup(
+    packages=find_packages(str(ROOT), include=["cmt_kernels*"]),
+    ext_modules=[Extension("cmt_kernels._native.cmt_native", [])],
+    setup_requires=wheel.declared(),
+    cmdclass={"build_ext": wheel.BuildNative, "bdist_wheel": wheel.Wheel, "sdist": Sdist},
+)

@@ -1,0 +1,196 @@
+"""A run is used where its data, its teacher and the folder that it was trained from are not; and it goes on there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from cmt_fast import cli
+from cmt_fast.config import fingerprint, loading, paths
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.data import classes
+from cmt_fast.run import folder, workspace
+from cmt_fast.storage import checkpoint
+from tests.fixtures import small
+from tests.fixtures.stores import make_store
+from tests.fixtures.tiny import stop_after_a_checkpoint
+
+MODEL = {"kind": "dit", "width": 16, "depth": 1, "heads": 2}
+
+
+def cmt(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def recipe_of(home: Path, data: dict, **more) -> Path:
+    """A recipe in `home` whose paths are relative."""
+    tree = yaml.safe_load(small.recipe(home, MODEL, channels=3).read_text())
+    tree["data"] = data
+    for key, value in more.items():
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+    (home / "small.yaml").write_text(yaml.safe_dump(tree))
+    return home / "small.yaml"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run trained at home by relative paths; then only its folder goes abroad: no data, no counts, another current folder."""
+    home, abroad = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("abroad")
+    recipe_of(home, {"kind": "npz", "path": "data.npz"}, eval={"labels": "counts.npy"})
+    counts = np.array([0] * 6 + [2] * 2)
+    np.save(home / "counts.npy", counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert cli.main(["train", "small.yaml"]) == 0
+        assert cli.main(["sample", "runs/small/post", "--n", "8", "--out", "want.npz"]) == 0
+    shutil.copytree(home / "runs" / "small", abroad / "run")
+    return home, abroad
+
+
+@pytest.fixture
+def gone(world, monkeypatch):
+    """Home is out of reach while the test runs."""
+    home, abroad = world
+    hidden = home.with_name(home.name + "-hidden")
+    home.rename(hidden)
+    monkeypatch.chdir(abroad)
+    yield hidden
+    hidden.rename(home)
+
+
+def test_samples_are_those_of_home(gone, tmp_path, capsys):
+    code, _, err = cmt(capsys, "sample", "run/post", "--n", "8", "--out", tmp_path / "x.npz")
+    assert code == 0, err
+    with np.load(tmp_path / "x.npz") as got, np.load(gone / "want.npz") as want:
+        assert all(np.array_equal(got[k], want[k]) for k in ("images", "labels"))
+        assert got["labels"].tolist().count(2) == 2  # the file of counts is not here, and its law is
+    code, _, err = cmt(capsys, "sample", "run/post", "--n", "3", "--class", "1", "--out", tmp_path / "y.npz")
+    assert code == 0, err
+
+
+def test_exports_are_those_of_home(gone, tmp_path, capsys):
+    code, _, err = cmt(capsys, "ckpt", "export", "run/post", tmp_path / "x.safetensors")
+    assert code == 0, err
+    from safetensors.torch import load_file
+
+    want = checkpoint.complete(gone / "runs/small/post").tensors("ema-0")
+    assert all(torch.equal(want[k], x) for k, x in load_file(tmp_path / "x.safetensors").items())
+
+
+def test_figures_and_the_page_are_those_of_home(gone, capsys):
+    """Judged anew, by what the run keeps of its data: every figure is the one that home had."""
+    names = ("pre", "mid", "post")
+    want = {name: json.loads((gone / "runs/small" / name / "figures.json").read_text()) for name in names}
+    for name in names:
+        (Path("run") / name / "figures.json").unlink()
+    code, _, err = cmt(capsys, "report", "run")
+    assert code == 0, err
+    got = {name: json.loads((Path("run") / name / "figures.json").read_text()) for name in names}
+    assert got == want
+    code, out, err = cmt(capsys, "eval", "run/post", "--steps", "1", "--json")
+    assert code == 0, err
+    ours = json.loads(out)["steps"]["1"]
+    assert ours["frechet"] == want["post"]["few"]["1"]["frechet"]
+
+
+def test_what_needs_rows_says_where_they_would_be(gone):
+    work = workspace.open_run(Path("run"))
+    assert not work.data.here and work.data.n == 12 and classes.counts(work.data).tolist() == [4, 4, 4]
+    with pytest.raises(ConfigError, match="data.path: 'data.npz' is not here"):
+        work.data.rows(torch.arange(2))
+
+
+def test_goes_on_where_its_data_are_now(gone, tmp_path, capsys):
+    """The run goes on from another folder with its data in a third place, and others of the same name are refused."""
+    code, _, err = cmt(capsys, "train", "--resume", "run")
+    assert code == 2 and "data.path" in err
+    with np.load(gone / "data.npz") as was:
+        np.savez(tmp_path / "other.npz", images=was["images"] * 0.9, labels=was["labels"])
+    code, _, err = cmt(capsys, "train", "--resume", "run", f"data.path={tmp_path / 'other.npz'}")
+    assert code == 2 and "not the rows that" in err, err
+    shutil.copytree("run", tmp_path / "run")
+    code, out, err = cmt(capsys, "train", "--resume", tmp_path / "run", f"data.path={gone / 'data.npz'}")
+    assert code == 0 and "post done" in out, err
+
+
+def test_a_stage_begun_at_home_ends_abroad_with_the_same_bits(tmp_path, monkeypatch, capsys):
+    home, abroad = tmp_path / "home", tmp_path / "abroad"
+    home.mkdir()
+    recipe_of(home, {"kind": "npz", "path": "data.npz"}, mid={"images_nimg": 32, "checkpoint_every_nimg": 8})
+    monkeypatch.chdir(home)
+    code, _, err = cmt(capsys, "train", "small.yaml", "--stages", "pre,mid", "--out", "whole")
+    assert code == 0, err
+    shutil.copytree("whole", "cut")
+    shutil.rmtree("cut/mid")
+    stop_after_a_checkpoint(workspace.Workspace(loading.load("small.yaml"), Path("cut")))
+    abroad.mkdir()
+    shutil.move("cut", abroad / "cut")
+    (home / "data.npz").rename(tmp_path / "moved.npz")
+    monkeypatch.chdir(abroad)
+    say = ("train", "--resume", "cut", "--stages", "mid", f"data.path={tmp_path / 'moved.npz'}")
+    code, out, err = cmt(capsys, *say)
+    assert code == 0 and "resumes at step" in out, err
+    a, b = (checkpoint.complete(p / "mid").tensors("ema-0") for p in (home / "whole", abroad / "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_store_that_became_another_is_not_taken_for_the_run_s(tmp_path, monkeypatch, capsys):
+    """The path stands, what is there is another store: samples keep the labels of the one that was trained on."""
+    monkeypatch.chdir(tmp_path)
+    make_store(tmp_path / "store", 30, (4, 8, 8), classes=3, vae=("some/vae", "ab" * 16))
+    recipe = recipe_of(tmp_path, {"kind": "latents", "path": "store"})
+    code, _, err = cmt(capsys, "train", recipe, "--stages", "pre", "--out", "run")
+    assert code == 0, err
+    before = workspace.open_run(Path("run"))
+    assert getattr(before.data, "here", True)
+    shutil.rmtree(tmp_path / "store")
+    make_store(tmp_path / "store", 40, (4, 8, 8), classes=2, vae=("other/vae", "cd" * 16))
+    after = workspace.open_run(Path("run"))
+    assert not after.data.here and after.data.classes == 3 and after.decoding.latents.vae == "some/vae"
+    assert torch.equal(after.setting.labels(torch.arange(30)), before.setting.labels(torch.arange(30)))
+    assert after.decoding.latents == before.decoding.latents and after.data.normalisation == before.data.normalisation
+
+
+def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / "old" / name).mkdir(parents=True)
+        (tmp_path / "old" / name / folder.RUN_FILE).write_text(json.dumps({"root": str(tmp_path)}))
+    monkeypatch.chdir(tmp_path)
+    assert folder.located("old/a", Path("old/b")) == tmp_path / "old/a"
+    shutil.move("old", "new")
+    monkeypatch.chdir("/")
+    assert folder.located("old/a", tmp_path / "new/b") == tmp_path / "new/a"
+    assert folder.located("old/none", tmp_path / "new/b") == Path("old/none")
+
+
+def test_paths_start_from_a_root_that_is_said(world, tmp_path, monkeypatch, capsys):
+    home, _ = world
+    monkeypatch.chdir(tmp_path)
+    say = ("train", home / "small.yaml", "--dry-run", "--out", tmp_path / "run")
+    code, out, err = cmt(capsys, *say)
+    assert "not here: data.path: 'data.npz'" in out or code == 2, err
+    code, out, err = cmt(capsys, *say, "--root", home)
+    assert code == 0 and "not here" not in out and str(home / "data.npz") in out, err
+    monkeypatch.setenv(paths.VARIABLE, str(home))
+    assert str(home / "data.npz") in cmt(capsys, *say)[1]
+    monkeypatch.setenv(paths.VARIABLE, str(tmp_path / "none"))
+    code, _, err = cmt(capsys, *say)
+    assert code == 2 and err.startswith(f"cmt: {paths.VARIABLE}: "), err
+
+
+def test_what_only_says_where_changes_no_content():
+    """A moved store or cache is no other configuration; everything else that a stage depends on is compared."""
+    run = loading.load("imagenet512-ecd")
+    far = loading.load("imagenet512-ecd", ["data.path=/elsewhere", "data.expects=null"])
+    assert fingerprint.content(run, "mid") == fingerprint.content(far, "mid")
+    assert fingerprint.stage_facts(run, "mid") != fingerprint.stage_facts(far, "mid")
+    other = loading.load("imagenet512-ecd", ["mid.lr=1"])
+    assert fingerprint.content(run, "mid") != fingerprint.content(other, "mid")
