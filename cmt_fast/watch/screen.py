@@ -35,8 +35,8 @@ def page(state: RunState, width: int = WIDE) -> RenderableType:
 def overview(states: Sequence[RunState]) -> RenderableType:
     """Several runs, a row each."""
     steps = sorted({k for s in states for k in s.steps})
-    table = _table(["run", "stage", "", "images/s", "left", *(f"in {_steps(k)}" for k in steps), "sign of life"], 2)
-    table.columns[-1].justify, table.title, table.title_justify = "left", "in N steps: Fréchet distance", "left"
+    table = _table(["run", "stage", "", "images/s", "left", *(f"@{k}" for k in steps), "sign of life"], 2)
+    table.columns[-1].justify, table.title, table.title_justify = "left", "@k: Fréchet distance in k steps", "left"
     for state in states:
         stage = state.now or _last(state)
         running = state.now is not None

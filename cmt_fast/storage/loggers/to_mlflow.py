@@ -34,7 +34,8 @@ class Board:
 
         self.mlflow, self.metric, self.client = mlflow, Metric, mlflow.MlflowClient()
         known = known_id(about.folder, NAME)
-        self.fresh, self.after = known is None, about.before_nimg + about.seen_nimg
+        self.fresh = known is None
+        self.after = -1 if self.fresh else about.before_nimg + about.seen_nimg  # what is sent already
         if known:
             self.id = known
             self.client.update_run(known, status="RUNNING")
