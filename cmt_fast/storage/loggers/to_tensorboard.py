@@ -41,7 +41,8 @@ class Board:
         data = path.read_bytes()
         width, height = struct.unpack(">II", data[16:24])  # of a PNG's first chunk
         image = Summary.Image(encoded_image_string=data, width=width, height=height, colorspace=3)
-        about = SummaryMetadata(display_name=name, summary_description=caption)
+        kind = SummaryMetadata.PluginData(plugin_name="images")
+        about = SummaryMetadata(plugin_data=kind, display_name=name, summary_description=caption)
         value = Summary.Value(tag=name, image=image, metadata=about)
         events = self.writer.file_writer
         assert events  # open until close()
