@@ -49,7 +49,7 @@ COMMANDS = {
     "data": ("data", "stores of latents or images: encode, import foreign files, look, verify, stats"),
     "recipes": ("recipes", "list, show, copy or validate recipes, or write a new one for a store"),
     "keys": ("keys", "every key of a recipe: type, default, unit, meaning, which recipes set it"),
-    "completion": ("completion", "a script by which bash, zsh or tcsh completes commands, options and recipes"),
+    "completion": ("completion", "a script by which bash, zsh, fish or tcsh completes commands, options and recipes"),
     "doctor": ("doctor", "show this machine's versions, devices and ops, or check that a run is alive"),
 }
 

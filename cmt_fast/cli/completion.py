@@ -9,10 +9,11 @@ from cmt_fast.config import recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES
 
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 HOW = {
     "bash": "cmt completion bash > ~/.local/share/bash-completion/completions/cmt",
     "zsh": 'cmt completion zsh > "${fpath[1]}/_cmt"',
+    "fish": "cmt completion fish > ~/.config/fish/completions/cmt.fish",
     "tcsh": "cmt completion tcsh > ~/.cmt.tcsh; echo source ~/.cmt.tcsh >> ~/.tcshrc",
 }
 
@@ -28,7 +29,9 @@ def completion(args: argparse.Namespace) -> None:
     try:
         import shtab
     except ImportError:
-        raise ConfigError("cmt completion: is written by shtab, which is not installed: pip install shtab") from None
+        raise ConfigError(
+            "cmt completion: shtab, which writes it, is missing; pip install 'cmt-fast[completion]'"
+        ) from None
     from cmt_fast.cli import complete_parser
 
     root = complete_parser()

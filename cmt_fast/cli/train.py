@@ -163,6 +163,8 @@ def _ops(device: str) -> None:
         by_name.setdefault(name, []).append(op)
     for name, ops in sorted(by_name.items()):
         print(f"ops: {name:9} {' '.join(ops)}")
+    for line in filter(None, (cmt_kernels.without_native(device), machine.other_kernels())):
+        print(f"note: {line}")
 
 
 def _classes(work: workspace.Workspace) -> None:
