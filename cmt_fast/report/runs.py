@@ -1,7 +1,7 @@
 """What a run's small files say of it: stages, figures, hours, sizes. No checkpoint is hashed, no data are opened.
 
-For `cmt runs ls | show | compare`: a hundred runs in about a second. A stage is found in the run or, where it was not trained
-there, in the run that it was taken from.
+For `cmt runs ls | show | compare`: a hundred small runs take about two seconds of one core. A stage is found in the run or,
+where it was not trained there, in the run that it was taken from.
 """
 
 from __future__ import annotations
