@@ -242,11 +242,15 @@ def test_bash_completes_commands_options_and_recipes(tmp_path):
         '$(complete -p cmt | sed "s/.*-F \\([^ ]*\\).*/\\1/"); echo "${COMPREPLY[@]}"'
     )
 
+    (tmp_path / "digraph.yaml").touch()  # one's own
+    (tmp_path / "digest.txt").touch()
+
     def words(*typed: str) -> set[str]:
-        out = subprocess.run(["bash", "-c", ask, script, "cmt", *typed], capture_output=True, text=True, timeout=30)
+        command = ["bash", "-c", ask, script, "cmt", *typed]
+        out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
         return set(out.stdout.split())
 
     assert words("tr") == {name for name in cli.COMMANDS if name.startswith("tr")}
-    assert words("train", "dig") == {"digits", "digits-mf"}
+    assert words("train", "dig") == {"digits", "digits-mf", "digraph.yaml"}
     assert "--dry-run" in words("train", "digits", "--d")
     assert words("ckpt", "ex") == {"export"}

@@ -16,12 +16,20 @@ HOW = {
     "fish": "cmt completion fish > ~/.config/fish/completions/cmt.fish",
     "tcsh": "cmt completion tcsh > ~/.cmt.tcsh; echo source ~/.cmt.tcsh >> ~/.tcshrc",
 }
+# bash's words for a recipe: one that comes with the package, a YAML file, a folder on the way to one
+RECIPE = """_cmt_recipe() {
+  compgen -W "%s" -- "$1"
+  compgen -f -X '!*.yaml' -- "$1"
+  compgen -d -S / -- "$1"
+}"""
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=completion)
-    p.add_argument("shell", choices=SHELLS, help=f"bash: {HOW['bash']}")
+    p.add_argument("shell", choices=SHELLS, help="whose script is printed")
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.epilog = "It needs the extra `completion`. Where the script goes:\n  " + "\n  ".join(HOW.values())
 
 
 def completion(args: argparse.Namespace) -> None:
@@ -37,15 +45,18 @@ def completion(args: argparse.Namespace) -> None:
     root = complete_parser()
     for p in _all(root):
         for action in p._actions:
-            _meant(action, shtab)
-    print(shtab.complete(root, args.shell))
+            _meant(action, shtab, args.shell)
+    names = " ".join(recipes.recipes())
+    print(shtab.complete(root, args.shell, preamble={"bash": RECIPE % names} if args.shell == "bash" else ""))
 
 
-def _meant(action: argparse.Action, shtab) -> None:
+def _meant(action: argparse.Action, shtab, shell: str) -> None:
     """What stands in the place of an argument: one of the recipes, a stage, a folder or a file."""
     if action.choices is not None or action.nargs == 0:
         return
-    if action.dest == "recipe":
+    if action.dest == "recipe" and shell == "bash":
+        action.complete = {"bash": "_cmt_recipe"}  # type: ignore[attr-defined]  # or a file of one's own
+    elif action.dest == "recipe":
         action.choices = list(recipes.recipes())
     elif action.dest == "stages":
         action.choices = list(STAGES)
