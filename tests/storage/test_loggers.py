@@ -149,9 +149,7 @@ def at(*steps: int) -> list[int]:
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_reads_back_all_and_drops_what_a_kill_undid(tmp_path):
-    from tensorboard.backend.event_processing.plugin_event_accumulator import (
-        EventAccumulator,
-    )  # what its server reads by
+    from tensorboard.backend.event_processing import plugin_event_accumulator  # what its server reads by
     from tensorboard.util.tensor_util import make_ndarray
 
     folder = tmp_path / "mid"
@@ -161,7 +159,9 @@ def test_tensorboard_reads_back_all_and_drops_what_a_kill_undid(tmp_path):
     again = opened(folder, 2, ["tensorboard"])
     rows(again, (3, 4))
     again.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "mid"), size_guidance={"tensors": 0})
+    events = plugin_event_accumulator.EventAccumulator(
+        str(tmp_path / "tensorboard" / "mid"), size_guidance={"tensors": 0}
+    )
     events.Reload()
     value = lambda event: float(make_ndarray(event.tensor_proto))
     tags = [tag for tag in events.Tags()["tensors"] if tag != "samples"]

@@ -28,7 +28,8 @@ class Board:
 
         folder = about.folder.parent / FOLDER / about.stage
         self.fresh = not any(folder.glob("events.*"))
-        at = None if self.fresh else about.before_nimg + about.nimg + 1
+        # a START is written by the first process too: only those after it are read as restarts
+        at = about.before_nimg + (0 if self.fresh else about.nimg + 1)
         self.writer = SummaryWriter(str(folder), purge_step=at)
 
     def scalars(self, at: int, values: dict[str, float], when: float) -> None:
