@@ -35,7 +35,10 @@ def environment(tmp_path, monkeypatch) -> Path:
     site = tmp_path / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     site.mkdir(parents=True)
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path))
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind: str(tmp_path / "isolated"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind, vars=None: str(tmp_path / "isolated"))
     return site
 
 
@@ -52,6 +55,23 @@ def test_torch_is_found_around_an_isolated_build(environment, monkeypatch):
         build.torch_folder()
     (environment / "torch" / "version.py").write_text("from x import y\n__version__ = '2.11.0+cpu'\n")
     assert build.torch_folder() == environment / "torch"
+
+
+def test_the_environment_is_found_where_a_tool_builds_in_another(environment, monkeypatch):
+    """uv sets VIRTUAL_ENV to the environment that it builds in; an activated one stays on PATH."""
+    home = environment.parents[2]
+    monkeypatch.setenv("VIRTUAL_ENV", str(home / "of-the-build"))
+    monkeypatch.setenv("PATH", os.pathsep.join((str(home / "of-the-build" / "bin"), str(home / "bin"), "")))
+    monkeypatch.chdir(home)
+    assert environment not in build.outer()  # a folder on PATH is no environment
+    (home / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    assert environment in build.outer()
+    monkeypatch.setenv("PATH", "")
+    home.joinpath("src").mkdir()
+    monkeypatch.chdir(home / "src")
+    assert environment not in build.outer()
+    (home / "src" / ".venv").symlink_to(home)  # what uv takes where none is activated
+    assert environment in [place.resolve() for place in build.outer()]
 
 
 def test_what_cannot_be_built_leaves_no_older_library(tmp_path, monkeypatch):
@@ -192,6 +212,12 @@ def test_the_readme_of_the_ops_runs_and_its_tangent_is_right():
     world: dict = {}
     exec(compile(code, "kernels/README.md", "exec"), world)
     assert all(w.grad.norm() > 0 for w in world["weights"].values())
+    table = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", (ROOT / "kernels" / "README.md").read_text(), re.M)
+    folders = {op: ROOT / "kernels" / "cmt_kernels" / op for op in cmt_kernels.OPS}
+    assert {op: set(re.findall(r"\w+", names)) for op, names in table} == {
+        op: {name for name in ("native", "triton", "torch", "apex") if (folder / f"{name}.py").exists()}
+        for op, folder in folders.items()
+    }
     u, Dual, r = world["u"], world["Dual"], world["r"].double()
     world["weights"].update({k: w.detach().double() for k, w in world["weights"].items()})
     z, t, v = (world[k].double() for k in "ztv")

@@ -136,14 +136,14 @@ def version(torch: Path) -> tuple[int, ...]:
 
 
 def outer() -> list[Path]:
-    """Where packages are of the environment that is installed into: pip hides it from an isolated build, uv and build work in
-    another. The library knows no Python, so a torch of another Python's will do.
+    """Where packages are of the environment that is installed into: pip hides it from an isolated build; uv and build work in
+    another and leave it on PATH, where it is activated. The library knows no Python, so a torch of another Python's will do.
     """
     own = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
-    active = [os.environ[key] for key in ("VIRTUAL_ENV", "CONDA_PREFIX") if os.environ.get(key)]
-    theirs = [
-        place for prefix in active for place in sorted(Path(prefix).glob("lib/python3*/site-packages"), reverse=True)
-    ]
+    active = [Path(os.environ[key]) for key in ("VIRTUAL_ENV", "CONDA_PREFIX") if os.environ.get(key)]
+    on_path = [Path(p).parent for p in os.environ.get("PATH", "").split(os.pathsep) if p]
+    active += [prefix for prefix in (*on_path, Path(".venv").absolute()) if (prefix / "pyvenv.cfg").exists()]
+    theirs = [place for prefix in active for place in sorted(prefix.glob("lib/python3*/site-packages"), reverse=True)]
     base = {"base": sys.base_prefix, "platbase": sys.base_prefix}  # seen from a venv with --system-site-packages
     wide = [sysconfig.get_path("purelib", vars=base)] if _wide() else []
     return list(dict.fromkeys(map(Path, (*own, *theirs, *wide))))
