@@ -216,7 +216,8 @@ def test_it_serves_the_page_and_the_pictures_and_nothing_else(site):
     for path in ("/run.json", "/mid/", "/mid/grids/", "/../secret.png", "/%2e%2e/secret.png", "/mid/grids/../../run.json",
                  "/mid/grids/00000009.png", "//etc/passwd", "/mid/grids/00000007.png", "/mid/metrics.jsonl"):  # fmt: skip
         assert get(port, path) == (404, "404 Not Found\n"), path
-    assert get(port, "/", host="evil.example")[0] == 403
+    assert get(port, "/", host="evil.example")[0] == get(port, "/", host="localhost.evil.example:80")[0] == 403
+    assert get(port, "/", host="localhost:9000")[0] == 200, "behind `ssh -L 9000:127.0.0.1:8300`"
     assert get(port, "/", method="POST")[0] == 501
 
 
