@@ -93,6 +93,9 @@ def train(args: argparse.Namespace) -> None:
     if parents:
         folder.stored_run(parents)
     names = [name for name in have if name in names]
+    if args.resume and all(map(_finished, (out / name for name in names))):
+        page.write(out)  # for which no data need be here
+        return print(f"nothing is left to train: {', '.join(names)} of {out} are finished")
     lacking = needs.missing(run, out, parents, names)
     if lacking and not args.dry_run:
         if getattr(run.data, "expects", None) or all(need.key != "data.path" for need in lacking):
@@ -118,6 +121,13 @@ def train(args: argparse.Namespace) -> None:
     page.write(out)
     if distributed.rank() == 0:
         print(_done(work, names, time.monotonic() - begun))
+
+
+def _finished(stage: Path) -> bool:
+    try:
+        return bool(checkpoint.complete(stage))
+    except checkpoint.CheckpointError:
+        return False
 
 
 def _asked(args: argparse.Namespace) -> tuple[Run, Path, Path | None]:

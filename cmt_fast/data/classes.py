@@ -216,9 +216,9 @@ def by_name(data: Rows, asked: str) -> list[int]:
     Raises ConfigError, its key --classes, for one that is not there or has no rows.
     """
     own = of(data)
-    if own.labels is None:
+    if not own.classes:
         raise ConfigError("the data of this run have no labels", "--classes")
-    present = own.present
+    present = own.present or list(range(own.classes))  # of rows that never were here nobody knows which have some
     known = dict(zip(_called(own, present), present))
     out = []
     # a name may have commas: tench, Tinca tinca

@@ -110,15 +110,19 @@ def test_what_needs_rows_says_where_they_would_be(gone):
 
 def test_goes_on_where_its_data_are_now(gone, tmp_path, capsys):
     """The run goes on from another folder with its data in a third place, and others of the same name are refused."""
-    code, _, err = cmt(capsys, "train", "--resume", "run")
+    code, out, err = cmt(capsys, "train", "--resume", "run")
+    assert code == 0 and "nothing is left to train: pre, mid, post of run" in out, err
+    shutil.copytree("run", tmp_path / "begun", ignore=shutil.ignore_patterns("post"))
+    code, _, err = cmt(capsys, "train", "--resume", tmp_path / "begun")
     assert code == 2 and "data.path" in err
     with np.load(gone / "data.npz") as was:
         np.savez(tmp_path / "other.npz", images=was["images"] * 0.9, labels=was["labels"])
-    code, _, err = cmt(capsys, "train", "--resume", "run", f"data.path={tmp_path / 'other.npz'}")
+    code, _, err = cmt(capsys, "train", "--resume", tmp_path / "begun", f"data.path={tmp_path / 'other.npz'}")
     assert code == 2 and "not the rows that" in err, err
-    shutil.copytree("run", tmp_path / "run")
-    code, out, err = cmt(capsys, "train", "--resume", tmp_path / "run", f"data.path={gone / 'data.npz'}")
-    assert code == 0 and "post done" in out, err
+    code, out, err = cmt(capsys, "train", "--resume", tmp_path / "begun", f"data.path={gone / 'data.npz'}")
+    assert code == 0 and "mid done" in out, err
+    a, b = (checkpoint.complete(p / "post").tensors("ema-0") for p in (Path("run"), tmp_path / "begun"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_stage_begun_at_home_ends_abroad_with_the_same_bits(tmp_path, monkeypatch, capsys):
