@@ -41,6 +41,7 @@ COMMANDS = {
         "train the classifier behind the distance latent_lpips on a recipe's data; rerun to resume",
     ),
     "sample": ("sample", "samples of a trained stage as PNGs, as .npz and in pictures; rerun to resume"),
+    "watch": ("watch", "how far a run is while it trains: stages, speed, figures, time left; also as a page (--serve)"),
     "report": ("report", "write RUN/report.html and RUN/report.md"),
     "theory": ("theory", "measure solver orders and gradient bias on a Gaussian mixture, against the paper's slopes"),
     "eval": ("eval", "Fréchet distance (FID, FD-DINOv2), accuracy, precision and recall of a trained stage"),

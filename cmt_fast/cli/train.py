@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from cmt_fast.storage import checkpoint
 from cmt_fast.teacher import precision, solver_record
 from cmt_fast.train import loop, profiler
 from cmt_fast.usage import ledger
+
+REFRESH_S = 30  # seconds after which the page of a run that trains loads itself anew
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -110,7 +113,8 @@ def train(args: argparse.Namespace) -> None:
         _classes(work)
     if work.device.type == "cpu":
         memory.keep_freed()
-    loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None)
+    draw = functools.partial(page.write, out, judge=False, refresh_s=REFRESH_S)
+    loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
     page.write(out)
     if distributed.rank() == 0:
         print(_done(work, names, time.monotonic() - begun))

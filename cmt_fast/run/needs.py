@@ -18,6 +18,7 @@ from cmt_fast.config.schema import Run, Stage
 from cmt_fast.evaluation.inception import URL
 from cmt_fast.run import folder as folder_
 from cmt_fast.storage import checkpoint
+from cmt_fast.storage.loggers import EXTRAS
 
 VAE = "stabilityai/sd-vae-ft-mse"  # the autoencoder of DiT, SiT, REPA, MeanFlow and EDM2
 
@@ -87,6 +88,7 @@ def _packages(run: Run) -> Iterator[Need]:
     wanted += [("data.kind", "sklearn", "demo")] if run.data.kind == "digits" else []
     wanted += [("eval.metric", "torch_fidelity", "eval")] if run.eval.metric == "fid" else []
     wanted += [("eval.vae", "diffusers", "latents")] if _decodes(run) else []
+    wanted += [("loggers", name, EXTRAS[name]) for name in run.logging]
     for key, package, extra in wanted:
         there = importlib.util.find_spec(package.partition(".")[0]) is not None
         yield Need(key, package, there, "is not installed", f"pip install 'cmt-fast[{extra}]'")

@@ -1,4 +1,4 @@
-"""Metrics as JSON lines, always; TensorBoard as an extra. What a person sees meanwhile is runtime/progress.py."""
+"""Metrics as JSON lines, always; loggers beside them. What a person sees meanwhile is runtime/progress.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_fast.storage.heartbeat import beat
+from cmt_fast.storage.loggers import Loggers, Opening, picture_caption
 
 METRICS = "metrics.jsonl"
 
@@ -27,22 +28,28 @@ def read(path: Path) -> list[dict[str, Any]]:
 class Log:
     """One stage's record. Rows: {"kind", "step", "nimg", ..., "wall": {...}}; only "wall" differs between equal runs."""
 
-    def __init__(self, folder: Path, step: int, write: bool, tensorboard: bool = False) -> None:
+    def __init__(
+        self, folder: Path, step: int, write: bool, loggers: tuple[str, ...] = (), about: Opening | None = None
+    ) -> None:
         """Opens the file for appending after `step`: rows past it belong to work that was lost and is done again.
 
-        write: whether this process keeps it; another takes rows and leaves them.
+        write: whether this process keeps it; another takes rows and leaves them. loggers: those that get what is logged too,
+        of the stage that `about` describes.
         """
-        self.file, self.run, self.board = None, folder.parent, None
+        self.file, self.run, self.stage, self.whole = None, folder.parent, folder.name, False
+        self.loggers = Loggers((), Opening("", folder))
         if write:
             path = folder / METRICS
-            kept = [row for row in read(path) if row["step"] <= step]
+            rows = read(path)
+            kept = [row for row in rows if row["step"] <= step]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
             os.replace(temporary, path)
             self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
             beat(self.run)
-            if tensorboard:
-                self.board = _tensorboard(folder)
+            if loggers and about:
+                seen = max((row["nimg"] for row in rows), default=0)
+                self.loggers = Loggers(loggers, about._replace(seen_nimg=seen), kept)
 
     def row(self, kind: str, step: int, nimg: int, values: dict[str, Any], wall: dict[str, Any] | None = None) -> None:
         """Append one row and flush it to the system."""
@@ -50,26 +57,19 @@ class Log:
             beat(self.run)
             self.file.write(json.dumps({"kind": kind, "step": step, "nimg": nimg, **values, "wall": wall or {}}) + "\n")
             self.file.flush()
-        if self.board:
-            for key, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{kind}/{key}", value, nimg)
+        self.loggers.row(kind, nimg, values, wall or {})
 
-    def commit(self) -> None:
-        """Force rows to disk, before a checkpoint that vouches for them."""
+    def picture(self, name: str, nimg: int, path: Path) -> None:
+        """Give a picture that is on disk to the loggers."""
+        self.loggers.picture(name, nimg, path, picture_caption(self.stage, nimg))
+
+    def commit(self, whole: bool = False) -> None:
+        """Force rows to disk, before a checkpoint that vouches for them. whole: it is the last one of the stage."""
+        self.whole = whole
         if self.file:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
         if self.file:
             self.file.close()
-        if self.board:
-            self.board.close()
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard: is true, but the package is not installed: pip install tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+        self.loggers.close(self.whole)

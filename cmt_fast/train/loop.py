@@ -19,7 +19,7 @@ from cmt_kernels.attention import small
 from torch import Tensor
 
 from cmt_fast import engine as engines
-from cmt_fast.config import errors, fingerprint
+from cmt_fast.config import errors, fingerprint, loading
 from cmt_fast.config.schema import Run, Stage
 from cmt_fast.engine import Engine, ShardingPlan, compile
 from cmt_fast.engine.graph import StepGraph
@@ -29,25 +29,31 @@ from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.runtime.progress import say
 from cmt_fast.runtime.signals import Stopped, noted
 from cmt_fast.storage import checkpoint
+from cmt_fast.storage.loggers import Opening
 from cmt_fast.storage.metrics_log import Log
 from cmt_fast.train import attention_choice, batches, monitor, solver_choice
+from cmt_fast.train.half_way import HalfWay, check_loggers
 from cmt_fast.train.profiler import Profile
 from cmt_fast.usage import ledger, meters
 
 LOOK_S = 5.0  # seconds between looks for a signal: torchrun gives its processes 30 to save and end
 
 
-def train(work: Workspace, names: list[str], profile: Profile | None = None) -> None:
+def train(
+    work: Workspace, names: list[str], profile: Profile | None = None, draw: Callable[[], object] | None = None
+) -> None:
     """Train the named stages of a run in order; finished ones are passed over, unfinished ones go on.
 
-    profile: profiles some steps of the first stage that is trained.
+    profile: profiles some steps of the first stage that is trained; draw: writes the run's page, after evaluations.
     """
     work.check_guidance()
+    check_loggers(work.run)
+    page = HalfWay(draw if distributed.rank() == 0 else None)
     meter = meters.Meter.of(work.device)
     with work.lock(), noted() as asked:
         work.claim(names)
         for name in names:
-            train_stage(work, work.stage(name), asked, meter, profile)
+            train_stage(work, work.stage(name), asked, meter, profile, page)
 
 
 def train_stage(
@@ -56,10 +62,12 @@ def train_stage(
     asked: list[int],
     meter: meters.Meter | None = None,
     profile: Profile | None = None,
+    page: HalfWay | None = None,
 ) -> None:
     """One stage, from its start or its last checkpoint to its end. Raises FloatingPointError when the loss is not finite.
 
-    asked: signals that ask the process to stop; meter: what this process has spent and no stage was billed for yet.
+    asked: signals that ask the process to stop; meter: what this process has spent and no stage was billed for yet; page:
+    is drawn after evaluations. Long: it is the list of what is opened for a stage, in order.
     """
     run, name, folder, config, plan = work.run, stage.name, stage.folder, stage.config, stage.schedule
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
@@ -87,7 +95,7 @@ def train_stage(
         if found:
             _load(engine, found, stage)
             wall = dict(found.manifest["wall"])
-        log = Log(folder, engine.step_count, first, run.tensorboard)
+        log = _log(run, stage, engine.step_count, lineage, first)
         ending.callback(log.close)
         ending.enter_context(small.using(attention := attention_choice.settle(work, config, found)))
         source = batches.provider(work, stage, engine, meter, found)
@@ -100,7 +108,8 @@ def train_stage(
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         gradient = _gradient(engine, source, name, profile)
         meter.lap("startup")
-        taken = Steps(work, stage, engine, source, gradient, log, shown, account, meter, Sums(found), wall, always)
+        sums, page = Sums(found), page or HalfWay(None)
+        taken = Steps(work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page)
         if found and found.manifest.get("unseen"):
             taken.observe(engine.step_count, last=False)
         steps = range(engine.step_count, plan.total)
@@ -121,7 +130,7 @@ class Steps(NamedTuple):
     """The steps of a stage: what they are taken with, and where their metrics and checkpoints go.
 
     gradient: adds the gradient of a part of a step to the engine's; wall: seconds of the steps that count; always: what every
-    checkpoint of the stage says alike.
+    checkpoint of the stage says alike; page: of the run, drawn half-way.
     """
 
     work: Workspace
@@ -136,6 +145,7 @@ class Steps(NamedTuple):
     sums: Sums
     wall: dict[str, float]
     always: dict[str, Any]
+    page: HalfWay
 
     def take(self, steps: Iterable[int], asked: list[int]) -> None:
         """Take them, each with the row of metrics, the evaluation and the checkpoint that are due after it.
@@ -171,6 +181,8 @@ class Steps(NamedTuple):
         self.gradient.release()
         with self.shown.pause(monitor.title(self.work, self.stage, n, last)):
             monitor.observe(self.work, self.stage, self.engine, n, last, self.log)
+            if self.page.draw():
+                machine.allow_tf32(self.stage.config.precision == "tf32")  # drawing opens the run once more, without it
         self.wall["eval_s"] += self.meter.lap("evaluation")
 
     def _since(self, n: int) -> int:
@@ -216,13 +228,22 @@ class Steps(NamedTuple):
 
     def _checkpoint(self, n: int, last: bool, unseen: bool) -> None:
         """A checkpoint after n steps. unseen: it has a row of metrics whose evaluation is still to be made."""
-        self.log.commit()
+        self.log.commit(whole=last)
         nimg = n * self.stage.config.batch
         now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": self.wall, "bill": self.account.add()}
         now["proofs"] = cmt_kernels.proofs()
         with progress.phase("writing a checkpoint"):
             _save(self.stage.folder, n, self.engine, self.always | now, self.sums)
         self.meter.lap("checkpoint")
+
+
+def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write: bool) -> Log:
+    """The stage's record after `step`, and its loggers on an axis that begins with the images of the stages before it."""
+    before, parent = 0, lineage
+    while parent:
+        before, parent = before + parent["nimg"], parent.get("parent")
+    about = Opening(run.name, stage.folder, before, step * stage.config.batch, settings=loading.dump(run))
+    return Log(stage.folder, step, write, run.logging, about)
 
 
 def _gradient(engine: Engine, source: batches.BatchProvider, name: str, profile: Profile | None) -> StepGraph:

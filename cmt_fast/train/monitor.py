@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from cmt_fast.config.schema import PowerEma
 from cmt_fast.engine import Engine
@@ -53,7 +54,9 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
             about = f"{work.judging.judge.title(n_during)}: {distance}"
             progress.told(name, f"after {n * config.batch:,} images", about)
         if now(plan.grid_every) or last:
-            distributed.agreed(lambda: draw_grid(work, net, stage, n) if first else None)
+            file = stage.folder / "grids" / f"{n:08d}.png"
+            distributed.agreed(lambda: draw_grid(work, net, stage, file) if first else None)
+            log.picture("samples", n * config.batch, file)
     if now(plan.snapshot_every):
         for i, profile in enumerate(config.ema):
             if isinstance(profile, PowerEma):
@@ -68,8 +71,8 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
     return due(stage, n, last)
 
 
-def draw_grid(work: Workspace, net: Callable, stage: ResolvedStage, step: int) -> None:
-    """The same noise through 1, 2 and many steps, one picture of each class in order: RUN/stage/grids/step.png."""
+def draw_grid(work: Workspace, net: Callable, stage: ResolvedStage, file: Path) -> None:
+    """The same noise through 1, 2 and many steps, one picture of each class in order, in a PNG file."""
     run, n, setting = work.run, 10 if len(work.data.shape) == 3 else 1500, work.setting.each_class()
     rows = [(f"{k} step{'s' * (k > 1)}", setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
     name, config = stage.name, stage.config
@@ -80,4 +83,4 @@ def draw_grid(work: Workspace, net: Callable, stage: ResolvedStage, step: int) -
         drawn = setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)
         rows.append((f"{title}, {run.sampler.teacher_steps}", drawn))
     seen = [(title, *work.decoding.visible(x)) for title, x in rows]
-    grids.grid([(f"{title}\n{note}", x) for title, x, note in seen], stage.folder / "grids" / f"{step:08d}.png")
+    grids.grid([(f"{title}\n{note}", x) for title, x, note in seen], file)

@@ -123,6 +123,12 @@ class Run:
     timeout_s: Positive = 1800.0
     loader: Feed = Field(default_factory=Torch)
     tensorboard: bool = False
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+
+    @property
+    def logging(self) -> tuple[str, ...]:
+        """The loggers that it names, each once; `tensorboard: true` is an older word for one of them."""
+        return tuple(dict.fromkeys([*["tensorboard"] * self.tensorboard, *self.loggers]))
 
     @property
     def stages(self) -> dict[str, Stage]:

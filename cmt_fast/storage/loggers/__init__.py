@@ -1,0 +1,215 @@
+"""Loggers beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow, behind one door.
+
+metrics.jsonl is the record; a logger is a copy of it for people who look elsewhere. So a logger never decides anything: each
+works in a thread of its own, training does not wait for a network, and one that fails is said once and left. All stages are
+on one axis, the images seen along the path pre -> mid -> post; a stage is a run of its own there, so the control's curve lies
+over that of mid- and post-training. Names of projects, addresses and keys come from the libraries' own variables
+(WANDB_PROJECT, MLFLOW_TRACKING_URI, ...), and nothing of them is written down here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from cmt_fast.storage import files
+
+EXTRAS = {
+    "tensorboard": "log",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+}  # logger, and package of its name -> extra of ours
+IDS = "loggers.json"  # STAGE/loggers.json: logger -> the id under which it knows the stage
+DRAIN_S = 60.0  # what the end of a stage waits for a logger that lags behind
+
+
+class Opening(NamedTuple):
+    """The stage that is logged. run: its name; folder: RUN/STAGE; before_nimg: images of the stages before it on its path;
+    nimg: images of the checkpoint that it goes on from; seen_nimg: up to where a process that was killed logged already;
+    settings: the run's keys, nested.
+    """
+
+    run: str
+    folder: Path
+    before_nimg: int = 0
+    nimg: int = 0
+    seen_nimg: int = 0
+    settings: dict[str, Any] = {}
+
+    @property
+    def stage(self) -> str:
+        """Its name."""
+        return self.folder.name
+
+
+class Logger(Protocol):
+    """What a logger does. `at`: images on the common axis; `when`: Unix time of the row."""
+
+    fresh: bool  # nothing of the stage was logged before: rows and pictures that are on disk already are sent to it
+
+    def scalars(self, at: int, values: dict[str, float], when: float) -> None: ...
+
+    def picture(self, at: int, name: str, path: Path, caption: str, when: float) -> None: ...
+
+    def close(self, whole: bool) -> None: ...
+
+
+def missing(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(logger, extra that brings it) of those whose package is not installed."""
+    return [(name, EXTRAS[name]) for name in names if importlib.util.find_spec(name) is None]
+
+
+def flat(kind: str, values: dict[str, Any], wall: dict[str, Any]) -> dict[str, float]:
+    """A row of metrics as scalars by name: `train/loss`, `eval/frechet/1-step`, `speed/images_per_s`, `hours/gpu`."""
+    out = {f"{kind}/{key}": float(v) for key, v in values.items() if _number(v)}
+    for k, figures in (values.get("steps") or {}).items() if kind == "eval" else ():
+        name = f"{k}-step{'s' * (int(k) > 1)}"
+        out |= {f"eval/{figure}/{name}": float(v) for figure, v in figures.items() if _number(v)}
+    if _number(wall.get("images_per_s")):
+        out["speed/images_per_s"] = float(wall["images_per_s"])
+    if "train_s" in wall:
+        out["hours/wall"] = (wall["train_s"] + wall.get("eval_s", 0.0)) / 3600
+    for unit, phases in (wall.get("bill") or {}).get("amounts", {}).items():
+        out[f"hours/{unit}"] = sum(amount["seconds"] for amount in phases.values()) / 3600
+    return out
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def known_id(folder: Path, name: str) -> str | None:
+    """The id under which a logger knows a stage, None where it does not yet."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / IDS).read_text("utf-8")).get(name)
+    return None
+
+
+def keep_id(folder: Path, name: str, value: str) -> None:
+    """Write it down, for a process that goes on with the stage."""
+    try:
+        ids = json.loads((folder / IDS).read_text("utf-8"))
+    except (OSError, ValueError):
+        ids = {}
+    files.write_text(folder / IDS, json.dumps({**ids, name: value}, indent=1) + "\n")
+
+
+class Loggers:
+    """The loggers of one stage. Every call returns at once; what fails is one line on stderr and ends that logger alone."""
+
+    def __init__(self, names: Sequence[str], about: Opening, rows: Sequence[dict[str, Any]] = ()) -> None:
+        """rows: of metrics.jsonl up to the checkpoint; a logger to which the stage is new gets them first."""
+        self.about, self.workers = about, [w for name in names if (w := _Worker.opened(name, about))]
+        for worker in self.workers:
+            if worker.logger.fresh:
+                self._catch_up(worker, rows)
+
+    def row(self, kind: str, nimg: int, values: dict[str, Any], wall: dict[str, Any]) -> None:
+        """A row of metrics, as `Log.row` takes it."""
+        for worker in self.workers:
+            self._send(worker, kind, nimg, values, wall, time.time())
+
+    def picture(self, name: str, nimg: int, path: Path, caption: str) -> None:
+        """A picture that is on disk."""
+        for worker in self.workers:
+            self._show(worker, name, nimg, path, caption, time.time())
+
+    def close(self, whole: bool) -> None:
+        """Wait for what is still to be sent, DRAIN_S at most. whole: the stage has come to its end."""
+        for worker in self.workers:
+            worker.close(whole)
+        self.workers = []
+
+    def _send(self, worker: _Worker, kind: str, nimg: int, values: dict, wall: dict, when: float) -> None:
+        at, found = self.about.before_nimg + nimg, flat(kind, values, wall)
+        if found:
+            worker.put(lambda logger: logger.scalars(at, found, when))
+
+    def _catch_up(self, worker: _Worker, rows: Sequence[dict[str, Any]]) -> None:
+        """What is on disk already: rows, then pictures of steps that are on the record."""
+        nimg_of = {}
+        for row in rows:
+            rest = {k: v for k, v in row.items() if k not in ("kind", "step", "nimg", "wall")}
+            when = (row["wall"].get("bill") or {}).get("until") or time.time()
+            self._send(worker, row["kind"], row["nimg"], rest, row["wall"], when)
+            nimg_of[row["step"]] = row["nimg"]
+        for path in sorted((self.about.folder / "grids").glob("[0-9]*.png")):
+            nimg = nimg_of.get(int(path.stem))
+            if nimg is not None:
+                caption = picture_caption(self.about.stage, nimg)
+                self._show(worker, "samples", nimg, path, caption, path.stat().st_mtime)
+
+    def _show(self, worker: _Worker, name: str, nimg: int, path: Path, caption: str, when: float) -> None:
+        at = self.about.before_nimg + nimg
+        worker.put(lambda logger: logger.picture(at, name, path, caption, when))
+
+
+def picture_caption(stage: str, nimg: int) -> str:
+    """What is said under a picture of samples."""
+    return f"{stage} at {nimg:,} images; each column one noise and one class, each row a number of steps"
+
+
+class _Worker:
+    """One logger and the thread that it works in, so that a slow network or disk costs no step."""
+
+    def __init__(self, name: str, logger: Logger) -> None:
+        self.name, self.logger, self.failed = name, logger, False
+        self.jobs: queue.SimpleQueue[Callable[[Logger], None] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self.thread.start()
+
+    @classmethod
+    def opened(cls, name: str, about: Opening) -> _Worker | None:
+        """None, and a line, where it cannot be opened: a run that was started again at night goes on without it."""
+        try:
+            module = importlib.import_module(f"cmt_fast.storage.loggers.to_{name}")
+            return cls(name, module.open_logger(about))
+        except Exception as error:
+            _told(name, about.stage, error)
+            return None
+
+    def put(self, job: Callable[[Logger], None]) -> None:
+        if not self.failed:
+            self.jobs.put(job)
+
+    def close(self, whole: bool) -> None:
+        self.put(lambda logger: logger.close(whole))
+        self.jobs.put(None)
+        self.thread.join(DRAIN_S)
+        if self.thread.is_alive():
+            print(f"cmt: {self.name}: is not done after {DRAIN_S:.0f} s; its last rows may be missing", file=sys.stderr)
+
+    def _work(self) -> None:
+        while job := self.jobs.get():
+            if self.failed:
+                continue
+            try:
+                job(self.logger)
+            except Exception as error:
+                self.failed = True
+                _told(self.name, "", error)
+                with contextlib.suppress(Exception):
+                    self.logger.close(False)
+
+
+def _told(name: str, stage: str, error: Exception) -> None:
+    """The one line of a logger that failed."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    where = f" of {stage}" if stage else " from here on"
+    line = f"cmt: {name}: {text[:600]}; it gets nothing{where}, metrics.jsonl has every row"
+    print(line, file=sys.stderr, flush=True)
+
+
+def environment(name: str) -> str | None:
+    """A variable of the surroundings, None where it is empty."""
+    return os.environ.get(name) or None

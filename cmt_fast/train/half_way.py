@@ -1,0 +1,49 @@
+"""What people look at while a run trains, beside its own record: the page of the run, and the loggers' packages.
+
+Drawing a page is the work of another room, which reads what runs left; it is handed in as a callable.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import Run
+from cmt_fast.storage import loggers
+
+SHARE = 0.02  # of the time between two pages that drawing one may take
+
+
+class HalfWay:
+    """Draws the page of a run after evaluations, as often as it is cheap. page: None where nobody draws, as on other ranks."""
+
+    def __init__(self, page: Callable[[], object] | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.page, self.clock = page, clock
+        self.ended, self.took = clock(), 0.0
+
+    def draw(self) -> bool:
+        """Whether it was drawn. It is left out while the last one took more than SHARE of the time since.
+
+        A page that cannot be drawn is one line on stderr, once, and never the end of a run.
+        """
+        begun = self.clock()
+        if self.page is None or self.took > SHARE * (begun - self.ended):
+            return False
+        try:
+            self.page()
+        except Exception as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            print(f"cmt: report.html is not drawn while the run trains ({text[:300]})", file=sys.stderr, flush=True)
+            self.page = None
+            return False
+        self.ended = self.clock()
+        self.took = self.ended - begun
+        return True
+
+
+def check_loggers(run: Run) -> None:
+    """Raises ConfigError for a logger whose package is not installed."""
+    for name, extra in loggers.missing(run.logging):
+        raise ConfigError(f"loggers: {name!r} is not installed; pip install 'cmt-fast[{extra}]'")
