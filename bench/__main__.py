@@ -17,6 +17,10 @@ BENCHES = {
     ),
     "coverage": ("harness.coverage", "lines of every room of cmt_fast that the tests ran"),
     "dual": ("training.dual", "what a tangent costs, beside the plain forward and torch.func.jvp"),
+    "gallery": (
+        "experiments.gallery",
+        "docs/gallery.md: runs of the small recipes, their minutes, figures and pictures",
+    ),
     "gates": ("kernels.resources", "registers, spills and shared memory of every kernel, compiled without a GPU"),
     "gpu": ("harness.gpu_suite", "all that a machine with a GPU is for, in parts"),
     "kit": ("harness.kit", "a folder that a machine with torch and triton runs with no network"),

@@ -11,11 +11,12 @@ import re
 from pathlib import Path
 
 from bench.harness import gpu_tables
-from bench.harness.pages import inputs, keys, launches, picture, promises, published, recipe_tables
+from bench.harness.pages import gallery, inputs, keys, launches, picture, promises, published, recipe_tables
 
 PAGES = (
     Path("README.md"),
     Path("bench/README.md"),
+    Path("docs/gallery.md"),
     Path("docs/inputs.md"),
     Path("docs/keys.md"),
     Path("docs/performance.md"),
@@ -65,7 +66,10 @@ def span(values: list[float], digits: int = 2) -> str:
 
 def seeds(recipe: str) -> str:
     """The table of one recipe over its seeds."""
-    data = json.loads((RESULTS / f"{recipe}-seeds.json").read_text())
+    file = RESULTS / f"{recipe}-seeds.json"
+    if not file.is_file():
+        return f"Not measured yet: `python -m bench seeds {recipe}`.\n\n"
+    data = json.loads(file.read_text())
     rows, steps = data["seeds"], list(data["seeds"][0]["stages"]["post"])
     head = "".join(f" Fréchet, {k} step{'s' * (k != '1')} | accuracy, {k} |" for k in steps)
     lines = [f"| {recipe}: weights | images |{head}", "|---|---|" + "---|---|" * len(steps)]
@@ -104,7 +108,10 @@ def seeds(recipe: str) -> str:
 
 def search(recipe: str) -> str:
     """One search, best product of distances first."""
-    data = json.loads((RESULTS / f"{recipe}-search.json").read_text())
+    file = RESULTS / f"{recipe}-search.json"
+    if not file.is_file():
+        return f"Not measured yet: `cmt search {recipe}`, with `--record {file}`.\n\n"
+    data = json.loads(file.read_text())
     done = sorted(
         (t for t in data["trials"] if "steps" in t),
         key=lambda t: t["steps"]["1"]["frechet"] * t["steps"]["2"]["frechet"],
@@ -353,6 +360,7 @@ def tune(recipe: str) -> str:
 
 
 TABLES = {
+    "gallery": lambda recipe: gallery.table(RESULTS, recipe),
     "inputs": inputs.table,
     "keys": keys.table,
     "launches": lambda _: launches.table(RESULTS),

@@ -16,9 +16,11 @@ def load(config: Data, table: int | None = None) -> Rows:
 
     table: classes of the network that a run on record has, whose npz file may have had its labels as they were.
     """
-    from cmt_fast.data import digits, gmm, npz, opening
+    from cmt_fast.data import digits, gmm, npz, opening, photos
 
-    loaders: dict[str, Callable] = {"digits": digits.load, "gmm": gmm.load, "latents": opening.load}
+    loaders: dict[str, Callable] = {
+        "digits": digits.load, "photos": photos.load, "gmm": gmm.load, "latents": opening.load,
+    }  # fmt: skip
     return npz.load(config, table) if config.kind == "npz" else loaders[config.kind](config)
 
 

@@ -207,6 +207,13 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def reduced(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
+    """The part of an image in `box` (left, top, right, bottom, in pixels and parts of them) as size x size, bicubic, each
+    pixel a mean over what it covers.
+    """
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
 def pixels(image: Image.Image, mirror: bool = False) -> np.ndarray:
     """An RGB image as (3, H, W) uint8, a grey one as (1, H, W)."""
     array = np.atleast_3d(np.asarray(image))

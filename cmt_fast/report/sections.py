@@ -19,6 +19,7 @@ from cmt_fast.usage.meters import Amount
 
 DATA = {
     "digits": "8 x 8 handwritten digits",
+    "photos": "32 x 32 windows of six photographs",
     "gmm": "points of a 2-D Gaussian mixture",
     "npz": "images of a file",
     "latents": "rows of a store",

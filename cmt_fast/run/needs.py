@@ -85,7 +85,8 @@ def _data(run: Run) -> Iterator[Need]:
 def _packages(run: Run) -> Iterator[Need]:
     wanted = [("engine", "deepspeed", "zero")] if run.engine == "zero" else []
     wanted += [("loader.kind", "nvidia.dali", "dali")] if run.loader.kind == "dali" else []
-    wanted += [("data.kind", "sklearn", "demo")] if run.data.kind == "digits" else []
+    wanted += [("data.kind", "sklearn", "demo")] if run.data.kind in ("digits", "photos") else []
+    wanted += [("data.kind", "skimage", "demo")] if run.data.kind == "photos" else []
     wanted += [("eval.metric", "torch_fidelity", "eval")] if run.eval.metric == "fid" else []
     wanted += [("eval.vae", "diffusers", "latents")] if _decodes(run) else []
     wanted += [("loggers", name, EXTRAS[name]) for name in run.logging]

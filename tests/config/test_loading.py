@@ -42,7 +42,7 @@ def test_recipes_are_named_by_their_files_and_say_what_they_are(name):
     assert first.startswith("# ") and 30 < len(first) < 160
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-mf", "gmm"])
+@pytest.mark.parametrize("name", ["digits", "digits-mf", "photos", "gmm"])
 def test_our_own_recipes_are_complete_and_valid(name, tmp_path):
     run = loading.load(name)
     Workspace(run, tmp_path)

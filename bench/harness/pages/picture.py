@@ -1,8 +1,6 @@
-"""docs/RECIPE.png: digits of every stage of a run in one step, and the Fréchet distance against student images over seeds.
+"""docs/RECIPE.png: samples of every stage of a run in one step, and the Fréchet distance against student images over seeds.
 
-Beside it, in docs/gallery/, the sample grids of the run's report.
-
-The digits are drawn by the run's own weights (`cmt sample`), all from the same noise. The curves are those of
+The samples are drawn by the run's own weights (`cmt sample`), all from the same noise. The curves are those of
 bench/results/cpu/RECIPE-seeds.json, where each seed's evaluations during training stand; so the picture shows no figure
 that a table does not hold.
 """
@@ -12,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,32 +28,28 @@ COUNT, STEPS = 10, "1"
 
 
 def draw(run: Path, results: Path, out: Path) -> list[Path]:
-    """Write a run's pictures into `out`. A recipe that was not measured over seeds has grids alone.
+    """Write a run's picture into `out`; none of a recipe that was not measured over seeds.
 
     Raises ValueError where a stage of the run cannot be sampled.
     """
     name = json.loads((run / "run.json").read_text("utf-8"))["run"]["name"]
-    seeds, files = results / f"{name}-seeds.json", []
-    (out / "gallery").mkdir(parents=True, exist_ok=True)
-    if seeds.is_file():
-        files.append(out / f"{name}.png")
-        digits = {stage: samples(run / stage) for stage in STAGES}
-        _figure(digits, json.loads(seeds.read_text("utf-8")), files[0])
-    for grid in sorted((run / "report").glob("grid-*.png")):
-        files.append(out / "gallery" / f"{name}-{grid.stem.removeprefix('grid-')}.png")
-        shutil.copyfile(grid, files[-1])
-    return files
+    seeds, file = results / f"{name}-seeds.json", out / f"{name}.png"
+    if not seeds.is_file():
+        return []
+    out.mkdir(parents=True, exist_ok=True)
+    _figure({stage: samples(run / stage) for stage in STAGES}, json.loads(seeds.read_text("utf-8")), file)
+    return [file]
 
 
 def samples(stage: Path) -> np.ndarray:
-    """COUNT samples of a stage in one step, (COUNT, H, W), by the command. Raises ValueError where it fails."""
+    """COUNT samples of a stage in one step, (COUNT, H, W, C), by the command. Raises ValueError where it fails."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         file = Path(folder) / "samples.npz"
         code = cli.main(["sample", str(stage), "--steps", STEPS, "--n", str(COUNT), "--seed", "0", "--out", str(file)])
         if code:
             raise ValueError(f"{stage}: cannot be sampled")
         with np.load(file) as arrays:
-            return arrays["images"][:, 0]
+            return arrays["images"].transpose(0, 2, 3, 1)
 
 
 def curves(seed: dict[str, Any], images: dict[str, int]) -> dict[str, list[tuple[int, float]]]:
@@ -66,7 +59,7 @@ def curves(seed: dict[str, Any], images: dict[str, int]) -> dict[str, list[tuple
     return {"control": of("control", 0), "mid": mid, "post": [mid[-1], *of("post", images["mid"])]}
 
 
-def _figure(digits: dict[str, np.ndarray], data: dict[str, Any], file: Path) -> None:
+def _figure(images: dict[str, np.ndarray], data: dict[str, Any], file: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -77,16 +70,16 @@ def _figure(digits: dict[str, np.ndarray], data: dict[str, Any], file: Path) -> 
         figure = Figure(figsize=(10.4, 3.3), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        _digits(left, digits)
+        _samples(left, images)
         _curves(right, data)
         figure.savefig(file, dpi=120, metadata={"Software": None})
 
 
-def _digits(axes, digits: dict[str, np.ndarray]) -> None:
-    tile = lambda x: np.pad(np.clip(x, -1, 1), 1, constant_values=1)
-    rows = [np.concatenate([tile(x) for x in digits[stage]], axis=1) for stage in STAGES]
+def _samples(axes, images: dict[str, np.ndarray]) -> None:
+    tile = lambda x: np.pad((np.clip(x, -1, 1) + 1) / 2, ((1, 1), (1, 1), (0, 0)), constant_values=1)
+    rows = [np.concatenate([tile(x) for x in images[stage]], axis=1) for stage in STAGES]
     height = len(rows[0])
-    axes.imshow(np.concatenate(rows), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axes.imshow(np.concatenate(rows), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title("samples in one step, from the same noise", loc="left")
     axes.set_yticks(
         [(i + 0.5) * height - 0.5 for i in range(len(rows))], labels=[title for title, _ in STAGES.values()]

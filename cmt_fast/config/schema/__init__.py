@@ -3,7 +3,7 @@
 Every number a run depends on is here or in its recipe; the resolved form and its hash are saved with the run.
 """
 
-from cmt_fast.config.schema.data import Data, Digits, Gmm, Latents, Npz
+from cmt_fast.config.schema.data import Data, Digits, Gmm, Latents, Npz, Photos
 from cmt_fast.config.schema.model import Dit, Edm, Edm2, Mlp, Model
 from cmt_fast.config.schema.objective import (
     DIFFUSION,

@@ -20,6 +20,13 @@ class Digits:
 
 
 @schema
+class Photos:
+    """3,600 windows, 32 x 32 in colour, of six photographs inside scikit-learn and scikit-image, the photographs as classes."""
+
+    kind: Literal["photos"] = "photos"
+
+
+@schema
 class Gmm:
     """A 2-D Gaussian mixture on a circle: denoiser, velocity and flow map are known in closed form."""
 
@@ -79,4 +86,4 @@ class Latents:
     unchecked: bool = False
 
 
-Data = Annotated[Digits | Gmm | Npz | Latents, Field(discriminator="kind")]
+Data = Annotated[Digits | Photos | Gmm | Npz | Latents, Field(discriminator="kind")]
