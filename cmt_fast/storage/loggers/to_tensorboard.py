@@ -41,7 +41,8 @@ class Board:
         data = path.read_bytes()
         width, height = struct.unpack(">II", data[16:24])  # of a PNG's first chunk
         image = Summary.Image(encoded_image_string=data, width=width, height=height, colorspace=3)
-        about = SummaryMetadata(display_name=name, summary_description=caption)
+        plugin = SummaryMetadata.PluginData(plugin_name="images")
+        about = SummaryMetadata(display_name=name, summary_description=caption, plugin_data=plugin)
         value = Summary.Value(tag=name, image=image, metadata=about)
         assert self.writer.file_writer is not None  # it is until the writer is closed
         self.writer.file_writer.add_summary(Summary(value=[value]), at, when)
