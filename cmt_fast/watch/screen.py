@@ -39,8 +39,8 @@ def page(state: RunState, width: int = WIDE) -> RenderableType:
 def overview(states: Sequence[RunState]) -> RenderableType:
     """Several runs, a row each."""
     steps = sorted({k for s in states for k in s.steps})
-    table = _table(["run", "stage", "", "images/s", "left", *(f"in {_steps(k)}" for k in steps), "sign of life"], 2)
-    table.columns[-1].justify, table.title, table.title_justify = "left", "in N steps: Fréchet distance", "left"
+    table = _table(["run", "stage", "trained", "images/s", "left", *(f"in {_steps(k)}" for k in steps), "sign of life"], 2)
+    table.columns[-1].justify = "left"
     for state in states:
         stage = state.now or _last(state)
         running = state.now is not None
@@ -54,7 +54,8 @@ def overview(states: Sequence[RunState]) -> RenderableType:
             *(Text(number(found[1]) if found else DASH) for found in newest),
             Text(re.split("[;:]", state.life)[0], MOODS[state.mood]),
         )
-    return Padding(table, (1, 1))
+    named = f"Fréchet distance in {' and '.join(map(str, steps))} step{'s' * (steps[-1] > 1)}: of the newest evaluation"
+    return Padding(Group(Text(named, "dim"), table), (1, 1))
 
 
 def line(state: RunState) -> str:
