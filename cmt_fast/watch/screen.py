@@ -39,8 +39,8 @@ def page(state: RunState, width: int = WIDE) -> RenderableType:
 def overview(states: Sequence[RunState]) -> RenderableType:
     """Several runs, a row each."""
     steps = sorted({k for s in states for k in s.steps})
-    table = _table(["run", "stage", "trained", "images/s", "left", *(f"in {_steps(k)}" for k in steps), "sign of life"], 2)
-    table.columns[-1].justify = "left"
+    table = _table(["run", "stage", "trained", "images/s", "left", *map(_steps, steps), "sign of life"], 2)
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False  # it gives way on a narrow terminal
     for state in states:
         stage = state.now or _last(state)
         running = state.now is not None
@@ -103,7 +103,7 @@ def short(n: int) -> str:
 def _stages(state: RunState, wide: bool) -> Table:
     table = _table(["stage", "", "", "images", "images/s", "left", "loss", *[""] * wide], 2)
     if wide:
-        table.columns[-1].justify = "left"
+        table.columns[-1].justify, table.columns[-1].no_wrap = "left", False  # it gives way on a narrow terminal
     for s in state.stages:
         waiting, now = s.state == "waiting", s == state.now
         bar = ProgressBar(

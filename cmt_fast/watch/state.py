@@ -139,7 +139,7 @@ class Watched:
             last = max((_time(m) for s in stages for m in manifests(self._place(s.name))), default=now)
             return f"finished {span(now - last)} ago", "good"
         if age is None:
-            return "has not been alive yet", "waiting"
+            return "not begun", "waiting"
         pulses = [_time(self.folder / s.name / "bill.alive") for s in stages if s.state == "begun"]
         pulse = now - max(pulses) if any(pulses) else None
         if pulse is not None and pulse < PULSE_S:
@@ -181,13 +181,15 @@ def manifests(stage: Path) -> list[Path]:
 
 
 def span(seconds: float) -> str:
-    """A length of time for a reader: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    """A length of time for a reader: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`, `12 d`."""
     s = max(0, round(seconds))
     if s < 60:
         return f"{s} s"
     if s < 3600:
         return f"{s // 60} min"
-    return f"{s // 3600} h {s % 3600 // 60} min" if s < 86400 else f"{s // 86400} d {s % 86400 // 3600} h"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h" if s < 7 * 86400 else f"{s // 86400} d"
 
 
 def _pace(train: list[dict], last: dict, total: int) -> tuple[float | None, float | None]:
