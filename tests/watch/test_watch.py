@@ -221,7 +221,8 @@ def test_nothing_else_of_the_disk_is_served(path, served):
 
 def test_a_page_of_another_site_and_a_writer_are_refused(served):
     get, drawn = served
-    assert get("/", host="evil.example:80")[0] == 403 and not drawn
+    assert get("/", host="evil.example:80")[0] == get("/", host="localhost.evil.example")[0] == 403 and not drawn
+    assert get("/", host="localhost:9000")[0] == 200  # as behind ssh -L 9000:127.0.0.1:8300
     assert get("/report.html", "PUT")[0] == 501 and get("/", "POST")[0] == 501
 
 
