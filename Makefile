@@ -35,4 +35,9 @@ format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
 .venv/bin/python: ; $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q "$(TORCH)"
 .venv/%: .venv/bin/python pyproject.toml ; $(BIN)/python -m pip install -q -e ".[$*]" && touch $@
 native: .venv/dev ; $(BIN)/python -m cmt_kernels._native.build
-.PHONY: demo test sanitize bench gpu gpu-dry gpu-kit lint coverage format native
+# sdists and wheels of both distributions, the native library in them where it can be built
+dist: .venv/bin/python
+	rm -rf dist && $(BIN)/python -m pip install -q build twine
+	export VIRTUAL_ENV=$(CURDIR)/.venv; for folder in . kernels; do $(BIN)/python -m build -o dist $$folder || exit 1; done
+	$(BIN)/twine check --strict dist/*
+.PHONY: dist demo test sanitize bench gpu gpu-dry gpu-kit lint coverage format native

@@ -1,7 +1,6 @@
 """The ops alone, as the distribution cmt-kernels. Its sources are ../csrc in the repository, csrc beside this file in an sdist.
 
-cmt-fast carries the same package unless this one is there first. Where a cmt-fast that carries it is installed, this refuses:
-two distributions that own the same files would each break the other when it goes.
+cmt-fast carries the same package in a folder of its own, which Python looks into last: either may come and go without the other.
 """
 
 import importlib.util
@@ -25,14 +24,9 @@ class Sdist(sdist):
         shutil.copytree(wheel.native.CSRC, Path(base_dir, "csrc"), dirs_exist_ok=True)
 
 
-for other in wheel.installed("cmt_fast"):
-    if "cmt_kernels/__init__.py" in (other / "RECORD").read_text("utf-8"):
-        raise SystemExit(
-            f"{other.stem} carries these ops already; to have them apart install it again with CMT_WITHOUT_KERNELS=1 first"
-        )
 setup(
     packages=find_packages(str(ROOT), include=["cmt_kernels*"]),
     ext_modules=[Extension("cmt_kernels._native.cmt_native", [])],
     setup_requires=wheel.declared(),
-    cmdclass={"build_ext": wheel.BuildNative, "bdist_wheel": wheel.Wheel, "sdist": Sdist},
+    cmdclass=wheel.commands() | {"sdist": Sdist},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -21,18 +22,10 @@ DOCKERFILE = (DOCKER / "Dockerfile").read_text("utf-8")
 COMPOSE = (DOCKER / "compose.yaml").read_text("utf-8")
 
 
-def stages(text: str) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(base, name, instructions) of every FROM; an instruction is its word and the rest, lines joined."""
-    joined = re.sub(r"\\\n\s*", "", "\n".join(line for line in text.splitlines() if not line.startswith("#")))
-    found: list[tuple[str, str, list[tuple[str, str]]]] = []
-    for line in filter(None, map(str.strip, joined.splitlines())):
-        word, rest = line.split(None, 1)
-        if word == "FROM":
-            base, _, name = rest.partition(" AS ")
-            found.append((base, name, []))
-        elif found:
-            found[-1][2].append((word, rest))
-    return found
+found = importlib.util.spec_from_file_location("rehearse", DOCKER / "rehearse.py")
+rehearse = importlib.util.module_from_spec(found)
+found.loader.exec_module(rehearse)
+stages = rehearse.stages
 
 
 def broken_rules(text: str) -> list[str]:
@@ -125,6 +118,54 @@ def test_the_context_has_all_that_is_copied_and_no_more():
         for s in r.split()[:-1]
     }
     assert kept == copied
+
+
+# ------------------------------------------------------------------------------------------------ the rehearsal
+
+
+def test_every_command_of_the_images_is_rehearsed_or_says_why_not():
+    """Of a new line of the Dockerfile somebody says here whether a machine without an engine runs it."""
+    planned = {
+        name: [step.command for word, rest in body if word == "RUN" for step in rehearse.steps(rest) if not step.why]
+        for _, name, body in stages(DOCKERFILE)
+    }
+    validate = "cmt recipes validate --all"
+    assert planned["cpu"] == [
+        "install -d -o 10001 -g 10001 /runs",
+        "pip install --no-deps --no-build-isolation .",
+        validate,
+    ]
+    assert [c.split()[0] for c in planned["build"]] == ["CMT_CUDA=1", "python"]
+    check = "python /opt/cmt-fast/check_gpu.py before /tmp/torch-before"
+    assert planned["gpu"][1:] == [check, "pip install --no-deps /wheels/*.whl", validate]
+
+
+SMALL = """ARG CPU_BASE=python:3.12-slim
+FROM ${CPU_BASE} AS cpu
+ARG WORD=none
+ENV KEPT="/opt/cmt-fast/x y"
+WORKDIR /opt/cmt-fast
+COPY LICENSE docker ./
+COPY docker/check_gpu.py /opt/cmt-fast/sub/
+RUN apt-get update \\
+    && test "$WORD" = given && test "$PWD/x y" = "$KEPT" && test "$CXX" = no-compiler-in-this-image && cp LICENSE /tmp/copied
+RUN FAIL
+CMD ["test", "-f", "/opt/cmt-fast/sub/check_gpu.py"]
+"""
+
+
+def test_a_rehearsal_follows_the_file_and_sees_what_fails(tmp_path, capsys):
+    for command, failed in (("true", 0), ("echo why; false", 1)):
+        work = rehearse.Rehearsal(tmp_path / str(failed), {"WORD": "given"}, network=False)
+        (stage,) = stages(SMALL.replace("FAIL", command))
+        work.stage(stage)
+        said = capsys.readouterr().out
+        assert work.failed == failed and ("why" in said.splitlines()) is bool(failed), said
+        assert said.count("  done  ") == 8 - failed and "apt-get update  (needs a network and root)" in said
+        assert (tmp_path / str(failed) / "tmp" / "copied").exists()
+    with pytest.raises(SystemExit):
+        rehearse.main(["gpus"])
+    assert "'gpus' is no stage; the stages are cpu, build, gpu" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ what is installed

@@ -31,7 +31,7 @@ from cmt_fast.storage import checkpoint
 
 RECIPES = ("digits", "digits-mf", "photos", "gmm")
 PAGE = Path("docs/gallery.md")
-COLUMNS, POINTS = 12, 1500  # of a picture of images, and of one of points
+COLUMNS, POINTS = 10, 1500  # of a picture of images at most, and of one of points
 SEED = 0  # of its noise
 ORDER = ("pre", "control", "mid", "post")  # of its rows
 
@@ -126,7 +126,7 @@ def stage_facts(folder: Path, quality: dict, student_images: int) -> dict[str, A
 def draw(work: Workspace, file: Path) -> None:
     """The picture: real images, the teacher, and each stage in one step; a column is one class and one noise."""
     stored, setting = work.run, work.setting.each_class()
-    n = COLUMNS if len(work.data.shape) == 3 else POINTS
+    n = min(COLUMNS, work.data.classes or COLUMNS) if len(work.data.shape) == 3 else POINTS
     rows = [("real", real(work, n))]
     drawn = setting.generate(work.network("pre"), stored.sampler.teacher_steps, n, SEED, solver=True)
     rows.append((f"teacher, {stored.sampler.teacher_steps}", drawn))

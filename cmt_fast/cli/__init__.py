@@ -45,11 +45,12 @@ COMMANDS = {
     "report": ("report", "write RUN/report.html and RUN/report.md"),
     "theory": ("theory", "measure solver orders and gradient bias on a Gaussian mixture, against the paper's slopes"),
     "eval": ("eval", "Fréchet distance (FID, FD-DINOv2), accuracy, precision and recall of a trained stage"),
+    "runs": ("runs", "list, show, compare and prune runs"),
     "ckpt": ("ckpt", "list, verify, import and export checkpoints; reconstruct an EMA profile"),
     "data": ("data", "stores of latents or images: encode, import foreign files, look, verify, stats"),
     "recipes": ("recipes", "list, show, copy or validate recipes, or write a new one for a store"),
     "keys": ("keys", "every key of a recipe: type, default, unit, meaning, which recipes set it"),
-    "completion": ("completion", "a script by which bash, zsh or tcsh completes commands, options and recipes"),
+    "completion": ("completion", "a script by which bash, zsh, fish or tcsh completes commands, options and recipes"),
     "doctor": ("doctor", "show this machine's versions, devices and ops, or check that a run is alive"),
 }
 

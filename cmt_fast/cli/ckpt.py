@@ -80,7 +80,9 @@ def list_(args: argparse.Namespace) -> None:
             continue
         try:
             found = checkpoint.verify(folder)
-            print(f"{folder.relative_to(args.run)}: sound, {found.manifest['nimg']} images")
+            gone = ", ".join(name.removesuffix(".safetensors") for name in found.manifest.get("pruned", {}))
+            without = f"; {gone} removed by `cmt runs rm`" if gone else ""
+            print(f"{folder.relative_to(args.run)}: sound, {found.manifest['nimg']} images{without}")
         except checkpoint.CheckpointError as error:
             bad += 1
             print(f"cmt: {error}", file=sys.stderr)

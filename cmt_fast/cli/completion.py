@@ -9,18 +9,27 @@ from cmt_fast.config import recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES
 
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 HOW = {
     "bash": "cmt completion bash > ~/.local/share/bash-completion/completions/cmt",
     "zsh": 'cmt completion zsh > "${fpath[1]}/_cmt"',
+    "fish": "cmt completion fish > ~/.config/fish/completions/cmt.fish",
     "tcsh": "cmt completion tcsh > ~/.cmt.tcsh; echo source ~/.cmt.tcsh >> ~/.tcshrc",
 }
+# bash's words for a recipe: one that comes with the package, a YAML file, a folder on the way to one
+RECIPE = """_cmt_recipe() {
+  compgen -W "%s" -- "$1"
+  compgen -f -X '!*.yaml' -- "$1"
+  compgen -d -S / -- "$1"
+}"""
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=completion)
-    p.add_argument("shell", choices=SHELLS, help=f"bash: {HOW['bash']}")
+    p.add_argument("shell", choices=SHELLS, help="whose script is printed")
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.epilog = "It needs the extra `completion`. Where the script goes:\n  " + "\n  ".join(HOW.values())
 
 
 def completion(args: argparse.Namespace) -> None:
@@ -28,21 +37,26 @@ def completion(args: argparse.Namespace) -> None:
     try:
         import shtab
     except ImportError:
-        raise ConfigError("cmt completion: is written by shtab, which is not installed: pip install shtab") from None
+        raise ConfigError(
+            "cmt completion: shtab, which writes it, is missing; pip install 'cmt-fast[completion]'"
+        ) from None
     from cmt_fast.cli import complete_parser
 
     root = complete_parser()
     for p in _all(root):
         for action in p._actions:
-            _meant(action, shtab)
-    print(shtab.complete(root, args.shell))
+            _meant(action, shtab, args.shell)
+    names = " ".join(recipes.recipes())
+    print(shtab.complete(root, args.shell, preamble={"bash": RECIPE % names} if args.shell == "bash" else ""))
 
 
-def _meant(action: argparse.Action, shtab) -> None:
+def _meant(action: argparse.Action, shtab, shell: str) -> None:
     """What stands in the place of an argument: one of the recipes, a stage, a folder or a file."""
     if action.choices is not None or action.nargs == 0:
         return
-    if action.dest == "recipe":
+    if action.dest == "recipe" and shell == "bash":
+        action.complete = {"bash": "_cmt_recipe"}  # type: ignore[attr-defined]  # or a file of one's own
+    elif action.dest == "recipe":
         action.choices = list(recipes.recipes())
     elif action.dest == "stages":
         action.choices = list(STAGES)

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 import cmt_kernels
-from cmt_kernels import assembler
+import torch
+from cmt_kernels import _native, assembler
 
 from cmt_fast.config import recipes
 from cmt_fast.data import dali
@@ -36,6 +37,11 @@ def doctor(args: argparse.Namespace) -> None:
         print(f"{key:10s} {value}")
     _assemblers()
     print(f"dali       {dali.version() or 'not installed'}")
+    print(f"kernels    {cmt_kernels.__version__} in {Path(cmt_kernels.__file__).parent}")
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"native     {_native.unavailable(kind) or _native.record().get('line', 'loaded')}")
+    if line := machine.other_kernels():
+        print(f"note       {line}")
     for op in cmt_kernels.OPS:
         print(f"op {op:18s} {' > '.join(cmt_kernels.available(op))}")
     print(f"recipes    {', '.join(recipes.recipes())}")

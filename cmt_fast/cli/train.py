@@ -99,10 +99,10 @@ def train(args: argparse.Namespace) -> None:
             workspace.Workspace(run, out, parents, absent.rows(run))  # what cannot be meant is said first
         raise needs.error(lacking)
     distributed.start(machine.device(run.device), run.timeout_s)
-    alive = None if args.dry_run else out
-    with progress.phase("reading the data", run=alive):
+    # no heart beats before the run is locked: until then it may be another's
+    with progress.phase("reading the data"):
         work = workspace.Workspace(run, out, parents, absent.rows(run) if args.dry_run else None)
-    with progress.phase("reading what the stages build on", run=alive):
+    with progress.phase("reading what the stages build on"):
         _check(work, names, not lacking)
     if args.dry_run:
         return _dry_run(work, names, lacking, out) if distributed.rank() == 0 else None
@@ -132,6 +132,8 @@ def _asked(args: argparse.Namespace) -> tuple[Run, Path, Path | None]:
     if args.out and args.out.resolve() != again.resolve():
         raise ConfigError(f"--out: {again} goes on in its own folder; train a recipe to begin another")
     folder.stored_run(again)
+    if args.recipe and "=" not in args.recipe:
+        raise ConfigError(f"--resume: {again} goes on by its own recipe; leave {args.recipe!r} out")
     more = [args.recipe] if args.recipe else []  # its place is an override's where no recipe is named
     run = loading.load(str(again / folder.RUN_FILE), [*more, *args.overrides])
     home = folder.about_run(again).get("root")
@@ -167,6 +169,8 @@ def _ops(device: str) -> None:
         by_name.setdefault(name, []).append(op)
     for name, ops in sorted(by_name.items()):
         print(f"ops: {name:9} {' '.join(ops)}")
+    for line in filter(None, (cmt_kernels.without_native(device), machine.other_kernels())):
+        print(f"note: {line}")
 
 
 def _classes(work: workspace.Workspace) -> None:

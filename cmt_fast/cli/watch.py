@@ -29,7 +29,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--once", action="store_true", help="print once and end; so do runs that are finished")
     p.add_argument(
         "--serve", nargs="?", type=int, const=ANY, metavar="PORT",
-        help=f"serve the run's page on http://{serve.HOST}:PORT, to this machine alone (default port: {serve.PORT}, or any)",
+        help=f"serve the run's page on {serve.address('PORT')}, to this machine alone (default port: {serve.PORT}, or any)",
     )  # fmt: skip
     p.add_argument("--open", action="store_true", help="open the run's page in a browser; it loads itself anew")
 
@@ -62,7 +62,7 @@ def _look(watched: list[Watched], every: float, once: bool) -> None:
     if not console.is_terminal:
         return _lines(watched, states, every)
     live = Live(_drawn(states, console.width), console=console, auto_refresh=False, screen=True)
-    with live, contextlib.suppress(KeyboardInterrupt):
+    with live, contextlib.suppress(KeyboardInterrupt):  # the last look stays on the terminal
         while not all(s.finished for s in states):
             time.sleep(every)
             states = [w.look() for w in watched]
@@ -102,7 +102,7 @@ def _serve(watched: Watched, port: int | None, show: bool) -> None:
         return None if state.finished else state.changed
 
     with serve.server(folder, serve.Fresh(folder / "report.html", draw, changed), port) as server:
-        url = f"http://{serve.HOST}:{server.server_address[1]}/"
+        url = serve.address(server.server_address[1])
         print(f"{url}  (Ctrl-C ends it)", flush=True)
         if show:
             threading.Timer(0.2, functools.partial(webbrowser.open, url)).start()

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -81,6 +81,43 @@ def _square(points: Tensor, path: Path, limit: float, side: int = 300) -> None:
     for px, py in ((points.cpu().double() / limit + 1) * side).tolist():
         draw.ellipse((px - 3, 2 * side - py - 3, px + 3, 2 * side - py + 3), fill=(0, 114, 178))
     _save(canvas.resize((side, side), Image.Resampling.LANCZOS), path)
+
+
+def beside(columns: tuple[str, ...], rows: list[tuple[str, list[tuple[Path, str] | None]]], path: Path) -> None:
+    """PNG files in a table: a column a run, a row a stage; each file with the words under it, None where there is none.
+
+    Raises BrokenImage naming a file that cannot be read.
+    """
+    gap, line = 12, 18
+    font = ImageFont.load_default(12)
+    cells = [[_opened(cell) for cell in row] for _, row in rows]
+    least = int(max(map(font.getlength, columns))) + 8
+    widths = [max(least, *(row[i].width if row[i] else 0 for row in cells)) for i in range(len(columns))]
+    heights = [max(image.height if image else 0 for image in row) + 2 * line for row in cells]
+    canvas = Image.new(
+        "RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + 2 * line + gap * len(rows)), "white"
+    )
+    draw = ImageDraw.Draw(canvas)
+    left = [gap + sum(widths[:i]) + gap * i for i in range(len(widths))]
+    for x, title in zip(left, columns):
+        draw.text((x, gap // 2), title, fill="black", font=font)
+    top = 2 * line
+    for (name, row), images, height in zip(rows, cells, heights):
+        for x, cell, image in zip(left, row, images):
+            draw.text((x, top), f"{name}: {cell[1] if cell else 'no picture'}", fill="black", font=font)
+            if image:
+                canvas.paste(image, (x, top + line))
+        top += height + gap
+    _save(canvas, path)
+
+
+def _opened(cell: tuple[Path, str] | None) -> Image.Image | None:
+    if cell is None:
+        return None
+    try:
+        return read(cell[0].read_bytes())
+    except BrokenImage as error:
+        raise BrokenImage(f"{cell[0]}: {error}") from None
 
 
 def _save(canvas: Image.Image, path: Path) -> None:

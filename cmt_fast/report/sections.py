@@ -102,7 +102,8 @@ def training(stands: dict[str, Stand]) -> Section:
         rows.append([s.name, s.objective, f"{last['nimg']:,}", f"{s.stage.batch:,}", *losses, *times])
         loss, lr = ([(row["nimg"], row[key]) for row in train] for key in ("loss", "lr"))
         title = f"{s.name}: loss, and learning rate (dotted)."
-        figures.append(Picture(title, f"loss-{s.name}.svg", plots.loss(s.name, loss, lr)))
+        if len(loss) > 1:  # half-way there may be one, which is no line
+            figures.append(Picture(title, f"loss-{s.name}.svg", plots.loss(s.name, loss, lr)))
     columns = ["stage", "objective", "images", "batch", "first loss", "last loss", "learning rate"]
     columns += ["s training", "s judging", "images/s"]
     note = (

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmt_fast.config.schema import Stage
+from cmt_fast.storage import checkpoint
 from cmt_fast.usage.ledger import Usage
 
 Curve = list[tuple[int, float]]  # (student images, Fréchet distance)
@@ -29,7 +30,7 @@ class Stand(NamedTuple):
     @property
     def ema(self) -> str:
         """Checksum of the EMA weights, empty without a checkpoint."""
-        return self.manifest["files"]["ema-0.safetensors"]["xxh3_128"] if self.manifest else ""
+        return checkpoint.ema_sum(self.manifest) if self.manifest else ""
 
     @property
     def objective(self) -> str:

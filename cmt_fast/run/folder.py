@@ -6,8 +6,11 @@ RUN/<stage>/      metrics.jsonl, checkpoints/, snapshots/, grids/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from cmt_fast.config import loading, paths
@@ -66,6 +69,17 @@ def parents_of(folder: Path) -> Path | None:
     stored_run(folder)
     parents = about_run(folder).get("parents")
     return located(parents, folder) if parents else None
+
+
+@contextlib.contextmanager
+def locked(folder: Path, key: str) -> Iterator[None]:
+    """Inside, no other process trains or prunes the run. The system frees the lock of a dead one. Raises ConfigError of `key`."""
+    with open(folder / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{key}: {folder} is in use by another process") from None
+        yield
 
 
 def judged_by(run: Run, evaluation: dict) -> Run:

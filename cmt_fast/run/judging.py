@@ -18,7 +18,7 @@ from cmt_fast.config import loading
 from cmt_fast.config.schema import Run
 from cmt_fast.data.rows import Rows
 from cmt_fast.diffusion.sampling import Sampler
-from cmt_fast.evaluation import features, judges, kept, measures
+from cmt_fast.evaluation import features, judges, keeping, kept, measures
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import files
@@ -74,7 +74,7 @@ class Judging:
         found = judge.kept
         distributed.barrier()  # no rank finds the files before all have looked for them
         if found is None:
-            found = kept.take(judge, self._key(judge))
+            found = keeping.take(judge, self._key(judge))
             self._write(found)
         judge.kept = found
         return found

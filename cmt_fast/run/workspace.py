@@ -7,7 +7,6 @@ RUN/<stage>/      metrics.jsonl, checkpoints/, snapshots/, grids/
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 from collections.abc import Iterator, Mapping
@@ -31,7 +30,17 @@ from cmt_fast.engine import load_named, sharding
 from cmt_fast.perceptual import distance
 from cmt_fast.run import absent, guidance
 from cmt_fast.run.decoding import Decoding
-from cmt_fast.run.folder import RUN_FILE, about_run, classes_of, judged_by, located, parents_of, read_run, stored_run
+from cmt_fast.run.folder import (
+    RUN_FILE,
+    about_run,
+    classes_of,
+    judged_by,
+    located,
+    locked,
+    parents_of,
+    read_run,
+    stored_run,
+)
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.networks import check, fresh_network, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
@@ -278,11 +287,7 @@ class Workspace:
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"--out: {self.folder} is in use by another process") from None
+        with locked(self.folder, "--out"):
             yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 
+import cmt_kernels
 import torch
 from cmt_kernels import assembler, processor
 
@@ -42,6 +43,17 @@ def allow_tf32(allowed: bool) -> None:
     """Whether a GPU may round the factors of matmuls and convolutions to 10 bits; torch's own default does for convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+def other_kernels() -> str | None:
+    """The line for ops that are not those of this version: a distribution cmt-kernels that was installed apart comes first."""
+    if cmt_kernels.__version__ == __version__:
+        return None
+    where = os.path.dirname(cmt_kernels.__file__ or "")
+    return (
+        f"the ops are those of cmt-kernels {cmt_kernels.__version__} in {where}, this is cmt-fast {__version__}: "
+        f"install cmt-kernels {__version__}, or uninstall it and those that cmt-fast carries are taken"
+    )
 
 
 def environment() -> dict[str, str | int]:

@@ -26,6 +26,9 @@ from torch import Tensor
 from cmt_fast.storage.files import checksum, sync, write_text
 
 FORMAT = 1
+GOES_ON = "training cannot go on from it, what is finished can be sampled and judged"
+NO_WEIGHTS = "nothing can be sampled or trained from it"
+CONSEQUENCES = {"model": GOES_ON, "optimizer": GOES_ON}
 
 
 class CheckpointError(ValueError):
@@ -76,6 +79,8 @@ class Checkpoint(NamedTuple):
     def _file(self, name: str) -> Path:
         path = self.folder / f"{name}.safetensors"
         if path.name not in self.manifest["files"]:
+            if path.name in self.manifest.get("pruned", {}):
+                raise CheckpointError(f"{self.folder}: {removed(name)}; {CONSEQUENCES.get(name, NO_WEIGHTS)}")
             raise CheckpointError(f"{self.folder}: holds no {name}; it has {', '.join(self.manifest['files'])}")
         return path
 
@@ -134,8 +139,7 @@ def _save(
             sync(path)
             sums[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
         body = {"format": FORMAT, "step": step, **about, "files": sums}
-        body["xxh3_128"] = xxhash.xxh3_128_hexdigest(canonical(body))
-        write_text(temporary / "manifest.json", json.dumps(body, indent=1))
+        write_text(temporary / "manifest.json", signed(body))
         sync(temporary)
         if final.exists():
             shutil.rmtree(final)
@@ -170,8 +174,19 @@ def steps(stage_dir: Path) -> list[int]:
     return sorted(int(n[5:]) for n in names if n[5:].isdigit())
 
 
-def verify(folder: Path) -> Checkpoint:
-    """Read the manifest and check every size and checksum. Raises CheckpointError naming the file."""
+def removed(name: str) -> str:
+    """What is said of a file that was taken out of a checkpoint to save space."""
+    return f"its {name} was removed by `cmt runs rm`"
+
+
+def ema_sum(manifest: Mapping[str, Any]) -> str:
+    """Checksum of the first EMA of a checkpoint, also where its weights were removed; empty for none."""
+    known = {**manifest.get("pruned", {}), **manifest["files"]}
+    return known.get("ema-0.safetensors", {}).get("xxh3_128", "")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, by its own checksum; the files that it names are not looked at. Raises CheckpointError."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text("utf-8"))
@@ -180,14 +195,20 @@ def verify(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: was changed after it was written")
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: has format {manifest['format']}, this version reads {FORMAT}")
-        files = manifest["files"].items()
+        manifest["files"].items()
+        return manifest
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: is no checkpoint, it has no manifest.json") from None
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    for name, want in files:
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Read the manifest and check every size and checksum. Raises CheckpointError naming the file."""
+    manifest = read_manifest(folder)
+    for name, want in manifest["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != want["bytes"]:
             raise CheckpointError(f"{file}: is missing or has not the {want['bytes']} bytes of the manifest")
@@ -210,13 +231,20 @@ def latest(stage_dir: Path) -> Checkpoint | None:
 
 
 def complete(stage_dir: Path) -> Checkpoint:
-    """The final checkpoint of a finished stage. Raises CheckpointError if the stage is not finished."""
+    """The final checkpoint of a finished stage. Raises CheckpointError if the stage is not finished, or keeps no weights."""
     found = latest(stage_dir)
     if found is None:
         raise CheckpointError(f"{stage_dir}: holds no checkpoint")
     if not found.manifest.get("done"):
         raise CheckpointError(f"{stage_dir}: is not finished (step {found.manifest['step']})")
+    if "ema-0.safetensors" in found.manifest.get("pruned", {}):
+        raise CheckpointError(f"{found.folder}: {removed('ema-0')}; {NO_WEIGHTS}")
     return found
+
+
+def signed(body: Mapping[str, Any]) -> str:
+    """A manifest's text: the body with its checksum."""
+    return json.dumps({**body, "xxh3_128": xxhash.xxh3_128_hexdigest(canonical(dict(body)))}, indent=1)
 
 
 def canonical(body: dict[str, Any]) -> bytes:

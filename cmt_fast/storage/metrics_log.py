@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cmt_fast.storage.heartbeat import beat
-from cmt_fast.storage.loggers import Loggers, Opening, picture_caption
+from cmt_fast.storage.loggers import Loggers, Opening
 
 METRICS = "metrics.jsonl"
 
@@ -29,15 +30,15 @@ class Log:
     """One stage's record. Rows: {"kind", "step", "nimg", ..., "wall": {...}}; only "wall" differs between equal runs."""
 
     def __init__(
-        self, folder: Path, step: int, write: bool, loggers: tuple[str, ...] = (), about: Opening | None = None
+        self, folder: Path, step: int, write: bool, loggers: Sequence[str] = (), about: Opening | None = None
     ) -> None:
         """Opens the file for appending after `step`: rows past it belong to work that was lost and is done again.
 
         write: whether this process keeps it; another takes rows and leaves them. loggers: those that get what is logged too,
         of the stage that `about` describes.
         """
-        self.file, self.run, self.stage, self.whole = None, folder.parent, folder.name, False
-        self.loggers = Loggers((), Opening("", folder))
+        self.file, self.run = None, folder.parent
+        self.loggers = Loggers((), about or Opening("", folder))
         if write:
             path = folder / METRICS
             rows = read(path)
@@ -61,15 +62,14 @@ class Log:
 
     def picture(self, name: str, nimg: int, path: Path) -> None:
         """Give a picture that is on disk to the loggers."""
-        self.loggers.picture(name, nimg, path, picture_caption(self.stage, nimg))
+        self.loggers.picture(name, nimg, path)
 
-    def commit(self, whole: bool = False) -> None:
-        """Force rows to disk, before a checkpoint that vouches for them. whole: it is the last one of the stage."""
-        self.whole = whole
+    def commit(self) -> None:
+        """Force rows to disk, before a checkpoint that vouches for them."""
         if self.file:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
         if self.file:
             self.file.close()
-        self.loggers.close(self.whole)
+        self.loggers.close()

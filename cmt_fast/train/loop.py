@@ -181,8 +181,8 @@ class Steps(NamedTuple):
         self.gradient.release()
         with self.shown.pause(monitor.title(self.work, self.stage, n, last)):
             monitor.observe(self.work, self.stage, self.engine, n, last, self.log)
-            if self.page.draw():
-                machine.allow_tf32(self.stage.config.precision == "tf32")  # drawing opens the run once more, without it
+            self.page.draw()
+            machine.allow_tf32(self.stage.config.precision == "tf32")  # who draws opens the run once more
         self.wall["eval_s"] += self.meter.lap("evaluation")
 
     def _since(self, n: int) -> int:
@@ -228,7 +228,7 @@ class Steps(NamedTuple):
 
     def _checkpoint(self, n: int, last: bool, unseen: bool) -> None:
         """A checkpoint after n steps. unseen: it has a row of metrics whose evaluation is still to be made."""
-        self.log.commit(whole=last)
+        self.log.commit()
         nimg = n * self.stage.config.batch
         now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": self.wall, "bill": self.account.add()}
         now["proofs"] = cmt_kernels.proofs()
@@ -242,7 +242,8 @@ def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write:
     before, parent = 0, lineage
     while parent:
         before, parent = before + parent["nimg"], parent.get("parent")
-    about = Opening(run.name, stage.folder, before, step * stage.config.batch, settings=loading.dump(run))
+    batch, total = stage.config.batch, stage.schedule.total
+    about = Opening(run.name, stage.folder, total * batch, before, step * batch, settings=loading.dump(run))
     return Log(stage.folder, step, write, run.logging, about)
 
 

@@ -39,7 +39,7 @@ def page(state: RunState, width: int = WIDE) -> RenderableType:
 def overview(states: Sequence[RunState]) -> RenderableType:
     """Several runs, a row each."""
     steps = sorted({k for s in states for k in s.steps})
-    table = _table(["run", "stage", "trained", "images/s", "left", *map(_steps, steps), "sign of life"], 2)
+    table = _table(["run", "stage", "trained", "images/s", "left", *(f"@{k}" for k in steps), "sign of life"], 2)
     table.columns[-1].justify, table.columns[-1].no_wrap = "left", False  # it gives way on a narrow terminal
     for state in states:
         stage = state.now or _last(state)
@@ -54,8 +54,7 @@ def overview(states: Sequence[RunState]) -> RenderableType:
             *(Text(number(found[1]) if found else DASH) for found in newest),
             Text(re.split("[;:]", state.life)[0], MOODS[state.mood]),
         )
-    named = f"Fréchet distance in {' and '.join(map(str, steps))} step{'s' * (steps[-1] > 1)}: of the newest evaluation"
-    return Padding(Group(Text(named, "dim"), table), (1, 1))
+    return Padding(Group(Text("@k: Fréchet distance in k steps", "dim"), table), (1, 1))
 
 
 def line(state: RunState) -> str:
@@ -103,7 +102,7 @@ def short(n: int) -> str:
 def _stages(state: RunState, wide: bool) -> Table:
     table = _table(["stage", "", "", "images", "images/s", "left", "loss", *[""] * wide], 2)
     if wide:
-        table.columns[-1].justify, table.columns[-1].no_wrap = "left", False  # it gives way on a narrow terminal
+        table.columns[-1].justify = "left"
     for s in state.stages:
         waiting, now = s.state == "waiting", s == state.now
         bar = ProgressBar(
@@ -149,7 +148,7 @@ def _evaluations(state: RunState) -> Table:
 
 def _distance(state: RunState) -> str:
     """What the figures are, and that of the teacher in its many steps."""
-    teacher = f"; the teacher in {_steps(state.teacher[0])}: {number(state.teacher[1])}" if state.teacher else ""
+    teacher = f"; teacher, {_steps(state.teacher[0])}: {number(state.teacher[1])}" if state.teacher else ""
     return state.distance + teacher
 
 

@@ -1,4 +1,4 @@
-"""The page of a run on http://127.0.0.1:PORT, for a browser on this machine or behind `ssh -L`.
+"""The page of a run on 127.0.0.1:PORT by plain HTTP, for a browser on this machine or behind `ssh -L`.
 
 It serves the report and the pictures of samples, by a list of names: nothing else of the disk, no listing, no links that lead
 out of the run. It answers this machine alone, and only requests that were meant for it (the Host header), so that a foreign
@@ -28,6 +28,7 @@ KINDS = {
     "png": "image/png",
     "svg": "image/svg+xml",
 }
+SCHEME = "http"  # nothing leaves this machine
 REST_S = 10.0  # between two drawings of the page
 
 
@@ -77,6 +78,11 @@ def server(run: Path, fresh: Callable[[], None], port: int | None = None) -> htt
     )
 
 
+def address(port: int | str) -> str:
+    """Where a browser finds it."""
+    return f"{SCHEME}://{HOST}:{port}/"
+
+
 def served(run: Path, path: str) -> Path | None:
     """The file that a request's path means; None for what is not served."""
     name = unquote(urlsplit(path).path).lstrip("/") or "report.html"
@@ -99,7 +105,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(body=False)
 
     def _answer(self, body: bool) -> None:
-        name, _, _ = self.headers.get("Host", "").partition(":")  # the port is another one behind `ssh -L`
+        name = (self.headers.get("Host") or "").partition(":")[0]  # the port may be another, behind `ssh -L`
         if name not in (HOST, "localhost"):
             return self._refuse(HTTPStatus.FORBIDDEN)
         if urlsplit(self.path).path in ("/", "/report.html"):

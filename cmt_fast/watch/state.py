@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.run.folder import RUN_FILE, about_run, stored_run
-from cmt_fast.storage import heartbeat
+from cmt_fast.storage.heartbeat import HEARTBEAT
 from cmt_fast.watch.tail import Tail
 
 RECENT = 10  # rows of metrics over which speed is taken
@@ -134,12 +134,13 @@ class Watched:
 
     def _life(self, stages: list[StageState], now: float) -> tuple[str, str]:
         """Whether it lives, in a phrase, and how good that is."""
-        age = heartbeat.age(self.folder)
+        beat = _time(self.folder / HEARTBEAT)
         if all(s.state == "done" for s in stages):
             last = max((_time(m) for s in stages for m in manifests(self._place(s.name))), default=now)
             return f"finished {span(now - last)} ago", "good"
-        if age is None:
-            return "not begun", "waiting"
+        if not beat:
+            return "has not been alive yet", "waiting"
+        age = now - beat
         pulses = [_time(self.folder / s.name / "bill.alive") for s in stages if s.state == "begun"]
         pulse = now - max(pulses) if any(pulses) else None
         if pulse is not None and pulse < PULSE_S:

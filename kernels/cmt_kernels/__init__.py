@@ -4,7 +4,7 @@ One folder per op: formula and shapes in its `__init__`, plain torch in `referen
 `cases.py`. `_op.py` chooses the backend.
 """
 
-from cmt_kernels._op import OPS, available, table, through, use
+from cmt_kernels._op import OPS, available, table, through, use, without_native
 from cmt_kernels.adamw_ema import adamw_ema
 from cmt_kernels.attention import attention
 from cmt_kernels.attention.proof import table as proofs
@@ -31,6 +31,7 @@ from cmt_kernels.solver_step import solver_step
 from cmt_kernels.time_embedding import time_embedding
 from cmt_kernels.weight_gradient import weight_gradient
 
+__version__ = "0.1.0"
 __all__ = [
     "OPS",
     "Dual",
@@ -62,4 +63,5 @@ __all__ = [
     "time_embedding",
     "use",
     "weight_gradient",
+    "without_native",
 ]

@@ -135,6 +135,22 @@ def table(device: str | None = None) -> dict[str, str]:
     return {op: _resolved[device][op][0] for op in OPS}
 
 
+def without_native(device: str | None = None) -> str | None:
+    """The line that a start says where no op is native on a device though it could be: why, and what computes instead.
+
+    None where they are native, or where CMT_KERNELS or `use` chose.
+    """
+    from cmt_kernels import _native
+
+    device = _kind(device)
+    reason = None if _forced or device == "other" else _native.unavailable(device)
+    if not reason:
+        return None
+    chosen = table(device)
+    instead = [f"{op} {chosen[op]}" for op in OPS if importlib.util.find_spec(f"cmt_kernels.{op}.native")]
+    return f"no native ops: {reason}. Instead: {', '.join(instead)}"
+
+
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Force a backend inside a `with`: `use("reference")` or `use("attention:triton")`."""

@@ -20,7 +20,7 @@ from cmt_fast.storage import checkpoint
 NETWORK = ["model={kind: dit, patch: 8}", "model.width=16", "model.depth=1", "model.heads=2"]
 LENGTHS = [f"{s}.{k}={n}" for s in ("pre", "mid", "post", "control") for k, n in (("images_nimg", 64), ("batch", 32))]
 LESS = [*LENGTHS, "pre.warmup_nimg=0", "mid.eval_every_nimg=32", "mid.trajectories.pool_steps=2",
-        "post.trajectories.pool_steps=2", "eval.n=40", "eval.n_during=40", "name=short"]  # fmt: skip
+        "post.trajectories.pool_steps=2", "eval.n=40", "eval.n_during=40", "name=short", "control.lr=3e-4"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,12 @@ def asked(short: Path, **more) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{**given, "together": 1, "rows_alone": False, **more})
 
 
+def changed(short: Path, file: Path) -> Path:
+    """The recipe with another learning rate of its control."""
+    file.write_text(yaml.safe_dump(loading.dump(loading.load(str(short / "short.yaml"), ["control.lr=4e-4"]))))
+    return file
+
+
 def test_a_seed_that_is_measured_is_read_and_one_that_changed_is_not(short, monkeypatch):
     monkeypatch.setattr(seeds.loop, "train", lambda *_: pytest.fail("it is trained again"))
     assert seeds.run(asked(short)) == 0
@@ -48,9 +54,7 @@ def test_a_seed_that_is_measured_is_read_and_one_that_changed_is_not(short, monk
     assert row["seed"] == 3 and set(row["stages"]) == {"pre", "teacher", "mid", "post", "control"}
     assert [set(by) for by in row["stages"].values()] == [{"1", "2"}, {"16"}, *[{"1", "2"}] * 3]
     assert table["recipe"] == "short" and [r["nimg"] for r in row["curve"]["mid"]] == [32, 64]
-    file = short / "short.yaml"
-    other = file.with_name("other.yaml")
-    other.write_text(file.read_text().replace("lr: 0.0003", "lr: 0.0004"))
+    other = changed(short, short / "other.yaml")
     with pytest.raises((pytest.fail.Exception, ValueError), match="trained again|another configuration"):
         seeds.measure(str(other), 3, short / "short-3")
 
@@ -92,8 +96,7 @@ def test_the_gallery_says_of_a_run_what_its_own_records_say(short, tmp_path, mon
 
 
 def test_the_gallery_takes_no_run_of_other_settings(short, tmp_path):
-    other = tmp_path / "other.yaml"
-    other.write_text((short / "short.yaml").read_text().replace("lr: 0.0003", "lr: 0.0004"))
+    other = changed(short, tmp_path / "other.yaml")
     with pytest.raises(ValueError, match="is not a run of short as it stands .control.lr: 0.0004 -> 0.0003"):
         gallery.found(str(other), short)
     assert gallery.found(str(short / "short.yaml"), short) == (short / "short-3", 3)

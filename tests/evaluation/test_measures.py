@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cmt_fast.config.schema import Digits
 from cmt_fast.data import datasets
 from cmt_fast.data.rows import Dataset
-from cmt_fast.evaluation import distances, intervals, judges, kept, measures, sharpness
+from cmt_fast.evaluation import distances, intervals, judges, keeping, measures, sharpness
 from cmt_fast.evaluation.distances import Moments, Stream
 from cmt_fast.evaluation.features import Identity
 from cmt_fast.evaluation.second import Second
@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def thorough(data: Dataset, space, n: int) -> judges.Judge:
     """A judge of every measure, of n samples."""
     judge = judges.Judge(data, space)
-    judge.kept = kept.take(judge, {})
+    judge.kept = keeping.take(judge, {})
     judge.expected = n
     return judge
 
@@ -225,9 +225,9 @@ def test_rows_that_are_kept_follow_the_law() -> None:
     from cmt_fast.diffusion.labels import Law
 
     labels = torch.tensor([0] * 90 + [1] * 30)
-    assert torch.bincount(labels[kept.chosen(labels, Law([1, 1], "uniform"), 120, 1000)]).tolist() == [30, 30]
-    assert torch.bincount(labels[kept.chosen(labels, Law([1, 2], "x"), 120, 1000)]).tolist() == [15, 30]
-    assert kept.chosen(labels, None, 120, 40).tolist() == list(range(0, 120, 3))
+    assert torch.bincount(labels[keeping.chosen(labels, Law([1, 1], "uniform"), 120, 1000)]).tolist() == [30, 30]
+    assert torch.bincount(labels[keeping.chosen(labels, Law([1, 2], "x"), 120, 1000)]).tolist() == [15, 30]
+    assert keeping.chosen(labels, None, 120, 40).tolist() == list(range(0, 120, 3))
 
 
 # ---------------------------------------------------------------------------------------------- disagreement

@@ -171,6 +171,7 @@ def test_without_a_library_it_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path
             with use("gelu:native"), pytest.raises(RuntimeError, match=f"is not built.*{expected}"):
                 backend("gelu")
         (tmp_path / "cmt_native.so").write_bytes(b"not a library")
+        monkeypatch.setattr(_native, "stale", lambda: None)
         _native._load.cache_clear()
         assert "does not load" in _native.unavailable("cpu")
     finally:

@@ -1,251 +1,269 @@
-"""`cmt watch`: what it says of a run half-way, finished, dead or moved; and what it serves to a browser, and what not."""
+"""`cmt watch`: what it says of runs of which the files are known, that it writes nothing, and what it serves."""
 
 from __future__ import annotations
 
-import argparse
 import http.client
-import io
 import json
 import os
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from cmt_fast import cli
 from cmt_fast.cli import watch as command
 from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.watch import screen, serve
-from cmt_fast.watch.state import Watched
+from cmt_fast.watch.state import Watched, runs_in, span
+from cmt_fast.watch.tail import Tail
 from tests.fixtures.tiny import tiny
 
-NOW = 1_900_000_000.0  # long after anything else on the disk was written
+NOW = 1_800_000_000.0
 
 
-def begin(folder, *more):
-    """A run of which nothing is trained."""
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"digest": "", "run": loading.dump(tiny("digits", *more)), "rows": {}}))
-    return folder
+def row(kind: str, step: int, seconds: float = 0.0, **values) -> str:
+    wall = {
+        "train_s": seconds,
+        "eval_s": seconds / 10,
+        "bill": {"amounts": {"gpu": {"train": {"seconds": 8 * seconds}}}},
+    }
+    return json.dumps({"kind": kind, "step": step, "nimg": 32 * step, **values, "wall": wall}) + "\n"
 
 
-def train(run, stage, steps, figures=None, done=False, before=0):
-    """Rows of metrics as a stage of batch 32 leaves them at 100 images/s, an evaluation of a second every ten steps."""
-    folder = run / stage
-    (folder / "checkpoints" / f"step-{steps:08d}").mkdir(parents=True)
-    with open(folder / "metrics.jsonl", "a") as file:
-        for n in range(before + 1, steps + 1):
-            bill = {"amounts": {"core": {"train": {"seconds": 4.0 * n}}}}
-            wall = {"train_s": 0.32 * n, "eval_s": float((n - 1) // 10), "bill": bill}
-            file.write(json.dumps({"kind": "train", "step": n, "nimg": 32 * n, "loss": 8.0 / n, "wall": wall}) + "\n")
-            if n % 10 == 0:
-                steps_of = {k: {"frechet": value} for k, value in (figures or {}).get(n, {}).items()}
-                row = {"kind": "eval", "step": n, "nimg": 32 * n, "steps": steps_of, "wall": {}}
-                file.write(json.dumps(row) + "\n")
-    manifest = folder / "checkpoints" / f"step-{steps:08d}" / "manifest.json"
-    manifest.write_text(json.dumps({"done": done, "nimg": 32 * steps}))
-    return folder
-
-
-def alive(run, age=0.0, pulse=None):
-    """The signs of life that a run leaves. age: seconds since it last did something; pulse: since its process was there."""
-    (run / "heartbeat").write_text(str(NOW - age))
-    os.utime(run / "heartbeat", (NOW - age, NOW - age))
-    if pulse is not None:
-        file = run / "mid" / "bill.alive"
-        file.write_text("")
-        os.utime(file, (NOW - pulse, NOW - pulse))
+def stamp(path: Path, when: float, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    os.utime(path, (when, when))
 
 
 @pytest.fixture
-def half_way(tmp_path, monkeypatch):
-    """`pre` is finished, `mid` is at 12 of 20 steps: better in one step than ever, and worse in two than at step 10."""
-    monkeypatch.setattr("time.time", lambda: NOW)
-    run = begin(tmp_path / "runs" / "half")
-    train(run, "pre", 20, done=True)
-    train(run, "mid", 10, {10: {"1": 40.0, "2": 20.0}})
-    alive(run)
-    return run
+def run(tmp_path) -> Path:
+    """pre is done; mid is at step 12 of 20, 640 images, at 16 images/s; post and control wait."""
+    folder = tmp_path / "runs" / "a"
+    stamp(folder / "run.json", NOW, json.dumps({"run": loading.dump(tiny()), "parents": None}))
+    stamp(
+        folder / "pre" / "metrics.jsonl",
+        NOW,
+        "".join(row("train", n, 2.0 * n, loss=9.0 - n / 10) for n in range(1, 21)),
+    )
+    manifest = json.dumps({"done": True, "nimg": 640})
+    stamp(folder / "pre" / "checkpoints" / "step-00000020" / "manifest.json", NOW - 100, manifest)
+    stamp(folder / "pre" / "figures.json", NOW, json.dumps({"during": {"16": {"frechet": 1.25}}}))
+    lines = [row("train", n, 2.0 * n, loss=1 / n) for n in range(1, 13)]
+    lines.insert(8, row("eval", 8, 16.0, steps={"1": {"frechet": 3.0}, "2": {"frechet": 2.0}}))
+    lines.append(row("eval", 12, 24.0, steps={"1": {"frechet": 4.0}, "2": {"frechet": 1.5}}))
+    stamp(folder / "mid" / "metrics.jsonl", NOW, "".join(lines))
+    stamp(folder / "mid" / "bill.alive", NOW - 3)
+    stamp(folder / "heartbeat", NOW - 20)
+    return folder
 
 
-def printed(state, width=100):
-    console = Console(file=io.StringIO(), width=width)
-    console.print(screen.page(state, width))
-    return console.file.getvalue()
+def text_of(renderable, width: int = 120) -> str:
+    console = Console(width=width, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
+    console.print(renderable)
+    return console.export_text()
 
 
-def test_a_run_half_way(half_way):
-    watched = Watched(half_way)
-    watched.look()
-    train(half_way, "mid", 20, {20: {"1": 30.0, "2": 25.0}}, before=10)
-    (half_way / "mid" / "checkpoints" / "step-00000020" / "manifest.json").unlink()  # the last one is being written
-    state = watched.look()
+def test_what_it_says_of_a_run(run):
+    state = Watched(run).look(NOW)
     pre, mid, post, control = state.stages
-    assert [s.state for s in state.stages] == ["done", "begun", "waiting", "waiting"] and state.now == mid
-    assert (mid.nimg, mid.total_nimg, mid.share) == (640, 640, 1.0)
-    assert mid.speed == pytest.approx(100.0) and mid.left_s == 0.0
-    assert mid.evaluations == {"1": [(320, 40.0), (640, 30.0)], "2": [(320, 20.0), (640, 25.0)]}
-    text = printed(state)
-    for words in ("mid at 640", "this one", "20 at 320", "alive 0 s ago", "Fréchet distance, 100 samples"):
-        assert words in text
-
-
-def test_what_is_left_counts_evaluations_as_often_as_so_far(half_way):
-    train(half_way, "mid", 15, before=10)
-    mid = Watched(half_way).look().now
-    assert mid.left_s == pytest.approx(5 * 0.32 * (15 * 0.32 + 1.0) / (15 * 0.32))
-
-
-def test_a_run_that_goes_on_from_a_checkpoint_is_read_anew(half_way):
-    watched = Watched(half_way)
-    assert watched.look().now.nimg == 320
-    new = half_way / "mid" / "metrics.tmp"
-    new.write_text("".join((half_way / "mid" / "metrics.jsonl").read_text().splitlines(keepends=True)[:4]))
-    (half_way / "mid" / "checkpoints" / "step-00000010" / "manifest.json").unlink()
-    os.replace(new, half_way / "mid" / "metrics.jsonl")
-    assert watched.look().now.nimg == 4 * 32
-    with open(half_way / "mid" / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "train", "st')  # a row that is being written
-    assert watched.look().now.nimg == 4 * 32
+    assert [s.state for s in state.stages] == ["done", "begun", "waiting", "waiting"] and not state.finished
+    assert (mid.nimg, mid.total_nimg, mid.share) == (384, 640, 0.6) and state.now == mid
+    assert mid.speed == pytest.approx(16) and mid.left_s == pytest.approx(256 / 16 * 1.1)
+    assert mid.evaluations["1"] == [(256, 3.0), (384, 4.0)] and state.teacher == (16, 1.25)
+    assert (state.life, state.mood) == ("alive 3 s ago", "good")
+    for width in (80, 120):
+        lines = text_of(screen.page(state, width), width).splitlines()
+        said = "\n".join(lines)
+        assert "mid" in said and "60 %" in said and "384 of 640" in said and "18 s" in said
+        assert "teacher, 16 steps" in said and "3 at 256" in said and "this one" in said and "…" not in said
+        assert all(len(line.rstrip()) <= width for line in lines)
+    assert "18 s left of mid, then post, control" in said
+    one = screen.line(state)
+    assert one.startswith("digits: mid 60 %  384/640 images  16 images/s  18 s left") and "Fréchet 4 in 1 step" in one
 
 
 @pytest.mark.parametrize(
-    "age, pulse, life, mood",
+    "beat, pulse, said, mood",
     [
-        (3, 1, "alive 1 s ago", "good"),
-        (600, 2, "alive 2 s ago", "good"),  # an evaluation that takes long
-        (1200, 2, "its process lives, but has done nothing for 20 min", "bad"),
-        (300, 300, "no sign of life for 5 min", "waiting"),
-        (7200, 7200, "no sign of life for 2 h 0 min: `cmt doctor --heartbeat", "bad"),
-        (7200, None, "stopped 2 h 0 min ago; the same `cmt train` goes on", "waiting"),
+        (400, 3, "alive 3 s ago", "good"),
+        (1200, 3, "its process lives, but has done nothing for 20 min", "bad"),
+        (30, None, "alive 30 s ago", "good"),
+        (400, None, "stopped 6 min ago; the same `cmt train` goes on", "waiting"),
+        (400, 400, "no sign of life for 6 min", "waiting"),
+        (1200, 1200, "no sign of life for 20 min: `cmt doctor --heartbeat ", "bad"),
     ],
 )
-def test_signs_of_life(age, pulse, life, mood, half_way):
-    alive(half_way, age, pulse)
-    state = Watched(half_way).look()
-    assert state.life.startswith(life) and state.mood == mood
+def test_signs_of_life(run, beat, pulse, said, mood):
+    stamp(run / "heartbeat", NOW - beat)
+    alive = run / "mid" / "bill.alive"
+    alive.unlink() if pulse is None else stamp(alive, NOW - pulse)
+    state = Watched(run).look(NOW)
+    assert state.life.startswith(said) and state.mood == mood
 
 
-@pytest.mark.parametrize("width", [60, 80, 100, 200])
-def test_nothing_is_cut_where_a_terminal_is_wide_enough(width, half_way):
-    lines = printed(Watched(half_way).look(), width).splitlines()
-    assert max(map(len, lines)) <= width
-    assert width < 80 or not any("…" in line for line in lines)
+def test_a_finished_run_is_printed_once(run, capsys):
+    for name in ("mid", "post", "control"):
+        body = json.dumps({"done": True, "nimg": 640})
+        stamp(run / name / "checkpoints" / "step-00000020" / "manifest.json", NOW, body)
+    before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
+    assert cli.main(["watch", str(run), "--every", "1000"]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before, "it wrote to the run"
 
 
-def asked(*runs, every=0.01, once=False, port=None, show=False):
-    command.watch(argparse.Namespace(runs=list(runs), every=every, once=once, serve=port, open=show))
+def test_several_runs_are_a_table(run, capsys):
+    other = run.with_name("b")
+    stamp(other / "run.json", NOW, json.dumps({"run": loading.dump(tiny()), "parents": str(run)}))
+    assert cli.main(["watch", str(run.parent), "--once"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("a ", "b ", "mid", "@1", "has not been alive yet"))
+    assert Watched(other).look(NOW).stages[0].elsewhere == str(run), "its pre is the other run's"
 
 
-def finish(run):
-    for stage, steps in (("mid", 20), ("post", 20), ("control", 40)):
-        train(run, stage, steps, {20: {"1": 3.0, "2": 2.0}}, done=True)
+def test_lines_where_there_is_no_terminal(run, monkeypatch, capsys):
+    """A line at first, one for a change, none while nothing happens."""
+    looks = [0]
+
+    def sleep(_):
+        looks[0] += 1
+        if looks[0] == 2:
+            with open(run / "mid" / "metrics.jsonl", "a") as f:
+                f.write(row("train", 13, 26.0, loss=0.1))
+        if looks[0] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    assert cli.main(["watch", str(run)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "384/640" in said[0] and "416/640" in said[1]
 
 
-def test_without_a_terminal_it_says_what_is_new_until_the_end(half_way, monkeypatch, capsys):
-    looks = []
-
-    def rest(seconds):
-        looks.append(seconds)
-        if len(looks) == 3:
-            finish(half_way)
-
-    monkeypatch.setattr(command.time, "sleep", rest)
-    asked(half_way, every=7)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and looks == [7, 7, 7]  # what is not new is not said again
-    assert "digits: mid 50 %  320/640 images  100 images/s" in lines[0] and "finished" in lines[1]
-
-
-def test_a_finished_run_is_printed_once_and_a_folder_of_runs_is_a_table(half_way, capsys):
-    finish(half_way)
-    asked(half_way)
-    assert capsys.readouterr().out.count("\n finished") == 1
-    train(begin(half_way.parent / "other"), "pre", 5)
-    asked(half_way.parent, once=True)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    (half,), (other,) = ([row for row in rows if row[0] == name] for name in ("half", "other"))
-    assert half[1:4] == ["done", "100", "%"] and half[6:8] == ["3", "2"]
-    assert other[1:4] == ["pre", "5", "%"] and other[4] == "100"
-
-
-@pytest.fixture
-def served(half_way):
-    """(the run, what a path gives: status and text). It holds links that lead out, and files that are nobody's business."""
-    outside = half_way.parent / "secret.png"
-    outside.write_text("secret")
-    (half_way / "report.html").write_text("the page")
-    (half_way / "report").mkdir()
-    (half_way / "report" / "x.svg").write_text("a picture")
-    (half_way / "report" / "out.svg").symlink_to(outside)
-    (half_way / "mid" / "grids").mkdir()
-    (half_way / "mid" / "grids" / "00000010.png").write_text("samples")
-    (half_way / "post").symlink_to(half_way.parent)
-    (half_way.parent / "grids").mkdir()
-    (half_way.parent / "grids" / "1.png").write_text("secret")
-    drawn = []
-    with serve.server(half_way, lambda: drawn.append(1), 0) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-
-        def get(path, method="GET", host=None):
-            client = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
-            client.putrequest(method, path, skip_host=True)
-            client.putheader("Host", host or f"127.0.0.1:{server.server_address[1]}")
-            client.endheaders()
-            answer = client.getresponse()
-            return answer.status, answer.read().decode()
-
-        assert server.server_address[0] == "127.0.0.1"
-        yield get, drawn
-        server.shutdown()
-        thread.join()
-
-
-def test_the_page_and_its_pictures_are_served(served):
-    get, drawn = served
-    assert get("/") == get("/report.html?x=1") == (200, "the page") and len(drawn) == 2
-    assert get("/report/x.svg") == (200, "a picture") and get("/mid/grids/00000010.png") == (200, "samples")
-    assert get("/", "HEAD") == (200, "") and len(drawn) == 3
+def test_only_what_is_new_is_read_and_a_file_begun_anew_is_read_again(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"n": 1}\n{"n": 2}\n{"n"')
+    tail, parsed = Tail(file), []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
+    assert [r["n"] for r in tail.read()] == [1, 2]
+    with open(file, "a") as f:
+        f.write(": 3}\n")
+    assert [r["n"] for r in tail.read()] == [1, 2, 3] and len(parsed) == 3
+    new = tmp_path / "new"
+    new.write_text('{"n": 1}\n{"n": 5}\n{"n": 6}\n{"n": 7}\n')  # longer than what was read: the file is another one
+    os.replace(new, file)
+    assert [r["n"] for r in tail.read()] == [1, 5, 6, 7]
+    file.unlink()
+    assert len(tail.read()) == 4
 
 
 @pytest.mark.parametrize(
-    "path",
-    ["/run.json", "/mid/metrics.jsonl", "/mid/", "/report/", "/../secret.png", "/%2e%2e/secret.png", "/report/../run.json",
-     "/report/..%2f..%2fsecret.png", "//etc/passwd", "/report/out.svg", "/post/grids/1.png", "/mid/checkpoints",
-     "/report/x.svg%00.png", "/report/..\\run.json"],
-)  # fmt: skip
-def test_nothing_else_of_the_disk_is_served(path, served):
-    status, text = served[0](path)
-    assert status == 404 and text == "404 Not Found\n"
+    "arguments, said",
+    [
+        (["nowhere"], "RUN: 'nowhere' is no run, it has no run.json"),
+        (["RUN", "--every", "0"], "--every: 0.0 is not a positive number"),
+        (["RUN", "--serve", "99999"], "--serve: 99999 is no port; valid are 1 to 65535"),
+        (["RUN", "RUN", "--serve"], "--serve and --open are for one run, 2 are named"),
+        (["RUN", "--open"], "report.html is not there yet"),
+    ],
+)
+def test_what_is_wrong_is_one_line(run, capsys, arguments, said):
+    assert cli.main(["watch", *(str(run) if a == "RUN" else a for a in arguments)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
 
 
-def test_a_page_of_another_site_and_a_writer_are_refused(served):
-    get, drawn = served
-    assert get("/", host="evil.example:80")[0] == get("/", host="localhost.evil.example")[0] == 403 and not drawn
-    assert get("/", host="localhost:9000")[0] == 200  # as behind ssh -L 9000:127.0.0.1:8300
-    assert get("/report.html", "PUT")[0] == 501 and get("/", "POST")[0] == 501
-
-
-def test_a_served_page_is_drawn_again_where_the_run_went_on(tmp_path, capsys):
-    file, drawn, now, newest = tmp_path / "report.html", [], [0.0], [1.0]
+@pytest.fixture
+def site(run):
+    """The run's page on a free port, and how often it was drawn."""
+    drawn = []
 
     def draw():
-        drawn.append(now[0])
-        file.write_text("")
-        if len(drawn) == 2:
-            raise OSError("half a file")
+        drawn.append(1)
+        (run / "report.html").write_text(f"<p>{len(drawn)}</p>")
 
-    fresh = serve.Fresh(file, draw, lambda: newest[0], lambda: now[0])
-    fresh()  # it is not there yet
-    fresh()
-    assert drawn == [0.0]
-    newest[0] = file.stat().st_mtime + 1
-    fresh()  # the run went on, a moment ago
-    assert drawn == [0.0]
-    now[0] += serve.REST_S
-    fresh()
-    assert drawn == [0.0, serve.REST_S] and "half a file" in capsys.readouterr().err
-    newest[0] = None  # it is finished
-    now[0] += 10 * serve.REST_S
-    fresh()
-    assert len(drawn) == 2
+    stamp(run / "mid" / "grids" / "00000008.png", NOW, "png")
+    stamp(run.parent / "secret.png", NOW, "secret")
+    (run / "mid" / "grids" / "00000009.png").symlink_to(run.parent / "secret.png")
+    server = serve.server(run, serve.Fresh(run / "report.html", draw, lambda: NOW), 0)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server.server_address[1], drawn
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def get(port: int, path: str, host: str | None = None, method: str = "GET") -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.putrequest(method, path, skip_host=True)
+    connection.putheader("Host", host or f"127.0.0.1:{port}")
+    connection.endheaders()
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_it_serves_the_page_and_the_pictures_and_nothing_else(site):
+    port, drawn = site
+    assert get(port, "/") == get(port, "/report.html?x=1") == (200, "<p>1</p>") and drawn == [1]
+    assert get(port, "/mid/grids/00000008.png") == (200, "png")
+    assert get(port, "/", method="HEAD") == (200, "")
+    for path in ("/run.json", "/mid/", "/mid/grids/", "/../secret.png", "/%2e%2e/secret.png", "/mid/grids/../../run.json",
+                 "/mid/grids/00000009.png", "//etc/passwd", "/mid/grids/00000007.png", "/mid/metrics.jsonl"):  # fmt: skip
+        assert get(port, path) == (404, "404 Not Found\n"), path
+    assert get(port, "/", host="evil.example")[0] == get(port, "/", host="localhost.evil.example:80")[0] == 403
+    assert get(port, "/", host="localhost:9000")[0] == 200, "behind `ssh -L 9000:127.0.0.1:8300`"
+    assert get(port, "/", method="POST")[0] == 501
+
+
+def test_a_port_that_is_taken_is_one_line(site, run):
+    with pytest.raises(ConfigError, match=f"--serve: port {site[0]} cannot be had"):
+        serve.server(run, lambda: None, site[0])
+
+
+def test_a_page_is_drawn_again_where_the_run_went_on(tmp_path, capsys):
+    file, clock, newest, drawn = tmp_path / "report.html", [0.0], [NOW], []
+
+    def draw():
+        drawn.append(clock[0])
+        if len(drawn) == 3:
+            raise OSError("no room")
+        stamp(file, newest[0])
+
+    fresh = serve.Fresh(file, draw, lambda: newest[0], lambda: clock[0])
+    for t, when in ((0, NOW), (50, NOW), (60, NOW + 1), (62, NOW + 2), (80, NOW + 2), (99, None)):
+        clock[0], newest[0] = float(t), when
+        fresh()
+    assert drawn == [0.0, 60.0, 80.0], "not again within REST_S, nor of a finished run"
+    assert capsys.readouterr().err == "cmt: report.html is not drawn anew (no room)\n"
+
+
+def test_it_needs_no_torch_and_ends_on_ctrl_c(run):
+    code = (
+        "import sys, cmt_fast.cli as c\nc.main(['watch', sys.argv[1], '--once'])\n"
+        "print('torch' in sys.modules, flush=True)\nsys.exit(c.main(['watch', sys.argv[1], '--serve']))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    lines = iter(child.stdout.readline, "")
+    assert next(line for line in lines if line in ("True\n", "False\n")) == "False\n"
+    assert "http://127.0.0.1:" in next(lines)
+    time.sleep(0.05)
+    child.send_signal(2)
+    assert child.wait(10) == 0
+
+
+def test_words(tmp_path):
+    assert [span(s) for s in (0.4, 59, 60, 3599, 3600, 12_000, 100_000)] == [
+        "0 s", "59 s", "1 min", "59 min", "1 h 0 min", "3 h 20 min", "1 d 3 h",
+    ]  # fmt: skip
+    assert screen.sparkline([1, 10, 100, float("nan")]) == "▁▅█" and screen.sparkline([3.0, 3.0]) == "▁▁"
+    assert screen.sparkline([1.0]) == "" and len(screen.sparkline(range(1, 999))) == screen.POINTS
+    assert [screen.short(n) for n in (99_999, 128_000, 1_280_000)] == ["99,999", "128k", "1.28M"]
+    with pytest.raises(ConfigError, match="is no run"):
+        runs_in(tmp_path)

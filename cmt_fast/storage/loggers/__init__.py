@@ -34,13 +34,15 @@ DRAIN_S = 60.0  # what the end of a stage waits for a logger that lags behind
 
 
 class Opening(NamedTuple):
-    """The stage that is logged. run: its name; folder: RUN/STAGE; before_nimg: images of the stages before it on its path;
-    nimg: images of the checkpoint that it goes on from; seen_nimg: up to where a process that was killed logged already;
-    settings: the run's keys, nested.
+    """The stage that is logged. run: the run's name; folder: RUN/STAGE; settings: the run's keys, nested. In images:
+
+    total_nimg: its length; before_nimg: of the stages before it on its path; nimg: of the checkpoint that it goes on from;
+    seen_nimg: up to where a process that was killed logged already.
     """
 
     run: str
     folder: Path
+    total_nimg: int = 0
     before_nimg: int = 0
     nimg: int = 0
     seen_nimg: int = 0
@@ -109,25 +111,27 @@ class Loggers:
 
     def __init__(self, names: Sequence[str], about: Opening, rows: Sequence[dict[str, Any]] = ()) -> None:
         """rows: of metrics.jsonl up to the checkpoint; a logger to which the stage is new gets them first."""
-        self.about, self.workers = about, [w for name in names if (w := _Worker.opened(name, about))]
+        self.about, self.last_nimg = about, about.nimg
+        self.workers = [w for name in names if (w := _Worker.opened(name, about))]
         for worker in self.workers:
             if worker.logger.fresh:
                 self._catch_up(worker, rows)
 
     def row(self, kind: str, nimg: int, values: dict[str, Any], wall: dict[str, Any]) -> None:
         """A row of metrics, as `Log.row` takes it."""
+        self.last_nimg = nimg
         for worker in self.workers:
             self._send(worker, kind, nimg, values, wall, time.time())
 
-    def picture(self, name: str, nimg: int, path: Path, caption: str) -> None:
+    def picture(self, name: str, nimg: int, path: Path) -> None:
         """A picture that is on disk."""
         for worker in self.workers:
-            self._show(worker, name, nimg, path, caption, time.time())
+            self._show(worker, name, nimg, path, time.time())
 
-    def close(self, whole: bool) -> None:
-        """Wait for what is still to be sent, DRAIN_S at most. whole: the stage has come to its end."""
+    def close(self) -> None:
+        """Wait for what is still to be sent, DRAIN_S at most."""
         for worker in self.workers:
-            worker.close(whole)
+            worker.close(whole=self.last_nimg >= self.about.total_nimg)
         self.workers = []
 
     def _send(self, worker: _Worker, kind: str, nimg: int, values: dict, wall: dict, when: float) -> None:
@@ -146,17 +150,12 @@ class Loggers:
         for path in sorted((self.about.folder / "grids").glob("[0-9]*.png")):
             nimg = nimg_of.get(int(path.stem))
             if nimg is not None:
-                caption = picture_caption(self.about.stage, nimg)
-                self._show(worker, "samples", nimg, path, caption, path.stat().st_mtime)
+                self._show(worker, "samples", nimg, path, path.stat().st_mtime)
 
-    def _show(self, worker: _Worker, name: str, nimg: int, path: Path, caption: str, when: float) -> None:
-        at = self.about.before_nimg + nimg
+    def _show(self, worker: _Worker, name: str, nimg: int, path: Path, when: float) -> None:
+        at, stage = self.about.before_nimg + nimg, self.about.stage
+        caption = f"{stage} at {nimg:,} images; each column one noise and one class, each row a number of steps"
         worker.put(lambda logger: logger.picture(at, name, path, caption, when))
-
-
-def picture_caption(stage: str, nimg: int) -> str:
-    """What is said under a picture of samples."""
-    return f"{stage} at {nimg:,} images; each column one noise and one class, each row a number of steps"
 
 
 class _Worker:

@@ -13,8 +13,11 @@ from typing import Any
 
 from cmt_fast.storage.loggers import Opening, environment, keep_id, known_id
 
-NAME = "mlflow"
-LONGEST, AT_ONCE = 500, 100  # characters of a parameter and parameters of a call that every server takes
+NAME, LONGEST, AT_ONCE = (
+    "mlflow",
+    500,
+    100,
+)  # characters of a parameter and parameters of a call that every server takes
 
 
 def open_logger(about: Opening) -> Board:
@@ -31,7 +34,8 @@ class Board:
 
         self.mlflow, self.metric, self.client = mlflow, Metric, mlflow.MlflowClient()
         known = known_id(about.folder, NAME)
-        self.fresh, self.after = known is None, about.before_nimg + about.seen_nimg
+        self.fresh = known is None
+        self.after = -1 if self.fresh else about.before_nimg + about.seen_nimg  # what is sent already
         if known:
             self.id = known
             self.client.update_run(known, status="RUNNING")

@@ -29,7 +29,8 @@ class Board:
 
         self.wandb = wandb
         known = known_id(about.folder, NAME)
-        self.fresh, self.after = known is None, about.before_nimg + about.seen_nimg
+        self.fresh = known is None
+        self.after = -1 if self.fresh else about.before_nimg + about.seen_nimg  # what is sent already
         offline = (environment("WANDB_MODE") or "").lower() in ("offline", "dryrun", "disabled")
         more: dict[str, Any] = {} if offline else {"resume": "allow"}  # which it would only warn about
         if not environment("WANDB_DIR"):

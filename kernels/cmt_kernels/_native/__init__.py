@@ -23,8 +23,11 @@ LIBRARY = Path(os.environ.get("CMT_NATIVE_LIBRARY") or Path(__file__).parent / "
 RECORD = LIBRARY.with_name("build.json")
 FUSED = ("modulated_norm", "gated_residual")  # where torch.compile's own fusion is faster, see `covers`
 CSRC = Path(__file__).resolve().parents[3] / "csrc"  # in a checkout; an installed package has none
-AGAIN = "`python -m cmt_kernels._native.build` builds it"
-BUILD = AGAIN if CSRC.is_dir() else "with torch, g++ and for a GPU nvcc here, install it again from its sources"
+BUILD = (
+    "`python -m cmt_kernels._native.build` builds it"
+    if CSRC.is_dir()
+    else "an install from the sources builds it where torch and a C++ compiler are, and shows how by `pip install -v`"
+)
 
 
 def record() -> dict:
@@ -32,14 +35,21 @@ def record() -> dict:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
-def stale() -> bool:
-    """Whether the library beside a checkout's csrc was built from other sources. One that is named for tests is not asked."""
-    built = record().get("sources")
-    if "CMT_NATIVE_LIBRARY" in os.environ or built is None or not CSRC.is_dir():
-        return False
-    from cmt_kernels._native.build import sources
+def stale() -> str | None:
+    """Why the library is not loaded although it is there: it is not that of build.json, or not of the checkout's sources.
 
-    return sources() != built
+    One that CMT_NATIVE_LIBRARY names is not asked.
+    """
+    if "CMT_NATIVE_LIBRARY" in os.environ:
+        return None
+    from cmt_kernels._native import build
+
+    made = record()
+    if made.get("library") != build.checksum(LIBRARY):
+        return f"{LIBRARY.name} is not the library that {RECORD.name} beside it tells of: {BUILD}"
+    if CSRC.is_dir() and made.get("sources") != build.sources():
+        return f"{LIBRARY.name} was built from other sources than those now in {CSRC}: {BUILD}"
+    return None
 
 
 devices: tuple[str, ...] = ()  # device types that the loaded library has kernels for and can launch them on
@@ -54,9 +64,10 @@ def _load() -> str | None:
     """Load the library and fill `devices`; or why it cannot be."""
     global devices
     if not LIBRARY.exists():
-        return f"the native extension is not built ({record().get('line', BUILD)})"
-    if stale():
-        return f"the native extension was built from other sources than those of {CSRC}: {AGAIN}"
+        why = record().get("line", "").removeprefix("not built: ")
+        return f"the native extension is not built{f' ({why})' if why else ''}: {BUILD}"
+    if reason := stale():
+        return reason
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as failure:
@@ -79,7 +90,7 @@ def _no_kernels(device: str) -> str:
         return reason
     if device == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key("cmt::gelu", "CUDA"):
         return NO_STREAM.format(torch.__version__)
-    return f"the native extension has no kernels for {device} ({record().get('line', BUILD)})"
+    return f"the native extension has no kernels for {device} ({record().get('line', 'build.json is gone')}): {BUILD}"
 
 
 def unavailable(device: str | None = None) -> str | None:

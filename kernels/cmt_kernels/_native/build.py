@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,8 @@ ARCHS = "80,90a,100a"
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-attributes"]
 CPU_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-unused-function"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11: loads beside any later torch
+TORCH = (2, 11)  # loads beside any later torch
+TORCH_TARGET = f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000"
 
 
 class Failed(Exception):
@@ -113,22 +115,46 @@ def libraries(torch: Path) -> list[str]:
 def torch_folder() -> Path:
     """The package torch, not imported: here, else in the environment around an isolated build. Raises Failed without one."""
     found = importlib.util.find_spec("torch")
-    if found is not None and found.submodule_search_locations:
-        return Path(next(iter(found.submodule_search_locations)))
-    for place in outer():
-        if (place / "torch" / "include").is_dir() and (place / "torch" / "lib").is_dir():
-            return place / "torch"
-    raise Failed(
-        "torch is not here to build beside; install torch first, then this again, or set CMT_BUILD_TORCH=torch==VERSION"
-    )
+    here = [Path(next(iter(found.submodule_search_locations)))] if found and found.submodule_search_locations else []
+    there = [place / "torch" for place in outer()]
+    whole = [t for t in (*here, *there) if (t / "include").is_dir() and (t / "lib").is_dir()]
+    if not whole:
+        raise Failed("no torch to build beside; install it first, or set CMT_BUILD_TORCH, as torch==2.13.0")
+    fit = [t for t in whole if version(t) >= TORCH]
+    if not fit:
+        raise Failed(
+            f"torch {'.'.join(map(str, version(whole[0])))} is there, and {'.'.join(map(str, TORCH))} is the oldest that will do"
+        )
+    return fit[0]
+
+
+def version(torch: Path) -> tuple[int, ...]:
+    """(major, minor) of a package torch, read from its files."""
+    text = (torch / "version.py").read_text("utf-8") if (torch / "version.py").exists() else ""
+    said = re.search(r"__version__\s*=\s*['\"](\d+)\.(\d+)", text)
+    return tuple(map(int, said.groups())) if said else (0, 0)
 
 
 def outer() -> list[Path]:
-    """Where packages are of the environment that is installed into: pip hides it from an isolated build, uv builds in another."""
+    """Where packages are of the environment that is installed into: pip hides it from an isolated build; uv and build work in
+    another and leave it on PATH, where it is activated. The library knows no Python, so a torch of another Python's will do.
+    """
     own = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
-    active = os.environ.get("VIRTUAL_ENV")
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    return [Path(p) for p in dict.fromkeys([*own, *([f"{active}/lib/{version}/site-packages"] if active else [])])]
+    active = [Path(os.environ[key]) for key in ("VIRTUAL_ENV", "CONDA_PREFIX") if os.environ.get(key)]
+    on_path = [Path(p).parent for p in os.environ.get("PATH", "").split(os.pathsep) if p]
+    active += [prefix for prefix in (*on_path, Path(".venv").absolute()) if (prefix / "pyvenv.cfg").exists()]
+    theirs = [place for prefix in active for place in sorted(prefix.glob("lib/python3*/site-packages"), reverse=True)]
+    base = {"base": sys.base_prefix, "platbase": sys.base_prefix}  # seen from a venv with --system-site-packages
+    wide = [sysconfig.get_path("purelib", vars=base)] if _wide() else []
+    return list(dict.fromkeys(map(Path, (*own, *theirs, *wide))))
+
+
+def _wide() -> bool:
+    """Whether this environment sees the packages of the Python that it was made of."""
+    settings = Path(sys.prefix, "pyvenv.cfg")
+    return settings.exists() and bool(
+        re.search(r"include-system-site-packages\s*=\s*true", settings.read_text("utf-8"))
+    )
 
 
 def sources() -> str:
@@ -138,6 +164,11 @@ def sources() -> str:
         if path.suffix in (".cpp", ".cu", ".h", ".cuh") and path.parent.name != "emulation":
             total.update(str(path.relative_to(CSRC)).encode() + path.read_bytes())
     return total.hexdigest()[:16]
+
+
+def checksum(library: Path) -> str:
+    """Of the library's bytes."""
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
 def digest(command: list[str], source: Path) -> str:
@@ -160,10 +191,12 @@ def compile_one(name: str, command: list[str]) -> Path:
 
 
 def run(command: list[str]) -> None:
-    """Run a compiler. Raises Failed with its words where it fails."""
+    """Run a compiler. Raises Failed where it fails: its first error in a line, then the command and all that it said."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise Failed(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        said = done.stdout + done.stderr
+        first = next((line for line in said.splitlines() if "error" in line), f"exit code {done.returncode}")
+        raise Failed(f"{Path(command[0]).name} failed: {first}\n{' '.join(command)}\n{said}")
 
 
 def compile_all(into: Path) -> str:
@@ -199,7 +232,9 @@ def build(into: Path = HERE) -> tuple[bool, str]:
         built, line = False, f"not built: {failure}"
         (into / LIBRARY).unlink(missing_ok=True)  # an older library would not be what its sources say
     into.mkdir(parents=True, exist_ok=True)
-    record = {"line": line.split("\n")[0], **({"sources": sources()} if built else {})}
+    record = {"line": line.split("\n")[0]}
+    if built:
+        record |= {"sources": sources(), "library": checksum(into / LIBRARY)}
     (into / RECORD).write_text(json.dumps(record) + "\n")
     return built, f"native ops {line} in {time.monotonic() - start:.0f} s"
 
