@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import threading
 import time
@@ -60,7 +61,8 @@ def _look(watched: list[Watched], every: float, once: bool) -> None:
         return console.print(_drawn(states, console.width))
     if not console.is_terminal:
         return _lines(watched, states, every)
-    with Live(_drawn(states, console.width), console=console, auto_refresh=False, screen=True) as live:
+    live = Live(_drawn(states, console.width), console=console, auto_refresh=False, screen=True)
+    with live, contextlib.suppress(KeyboardInterrupt):  # the last look stays on the terminal
         while not all(s.finished for s in states):
             time.sleep(every)
             states = [w.look() for w in watched]

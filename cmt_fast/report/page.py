@@ -155,6 +155,8 @@ def stand(work: Workspace, name: str) -> Stand:
         state = f"finished {when:%Y-%m-%d %H:%M} UTC" if done else state
     grids = sorted((folder / "grids").glob("[0-9]*.png"))
     rows = metrics_log.read(folder / metrics_log.METRICS)
+    if rows and state == "not trained":
+        state = f"begun: {rows[-1]['nimg']:,} of {stage.images_nimg:,} images, no checkpoint yet"
     return Stand(name, stage, rows, manifest, done, state, grids, ledger.of_stage(folder, manifest))
 
 

@@ -14,6 +14,7 @@ from cmt_fast.config.schema import Run
 from cmt_fast.storage import loggers
 
 SHARE = 0.02  # of the time between two pages that drawing one may take
+GUESS_S = 0.4  # what the first is taken to cost: a run of seconds is drawn at its end only
 
 
 class HalfWay:
@@ -21,7 +22,7 @@ class HalfWay:
 
     def __init__(self, page: Callable[[], object] | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.page, self.clock = page, clock
-        self.ended, self.took = clock(), 0.0
+        self.ended, self.took = clock(), GUESS_S
 
     def draw(self) -> bool:
         """Whether it was drawn. It is left out while the last one took more than SHARE of the time since.

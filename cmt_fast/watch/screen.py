@@ -27,7 +27,11 @@ def page(state: RunState, width: int = WIDE) -> RenderableType:
     title = Text.assemble((state.name, "bold"), ("  " + str(state.folder), "dim"))
     parts: list[RenderableType] = [title, Text(state.life, MOODS[state.mood]), Text(), _stages(state, width >= WIDE)]
     if state.teacher or any(s.evaluations for s in state.stages):
-        parts += [Text(), Text(state.distance, "dim"), _evaluations(state)]
+        parts += [
+            Text(),
+            Text(_distance(state), "dim"),
+            *[_evaluations(state)] * any(s.evaluations for s in state.stages),
+        ]
     parts += [Text(), Text(_spent(state), "dim")]
     return Padding(Group(*parts), (1, 1))
 
@@ -35,8 +39,8 @@ def page(state: RunState, width: int = WIDE) -> RenderableType:
 def overview(states: Sequence[RunState]) -> RenderableType:
     """Several runs, a row each."""
     steps = sorted({k for s in states for k in s.steps})
-    table = _table(["run", "stage", "", "images/s", "left", *(f"@{k}" for k in steps), "sign of life"], 2)
-    table.columns[-1].justify, table.title, table.title_justify = "left", "@k: Fréchet distance in k steps", "left"
+    table = _table(["run", "stage", "trained", "images/s", "left", *(f"@{k}" for k in steps), "sign of life"], 2)
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False  # it gives way on a narrow terminal
     for state in states:
         stage = state.now or _last(state)
         running = state.now is not None
@@ -50,7 +54,7 @@ def overview(states: Sequence[RunState]) -> RenderableType:
             *(Text(number(found[1]) if found else DASH) for found in newest),
             Text(re.split("[;:]", state.life)[0], MOODS[state.mood]),
         )
-    return Padding(table, (1, 1))
+    return Padding(Group(Text("@k: Fréchet distance in k steps", "dim"), table), (1, 1))
 
 
 def line(state: RunState) -> str:
@@ -126,10 +130,6 @@ def _stages(state: RunState, wide: bool) -> Table:
 def _evaluations(state: RunState) -> Table:
     """The newest evaluation of every stage, and its best so far where that is another one."""
     table = _table(["", *(h for k in state.steps for h in (f"in {_steps(k)}", "best so far"))], 1)
-    if state.teacher:
-        steps, distance = state.teacher
-        blank = [DASH] * (2 * len(state.steps) - 1)
-        table.add_row(Text(f"teacher, {_steps(steps)}"), *map(Text, [number(distance), *blank]), style="dim")
     for s in (s for s in state.stages if s.evaluations):
         cells = []
         for k in map(str, state.steps):
@@ -144,6 +144,12 @@ def _evaluations(state: RunState) -> Table:
         last = max(found[-1][0] for found in s.evaluations.values())
         table.add_row(Text(f"{s.name} at {short(last)}", "bold" if s == state.now else ""), *cells)
     return table
+
+
+def _distance(state: RunState) -> str:
+    """What the figures are, and that of the teacher in its many steps."""
+    teacher = f"; teacher, {_steps(state.teacher[0])}: {number(state.teacher[1])}" if state.teacher else ""
+    return state.distance + teacher
 
 
 def _spent(state: RunState) -> str:

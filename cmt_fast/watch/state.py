@@ -182,13 +182,15 @@ def manifests(stage: Path) -> list[Path]:
 
 
 def span(seconds: float) -> str:
-    """A length of time for a reader: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    """A length of time for a reader: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`, `12 d`."""
     s = max(0, round(seconds))
     if s < 60:
         return f"{s} s"
     if s < 3600:
         return f"{s // 60} min"
-    return f"{s // 3600} h {s % 3600 // 60} min" if s < 86400 else f"{s // 86400} d {s % 86400 // 3600} h"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h" if s < 7 * 86400 else f"{s // 86400} d"
 
 
 def _pace(train: list[dict], last: dict, total: int) -> tuple[float | None, float | None]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from cmt_fast.report import page
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.train import loop
-from cmt_fast.train.half_way import HalfWay
+from cmt_fast.train import half_way, loop
 from tests.fixtures.tiny import metrics, tiny
 
 SHORT = ["pre.images_nimg=64", "pre.eval_every_nimg=32", "eval.n_during=20"]
@@ -18,14 +17,16 @@ def test_a_page_is_drawn_as_often_as_it_is_cheap():
         drawn.append(now[0])
         now[0] += 1.0  # what a page takes
 
-    half_way = HalfWay(page, lambda: now[0])
+    pages = half_way.HalfWay(page, lambda: now[0])
     while now[0] < 200:
-        half_way.draw()
+        pages.draw()
         now[0] += 5.0
-    assert drawn[0] == 0.0 and all(50 <= b - a - 1.0 < 56 for a, b in zip(drawn, drawn[1:])) and len(drawn) == 4
+    assert drawn[0] == 20.0 and all(50 <= b - a - 1.0 < 56 for a, b in zip(drawn, drawn[1:])) and len(drawn) == 4
 
 
-def test_a_run_whose_page_cannot_be_drawn_says_so_once_and_ends_alike(tmp_path, capsys):
+def test_a_run_whose_page_cannot_be_drawn_says_so_once_and_ends_alike(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(half_way, "GUESS_S", 0.0)
+
     def refuse() -> None:
         raise OSError("disk\nfull")
 
@@ -36,7 +37,8 @@ def test_a_run_whose_page_cannot_be_drawn_says_so_once_and_ends_alike(tmp_path, 
     assert metrics(tmp_path / "refused" / "pre") == metrics(tmp_path / "alone" / "pre")
 
 
-def test_the_page_is_there_while_the_stage_still_trains(tmp_path):
+def test_the_page_is_there_while_the_stage_still_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(half_way, "GUESS_S", 0.0)
     texts = []
 
     def draw() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+from markupsafe import Markup, escape
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -102,9 +103,14 @@ def _render(template: str, title: str, sections: list[Section], banner: str, ref
     environment = jinja2.Environment(
         autoescape=template.endswith(".html.j2"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["md"] = escape_markdown
+    environment.filters["md"], environment.filters["code"] = escape_markdown, code
     text = (resources.files(__name__) / template).read_text("utf-8")
     return environment.from_string(text).render(title=title, sections=sections, banner=banner, refresh_s=refresh_s)
+
+
+def code(text: str) -> Markup:
+    """Escaped for HTML, what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def escape_markdown(text: str) -> str:
