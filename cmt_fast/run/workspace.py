@@ -86,7 +86,10 @@ class Workspace:
             if kept is None:
                 raise
             return kept
-        return kept if kept and kept.facts and kept.facts != found.facts else found
+        if kept is None or not kept.facts or kept.facts == found.facts:
+            return found
+        kept.why = "holds other rows than this run was trained on"
+        return kept
 
     def _law(self) -> Law:
         """Of the labels of samples. Raises ConfigError naming eval.labels, but for a file of them that the run has read."""

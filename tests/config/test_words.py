@@ -126,7 +126,7 @@ def test_cmt_keys_prints_one_key_whole_and_all_in_a_line_each(capsys):
     assert main(["keys", "post.trajectories.nfe"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("post.trajectories.nfe\n  takes    integer ≥ 1 or auto [network calls], default 16\n")
-    assert "set by   16: digits-mf, digits, gmm, imagenet512-dit\n" in said
+    assert "set by   16: digits-mf, digits, gmm, imagenet512-dit, photos\n" in said
     assert main(["keys"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(describe.every()) + 2

@@ -159,6 +159,8 @@ def test_a_store_that_became_another_is_not_taken_for_the_run_s(tmp_path, monkey
     make_store(tmp_path / "store", 40, (4, 8, 8), classes=2, vae=("other/vae", "cd" * 16))
     after = workspace.open_run(Path("run"))
     assert not after.data.here and after.data.classes == 3 and after.decoding.latents.vae == "some/vae"
+    with pytest.raises(ConfigError, match="holds other rows than this run was trained on"):
+        after.data.rows(torch.arange(2))
     assert torch.equal(after.setting.labels(torch.arange(30)), before.setting.labels(torch.arange(30)))
     assert after.decoding.latents == before.decoding.latents and after.data.normalisation == before.data.normalisation
 
