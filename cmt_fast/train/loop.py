@@ -240,7 +240,7 @@ class Steps(NamedTuple):
 def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write: bool) -> Log:
     """The stage's record after `step`, and its loggers on an axis that begins with the images of the stages before it."""
     before, parent = 0, lineage
-    while parent:
+    while parent and "nimg" in parent:  # an imported file has none
         before, parent = before + parent["nimg"], parent.get("parent")
     batch, total = stage.config.batch, stage.schedule.total
     about = Opening(run.name, stage.folder, total * batch, before, step * batch, settings=loading.dump(run))

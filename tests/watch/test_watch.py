@@ -245,7 +245,9 @@ def test_a_page_is_drawn_again_where_the_run_went_on(tmp_path, capsys):
 
 def test_it_needs_no_torch_and_ends_on_ctrl_c(run):
     code = (
-        "import sys, cmt_fast.cli as c\nc.main(['watch', sys.argv[1], '--once'])\n"
+        "import signal, sys, cmt_fast.cli as c\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background begins with it ignored\n"
+        "c.main(['watch', sys.argv[1], '--once'])\n"
         "print('torch' in sys.modules, flush=True)\nsys.exit(c.main(['watch', sys.argv[1], '--serve']))"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
