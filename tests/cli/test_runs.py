@@ -193,7 +193,7 @@ def test_a_pruned_run_is_sampled_judged_and_listed_and_says_why_it_cannot_go_on(
     with np.load("got.npz") as got, np.load(trained / "want.npz") as want:
         assert all(np.array_equal(got[k], want[k]) for k in ("images", "labels"))
     code, out, err = cmt(capsys, "train", "--resume", run)
-    assert code == 0 and "post done" in out, err
+    assert code == 0 and "nothing is left to train" in out, err
     unfinish(run, "post")
     code, _, err = cmt(capsys, "train", "--resume", run)
     assert code == 2 and err.count("\n") == 1 and "was removed by `cmt runs rm`; training cannot go on" in err, err
