@@ -93,9 +93,12 @@ def train(args: argparse.Namespace) -> None:
     if parents:
         folder.stored_run(parents)
     names = [name for name in have if name in names]
-    if args.resume and all(map(_finished, (out / name for name in names))):
+    asked, done = names, [name for name in names if args.resume and _finished(out / name)]
+    _as_trained(out, run, done)
+    if done == names:
         page.write(out)  # for which no data need be here
         return print(f"nothing is left to train: {', '.join(names)} of {out} are finished")
+    names = [name for name in names if name not in done]  # what a finished stage read need not be here
     lacking = needs.missing(run, out, parents, names)
     if lacking and not args.dry_run:
         if getattr(run.data, "expects", None) or all(need.key != "data.path" for need in lacking):
@@ -112,6 +115,8 @@ def train(args: argparse.Namespace) -> None:
     judges.check_files(run.eval)
     work.compare()
     if distributed.rank() == 0:
+        for name in done:
+            progress.say(f"{name:>8} done")
         _ops(work.device.type)
         _classes(work)
     if work.device.type == "cpu":
@@ -120,7 +125,7 @@ def train(args: argparse.Namespace) -> None:
     loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
     page.write(out)
     if distributed.rank() == 0:
-        print(_done(work, names, time.monotonic() - begun))
+        print(_done(work, asked, time.monotonic() - begun))
 
 
 def _finished(stage: Path) -> bool:
@@ -128,6 +133,15 @@ def _finished(stage: Path) -> bool:
         return bool(checkpoint.complete(stage))
     except checkpoint.CheckpointError:
         return False
+
+
+def _as_trained(out: Path, run: Run, done: list[str]) -> None:
+    """Raises ConfigError for a setting that comes too late: of a stage of a run that is resumed, and finished."""
+    stored = folder.stored_run(out) if done else run
+    for name in done:
+        late = fingerprint.changed(fingerprint.content(stored, name), fingerprint.content(run, name))
+        if late:
+            raise ConfigError(f"--resume: {name} of {out} is finished, by other settings ({'; '.join(late[:3])})")
 
 
 def _asked(args: argparse.Namespace) -> tuple[Run, Path, Path | None]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 
 from cmt_fast.config import paths
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.loading import dump
 from cmt_fast.config.renames import first_names
 from cmt_fast.config.schema import Run
@@ -44,11 +45,29 @@ def stage_facts(run: Run, name: str) -> dict:
 
 
 def content(run: Run, name: str) -> dict:
-    """`stage_facts` without what only says where data and files are, or what is expected of data: their rows and checksums
-    are compared apart.
+    """`stage_facts` without what only says where data, files and other runs are, or what is expected of data: rows and
+    checksums are compared apart, by `check_inputs`.
     """
     facts = paths.without(stage_facts(run, name))
+    for member in (name, *run.ancestors(name)):
+        stage = facts[member]
+        guide = stage["autoguidance"]
+        stage["teacher"] = _anywhere(stage["teacher"])
+        stage["autoguidance"] = guide and {**guide, "network": _anywhere(guide["network"])}
     return {**facts, "data": {k: v for k, v in facts["data"].items() if k != "expects"}}
+
+
+def _anywhere(name: str | None) -> str | None:
+    """RUN/STAGE of another run, wherever that is."""
+    return f"RUN/{name.rpartition('/')[2]}" if name and "/" in name else name
+
+
+def check_inputs(name: str, had: dict, has: dict) -> None:
+    """Raises ConfigError unless a stage that has begun reads what it read outside its run, by checksums; where is no matter."""
+    inside = lambda others: {key: {k: v for k, v in about.items() if k != "stage"} for key, about in others.items()}
+    moved = changed(inside(had), inside(has))
+    if moved:
+        raise ConfigError(f"{name}.{moved[0]}: has changed since this stage began; start it in a new folder")
 
 
 def stage_digest(run: Run, name: str, others: dict | None = None) -> str:

@@ -43,7 +43,10 @@ def rebased(run: Run, root: Path, found: bool = False) -> Run:
 
 
 def without(facts: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a dumped run, or of a stage's facts, in which nothing says where a file is: what it holds is compared."""
+    """A copy of a dumped run, or of a stage's facts, in which nothing says where a file is: what it holds is compared.
+
+    Whether there is one at all stays, as a stage with cached trajectories is not one that rolls out its own.
+    """
     out = {k: dict(v) if isinstance(v, dict) else v for k, v in facts.items()}
     for name, table in out.items():
         if not isinstance(table, dict):
@@ -51,7 +54,7 @@ def without(facts: dict[str, Any]) -> dict[str, Any]:
         for part in {first for first, _ in OF_STAGE} & set(table):
             table[part] = dict(table[part]) if isinstance(table[part], dict) else table[part]
         for inner, key, _ in _places({name: table}):
-            del inner[key]
+            inner[key] = "a path"
     return out
 
 

@@ -167,9 +167,9 @@ def law(data: Rows, labels: str) -> Law:
         if labels != "data":
             raise ConfigError(f"{labels!r}, and the data have no labels; valid is data", "eval.labels")
         return Law([], labels)
-    if labels == "data":
+    if labels == "data" and data.labels is not None:
         return Law(counts(data), "data")
-    if labels == "uniform":
+    if labels in ("data", "uniform"):  # rows that nobody counted have no proportions to follow
         return Law.uniform(counts(data).nonzero()[:, 0], data.classes)
     return Law(_file(Path(labels), data.classes), f"counts of {Path(labels).name}")
 

@@ -53,15 +53,35 @@ def read_run(folder: Path) -> Run:
 def located(name: str | Path, folder: Path) -> Path:
     """Another run that the run in `folder` names: from where it was trained, from here, or beside it, as when both were moved.
 
-    Where it is in none of these places, as it is named.
+    Beside it only what the run itself named when it was begun, so that a name of today that is wrong is not taken for a run
+    of a like one. Where it is in none of these places, as it is named.
     """
     other = Path(name)
     try:
-        root = about_run(folder).get("root")
+        about = about_run(folder)
     except (OSError, ValueError):
-        root = None
-    places = [*([Path(root) / other] if root else []), other, folder.absolute().parent / other.name]
+        about = {}
+    root = about.get("root")
+    places = [*([Path(root) / other] if root else []), other]
+    if str(other) in _named(about):
+        places.append(beside(other, folder))
     return next((place for place in places if (place / RUN_FILE).is_file()), other)
+
+
+def beside(name: str | Path, folder: Path) -> Path:
+    """Where another run is, if it was moved together with the one in `folder`."""
+    near = folder.absolute().parent / Path(name).name
+    return Path(name) if near == folder.absolute() else near
+
+
+def _named(about: dict) -> set[str]:
+    """The other runs that a run.json names: its parents, and those whose stages its own are taught or guided by."""
+    found = [str(Path(about["parents"]))] if about.get("parents") else []
+    for stage in (about.get("run") or {}).values():
+        guide = stage.get("autoguidance") if isinstance(stage, dict) else None
+        names = (stage.get("teacher"), guide and guide.get("network")) if isinstance(stage, dict) else ()
+        found += [str(Path(name).parent) for name in names if name and "/" in name]
+    return set(found)
 
 
 def parents_of(folder: Path) -> Path | None:

@@ -120,8 +120,13 @@ def _networks(
                 if begun
                 else f"{train}`cmt ckpt import FILE --recipe RECIPE --out {run_}` a public network"
             )
+            wrong = "has no checkpoint" if begun else "is no run"
+            if not begun and (folder / folder_.RUN_FILE).is_file():
+                near = str(folder_.beside(run_, folder))
+                wrong += f", nor is {near!r}" * (near != run_)
+                how = f"{name}.{key}=RUN/{last} says where it is now; or {how}"
             there = bool(checkpoint.steps(at / last)) or (bool(cached) and key != "start")
-            yield Need(f"{name}.{key}", other, there, "has no checkpoint" if begun else "is no run", how)
+            yield Need(f"{name}.{key}", other, there, wrong, how)
         elif other in list(run.stages)[: list(run.stages).index(name)] and other not in before:
             places = [p / other for p in (folder, parents) if p]
             how = f"train it first, or {imports}" if imports else "train it first"

@@ -252,7 +252,27 @@ class Workspace:
                 raise ConfigError(
                     f"data: these are not the rows that {self.folder / name} was trained on ({'; '.join(rows)})"
                 )
+            if name in self.run.stages:
+                self._same_inputs(stored, name)
         return stored
+
+    def _same_inputs(self, stored: Run, name: str) -> None:
+        """Raises ConfigError where a stage that has begun is said to read something elsewhere, and that is another thing.
+
+        What a stage of another folder reads cannot be compared there, so its networks must be those that were named.
+        """
+        was, now = (fingerprint.stage_facts(run, name) for run in (stored, self.run))
+        networks = lambda run, n: run.stages[n].networks()
+        for member in (name, *self.run.ancestors(name)):
+            if was[member] == now[member]:
+                continue
+            found = checkpoint.latest(self.folder / member)
+            if found and found.manifest.get("others"):
+                others = self.external_inputs(self.stage(member))
+                fingerprint.check_inputs(member, found.manifest["others"], others)
+            elif found is None and networks(stored, member) != networks(self.run, member):
+                differs = "; ".join(fingerprint.changed(networks(stored, member), networks(self.run, member)))
+                raise ConfigError(f"--out: {self.folder} holds {name} of another configuration ({member}.{differs})")
 
     def claim(self, names: list[str] | tuple[str, ...] = ()) -> None:
         """Create the folder and write run.json; names: the stages that an engine will train.
@@ -296,10 +316,13 @@ class Workspace:
 
 def open_run(folder: Path, evaluation: dict | None = None, rows: bool = True) -> Workspace:
     """A run on disk, to be read. evaluation: keys of `eval` that differ from the run's; rows: False where what the run
-    remembers of its data will do, which then are not opened. Raises ConfigError naming what is valid.
+    remembers of its data will do, which then are not opened: not of one that never counted its classes, for labels follow
+    their proportions. Raises ConfigError naming what is valid.
     """
     run = judged_by(read_run(folder), evaluation or {})
     data = None if rows else absent.remembered(run.data, folder)
+    if data and data.classes and data.labels is None:
+        data = None
     return Workspace(run, folder, parents_of(folder), data, reading=True)
 
 

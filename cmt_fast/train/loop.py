@@ -19,7 +19,7 @@ from cmt_kernels.attention import small
 from torch import Tensor
 
 from cmt_fast import engine as engines
-from cmt_fast.config import errors, fingerprint, loading
+from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.schema import Run, Stage
 from cmt_fast.engine import Engine, ShardingPlan, compile
 from cmt_fast.engine.graph import StepGraph
@@ -76,7 +76,7 @@ def train_stage(
         return say(f"{name:>8} done ({found.manifest['nimg']} images)") if distributed.rank() == 0 else None
     others = work.external_inputs(stage) | solver_choice.settle(work, stage)
     if found:
-        _same(name, found.manifest, others)
+        fingerprint.check_inputs(name, found.manifest.get("others", {}), others)
     choice = work.sharding_plan(stage)
     first, meter = distributed.rank() == 0, meter or meters.Meter.of(work.device)
     if run.engine != "local" and first:
@@ -299,13 +299,6 @@ def _load(engine: Engine, found: checkpoint.Checkpoint, stage: ResolvedStage) ->
 def _found(folder: Path) -> checkpoint.Checkpoint | None:
     """The newest that is whole, by its checksums."""
     return checkpoint.latest(folder)
-
-
-def _same(name: str, manifest: dict, others: dict) -> None:
-    """Raises ConfigError when a stage that has begun would go on with other networks of other runs."""
-    moved = fingerprint.changed(manifest.get("others", {}), others)
-    if moved:
-        raise errors.ConfigError(f"{name}.{moved[0]}: has changed since this stage began; start it in a new folder")
 
 
 @progress.phase("reading the weights to start from", quiet=True)

@@ -17,6 +17,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import classes
 from cmt_fast.run import folder, workspace
 from cmt_fast.storage import checkpoint
+from cmt_fast.storage.files import checksum
 from tests.fixtures import small
 from tests.fixtures.stores import make_store
 from tests.fixtures.tiny import stop_after_a_checkpoint
@@ -168,13 +169,83 @@ def test_a_store_that_became_another_is_not_taken_for_the_run_s(tmp_path, monkey
 def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / "old" / name).mkdir(parents=True)
-        (tmp_path / "old" / name / folder.RUN_FILE).write_text(json.dumps({"root": str(tmp_path)}))
+        about = {"root": str(tmp_path), "run": {"mid": {"teacher": "old/a/pre"}, "post": {"teacher": "gone/b/pre"}}}
+        (tmp_path / "old" / name / folder.RUN_FILE).write_text(json.dumps(about))
     monkeypatch.chdir(tmp_path)
     assert folder.located("old/a", Path("old/b")) == tmp_path / "old/a"
     shutil.move("old", "new")
     monkeypatch.chdir("/")
     assert folder.located("old/a", tmp_path / "new/b") == tmp_path / "new/a"
     assert folder.located("old/none", tmp_path / "new/b") == Path("old/none")
+    # a name that the run has not had is no run beside it, and no run is its own teacher
+    assert folder.located("other/a", tmp_path / "new/b") == Path("other/a")
+    assert folder.located("gone/b", tmp_path / "new/b") == Path("gone/b")
+
+
+@pytest.fixture
+def taught(tmp_path, monkeypatch, capsys):
+    """Two runs `old/a` (seed 3) and `old/c` (seed 4), and `run`, whose finished `mid` was taught by old/a/pre."""
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of(tmp_path, {"kind": "npz", "path": "data.npz"})
+    for out, more in (
+        ("old/a", ("seed=3", "--stages", "pre")),
+        ("old/c", ("seed=4", "--stages", "pre")),
+        ("run", ("mid.teacher=old/a/pre", "--stages", "pre,mid")),
+    ):
+        code, _, err = cmt(capsys, "train", recipe, "--out", out, *more)
+        assert code == 0, err
+    return recipe
+
+
+def test_a_teacher_that_is_gone_is_missed_only_by_stages_that_are_left(taught, capsys):
+    shutil.copytree("run", "begun")
+    shutil.rmtree("begun/mid")
+    shutil.move("old", "new")
+    code, _, err = cmt(capsys, "train", "--resume", "begun")
+    assert code == 2 and "mid.teacher: 'old/a/pre' is no run, nor is " in err
+    assert "mid.teacher=RUN/pre says where it is now" in err
+    code, out, err = cmt(capsys, "train", "--resume", "begun", "mid.teacher=new/a/pre")
+    assert code == 0, err
+    a, b = (checkpoint.complete(Path(p) / "mid").tensors("ema-0") for p in ("run", "begun"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    code, out, err = cmt(capsys, "train", "--resume", "run")
+    assert code == 0 and "mid done" in out and checkpoint.complete(Path("run/post")), err
+
+
+def test_another_network_or_cache_than_a_finished_stage_had_is_refused(taught, capsys):
+    """Where a teacher is may change, not which it is; cached trajectories are not those that were rolled out."""
+    shutil.move("old/a", "old/b")
+    say = ("train", taught, "--out", "run", "--stages", "pre,mid")
+    code, _, err = cmt(capsys, *say, "mid.teacher=old/c/pre")
+    assert code == 2 and "mid.teacher." in err and "has changed since this stage began" in err, err
+    code, _, err = cmt(capsys, *say, "mid.teacher=old/b/pre")
+    assert code == 0, err
+    code, _, err = cmt(
+        capsys, "trajectories", taught, "mid.teacher=old/b/pre", "--from", "run", "--cache", "store", "-n", 8
+    )
+    assert code == 0, err
+    code, _, err = cmt(capsys, *say, "mid.teacher=old/b/pre", "mid.trajectories.cache=store")
+    assert code == 2 and "mid.trajectories.cache: None -> a path" in err, err
+    code, _, err = cmt(capsys, "train", "--resume", "run", "--stages", "pre", "pre.lr=1")
+    assert code == 2 and "--resume: pre of run is finished" in err, err
+
+
+def test_a_run_of_before_this_record_samples_in_the_proportions_of_its_data(world, tmp_path, monkeypatch):
+    """Its counts are in its data, which are here; where they are not, nobody knows them, and labels say that they are uniform."""
+    home, _ = world
+    monkeypatch.chdir(home)
+    np.savez("data.npz.tmp.npz", images=np.load("data.npz")["images"], labels=np.array([0] * 8 + [1] * 2 + [2] * 2))
+    shutil.copytree("runs/small", tmp_path / "run")
+    about = json.loads((tmp_path / "run" / folder.RUN_FILE).read_text())
+    del about["remembered"], about["root"]
+    about["run"]["data"]["path"], about["run"]["eval"]["labels"] = "data.npz.tmp.npz", "data"
+    about["data"]["xxh3_128"] = checksum(Path("data.npz.tmp.npz"))
+    (tmp_path / "run" / folder.RUN_FILE).write_text(json.dumps(about))
+    counts = lambda: np.bincount(workspace.open_run(tmp_path / "run", rows=False).setting.labels(torch.arange(12)))
+    assert counts().tolist() == [8, 2, 2]
+    Path("data.npz.tmp.npz").unlink()
+    assert counts().tolist() == [4, 4, 4]
+    assert workspace.open_run(tmp_path / "run", rows=False).setting.law.text() == "uniform over 3 classes"
 
 
 def test_paths_start_from_a_root_that_is_said(world, tmp_path, monkeypatch, capsys):
@@ -200,3 +271,9 @@ def test_what_only_says_where_changes_no_content():
     assert fingerprint.stage_facts(run, "mid") != fingerprint.stage_facts(far, "mid")
     other = loading.load("imagenet512-ecd", ["mid.lr=1"])
     assert fingerprint.content(run, "mid") != fingerprint.content(other, "mid")
+    taught = loading.load("imagenet512-ecd", ["post.teacher=/elsewhere/teacher/pre"])
+    assert fingerprint.content(run, "post") == fingerprint.content(taught, "post")
+    inner = loading.load("imagenet512-ecd", ["post.teacher=pre"])
+    assert fingerprint.content(run, "post") != fingerprint.content(inner, "post")
+    cached = loading.load("imagenet512-ecd", ["mid.trajectories.cache=/elsewhere"])
+    assert fingerprint.content(run, "mid") != fingerprint.content(cached, "mid")
