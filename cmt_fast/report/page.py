@@ -21,7 +21,7 @@ from cmt_fast.report import quality as quality_
 from cmt_fast.report import sections
 from cmt_fast.report.quality import Quality
 from cmt_fast.report.standing import Curve, Names, Stand
-from cmt_fast.run.folder import RUN_FILE, stored_run
+from cmt_fast.run.folder import about_run, stored_run
 from cmt_fast.run.workspace import Workspace, open_run
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint, files, metrics_log
@@ -40,9 +40,10 @@ def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dic
     run = stored_run(folder)
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
-    about = json.loads((folder / RUN_FILE).read_text("utf-8"))
-    work = open_run(folder)
-    stands = {name: stand(work, name) for name in run.stages}
+    about = about_run(folder)
+    # half-way neither the data nor a checkpoint's tensors are read: their words for themselves are enough
+    work = open_run(folder, rows=judge)
+    stands = {name: stand(work, name, whole=judge) for name in run.stages}
     done = {name: s for name, s in stands.items() if s.done}
     if judge and not done:
         states = "; ".join(f"{name}: {s.state}" for name, s in stands.items())
@@ -139,12 +140,12 @@ def _measured(folder: Path) -> bool:
     return (folder / "theory.json").is_file()
 
 
-def stand(work: Workspace, name: str) -> Stand:
-    """The stage as it is in the run's folder, or where its parents are."""
+def stand(work: Workspace, name: str, whole: bool = True) -> Stand:
+    """The stage as it is in the run's folder, or where its parents are. whole: its newest checkpoint is verified."""
     stage, folder = work.run.stages[name], work.stage_dir(name)
     manifest, done, state = None, False, "not trained"
     try:
-        found = checkpoint.latest(folder)
+        found = checkpoint.latest(folder, checkpoint.verify if whole else checkpoint.told)
     except checkpoint.CheckpointError:
         found, state = None, "damaged: none of its checkpoints is whole"
     if found:

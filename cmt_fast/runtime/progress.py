@@ -29,7 +29,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.runtime import pace
+from cmt_fast.runtime import once, pace
 from cmt_fast.storage.heartbeat import beat
 
 EVERY_S, VARIABLE = 60.0, "CMT_LOG_SECONDS"
@@ -68,7 +68,7 @@ def _seconds(name: str, text: str) -> float:
 
 def first() -> bool:
     """Whether this process is the one that speaks."""
-    return os.environ.get("RANK", "0") == "0"
+    return once.rank() == 0
 
 
 def say(text: str) -> None:
