@@ -6,6 +6,7 @@ run keeps its root, so that it finds its data wherever it is read from; what has
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,15 @@ def without(facts: dict[str, Any]) -> dict[str, Any]:
             table[part] = dict(table[part]) if isinstance(table[part], dict) else table[part]
         for inner, key, _ in _places({name: table}):
             inner[key] = "a path"
+    return out
+
+
+def unplaced(tree: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a dumped run with the names of files and folders alone: for what is given away, of no machine in particular."""
+    out = json.loads(json.dumps(tree))
+    for table, key, sure in _places(out):
+        if sure or Path(table[key]).is_absolute():  # else a hub's name, or a word
+            table[key] = Path(table[key]).name
     return out
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from cmt_fast.config import loading
+from cmt_fast.config import loading, paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES
 from cmt_fast.render import templates
@@ -89,7 +89,9 @@ def markdown(work: Workspace, stage: str, about: dict[str, Any], terms: Terms, p
         Section("Limits", _limits(work, pipeline), []),
         Section("Licences", _licences(work, about, terms), []),
         Section("Lineage", [], [Group([_lineage(about)], wide=True)]),
-        Section("Recipe", [], [], "The resolved run", yaml.safe_dump(loading.dump(run), sort_keys=False)),
+        Section(
+            "Recipe", [], [], "The resolved run", yaml.safe_dump(paths.unplaced(loading.dump(run)), sort_keys=False)
+        ),
     ]
     page = templates.markdown(run.name, sections)
     page = page.replace(

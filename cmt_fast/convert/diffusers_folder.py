@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cmt_fast import models
+from cmt_fast.config import paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION
 from cmt_fast.convert import architecture, card
@@ -61,7 +62,8 @@ def write(export: Export, out: Path, vae: Path | None = None, terms: card.Terms 
         _json(temporary / "model_index.json", _index(export, made, what))
         _json(folder / "config.json", {"_class_name": made.name, **made.arguments})
         file = folder / "diffusion_pytorch_model.safetensors"
-        save_file(_tensors(net), file, {"format": "pt", "cmt-fast-pipeline": json.dumps(export.about, sort_keys=True)})
+        about = {**export.about, "run": paths.unplaced(export.about["run"])}
+        save_file(_tensors(net), file, {"format": "pt", "cmt-fast-pipeline": json.dumps(about, sort_keys=True)})
         files_.sync(file)
         if vae is not None:
             _copy(vae, temporary / "vae")

@@ -29,6 +29,7 @@ import torch
 from cmt_kernels import use
 from torch import Tensor, nn
 
+from cmt_fast.config import paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION
 from cmt_fast.convert.exporting import Export, claim
@@ -167,7 +168,8 @@ def _write(graph: _Graph, export: Export, file: Path) -> int:
     model = program.model
     model.producer_name, model.producer_version = "cmt-fast", export.about["version"]
     model.doc_string = " ".join((__doc__ or "").partition("torch.onnx,")[0].split())
-    model.metadata_props["cmt-fast"] = json.dumps(export.about, sort_keys=True)
+    about = {**export.about, "run": paths.unplaced(export.about["run"])}
+    model.metadata_props["cmt-fast"] = json.dumps(about, sort_keys=True)
     for node in model.graph.all_nodes():  # where in our files each was called, with the paths of this machine
         node.metadata_props.clear()
     size = sum(t.numel() * t.element_size() for t in export.weights.values())

@@ -98,6 +98,9 @@ def test_licences_are_asked_for_and_an_edm2_is_folded(ve, tmp_path, capsys):
     page = (out / "README.md").read_text()
     assert "license: mit" in page and "These weights: mit. The data: cc-by-4.0." in page
     assert "net.pkl" in page and ": not stated; what its licence asks holds for these weights too." in page
+    for file in filter(Path.is_file, out.rglob("*")):  # a folder that is given away tells nothing of this machine
+        assert str(ve).encode() not in file.read_bytes(), file
+    assert "path: data.npz" in page
     weights = load_file(out / "network/diffusion_pytorch_model.safetensors")
     length = weights["conv.weight"].flatten(1).norm(dim=1)
     assert ((length - 1).abs() < 1e-3).all() and not [k for k in weights if "log_variance" in k]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.data import datasets
 from cmt_fast.report import page
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.workspace import Workspace
@@ -188,6 +189,8 @@ def test_the_page_is_drawn_at_any_moment_and_nothing_is_computed_for_it(tmp_path
         with monkeypatch.context() as patch:
             for name in ("figures", "thorough", "judge", "space"):
                 patch.setattr(Judging, name, property(lambda self: pytest.fail("was judged")))
+            patch.setattr(checkpoint, "checksum", lambda path: pytest.fail("a checkpoint's tensors were read"))
+            patch.setattr(datasets, "load", lambda *_: pytest.fail("the data were opened"))
             patch.setattr(torch.nn.Module, "__call__", lambda *a, **k: pytest.fail("a network was called"))
             out = page.write(folder, judge=False, refresh_s=20)
         assert '<meta http-equiv="refresh" content="20">' in out["html"].read_text()
