@@ -47,7 +47,7 @@ ARROWS: dict[str, set[str]] = {
               "schedule", "storage", "teacher", "usage"},
     "cost": {"config", "data", "engine", "models", "objectives", "run", "runtime", "schedule", "storage", "teacher"},
     "report": {"config", "evaluation", "render", "run", "runtime", "storage", "teacher", "train", "usage"},
-    "watch": {"config", "run", "storage"},
+    "watch": {"config", "run", "runtime", "storage"},
     "convert": {"cmt_fast", "config", "data", "diffusion", "models", "render", "run", "runtime", "safe_pickle",
                 "storage", "usage"},
     "api": {"config", "diffusion", "engine", "run", "runtime", "teacher", "train"},

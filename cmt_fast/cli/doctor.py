@@ -22,7 +22,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--heartbeat", type=Path, metavar="RUN", help="check only whether RUN, or a run in it, is alive; fail otherwise"
     )
     p.add_argument(
-        "--older-than", type=float, default=900.0, metavar="S", help="oldest heartbeat that counts as alive, in seconds"
+        "--older-than",
+        type=float,
+        default=heartbeat.DEAD_S,
+        metavar="S",
+        help="oldest heartbeat that counts as alive, in seconds",
     )
 
 

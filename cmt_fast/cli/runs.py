@@ -12,9 +12,9 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.render import grids, templates
 from cmt_fast.report import runs as runs_
 from cmt_fast.report import runs_tables as tables
-from cmt_fast.report.runs_tables import bytes_text
 from cmt_fast.run import folder as folder_
 from cmt_fast.run import needs, removing
+from cmt_fast.runtime import words
 from cmt_fast.runtime.progress import say
 from cmt_fast.storage import checkpoint, pruning
 
@@ -150,7 +150,7 @@ def rm(args: argparse.Namespace) -> None:
         return say(f"{args.run}: nothing to remove, all that stands is kept by --keep {args.keep}")
     _say(plan)
     if args.dry_run:
-        return say(f"{args.run}: would free {bytes_text(plan.bytes)}; nothing was deleted")
+        return say(f"{args.run}: would free {words.size(plan.bytes)}; nothing was deleted")
     if not args.yes and input("delete them? [y/N] ").strip().lower() not in ("y", "yes"):
         return say("nothing was deleted")
     before = pruning.size(args.run)
@@ -159,15 +159,15 @@ def rm(args: argparse.Namespace) -> None:
     except checkpoint.CheckpointError as error:
         raise ConfigError(f"RUN: {error}; nothing more was deleted") from None
     after = pruning.size(args.run)
-    say(f"{args.run}: freed {bytes_text(before - after)}, {bytes_text(after)} left")
+    say(f"{args.run}: freed {words.size(before - after)}, {words.size(after)} left")
 
 
 def _say(plan: removing.Plan) -> None:
     """What goes, a line each, and what is to be known of it."""
     for path in plan.paths:
-        say(f"  {bytes_text(pruning.size(path)):>8}  {path}{'/' if path.is_dir() and not path.is_symlink() else ''}")
+        say(f"  {words.size(pruning.size(path)):>8}  {path}{'/' if path.is_dir() and not path.is_symlink() else ''}")
     for folder, files in plan.pruned.items():
         size, names = sum(map(pruning.size, files)), ", ".join(f.stem for f in files)
-        say(f"  {bytes_text(size):>8}  {folder}: {names}")
+        say(f"  {words.size(size):>8}  {folder}: {names}")
     for line in plan.said:
         say(f"note: {line}")

@@ -25,9 +25,8 @@ from cmt_fast.render import grids
 from cmt_fast.render.templates import Picture, png
 from cmt_fast.report.quality import TITLES, Quality
 from cmt_fast.report.standing import Judged, Stand
-from cmt_fast.report.text import steps_text
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import distributed, progress
+from cmt_fast.runtime import distributed, progress, words
 from cmt_fast.storage import files
 
 FIGURES, MEASURES = "figures.json", 2  # version of what is measured
@@ -159,7 +158,7 @@ def pictures(work: Workspace, stands: dict[str, Stand], quality: Quality) -> lis
         if judged is None or not found:
             continue
         figures = judged.figures(steps, how)
-        note = f"{steps_text(steps)}: {figures['frechet']:.3g}" if figures else f"{steps_text(steps)}: not finite"
-        alt = f"Samples of {title} in {steps_text(steps)}, from the same noise as in the other pictures"
+        note = f"{words.steps(steps)}: {figures['frechet']:.3g}" if figures else f"{words.steps(steps)}: not finite"
+        alt = f"Samples of {title} in {words.steps(steps)}, from the same noise as in the other pictures"
         out.append(png(title, f"shown-{'teacher' if how == 'solver' else name}.png", found[0], note, alt))
     return out if len(out) > 1 else []

@@ -10,9 +10,10 @@ from cmt_fast.render.templates import Group, Picture, Section, Table
 from cmt_fast.report import verdict
 from cmt_fast.report.sections import DATA
 from cmt_fast.report.standing import Judged, Names, Stand
-from cmt_fast.report.text import DASH, TEXT, differences, number, steps_text
+from cmt_fast.report.text import DASH, TEXT, differences, number
 from cmt_fast.report.verdict import Figures
 from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import words
 
 FLOOR, UNSEEN = "real, again (floor)", "real, unseen (estimate)"
 TITLES = {"pre": "pre-trained"}
@@ -36,7 +37,7 @@ def first(work: Workspace, stands: dict[str, Stand], quality: Quality, pictures:
     run, steps = work.run, work.run.eval.steps
     headlines = [line for k in steps if (line := headline(stands, quality, k))[0]]
     alerts = [
-        line for k in steps for line in verdict.disagreements(quality.of(k), quality.real, run.eval.n, steps_text(k))
+        line for k in steps for line in verdict.disagreements(quality.of(k), quality.real, run.eval.n, words.steps(k))
     ]
     text = []
     if headlines:
@@ -63,7 +64,7 @@ def headline(stands: dict[str, Stand], quality: Quality, k: int) -> tuple[str, s
     )
     if not first:
         return "", ""
-    line = f"In {steps_text(k)}, {'post-training after ' * bool(post)}mid-training reaches the {what} "
+    line = f"In {words.steps(k)}, {'post-training after ' * bool(post)}mid-training reaches the {what} "
     line += verdict.text(verdict.distance(first, "frechet"))
     more, over = [], verdict.ratio(post, control, "frechet")
     if over and control:
@@ -114,7 +115,7 @@ def table(run: Run, done: dict[str, Stand], quality: Quality, k: int) -> Table:
         if quality.floor.get("unseen"):
             entries.append((UNSEEN, "", DASH, quality.floor["unseen"]))
     if "pre" in judged:
-        entries.append((f"teacher, {steps_text(n)}", "pre", "0", judged["pre"].figures(n, "solver")))
+        entries.append((f"teacher, {words.steps(n)}", "pre", "0", judged["pre"].figures(n, "solver")))
     for name, s in done.items():
         if name in judged:
             path, nimg = s.path
@@ -124,7 +125,11 @@ def table(run: Run, done: dict[str, Stand], quality: Quality, k: int) -> Table:
     ratios = _ratios(done, quality.of(k), columns)
     note = _notes(quality, columns, [title for title, *_ in entries])
     return Table(
-        steps_text(k), ["network", *columns.values(), "student images", "path"], rows + ratios, note, strong=len(ratios)
+        words.steps(k),
+        ["network", *columns.values(), "student images", "path"],
+        rows + ratios,
+        note,
+        strong=len(ratios),
     )
 
 

@@ -18,7 +18,6 @@ from cmt_fast.storage import checkpoint, heartbeat, metrics_log, pruning
 from cmt_fast.usage import ledger
 from cmt_fast.usage.ledger import Usage
 
-ALIVE_S = 900.0  # as `cmt doctor --heartbeat`
 DEPTH = 3  # folders in which runs are looked for
 
 
@@ -73,7 +72,7 @@ class Known(NamedTuple):
     @property
     def alive(self) -> bool:
         """Whether something worked on it lately and it is not finished."""
-        return not self.finished and self.age_s is not None and self.age_s < ALIVE_S
+        return not self.finished and self.age_s is not None and self.age_s < heartbeat.DEAD_S
 
     @property
     def last(self) -> Standing | None:

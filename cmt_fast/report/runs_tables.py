@@ -13,21 +13,13 @@ from cmt_fast.render import grids
 from cmt_fast.render.templates import Table
 from cmt_fast.report import verdict
 from cmt_fast.report.runs import Figures, Known, Standing
-from cmt_fast.report.text import DASH, TEXT, differences, number, steps_text
+from cmt_fast.report.text import DASH, TEXT, differences, number
+from cmt_fast.runtime import words
 from cmt_fast.storage import checkpoint, pruning
 
 MEASURES = {"frechet": "Fréchet", "frechet_2": "second space", "accuracy": "accuracy"}
 IN_TRAINING = "* by an evaluation in training, of fewer samples; `cmt report RUN` judges what is finished"
 NAMES = {"frechet": "", "fid": "FID ", "fd_dinov2": "FD-DINOv2 "}
-
-
-def bytes_text(size: float) -> str:
-    """`1.2 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB"
 
 
 def ago(seconds: float) -> str:
@@ -90,7 +82,7 @@ def listing(runs: list[Known], root: Path) -> Table:
     for k in runs:
         name = str(k.folder.relative_to(root)) if k.folder != root else str(root)
         own = [name, k.run.name, stages_text(k), state(k), figures_text(k)]
-        rows.append([*own, f"{k.images:,}", hours_text(k.hours), bytes_text(k.bytes), ago(time.time() - k.changed)])
+        rows.append([*own, f"{k.images:,}", hours_text(k.hours), words.size(k.bytes), ago(time.time() - k.changed)])
     head = ["run", "recipe", "stages", "state", "Fréchet @ steps", "images", "hours", "size", "changed"]
     note = IN_TRAINING if any(row[4].endswith("*") for row in rows) else ""
     return Table(f"{len(runs)} run{'s' * (len(runs) != 1)} in {root}", head, rows, note, left=5)
@@ -141,7 +133,7 @@ def stages_table(known: Known) -> Table:
         how += "" if s.own else f", in {s.folder.parent}"
         kind = s.stage.objective.kind + (f" + {s.stage.anchor.objective.kind}" if s.stage.anchor else "")
         images = f"{s.nimg:,} of {s.stage.images_nimg:,}"
-        size = bytes_text(pruning.size(s.folder))
+        size = words.size(pruning.size(s.folder))
         rows.append([s.name, kind, how, begun, ema or DASH, figures, images, hours_text(hours), size])
     head = [
         "stage",
@@ -181,10 +173,10 @@ def files_table(known: Known) -> Table:
             part = f"{where[0]}/" if len(where) > 1 and where[0] not in known.stages else where[-1]
         sizes[part] = sizes.get(part, 0) + stat.st_size
     ordered = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
-    rows = [[part, bytes_text(size)] for part, size in ordered[:12]]
+    rows = [[part, words.size(size)] for part, size in ordered[:12]]
     if len(ordered) > 12:
-        rows.append([f"{len(ordered) - 12} more", bytes_text(sum(size for _, size in ordered[12:]))])
-    return Table(f"Files, {bytes_text(known.bytes)}", ["what", "size"], rows)
+        rows.append([f"{len(ordered) - 12} more", words.size(sum(size for _, size in ordered[12:]))])
+    return Table(f"Files, {words.size(known.bytes)}", ["what", "size"], rows)
 
 
 # ------------------------------------------------------------------------------------------------ two runs
@@ -245,7 +237,7 @@ def comparison(a: Known, b: Known) -> tuple[list[Table], list[str]]:
         head = ["stage", *(f"{t}: {run}" for t in MEASURES.values() for run in names)]
         head.insert(3, f"{names[1]} / {names[0]}")
         keep = [i for i in range(len(head)) if i == 0 or any(row[i] != DASH for row in rows)]
-        tables.append(Table(steps_text(k), [head[i] for i in keep], [[row[i] for i in keep] for row in rows]))
+        tables.append(Table(words.steps(k), [head[i] for i in keep], [[row[i] for i in keep] for row in rows]))
     if any(s.figures and not s.figures.final for r in (a, b) for s in r.stages.values()):
         said[IN_TRAINING] = None
     return tables, list(said)
@@ -254,7 +246,7 @@ def comparison(a: Known, b: Known) -> tuple[list[Table], list[str]]:
 def _used(a: Known, b: Known, names: tuple[str, str]) -> Table:
     rows = [["state", *(state(r) for r in (a, b))], ["stages", *(stages_text(r) for r in (a, b))]]
     rows += [["images", *(f"{r.images:,}" for r in (a, b))], ["hours", *(hours_text(r.hours) for r in (a, b))]]
-    rows += [["size", *(bytes_text(r.bytes) for r in (a, b))], ["changed", *(when(r.changed) for r in (a, b))]]
+    rows += [["size", *(words.size(r.bytes) for r in (a, b))], ["changed", *(when(r.changed) for r in (a, b))]]
     surroundings = [r.about.get("environment") or {} for r in (a, b)]
     for key in dict.fromkeys(k for e in surroundings for k in e):
         both = [str(e.get(key, DASH)) for e in surroundings]

@@ -11,8 +11,9 @@ from cmt_fast.config import loading
 from cmt_fast.render import plots
 from cmt_fast.render.templates import Group, Picture, Section, Table, png
 from cmt_fast.report.standing import Curve, Judged, Stand
-from cmt_fast.report.text import DASH, TEXT, number, steps_text
+from cmt_fast.report.text import DASH, TEXT, number
 from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import words
 from cmt_fast.teacher import solver_record
 from cmt_fast.usage import meters
 from cmt_fast.usage.meters import Amount
@@ -53,7 +54,7 @@ def reach_table(reached: list[dict[str, Any]], n: int) -> Table:
             text, times = f"{round(needed):,}", f"{needed / r['nimg']:.2f}"
         else:
             text, times = f"at most {needed:,}, its first evaluation", f"<= {needed / r['nimg']:.2f}"
-        own = [steps_text(r["steps"]), f"end of {r['stage']}", number(r["frechet"]), f"{r['nimg']:,}"]
+        own = [words.steps(r["steps"]), f"end of {r['stage']}", number(r["frechet"]), f"{r['nimg']:,}"]
         rows.append([*own, text, times])
     columns = ["samples in", "at the", "Fréchet", "its student images", "images the control needs", "ratio of images"]
     note = (
@@ -71,12 +72,12 @@ def curves(
     """Fréchet distance against student images, one panel per number of steps. floor: of as many real rows."""
     run, figures, n = work.run, [], work.run.sampler.teacher_steps
     teacher = judged["pre"].during.get(str(n)) if "pre" in judged else None
-    levels = [(f"teacher, {steps_text(n)}", teacher["frechet"])] if teacher else []
+    levels = [(f"teacher, {words.steps(n)}", teacher["frechet"])] if teacher else []
     levels += [("real rows (floor)", floor)] if floor else []
     for k, stages in lines.items():
         if stages:
-            title = f"Samples in {steps_text(k)}: Fréchet distance by student images."
-            figures.append(Picture(title, f"quality-{k}.svg", plots.quality(steps_text(k), stages, levels)))
+            title = f"Samples in {words.steps(k)}: Fréchet distance by student images."
+            figures.append(Picture(title, f"quality-{k}.svg", plots.quality(words.steps(k), stages, levels)))
     groups = [Group(figures)] if figures else []
     if reached:
         groups.append(Group([reach_table(reached, run.eval.n_during)], wide=True))

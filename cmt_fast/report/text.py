@@ -13,11 +13,6 @@ def number(value: float | None, form: str = ".4g") -> str:
     return DASH if value is None else format(value, form)
 
 
-def steps_text(k: int | str) -> str:
-    """`1 step`, `2 steps`."""
-    return f"{k} step{'s' * (int(k) > 1)}"
-
-
 def differences(a: dict, b: dict, prefix: str = "") -> list[list[str]]:
     """Dotted keys in which two settings differ, with both values; a table that only one has is one row."""
     rows: list[list[str]] = []

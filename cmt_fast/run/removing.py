@@ -22,7 +22,6 @@ from cmt_fast.run import folder as folder_
 from cmt_fast.storage import checkpoint, heartbeat, pruning
 
 KEEP = ("final", "report", "nothing")
-RECENT_S = 120.0  # a heart that beat since then may be of a process on another machine, whose lock is not seen here
 
 
 class Plan(NamedTuple):
@@ -54,10 +53,10 @@ def check(folder: Path, force: bool = False) -> None:
         raise ConfigError(f"RUN: {str(folder)!r} is a link to {folder.resolve()}; name that folder")
     if not (folder / folder_.RUN_FILE).is_file():
         raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {folder_.RUN_FILE}")
-    age = heartbeat.age(folder)
-    if age is not None and age < RECENT_S and not force:
+    age, recent = heartbeat.age(folder), heartbeat.QUIET_S  # of a process on another machine the lock is not seen here
+    if age is not None and age < recent and not force:
         raise ConfigError(
-            f"RUN: {folder} gave a sign of life {age:.0f} s ago; a run counts as alive for {RECENT_S:.0f} s. If nothing works "
+            f"RUN: {folder} gave a sign of life {age:.0f} s ago; a run counts as alive for {recent:.0f} s. If nothing works "
             "on it, on this machine or another, say --force"
         )
 

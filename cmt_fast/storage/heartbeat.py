@@ -8,6 +8,9 @@ from pathlib import Path
 
 HEARTBEAT = "heartbeat"  # RUN/heartbeat: its time is when the run last did something
 
+# seconds without a beat: what is usual, and from when on a run counts as dead
+QUIET_S, DEAD_S = 120.0, 900.0
+
 
 def beat(run: Path) -> None:
     """Say that the run is alive: the time of RUN/heartbeat is now. A folder that cannot be written is passed over."""

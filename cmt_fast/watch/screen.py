@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cmt_fast.runtime import words
 from cmt_fast.watch.state import RunState, StageState, span
 
 MOODS = {"good": "green", "waiting": "yellow", "bad": "bold red"}
@@ -67,7 +68,7 @@ def line(state: RunState) -> str:
         parts.append(f"{span(stage.left_s)} left")
     if stage.losses:
         parts.append(f"loss {number(stage.losses[-1])}")
-    parts += [f"Fréchet {number(f[1])} in {_steps(k)}" for k in state.steps if (f := _newest(state, str(k)))]
+    parts += [f"Fréchet {number(f[1])} in {words.steps(k)}" for k in state.steps if (f := _newest(state, str(k)))]
     return "  ".join([*parts, state.life])
 
 
@@ -129,7 +130,7 @@ def _stages(state: RunState, wide: bool) -> Table:
 
 def _evaluations(state: RunState) -> Table:
     """The newest evaluation of every stage, and its best so far where that is another one."""
-    table = _table(["", *(h for k in state.steps for h in (f"in {_steps(k)}", "best so far"))], 1)
+    table = _table(["", *(h for k in state.steps for h in (f"in {words.steps(k)}", "best so far"))], 1)
     for s in (s for s in state.stages if s.evaluations):
         cells = []
         for k in map(str, state.steps):
@@ -148,7 +149,7 @@ def _evaluations(state: RunState) -> Table:
 
 def _distance(state: RunState) -> str:
     """What the figures are, and that of the teacher in its many steps."""
-    teacher = f"; teacher, {_steps(state.teacher[0])}: {number(state.teacher[1])}" if state.teacher else ""
+    teacher = f"; teacher, {words.steps(state.teacher[0])}: {number(state.teacher[1])}" if state.teacher else ""
     return state.distance + teacher
 
 
@@ -165,7 +166,7 @@ def _spent(state: RunState) -> str:
     if now and now.left_s is not None:
         after = [s.name for s in state.stages if s.state == "waiting"]
         parts.append(f"{span(now.left_s)} left of {now.name}" + f", then {', '.join(after)}" * bool(after))
-    return "; ".join([*parts, f"{_size(state.bytes)} on disk"])
+    return "; ".join([*parts, f"{words.size(state.bytes)} on disk"])
 
 
 def _table(head: list[str], left: int) -> Table:
@@ -190,15 +191,3 @@ def _last(state: RunState) -> StageState:
 def _share(state: RunState) -> float:
     whole = sum(s.total_nimg for s in state.stages)
     return sum(s.share * s.total_nimg for s in state.stages) / max(1, whole)
-
-
-def _steps(k: int) -> str:
-    return f"{k} step{'s' * (int(k) > 1)}"
-
-
-def _size(n: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"

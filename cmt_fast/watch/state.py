@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.run.folder import RUN_FILE, about_run, stored_run
-from cmt_fast.storage.heartbeat import HEARTBEAT
+from cmt_fast.storage.heartbeat import DEAD_S, HEARTBEAT, QUIET_S
 from cmt_fast.watch.tail import Tail
 
 RECENT = 10  # rows of metrics over which speed is taken
-QUIET_S, DEAD_S = 120.0, 900.0  # seconds without a sign of life that are usual, and that `cmt doctor` allows
 PULSE_S = 60.0  # after which a process that writes bill.alive every 5 s is gone
 SIZE_S = 60.0  # between two counts of the folder's bytes
 

@@ -285,7 +285,7 @@ def test_it_asks_and_refuses_what_is_in_use(run, capsys, monkeypatch):
         assert "in use by another process" in refused("--yes", "--force")[2]
     (run / heartbeat.HEARTBEAT).touch()
     assert "sign of life 0 s ago" in refused("--yes")[2]
-    old = time.time() - removing.RECENT_S - 1
+    old = time.time() - heartbeat.QUIET_S - 1
     os.utime(run / heartbeat.HEARTBEAT, (old, old))
     shutil.copytree(run, "runs/user")
     edit(Path("runs/user/run.json"), lambda a: a.update(parents="runs/small", root=os.getcwd()))
