@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.experiments import seeds
 from bench.harness import results_file, tables
 from bench.harness.pages import gallery
 from cmt_fast.config import fingerprint, loading
 from cmt_fast.data.datasets import in_memory
 from cmt_fast.render import grids
-from cmt_fast.report import page
 from cmt_fast.run.folder import about_run, stored_run
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
@@ -86,40 +86,16 @@ def finished(folder: Path) -> bool:
 
 
 def facts(recipe: str, folder: Path) -> dict[str, Any]:
-    """What the page says of a finished run."""
-    stored, about = stored_run(folder), about_run(folder)
-    report = page.write(folder)
-    quality, images = report["quality"], {name: stage.images_nimg for name, stage in stored.stages.items()}
-    seen = images | {"pre": 0, "post": images["mid"] + images["post"]}
-    newest = max((checkpoint.complete(folder / name).folder / "manifest.json").stat().st_mtime for name in images)
-    return {
-        "recipe": recipe,
+    """What the page says of a finished run: a table of one seed, and how to make it."""
+    stored = stored_run(folder)
+    newest = max((checkpoint.complete(folder / n).folder / "manifest.json").stat().st_mtime for n in stored.stages)
+    return seeds.facts(stored.name, stored) | {
         "command": f"cmt train {recipe}" + (f" seed={stored.seed}" if stored.seed else ""),
-        "seed": stored.seed,
-        "digest": fingerprint.digest(stored),
         "device": Workspace(stored, folder, reading=True).device.type,
-        "environment": about["environment"],
-        "finished": datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).date().isoformat(),
-        "commit": results_file.commit(),
-        "samples": stored.eval.n,
-        "steps": list(stored.eval.steps),
-        "extractor": report["extractor"],
-        "teacher": {
-            "steps": stored.sampler.teacher_steps,
-            "figures": quality["pre"]["solver"][str(stored.sampler.teacher_steps)],
-        },
-        "stages": {name: stage_facts(folder / name, quality[name], seen[name]) for name in images},
-    }
-
-
-def stage_facts(folder: Path, quality: dict, student_images: int) -> dict[str, Any]:
-    """Of one stage: seconds by its own clock, figures as a few-step generator."""
-    wall = checkpoint.complete(folder).manifest["wall"]
-    return {
-        "train_s": wall["train_s"],
-        "eval_s": wall["eval_s"],
-        "few": quality["few"],
-        "student_images": student_images,
+        "environment": about_run(folder)["environment"],
+        "date": datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).date().isoformat(),
+        "images": {name: stage.images_nimg for name, stage in stored.stages.items()},
+        "seeds": [seeds.figures(folder, stored.seed)],
     }
 
 

@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from bench.harness.results_file import write_json
 from cmt_fast.config import fingerprint, loading
@@ -87,14 +88,8 @@ def measure(recipe: str, seed: int, out: Path) -> dict:
         return kept["row"]
     names = list(work.run.stages)
     loop.train(work, names)
-    quality = page.write(out)["quality"]
-    row: dict = {"seed": seed, "extractor": work.judging.judge.name, "environment": environment()}
-    row |= {"stages": {}, "seconds": {}, "curve": {}}
+    row = figures(out, seed) | {"environment": environment(), "curve": {}}
     for name in names:
-        row["stages"][name] = quality[name]["few"]
-        if name == "pre":
-            row["stages"]["teacher"] = quality[name]["solver"]
-        row["seconds"][name] = checkpoint.complete(out / name).manifest["wall"]
         row["curve"][name] = [
             {"nimg": r["nimg"], **{k: v["frechet"] for k, v in r["steps"].items()}}
             for r in metrics_log.read(out / name / metrics_log.METRICS)
@@ -103,6 +98,17 @@ def measure(recipe: str, seed: int, out: Path) -> dict:
     row["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     write_json(file, {"digest": key, "row": row})
     return row
+
+
+def figures(folder: Path, seed: int) -> dict[str, Any]:
+    """What the report of a finished run measured, and each stage's seconds by its own clock; the teacher's as `teacher`."""
+    report = page.write(folder)
+    quality = report["quality"]
+    return {
+        "seed": seed, "extractor": report["extractor"], "second": report["second"], "floor": report["floor"],
+        "stages": {name: judged["few"] for name, judged in quality.items()} | {"teacher": quality["pre"]["solver"]},
+        "seconds": {name: checkpoint.complete(folder / name).manifest["wall"] for name in quality},
+    }  # fmt: skip
 
 
 def facts(name: str, recipe: Run) -> dict:

@@ -11,7 +11,17 @@ import re
 from pathlib import Path
 
 from bench.harness import gpu_tables
-from bench.harness.pages import gallery, inputs, keys, launches, picture, promises, published, recipe_tables
+from bench.harness.pages import (
+    gallery,
+    inputs,
+    keys,
+    launches,
+    picture,
+    promises,
+    published,
+    recipe_tables,
+    seed_tables,
+)
 
 PAGES = (
     Path("README.md"),
@@ -25,13 +35,6 @@ PAGES = (
     Path("docs/results.md"),
 )
 RESULTS = Path("bench/results/cpu")
-ROWS = {
-    "teacher": "pre-trained, ODE solver",
-    "pre": "pre-trained, used as a few-step generator",
-    "mid": "mid-training",
-    "post": "mid- and post-training",
-    "control": "control: post-training only, same images",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,48 +65,6 @@ def filled(text: str) -> str:
 def span(values: list[float], digits: int = 2) -> str:
     """All seeds of one cell."""
     return " / ".join(f"{v:.{digits}f}" for v in values)
-
-
-def seeds(recipe: str) -> str:
-    """The table of one recipe over its seeds."""
-    file = RESULTS / f"{recipe}-seeds.json"
-    if not file.is_file():
-        return f"Not measured yet: `python -m bench seeds {recipe}`.\n\n"
-    data = json.loads(file.read_text())
-    rows, steps = data["seeds"], list(data["seeds"][0]["stages"]["post"])
-    head = "".join(f" Fréchet, {k} step{'s' * (k != '1')} | accuracy, {k} |" for k in steps)
-    lines = [f"| {recipe}: weights | images |{head}", "|---|---|" + "---|---|" * len(steps)]
-    images = data["images"] | {"teacher": data["images"]["pre"]}
-    images["post"] += images["mid"]
-    for stage, title in ROWS.items():
-        cells = []
-        for k in steps:
-            found = [r["stages"][stage].get(k) for r in rows]
-            cells += [
-                span([f[key] for f in found], 2 + (key == "accuracy")) if all(found) else ""
-                for key in ("frechet", "accuracy")
-            ]
-        if stage == "teacher":
-            k = next(iter(rows[0]["stages"]["teacher"]))
-            cells[:2] = [
-                span([r["stages"]["teacher"][k]["frechet"] for r in rows]) + f" ({k} steps)",
-                span([r["stages"]["teacher"][k]["accuracy"] for r in rows], 3),
-            ]
-        lines.append(f"| {title} | {images[stage]:,} | " + " | ".join(cells) + " |")
-    ratio = [
-        span([r["stages"]["post"][k]["frechet"] / r["stages"]["control"][k]["frechet"] for r in rows]) for k in steps
-    ]
-    lines.append("| final over control | | " + " | ".join(f"{r} | " for r in ratio) + "|")
-    drift = [span([r["stages"]["post"][k]["frechet"] / r["stages"]["mid"][k]["frechet"] for r in rows]) for k in steps]
-    lines.append("| final over mid-training | | " + " | ".join(f"{r} | " for r in drift) + "|")
-    total = [sum(s["train_s"] + s["eval_s"] for s in r["seconds"].values()) for r in rows]
-    e = data["environment"]
-    lines.append(
-        f"\nSeeds {', '.join(str(r['seed']) for r in rows)}; {data['samples']:,} samples; features `{rows[0]['extractor']}`; "
-        f"all four stages in {span(total, 0)} s; {e['cpu']}, {e['threads']} threads, torch {e['torch']}; "
-        f"commit {data['commit']}, {data['date']}.\n"
-    )
-    return "\n".join(lines) + "\n"
 
 
 def search(recipe: str) -> str:
@@ -368,10 +329,10 @@ TABLES = {
     "published": recipe_tables.published,
     "sources": published.table,
     "recipes": recipe_tables.settings,
-    "stages": lambda recipe: recipe_tables.stages(RESULTS, recipe),
+    "stages": lambda recipe: seed_tables.short(RESULTS, recipe),
     "modes": modes,
     "tune": tune,
-    "seeds": seeds,
+    "seeds": lambda recipe: seed_tables.full(RESULTS, recipe),
     "search": search,
     "dual": dual,
     "native": native,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from bench.experiments import gallery, seeds
 from bench.harness import tables
-from bench.harness.pages import picture
+from bench.harness.pages import picture, seed_tables
 from cmt_fast.config import loading
 from cmt_fast.render import plots
 from cmt_fast.storage import checkpoint
@@ -52,7 +53,8 @@ def test_a_seed_that_is_measured_is_read_and_one_that_changed_is_not(short, monk
     table = json.loads((short / "seeds.json").read_text("utf-8"))
     (row,) = table["seeds"]
     assert row["seed"] == 3 and set(row["stages"]) == {"pre", "teacher", "mid", "post", "control"}
-    assert [set(by) for by in row["stages"].values()] == [{"1", "2"}, {"16"}, *[{"1", "2"}] * 3]
+    assert all(set(by) == ({"16"} if name == "teacher" else {"1", "2"}) for name, by in row["stages"].items())
+    assert row["floor"]["frechet"] > 0 and row["second"].startswith("local-frequencies")
     assert table["recipe"] == "short" and [r["nimg"] for r in row["curve"]["mid"]] == [32, 64]
     other = changed(short, short / "other.yaml")
     with pytest.raises((pytest.fail.Exception, ValueError), match="trained again|another configuration"):
@@ -89,10 +91,31 @@ def test_the_gallery_says_of_a_run_what_its_own_records_say(short, tmp_path, mon
         for name in ("pre", "mid", "post", "control")
     }
     total = sum(wall["train_s"] + wall["eval_s"] for wall in walls.values())
-    assert f"{total / 60:.1f} minutes" in said and "seed=3`" in said and "40 samples, seed 3" in said
-    assert said.count("\n| `") == 4 and "teacher: the ODE solver | 0 |" in said
+    assert f"{total / 60:.1f} minutes" in said and "seed=3`" in said and "Seed 3; 40 samples" in said
+    assert said.count("\n| `") == 4 and "teacher: the ODE solver, 16 steps | 0 |" in said
     with Image.open(tmp_path / "gallery" / "short.png") as image:
         assert image.mode == "RGB" and image.height == 6 * (64 + 2)  # real, teacher, four stages
+
+
+def made_up(ratios: list[tuple[float, float]], sharpness=(0.3, 0.2)) -> list[dict]:
+    """Seeds whose post is `ratios` (first space, second) of its control in one step; sharpness: of both."""
+    of = lambda a, b, sharp: {"1": {"frechet": a, "frechet_2": b, "sharpness": sharp}}
+    stages = [{"post": of(*pair, sharpness[0]), "control": of(1.0, 1.0, sharpness[1])} for pair in ratios]
+    return [{"seed": k, "stages": s, "floor": {"sharpness": 0.3}} for k, s in enumerate(stages)]
+
+
+@pytest.mark.parametrize(
+    "seeds, said",
+    [
+        (made_up([(0.1, 0.2), (0.9, 0.8)]), "^In 1 step `post` is nearer than `control` in both spaces at every seed.$"),
+        (made_up([(0.1, 0.2), (0.1, 1.2)]), "The two spaces disagree in 1 step.* at seed 1.$"),
+        (made_up([(1.5, 1.2), (0.1, 0.2)]), "^In 1 step `control` is nearer in both spaces at seed 0.$"),
+        (made_up([(1.5, 0.2), (1.5, 1.2), (1.1, 0.9)]), "disagree.* at seeds 0, 2. In 1 step `control` .* at seed 1.$"),
+        (made_up([(0.1, 0.2)], (0.1, 0.4)), "both spaces. .* further from the sharpness .* at seed 0: .* 0.100, 0.400 in"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_a_table_stands_below_it(seeds, said):
+    assert re.search(said, " ".join(seed_tables.contradictions(seeds)))
 
 
 def test_the_gallery_takes_no_run_of_other_settings(short, tmp_path):

@@ -1,9 +1,6 @@
-"""Tables of the recipes that come with the package: what each header says, the settings, and the README's five rows."""
+"""Tables of the recipes that come with the package: what each header says, and their settings."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 from cmt_fast.config import loading, recipes
 from cmt_fast.config.schema import Stage
@@ -41,30 +38,3 @@ def cells(stage: Stage) -> tuple[str, ...]:
         stage.objective.kind + (f" + anchor {anchor.objective.kind}" if anchor else ""), f"{stage.images_nimg:,}",
         f"{stage.batch:,}", rollout, f"{stage.optimizer} {stage.lr:g}, {stage.lr_schedule}", ema, stage.precision,
     )  # fmt: skip
-
-
-TITLES = {
-    "pre": "the pre-trained model as it is",
-    "mid": "mid-training",
-    "post": "mid- and post-training",
-    "control": "post-training only",
-}
-
-
-def stages(results: Path, recipe: str) -> str:
-    """Distances of each stage over the seeds, and the run over its control. results: the folder of one device."""
-    data = json.loads((results / f"{recipe}-seeds.json").read_text("utf-8"))
-    seeds, images = data["seeds"], data["images"]
-    seen = {**images, "pre": 0, "post": images["mid"] + images["post"]}
-    steps = list(seeds[0]["stages"]["post"])
-    heads = " | ".join(f"Fréchet, {k} step{'s' * (k != '1')}" for k in steps)
-    lines = [f"| stage | student images | {heads} |", "|---|---:|" + "---|" * len(steps)]
-    of = lambda stage, k: [r["stages"][stage][k]["frechet"] for r in seeds]
-    each = lambda numbers: " / ".join(f"{v:.2f}" for v in numbers)
-    for stage, title in TITLES.items():
-        lines.append(f"| `{stage}`: {title} | {seen[stage]:,} | {' | '.join(each(of(stage, k)) for k in steps)} |")
-    ratios = [each(a / b for a, b in zip(of("post", k), of("control", k))) for k in steps]
-    lines.append(f"| ratio: `post` / `control` | {seen['post'] / seen['control']:.3g} | {' | '.join(ratios)} |")
-    numbers, e = ", ".join(str(r["seed"]) for r in seeds), data["environment"]
-    about = f"Recipe `{recipe}`, seeds {numbers}, in this order; {data['samples']:,} samples; {e['cpu']}, torch {e['torch']}"
-    return "\n".join(lines) + f"\n\n{about}; commit {data['commit']}, {data['date']}.\n\n"
