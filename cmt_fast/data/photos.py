@@ -4,15 +4,6 @@ Nothing is downloaded and neither package is imported: the image files lie in wh
 each, square windows of six sizes are cut on an even grid that reaches from edge to edge, and reduced to 32 x 32. A network
 that is trained on them learns to draw views of these six photographs; it sees nothing else, so it knows no other cat. That
 is enough to show colours, shapes and textures, and what each training stage does to them.
-
-| class | file | of | rights |
-|---|---|---|---|
-| pagoda | sklearn china.jpg | danielbuechele, flickr.com/photos/danielbuechele/6061409035 | CC BY 2.0 |
-| dahlia | sklearn flower.jpg | vultilion, flickr.com/photos/vultilion/6056698931 | CC BY 2.0 |
-| astronaut | skimage astronaut.png | NASA, Eileen Collins, flic.kr/p/r9qvLn | public domain |
-| cat | skimage chelsea.png | Stefan van der Walt, "Chelsea the cat" | CC0 |
-| coffee | skimage coffee.png | Rachel Michetti, Pikolo Espresso Bar | CC0 |
-| rocket | skimage rocket.jpg | SpaceX, launch of DSCOVR, flickr.com/photos/spacexphotos/16511594820 | public domain |
 """
 
 from __future__ import annotations
@@ -36,21 +27,25 @@ PLACES = 10  # along each side, from edge to edge
 
 
 class Photo(NamedTuple):
-    """A photograph: its class, the package that carries it, its file there, xxh3_64 of the file as these rows were made."""
+    """A photograph: its class, the package that carries it, its file there, xxh3_64 of the file as these rows were made; who made
+    it and on what terms it may be used (docs/data.md has the links).
+    """
 
     name: str
     package: str
     file: str
     hash: str
+    author: str
+    rights: str
 
 
 PHOTOS = (
-    Photo("pagoda", "sklearn", "datasets/images/china.jpg", "11542ce03b91d8d0"),
-    Photo("dahlia", "sklearn", "datasets/images/flower.jpg", "cbed8d50bd03e09b"),
-    Photo("astronaut", "skimage", "data/astronaut.png", "0fabd6012e63326b"),
-    Photo("cat", "skimage", "data/chelsea.png", "c92410a5ace9e478"),
-    Photo("coffee", "skimage", "data/coffee.png", "d5097d427020b37a"),
-    Photo("rocket", "skimage", "data/rocket.jpg", "c2bd04adb578fbce"),
+    Photo("pagoda", "sklearn", "datasets/images/china.jpg", "11542ce03b91d8d0", "danielbuechele", "CC BY 2.0"),
+    Photo("dahlia", "sklearn", "datasets/images/flower.jpg", "cbed8d50bd03e09b", "vultilion", "CC BY 2.0"),
+    Photo("astronaut", "skimage", "data/astronaut.png", "0fabd6012e63326b", "NASA", "public domain"),
+    Photo("cat", "skimage", "data/chelsea.png", "c92410a5ace9e478", "Stefan van der Walt", "CC0"),
+    Photo("coffee", "skimage", "data/coffee.png", "d5097d427020b37a", "Rachel Michetti, Pikolo Espresso Bar", "CC0"),
+    Photo("rocket", "skimage", "data/rocket.jpg", "c2bd04adb578fbce", "SpaceX", "public domain"),
 )
 PIP = {"sklearn": "scikit-learn", "skimage": "scikit-image"}
 
