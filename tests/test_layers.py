@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "usage": {"runtime", "storage"},
     "evaluation": {"config", "data", "diffusion", "objectives", "runtime", "safe_pickle"},
     "run": {"config", "data", "diffusion", "engine", "evaluation", "models", "objectives", "perceptual", "render", "runtime",
-            "schedule", "storage", "teacher"},
+            "schedule", "storage", "teacher", "usage"},
     "train": {"config", "data", "diffusion", "engine", "evaluation", "objectives", "perceptual", "render", "run", "runtime",
               "schedule", "storage", "teacher", "usage"},
     "cost": {"config", "data", "engine", "models", "objectives", "run", "runtime", "schedule", "storage", "teacher"},

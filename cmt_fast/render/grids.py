@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
+
+if TYPE_CHECKING:  # tables of pictures on disk are made without torch
+    from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # the EXIF orientation tag -> what brings the picture upright

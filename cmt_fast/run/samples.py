@@ -34,7 +34,7 @@ from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.render import grids
 from cmt_fast.run import guidance
 from cmt_fast.run.workspace import Workspace, open_stage
-from cmt_fast.runtime import distributed, progress, signals
+from cmt_fast.runtime import distributed, progress, signals, words
 from cmt_fast.storage import files, npz_blocks
 
 ABOUT = "samples.json"
@@ -127,7 +127,7 @@ class Drawing:
         """`2 steps, seed 0`."""
         r, scale = self.request, self.setting.config.guidance
         solver = f" of the ODE solver{f' at guidance {scale:g}' * (scale != 1)}" if r.solver else ""
-        return f"{r.steps} step{'s' * (r.steps > 1)}{solver}, seed {r.seed}"
+        return f"{words.steps(r.steps)}{solver}, seed {r.seed}"
 
     def block(self, rows: range) -> Iterator[tuple[int, Tensor]]:
         """(index of the first, samples (m, ...) on the CPU) of consecutive samples: data units, or uint8 where decoded."""

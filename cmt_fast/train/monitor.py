@@ -10,7 +10,7 @@ from cmt_fast.engine import Engine
 from cmt_fast.render import grids
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import distributed, progress
+from cmt_fast.runtime import distributed, progress, words
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
 
@@ -74,7 +74,7 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
 def draw_grid(work: Workspace, net: Callable, stage: ResolvedStage, file: Path) -> None:
     """The same noise through 1, 2 and many steps, one picture of each class in order, in a PNG file."""
     run, n, setting = work.run, 10 if len(work.data.shape) == 3 else 1500, work.setting.each_class()
-    rows = [(f"{k} step{'s' * (k > 1)}", setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
+    rows = [(words.steps(k), setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
     name, config = stage.name, stage.config
     before = "pre" if checkpoint.steps(work.stage_dir("pre")) else None
     named = (config.teacher or before) if name != "pre" and not stage.cache else None  # no teacher for a cache

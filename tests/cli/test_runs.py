@@ -121,7 +121,7 @@ def test_a_run_that_trains_is_alive_and_its_figures_are_of_an_evaluation(run, ca
 def test_figures_of_other_weights_are_not_shown(run):
     edit(run / "post/figures.json", lambda f: f["key"].update(ema="0" * 32))
     known = runs_.read(run)
-    assert known.stages["mid"].figures.final and known.stages["post"].figures is None
+    assert known.figures["mid"].final and "post" not in known.figures
 
 
 def test_show_says_where_a_run_comes_from_and_what_it_changed(run, trained, tmp_path, capsys, monkeypatch):
@@ -137,7 +137,7 @@ def test_show_says_where_a_run_comes_from_and_what_it_changed(run, trained, tmp_
     Workspace(tiny("digits", "post.lr=0.5"), tmp_path / "other").claim()
     about = json.loads(cmt(capsys, "runs", "show", tmp_path / "other", "--json")[1])
     assert about["settings"]["post.lr"]["run"] == "0.5" and "pre.lr" not in about["settings"]
-    assert about["stages"]["pre"]["state"] == "not begun" and about["state"] == "stopped"
+    assert about["stages"]["pre"]["state"] == about["state"] == "not begun"
 
 
 # ------------------------------------------------------------------------------------------------ compare
@@ -200,11 +200,11 @@ def test_a_pruned_run_is_sampled_judged_and_listed_and_says_why_it_cannot_go_on(
 
 
 def test_without_weights_the_figures_stay(run, trained, capsys):
-    figures = runs_.read(run).stages["post"].figures
+    figures = runs_.read(run).figures["post"]
     assert cmt(capsys, "runs", "rm", run, "--keep", "report", "--yes")[0] == 0
     assert not list(run.glob("*/checkpoints/*/*.safetensors"))
     known = runs_.read(run)
-    assert known.finished and known.stages["post"].figures == figures
+    assert known.life.word == "finished" and known.figures["post"] == figures
     assert cmt(capsys, "report", run, "--no-judge")[0] == 0
     assert f"{figures.steps['1']['frechet']:.3g}" in (run / "report.md").read_text()
     assert "sound" in cmt(capsys, "ckpt", "verify", run)[1]
