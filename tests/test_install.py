@@ -125,7 +125,7 @@ def test_sources_count_every_file_and_flag(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "CSRC", tmp_path / "csrc")
     seen = {build.sources()}
     for name in ("ops.cpp", "row_math.h", "cuda/gelu.cu", "cuda/row.cuh"):
-        with open(tmp_path / "csrc" / name, "a") as file:
+        with open(tmp_path / "csrc" / name, "a", encoding="utf-8") as file:
             file.write("\n")
         seen.add(build.sources())
     monkeypatch.setattr(build, "CXX_FLAGS", ["-O0"])

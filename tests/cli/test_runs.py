@@ -55,9 +55,9 @@ def run(trained, tmp_path, monkeypatch):
 
 
 def edit(file: Path, change) -> None:
-    tree = json.loads(file.read_text())
+    tree = json.loads(file.read_text(encoding="utf-8"))
     change(tree)
-    file.write_text(json.dumps(tree))
+    file.write_text(json.dumps(tree), encoding="utf-8")
 
 
 def unfinish(run: Path, stage: str) -> Path:

@@ -209,7 +209,7 @@ def test_the_page_is_drawn_at_any_moment_and_nothing_is_computed_for_it(tmp_path
     loop.train(work, ["mid"])  # its rows and grids are there, its checkpoint is not
     monkeypatch.undo()
     assert "mid 100% of 64 images" in taken[-1] and "quality-1.svg" in taken[-1] and "grid-mid.png" in taken[-1]
-    with open(folder / "mid" / "metrics.jsonl", "a") as file:
+    with open(folder / "mid" / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"kind": "eval", "step')  # a row that is being written
     assert "mid finished" in look()
     page.write(folder)

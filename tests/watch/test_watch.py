@@ -39,7 +39,7 @@ def row(kind: str, step: int, seconds: float = 0.0, **values) -> str:
 
 def stamp(path: Path, when: float, text: str = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     os.utime(path, (when, when))
 
 
@@ -71,7 +71,7 @@ def run(tmp_path) -> Path:
 
 
 def text_of(renderable, width: int = 120) -> str:
-    console = Console(width=width, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
+    console = Console(width=width, file=open(os.devnull, "w", encoding="utf-8"), record=True)  # noqa: SIM115
     console.print(renderable)
     return console.export_text()
 
@@ -140,7 +140,7 @@ def test_lines_where_there_is_no_terminal(run, monkeypatch, capsys):
     def sleep(_):
         looks[0] += 1
         if looks[0] == 2:
-            with open(run / "mid" / "metrics.jsonl", "a") as f:
+            with open(run / "mid" / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(row("train", 13, 26.0, loss=0.1))
         if looks[0] == 4:
             raise KeyboardInterrupt
@@ -158,7 +158,7 @@ def test_only_what_is_new_is_read_and_a_file_begun_anew_is_read_again(tmp_path, 
     loads = json.loads
     monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
     assert [r["n"] for r in tail.read()] == [1, 2]
-    with open(file, "a") as f:
+    with open(file, "a", encoding="utf-8") as f:
         f.write(": 3}\n")
     assert [r["n"] for r in tail.read()] == [1, 2, 3] and len(parsed) == 3
     new = tmp_path / "new"
