@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,7 +126,7 @@ def _opened(cell: tuple[Path, str] | None) -> Image.Image | None:
 
 def _save(canvas: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     canvas.save(temporary, format="PNG")
     temporary.replace(path)
 

@@ -68,7 +68,9 @@ def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dic
     ]
     page = [page[0], *(section for section in page[1:] if section.groups)]
     html, markdown, banner = folder / "report.html", folder / "report.md", "" if judge else _banner(stands, quality)
-    templates.write_pictures(folder / "report", page)
+    (folder / "report").mkdir(exist_ok=True)
+    for name, data in templates.pictures(page).items():
+        files.write_bytes(folder / "report" / name, data)
     files.write_text(html, templates.html(run.name, page, banner, refresh_s))
     files.write_text(markdown, templates.markdown(run.name, page, banner))
     if judge:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -331,10 +330,7 @@ class _Pngs:
         yield put
 
     def _one(self, index: int, pixels: np.ndarray, about: dict[str, Any]) -> None:
-        path = self.path(index)
-        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        temporary.write_bytes(grids.png(pixels, {"cmt-fast": json.dumps(about)}))
-        os.replace(temporary, path)
+        files.write_bytes(self.path(index), grids.png(pixels, {"cmt-fast": json.dumps(about)}))
 
 
 class _Parts:

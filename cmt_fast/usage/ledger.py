@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_fast.runtime import distributed
+from cmt_fast.storage import files
 from cmt_fast.usage import bills
 from cmt_fast.usage.bills import ALIVE, FILE, Amount, Usage
 from cmt_fast.usage.meters import Meter
@@ -96,10 +97,8 @@ class Account:
         if not self.write:
             return
         body = {"bill": self.bill.stored(), "settled": self.settled, "held": {self.meter.unit: self.held}}
-        temporary = self.folder / f".tmp-{FILE}-{os.getpid()}"
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(body), "utf-8")
-            os.replace(temporary, self.folder / FILE)
+            files.write_bytes(self.folder / FILE, json.dumps(body).encode())
         if not self._ended.is_set():
             self._touch()
 

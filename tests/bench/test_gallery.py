@@ -42,7 +42,9 @@ def asked(short: Path, **more) -> types.SimpleNamespace:
 
 def changed(short: Path, file: Path) -> Path:
     """The recipe with another learning rate of its control."""
-    file.write_text(yaml.safe_dump(loading.dump(loading.load(str(short / "short.yaml"), ["control.lr=4e-4"]))), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump(loading.dump(loading.load(str(short / "short.yaml"), ["control.lr=4e-4"]))), encoding="utf-8"
+    )
     return file
 
 
