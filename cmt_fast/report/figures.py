@@ -38,6 +38,11 @@ class Names(NamedTuple):
     distance: str
 
 
+def plain(row: Figures) -> dict[str, float]:
+    """What of a row of figures is one number."""
+    return {key: value for key, value in row.items() if isinstance(value, int | float)}
+
+
 def stored(file: Path) -> tuple[dict[str, Any], Judged] | None:
     """The key and the figures of a figures.json; None where there is none that can be read."""
     try:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
-from cmt_fast.report.figures import FIGURES, Figures, stored
+from cmt_fast.report.figures import FIGURES, Figures, plain, stored
 from cmt_fast.run import folder as folder_
 from cmt_fast.run import standing
 from cmt_fast.run.standing import Life, Standing
@@ -104,8 +104,7 @@ def _figures(run: Run, folder: Path, s: Standing) -> Newest | None:
 
 def _plain(steps: dict[str, Any]) -> dict[str, Figures | None]:
     """Figures by name, what is no number left out."""
-    numbers = lambda of: {k: v for k, v in of.items() if isinstance(v, int | float)}
-    return {str(k): numbers(of) if of else None for k, of in steps.items()}
+    return {str(k): plain(of) if of else None for k, of in steps.items()}
 
 
 def find(folder: Path) -> tuple[list[Known], list[tuple[Path, str]]]:
