@@ -13,6 +13,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.evaluation import kept
 from cmt_fast.render import templates
@@ -42,8 +44,8 @@ def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dic
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
     about = about_run(folder)
-    # half-way neither the data nor a checkpoint's tensors are read: manifests and sizes of files are enough
-    work = open_run(folder, rows=judge)
+    # half-way neither the data, a checkpoint's tensors nor a GPU are touched: manifests and sizes of files are enough
+    work = open_run(folder, rows=judge, device=None if judge else torch.device("cpu"))
     stands = {name: stand(work, name, whole=judge) for name in run.stages}
     done = {name: s for name, s in stands.items() if s.done}
     if judge and not done:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,10 +24,14 @@ def due(stage: ResolvedStage, n: int, last: bool) -> bool:
 
 
 def to_come(stage: ResolvedStage, n: int) -> int:
-    """How many evaluations are due after step n: the stage's last, and those before it."""
+    """At how many steps after step n something is `due`: the stage's last, and those before it."""
     plan = stage.schedule
-    rests = [-(-plan.total // every) - n // every for every in (plan.eval_every, plan.grid_every) if every]
-    return max(rests, default=1) if n < plan.total else 0
+    every = [e for e in (plan.eval_every, plan.grid_every, plan.snapshot_every) if e]
+    if n >= plan.total:
+        return 0
+    of = lambda together: (plan.total - 1) // math.lcm(*together) - n // math.lcm(*together)
+    sets = ((-1) ** k * of(part) for k in range(len(every)) for part in itertools.combinations(every, k + 1))
+    return 1 + sum(sets)  # steps at which two are due are counted once
 
 
 def title(work: Workspace, stage: ResolvedStage, n: int, last: bool) -> str:

@@ -14,7 +14,6 @@ from bench.experiments import gallery, seeds
 from bench.harness import tables
 from bench.harness.pages import picture
 from cmt_fast.config import loading
-from cmt_fast.render import plots
 from cmt_fast.storage import checkpoint
 
 NETWORK = ["model={kind: dit, patch: 8}", "model.width=16", "model.depth=1", "model.heads=2"]
@@ -24,13 +23,11 @@ LESS = [*LENGTHS, "pre.warmup_nimg=0", "mid.eval_every_nimg=32", "mid.trajectori
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory) -> Path:
+def short(tmp_path_factory, plain_plots) -> Path:
     """A folder with short.yaml and its run short-3, trained and measured as `bench seeds` does."""
     folder = tmp_path_factory.mktemp("short")
     (folder / "short.yaml").write_text(yaml.safe_dump(loading.dump(loading.load("photos", [*NETWORK, *LESS]))))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "svg", lambda *_, **size: "<svg></svg>")  # test_page.py draws them
-        seeds.measure(str(folder / "short.yaml"), 3, folder / "short-3")
+    seeds.measure(str(folder / "short.yaml"), 3, folder / "short-3")
     return folder
 
 

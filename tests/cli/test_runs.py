@@ -23,6 +23,7 @@ from cmt_fast.storage import checkpoint, heartbeat, pruning
 from tests.fixtures import small
 from tests.fixtures.tiny import tiny
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
 MODEL = {"kind": "dit", "width": 16, "depth": 1, "heads": 2}
 LONG_AGO = 1.6e9
 
