@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -114,7 +115,7 @@ def test_a_run_that_trains_is_alive_and_its_figures_are_of_an_evaluation(run, ca
     (run / "post/metrics.jsonl").write_text(json.dumps(row) + '\n{"kind": "tr')
     out = cmt(capsys, "runs", "ls")[1]
     out = " ".join(out.split())
-    assert "post 100% alive 0 s ago" in out and "post 7.25 @1, – @2 *" in out, out
+    assert re.search(r"post 100% alive \d+ s ago", out) and "post 7.25 @1, – @2 *" in out, out
     os.utime(run / heartbeat.HEARTBEAT, (LONG_AGO, LONG_AGO))
     assert "stopped" in cmt(capsys, "runs", "ls")[1]
 
@@ -285,7 +286,7 @@ def test_it_asks_and_refuses_what_is_in_use(run, capsys, monkeypatch):
     with folder_.locked(run, "--out"):
         assert "in use by another process" in refused("--yes", "--force")[2]
     (run / heartbeat.HEARTBEAT).touch()
-    assert "sign of life 0 s ago" in refused("--yes")[2]
+    assert re.search(r"sign of life \d+ s ago", refused("--yes")[2])
     old = time.time() - heartbeat.QUIET_S - 1
     os.utime(run / heartbeat.HEARTBEAT, (old, old))
     shutil.copytree(run, "runs/user")
