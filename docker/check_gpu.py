@@ -13,10 +13,10 @@ def main(when: str, file: str) -> None:
     spec = importlib.util.find_spec("torch")
     torch = f"{importlib.metadata.version('torch')} {spec and spec.origin}"
     if when == "before":
-        Path(file).write_text(torch)
+        Path(file).write_text(torch, encoding="utf-8")
         return
-    if torch != Path(file).read_text():
-        sys.exit(f"torch was {Path(file).read_text()}, now it is {torch}")
+    if torch != Path(file).read_text(encoding="utf-8"):
+        sys.exit(f"torch was {Path(file).read_text(encoding='utf-8')}, now it is {torch}")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"the image has no {', '.join(missing)}")

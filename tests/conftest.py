@@ -70,6 +70,16 @@ def seed() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def plain_plots() -> Iterator[None]:
+    """Curves of reports are empty pictures: drawing them, which tests/report does, takes longer than a small run."""
+    from cmt_fast.render import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "svg", lambda *_, **size: "<svg></svg>")
+        yield
+
+
 @pytest.fixture
 def nan_poison() -> Iterator[None]:
     """Fresh memory is NaN (the largest integer for integers): what a kernel forgets to write shows."""

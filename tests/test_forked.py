@@ -15,7 +15,7 @@ from tests.fixtures import forked
 
 
 def state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2][0]
 
 
 def test_a_child_and_its_client_that_end_together_do_not_end_the_server() -> None:

@@ -91,7 +91,7 @@ def test_a_part_past_its_limit_ends_with_all_that_it_started(tmp_path, monkeypat
     assert re.fullmatch("stopped at its limit of 1[12] s", deaf["status"]) and deaf["rows"] == 2
     child = int(re.search(r"\[deaf\] child (\d+)", (tmp_path / "out" / "gpu.log").read_text())[1])
     stat = Path(f"/proc/{child}/stat")
-    assert not stat.exists() or stat.read_text().split(") ")[1][0] == "Z"
+    assert not stat.exists() or stat.read_text(encoding="utf-8").split(") ")[1][0] == "Z"
     assert sound["status"] == "ok" and sound["limit_s"] > 50
 
 
@@ -124,7 +124,7 @@ sit(Path({str(tmp_path)!r}), [planted("deaf"), planted("sound")])
     child = int(re.search(r"child (\d+)", log.read_text())[1])
     time.sleep(0.2)
     stat = Path(f"/proc/{child}/stat")
-    assert not stat.exists() or stat.read_text().split(") ")[1][0] == "Z"
+    assert not stat.exists() or stat.read_text(encoding="utf-8").split(") ")[1][0] == "Z"
 
 
 @pytest.mark.parametrize("tiny", [False, True])

@@ -20,7 +20,6 @@ from cmt_kernels._native import build
 from torch.func import jvp
 
 from cmt_fast.runtime import machine
-from tests.fixtures import forked
 
 ROOT = Path(__file__).parents[1]
 if sys.version_info >= (3, 11):
@@ -125,7 +124,7 @@ def test_sources_count_every_file_and_flag(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "CSRC", tmp_path / "csrc")
     seen = {build.sources()}
     for name in ("ops.cpp", "row_math.h", "cuda/gelu.cu", "cuda/row.cuh"):
-        with open(tmp_path / "csrc" / name, "a") as file:
+        with open(tmp_path / "csrc" / name, "a", encoding="utf-8") as file:
             file.write("\n")
         seen.add(build.sources())
     monkeypatch.setattr(build, "CXX_FLAGS", ["-O0"])
@@ -229,14 +228,13 @@ def test_the_readme_of_the_ops_runs_and_its_tangent_is_right():
     torch.testing.assert_close(got, want)
 
 
-def test_bash_completes_commands_options_and_recipes(tmp_path):
+def test_bash_completes_commands_options_and_recipes(tmp_path, capsys):
     pytest.importorskip("shtab")
     from cmt_fast import cli
 
     script = tmp_path / "cmt.bash"
-    done = subprocess.run([*forked.python(), "-m", "cmt_fast", "completion", "bash"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    script.write_text(done.stdout)
+    assert cli.main(["completion", "bash"]) == 0
+    script.write_text(capsys.readouterr().out)
     ask = (
         'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); '
         '$(complete -p cmt | sed "s/.*-F \\([^ ]*\\).*/\\1/"); echo "${COMPREPLY[@]}"'

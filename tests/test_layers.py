@@ -40,9 +40,9 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"config", "runtime", "storage"},
     "teacher": {"config", "diffusion", "models", "objectives", "runtime", "storage"},
     "usage": {"runtime", "storage"},
-    "evaluation": {"config", "data", "diffusion", "objectives", "runtime", "safe_pickle"},
+    "evaluation": {"config", "data", "diffusion", "objectives", "runtime", "safe_pickle", "storage"},
     "run": {"config", "data", "diffusion", "engine", "evaluation", "models", "objectives", "perceptual", "render", "runtime",
-            "schedule", "storage", "teacher"},
+            "schedule", "storage", "teacher", "usage"},
     "train": {"config", "data", "diffusion", "engine", "evaluation", "objectives", "perceptual", "render", "run", "runtime",
               "schedule", "storage", "teacher", "usage"},
     "cost": {"config", "data", "engine", "models", "objectives", "run", "runtime", "schedule", "storage", "teacher"},
@@ -140,9 +140,9 @@ def faults(path: PurePath, source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_arrows_and_doors(path):
-    assert not faults(path, (ROOT / path).read_text("utf-8"))
+def test_arrows_and_doors():
+    assert len(FILES) > 500
+    assert [fault for path in FILES for fault in faults(path, (ROOT / path).read_text("utf-8"))] == []
 
 
 @pytest.mark.parametrize(
@@ -235,25 +235,30 @@ def test_what_a_module_offers_is_there():
     assert absent("import a.b\nfrom c import d as e\nF = 1\n__all__ = ['a', 'e', 'F', 'd', 'G']") == {"d", "G"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_no_file_above_400_lines(path):
-    assert len((ROOT / path).read_text("utf-8").splitlines()) <= 400
+def test_no_file_above_400_lines():
+    assert [str(path) for path in FILES if len((ROOT / path).read_text("utf-8").splitlines()) > 400] == []
 
 
-@pytest.mark.parametrize("path", OURS, ids=str)
-def test_public_functions_have_docstrings(path):
-    tree = ast.parse((ROOT / path).read_text("utf-8"))
-    assert ast.get_docstring(tree) or not tree.body, f"{path} has no module docstring"
-    if path.name in ("reference.py", "torch.py", "triton.py", "native.py", "cases.py") and path.parts[0] == "kernels":
-        return  # a backend's docstring is the public function's
+def undocumented(path: PurePath, source: str) -> list[str]:
+    """What of a file has no docstring and needs one: the module, and public functions of more than a statement."""
+    tree = ast.parse(source)
+    found = [] if ast.get_docstring(tree) or not tree.body else [f"{path} has no module docstring"]
+    backend = (
+        path.name in ("reference.py", "torch.py", "triton.py", "native.py", "cases.py") and path.parts[0] == "kernels"
+    )
+    if backend or path.parent.name == "cli":  # a backend's docstring is the public function's
+        return found
     for node in tree.body:
-        if (
-            isinstance(node, (ast.FunctionDef, ast.ClassDef))
-            and not node.name.startswith("_")
-            and path.parent.name != "cli"
-        ):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             short = isinstance(node, ast.FunctionDef) and len(node.body) == 1
-            assert short or ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+            found += [] if short or ast.get_docstring(node) else [f"{path}: {node.name} has no docstring"]
+    return found
+
+
+def test_public_functions_have_docstrings():
+    assert [line for path in OURS for line in undocumented(path, (ROOT / path).read_text("utf-8"))] == []
+    planted = "def f():\n    a = 1\n    return a\nclass _B: pass\nclass C: pass"
+    assert len(undocumented(PurePath("cmt_fast/train/new.py"), planted)) == 3
 
 
 def loaded(code: str, names: tuple[str, ...]) -> list[str]:

@@ -60,7 +60,7 @@ def test_from_a_folder_of_photographs_to_samples_of_their_classes(photos, tmp_pa
     assert np.bincount(made["labels"]).tolist() == [18, 20, 20, 20]  # twice the rows, in the data's own proportions
     assert main(["sample", "runs/mine/post", "--class", "sepia,flower", "--n", "6", "--out", "two.npz"]) == 0
     assert sorted(np.load("two.npz")["labels"].tolist()) == [1, 1, 1, 3, 3, 3]
-    last = [json.loads(line) for line in Path("runs/mine/post/metrics.jsonl").read_text().splitlines()]
+    last = [json.loads(line) for line in Path("runs/mine/post/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert any(
         "data" in row.get("labels", "") for row in last
     )  # the law of its evaluations stands beside their figures

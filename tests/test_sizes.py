@@ -62,9 +62,9 @@ def faults(path: Path) -> Iterator[str]:
                 yield f"{where} has {count}, at most {limit}; the sentence '{word}: ...' has no cause"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_function_beyond_a_limit_says_why(path):
-    assert not list(faults(path))
+def test_a_function_beyond_a_limit_says_why():
+    assert len(FILES) > 300
+    assert [f"{path.relative_to(ROOT)}: {fault}" for path in FILES for fault in faults(path)] == []
 
 
 MANY = ", ".join("abcdefghi")

@@ -10,6 +10,8 @@ from cmt_fast.cli.parser import checked
 from cmt_fast.config import loading, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.evaluation import intervals, judges, references
+from cmt_fast.report import verdict
+from cmt_fast.report.figures import plain
 from cmt_fast.run import folder, guidance, workspace
 from cmt_fast.runtime import distributed, machine, progress
 
@@ -72,9 +74,9 @@ def evaluate(args: argparse.Namespace) -> None:
         "reference": {"source": against.source, "n": against.n, "file": work.run.eval.reference},
         "solver": args.solver,
         **about,
-        "steps": {k: _plain(row) for k, row in figures.items()},
+        "steps": {k: plain(row) for k, row in figures.items()},
         "intervals": {k: _intervals(row) for k, row in figures.items()},
-        "floor": floor and _plain(floor),
+        "floor": floor and plain(floor),
         "real": {"sharpness": judge.kept.sharpness},
     }
     if args.json:
@@ -98,20 +100,12 @@ NAMES = {"frechet_2": "second", "precision_2": "precision (second)", "recall_2":
 def _line(row: dict, title: str) -> str:
     """Figures of one set of samples, the distances first."""
     first = [key for key in ("frechet", "frechet_2") if key in row]
-    rest = [key for key in _plain(row) if key not in first]
-    within = _intervals(row)
+    rest = [key for key in plain(row) if key not in first]
     parts = []
     for key in first + rest:
-        text = f"{title if key == 'frechet' else NAMES.get(key, key)} {row[key]:.4f}"
-        parts.append(
-            text + (f" [{within[key][0]:.4f}, {within[key][1]:.4f}]" if key in first and key in within else "")
-        )
+        value = verdict.distance(row, key) if key in first else row[key]
+        parts.append(f"{title if key == 'frechet' else NAMES.get(key, key)} {verdict.text(value, '.4f')}")
     return "  ".join(parts)
-
-
-def _plain(row: dict) -> dict[str, float]:
-    """What of a row of figures is one number."""
-    return {key: value for key, value in row.items() if isinstance(value, float | int)}
 
 
 def _intervals(row: dict) -> dict[str, list[float]]:

@@ -82,7 +82,7 @@ def show(args: argparse.Namespace) -> None:
     about = tables.as_json(known)
     say(f"{known.folder}: recipe {known.run.name}, {about['state']}, last changed {about['changed']}")
     trained = f"; trained from {known.about['root']}" if known.about.get("root") else ""
-    say(f"config digest {about['digest'][:12]}; {known.images:,} images; {tables.hours_text(known.hours)}{trained}")
+    say(f"config digest {about['digest'][:12]}; {known.images:,} images; {words.device_hours(known.hours)}{trained}")
     if known.about.get("parents"):
         say(f"stages not trained here are from {known.about['parents']}")
     machine = known.about.get("environment") or {}

@@ -23,11 +23,11 @@ from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
 from cmt_fast.run import absent, folder, needs, workspace
 from cmt_fast.run.resolved import ResolvedStage
-from cmt_fast.runtime import distributed, machine, memory, pace, progress
+from cmt_fast.runtime import distributed, machine, memory, progress, words
 from cmt_fast.storage import checkpoint
 from cmt_fast.teacher import precision, solver_record
 from cmt_fast.train import loop, profiler
-from cmt_fast.usage import ledger
+from cmt_fast.usage import bills
 
 REFRESH_S = 30  # seconds after which the page of a run that trains loads itself anew
 
@@ -206,11 +206,10 @@ def _classes(work: workspace.Workspace) -> None:
 
 def _done(work: workspace.Workspace, names: list[str], seconds: float) -> str:
     """The last line: what this command took, and what its stages have cost in all, restarts too."""
-    bills = [ledger.of_stage(work.folder / n, checkpoint.complete(work.folder / n).manifest) for n in names]
-    spent = {"GPU": "gpu", "core": "core"}
-    cost = {word: ledger.total([b for b in bills if b], unit).hours for word, unit in spent.items()}
-    said = " and ".join(f"{pace.hours(h)} {word}-hours" for word, h in cost.items() if h)
-    return f"done in {pace.duration(seconds)}; {', '.join(names)}: {said} in all"
+    found = [bills.of_stage(work.folder / n, checkpoint.complete(work.folder / n).manifest) for n in names]
+    cost = {unit: bills.total([b for b in found if b], unit).hours for unit in words.UNITS}
+    spent = words.device_hours({unit: h for unit, h in cost.items() if h})
+    return f"done in {words.duration(seconds)}; {', '.join(names)}: {spent} in all"
 
 
 def _dry_run(work: workspace.Workspace, names: list[str], lacking: list[needs.Need], out: Path) -> None:

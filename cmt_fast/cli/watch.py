@@ -74,7 +74,7 @@ def _lines(watched: list[Watched], states: list[RunState], every: float) -> None
     said: dict[Path, object] = {}
     while True:
         for state in states:
-            news = ([(s.state, s.nimg, s.evaluations) for s in state.stages], state.mood)
+            news = ([(s.at.state, s.at.nimg, s.evaluations) for s in state.stages], state.life.word)
             if said.get(state.folder) != news:
                 print(f"{time.strftime('%H:%M:%S')}  {screen.line(state)}", flush=True)
             said[state.folder] = news

@@ -21,7 +21,7 @@ from cmt_fast.render.templates import Group, Section, Table
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.safe_pickle.opcodes import shown
 from cmt_fast.storage import checkpoint, metrics_log
-from cmt_fast.usage import ledger
+from cmt_fast.usage import bills
 
 HOW = """import torch
 from diffusers import DiffusionPipeline
@@ -161,21 +161,21 @@ def _spent(work: Workspace, about: dict[str, Any]) -> dict[str, Any]:
 
     Null where one of them was not billed from its start; what an imported file cost nobody knows, and is not in it.
     """
-    bills, names, node = [], [], about["lineage"]
+    found, names, node = [], [], about["lineage"]
     while node and not node.get("file"):
         if node["nimg"]:
             names.insert(0, node["stage"])
-            bills.append(_bill(work, node))
+            found.append(_bill(work, node))
         node = node.get("parent")
-    whole = [b for b in bills if b and not b.from_nimg]
-    if not whole or len(whole) < len(bills):
+    whole = [b for b in found if b and not b.from_nimg]
+    if not whole or len(whole) < len(found):
         return {"gpu_hours": None, "core_hours": None, "kwh": None, "stages": names}
-    gpu, core = (ledger.total(whole, unit) for unit in ("gpu", "core"))
+    gpu, core = (bills.total(whole, unit) for unit in ("gpu", "core"))
     kwh = None if core.seconds else gpu.kwh
     return {"gpu_hours": gpu.hours, "core_hours": core.hours, "kwh": kwh, "stages": names}
 
 
-def _bill(work: Workspace, node: dict[str, Any]) -> ledger.Usage | None:
+def _bill(work: Workspace, node: dict[str, Any]) -> bills.Usage | None:
     """The bill of a stage in the lineage, if the stage found here still is the one that is meant."""
     if node["stage"] not in STAGES:
         return None
@@ -183,7 +183,7 @@ def _bill(work: Workspace, node: dict[str, Any]) -> ledger.Usage | None:
     with contextlib.suppress(checkpoint.CheckpointError):
         found = checkpoint.latest(folder)
         if found and node["ema"] in [file["xxh3_128"] for file in found.manifest["files"].values()]:
-            return ledger.of_stage(folder, found.manifest)
+            return bills.of_stage(folder, found.manifest)
     return None
 
 

@@ -26,6 +26,7 @@ from cmt_fast.convert.exporting import Export, claim
 from cmt_fast.data import classes as classes_
 from cmt_fast.render import grids
 from cmt_fast.run import guidance
+from cmt_fast.runtime import words
 from cmt_fast.storage import files as files_
 
 CODE = Path(__file__).parent / "standalone"
@@ -173,7 +174,7 @@ def _picture(export: Export, net: nn.Module, sampling: dict[str, Any], vae: Path
     for steps in counts:
         x = work.setting.each_class().generate(net, steps, n // len(counts), 0, many, work.run.eval.batch)
         x, note = (codec.decode(x), "") if codec else work.decoding.visible(x)
-        rows += [(f"{steps} step{'s' * (steps > 1)}" if i == 0 else "", part) for i, part in enumerate(x.split(WIDE))]
+        rows += [(words.steps(steps) if i == 0 else "", part) for i, part in enumerate(x.split(WIDE))]
     grids.grid(rows, to)
     said = " and ".join(f"{k}" for k in counts)
     return f"Samples of these weights in {said} step{'s' * (counts != [1])}, seed 0, one of each class in turn" + (

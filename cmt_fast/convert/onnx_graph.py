@@ -37,6 +37,7 @@ from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.diffusion.solvers import table
 from cmt_fast.models.precond import NoiseDenoiser
+from cmt_fast.runtime import words
 from cmt_fast.storage import files as files_
 
 INSIDE = 3 << 29  # bytes of weights up to which they stand in the file; a protobuf ends at 2 GiB
@@ -215,7 +216,7 @@ def _compare(graph: _Graph, setting: Sampler, file: Path) -> str:
         rms = lambda x: float(x.square().mean().sqrt())
         bound = max(2 * rms(here - want), torch.finfo(torch.float32).eps ** 0.5 * rms(want))
         text = (
-            f"{steps} step{'s' * (steps > 1)}: onnxruntime errs by {float((got - want).abs().max()):.2e} at most against float64 "
+            f"{words.steps(steps)}: onnxruntime errs by {float((got - want).abs().max()):.2e} at most against float64 "
             f"(rms {rms(got - want):.2e}), torch by {float((here - want).abs().max()):.2e} (rms {rms(here - want):.2e})"
         )
         if not rms(got - want) <= bound:  # so that NaN is refused

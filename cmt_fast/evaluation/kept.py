@@ -11,7 +11,6 @@ They are of one key: the rows, the metric, the features, the reference file, the
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from cmt_fast.evaluation import sharpness
 from cmt_fast.evaluation.distances import Moments
 from cmt_fast.evaluation.second import Second
+from cmt_fast.storage import files
 
 FOLDER, FORMAT = "reference", 1
 ROWS = 10_000  # whose features are kept, at most
@@ -90,6 +90,4 @@ def write(folder: Path, kept: Kept) -> None:
     data = save({k: v.contiguous() for k, v in kept.tensors.items()})
     kept.about["xxh3_128"] = xxhash.xxh3_128(data).hexdigest()
     for ending, content in (("safetensors", data), ("json", json.dumps(kept.about, indent=1).encode())):
-        temporary = folder / FOLDER / f".tmp-{name}.{ending}-{os.getpid()}"
-        temporary.write_bytes(content)
-        temporary.replace(folder / FOLDER / f"{name}.{ending}")
+        files.write_bytes(folder / FOLDER / f"{name}.{ending}", content)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
+
+if TYPE_CHECKING:  # tables of pictures on disk are made without torch
+    from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # the EXIF orientation tag -> what brings the picture upright
@@ -122,7 +126,7 @@ def _opened(cell: tuple[Path, str] | None) -> Image.Image | None:
 
 def _save(canvas: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     canvas.save(temporary, format="PNG")
     temporary.replace(path)
 

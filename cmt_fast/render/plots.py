@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def png(draw: Callable[[Any], None], path: Path, width: float, height: float) ->
         FigureCanvasAgg(figure)
         draw(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tmp-{path.name}")
+        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         figure.savefig(temporary, format="png", metadata={"Software": None})
     temporary.replace(path)
 

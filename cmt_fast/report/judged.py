@@ -23,23 +23,24 @@ from cmt_fast.config import loading
 from cmt_fast.evaluation import kept
 from cmt_fast.render import grids
 from cmt_fast.render.templates import Picture, png
+from cmt_fast.report.figures import FIGURES, Judged, stored
 from cmt_fast.report.quality import TITLES, Quality
-from cmt_fast.report.standing import Judged, Stand
+from cmt_fast.run.standing import Standing
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress, words
 from cmt_fast.storage import files
 
-FIGURES, MEASURES = "figures.json", 2  # version of what is measured
+MEASURES = 2  # version of what is measured
 SHOWN, REAL = "shown", "shown.png"
 
 
-def judge(work: Workspace, s: Stand) -> Judged:
+def judge(work: Workspace, s: Standing) -> Judged:
     """Figures of a finished stage, from its figures.json where that still holds; of `pre` by the solver too. Every rank."""
     run, file, key = work.run, work.folder / s.name / FIGURES, _key(work, s)
     for known in (file, work.stage_dir(s.name) / FIGURES):
-        stored = _stored(known)
-        if stored and stored[0] == key:
-            return stored[1]
+        found = stored(known)
+        if found and found[0] == key:
+            return found[1]
     if distributed.rank() == 0:
         progress.say(f"judging {s.name}: {run.eval.n:,} samples at {', '.join(map(str, run.eval.steps))} steps")
     net = work.network(s.name)
@@ -67,16 +68,16 @@ def judge(work: Workspace, s: Stand) -> Judged:
     return judged
 
 
-def known(work: Workspace, s: Stand) -> tuple[Judged, dict[str, Any]] | None:
+def known(work: Workspace, s: Standing) -> tuple[Judged, dict[str, Any]] | None:
     """Figures that are kept of these weights, whatever judged them, with their key; nothing is computed."""
     for folder in (work.folder / s.name, work.stage_dir(s.name)):
-        stored = _stored(folder / FIGURES)
-        if stored and s.ema and stored[0].get("ema") == s.ema and stored[0].get("measures") == MEASURES:
-            return stored[1], stored[0]
+        found = stored(folder / FIGURES)
+        if found and s.ema and found[0].get("ema") == s.ema and found[0].get("measures") == MEASURES:
+            return found[1], found[0]
     return None
 
 
-def _key(work: Workspace, s: Stand) -> dict[str, Any]:
+def _key(work: Workspace, s: Standing) -> dict[str, Any]:
     settings, judge = loading.dump(work.run), work.judging.thorough
     assert judge.kept is not None
     key = {k: settings[k] for k in ("data", "path", "sigma_data", "eval", "sampler")}
@@ -86,14 +87,6 @@ def _key(work: Workspace, s: Stand) -> dict[str, Any]:
     if work.run.eval.reference:
         key["reference"] = judge.kept.about["key"]["reference"]["xxh3_128"]
     return json.loads(json.dumps(key))
-
-
-def _stored(file: Path) -> tuple[dict[str, Any], Judged] | None:
-    try:
-        stored = json.loads(file.read_text("utf-8"))
-        return stored["key"], Judged(*(stored[kind] for kind in Judged._fields))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _sound(figures: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -135,7 +128,7 @@ def _flat(x: Any) -> Any:
     return x if x.ndim == 4 else x[:, :2] if x.shape[1] > 1 else x.repeat(1, 2)
 
 
-def pictures(work: Workspace, stands: dict[str, Stand], quality: Quality) -> list[Picture]:
+def pictures(work: Workspace, stands: dict[str, Standing], quality: Quality) -> list[Picture]:
     """Real rows, the teacher, then every network in the fewest steps: those that were drawn."""
     k, out = work.run.eval.steps[0], []
     real = next((f for w in (work.folder, work.parents) if (f := w / kept.FOLDER / REAL).is_file()), None)

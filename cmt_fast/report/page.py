@@ -13,21 +13,24 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.evaluation import kept
 from cmt_fast.render import templates
 from cmt_fast.report import judged as judged_
 from cmt_fast.report import quality as quality_
 from cmt_fast.report import sections
+from cmt_fast.report.figures import Curve, Names
 from cmt_fast.report.quality import Quality
-from cmt_fast.report.standing import Curve, Names, Stand
+from cmt_fast.run import standing
 from cmt_fast.run.folder import about_run, stored_run
+from cmt_fast.run.standing import Standing
 from cmt_fast.run.workspace import Workspace, open_run
 from cmt_fast.runtime import distributed, progress
-from cmt_fast.storage import checkpoint, files, metrics_log
+from cmt_fast.storage import checkpoint, files
 from cmt_fast.teacher import solver_record
 from cmt_fast.train import solver_choice
-from cmt_fast.usage import ledger
 
 
 def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dict[str, Any]:
@@ -41,12 +44,12 @@ def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dic
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
     about = about_run(folder)
-    # half-way neither the data nor a checkpoint's tensors are read: their words for themselves are enough
-    work = open_run(folder, rows=judge)
+    # half-way neither the data, a checkpoint's tensors nor a GPU are touched: manifests and sizes of files are enough
+    work = open_run(folder, rows=judge, device=None if judge else torch.device("cpu"))
     stands = {name: stand(work, name, whole=judge) for name in run.stages}
     done = {name: s for name, s in stands.items() if s.done}
     if judge and not done:
-        states = "; ".join(f"{name}: {s.state}" for name, s in stands.items())
+        states = "; ".join(f"{name}: {s.told}" for name, s in stands.items())
         raise ConfigError(f"RUN: {str(folder)!r} holds no finished stage to report on ({states})")
     quality, floor, caution = _judged(work, done) if judge else _known(work, done)
     if judge and distributed.rank():
@@ -67,7 +70,9 @@ def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dic
     ]
     page = [page[0], *(section for section in page[1:] if section.groups)]
     html, markdown, banner = folder / "report.html", folder / "report.md", "" if judge else _banner(stands, quality)
-    templates.write_pictures(folder / "report", page)
+    (folder / "report").mkdir(exist_ok=True)
+    for name, data in templates.pictures(page).items():
+        files.write_bytes(folder / "report" / name, data)
     files.write_text(html, templates.html(run.name, page, banner, refresh_s))
     files.write_text(markdown, templates.markdown(run.name, page, banner))
     if judge:
@@ -93,7 +98,7 @@ def _say(first: templates.Section, tables: list[templates.Table]) -> None:
         progress.say(f"! {line}")
 
 
-def _judged(work: Workspace, done: dict[str, Stand]) -> tuple[Quality, float | None, str]:
+def _judged(work: Workspace, done: dict[str, Standing]) -> tuple[Quality, float | None, str]:
     """Quality, the floor at as many samples as are judged in training, and what is to be known of the number of samples."""
     e, judge = work.run.eval, work.judging.thorough
     judged = {name: judged_.judge(work, s) for name, s in done.items()}
@@ -107,7 +112,7 @@ def _judged(work: Workspace, done: dict[str, Stand]) -> tuple[Quality, float | N
     return Quality(judged, names, floor, judge.kept.sharpness), during and during["frechet"], caution
 
 
-def _known(work: Workspace, done: dict[str, Stand]) -> tuple[Quality, float | None, str]:
+def _known(work: Workspace, done: dict[str, Standing]) -> tuple[Quality, float | None, str]:
     """The same as far as files say it: nothing is computed, no judge is opened."""
     found = {name: k for name, s in done.items() if (k := judged_.known(work, s))}
     key = next((key for _, key in found.values()), {})
@@ -120,17 +125,12 @@ def _known(work: Workspace, done: dict[str, Stand]) -> tuple[Quality, float | No
     return quality, during and during["frechet"], ""
 
 
-def _banner(stands: dict[str, Stand], quality: Quality) -> str:
+def _banner(stands: dict[str, Standing], quality: Quality) -> str:
     """How far a run is, and when that was."""
     now = datetime.datetime.now(datetime.timezone.utc)
     parts = []
     for s in stands.values():
-        rows = s.kind("train")
-        nimg = max(rows[-1]["nimg"] if rows else 0, s.manifest["nimg"] if s.manifest else 0)
-        whole = s.stage.images_nimg
-        parts.append(
-            f"{s.name} {'finished' if s.done else f'{nimg / whole:.0%} of {whole:,} images' if nimg else 'not begun'}"
-        )
+        parts.append(f"{s.name} {s.state}" + f" of {s.stage.images_nimg:,} images" * (s.nimg > 0 and not s.done))
     unjudged = [s.name for s in stands.values() if s.done and s.name not in quality.judged]
     text = f"As of {now:%Y-%m-%d %H:%M:%S} UTC: {', '.join(parts)}."
     return text + f" Not judged yet: {', '.join(unjudged)}; `cmt report` judges what is finished." * bool(unjudged)
@@ -140,25 +140,11 @@ def _measured(folder: Path) -> bool:
     return (folder / "theory.json").is_file()
 
 
-def stand(work: Workspace, name: str, whole: bool = True) -> Stand:
+def stand(work: Workspace, name: str, whole: bool = True) -> Standing:
     """The stage as it is in the run's folder, or where its parents are. whole: its newest checkpoint is verified."""
-    stage, folder = work.run.stages[name], work.stage_dir(name)
-    manifest, done, state = None, False, "not trained"
-    try:
-        found = checkpoint.latest(folder, checkpoint.verify if whole else checkpoint.told)
-    except checkpoint.CheckpointError:
-        found, state = None, "damaged: none of its checkpoints is whole"
-    if found:
-        manifest, done = found.manifest, bool(found.manifest.get("done"))
-        written = (found.folder / "manifest.json").stat().st_mtime
-        when = datetime.datetime.fromtimestamp(written, datetime.timezone.utc)
-        state = f"unfinished: {manifest['nimg']:,} of {stage.images_nimg:,} images"
-        state = f"finished {when:%Y-%m-%d %H:%M} UTC" if done else state
-    grids = sorted((folder / "grids").glob("[0-9]*.png"))
-    rows = metrics_log.read(folder / metrics_log.METRICS)
-    if rows and state == "not trained":
-        state = f"begun: {rows[-1]['nimg']:,} of {stage.images_nimg:,} images, no checkpoint yet"
-    return Stand(name, stage, rows, manifest, done, state, grids, ledger.of_stage(folder, manifest))
+    return standing.of(
+        work.run, work.folder, work.parents, name, sound=checkpoint.verify if whole else checkpoint.sized
+    )
 
 
 def chosen(work: Workspace) -> dict[str, tuple[solver_record.Kept, list[str]]]:
@@ -167,7 +153,7 @@ def chosen(work: Workspace) -> dict[str, tuple[solver_record.Kept, list[str]]]:
     return {name: (k, solver_choice.summary(name, k)) for name, k in kept.items() if k}
 
 
-def points(stands: dict[str, Stand], name: str, k: int) -> Curve:
+def points(stands: dict[str, Standing], name: str, k: int) -> Curve:
     """Distance at the evaluations of a student's stage against the images along its path, parents' images first."""
     before, parent = 0, stands[name].stage.start
     while parent in stands and parent != "pre":
@@ -191,7 +177,7 @@ def reach(curve: Curve, target: float) -> float | None:
     return None
 
 
-def reach_rows(k: int, lines: dict[str, Curve], done: dict[str, Stand]) -> list[dict[str, Any]]:
+def reach_rows(k: int, lines: dict[str, Curve], done: dict[str, Standing]) -> list[dict[str, Any]]:
     """What finished mid- and post-training end at in k steps, and the images at which the control is that good."""
     out = []
     for name in ("mid", "post"):

@@ -8,12 +8,13 @@ from cmt_fast.config import loading
 from cmt_fast.config.schema import Run
 from cmt_fast.render.templates import Group, Picture, Section, Table
 from cmt_fast.report import verdict
+from cmt_fast.report.figures import Figures, Judged, Names
 from cmt_fast.report.sections import DATA
-from cmt_fast.report.standing import Judged, Names, Stand
-from cmt_fast.report.text import DASH, TEXT, differences, number
-from cmt_fast.report.verdict import Figures
+from cmt_fast.report.text import TEXT, differences
+from cmt_fast.run.standing import Standing
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import words
+from cmt_fast.runtime.words import DASH, number
 
 FLOOR, UNSEEN = "real, again (floor)", "real, unseen (estimate)"
 TITLES = {"pre": "pre-trained"}
@@ -32,7 +33,7 @@ class Quality(NamedTuple):
         return {name: j.figures(steps) for name, j in self.judged.items()}
 
 
-def first(work: Workspace, stands: dict[str, Stand], quality: Quality, pictures: list[Picture]) -> Section:
+def first(work: Workspace, stands: dict[str, Standing], quality: Quality, pictures: list[Picture]) -> Section:
     """Pictures, the result in a line per number of steps, what contradicts it, one sentence on the run."""
     run, steps = work.run, work.run.eval.steps
     headlines = [line for k in steps if (line := headline(stands, quality, k))[0]]
@@ -55,7 +56,7 @@ def first(work: Workspace, stands: dict[str, Stand], quality: Quality, pictures:
     return Section("", text, groups, headlines=headlines, alerts=alerts)
 
 
-def headline(stands: dict[str, Stand], quality: Quality, k: int) -> tuple[str, str]:
+def headline(stands: dict[str, Standing], quality: Quality, k: int) -> tuple[str, str]:
     """One plain sentence with the ratio and its uncertainty; then the second space, mid-training alone and the floor."""
     post, control, mid = (quality.of(k).get(name) for name in ("post", "control", "mid"))
     first, what = (
@@ -79,14 +80,14 @@ def headline(stands: dict[str, Stand], quality: Quality, k: int) -> tuple[str, s
     return f"{line}.", " ".join(more)
 
 
-def _images(stands: dict[str, Stand]) -> str:
+def _images(stands: dict[str, Standing]) -> str:
     a, b = (stands[name].path[1] for name in ("post", "control"))
     if a == b:
         return f"after as many student images ({a:,})"
     return f"after {a:,} student images against {b:,}"
 
 
-def about(work: Workspace, stands: dict[str, Stand]) -> str:
+def about(work: Workspace, stands: dict[str, Standing]) -> str:
     """One sentence on the run."""
     run, shape = work.run, " x ".join(map(str, work.data.shape))
     kinds = {name: s.objective for name, s in stands.items()}
@@ -107,7 +108,7 @@ def about(work: Workspace, stands: dict[str, Stand]) -> str:
 PLAIN = {"sliced_wasserstein": "sliced Wasserstein"}
 
 
-def table(run: Run, done: dict[str, Stand], quality: Quality, k: int) -> Table:
+def table(run: Run, done: dict[str, Standing], quality: Quality, k: int) -> Table:
     """What every network makes in k steps, between the floor and the teacher's many; then the ratios."""
     judged, n, entries = quality.judged, run.sampler.teacher_steps, []
     if quality.floor:
@@ -163,7 +164,7 @@ def _cells(f: Figures | None, columns: dict[str, str]) -> list[str]:
     return out
 
 
-def _ratios(done: dict[str, Stand], figures: dict[str, Figures | None], columns: dict[str, str]) -> list[list[str]]:
+def _ratios(done: dict[str, Standing], figures: dict[str, Figures | None], columns: dict[str, str]) -> list[list[str]]:
     """Rows of post over control and post over mid: distances and images; other measures have no ratio that means anything."""
     rows = []
     for a, b in verdict.PAIRS:

@@ -12,22 +12,21 @@ from cmt_fast.config.recipes import recipes
 from cmt_fast.render import grids
 from cmt_fast.render.templates import Table
 from cmt_fast.report import verdict
-from cmt_fast.report.runs import Figures, Known, Standing
-from cmt_fast.report.text import DASH, TEXT, differences, number
+from cmt_fast.report.runs import Known, Newest
+from cmt_fast.report.text import TEXT, differences
+from cmt_fast.run.standing import Standing
 from cmt_fast.runtime import words
-from cmt_fast.storage import checkpoint, pruning
+from cmt_fast.runtime.words import DASH, number
+from cmt_fast.storage import pruning
 
 MEASURES = {"frechet": "Fréchet", "frechet_2": "second space", "accuracy": "accuracy"}
 IN_TRAINING = "* by an evaluation in training, of fewer samples; `cmt report RUN` judges what is finished"
+STATES = {
+    "new": "not begun",
+    "quiet": "no sign of life",
+    "lost": "no sign of life",
+}  # of a life, where its word alone says too little
 NAMES = {"frechet": "", "fid": "FID ", "fd_dinov2": "FD-DINOv2 "}
-
-
-def ago(seconds: float) -> str:
-    """`12 s ago`, `3 h ago`."""
-    for unit, span, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
-        if seconds < most:
-            return f"{max(0, seconds) / span:.0f} {unit} ago"
-    return f"{seconds / 86400:.0f} d ago"
 
 
 def when(changed: float) -> str:
@@ -36,17 +35,10 @@ def when(changed: float) -> str:
     return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
 
 
-def hours_text(hours: dict[str, float]) -> str:
-    """`3.2 GPU-h`, of every unit."""
-    units = {"gpu": "GPU-h", "core": "core-h"}
-    return ", ".join(f"{h:.3g} {units.get(unit, unit)}" for unit, h in hours.items()) or DASH
-
-
 def state(known: Known) -> str:
-    """Whether it is finished, alive or neither."""
-    if known.finished:
-        return "finished"
-    return f"alive {ago(known.age_s or 0)}" if known.alive else "stopped"
+    """Whether it is finished, alive or neither, in a word or two."""
+    alive = known.life.word == "alive"
+    return f"alive {words.about(known.life.age_s)} ago" if alive else STATES.get(known.life.word, known.life.word)
 
 
 def stages_text(known: Known) -> str:
@@ -60,12 +52,18 @@ def stages_text(known: Known) -> str:
 
 def figures_text(known: Known) -> str:
     """`post 0.24 @1, 0.25 @2`: the distance of its furthest stage by number of steps."""
-    s = known.last
-    if s is None or s.figures is None:
+    name = known.last
+    if name is None:
         return DASH
-    metric = s.figures.key.get("eval", {}).get("metric", known.run.eval.metric)
-    parts = [f"{number((of or {}).get('frechet'), '.3g')} @{k}" for k, of in s.figures.steps.items()]
-    return f"{s.name} {NAMES.get(metric, metric)}{', '.join(parts)}{'' if s.figures.final else ' *'}"
+    figures = known.figures[name]
+    metric = figures.key.get("eval", {}).get("metric", known.run.eval.metric)
+    return f"{name} {NAMES.get(metric, metric)}{_by_steps(figures)}"
+
+
+def _by_steps(figures: Newest) -> str:
+    """`0.24 @1, 0.25 @2`, with a star where they are of an evaluation in training."""
+    parts = [f"{number((of or {}).get('frechet'), '.3g')} @{k}" for k, of in figures.steps.items()]
+    return ", ".join(parts) + " *" * (not figures.final)
 
 
 SORTS = {
@@ -82,7 +80,8 @@ def listing(runs: list[Known], root: Path) -> Table:
     for k in runs:
         name = str(k.folder.relative_to(root)) if k.folder != root else str(root)
         own = [name, k.run.name, stages_text(k), state(k), figures_text(k)]
-        rows.append([*own, f"{k.images:,}", hours_text(k.hours), words.size(k.bytes), ago(time.time() - k.changed)])
+        rows.append([*own, f"{k.images:,}", words.device_hours(k.hours), words.size(k.bytes)])
+        rows[-1].append(f"{words.about(time.time() - k.changed)} ago")
     head = ["run", "recipe", "stages", "state", "Fréchet @ steps", "images", "hours", "size", "changed"]
     note = IN_TRAINING if any(row[4].endswith("*") for row in rows) else ""
     return Table(f"{len(runs)} run{'s' * (len(runs) != 1)} in {root}", head, rows, note, left=5)
@@ -94,22 +93,14 @@ def as_json(known: Known) -> dict[str, Any]:
     for s in known.stages.values():
         stages[s.name] = {
             "state": s.state, "done": s.done, "images": s.nimg, "of": s.stage.images_nimg, "folder": str(s.folder),
-            "own": s.own, "ema": checkpoint.ema_sum(s.manifest) if s.manifest else None,
-            "removed": sorted((s.manifest or {}).get("pruned", {})),
-            "hours": {unit: s.bill.total(unit).hours for unit in s.bill.amounts} if s.bill else {},
-            "figures": _figures_json(known, s.figures),
+            "own": s.own, "ema": s.ema or None, "removed": sorted((s.manifest or {}).get("pruned", {})), "hours": s.hours,
+            "figures": {**judged_by(known, f), "steps": f.steps} if (f := known.figures.get(s.name)) else None,
         }  # fmt: skip
     return {
         "run": str(known.folder), "recipe": known.run.name, "digest": fingerprint.digest(known.run), "state": state(known),
-        "alive": known.alive, "finished": known.finished, "images": known.images, "hours": known.hours,
-        "bytes": known.bytes, "changed": when(known.changed), "stages": stages,
+        "alive": known.life.word == "alive", "finished": known.life.word == "finished", "images": known.images,
+        "hours": known.hours, "bytes": known.bytes, "changed": when(known.changed), "stages": stages,
     }  # fmt: skip
-
-
-def _figures_json(known: Known, figures: Figures | None) -> dict[str, Any] | None:
-    if figures is None:
-        return None
-    return {**judged_by(known, figures), "steps": figures.steps}
 
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -121,20 +112,14 @@ def stages_table(known: Known) -> Table:
     for s in known.stages.values():
         parent = (s.manifest or {}).get("parent")
         begun = f"{parent['stage']} @ {parent['nimg']:,}, {parent['ema'][:12]}" if parent else DASH
-        figures = DASH
-        if s.figures:
-            left = left or not s.figures.final
-            each = (f"{number((of or {}).get('frechet'), '.3g')} @{k}" for k, of in s.figures.steps.items())
-            figures = ", ".join(each) + "" * s.figures.final + " *" * (not s.figures.final)
-        ema = checkpoint.ema_sum(s.manifest)[:12] if s.manifest else ""
-        hours = {unit: s.bill.total(unit).hours for unit in s.bill.amounts} if s.bill else {}
+        found = known.figures.get(s.name)
+        left = left or bool(found and not found.final)
         gone = ", ".join(n.removesuffix(".safetensors") for n in (s.manifest or {}).get("pruned", {}))
         how = f"{s.state}; {gone} removed" if gone else s.state
         how += "" if s.own else f", in {s.folder.parent}"
-        kind = s.stage.objective.kind + (f" + {s.stage.anchor.objective.kind}" if s.stage.anchor else "")
-        images = f"{s.nimg:,} of {s.stage.images_nimg:,}"
-        size = words.size(pruning.size(s.folder))
-        rows.append([s.name, kind, how, begun, ema or DASH, figures, images, hours_text(hours), size])
+        figures, images = _by_steps(found) if found else DASH, f"{s.nimg:,} of {s.stage.images_nimg:,}"
+        own = [s.name, s.objective, how, begun, s.ema[:12] or DASH, figures, images]
+        rows.append([*own, words.device_hours(s.hours), words.size(pruning.size(s.folder))])
     head = [
         "stage",
         "objective",
@@ -182,7 +167,7 @@ def files_table(known: Known) -> Table:
 # ------------------------------------------------------------------------------------------------ two runs
 
 
-def judged_by(known: Known, figures: Figures) -> dict[str, Any]:
+def judged_by(known: Known, figures: Newest) -> dict[str, Any]:
     """What must be equal for figures of two runs to be compared."""
     asked = figures.key.get("eval") or loading.dump(known.run)["eval"]
     rows = figures.key.get("rows") or known.about.get("data")
@@ -197,11 +182,12 @@ def judged_by(known: Known, figures: Figures) -> dict[str, Any]:
     }
 
 
-def incomparable(a: Known, b: Known, x: Standing | None, y: Standing | None) -> list[str]:
-    """Why the figures of two stages cannot be compared, empty where they can."""
-    if not (x and y and x.figures and y.figures):
+def incomparable(a: Known, b: Known, name: str) -> list[str]:
+    """Why the figures of a stage of two runs cannot be compared, empty where they can."""
+    x, y = (r.figures.get(name) for r in (a, b))
+    if not (x and y):
         return []
-    left, right = judged_by(a, x.figures), judged_by(b, y.figures)
+    left, right = judged_by(a, x), judged_by(b, y)
     short = lambda v: str(v) if not isinstance(v, dict) else "its own rows"
     out = []
     for key, mine in left.items():
@@ -223,8 +209,8 @@ def comparison(a: Known, b: Known) -> tuple[list[Table], list[str]]:
     names = titles(a, b)
     tables, said = [_used(a, b, names)], dict[str, None]()
     stages = list(dict.fromkeys([*a.stages, *b.stages]))
-    steps = list(dict.fromkeys(k for r in (a, b) for s in r.stages.values() if s.figures for k in s.figures.steps))
-    why = {name: incomparable(a, b, a.stages.get(name), b.stages.get(name)) for name in stages}
+    steps = list(dict.fromkeys(k for r in (a, b) for f in r.figures.values() for k in f.steps))
+    why = {name: incomparable(a, b, name) for name in stages}
     for name, reasons in why.items():
         if reasons:
             said[f"{name}: not comparable: {'; '.join(reasons)}"] = None
@@ -238,14 +224,14 @@ def comparison(a: Known, b: Known) -> tuple[list[Table], list[str]]:
         head.insert(3, f"{names[1]} / {names[0]}")
         keep = [i for i in range(len(head)) if i == 0 or any(row[i] != DASH for row in rows)]
         tables.append(Table(words.steps(k), [head[i] for i in keep], [[row[i] for i in keep] for row in rows]))
-    if any(s.figures and not s.figures.final for r in (a, b) for s in r.stages.values()):
+    if any(not f.final for r in (a, b) for f in r.figures.values()):
         said[IN_TRAINING] = None
     return tables, list(said)
 
 
 def _used(a: Known, b: Known, names: tuple[str, str]) -> Table:
     rows = [["state", *(state(r) for r in (a, b))], ["stages", *(stages_text(r) for r in (a, b))]]
-    rows += [["images", *(f"{r.images:,}" for r in (a, b))], ["hours", *(hours_text(r.hours) for r in (a, b))]]
+    rows += [["images", *(f"{r.images:,}" for r in (a, b))], ["hours", *(words.device_hours(r.hours) for r in (a, b))]]
     rows += [["size", *(words.size(r.bytes) for r in (a, b))], ["changed", *(when(r.changed) for r in (a, b))]]
     surroundings = [r.about.get("environment") or {} for r in (a, b)]
     for key in dict.fromkeys(k for e in surroundings for k in e):
@@ -256,15 +242,14 @@ def _used(a: Known, b: Known, names: tuple[str, str]) -> Table:
 
 
 def _of(known: Known, name: str, k: str) -> dict[str, Any] | None:
-    s = known.stages.get(name)
-    found = s.figures.of(k) if s and s.figures else None
-    return {**found, "final": s.figures.final} if found and s and s.figures else None
+    figures = known.figures.get(name)
+    found = figures.of(k) if figures else None
+    return {**found, "final": figures.final} if found and figures else None
 
 
 def _paired(a: Known, b: Known, name: str) -> bool:
     """Whether the samples of both are of the same noise, as an interval of their ratio takes them to be."""
-    found = [r.stages[name].figures for r in (a, b) if name in r.stages]
-    seeds = [f.key.get("eval", {}).get("seed") for f in found if f]
+    seeds = [r.figures[name].key.get("eval", {}).get("seed") for r in (a, b) if name in r.figures]
     return len(seeds) == 2 and seeds[0] == seeds[1]
 
 
@@ -319,8 +304,5 @@ def _grid(s: Standing | None) -> tuple[Path, str] | None:
     """The newest grid of a stage and what stands under it."""
     if s is None:
         return None
-    found = sorted((s.folder / "grids").glob("[0-9]*.png"))
-    if not found:
-        return None
-    nimg = int(found[-1].stem) * s.stage.batch if found[-1].stem.isdigit() else s.nimg
-    return found[-1], f"{nimg:,} images"
+    found = s.grids[-1:]
+    return (found[0], f"{int(found[0].stem) * s.stage.batch:,} images") if found else None

@@ -10,13 +10,14 @@ import yaml
 from cmt_fast.config import loading
 from cmt_fast.render import plots
 from cmt_fast.render.templates import Group, Picture, Section, Table, png
-from cmt_fast.report.standing import Curve, Judged, Stand
-from cmt_fast.report.text import DASH, TEXT, number
+from cmt_fast.report.figures import Curve, Judged
+from cmt_fast.report.text import TEXT
+from cmt_fast.run.standing import Standing
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import words
+from cmt_fast.runtime.words import DASH, number
 from cmt_fast.teacher import solver_record
-from cmt_fast.usage import meters
-from cmt_fast.usage.meters import Amount
+from cmt_fast.usage.bills import PHASES, Amount
 
 DATA = {
     "digits": "8 x 8 handwritten digits",
@@ -27,7 +28,7 @@ DATA = {
 }
 
 
-def lineage(stands: dict[str, Stand]) -> Table:
+def lineage(stands: dict[str, Standing]) -> Table:
     """Every stage: what it starts from, checksums, how far it is."""
     rows = []
     for s in stands.values():
@@ -37,7 +38,7 @@ def lineage(stands: dict[str, Stand]) -> Table:
             anew = p["stage"] in stands and stands[p["stage"]].ema != p["ema"]
             parent = f"{p['stage']} @ {p['nimg']:,}, {p['ema'][:12]}" + " (retrained since)" * anew
         digest = m.get("config", DASH)[:12]
-        rows.append([s.name, s.objective, parent, number(m.get("nimg"), ","), s.ema[:12] or DASH, digest, s.state])
+        rows.append([s.name, s.objective, parent, number(m.get("nimg"), ","), s.ema[:12] or DASH, digest, s.told])
     columns = ["stage", "objective", "starts from (images, EMA)", "images", "EMA checksum", "config digest", "state"]
     return Table("Lineage", columns, rows, left=TEXT)
 
@@ -89,7 +90,7 @@ def curves(
     return Section("Quality by images", [text], groups)
 
 
-def training(stands: dict[str, Stand]) -> Section:
+def training(stands: dict[str, Standing]) -> Section:
     """Losses, images, seconds of every stage that has begun."""
     rows, figures = [], []
     for s in stands.values():
@@ -115,9 +116,6 @@ def training(stands: dict[str, Stand]) -> Section:
     return Section("Stages", [], [Group([lineage(stands)], wide=True), *own])
 
 
-UNITS = {"gpu": "GPU", "core": "core"}
-
-
 def kwh(amount: Amount) -> str:
     """Energy as text: at least what was measured, where some of it is unknown."""
     if amount.kwh is not None or amount.joules is None:
@@ -125,12 +123,12 @@ def kwh(amount: Amount) -> str:
     return f"at least {amount.joules / 3.6e6:.4g}"
 
 
-def bill(stands: dict[str, Stand]) -> Section:
+def bill(stands: dict[str, Standing]) -> Section:
     """Device-hours of every stage by what they went into, energy, images an hour."""
     tables, text, reasons = [], [], set()
-    for unit, title in UNITS.items():
+    for unit, title in words.UNITS.items():
         billed = [s for s in stands.values() if s.bill and s.bill.amounts.get(unit)]
-        used = [phase for phase in meters.PHASES if any(phase in s.bill.amounts[unit] for s in billed)]
+        used = [phase for phase in PHASES if any(phase in s.bill.amounts[unit] for s in billed)]
         rows, whole, by_phase = [], Amount(), dict.fromkeys(used, Amount())
         span, spans = (3600, "hours") if any(s.bill.total(unit).hours > 0.1 for s in billed) else (1, "seconds")
         for s in billed:
@@ -177,10 +175,10 @@ def solvers(chosen: dict[str, tuple[solver_record.Kept, list[str]]]) -> Section:
     return Section("The teacher's solver", text, [Group(tables)] if tables else [])
 
 
-def samples(stands: dict[str, Stand]) -> Section:
+def samples(stands: dict[str, Standing]) -> Section:
     """The last grid of every stage, and one stage over its training."""
 
-    def picture(s: Stand, path: Path, which: str = "") -> Picture:
+    def picture(s: Standing, path: Path, which: str = "") -> Picture:
         return png(f"{s.name} at {int(path.stem) * s.stage.batch:,} images.", f"grid-{s.name}{which}.png", path)
 
     last: list[Table | Picture] = [picture(s, s.grids[-1]) for s in stands.values() if s.grids]

@@ -1,16 +1,12 @@
-"""How the report writes numbers and settings."""
+"""How tables of the report write settings."""
 
 from __future__ import annotations
 
 import json
 
-DASH = "–"
+from cmt_fast.runtime.words import DASH
+
 TEXT = 99  # every column is text
-
-
-def number(value: float | None, form: str = ".4g") -> str:
-    """A figure, or a dash where there is none."""
-    return DASH if value is None else format(value, form)
 
 
 def differences(a: dict, b: dict, prefix: str = "") -> list[list[str]]:

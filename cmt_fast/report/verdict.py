@@ -6,13 +6,12 @@ errors. What is said: which of two networks wins by the distance, and which othe
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cmt_fast.evaluation import intervals
 from cmt_fast.evaluation.intervals import Interval
-from cmt_fast.evaluation.kept import ROWS
+from cmt_fast.report.figures import Figures
 
-Figures = dict[str, Any]
 SPACES = {"frechet": "first", "frechet_2": "second"}
 MUCH = 1.5  # times, from which two ratios of the same winner are said to differ
 PAIRS = (("post", "control"), ("post", "mid"))
@@ -115,6 +114,8 @@ def _sharpness(best: Named, other: Named, real: float | None, steps: str) -> lis
 
 def _shares(best: Named, other: Named, n: int, steps: str) -> list[str]:
     """Precision or recall of who wins that is lower than that of who loses, by more than chance."""
+    from cmt_fast.evaluation.kept import ROWS  # which comes with torch; ratios alone do without
+
     out, n = [], min(n, ROWS)
     meaning = {"precision": "fewer of its samples look real", "recall": "it covers less of the real data"}
     for key, means in meaning.items():

@@ -94,7 +94,7 @@ def parents_of(folder: Path) -> Path | None:
 @contextlib.contextmanager
 def locked(folder: Path, key: str) -> Iterator[None]:
     """Inside, no other process trains or prunes the run. The system frees the lock of a dead one. Raises ConfigError of `key`."""
-    with open(folder / ".lock", "w") as handle:
+    with open(folder / ".lock", "w", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from cmt_fast.config import recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run, Stage
-from cmt_fast.evaluation.inception import URL
 from cmt_fast.run import folder as folder_
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.loggers import EXTRAS
@@ -158,6 +157,8 @@ def _judge(run: Run) -> Iterator[Need]:
     e = run.eval
     free = "or judge by eval.metric=frechet eval.reference=null eval.weights=null"
     if e.weights or e.metric != "frechet":
+        from cmt_fast.evaluation.inception import URL  # which comes with torch; lists of runs do without
+
         url = URL if e.metric == "fid" else "DINOv2 ViT-L/14 of facebookresearch"
         wrong = "is no file" if e.weights else f"is missing, {e.metric} needs the file of its extractor's weights"
         there = bool(e.weights) and Path(str(e.weights)).is_file()

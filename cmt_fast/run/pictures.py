@@ -12,7 +12,8 @@ from torch import Tensor
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data.autoencoder import Codec
 from cmt_fast.render import grids
-from cmt_fast.run.samples import Drawing, as_bytes
+from cmt_fast.run.samples import PIECE, Drawing, as_bytes
+from cmt_fast.runtime import words
 
 ROW = 10
 PAIRS, BETWEEN = 6, 9  # rows of an interpolation, and pictures in each
@@ -25,7 +26,7 @@ def grid(drawing: Drawing, path: Path) -> str:
     shown, note = _visible(drawing, images)
     rows = [shown] if shown.ndim == 2 else list(shown.split(ROW))
     r = drawing.request
-    title = f"{r.steps} step{'s' * (r.steps > 1)}\n{note}"
+    title = f"{words.steps(r.steps)}\n{note}"
     grids.grid([(title if i == 0 else "", row) for i, row in enumerate(rows)], path)
     return note
 
@@ -70,14 +71,14 @@ def strip(drawing: Drawing, path: Path, steps: Sequence[int] | None = None) -> t
             setting.check_steps((k,), r.solver, "--strip-steps")
             can.append(k)
         except ConfigError as error:
-            left.append(f"{k} step{'s' * (k > 1)}: {error.reason or error}")
+            left.append(f"{words.steps(k)}: {error.reason or error}")
     if not can:
         raise ConfigError(f"--strip: the sampler takes none of {', '.join(map(str, STEPS))} steps; give --strip-steps")
     index = torch.arange(r.first, r.first + min(r.n, ROW))
     rows, note = [], ""
     for k, x in setting.draw_each(drawing.net, tuple(can), r.seed, index, r.solver):
         shown, note = _visible(drawing, _finished(drawing.codec, x))
-        rows.append((f"{k} step{'s' * (k > 1)}\n{note}", shown))
+        rows.append((f"{words.steps(k)}\n{note}", shown))
     grids.grid(rows, path)
     return note, left
 
@@ -116,7 +117,7 @@ def _images(drawing: Drawing, key: str) -> None:
 
 def _finished(codec: Codec | None, x: Tensor) -> Tensor:
     """On the CPU, decoded where they are to be."""
-    return x.cpu() if codec is None else torch.cat([as_bytes(codec.decode(part)).cpu() for part in x.split(64)])
+    return x.cpu() if codec is None else torch.cat([as_bytes(codec.decode(part)).cpu() for part in x.split(PIECE)])
 
 
 def _visible(drawing: Drawing, x: Tensor) -> tuple[Tensor, str]:

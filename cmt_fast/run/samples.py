@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.render import grids
 from cmt_fast.run import guidance
 from cmt_fast.run.workspace import Workspace, open_stage
-from cmt_fast.runtime import distributed, progress, signals
+from cmt_fast.runtime import distributed, progress, signals, words
 from cmt_fast.storage import files, npz_blocks
 
 ABOUT = "samples.json"
@@ -127,7 +126,7 @@ class Drawing:
         """`2 steps, seed 0`."""
         r, scale = self.request, self.setting.config.guidance
         solver = f" of the ODE solver{f' at guidance {scale:g}' * (scale != 1)}" if r.solver else ""
-        return f"{r.steps} step{'s' * (r.steps > 1)}{solver}, seed {r.seed}"
+        return f"{words.steps(r.steps)}{solver}, seed {r.seed}"
 
     def block(self, rows: range) -> Iterator[tuple[int, Tensor]]:
         """(index of the first, samples (m, ...) on the CPU) of consecutive samples: data units, or uint8 where decoded."""
@@ -331,10 +330,7 @@ class _Pngs:
         yield put
 
     def _one(self, index: int, pixels: np.ndarray, about: dict[str, Any]) -> None:
-        path = self.path(index)
-        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        temporary.write_bytes(grids.png(pixels, {"cmt-fast": json.dumps(about)}))
-        os.replace(temporary, path)
+        files.write_bytes(self.path(index), grids.png(pixels, {"cmt-fast": json.dumps(about)}))
 
 
 class _Parts:

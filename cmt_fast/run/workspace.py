@@ -52,16 +52,17 @@ class Workspace:
     """One run on one device. Raises ConfigError for data, model or device that cannot be had; writes nothing."""
 
     def __init__(
-        self, run: Run, folder: Path, parents: Path | None = None, data: Rows | None = None, reading: bool = False
-    ) -> None:
+        self, run: Run, folder: Path, parents: Path | None = None, data: Rows | None = None, reading: bool = False,
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
         """folder: the run's own; parents: where stages that are not trained here are found (default: the same).
 
         data: in the place of the recipe's, for what reads none (run/absent.py). reading: nothing is trained or rolled out
         here, so guidance of stages that stand already is not asked about, and what the run remembers of its data serves
-        where they are not here or are others now.
+        where they are not here or are others now. device: in the place of the recipe's, where no network is called.
         """
         self.run, self.folder, self.parents = run, folder, parents or folder
-        self.device = machine.device(run.device)
+        self.device = machine.device(run.device) if device is None else device
         try:
             self.data = self._opened(reading) if data is None else data
             check(run, self.data.shape, self.data.classes)
@@ -314,16 +315,18 @@ class Workspace:
             yield
 
 
-def open_run(folder: Path, evaluation: dict | None = None, rows: bool = True) -> Workspace:
+def open_run(
+    folder: Path, evaluation: dict | None = None, rows: bool = True, device: torch.device | None = None
+) -> Workspace:
     """A run on disk, to be read. evaluation: keys of `eval` that differ from the run's; rows: False where what the run
     remembers of its data will do, which then are not opened: not of one that never counted its classes, for labels follow
-    their proportions. Raises ConfigError naming what is valid.
+    their proportions. device: as of `Workspace`. Raises ConfigError naming what is valid.
     """
     run = judged_by(read_run(folder), evaluation or {})
     data = None if rows else absent.remembered(run.data, folder)
     if data and data.classes and data.labels is None:
         data = None
-    return Workspace(run, folder, parents_of(folder), data, reading=True)
+    return Workspace(run, folder, parents_of(folder), data, reading=True, device=device)
 
 
 def open_stage(text: str, evaluation: dict | None = None, rows: bool = True) -> tuple[Workspace, str]:

@@ -36,7 +36,7 @@ def voice() -> Iterator[None]:
             ending.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _ended))
         if rank():
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-            nowhere = ending.enter_context(open(os.devnull, "w"))
+            nowhere = ending.enter_context(open(os.devnull, "w", encoding="utf-8"))
             ending.enter_context(contextlib.redirect_stdout(nowhere))
             ending.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""How fast a stage goes, what is left of it, and the words for both.
+"""How fast a stage goes, and what is left of it.
 
 An estimate is of this process alone: steps of its last minutes, and pauses (evaluations) by the mean of those that it has
 seen. What it has not seen it does not count, so an estimate bears a "~" wherever it is shown.
@@ -10,9 +10,8 @@ import collections
 import time
 from collections.abc import Callable
 
-WINDOW_S = (
-    300.0  # of steps: as long as several rounds of a teacher's rollouts, short enough to follow a machine that slows
-)
+# of steps: as long as several rounds of a teacher's rollouts, short enough to follow a machine that slows
+WINDOW_S = 300.0
 
 
 class Pace:
@@ -61,29 +60,3 @@ class Pace:
             return None
         pause_s = self.paused / self.seen if self.seen else 0.0
         return (self.total - self.step) / per_s + self.pauses(self.step) * pause_s
-
-
-def duration(seconds: float) -> str:
-    """As 4 s, 3 min 05 s, 2 h 14 min, 3 d 04 h: two units."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min {s % 60:02} s"
-    minutes = round(seconds / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02} min"
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24:02} h"
-
-
-def hours(h: float) -> str:
-    """Device-hours to about two digits: 0.003, 0.52, 3.1, 41.2, 1,234."""
-    if h < 0.01:
-        return f"{h:.1g}" if h >= 1e-4 else "0"
-    return f"{h:.2g}" if h < 1 else f"{h:,.1f}" if h < 100 else f"{h:,.0f}"
-
-
-def speed(per_s: float) -> str:
-    """As 0.42, 9.3, 976, 12,345."""
-    return f"{per_s:.2f}" if per_s < 1 else f"{per_s:.1f}" if per_s < 10 else f"{per_s:,.0f}"

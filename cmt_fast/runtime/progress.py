@@ -29,7 +29,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.runtime import once, pace
+from cmt_fast.runtime import once, pace, words
 from cmt_fast.storage.heartbeat import beat
 
 EVERY_S, VARIABLE = 60.0, "CMT_LOG_SECONDS"
@@ -122,7 +122,7 @@ def phase(
     took = time.monotonic() - part.start
     # a part of a part was not told of; what stood alone on a terminal goes as it came
     if _phase() is None and took >= part.lasts_s and (_shown if display.live else part.said is not None):
-        display.line(_name(), f"{title}: took {pace.duration(took)}")
+        display.line(_name(), f"{title}: took {words.duration(took)}")
 
 
 def counting(title: str, total: int, run: Path | None, quiet: bool = False) -> contextlib.AbstractContextManager:
@@ -254,16 +254,16 @@ class Stage(Part):
         if self.loss is not None:
             out.append(f"loss {self.loss:<7.4g}")
         if per_s:
-            out.append(f"{pace.speed(per_s * self.batch):>6} img/s")
+            out.append(f"{words.speed(per_s * self.batch):>6} img/s")
         if end:  # of all things this is not left out
-            out.insert(2, f"took {pace.duration(self.clock() - self.begun)}")
+            out.insert(2, f"took {words.duration(self.clock() - self.begun)}")
         elif left is not None:
-            out.append(f"ETA ~{pace.duration(left)}")
+            out.append(f"ETA ~{words.duration(left)}")
         if self.bill:
             hours, held, at = self.bill
             now = hours + (0.0 if end else (self.clock() - at) * held / 3600)
-            rest = "" if end or left is None else f", ~{pace.hours(left * held / 3600)} left"
-            out.append(f"{pace.hours(now)} {'GPU' if self.unit == 'gpu' else self.unit}-h spent{rest}")
+            rest = "" if end or left is None else f", ~{words.hours(left * held / 3600)} left"
+            out.append(f"{words.device_hours({self.unit: now})} spent{rest}")
         return out
 
 
@@ -320,7 +320,10 @@ class Display:
             lasts = not self.live and now - part.start >= part.lasts_s
             if lasts and (part.said is None or now - part.said >= every_s()):
                 self.line(
-                    _name(), part.title, *([f"{pace.duration(now - part.start)} so far"] if part.said else []), _count()
+                    _name(),
+                    part.title,
+                    *([f"{words.duration(now - part.start)} so far"] if part.said else []),
+                    _count(),
                 )
                 part.said = now
 
@@ -333,14 +336,14 @@ class Display:
         stage = next((part for part in parts if isinstance(part, Stage)), None)
         inner = next((part for part in parts if part is not stage and now - part.start > 0.5), None)
         head = stage or parts[0]
-        said = stage.parts() if stage else [head.count(), _left(head, now) or pace.duration(now - head.start)]
+        said = stage.parts() if stage else [head.count(), _left(head, now) or words.duration(now - head.start)]
         if stage:  # beside the bar the step and the time that is left; what is left out first is the number of images
             eta = next((p for p in said if p.startswith("ETA")), "")
             rest, said = [*(p for p in said[3:] if p != eta), said[2]], [*said[:2], eta]
         else:
             rest = []
         yield _bar(f"{head.title:>8} ", head, [p for p in said if p], width, options.ascii_only)
-        notes = [inner.title, _count(), pace.duration(now - inner.start)] if stage and inner else []
+        notes = [inner.title, _count(), words.duration(now - inner.start)] if stage and inner else []
         notes = [note for note in notes if note]
         if rest or notes:
             yield _line(
@@ -352,13 +355,13 @@ def _left(part: Part, now: float) -> str:
     """How long it will still take by what it took."""
     if not part.total or not part.done:
         return ""
-    return f"ETA ~{pace.duration((now - part.start) * (part.total - part.done) / part.done)}"
+    return f"ETA ~{words.duration((now - part.start) * (part.total - part.done) / part.done)}"
 
 
 def _bar(title: str, part: Part, parts: list[str], width: int, ascii_only: bool) -> Text:
     """A bar with words behind it: as many as leave ten columns for the bar."""
-    words = fitted(parts, max(width - len(title) - 12, 0))
-    room = min(40, width - len(title) - len(words) - 2)
+    said = fitted(parts, max(width - len(title) - 12, 0))
+    room = min(40, width - len(title) - len(said) - 2)
     text = Text(title, style="bold", no_wrap=True, overflow="ellipsis")
     if part.total and room >= 4:
         full = min(room, room * part.done // part.total)
@@ -366,7 +369,7 @@ def _bar(title: str, part: Part, parts: list[str], width: int, ascii_only: bool)
         text.append(done * full, style="green")
         text.append(open_ * (room - full), style="bright_black")
         text.append("  ")
-    return text.append(words, style="not bold")
+    return text.append(said, style="not bold")
 
 
 def _line(text: str) -> Text:

@@ -10,20 +10,21 @@ number of processes wrote them, and may be written and read tensor by tensor.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import torch
 import xxhash
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from cmt_fast.storage.files import checksum, sync, write_text
+
+if TYPE_CHECKING:  # torch comes with the first tensor: who lists runs reads manifests alone
+    from torch import Tensor
 
 FORMAT = 1
 GOES_ON = "training cannot go on from it, what is finished can be sampled and judged"
@@ -35,7 +36,7 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another kind: one line that says which and why."""
 
 
-class Tensors(Mapping[str, Tensor]):
+class Tensors(Mapping[str, "Tensor"]):
     """fp32 tensors by name, of known shapes, each fetched when it is asked for: nobody holds all of them.
 
     Where tensors are sharded over ranks a fetch is a collective call, so every rank fetches all, in `sorted` order.
@@ -64,6 +65,8 @@ class Checkpoint(NamedTuple):
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The named tensors of one file ("model", "ema-0", "optimizer"). Raises CheckpointError."""
+        from safetensors.torch import load_file
+
         return load_file(self._file(name))
 
     def stream(self, name: str) -> Tensors:
@@ -124,6 +127,8 @@ def _save(
     about: dict[str, Any],
     keep: int,
 ) -> Path:
+    from safetensors.torch import save_file
+
     final = folder_of(stage_dir, step)
     temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -156,14 +161,14 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: It
     """A safetensors file of fp32 tensors, one after the other, sorted by name: the bytes that `save_file` writes."""
     header, end = {}, 0
     for name in sorted(shapes):
-        start, end = end, end + 4 * torch.Size(shapes[name]).numel()
+        start, end = end, end + 4 * math.prod(shapes[name])
         header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in sorted(shapes):
-            tensor = next(tensors).detach().to("cpu", torch.float32).contiguous()
+            tensor = next(tensors).detach().cpu().float().contiguous()
             assert tuple(tensor.shape) == tuple(shapes[name]), name
             file.write(memoryview(cast(Any, tensor.reshape(-1).numpy())).cast("B"))
 
@@ -205,29 +210,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
-def verify(folder: Path) -> Checkpoint:
-    """Read the manifest and check every size and checksum. Raises CheckpointError naming the file."""
+def sized(folder: Path) -> Checkpoint:
+    """A checkpoint whose files are there with their sizes, for who reads no tensor. Raises CheckpointError naming the file."""
     manifest = read_manifest(folder)
     for name, want in manifest["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != want["bytes"]:
             raise CheckpointError(f"{file}: is missing or has not the {want['bytes']} bytes of the manifest")
-        if checksum(file) != want["xxh3_128"]:
-            raise CheckpointError(f"{file}: does not match its checksum")
     return Checkpoint(folder, manifest)
 
 
-def told(folder: Path) -> Checkpoint:
-    """A checkpoint as its manifest tells of it, for who reads none of its tensors. Raises CheckpointError."""
-    return Checkpoint(folder, read_manifest(folder))
+def verify(folder: Path) -> Checkpoint:
+    """Read the manifest and check every size and checksum. Raises CheckpointError naming the file."""
+    found = sized(folder)
+    for name, want in found.manifest["files"].items():
+        if checksum(folder / name) != want["xxh3_128"]:
+            raise CheckpointError(f"{folder / name}: does not match its checksum")
+    return found
 
 
-def latest(stage_dir: Path, read: Callable[[Path], Checkpoint] = verify) -> Checkpoint | None:
-    """The newest checkpoint that `read` takes, None if there is none at all; says on stderr which ones it passed over."""
+def latest(stage_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole, None if there is none at all; says on stderr which ones it passed over."""
     found = steps(stage_dir)
     for step in reversed(found):
         try:
-            return read(folder_of(stage_dir, step))
+            return verify(folder_of(stage_dir, step))
         except CheckpointError as error:
             print(f"checkpoint passed over: {error}", file=sys.stderr)
     if found:

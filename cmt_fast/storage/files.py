@@ -26,6 +26,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole, by rename, of what can be made again: nothing waits for the disk."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write and sync a small file whole, by rename."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")

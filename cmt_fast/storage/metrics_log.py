@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cmt_fast.storage import files
 from cmt_fast.storage.heartbeat import beat
 from cmt_fast.storage.loggers import Loggers, Opening
 
@@ -43,9 +44,7 @@ class Log:
             path = folder / METRICS
             rows = read(path)
             kept = [row for row in rows if row["step"] <= step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
-            os.replace(temporary, path)
+            files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
             self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
             beat(self.run)
             if loggers and about:

@@ -182,7 +182,6 @@ class Steps(NamedTuple):
         with self.shown.pause(monitor.title(self.work, self.stage, n, last)):
             monitor.observe(self.work, self.stage, self.engine, n, last, self.log)
             self.page.draw()
-            machine.allow_tf32(self.stage.config.precision == "tf32")  # who draws opens the run once more
         self.wall["eval_s"] += self.meter.lap("evaluation")
 
     def _since(self, n: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from cmt_fast.engine import Engine
 from cmt_fast.render import grids
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import distributed, progress
+from cmt_fast.runtime import distributed, progress, words
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
 
@@ -22,10 +24,14 @@ def due(stage: ResolvedStage, n: int, last: bool) -> bool:
 
 
 def to_come(stage: ResolvedStage, n: int) -> int:
-    """How many evaluations are due after step n: the stage's last, and those before it."""
+    """At how many steps after step n something is `due`: the stage's last, and those before it."""
     plan = stage.schedule
-    rests = [-(-plan.total // every) - n // every for every in (plan.eval_every, plan.grid_every) if every]
-    return max(rests, default=1) if n < plan.total else 0
+    every = [e for e in (plan.eval_every, plan.grid_every, plan.snapshot_every) if e]
+    if n >= plan.total:
+        return 0
+    of = lambda together: (plan.total - 1) // math.lcm(*together) - n // math.lcm(*together)
+    sets = ((-1) ** k * of(part) for k in range(len(every)) for part in itertools.combinations(every, k + 1))
+    return 1 + sum(sets)  # steps at which two are due are counted once
 
 
 def title(work: Workspace, stage: ResolvedStage, n: int, last: bool) -> str:
@@ -74,7 +80,7 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
 def draw_grid(work: Workspace, net: Callable, stage: ResolvedStage, file: Path) -> None:
     """The same noise through 1, 2 and many steps, one picture of each class in order, in a PNG file."""
     run, n, setting = work.run, 10 if len(work.data.shape) == 3 else 1500, work.setting.each_class()
-    rows = [(f"{k} step{'s' * (k > 1)}", setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
+    rows = [(words.steps(k), setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
     name, config = stage.name, stage.config
     before = "pre" if checkpoint.steps(work.stage_dir("pre")) else None
     named = (config.teacher or before) if name != "pre" and not stage.cache else None  # no teacher for a cache

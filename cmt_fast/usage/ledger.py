@@ -16,63 +16,17 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cmt_fast.runtime import distributed
-from cmt_fast.usage.meters import Amount, Meter
+from cmt_fast.storage import files
+from cmt_fast.usage import bills
+from cmt_fast.usage.bills import ALIVE, FILE, Amount, Usage
+from cmt_fast.usage.meters import Meter
 
-FILE, ALIVE = "bill.json", "bill.alive"
 PULSE_S = 5.0
-
-
-class Usage(NamedTuple):
-    """A stage's bill: unit ("gpu", "core") -> phase -> amount.
-
-    until: the time (Unix) up to which it counts; from_nimg: images of the stage that were trained before anyone counted;
-    reason: why energy is unknown, where it is.
-    """
-
-    amounts: dict[str, dict[str, Amount]]
-    until: float = 0.0
-    from_nimg: int = 0
-    reason: str = ""
-
-    @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Usage:
-        """From what `stored` gave. Raises KeyError, TypeError or ValueError for something else."""
-        amounts = {u: {p: Amount(**a) for p, a in phases.items()} for u, phases in stored["amounts"].items()}
-        return cls(amounts, float(stored["until"]), int(stored["from_nimg"]), str(stored["reason"]))
-
-    def stored(self) -> dict[str, Any]:
-        """As JSON types."""
-        amounts = {u: {p: a._asdict() for p, a in phases.items()} for u, phases in self.amounts.items()}
-        return self._asdict() | {"amounts": amounts}
-
-    def plus(self, unit: str, spent: Mapping[str, Amount], until: float) -> Usage:
-        """With more on it."""
-        phases = dict(self.amounts.get(unit, {}))
-        for phase, amount in spent.items():
-            phases[phase] = phases.get(phase, Amount()).plus(amount)
-        return self._replace(amounts={**self.amounts, unit: phases}, until=max(until, self.until))
-
-    def total(self, unit: str) -> Amount:
-        """All phases together; of a unit that was never held nothing."""
-        total = Amount()
-        for amount in self.amounts.get(unit, {}).values():
-            total = total.plus(amount)
-        return total
-
-    def lost(self, kept: Usage) -> dict[str, Amount]:
-        """unit -> what is on this bill and not on the one that is gone on from."""
-        out: dict[str, Amount] = {}
-        for unit, phases in self.amounts.items():
-            for phase, amount in phases.items():
-                more = amount.beyond(kept.amounts.get(unit, {}).get(phase, Amount()))
-                if more.seconds:
-                    out[unit] = out.get(unit, Amount()).plus(more)
-        return out
 
 
 class Account:
@@ -83,9 +37,9 @@ class Account:
     ) -> None:
         """manifest: of the checkpoint that is gone on from. pulse_s: 0 writes bill.alive only when the bill is."""
         self.folder, self.meter, self.write = folder, meter, write
-        journal = _journal(folder)
+        journal = bills.journal(folder)
         # from here on this process counts, and not the time in which there was none
-        self.bill = _resumed(manifest, journal, _alive(folder))._replace(until=meter.until)
+        self.bill = _resumed(manifest, journal, bills.alive(folder))._replace(until=meter.until)
         self.held = meter.held * distributed.size()  # until all ranks have said what they hold
         self.settled = {"step": manifest["step"] if manifest else 0, "bill": self.bill.stored()}
         self._ended, self._pulse = threading.Event(), None
@@ -143,30 +97,10 @@ class Account:
         if not self.write:
             return
         body = {"bill": self.bill.stored(), "settled": self.settled, "held": {self.meter.unit: self.held}}
-        temporary = self.folder / f".tmp-{FILE}-{os.getpid()}"
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(body), "utf-8")
-            os.replace(temporary, self.folder / FILE)
+            files.write_bytes(self.folder / FILE, json.dumps(body).encode())
         if not self._ended.is_set():
             self._touch()
-
-
-def total(bills: Iterable[Usage], unit: str) -> Amount:
-    """Several bills as one amount."""
-    out = Amount()
-    for bill in bills:
-        out = out.plus(bill.total(unit))
-    return out
-
-
-def of_stage(folder: Path, manifest: Mapping[str, Any] | None) -> Usage | None:
-    """The bill of a stage as far as it is known: its newest, of a checkpoint's manifest or of bill.json; None for none."""
-    journal, found = _journal(folder), []
-    if manifest and manifest.get("bill"):
-        found.append(Usage.of(manifest["bill"]))
-    if journal:
-        found.append(journal[0])
-    return max(found, key=lambda bill: bill.until, default=None)
 
 
 def _resumed(
@@ -190,21 +124,3 @@ def _resumed(
         if unseen_s:
             out = out.plus(unit, {"stalled": Amount(unseen_s * count, None, unseen_s * count)}, alive or 0.0)
     return out
-
-
-def _journal(folder: Path) -> tuple[Usage, int, Usage, dict[str, int]] | None:
-    """bill.json: the newest bill, the step of its last checkpoint, the bill then, unit -> devices held."""
-    try:
-        body = json.loads((folder / FILE).read_text("utf-8"))
-        settled = body["settled"]
-        return Usage.of(body["bill"]), int(settled["step"]), Usage.of(settled["bill"]), dict(body["held"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _alive(folder: Path) -> float | None:
-    """When a process that did not end its account is last known to have lived."""
-    try:
-        return float((folder / ALIVE).read_text("ascii"))
-    except (OSError, ValueError):
-        return None

@@ -1,4 +1,4 @@
-"""Meters: a device's time and energy, by what the device was held for. What becomes of it is `bill`.
+"""Meters: a device's time and energy, by what the device was held for. What becomes of it is the bill (bills.py).
 
     startup      networks, teachers, compilation, checkpoints read; what the process did before its first stage
     train        steps, their teacher's single steps too
@@ -23,44 +23,12 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from cmt_fast.runtime import distributed
-
-PHASES = ("startup", "train", "teacher", "evaluation", "checkpoint", "stalled")
-
-
-class Amount(NamedTuple):
-    """Device-seconds; joules of those whose energy is known, None where none is; and the seconds of the others."""
-
-    seconds: float = 0.0
-    joules: float | None = None
-    unmeasured_s: float = 0.0
-
-    def plus(self, other: Amount) -> Amount:
-        """Both together."""
-        known = [j for j in (self.joules, other.joules) if j is not None]
-        joules = sum(known) if known else None
-        return Amount(self.seconds + other.seconds, joules, self.unmeasured_s + other.unmeasured_s)
-
-    def beyond(self, other: Amount) -> Amount:
-        """What this has more than another."""
-        joules = None if self.joules is None else max(0.0, self.joules - (other.joules or 0.0))
-        unmeasured = max(0.0, self.unmeasured_s - other.unmeasured_s)
-        if unmeasured and not joules:
-            joules = None
-        return Amount(max(0.0, self.seconds - other.seconds), joules, unmeasured)
-
-    @property
-    def hours(self) -> float:
-        return self.seconds / 3600
-
-    @property
-    def kwh(self) -> float | None:
-        """None unless the energy of every second is known."""
-        return None if self.unmeasured_s or self.joules is None else self.joules / 3.6e6
+from cmt_fast.usage.bills import PHASES, Amount
 
 
 class Counter:

@@ -14,19 +14,27 @@ from rich.table import Table
 from rich.text import Text
 
 from cmt_fast.runtime import words
-from cmt_fast.watch.state import RunState, StageState, span
+from cmt_fast.runtime.words import DASH, number
+from cmt_fast.watch.state import RunState, StageState
 
-MOODS = {"good": "green", "waiting": "yellow", "bad": "bold red"}
+MOODS = {
+    "finished": "green", "alive": "green", "new": "yellow", "stopped": "yellow", "quiet": "yellow",
+    "lost": "bold red", "hangs": "bold red",
+}  # of a life  # fmt: skip
 HEIGHTS = "▁▂▃▄▅▆▇█"
 POINTS = 20  # of a curve of losses
 WIDE = 100  # characters of a terminal on which everything has a place
-DASH = "–"
 
 
 def page(state: RunState, width: int = WIDE) -> RenderableType:
     """One run, all of it. width: of the terminal, in characters."""
     title = Text.assemble((state.name, "bold"), ("  " + str(state.folder), "dim"))
-    parts: list[RenderableType] = [title, Text(state.life, MOODS[state.mood]), Text(), _stages(state, width >= WIDE)]
+    parts: list[RenderableType] = [
+        title,
+        Text(state.life.text, MOODS[state.life.word]),
+        Text(),
+        _stages(state, width >= WIDE),
+    ]
     if state.teacher or any(s.evaluations for s in state.stages):
         parts += [
             Text(),
@@ -50,10 +58,10 @@ def overview(states: Sequence[RunState]) -> RenderableType:
             Text(state.folder.name or state.name, "bold"),
             Text("done" if state.finished else stage.name),
             Text(f"{100 * _share(state):.0f} %"),
-            Text(f"{stage.speed:,.0f}" if running and stage.speed else DASH),
-            Text(span(stage.left_s) if running and stage.left_s is not None else DASH),
+            Text(words.speed(stage.speed) if running and stage.speed else DASH),
+            Text(words.duration(stage.left_s) if running and stage.left_s is not None else DASH),
             *(Text(number(found[1]) if found else DASH) for found in newest),
-            Text(re.split("[;:]", state.life)[0], MOODS[state.mood]),
+            Text(re.split("[;:]", state.life.text)[0], MOODS[state.life.word]),
         )
     return Padding(Group(Text("@k: Fréchet distance in k steps", "dim"), table), (1, 1))
 
@@ -61,15 +69,18 @@ def overview(states: Sequence[RunState]) -> RenderableType:
 def line(state: RunState) -> str:
     """One run in one line."""
     stage = state.now or _last(state)
-    parts = [f"{state.name}: {stage.name} {100 * stage.share:.0f} %", f"{stage.nimg:,}/{stage.total_nimg:,} images"]
+    parts = [
+        f"{state.name}: {stage.name} {100 * stage.at.share:.0f} %",
+        f"{stage.at.nimg:,}/{stage.at.stage.images_nimg:,} images",
+    ]
     if state.now and stage.speed:
-        parts.append(f"{stage.speed:,.0f} images/s")
+        parts.append(f"{words.speed(stage.speed)} images/s")
     if state.now and stage.left_s is not None:
-        parts.append(f"{span(stage.left_s)} left")
+        parts.append(f"{words.duration(stage.left_s)} left")
     if stage.losses:
         parts.append(f"loss {number(stage.losses[-1])}")
     parts += [f"Fréchet {number(f[1])} in {words.steps(k)}" for k in state.steps if (f := _newest(state, str(k)))]
-    return "  ".join([*parts, state.life])
+    return "  ".join([*parts, state.life.text])
 
 
 def sparkline(values: Sequence[float], points: int = POINTS) -> str:
@@ -88,11 +99,6 @@ def sparkline(values: Sequence[float], points: int = POINTS) -> str:
     return "".join(HEIGHTS[round(top * (v - low) / (high - low))] if high > low else HEIGHTS[0] for v in means)
 
 
-def number(x: float) -> str:
-    """Four digits."""
-    return f"{x:.4g}"
-
-
 def short(n: int) -> str:
     """A count of images: all digits below 100,000, else `128k`, `1.28M`."""
     if n < 100_000:
@@ -105,24 +111,24 @@ def _stages(state: RunState, wide: bool) -> Table:
     if wide:
         table.columns[-1].justify = "left"
     for s in state.stages:
-        waiting, now = s.state == "waiting", s == state.now
+        at, waiting, now, whole = s.at, s.waiting, s == state.now, s.at.stage.images_nimg
         bar = ProgressBar(
             100,
-            100 * s.share,
+            100 * at.share,
             width=20 if wide else 10,
             complete_style="cyan" if now else "green",
             finished_style="green",
         )
-        left = span(s.left_s) if now and s.left_s is not None else ("done" if s.state == "done" else DASH)
+        left = words.duration(s.left_s) if now and s.left_s is not None else ("done" if at.done else DASH)
         table.add_row(
             Text(s.name, "dim" if waiting else ("bold" if now else "")),
             bar,
-            Text(f"{100 * s.share:.0f} %"),
-            Text(f"{short(s.nimg)} of {short(s.total_nimg)}" if s.state == "begun" else short(s.nimg or s.total_nimg)),
-            Text(f"{s.speed:,.0f}" if s.speed else DASH),
+            Text(f"{100 * at.share:.0f} %"),
+            Text(f"{short(at.nimg)} of {short(whole)}" if s.begun else short(at.nimg or whole)),
+            Text(words.speed(s.speed) if s.speed else DASH),
             Text(left),
             Text(number(s.losses[-1]) if s.losses else DASH),
-            *[Text(sparkline(s.losses) or (f"from {s.elsewhere}" if s.elsewhere else ""), "cyan")] * wide,
+            *[Text(sparkline(s.losses) or (f"from {at.folder.parent}" if not at.own else ""), "cyan")] * wide,
             style="dim" if waiting else "",
         )
     return table
@@ -155,17 +161,17 @@ def _distance(state: RunState) -> str:
 
 def _spent(state: RunState) -> str:
     """Time and place taken."""
-    spent = sum(s.spent_s for s in state.stages if not s.elsewhere)
+    spent = sum(s.spent_s for s in state.stages if s.at.own)
     units: dict[str, float] = {}
     for s in state.stages:
-        for unit, seconds in s.devices.items() if not s.elsewhere else ():
-            units[unit] = units.get(unit, 0.0) + seconds
-    parts = [f"{span(spent)} of training and evaluation"]
-    parts += [f"{s / 3600:,.1f} {'GPU' if unit == 'gpu' else unit}-hours" for unit, s in units.items() if s >= 360]
+        for unit, hours in s.at.hours.items() if s.at.own else ():
+            units[unit] = units.get(unit, 0.0) + hours
+    parts = [f"{words.duration(spent)} of training and evaluation"]
+    parts += [words.device_hours(units)] * bool(units)
     now = state.now
     if now and now.left_s is not None:
-        after = [s.name for s in state.stages if s.state == "waiting"]
-        parts.append(f"{span(now.left_s)} left of {now.name}" + f", then {', '.join(after)}" * bool(after))
+        after = [s.name for s in state.stages if s.waiting]
+        parts.append(f"{words.duration(now.left_s)} left of {now.name}" + f", then {', '.join(after)}" * bool(after))
     return "; ".join([*parts, f"{words.size(state.bytes)} on disk"])
 
 
@@ -185,9 +191,9 @@ def _newest(state: RunState, k: str) -> tuple[int, float] | None:
 
 def _last(state: RunState) -> StageState:
     """The last stage that has begun, else the first."""
-    return next((s for s in reversed(state.stages) if s.state != "waiting"), state.stages[0])
+    return next((s for s in reversed(state.stages) if not s.waiting), state.stages[0])
 
 
 def _share(state: RunState) -> float:
-    whole = sum(s.total_nimg for s in state.stages)
-    return sum(s.share * s.total_nimg for s in state.stages) / max(1, whole)
+    whole = sum(s.at.stage.images_nimg for s in state.stages)
+    return sum(s.at.share * s.at.stage.images_nimg for s in state.stages) / max(1, whole)

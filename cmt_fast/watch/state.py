@@ -1,55 +1,51 @@
-"""How far a run is, from the files that it keeps while it trains.
-
-RUN/run.json           the stages and their lengths          STAGE/metrics.jsonl    speed, loss, evaluations
-RUN/heartbeat          when it last did something            STAGE/bill.alive       when its process last lived
-STAGE/checkpoints/     what is finished
-"""
+"""How far a run is and how fast it goes, looked at again and again: run/standing.py, and what the last rows say of speed."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.run.folder import RUN_FILE, about_run, stored_run
-from cmt_fast.storage.heartbeat import DEAD_S, HEARTBEAT, QUIET_S
+from cmt_fast.run import standing
+from cmt_fast.run.folder import RUN_FILE, parents_of, stored_run
+from cmt_fast.run.standing import Life, Standing
+from cmt_fast.storage import pruning
+from cmt_fast.storage.metrics_log import METRICS
 from cmt_fast.watch.tail import Tail
 
 RECENT = 10  # rows of metrics over which speed is taken
-PULSE_S = 60.0  # after which a process that writes bill.alive every 5 s is gone
 SIZE_S = 60.0  # between two counts of the folder's bytes
 
 
 class StageState(NamedTuple):
-    """One stage. state: "done", "begun" or "waiting"; speed: images/s of training; left_s: at the pace of the last rows, its
-    evaluations too; evaluations: steps of the sampler -> (images, distance); elsewhere: the run that it was taken from.
+    """One stage. at: where it stands; begun: it has, and is not done; speed: images/s of training; left_s: at the pace of the
+    last rows, its evaluations too; evaluations: steps of the sampler -> (images, distance).
     """
 
-    name: str
-    state: str
-    nimg: int
-    total_nimg: int
+    at: Standing
+    begun: bool
     speed: float | None = None
     left_s: float | None = None
     spent_s: float = 0.0
-    devices: dict[str, float] = {}
     losses: list[float] = []
     evaluations: dict[str, list[tuple[int, float]]] = {}
-    elsewhere: str = ""
 
     @property
-    def share(self) -> float:
-        """What of it is trained, 0 to 1."""
-        return 1.0 if self.state == "done" else min(1.0, self.nimg / max(1, self.total_nimg))
+    def name(self) -> str:
+        """Of the stage."""
+        return self.at.name
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it has not begun."""
+        return not self.begun and not self.at.done
 
 
 class RunState(NamedTuple):
-    """A run at one moment. life: one phrase, mood: "good", "waiting" or "bad"; teacher: steps of the solver, and its distance;
-    changed: when anything of it was last written, Unix time.
+    """A run at one moment. teacher: steps of the solver, and its distance; changed: when anything of it was last written, Unix
+    time.
     """
 
     name: str
@@ -57,8 +53,7 @@ class RunState(NamedTuple):
     stages: list[StageState]
     steps: tuple[int, ...]
     distance: str
-    life: str
-    mood: str
+    life: Life
     teacher: tuple[int, float] | None
     bytes: int
     changed: float
@@ -66,12 +61,12 @@ class RunState(NamedTuple):
     @property
     def finished(self) -> bool:
         """Whether every stage is."""
-        return all(s.state == "done" for s in self.stages)
+        return all(s.at.done for s in self.stages)
 
     @property
     def now(self) -> StageState | None:
         """The stage that is trained, or would go on; None between two."""
-        return next((s for s in reversed(self.stages) if s.state == "begun"), None)
+        return next((s for s in reversed(self.stages) if s.begun), None)
 
 
 class Watched:
@@ -79,8 +74,7 @@ class Watched:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.run = folder, stored_run(folder)
-        parents = about_run(folder).get("parents")
-        self.parents = Path(parents) if parents else None
+        self.parents = parents_of(folder)
         self.tails: dict[Path, Tail] = {}
         self._bytes, self._counted = 0, float("-inf")
 
@@ -88,81 +82,40 @@ class Watched:
         """What its files say now. clock: Unix time, for tests."""
         now = time.time() if clock is None else clock
         stages = [self._stage(name) for name in self.run.stages]
-        life, mood = self._life(stages, now)
+        at = [s.at for s in stages]
         e, run = self.run.eval, self.run
         distance = f"Fréchet distance{'' if e.metric == 'frechet' else f' ({e.metric})'}, {e.n_during:,} samples"
         steps, teacher = tuple(e.steps), self._teacher(run.sampler.teacher_steps)
-        return RunState(
-            run.name, self.folder, stages, steps, distance, life, mood, teacher, self._size(now), self._changed()
-        )
+        life, changed = standing.life(self.folder, at, now), max(map(_changed, at))
+        return RunState(run.name, self.folder, stages, steps, distance, life, teacher, self._size(now), changed)
 
-    def _place(self, name: str) -> Path:
-        """The stage's folder, here or where the run's parents are."""
-        own = self.folder / name
-        if self.parents and not (own / "metrics.jsonl").is_file() and not manifests(own):
-            return self.parents / name
-        return own
+    def _rows(self, file: Path) -> list[dict[str, Any]]:
+        return self.tails.setdefault(file, Tail(file)).read()
 
     def _stage(self, name: str) -> StageState:
-        place, total = self._place(name), self.run.stages[name].images_nimg
-        rows = self.tails.setdefault(place, Tail(place / "metrics.jsonl")).read()
-        found = manifests(place)
-        manifest = _json(found[-1]) if found else {}
-        train = [row for row in rows if row["kind"] == "train"]
-        elsewhere = "" if place.parent == self.folder else str(place.parent)
-        nimg = max(train[-1]["nimg"] if train else 0, manifest.get("nimg", 0))
-        state = "done" if manifest.get("done") else ("begun" if train or place.is_dir() else "waiting")
+        at = standing.of(self.run, self.folder, self.parents, name, self._rows)
+        train, begun = at.kind("train"), not at.done and at.folder.is_dir()
         if not train:
-            return StageState(name, state, nimg, total, elsewhere=elsewhere)
-        speed, left = _pace(train, rows[-1], total)
+            return StageState(at, begun)
+        speed, left = _pace(train, at.rows[-1], at.stage.images_nimg)
         wall = train[-1]["wall"]
-        bill = (wall.get("bill") or {}).get("amounts", {})
+        losses = [row["loss"] for row in train]
         return StageState(
-            name, state, nimg, total, speed, left,
-            spent_s=wall["train_s"] + wall["eval_s"],
-            devices={unit: sum(a["seconds"] for a in phases.values()) for unit, phases in bill.items()},
-            losses=[row["loss"] for row in train],
-            evaluations=_evaluations(rows),
-            elsewhere=elsewhere,
-        )  # fmt: skip
+            at, begun, speed, left, wall["train_s"] + wall["eval_s"], losses, _evaluations(at.kind("eval"))
+        )
 
     def _teacher(self, steps: int) -> tuple[int, float] | None:
         """The teacher as it was judged beside evaluations in training; None before a report has judged it."""
-        figures = (_json(self._place("pre") / "figures.json").get("during") or {}).get(str(steps))
+        figures = (_json(standing.place(self.folder, self.parents, "pre") / "figures.json").get("during") or {}).get(
+            str(steps)
+        )
         return (steps, figures["frechet"]) if figures else None
-
-    def _life(self, stages: list[StageState], now: float) -> tuple[str, str]:
-        """Whether it lives, in a phrase, and how good that is."""
-        beat = _time(self.folder / HEARTBEAT)
-        if all(s.state == "done" for s in stages):
-            last = max((_time(m) for s in stages for m in manifests(self._place(s.name))), default=now)
-            return f"finished {span(now - last)} ago", "good"
-        if not beat:
-            return "has not been alive yet", "waiting"
-        age = now - beat
-        pulses = [_time(self.folder / s.name / "bill.alive") for s in stages if s.state == "begun"]
-        pulse = now - max(pulses) if any(pulses) else None
-        if pulse is not None and pulse < PULSE_S:
-            if age < DEAD_S:
-                return f"alive {span(min(age, pulse))} ago", "good"
-            return f"its process lives, but has done nothing for {span(age)}", "bad"
-        if age < QUIET_S:
-            return f"alive {span(age)} ago", "good"
-        if pulse is None:
-            return f"stopped {span(age)} ago; the same `cmt train` goes on", "waiting"
-        hint = f": `cmt doctor --heartbeat {self.folder}`" if age > DEAD_S else ""
-        return f"no sign of life for {span(age)}{hint}", "bad" if hint else "waiting"
 
     def _size(self, now: float) -> int:
         """Bytes of the folder, counted again after SIZE_S."""
         if now - self._counted > SIZE_S:
-            self._bytes, self._counted = sum(_sizes(self.folder)), now
+            self._bytes, self._counted = pruning.size(self.folder), now
         return self._bytes
-
-    def _changed(self) -> float:
-        """When a row of metrics or a checkpoint came last."""
-        places = [self._place(name) for name in self.run.stages]
-        return max(_time(f) for p in places for f in (p / "metrics.jsonl", *manifests(p)[-1:], p / "grids", p))
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -175,21 +128,9 @@ def runs_in(folder: Path) -> list[Path]:
     return found
 
 
-def manifests(stage: Path) -> list[Path]:
-    """Those of its checkpoints, the newest last; whether files are whole is not looked at."""
-    return sorted(stage.glob("checkpoints/step-*/manifest.json"))
-
-
-def span(seconds: float) -> str:
-    """A length of time for a reader: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`, `12 d`."""
-    s = max(0, round(seconds))
-    if s < 60:
-        return f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min"
-    if s < 86400:
-        return f"{s // 3600} h {s % 3600 // 60} min"
-    return f"{s // 86400} d {s % 86400 // 3600} h" if s < 7 * 86400 else f"{s // 86400} d"
+def _changed(at: Standing) -> float:
+    """When a row of metrics, a checkpoint or a picture came last."""
+    return max(at.saved, *(standing.written(f) for f in (at.folder / METRICS, at.folder / "grids", at.folder)))
 
 
 def _pace(train: list[dict], last: dict, total: int) -> tuple[float | None, float | None]:
@@ -209,7 +150,7 @@ def _pace(train: list[dict], last: dict, total: int) -> tuple[float | None, floa
 def _evaluations(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
     out: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        for k, figures in row["steps"].items() if row["kind"] == "eval" else ():
+        for k, figures in row["steps"].items():
             if figures:
                 out.setdefault(k, []).append((row["nimg"], figures["frechet"]))
     return out
@@ -220,23 +161,3 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def _time(path: Path) -> float:
-    """When it was last written; 0 where it is not."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _sizes(folder: Path) -> Iterator[int]:
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _sizes(Path(entry.path))
-                else:
-                    yield entry.stat(follow_symlinks=False).st_size
-    except OSError:  # removed meanwhile, as old checkpoints are
-        return

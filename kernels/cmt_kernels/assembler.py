@@ -149,7 +149,7 @@ def assembles(assembler: Assembler, architecture: int) -> bool:
     text = f".version {ptx // 10}.{ptx % 10}\n.target {target}\n.address_size 64\n.visible .entry probe() {{ ret; }}\n"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.ptx")
-        source.write_text(text)
+        source.write_text(text, encoding="utf-8")
         command = [assembler.path, f"--gpu-name={target}", str(source), "-o", str(source.with_suffix(".cubin"))]
         return subprocess.run(command, capture_output=True).returncode == 0
 

@@ -48,7 +48,7 @@ def machine() -> str:
 def _line(name: str) -> str:
     """The first line of this name in /proc/cpuinfo, empty where there is none."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             key, _, text = line.partition(":")
             if key.strip() == name:
                 return text.strip()

@@ -35,7 +35,7 @@ def keep(file: Path, machine: str, label: str, entry: dict) -> None:
 
 def _everything(file: Path) -> dict[str, dict]:
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}

@@ -7,6 +7,7 @@ import re
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -15,7 +16,8 @@ from bench.experiments import gallery, seeds
 from bench.harness import tables
 from bench.harness.pages import picture, seed_tables
 from cmt_fast.config import loading
-from cmt_fast.render import plots
+from cmt_fast.config.schema import Photos
+from cmt_fast.data import photos
 from cmt_fast.storage import checkpoint
 
 NETWORK = ["model={kind: dit, patch: 8}", "model.width=16", "model.depth=1", "model.heads=2"]
@@ -25,13 +27,14 @@ LESS = [*LENGTHS, "pre.warmup_nimg=0", "mid.eval_every_nimg=32", "mid.trajectori
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory) -> Path:
+def short(tmp_path_factory, plain_plots) -> Path:
     """A folder with short.yaml and its run short-3, trained and measured as `bench seeds` does."""
     folder = tmp_path_factory.mktemp("short")
-    (folder / "short.yaml").write_text(yaml.safe_dump(loading.dump(loading.load("photos", [*NETWORK, *LESS]))))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "svg", lambda *_, **size: "<svg></svg>")  # test_page.py draws them
-        seeds.measure(str(folder / "short.yaml"), 3, folder / "short-3")
+    few = photos.load(Photos())  # of all 3,600 rows the judge alone takes half a minute
+    np.savez(folder / "few.npz", images=few.x[::30].numpy(), labels=few.labels[::30].numpy())
+    run = loading.load("photos", [f"data={{kind: npz, path: {folder / 'few.npz'}}}", *NETWORK, *LESS])
+    (folder / "short.yaml").write_text(yaml.safe_dump(loading.dump(run)), encoding="utf-8")
+    seeds.measure(str(folder / "short.yaml"), 3, folder / "short-3")
     return folder
 
 
@@ -43,7 +46,9 @@ def asked(short: Path, **more) -> types.SimpleNamespace:
 
 def changed(short: Path, file: Path) -> Path:
     """The recipe with another learning rate of its control."""
-    file.write_text(yaml.safe_dump(loading.dump(loading.load(str(short / "short.yaml"), ["control.lr=4e-4"]))))
+    file.write_text(
+        yaml.safe_dump(loading.dump(loading.load(str(short / "short.yaml"), ["control.lr=4e-4"]))), encoding="utf-8"
+    )
     return file
 
 

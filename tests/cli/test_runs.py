@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -23,6 +24,7 @@ from cmt_fast.storage import checkpoint, heartbeat, pruning
 from tests.fixtures import small
 from tests.fixtures.tiny import tiny
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
 MODEL = {"kind": "dit", "width": 16, "depth": 1, "heads": 2}
 LONG_AGO = 1.6e9
 
@@ -55,9 +57,9 @@ def run(trained, tmp_path, monkeypatch):
 
 
 def edit(file: Path, change) -> None:
-    tree = json.loads(file.read_text())
+    tree = json.loads(file.read_text(encoding="utf-8"))
     change(tree)
-    file.write_text(json.dumps(tree))
+    file.write_text(json.dumps(tree), encoding="utf-8")
 
 
 def unfinish(run: Path, stage: str) -> Path:
@@ -113,7 +115,7 @@ def test_a_run_that_trains_is_alive_and_its_figures_are_of_an_evaluation(run, ca
     (run / "post/metrics.jsonl").write_text(json.dumps(row) + '\n{"kind": "tr')
     out = cmt(capsys, "runs", "ls")[1]
     out = " ".join(out.split())
-    assert "post 100% alive 0 s ago" in out and "post 7.25 @1, – @2 *" in out, out
+    assert re.search(r"post 100% alive \d+ s ago", out) and "post 7.25 @1, – @2 *" in out, out
     os.utime(run / heartbeat.HEARTBEAT, (LONG_AGO, LONG_AGO))
     assert "stopped" in cmt(capsys, "runs", "ls")[1]
 
@@ -121,7 +123,7 @@ def test_a_run_that_trains_is_alive_and_its_figures_are_of_an_evaluation(run, ca
 def test_figures_of_other_weights_are_not_shown(run):
     edit(run / "post/figures.json", lambda f: f["key"].update(ema="0" * 32))
     known = runs_.read(run)
-    assert known.stages["mid"].figures.final and known.stages["post"].figures is None
+    assert known.figures["mid"].final and "post" not in known.figures
 
 
 def test_show_says_where_a_run_comes_from_and_what_it_changed(run, trained, tmp_path, capsys, monkeypatch):
@@ -137,7 +139,7 @@ def test_show_says_where_a_run_comes_from_and_what_it_changed(run, trained, tmp_
     Workspace(tiny("digits", "post.lr=0.5"), tmp_path / "other").claim()
     about = json.loads(cmt(capsys, "runs", "show", tmp_path / "other", "--json")[1])
     assert about["settings"]["post.lr"]["run"] == "0.5" and "pre.lr" not in about["settings"]
-    assert about["stages"]["pre"]["state"] == "not begun" and about["state"] == "stopped"
+    assert about["stages"]["pre"]["state"] == about["state"] == "not begun"
 
 
 # ------------------------------------------------------------------------------------------------ compare
@@ -200,11 +202,11 @@ def test_a_pruned_run_is_sampled_judged_and_listed_and_says_why_it_cannot_go_on(
 
 
 def test_without_weights_the_figures_stay(run, trained, capsys):
-    figures = runs_.read(run).stages["post"].figures
+    figures = runs_.read(run).figures["post"]
     assert cmt(capsys, "runs", "rm", run, "--keep", "report", "--yes")[0] == 0
     assert not list(run.glob("*/checkpoints/*/*.safetensors"))
     known = runs_.read(run)
-    assert known.finished and known.stages["post"].figures == figures
+    assert known.life.word == "finished" and known.figures["post"] == figures
     assert cmt(capsys, "report", run, "--no-judge")[0] == 0
     assert f"{figures.steps['1']['frechet']:.3g}" in (run / "report.md").read_text()
     assert "sound" in cmt(capsys, "ckpt", "verify", run)[1]
@@ -284,7 +286,7 @@ def test_it_asks_and_refuses_what_is_in_use(run, capsys, monkeypatch):
     with folder_.locked(run, "--out"):
         assert "in use by another process" in refused("--yes", "--force")[2]
     (run / heartbeat.HEARTBEAT).touch()
-    assert "sign of life 0 s ago" in refused("--yes")[2]
+    assert re.search(r"sign of life \d+ s ago", refused("--yes")[2])
     old = time.time() - heartbeat.QUIET_S - 1
     os.utime(run / heartbeat.HEARTBEAT, (old, old))
     shutil.copytree(run, "runs/user")

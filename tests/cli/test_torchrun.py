@@ -24,23 +24,23 @@ def options() -> list[tuple[str, argparse.Action]]:
     return found
 
 
-def left_to_us(option: str) -> bool:
+def left_to_us(torchrun: argparse.ArgumentParser, option: str) -> bool:
     """Whether torchrun passes it on to its script."""
-    from torch.distributed.run import get_args_parser
-
     command = ["cmt", "X", option, "8"]
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        return (
-            get_args_parser().parse_args(["--nproc-per-node", "2", "-m", *command]).training_script_args == command[1:]
-        )
+        return torchrun.parse_args(["--nproc-per-node", "2", "-m", *command]).training_script_args == command[1:]
     return False
 
 
 def test_every_option_has_a_name_that_torchrun_leaves_to_us():
     """The first one, which the help and the documents give."""
+    from torch.distributed.run import get_args_parser
+
+    torchrun = get_args_parser()
+    assert not left_to_us(torchrun, "--n")  # which is its --nnodes, or --node-rank
     known = {action.option_strings[0]: f"{prog} {action.option_strings}" for prog, action in options()}
     assert "-n" in known and "--log-every-s" in known  # all commands were asked
-    assert [text for option, text in known.items() if not left_to_us(option)] == []
+    assert [text for option, text in known.items() if not left_to_us(torchrun, option)] == []
 
 
 def test_an_option_is_written_out(capsys):

@@ -82,7 +82,7 @@ def test_a_folder_trains_without_an_autoencoder(tmp_path, monkeypatch, capsys):
     assert torch.equal(x[1], x[0].flip(-1)) and labels.tolist() == [1, 1]
     recipe = {**RECIPE, "data": {"kind": "latents", "path": "store", "flip": True}, "device": "cpu"}
     recipe["pre"] = {**recipe["pre"], "images_nimg": 32}
-    Path("r.yaml").write_text(yaml.safe_dump(recipe))
+    Path("r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     assert main(["train", "r.yaml", "--stages", "pre", "--out", "run"]) == 0
     assert checkpoint.complete(Path("run/pre")).manifest["step"] == 2
 
@@ -341,7 +341,7 @@ def test_one_image_two_images_one_class(tmp_path, recwarn, monkeypatch, capsys):
     recipe = {**RECIPE, "data": {"kind": "latents", "path": "1"}, "device": "cpu"}
     recipe["pre"] = {**recipe["pre"], "images_nimg": 32}
     monkeypatch.chdir(tmp_path)
-    Path("one.yaml").write_text(json.dumps(recipe))
+    Path("one.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     assert main(["train", "one.yaml", "--stages", "pre"]) == 2 and not Path("runs").exists()
     assert "has 1 row" in (err := capsys.readouterr().err) and "two copies of it" in err and err.count("\n") == 1
     loop.train(Workspace(loading.build(recipe), Path("run")), ["pre"])  # without a judge one row is trained on as any

@@ -89,7 +89,7 @@ def library(sanitize: bool = False) -> Path:
     folder = SANITIZED if sanitize else FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     build.OBJECTS.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two test processes one builds, and the other finds it built
         return _library(folder, sanitize)
 

@@ -71,7 +71,7 @@ def test_the_newest_is_found_wherever_it_lies(plant: Plant, where: str, monkeypa
 def test_each_is_asked_for_its_version_once(plant: Plant) -> None:
     paths = [plant(OWN, "12.8.93"), plant(CU13, "13.3.33")]
     assembler.choose(90), assembler.choose(90), assembler.candidates(), assembler.refusal(90)
-    asked = [Path(f"{path}.log").read_text().splitlines() for path in paths]
+    asked = [Path(f"{path}.log").read_text(encoding="utf-8").splitlines() for path in paths]
     assert [lines.count("--version") for lines in asked] == [1, 2]  # the second time by Triton, of the one it runs
     assert len(asked[0]) == 1 and sum("sm_90a" in line for line in asked[1]) == 1
 

@@ -36,7 +36,7 @@ def python(*arguments: str, launches: Path) -> subprocess.CompletedProcess:
 def launches(log: Path) -> Counter:
     """How often each kernel was launched; 0 for one that never was."""
     found: Counter = Counter()
-    for line in log.read_text().splitlines():
+    for line in log.read_text(encoding="utf-8").splitlines():
         count, kernel = line.split("\t")
         found[kernel] += int(count)
     return found

@@ -53,7 +53,7 @@ def test_a_new_recipe_fits_its_store_and_trains(store, like, stores, tmp_path, m
     assert abs(run.mid.images_nimg + run.post.images_nimg - 20_000) <= run.mid.batch + run.post.batch
     assert run.eval.metric == "frechet" and run.eval.reference is None and run.engine == "local"
     assert not [n for n in needs.needs(run, tmp_path, stages=list(run.stages)) if not n.here]
-    header = [line for line in Path("mine.yaml").read_text().splitlines() if line.startswith("#")]
+    header = [line for line in Path("mine.yaml").read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert like in header[0] and any("eval" in line for line in header) == (like != "digits")
     small = [o for o in shrunk(run) if not o.startswith("model.heads")] + ["model.heads=2"] * (kind == "dit")
     overrides = [*small, "eval.steps=1", "device=cpu"]

@@ -16,6 +16,7 @@ from cmt_fast.data import datasets
 from cmt_fast.report import page
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import machine
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import loop
 from tests.fixtures.tiny import tiny
@@ -191,6 +192,7 @@ def test_the_page_is_drawn_at_any_moment_and_nothing_is_computed_for_it(tmp_path
                 patch.setattr(Judging, name, property(lambda self: pytest.fail("was judged")))
             patch.setattr(checkpoint, "checksum", lambda path: pytest.fail("a checkpoint's tensors were read"))
             patch.setattr(datasets, "load", lambda *_: pytest.fail("the data were opened"))
+            patch.setattr(machine, "device", lambda *_: pytest.fail("a device was asked for, which training may fill"))
             patch.setattr(torch.nn.Module, "__call__", lambda *a, **k: pytest.fail("a network was called"))
             out = page.write(folder, judge=False, refresh_s=20)
         assert '<meta http-equiv="refresh" content="20">' in out["html"].read_text()
@@ -209,7 +211,7 @@ def test_the_page_is_drawn_at_any_moment_and_nothing_is_computed_for_it(tmp_path
     loop.train(work, ["mid"])  # its rows and grids are there, its checkpoint is not
     monkeypatch.undo()
     assert "mid 100% of 64 images" in taken[-1] and "quality-1.svg" in taken[-1] and "grid-mid.png" in taken[-1]
-    with open(folder / "mid" / "metrics.jsonl", "a") as file:
+    with open(folder / "mid" / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"kind": "eval", "step')  # a row that is being written
     assert "mid finished" in look()
     page.write(folder)

@@ -22,6 +22,7 @@ from tests.fixtures import small
 from tests.fixtures.stores import make_store
 from tests.fixtures.tiny import stop_after_a_checkpoint
 
+pytestmark = pytest.mark.usefixtures("plain_plots")
 MODEL = {"kind": "dit", "width": 16, "depth": 1, "heads": 2}
 
 
@@ -182,19 +183,33 @@ def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatc
     assert folder.located("gone/b", tmp_path / "new/b") == Path("gone/b")
 
 
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory):
+    """A folder with two runs `old/a` (seed 3) and `old/c` (seed 4), and `run`, whose finished `mid` was taught by old/a/pre."""
+    home = tmp_path_factory.mktemp("lessons")
+    recipe = recipe_of(home, {"kind": "npz", "path": "data.npz"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for out, more in (
+            ("old/a", ("seed=3", "--stages", "pre")),
+            ("old/c", ("seed=4", "--stages", "pre")),
+            ("run", ("mid.teacher=old/a/pre", "--stages", "pre,mid")),
+        ):
+            assert cli.main(["train", str(recipe), "--out", out, *more]) == 0
+    return home
+
+
 @pytest.fixture
-def taught(tmp_path, monkeypatch, capsys):
-    """Two runs `old/a` (seed 3) and `old/c` (seed 4), and `run`, whose finished `mid` was taught by old/a/pre."""
+def taught(lessons, tmp_path, monkeypatch):
+    """They were trained here, as far as they know; the recipe."""
+    hidden = lessons.with_name("lessons-hidden")
+    lessons.rename(hidden)
+    shutil.copytree(hidden, lessons)
+    monkeypatch.chdir(lessons)
+    yield lessons / "small.yaml"
     monkeypatch.chdir(tmp_path)
-    recipe = recipe_of(tmp_path, {"kind": "npz", "path": "data.npz"})
-    for out, more in (
-        ("old/a", ("seed=3", "--stages", "pre")),
-        ("old/c", ("seed=4", "--stages", "pre")),
-        ("run", ("mid.teacher=old/a/pre", "--stages", "pre,mid")),
-    ):
-        code, _, err = cmt(capsys, "train", recipe, "--out", out, *more)
-        assert code == 0, err
-    return recipe
+    shutil.rmtree(lessons)
+    hidden.rename(lessons)
 
 
 def test_a_teacher_that_is_gone_is_missed_only_by_stages_that_are_left(taught, capsys):

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.runtime import pace, progress
+from cmt_fast.runtime import pace, progress, words
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 LINE = (
@@ -86,14 +86,14 @@ DURATIONS = {
 
 @pytest.mark.parametrize("seconds, text", DURATIONS.items())
 def test_durations_have_two_units(seconds, text):
-    assert pace.duration(seconds) == text
+    assert words.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     "h, text", [(0.0, "0"), (0.0002, "0.0002"), (0.0031, "0.003"), (0.523, "0.52"), (3.14, "3.1"), (1234.5, "1,234")]
 )
 def test_hours_have_two_digits(h, text):
-    assert pace.hours(h) == text
+    assert words.hours(h) == text
 
 
 # ------------------------------------------------------------------------------------------------ lines

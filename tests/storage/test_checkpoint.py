@@ -7,6 +7,7 @@ import random
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from cmt_kernels.attention import proof
 
@@ -88,7 +89,7 @@ def test_a_failing_write_keeps_the_old_one(stage, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(stage, 3, {"model": {"w": torch.zeros(2)}}, {"done": False})
     assert checkpoint.steps(stage) == [1, 2] and not list((stage / "checkpoints").glob(".tmp*"))

@@ -9,10 +9,19 @@ from cmt_fast.train import monitor
 
 
 @pytest.mark.parametrize(
-    "total, eval_every, grid_every", [(100, 30, 0), (100, 25, 0), (90, 10, 30), (7, 0, 0), (100, 0, 40)]
+    "total, eval_every, grid_every, snapshot_every",
+    [
+        (100, 30, 0, 0),
+        (100, 25, 0, 0),
+        (90, 10, 30, 0),
+        (7, 0, 0, 0),
+        (100, 0, 40, 0),
+        (100, 25, 40, 0),
+        (90, 6, 10, 15),
+    ],
 )
-def test_evaluations_to_come_are_those_that_will_be_due(total, eval_every, grid_every):
-    plan = Schedule(total, 1, 0, 1, 1, snapshot_every=0, eval_every=eval_every, grid_every=grid_every)
+def test_evaluations_to_come_are_those_that_will_be_due(total, eval_every, grid_every, snapshot_every):
+    plan = Schedule(total, 1, 0, 1, 1, snapshot_every=snapshot_every, eval_every=eval_every, grid_every=grid_every)
     stage = SimpleNamespace(schedule=plan)
     for n in range(total + 1):
         due = [m for m in range(n + 1, total + 1) if monitor.due(stage, m, m == total)]

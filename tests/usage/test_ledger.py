@@ -16,15 +16,14 @@ from cmt_fast.convert import card, diffusers_folder, exporting
 from cmt_fast.render import templates
 from cmt_fast.report import page as report
 from cmt_fast.report import sections
-from cmt_fast.report.standing import Stand
 from cmt_fast.run.judging import Judging
+from cmt_fast.run.standing import Standing
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import loop
-from cmt_fast.usage import ledger, meters
-from cmt_fast.usage.ledger import Usage
-from cmt_fast.usage.meters import Amount
+from cmt_fast.usage import bills, ledger, meters
+from cmt_fast.usage.bills import Amount, Usage
 from tests.fixtures.metered import World, account, amounts, manifest
 from tests.fixtures.tiny import tiny
 
@@ -79,7 +78,7 @@ def test_restarts_bill_each_second_once(tmp_path):
     meter.lap("checkpoint")
     books.settle(20, end=True)
     books.close()
-    whole = ledger.of_stage(folder, stored)
+    whole = bills.of_stage(folder, stored)
     assert amounts(whole) == {
         "startup": (4, 400, 0), "train": (48, 4800, 0), "checkpoint": (2, 200, 0), "teacher": (32, 3200, 0),
         "stalled": (19, 800, 11),
@@ -157,7 +156,7 @@ def test_a_manifest_from_before_there_were_bills(tmp_path):
     meter.lap("train")
     whole = Usage.of(books.add())
     assert whole.from_nimg == 320 and amounts(whole) == {"train": (2, 0, 0)}
-    assert ledger.of_stage(tmp_path / "mid", {"step": 10, "nimg": 320}) is None
+    assert bills.of_stage(tmp_path / "mid", {"step": 10, "nimg": 320}) is None
 
 
 def test_a_torn_bill_is_passed_over_for_the_manifests(tmp_path):
@@ -305,7 +304,7 @@ def test_a_real_sigkill_is_billed_to_within_the_pulse(tmp_path, monkeypatch):
 def test_the_report_shows_the_bill(tmp_path):
     stage = tiny("digits").pre
     amounts = {"train": Amount(7200, 3.6e6, 0), "teacher": Amount(1800, 1.8e6, 0), "stalled": Amount(3600, 9e5, 360)}
-    stand = Stand("mid", stage, [], {"nimg": 70_000}, True, "", [], Usage({"gpu": amounts}))
+    stand = Standing("mid", stage, tmp_path, manifest={"nimg": 70_000}, bill=Usage({"gpu": amounts}))
     section = sections.bill({"mid": stand})
     (table,) = section.groups[0].items
     cells = dict(zip(table.head, table.rows[0]))

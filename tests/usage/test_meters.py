@@ -13,8 +13,8 @@ import torch
 
 from cmt_fast.runtime import distributed
 from cmt_fast.usage import ledger
-from cmt_fast.usage.ledger import Usage
-from cmt_fast.usage.meters import Amount, Counter, Meter
+from cmt_fast.usage.bills import Amount, Usage
+from cmt_fast.usage.meters import Counter, Meter
 from tests.fixtures.metered import World, account, amounts
 
 # ------------------------------------------------------------------------------------------------------------ a meter

@@ -18,8 +18,10 @@ from cmt_fast import cli
 from cmt_fast.cli import watch as command
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.runtime import words
+from cmt_fast.storage import checkpoint
 from cmt_fast.watch import screen, serve
-from cmt_fast.watch.state import Watched, runs_in, span
+from cmt_fast.watch.state import Watched, runs_in
 from cmt_fast.watch.tail import Tail
 from tests.fixtures.tiny import tiny
 
@@ -37,8 +39,13 @@ def row(kind: str, step: int, seconds: float = 0.0, **values) -> str:
 
 def stamp(path: Path, when: float, text: str = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     os.utime(path, (when, when))
+
+
+def done(step: int, nimg: int) -> str:
+    """The manifest of a finished stage."""
+    return checkpoint.signed({"format": checkpoint.FORMAT, "step": step, "nimg": nimg, "done": True, "files": {}})
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def run(tmp_path) -> Path:
         NOW,
         "".join(row("train", n, 2.0 * n, loss=9.0 - n / 10) for n in range(1, 21)),
     )
-    manifest = json.dumps({"done": True, "nimg": 640})
+    manifest = done(20, 640)
     stamp(folder / "pre" / "checkpoints" / "step-00000020" / "manifest.json", NOW - 100, manifest)
     stamp(folder / "pre" / "figures.json", NOW, json.dumps({"during": {"16": {"frechet": 1.25}}}))
     lines = [row("train", n, 2.0 * n, loss=1 / n) for n in range(1, 13)]
@@ -64,7 +71,7 @@ def run(tmp_path) -> Path:
 
 
 def text_of(renderable, width: int = 120) -> str:
-    console = Console(width=width, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
+    console = Console(width=width, file=open(os.devnull, "w", encoding="utf-8"), record=True)  # noqa: SIM115
     console.print(renderable)
     return console.export_text()
 
@@ -72,11 +79,12 @@ def text_of(renderable, width: int = 120) -> str:
 def test_what_it_says_of_a_run(run):
     state = Watched(run).look(NOW)
     pre, mid, post, control = state.stages
-    assert [s.state for s in state.stages] == ["done", "begun", "waiting", "waiting"] and not state.finished
-    assert (mid.nimg, mid.total_nimg, mid.share) == (384, 640, 0.6) and state.now == mid
+    assert [s.at.state for s in state.stages] == ["finished", "60%", "not begun", "not begun"] and not state.finished
+    assert pre.at.done and mid.begun and post.waiting and control.waiting
+    assert (mid.at.nimg, mid.at.share) == (384, 0.6) and state.now == mid
     assert mid.speed == pytest.approx(16) and mid.left_s == pytest.approx(256 / 16 * 1.1)
     assert mid.evaluations["1"] == [(256, 3.0), (384, 4.0)] and state.teacher == (16, 1.25)
-    assert (state.life, state.mood) == ("alive 3 s ago", "good")
+    assert (state.life.text, state.life.word) == ("alive 3 s ago", "alive")
     for width in (80, 120):
         lines = text_of(screen.page(state, width), width).splitlines()
         said = "\n".join(lines)
@@ -89,28 +97,27 @@ def test_what_it_says_of_a_run(run):
 
 
 @pytest.mark.parametrize(
-    "beat, pulse, said, mood",
+    "beat, pulse, said, word",
     [
-        (400, 3, "alive 3 s ago", "good"),
-        (1200, 3, "its process lives, but has done nothing for 20 min", "bad"),
-        (30, None, "alive 30 s ago", "good"),
-        (400, None, "stopped 6 min ago; the same `cmt train` goes on", "waiting"),
-        (400, 400, "no sign of life for 6 min", "waiting"),
-        (1200, 1200, "no sign of life for 20 min: `cmt doctor --heartbeat ", "bad"),
+        (400, 3, "alive 3 s ago", "alive"),
+        (1200, 3, "its process lives, but has done nothing for 20 min", "hangs"),
+        (30, None, "alive 30 s ago", "alive"),
+        (400, None, "stopped 7 min ago; the same `cmt train` goes on", "stopped"),
+        (400, 400, "no sign of life for 7 min", "quiet"),
+        (1200, 1200, "no sign of life for 20 min: `cmt doctor --heartbeat ", "lost"),
     ],
 )
-def test_signs_of_life(run, beat, pulse, said, mood):
+def test_signs_of_life(run, beat, pulse, said, word):
     stamp(run / "heartbeat", NOW - beat)
     alive = run / "mid" / "bill.alive"
     alive.unlink() if pulse is None else stamp(alive, NOW - pulse)
-    state = Watched(run).look(NOW)
-    assert state.life.startswith(said) and state.mood == mood
+    life = Watched(run).look(NOW).life
+    assert life.text.startswith(said) and life.word == word
 
 
 def test_a_finished_run_is_printed_once(run, capsys):
     for name in ("mid", "post", "control"):
-        body = json.dumps({"done": True, "nimg": 640})
-        stamp(run / name / "checkpoints" / "step-00000020" / "manifest.json", NOW, body)
+        stamp(run / name / "checkpoints" / "step-00000020" / "manifest.json", NOW, done(20, 640))
     before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
     assert cli.main(["watch", str(run), "--every", "1000"]) == 0
     assert "finished" in capsys.readouterr().out
@@ -123,7 +130,7 @@ def test_several_runs_are_a_table(run, capsys):
     assert cli.main(["watch", str(run.parent), "--once"]) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("a ", "b ", "mid", "@1", "has not been alive yet"))
-    assert Watched(other).look(NOW).stages[0].elsewhere == str(run), "its pre is the other run's"
+    assert Watched(other).look(NOW).stages[0].at.folder == run / "pre", "its pre is the other run's"
 
 
 def test_lines_where_there_is_no_terminal(run, monkeypatch, capsys):
@@ -133,7 +140,7 @@ def test_lines_where_there_is_no_terminal(run, monkeypatch, capsys):
     def sleep(_):
         looks[0] += 1
         if looks[0] == 2:
-            with open(run / "mid" / "metrics.jsonl", "a") as f:
+            with open(run / "mid" / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(row("train", 13, 26.0, loss=0.1))
         if looks[0] == 4:
             raise KeyboardInterrupt
@@ -151,7 +158,7 @@ def test_only_what_is_new_is_read_and_a_file_begun_anew_is_read_again(tmp_path, 
     loads = json.loads
     monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
     assert [r["n"] for r in tail.read()] == [1, 2]
-    with open(file, "a") as f:
+    with open(file, "a", encoding="utf-8") as f:
         f.write(": 3}\n")
     assert [r["n"] for r in tail.read()] == [1, 2, 3] and len(parsed) == 3
     new = tmp_path / "new"
@@ -247,7 +254,7 @@ def test_it_needs_no_torch_and_ends_on_ctrl_c(run):
     code = (
         "import signal, sys, cmt_fast.cli as c\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background begins with it ignored\n"
-        "c.main(['watch', sys.argv[1], '--once'])\n"
+        "c.main(['watch', sys.argv[1], '--once']), c.main(['runs', 'ls', sys.argv[1]])\n"
         "print('torch' in sys.modules, flush=True)\nsys.exit(c.main(['watch', sys.argv[1], '--serve']))"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
@@ -261,8 +268,8 @@ def test_it_needs_no_torch_and_ends_on_ctrl_c(run):
 
 
 def test_words(tmp_path):
-    assert [span(s) for s in (0.4, 59, 60, 3599, 3600, 12_000, 100_000)] == [
-        "0 s", "59 s", "1 min", "59 min", "1 h 0 min", "3 h 20 min", "1 d 3 h",
+    assert [words.about(s) for s in (-1, 0.4, 119, 120, 7199, 7200, 100_000, 1e6)] == [
+        "0 s", "0 s", "119 s", "2 min", "120 min", "2 h", "28 h", "12 d",
     ]  # fmt: skip
     assert screen.sparkline([1, 10, 100, float("nan")]) == "▁▅█" and screen.sparkline([3.0, 3.0]) == "▁▁"
     assert screen.sparkline([1.0]) == "" and len(screen.sparkline(range(1, 999))) == screen.POINTS

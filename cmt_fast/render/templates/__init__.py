@@ -88,15 +88,14 @@ def html(title: str, sections: list[Section], banner: str = "", refresh_s: int |
 
 
 def markdown(title: str, sections: list[Section], banner: str = "") -> str:
-    """The same page; pictures are links into `report/`, see `write_pictures`."""
+    """The same page; pictures are links into `report/`, see `pictures`."""
     return re.sub(r"\n{3,}", "\n\n", _render("report.md.j2", title, sections, banner))
 
 
-def write_pictures(folder: Path, sections: list[Section]) -> None:
-    """Every picture of the sections as a file in `folder`."""
-    for picture in (i for s in sections for g in s.groups for i in g.items if isinstance(i, Picture)):
-        folder.mkdir(exist_ok=True)
-        (folder / picture.file).write_bytes(picture.svg.encode() or base64.b64decode(picture.base64))
+def pictures(sections: list[Section]) -> dict[str, bytes]:
+    """Every picture of the sections as a file, by its name."""
+    found = (i for s in sections for g in s.groups for i in g.items if isinstance(i, Picture))
+    return {p.file: p.svg.encode() or base64.b64decode(p.base64) for p in found}
 
 
 def _render(template: str, title: str, sections: list[Section], banner: str, refresh_s: int | None = None) -> str:
