@@ -13,11 +13,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cmt_fast.data.datasets import in_memory
 from cmt_fast.data.rows import Rows
+from cmt_fast.storage.files import save_tensors
 
 GRID = 8  # fields along a side
 WHOLE = 2048  # numbers of a row that are features one by one, as many as Inception has
@@ -126,7 +127,7 @@ def extractor(data: Rows, cache: Path) -> Extractor:
         net = train_classifier(data)
         cache.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".tmp-{os.getpid()}")  # every rank may be at it
-        save_file(net.state_dict(), temporary)
+        save_tensors(temporary, net.state_dict())
         temporary.replace(file)
     digest = xxhash.xxh3_128()
     for tensor in net.state_dict().values():

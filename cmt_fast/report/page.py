@@ -42,7 +42,7 @@ def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dic
         raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
     about = about_run(folder)
     # half-way neither the data nor a checkpoint's tensors are read: their words for themselves are enough
-    work = open_run(folder, rows=judge)
+    work = open_run(folder)
     stands = {name: stand(work, name, whole=judge) for name in run.stages}
     done = {name: s for name, s in stands.items() if s.done}
     if judge and not done:

@@ -22,14 +22,6 @@ IN_TRAINING = "* by an evaluation in training, of fewer samples; `cmt report RUN
 NAMES = {"frechet": "", "fid": "FID ", "fd_dinov2": "FD-DINOv2 "}
 
 
-def ago(seconds: float) -> str:
-    """`12 s ago`, `3 h ago`."""
-    for unit, span, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
-        if seconds < most:
-            return f"{max(0, seconds) / span:.0f} {unit} ago"
-    return f"{seconds / 86400:.0f} d ago"
-
-
 def when(changed: float) -> str:
     """A time in UTC, to the second."""
     moment = datetime.datetime.fromtimestamp(changed, datetime.timezone.utc)
@@ -46,7 +38,7 @@ def state(known: Known) -> str:
     """Whether it is finished, alive or neither."""
     if known.finished:
         return "finished"
-    return f"alive {ago(known.age_s or 0)}" if known.alive else "stopped"
+    return f"alive {words.age(known.age_s or 0)} ago" if known.alive else "stopped"
 
 
 def stages_text(known: Known) -> str:
@@ -82,7 +74,8 @@ def listing(runs: list[Known], root: Path) -> Table:
     for k in runs:
         name = str(k.folder.relative_to(root)) if k.folder != root else str(root)
         own = [name, k.run.name, stages_text(k), state(k), figures_text(k)]
-        rows.append([*own, f"{k.images:,}", hours_text(k.hours), words.size(k.bytes), ago(time.time() - k.changed)])
+        since = f"{words.age(time.time() - k.changed)} ago"
+        rows.append([*own, f"{k.images:,}", hours_text(k.hours), words.size(k.bytes), since])
     head = ["run", "recipe", "stages", "state", "Fréchet @ steps", "images", "hours", "size", "changed"]
     note = IN_TRAINING if any(row[4].endswith("*") for row in rows) else ""
     return Table(f"{len(runs)} run{'s' * (len(runs) != 1)} in {root}", head, rows, note, left=5)

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cmt_fast.config import loading, paths
@@ -53,8 +53,8 @@ def read_run(folder: Path) -> Run:
 def located(name: str | Path, folder: Path) -> Path:
     """Another run that the run in `folder` names: from where it was trained, from here, or beside it, as when both were moved.
 
-    Beside it only what the run itself named when it was begun, so that a name of today that is wrong is not taken for a run
-    of a like one. Where it is in none of these places, as it is named.
+    From here and beside it many a run may have that name: of what the run itself named it must have the weights that the run
+    saw when it began (`seen`). Where it is in none of these places, where it was.
     """
     other = Path(name)
     try:
@@ -62,26 +62,50 @@ def located(name: str | Path, folder: Path) -> Path:
     except (OSError, ValueError):
         about = {}
     root = about.get("root")
-    places = [*([Path(root) / other] if root else []), other]
-    if str(other) in _named(about):
-        places.append(beside(other, folder))
-    return next((place for place in places if (place / RUN_FILE).is_file()), other)
+    if root and is_run(Path(root) / other):
+        return Path(root) / other
+    known = {text: ema for text, ema in (about.get("networks") or {}).items() if Path(text).parent == other}
+    near = beside(other, folder)
+    if not known or other.is_absolute() and is_run(other):
+        return other
+    return next((place for place in (other, near) if is_run(place) and _has(place, known)), Path(root or "") / other)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether there is one."""
+    return (folder / RUN_FILE).is_file()
+
+
+def seen(stages: Iterable[tuple[str, Path]]) -> dict[str, str]:
+    """RUN/STAGE, as it is named, -> checksum of its weights, of those (name, folder) that are here: how they are known again."""
+    out = {}
+    for name, stage in stages:
+        ema = _ema(stage)
+        if ema:
+            out[name] = ema
+    return out
+
+
+def _has(other: Path, known: dict[str, str]) -> bool:
+    """Whether a run has all of these weights."""
+    return all(_ema(other / Path(name).name) == ema for name, ema in known.items())
+
+
+def _ema(stage: Path) -> str:
+    """Checksum of the weights of a stage, by its manifests alone; empty where there are none."""
+    from cmt_fast.storage import checkpoint  # it brings torch, which a run is looked at without
+
+    try:
+        found = checkpoint.latest(stage, checkpoint.told)
+    except checkpoint.CheckpointError:
+        found = None
+    return checkpoint.ema_sum(found.manifest) if found else ""
 
 
 def beside(name: str | Path, folder: Path) -> Path:
     """Where another run is, if it was moved together with the one in `folder`."""
     near = folder.absolute().parent / Path(name).name
     return Path(name) if near == folder.absolute() else near
-
-
-def _named(about: dict) -> set[str]:
-    """The other runs that a run.json names: its parents, and those whose stages its own are taught or guided by."""
-    found = [str(Path(about["parents"]))] if about.get("parents") else []
-    for stage in (about.get("run") or {}).values():
-        guide = stage.get("autoguidance") if isinstance(stage, dict) else None
-        names = (stage.get("teacher"), guide and guide.get("network")) if isinstance(stage, dict) else ()
-        found += [str(Path(name).parent) for name in names if name and "/" in name]
-    return set(found)
 
 
 def parents_of(folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ import torch
 
 from cmt_fast.config import loading
 from cmt_fast.config.schema import Run
-from cmt_fast.data.rows import Rows
+from cmt_fast.data.rows import Rows, opened
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.evaluation import features, judges, keeping, kept, measures
 from cmt_fast.run.decoding import Decoding
@@ -86,11 +86,16 @@ class Judging:
                 kept.write(self.folder, found)
 
     def _found(self, judge: judges.Judge) -> kept.Kept | None:
-        key = self._key(judge)
-        return next((k for f in dict.fromkeys((self.folder, self.parents)) if (k := kept.read(f, key))), None)
+        """What is kept for this judge; of rows that are not here also what was taken under other settings of theirs."""
+        for whole in (True, False):
+            key = {**self._key(judge), **({} if whole else {"data": None})}
+            found = next((k for f in dict.fromkeys((self.folder, self.parents)) if (k := kept.read(f, key))), None)
+            if found is not None or judge.here:
+                return found
+        return None
 
     def _key(self, judge: judges.Judge) -> dict[str, Any]:
-        """What the kept files must be of. Where the data or the reference are not here, what is kept stands for them."""
+        """What the kept files must be of. Where the reference is not here, what is kept stands for it."""
         settings = {k: v for k, v in loading.dump(self.run)["data"].items() if k != "path"}
         key = {
             "rows": self.data.facts,
@@ -102,7 +107,7 @@ class Judging:
         file = judge.file
         if file is not None:
             reference = {"name": file.name, "xxh3_128": files.checksum(file) if file.is_file() else None}
-        return {**key, "reference": reference, "data": settings if judge.here else None}
+        return {**key, "reference": reference, "data": settings}
 
     def floor(self, judge: judges.Judge, n: int) -> dict[str, Any] | None:
         """Figures of n real rows, drawn again and again with the labels that samples have, as though a network had made them:
@@ -117,10 +122,10 @@ class Judging:
         chosen = self._drawn(n) if known is None and judge.here else None
         if chosen is None:
             return known
-        tally, index = judge.tally(n), torch.arange(n)
+        tally, index, data = judge.tally(n), torch.arange(n), opened(self.data)
         for i, part in enumerate(index.split(self.run.eval.batch)):
             if i % distributed.size() == distributed.rank():
-                rows = self.data.rows(chosen[part], torch.zeros_like(part))[0]
+                rows = data.rows(chosen[part], torch.zeros_like(part))[0]
                 tally.add(rows.to(self.setting.device), self.setting.labels(part), part)
         known = {**tally.figures(), "unseen": self._unseen(found, n)}
         found.about["floor"][str(n)] = known
@@ -131,7 +136,7 @@ class Judging:
     def _drawn(self, n: int) -> torch.Tensor | None:
         """Rows that stand for n samples, of the labels that those have. (n,); None where a label has no rows."""
         u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        of, labels = self.setting.labels(torch.arange(n)), self.data.labels
+        of, labels = self.setting.labels(torch.arange(n)), opened(self.data).labels
         if of is None or labels is None:
             return (u * self.data.n).long()
         order, counts = labels.cpu().argsort(stable=True), torch.bincount(labels.cpu(), minlength=int(of.max()) + 1)

@@ -114,16 +114,17 @@ def _networks(
             train = f"`cmt train {Path(run_).name} --stages {last} --out {run_}`, or " * (
                 Path(run_).name in recipes.recipes()
             )
-            begun = (at / folder_.RUN_FILE).is_file()
+            begun = folder_.is_run(at)
             how = (
                 "train it first"
                 if begun
                 else f"{train}`cmt ckpt import FILE --recipe RECIPE --out {run_}` a public network"
             )
             wrong = "has no checkpoint" if begun else "is no run"
-            if not begun and (folder / folder_.RUN_FILE).is_file():
-                near = str(folder_.beside(run_, folder))
-                wrong += f", nor is {near!r}" * (near != run_)
+            if not begun and folder_.is_run(folder):
+                near = dict.fromkeys(p for p in (Path(run_), folder_.beside(run_, folder)) if folder_.is_run(p))
+                said = " and ".join(repr(str(p)) for p in near)
+                wrong += f", and {said} {'are' if len(near) > 1 else 'is'} not known to be it" if near else ""
                 how = f"{name}.{key}=RUN/{last} says where it is now; or {how}"
             there = bool(checkpoint.steps(at / last)) or (bool(cached) and key != "start")
             yield Need(f"{name}.{key}", other, there, wrong, how)

@@ -1,4 +1,4 @@
-"""Sizes and counts as a person reads them."""
+"""Sizes, counts and ages as a person reads them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ def size(n: float) -> str:
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:,.3g} TB"
+
+
+def age(seconds: float) -> str:
+    """How long ago, in one unit: `12 s`, `90 min`, `3 h`, `12 d`; never less than nothing, as where clocks differ."""
+    seconds = max(0.0, seconds)
+    for unit, span, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
+        if round(seconds / span) * span < most:
+            return f"{seconds / span:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
 
 
 def steps(k: int | str) -> str:

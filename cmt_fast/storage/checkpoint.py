@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import xxhash
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from cmt_fast.storage.files import checksum, sync, write_text
+from cmt_fast.storage.files import checksum, save_tensors, sync, write_text
 
 FORMAT = 1
 GOES_ON = "training cannot go on from it, what is finished can be sampled and judged"
@@ -135,7 +135,7 @@ def _save(
             if isinstance(tensors, Tensors):
                 write_tensors(path, tensors.shapes, pending)
             else:
-                save_file({k: t.detach().contiguous() for k, t in tensors.items()}, path)
+                save_tensors(path, tensors)
             sync(path)
             sums[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
         body = {"format": FORMAT, "step": step, **about, "files": sums}

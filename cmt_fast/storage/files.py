@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def checksum(path: Path) -> str:
@@ -24,6 +30,19 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """A safetensors file that those can read who may read the other files of its folder.
+
+    safetensors 0.8 makes its files for their owner alone; here they get what the umask gives every new file.
+    """
+    from safetensors.torch import save_file  # it brings torch, which small files do without
+
+    path.open("wb").close()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, dict(about) if about else None)
+    path.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:

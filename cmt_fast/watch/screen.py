@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cmt_fast.runtime import words
-from cmt_fast.watch.state import RunState, StageState, span
+from cmt_fast.runtime import pace, words
+from cmt_fast.watch.state import RunState, StageState
 
 MOODS = {"good": "green", "waiting": "yellow", "bad": "bold red"}
 HEIGHTS = "▁▂▃▄▅▆▇█"
@@ -51,7 +51,7 @@ def overview(states: Sequence[RunState]) -> RenderableType:
             Text("done" if state.finished else stage.name),
             Text(f"{100 * _share(state):.0f} %"),
             Text(f"{stage.speed:,.0f}" if running and stage.speed else DASH),
-            Text(span(stage.left_s) if running and stage.left_s is not None else DASH),
+            Text(pace.duration(stage.left_s) if running and stage.left_s is not None else DASH),
             *(Text(number(found[1]) if found else DASH) for found in newest),
             Text(re.split("[;:]", state.life)[0], MOODS[state.mood]),
         )
@@ -65,7 +65,7 @@ def line(state: RunState) -> str:
     if state.now and stage.speed:
         parts.append(f"{stage.speed:,.0f} images/s")
     if state.now and stage.left_s is not None:
-        parts.append(f"{span(stage.left_s)} left")
+        parts.append(f"{pace.duration(stage.left_s)} left")
     if stage.losses:
         parts.append(f"loss {number(stage.losses[-1])}")
     parts += [f"Fréchet {number(f[1])} in {words.steps(k)}" for k in state.steps if (f := _newest(state, str(k)))]
@@ -113,7 +113,7 @@ def _stages(state: RunState, wide: bool) -> Table:
             complete_style="cyan" if now else "green",
             finished_style="green",
         )
-        left = span(s.left_s) if now and s.left_s is not None else ("done" if s.state == "done" else DASH)
+        left = pace.duration(s.left_s) if now and s.left_s is not None else ("done" if s.state == "done" else DASH)
         table.add_row(
             Text(s.name, "dim" if waiting else ("bold" if now else "")),
             bar,
@@ -160,12 +160,12 @@ def _spent(state: RunState) -> str:
     for s in state.stages:
         for unit, seconds in s.devices.items() if not s.elsewhere else ():
             units[unit] = units.get(unit, 0.0) + seconds
-    parts = [f"{span(spent)} of training and evaluation"]
+    parts = [f"{pace.duration(spent)} of training and evaluation"]
     parts += [f"{s / 3600:,.1f} {'GPU' if unit == 'gpu' else unit}-hours" for unit, s in units.items() if s >= 360]
     now = state.now
     if now and now.left_s is not None:
         after = [s.name for s in state.stages if s.state == "waiting"]
-        parts.append(f"{span(now.left_s)} left of {now.name}" + f", then {', '.join(after)}" * bool(after))
+        parts.append(f"{pace.duration(now.left_s)} left of {now.name}" + f", then {', '.join(after)}" * bool(after))
     return "; ".join([*parts, f"{words.size(state.bytes)} on disk"])
 
 

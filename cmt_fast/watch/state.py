@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.run.folder import RUN_FILE, about_run, stored_run
+from cmt_fast.run.folder import RUN_FILE, parents_of, stored_run
+from cmt_fast.runtime import words
 from cmt_fast.storage.heartbeat import DEAD_S, HEARTBEAT, QUIET_S
 from cmt_fast.watch.tail import Tail
 
@@ -78,9 +79,7 @@ class Watched:
     """A run that is looked at again and again. Raises ConfigError where the folder holds no run."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.run = folder, stored_run(folder)
-        parents = about_run(folder).get("parents")
-        self.parents = Path(parents) if parents else None
+        self.folder, self.run, self.parents = folder, stored_run(folder), parents_of(folder)
         self.tails: dict[Path, Tail] = {}
         self._bytes, self._counted = 0, float("-inf")
 
@@ -136,7 +135,7 @@ class Watched:
         beat = _time(self.folder / HEARTBEAT)
         if all(s.state == "done" for s in stages):
             last = max((_time(m) for s in stages for m in manifests(self._place(s.name))), default=now)
-            return f"finished {span(now - last)} ago", "good"
+            return f"finished {words.age(now - last)} ago", "good"
         if not beat:
             return "has not been alive yet", "waiting"
         age = now - beat
@@ -144,14 +143,14 @@ class Watched:
         pulse = now - max(pulses) if any(pulses) else None
         if pulse is not None and pulse < PULSE_S:
             if age < DEAD_S:
-                return f"alive {span(min(age, pulse))} ago", "good"
-            return f"its process lives, but has done nothing for {span(age)}", "bad"
+                return f"alive {words.age(min(age, pulse))} ago", "good"
+            return f"its process lives, but has done nothing for {words.age(age)}", "bad"
         if age < QUIET_S:
-            return f"alive {span(age)} ago", "good"
+            return f"alive {words.age(age)} ago", "good"
         if pulse is None:
-            return f"stopped {span(age)} ago; the same `cmt train` goes on", "waiting"
+            return f"stopped {words.age(age)} ago; the same `cmt train` goes on", "waiting"
         hint = f": `cmt doctor --heartbeat {self.folder}`" if age > DEAD_S else ""
-        return f"no sign of life for {span(age)}{hint}", "bad" if hint else "waiting"
+        return f"no sign of life for {words.age(age)}{hint}", "bad" if hint else "waiting"
 
     def _size(self, now: float) -> int:
         """Bytes of the folder, counted again after SIZE_S."""
@@ -178,18 +177,6 @@ def runs_in(folder: Path) -> list[Path]:
 def manifests(stage: Path) -> list[Path]:
     """Those of its checkpoints, the newest last; whether files are whole is not looked at."""
     return sorted(stage.glob("checkpoints/step-*/manifest.json"))
-
-
-def span(seconds: float) -> str:
-    """A length of time for a reader: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`, `12 d`."""
-    s = max(0, round(seconds))
-    if s < 60:
-        return f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min"
-    if s < 86400:
-        return f"{s // 3600} h {s % 3600 // 60} min"
-    return f"{s // 86400} d {s % 86400 // 3600} h" if s < 7 * 86400 else f"{s // 86400} d"
 
 
 def _pace(train: list[dict], last: dict, total: int) -> tuple[float | None, float | None]:

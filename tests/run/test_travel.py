@@ -15,7 +15,7 @@ from cmt_fast import cli
 from cmt_fast.config import fingerprint, loading, paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import classes
-from cmt_fast.run import folder, workspace
+from cmt_fast.run import absent, folder, workspace
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.files import checksum
 from tests.fixtures import small
@@ -102,6 +102,28 @@ def test_figures_and_the_page_are_those_of_home(gone, capsys):
     assert ours["frechet"] == want["post"]["few"]["1"]["frechet"]
 
 
+def test_data_that_are_here_are_opened_where_their_rows_are_read_and_not_before(world, tmp_path, monkeypatch, capsys):
+    home, _ = world
+    shutil.copytree(home / "runs/small", tmp_path / "run")
+    monkeypatch.chdir(home)
+    with monkeypatch.context() as patch:
+        patch.setattr(absent, "load", lambda *_: pytest.fail("the data were opened"))
+        for stage in ("mid", "post"):
+            (tmp_path / "run" / stage / "figures.json").unlink()
+        for say in (
+            ("report", tmp_path / "run"),
+            ("eval", tmp_path / "run/post"),
+            ("sample", tmp_path / "run/post", "-n", 4),
+        ):
+            code, _, err = cmt(capsys, *say, *(("--out", tmp_path / "x.npz") if say[0] == "sample" else ()))
+            assert code == 0, err
+    for stage in ("mid", "post"):
+        a, b = ((place / stage / "figures.json").read_text() for place in (home / "runs/small", tmp_path / "run"))
+        assert a == b
+    code, out, err = cmt(capsys, "eval", tmp_path / "run/post", "-n", 5, "--precision-recall", "--labels", "data")
+    assert code == 0 and "floor" in out, err
+
+
 def test_what_needs_rows_says_where_they_would_be(gone):
     work = workspace.open_run(Path("run"))
     assert not work.data.here and work.data.n == 12 and classes.counts(work.data).tolist() == [4, 4, 4]
@@ -167,10 +189,15 @@ def test_a_store_that_became_another_is_not_taken_for_the_run_s(tmp_path, monkey
 
 
 def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatch):
+    """From here and beside the run only the one of the weights that the run saw, not another that is called so."""
     for name in ("a", "b"):
         (tmp_path / "old" / name).mkdir(parents=True)
-        about = {"root": str(tmp_path), "run": {"mid": {"teacher": "old/a/pre"}, "post": {"teacher": "gone/b/pre"}}}
+        about = {"root": str(tmp_path), "networks": {"old/a/pre": "ab" * 16, "gone/b/pre": "cd" * 16}}
         (tmp_path / "old" / name / folder.RUN_FILE).write_text(json.dumps(about))
+        step = checkpoint.folder_of(tmp_path / "old" / name / "pre", 1)
+        step.mkdir(parents=True)
+        body = {"format": checkpoint.FORMAT, "files": {"ema-0.safetensors": {"xxh3_128": "ab" * 16}}}
+        (step / "manifest.json").write_text(checkpoint.signed(body))
     monkeypatch.chdir(tmp_path)
     assert folder.located("old/a", Path("old/b")) == tmp_path / "old/a"
     shutil.move("old", "new")
@@ -179,7 +206,13 @@ def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatc
     assert folder.located("old/none", tmp_path / "new/b") == Path("old/none")
     # a name that the run has not had is no run beside it, and no run is its own teacher
     assert folder.located("other/a", tmp_path / "new/b") == Path("other/a")
-    assert folder.located("gone/b", tmp_path / "new/b") == Path("gone/b")
+    assert folder.located("gone/b", tmp_path / "new/b") == tmp_path / "gone/b"
+    manifest = checkpoint.folder_of(tmp_path / "new/a/pre", 1) / "manifest.json"
+    manifest.write_text(checkpoint.signed({**body, "files": {"ema-0.safetensors": {"xxh3_128": "ef" * 16}}}))
+    assert folder.located("old/a", tmp_path / "new/b") == tmp_path / "old/a"
+    shutil.copytree(tmp_path / "new", tmp_path / "here/old")
+    monkeypatch.chdir(tmp_path / "here")
+    assert folder.located("old/a", tmp_path / "new/b") == tmp_path / "old/a"
 
 
 @pytest.fixture
@@ -198,11 +231,15 @@ def taught(tmp_path, monkeypatch, capsys):
 
 
 def test_a_teacher_that_is_gone_is_missed_only_by_stages_that_are_left(taught, capsys):
+    assert json.loads(Path("run/run.json").read_text())["networks"]["old/a/pre"]
     shutil.copytree("run", "begun")
     shutil.rmtree("begun/mid")
     shutil.move("old", "new")
+    shutil.copytree("new/c", "a")  # of the teacher's name, beside the run
     code, _, err = cmt(capsys, "train", "--resume", "begun")
-    assert code == 2 and "mid.teacher: 'old/a/pre' is no run, nor is " in err
+    assert (
+        code == 2 and f"mid.teacher: 'old/a/pre' is no run, and '{Path('a').absolute()}' is not known to be it" in err
+    ), err
     assert "mid.teacher=RUN/pre says where it is now" in err
     code, out, err = cmt(capsys, "train", "--resume", "begun", "mid.teacher=new/a/pre")
     assert code == 0, err
@@ -230,8 +267,8 @@ def test_another_network_or_cache_than_a_finished_stage_had_is_refused(taught, c
     assert code == 2 and "--resume: pre of run is finished" in err, err
 
 
-def test_a_run_of_before_this_record_samples_in_the_proportions_of_its_data(world, tmp_path, monkeypatch):
-    """Its counts are in its data, which are here; where they are not, nobody knows them, and labels say that they are uniform."""
+def test_a_run_of_before_this_record_samples_in_the_proportions_of_its_data(world, tmp_path, monkeypatch, capsys):
+    """Its counts are in its data, which are here; where they are not, nobody knows them, and it says that labels are uniform."""
     home, _ = world
     monkeypatch.chdir(home)
     np.savez("data.npz.tmp.npz", images=np.load("data.npz")["images"], labels=np.array([0] * 8 + [1] * 2 + [2] * 2))
@@ -241,11 +278,12 @@ def test_a_run_of_before_this_record_samples_in_the_proportions_of_its_data(worl
     about["run"]["data"]["path"], about["run"]["eval"]["labels"] = "data.npz.tmp.npz", "data"
     about["data"]["xxh3_128"] = checksum(Path("data.npz.tmp.npz"))
     (tmp_path / "run" / folder.RUN_FILE).write_text(json.dumps(about))
-    counts = lambda: np.bincount(workspace.open_run(tmp_path / "run", rows=False).setting.labels(torch.arange(12)))
-    assert counts().tolist() == [8, 2, 2]
+    counts = lambda: np.bincount(workspace.open_run(tmp_path / "run").setting.labels(torch.arange(12)))
+    assert counts().tolist() == [8, 2, 2] and not capsys.readouterr().err
     Path("data.npz.tmp.npz").unlink()
     assert counts().tolist() == [4, 4, 4]
-    assert workspace.open_run(tmp_path / "run", rows=False).setting.law.text() == "uniform over 3 classes"
+    assert "kept no counts of its classes, and its data are not here: labels are uniform" in capsys.readouterr().err
+    assert workspace.open_run(tmp_path / "run").setting.law.text() == "uniform over 3 classes"
 
 
 def test_paths_start_from_a_root_that_is_said(world, tmp_path, monkeypatch, capsys):

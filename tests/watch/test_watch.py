@@ -18,8 +18,9 @@ from cmt_fast import cli
 from cmt_fast.cli import watch as command
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.runtime import words
 from cmt_fast.watch import screen, serve
-from cmt_fast.watch.state import Watched, runs_in, span
+from cmt_fast.watch.state import Watched, runs_in
 from cmt_fast.watch.tail import Tail
 from tests.fixtures.tiny import tiny
 
@@ -94,8 +95,8 @@ def test_what_it_says_of_a_run(run):
         (400, 3, "alive 3 s ago", "good"),
         (1200, 3, "its process lives, but has done nothing for 20 min", "bad"),
         (30, None, "alive 30 s ago", "good"),
-        (400, None, "stopped 6 min ago; the same `cmt train` goes on", "waiting"),
-        (400, 400, "no sign of life for 6 min", "waiting"),
+        (400, None, "stopped 7 min ago; the same `cmt train` goes on", "waiting"),
+        (400, 400, "no sign of life for 7 min", "waiting"),
         (1200, 1200, "no sign of life for 20 min: `cmt doctor --heartbeat ", "bad"),
     ],
 )
@@ -261,9 +262,8 @@ def test_it_needs_no_torch_and_ends_on_ctrl_c(run):
 
 
 def test_words(tmp_path):
-    assert [span(s) for s in (0.4, 59, 60, 3599, 3600, 12_000, 100_000)] == [
-        "0 s", "59 s", "1 min", "59 min", "1 h 0 min", "3 h 20 min", "1 d 3 h",
-    ]  # fmt: skip
+    ages = ["0 s", "0 s", "119 s", "2 min", "119 min", "2 h", "2 d", "2 d", "12 d"]
+    assert [words.age(s) for s in (-5, 0.4, 119, 119.6, 7139, 7199.9, 172_000, 172_799.9, 1_036_800)] == ages
     assert screen.sparkline([1, 10, 100, float("nan")]) == "▁▅█" and screen.sparkline([3.0, 3.0]) == "▁▁"
     assert screen.sparkline([1.0]) == "" and len(screen.sparkline(range(1, 999))) == screen.POINTS
     assert [screen.short(n) for n in (99_999, 128_000, 1_280_000)] == ["99,999", "128k", "1.28M"]
