@@ -77,6 +77,21 @@ def read(folder: Path, key: dict[str, Any]) -> Kept | None:
     return None
 
 
+def wrong(folder: Path) -> str:
+    """What is wrong with what a run's folder keeps, a phrase; empty where nothing is."""
+    for file in sorted((folder / FOLDER).glob("*.json")):
+        try:
+            about = json.loads(file.read_text("utf-8"))
+            if about["format"] != FORMAT:
+                return f"{file} has format {about['format']}, this version reads {FORMAT}"
+            sound = xxhash.xxh3_128(file.with_suffix(".safetensors").read_bytes()).hexdigest() == about["xxh3_128"]
+        except (OSError, ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            return f"{file.with_suffix('')} is damaged"
+    return ""
+
+
 def _fits(key: Any, theirs: Any) -> bool:
     if isinstance(key, dict) and isinstance(theirs, dict):
         return all(_fits(v, theirs.get(k)) for k, v in key.items())

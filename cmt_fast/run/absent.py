@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -110,7 +111,7 @@ class RememberedRows:
                 return found
             why = "holds other rows than this run was trained on"
         except (ValueError, OSError) as error:
-            why = "is not here" if where and not Path(where).exists() else f"cannot be read ({error})"
+            why = "is not here" if where and not os.path.exists(where) else f"cannot be read ({error})"
         if where:
             return ConfigError(
                 f"data.path: {where!r} {why}, and this needs its rows; say where they are, or do it where they are"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,9 +32,18 @@ def stored_run(folder: Path) -> Run:
     try:
         return loading.build(json.loads(file.read_text("utf-8"))["run"])
     except FileNotFoundError:
-        raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {RUN_FILE}") from None
+        raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {RUN_FILE}{meant(folder)}") from None
+    except NotADirectoryError:
+        raise ConfigError(f"RUN: {str(folder)!r} is no folder") from None
+    except OSError as error:
+        raise ConfigError(f"RUN: {file} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"RUN: {file} cannot be read ({error})") from None
+
+
+def meant(folder: Path) -> str:
+    """The run that a folder which is none belongs to, as a hint: of a stage, or of something else in it."""
+    return f"; it is a part of {str(folder.parent)!r}" if is_run(folder.parent) and folder.name else ""
 
 
 def classes_of(folder: Path) -> int | None:
@@ -72,8 +82,8 @@ def located(name: str | Path, folder: Path) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether there is one."""
-    return (folder / RUN_FILE).is_file()
+    """Whether there is one; not where nobody lets us look."""
+    return os.path.isfile(folder / RUN_FILE)
 
 
 def seen(stages: Iterable[tuple[str, Path]]) -> dict[str, str]:
@@ -118,7 +128,11 @@ def parents_of(folder: Path) -> Path | None:
 @contextlib.contextmanager
 def locked(folder: Path, key: str) -> Iterator[None]:
     """Inside, no other process trains or prunes the run. The system frees the lock of a dead one. Raises ConfigError of `key`."""
-    with open(folder / ".lock", "w") as handle:
+    try:
+        handle = open(folder / ".lock", "w")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise ConfigError(f"{key}: {folder} cannot be written to ({error.strerror})") from None
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,7 +6,6 @@ needs of the real data is kept in the run, so it is judged where the data are no
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
 from cmt_fast.data.rows import Rows, opened
 from cmt_fast.diffusion.sampling import Sampler
@@ -27,11 +27,15 @@ Tallies = dict[int, judges.Tally | None]  # of each number of steps; None: its s
 
 
 class Judging:
-    """Of one run's samples. folder: the run's, whose heart beats; features are kept there, or in `parents` while it is not."""
+    """Of one run's samples. folder: the run's; features are kept there, or in `parents` while it is not.
+
+    alive: whose heart beats while samples are judged; None for a run that is only read, which is no sign of its life.
+    """
 
     def __init__(self, run: Run, data: Rows, setting: Sampler, decoding: Decoding, folder: Path, parents: Path) -> None:
         self.run, self.data, self.setting, self.decoding = run, data, setting, decoding
         self.folder, self.parents = folder, parents
+        self.alive: Path | None = folder
 
     @functools.cached_property
     def space(self) -> features.Extractor:
@@ -74,7 +78,11 @@ class Judging:
         found = judge.kept
         distributed.barrier()  # no rank finds the files before all have looked for them
         if found is None:
-            found = keeping.take(judge, self._key(judge))
+            try:
+                found = keeping.take(judge, self._key(judge))
+            except ConfigError as error:
+                wrong = kept.wrong(self.folder)
+                raise ConfigError(f"{error}; {wrong}, which would do in their place" if wrong else str(error)) from None
             self._write(found)
         judge.kept = found
         return found
@@ -82,7 +90,7 @@ class Judging:
     def _write(self, found: kept.Kept) -> None:
         """Where the run's folder is a folder that can be written to: else they are taken again next time."""
         if distributed.rank() == 0 and self.folder.is_dir():
-            with contextlib.suppress(PermissionError):
+            with files.unless_refused():
                 kept.write(self.folder, found)
 
     def _found(self, judge: judges.Judge) -> kept.Kept | None:
@@ -206,7 +214,7 @@ class Judging:
                     tallies[k] = None
 
         title = f"judging at {' and '.join(map(str, steps))} step{'s' * (max(steps) > 1)}"
-        with progress.counting(title, n, self.folder, quiet) as advance:
+        with progress.counting(title, n, self.alive, quiet) as advance:
             for i, index in enumerate(torch.arange(n).split(e.batch)):
                 first, mine = int(index[0]), i % distributed.size() == distributed.rank()
                 for count in sorted(c for c in set(counts) if first <= c < first + len(index)):

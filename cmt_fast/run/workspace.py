@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,6 +78,7 @@ class Workspace:
         self.setting = Sampler(self.path, run.sampler, self.data.shape, law, self.device)
         self.decoding = Decoding(self.data, self.device, run.eval.vae)
         self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
+        self.judging.alive = None if reading else folder
 
     def _opened(self, reading: bool) -> Rows:
         """The run's data or, where it is only read, what it remembers of them. Raises ValueError where they cannot be had."""
@@ -94,7 +96,7 @@ class Workspace:
     def _law(self) -> Law:
         """Of the labels of samples. Raises ConfigError naming eval.labels, but for a file of them that the run has read."""
         asked = self.run.eval.labels
-        if asked not in ("data", "uniform") and not Path(asked).exists():
+        if asked not in ("data", "uniform") and not os.path.exists(asked):
             kept = absent.remembered(self.run.data, self.folder)
             if kept and kept.law.get("labels") == asked and kept.classes == self.data.classes:
                 return Law(torch.tensor(kept.law["counts"]), kept.law["name"])

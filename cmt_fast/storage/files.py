@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, dict(about) if about else None)
     path.chmod(mode)
+
+
+@contextlib.contextmanager
+def unless_refused() -> Iterator[None]:
+    """Inside: what is written is left out where nothing may be written, as on a disk that is mounted to be read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

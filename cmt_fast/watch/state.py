@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.run.folder import RUN_FILE, parents_of, stored_run
+from cmt_fast.run.folder import RUN_FILE, is_run, meant, parents_of, stored_run
 from cmt_fast.runtime import words
 from cmt_fast.storage.heartbeat import DEAD_S, HEARTBEAT, QUIET_S
 from cmt_fast.watch.tail import Tail
 
 RECENT = 10  # rows of metrics over which speed is taken
 PULSE_S = 60.0  # after which a process that writes bill.alive every 5 s is gone
+AHEAD_S = 60.0  # by which clocks of two machines may differ
 SIZE_S = 60.0  # between two counts of the folder's bytes
 
 
@@ -140,6 +141,9 @@ class Watched:
             return "has not been alive yet", "waiting"
         age = now - beat
         pulses = [_time(self.folder / s.name / "bill.alive") for s in stages if s.state == "begun"]
+        ahead = max(beat, *pulses, 0.0) - now
+        if ahead > AHEAD_S:
+            return f"its last sign of life is {words.age(ahead)} ahead of this clock", "waiting"
         pulse = now - max(pulses) if any(pulses) else None
         if pulse is not None and pulse < PULSE_S:
             if age < DEAD_S:
@@ -166,11 +170,12 @@ class Watched:
 
 def runs_in(folder: Path) -> list[Path]:
     """The folder, where it is a run, or the runs that lie in it. Raises ConfigError for neither."""
-    if (folder / RUN_FILE).is_file():
+    if is_run(folder):
         return [folder]
     found = sorted(file.parent for file in folder.glob(f"*/{RUN_FILE}"))
     if not found:
-        raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {RUN_FILE}, nor has a folder in it")
+        why = f"is no run, it has no {RUN_FILE}, nor has a folder in it{meant(folder)}"
+        raise ConfigError(f"RUN: {str(folder)!r} {why}")
     return found
 
 
@@ -204,9 +209,10 @@ def _evaluations(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _time(path: Path) -> float:
