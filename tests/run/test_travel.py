@@ -106,6 +106,7 @@ def test_data_that_are_here_are_opened_where_their_rows_are_read_and_not_before(
     home, _ = world
     shutil.copytree(home / "runs/small", tmp_path / "run")
     monkeypatch.chdir(home)
+    tree = lambda: sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr(absent, "load", lambda *_: pytest.fail("the data were opened"))
         for stage in ("mid", "post"):
@@ -115,8 +116,10 @@ def test_data_that_are_here_are_opened_where_their_rows_are_read_and_not_before(
             ("eval", tmp_path / "run/post"),
             ("sample", tmp_path / "run/post", "-n", 4),
         ):
+            before = tree()
             code, _, err = cmt(capsys, *say, *(("--out", tmp_path / "x.npz") if say[0] == "sample" else ()))
             assert code == 0, err
+            assert say[0] == "report" or tree() == before, "a run that is read was written to, or gave a sign of life"
     for stage in ("mid", "post"):
         a, b = ((place / stage / "figures.json").read_text() for place in (home / "runs/small", tmp_path / "run"))
         assert a == b
@@ -129,6 +132,16 @@ def test_what_needs_rows_says_where_they_would_be(gone):
     assert not work.data.here and work.data.n == 12 and classes.counts(work.data).tolist() == [4, 4, 4]
     with pytest.raises(ConfigError, match="data.path: 'data.npz' is not here"):
         work.data.rows(torch.arange(2))
+
+
+@pytest.mark.parametrize("file, said", [("reference/*.safetensors", "is damaged, which would do in their place"),
+                                        ("extractor.safetensors", "figures of this run are in its features")])  # fmt: skip
+def test_what_stands_for_the_data_and_is_damaged_is_named(gone, tmp_path, capsys, file, said):
+    shutil.copytree("run", tmp_path / "run")
+    for path in (tmp_path / "run").glob(file):
+        path.write_bytes(path.read_bytes()[:-9])
+    code, _, err = cmt(capsys, "eval", tmp_path / "run/post")
+    assert code == 2 and err.count("\n") == 1 and said in err, err
 
 
 def test_goes_on_where_its_data_are_now(gone, tmp_path, capsys):
