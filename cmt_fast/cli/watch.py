@@ -96,7 +96,8 @@ def _serve(watched: Watched, port: int | None, show: bool) -> None:
     folder = watched.folder
     with contextlib.ExitStack() as ending:
         home = folder
-        if not os.access(folder, os.W_OK):  # the page is drawn elsewhere while it is served
+        judged = watched.look().finished and (folder / "report.html").is_file()
+        if not judged and not os.access(folder, os.W_OK):  # the page is drawn elsewhere while it is served
             home = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="cmt-watch-")))
         _answer(watched, home, port, show)
 

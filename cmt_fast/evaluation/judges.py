@@ -78,7 +78,7 @@ class Judge:
     @property
     def stands(self) -> bool:
         """Whether what is kept of the data stands for them: of a run that is read they are opened only where it does not."""
-        return self.kept is not None and hasattr(self.data, "opened")
+        return self.kept is not None and (hasattr(self.data, "opened") or not self.here)
 
     @property
     def labels(self) -> Tensor | None:
