@@ -61,7 +61,8 @@ def read_run(folder: Path) -> Run:
 
 
 def located(name: str | Path, folder: Path) -> Path:
-    """Another run that the run in `folder` names: from where it was trained, from here, or beside it, as when both were moved.
+    """Another run that the run in `folder` names: from where it was trained, of late or before, from here, or beside it, as
+    when both were moved.
 
     From here and beside it many a run may have that name: of what the run itself named it must have the weights that the run
     saw when it began (`seen`). Where it is in none of these places, where it was.
@@ -71,14 +72,17 @@ def located(name: str | Path, folder: Path) -> Path:
         about = about_run(folder)
     except (OSError, ValueError):
         about = {}
-    root = about.get("root")
-    if root and is_run(Path(root) / other):
-        return Path(root) / other
+    roots = [Path(root) for root in (about.get("root"), *about.get("roots", ())) if root]
+    there = next((root / other for root in roots if is_run(root / other)), None)
+    if there:
+        return there
     known = {text: ema for text, ema in (about.get("networks") or {}).items() if Path(text).parent == other}
     near = beside(other, folder)
     if not known or other.is_absolute() and is_run(other):
         return other
-    return next((place for place in (other, near) if is_run(place) and _has(place, known)), Path(root or "") / other)
+    return next(
+        (place for place in (other, near) if is_run(place) and _has(place, known)), roots[0] / other if roots else other
+    )
 
 
 def is_run(folder: Path) -> bool:

@@ -301,6 +301,7 @@ class Workspace:
                 "engine": {name: self.sharding_plan(self.stage(name))._asdict() for name in names},
                 "parents": str(self.parents) if self.parents != self.folder else None,
                 "root": str(Path.cwd()),
+                "roots": self._roots(before),
             }
             files.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))
 
@@ -316,6 +317,12 @@ class Workspace:
             places |= {str(self.parents / name): self.parents / name for name in theirs}
         known = {name: ema for name, ema in before.items() if name in places}
         return known | seen(places.items())
+
+    @staticmethod
+    def _roots(before: dict) -> list[str]:
+        """Where a run was trained from before it went on from here: names of other runs start there too."""
+        earlier = dict.fromkeys(root for root in (before.get("root"), *before.get("roots", ())) if root)
+        return [root for root in earlier if root != str(Path.cwd())]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

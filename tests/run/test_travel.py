@@ -223,6 +223,11 @@ def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatc
     manifest = checkpoint.folder_of(tmp_path / "new/a/pre", 1) / "manifest.json"
     manifest.write_text(checkpoint.signed({**body, "files": {"ema-0.safetensors": {"xxh3_128": "ef" * 16}}}))
     assert folder.located("old/a", tmp_path / "new/b") == tmp_path / "old/a"
+    about = {**about, "root": "/nowhere", "roots": [str(tmp_path)]}
+    (tmp_path / "new/b" / folder.RUN_FILE).write_text(json.dumps(about))
+    assert folder.located("new/a", tmp_path / "new/b") == tmp_path / "new/a"
+    about = {**about, "root": str(tmp_path), "roots": []}
+    (tmp_path / "new/b" / folder.RUN_FILE).write_text(json.dumps(about))
     shutil.copytree(tmp_path / "new", tmp_path / "here/old")
     monkeypatch.chdir(tmp_path / "here")
     assert folder.located("old/a", tmp_path / "new/b") == tmp_path / "old/a"
@@ -243,7 +248,7 @@ def taught(tmp_path, monkeypatch, capsys):
     return recipe
 
 
-def test_a_teacher_that_is_gone_is_missed_only_by_stages_that_are_left(taught, capsys):
+def test_a_teacher_that_is_gone_is_missed_only_by_stages_that_are_left(taught, monkeypatch, capsys):
     assert json.loads(Path("run/run.json").read_text())["networks"]["old/a/pre"]
     shutil.copytree("run", "begun")
     shutil.rmtree("begun/mid")
@@ -258,8 +263,13 @@ def test_a_teacher_that_is_gone_is_missed_only_by_stages_that_are_left(taught, c
     assert code == 0, err
     a, b = (checkpoint.complete(Path(p) / "mid").tensors("ema-0") for p in ("run", "begun"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    code, out, err = cmt(capsys, "train", "--resume", "run")
-    assert code == 0 and "mid done" in out and checkpoint.complete(Path("run/post")), err
+    home = Path.cwd()
+    Path("far").mkdir()
+    monkeypatch.chdir("far")
+    code, out, err = cmt(capsys, "train", "--resume", home / "run")
+    assert code == 0 and "mid done" in out and checkpoint.complete(home / "run/post"), err
+    about = json.loads((home / "run/run.json").read_text())
+    assert (about["root"], about["roots"]) == (str(home / "far"), [str(home)]) and about["networks"]["old/a/pre"]
 
 
 def test_another_network_or_cache_than_a_finished_stage_had_is_refused(taught, capsys):
