@@ -36,6 +36,7 @@ from cmt_fast.run.folder import (
     RUN_FILE,
     about_run,
     classes_of,
+    is_run,
     judged_by,
     located,
     locked,
@@ -311,11 +312,12 @@ class Workspace:
         names: stages that are trained here.
         """
         outside = {n for stage in self.run.stages.values() for n in stage.networks().values() if "/" in n}
-        places = {name: self.stage_dir(name) for name in sorted(outside)}
+        here = {name for name in outside if is_run(self.other(name))}
+        places = {name: self.stage_dir(name) for name in sorted(here)}
         if self.parents != self.folder:
             theirs = [n for n in self.run.stages if n not in names and not checkpoint.steps(self.folder / n)]
             places |= {str(self.parents / name): self.parents / name for name in theirs}
-        known = {name: ema for name, ema in before.items() if name in places}
+        known = {name: ema for name, ema in before.items() if name in outside or name in places}
         return known | seen(places.items())
 
     @staticmethod
