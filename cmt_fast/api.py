@@ -53,7 +53,7 @@ def network(stage: str | Path) -> nn.Module:
     """
     from cmt_fast.run.workspace import open_stage
 
-    work, name = open_stage(str(stage), rows=False)
+    work, name = open_stage(str(stage))
     return work.network(name)
 
 
@@ -71,7 +71,7 @@ def sample(
     from cmt_fast.run.workspace import open_stage
 
     _at_least(n=(n, 1), steps=(steps, 1))
-    work, name = open_stage(str(stage), rows=False)
+    work, name = open_stage(str(stage))
     if solver:
         guidance.check_solver(work.place, name)
     x = work.setting.generate(work.network(name), steps, n, seed, solver, work.run.eval.batch)

@@ -108,7 +108,7 @@ def import_(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     from cmt_fast.convert import card, diffusers_folder, exporting
 
-    work, stage = workspace.open_stage(args.stage, rows=False)
+    work, stage = workspace.open_stage(args.stage)
     found = exporting.collect(work, stage, args.ema)
     for name in ("vae", *LICENCES):
         if args.format != "diffusers" and getattr(args, name.replace("-", "_")) is not None:

@@ -137,7 +137,7 @@ def _make_reference(args: argparse.Namespace, given: dict) -> None:
             raise ConfigError("--metric: frechet's features belong to a run; name RUN/STAGE, or take fid or fd_dinov2")
     else:
         work, _ = workspace.open_stage(args.stage, given)
-    with progress.counting("reference", args.n or work.data.n, work.folder) as advance:
+    with progress.counting("reference", args.n or work.data.n, None) as advance:
         made = checked(
             lambda: judges.make_reference(work.judging.judge, args.n, work.run.eval.batch, args.features, advance)
         )

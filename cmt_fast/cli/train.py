@@ -96,7 +96,7 @@ def train(args: argparse.Namespace) -> None:
     asked, done = names, [name for name in names if args.resume and _finished(out / name)]
     _as_trained(out, run, done)
     if done == names:
-        page.write(out)  # for which no data need be here
+        page.write(out, training=True)  # for which no data need be here
         return print(f"nothing is left to train: {', '.join(names)} of {out} are finished")
     names = [name for name in names if name not in done]  # what a finished stage read need not be here
     lacking = needs.missing(run, out, parents, names)
@@ -123,7 +123,7 @@ def train(args: argparse.Namespace) -> None:
         memory.keep_freed()
     draw = functools.partial(page.write, out, judge=False, refresh_s=REFRESH_S)
     loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
-    page.write(out)
+    page.write(out, training=True)
     if distributed.rank() == 0:
         print(_done(work, asked, time.monotonic() - begun))
 
@@ -235,7 +235,8 @@ def _dry_run(work: workspace.Workspace, names: list[str], lacking: list[needs.Ne
         for line in [*sizing, _step(stage), _bill(work, stage)]:
             print(f"{'':>8}  {line}")
     if work.data.n:
-        look.of_run(work, out.with_name(f"{out.name}-look.png"))
+        named = out if out.name else out.resolve()
+        look.of_run(work, named.with_name(f"{named.name}-look.png"))
     for need in lacking:
         print(f"not here: {need}")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import os
+import tempfile
 import threading
 import time
 import webbrowser
@@ -18,6 +20,7 @@ from cmt_fast.watch import screen, serve
 from cmt_fast.watch.state import RunState, Watched, runs_in
 
 REFRESH_S = 10  # after which a served page loads itself anew
+DAY_S = 86400
 ANY = -1  # --serve without a number
 
 
@@ -35,8 +38,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def watch(args: argparse.Namespace) -> None:
-    if not args.every > 0:
-        raise ConfigError(f"--every: {args.every} is not a positive number")
+    if not 0 < args.every <= DAY_S:
+        raise ConfigError(f"--every: {args.every} is not a number of seconds above 0, at most {DAY_S}")
     if args.serve is not None and args.serve != ANY and not 0 < args.serve < 65536:
         raise ConfigError(f"--serve: {args.serve} is no port; valid are 1 to 65535")
     folders = [run for folder in args.runs for run in runs_in(folder)]
@@ -85,23 +88,34 @@ def _lines(watched: list[Watched], states: list[RunState], every: float) -> None
 
 
 def _drawn(states: list[RunState], width: int) -> RenderableType:
-    return screen.page(states[0], width) if len(states) == 1 else screen.overview(states)
+    return screen.page(states[0], width) if len(states) == 1 else screen.overview(states, width)
 
 
 def _serve(watched: Watched, port: int | None, show: bool) -> None:
     """Serve the page until Ctrl-C."""
     folder = watched.folder
+    with contextlib.ExitStack() as ending:
+        home = folder
+        judged = watched.look().finished and (folder / "report.html").is_file()
+        if not judged and not os.access(folder, os.W_OK):  # the page is drawn elsewhere while it is served
+            home = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="cmt-watch-")))
+        _answer(watched, home, port, show)
+
+
+def _answer(watched: Watched, home: Path, port: int | None, show: bool) -> None:
+    """home: the folder that the page is drawn in."""
+    folder = watched.folder
 
     def draw() -> None:
         from cmt_fast.report import page  # it needs torch, which looking at files does not
 
-        page.write(folder, judge=False, refresh_s=None if watched.look().finished else REFRESH_S)
+        page.write(folder, judge=False, refresh_s=None if watched.look().finished else REFRESH_S, out=home)
 
     def changed() -> float | None:
         state = watched.look()
         return None if state.finished else state.changed
 
-    with serve.server(folder, serve.Fresh(folder / "report.html", draw, changed), port) as server:
+    with serve.server(folder, serve.Fresh(home / "report.html", draw, changed), port, home) as server:
         url = serve.address(server.server_address[1])
         print(f"{url}  (Ctrl-C ends it)", flush=True)
         if show:

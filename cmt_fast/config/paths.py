@@ -38,7 +38,8 @@ def rebased(run: Run, root: Path, found: bool = False) -> Run:
     tree, moved = dump(run), False
     for table, key, sure in _places(tree):
         path = root / table[key]
-        if not Path(table[key]).is_absolute() and ((sure and not found) or path.exists()):
+        there = os.path.exists(path)  # not so in a folder that others may not look into
+        if not Path(table[key]).is_absolute() and ((sure and not found) or there):
             table[key], moved = str(path), True
     return build(tree) if moved else run
 

@@ -8,7 +8,7 @@ import torch
 
 from cmt_fast.config.schema import Data
 from cmt_fast.data import classes
-from cmt_fast.data.rows import Dataset, Rows
+from cmt_fast.data.rows import Dataset, Rows, opened
 
 
 def load(config: Data, table: int | None = None) -> Rows:
@@ -26,6 +26,7 @@ def load(config: Data, table: int | None = None) -> Rows:
 
 def in_memory(data: Rows, limit: int = 10_000) -> Dataset:
     """Small data as they are; of data on disk the first draw of at most `limit` rows, evenly spaced."""
+    data = opened(data)
     if isinstance(data, Dataset):
         return data
     index = torch.arange(min(data.n, limit)) * data.n // min(data.n, limit)

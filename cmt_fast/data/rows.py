@@ -28,6 +28,12 @@ class Rows(Protocol):
     def rows(self, index: Tensor, draw: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]: ...
 
 
+def opened(data: Rows) -> Rows:
+    """The rows themselves of data that are opened where they are first asked for. Raises ValueError where they cannot be had."""
+    late = getattr(data, "opened", None)
+    return late() if late else data
+
+
 class Stored(Rows, Protocol):
     """A data set on disk: `rows` in two halves, so that bytes are read ahead and arithmetic is done on the device.
 

@@ -13,11 +13,14 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.data.datasets import in_memory
 from cmt_fast.data.rows import Rows
+from cmt_fast.storage.files import save_tensors, unless_refused
 
 GRID = 8  # fields along a side
 WHOLE = 2048  # numbers of a row that are features one by one, as many as Inception has
@@ -120,14 +123,19 @@ def extractor(data: Rows, cache: Path) -> Extractor:
     file = cache / "extractor.safetensors"
     net = Classifier(math.prod(data.shape), data.classes)
     if file.is_file():
-        net.load_state_dict(load_file(file))
+        try:
+            net.load_state_dict(load_file(file))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise ConfigError(f"RUN: {file} cannot be read ({why}); figures of this run are in its features") from None
         net.eval().requires_grad_(False)
     else:
         net = train_classifier(data)
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".tmp-{os.getpid()}")  # every rank may be at it
-        save_file(net.state_dict(), temporary)
-        temporary.replace(file)
+        with unless_refused():
+            cache.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".tmp-{os.getpid()}")  # every rank may be at it
+            save_tensors(temporary, net.state_dict())
+            temporary.replace(file)
     digest = xxhash.xxh3_128()
     for tensor in net.state_dict().values():
         digest.update(tensor.numpy().tobytes())

@@ -16,7 +16,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Eval
 from cmt_fast.data import classes
 from cmt_fast.data.datasets import in_memory
-from cmt_fast.data.rows import Dataset, Rows
+from cmt_fast.data.rows import Dataset, Rows, opened
 from cmt_fast.diffusion.labels import Law
 from cmt_fast.evaluation import distances, neighbours, references
 from cmt_fast.evaluation.distances import Stream
@@ -72,8 +72,13 @@ class Judge:
 
     @property
     def here(self) -> bool:
-        """Whether the data are, else what is kept of them has to do."""
+        """Whether the data are, else what is kept of them has to do. Data that were not opened yet are opened."""
         return getattr(self.data, "here", True)
+
+    @property
+    def stands(self) -> bool:
+        """Whether what is kept of the data stands for them: of a run that is read they are opened only where it does not."""
+        return self.kept is not None and (hasattr(self.data, "opened") or not self.here)
 
     @property
     def labels(self) -> Tensor | None:
@@ -83,7 +88,7 @@ class Judge:
     @functools.cached_property
     def weights(self) -> Tensor | None:
         """By which rows of `real` count, (N,) of sum 1, None for all alike. Raises ConfigError for classes without rows."""
-        if not self.here and self.kept is not None:
+        if self.kept is not None and self.stands:
             return self.kept.tensors.get("weights")
         return class_weights(self._rows.labels, self.law, self.file is None) if self.law else None
 
@@ -94,7 +99,7 @@ class Judge:
     @functools.cached_property
     def projected(self) -> Tensor:
         kept = self.kept  # of very many rows it has quantiles alone
-        if kept is not None and (not self.here or len(kept.tensors["projected"]) == kept.about["rows"]):
+        if kept is not None and (self.stands or len(kept.tensors["projected"]) == kept.about["rows"]):
             return kept.tensors["projected"]
         return distances.project(self.real, self.directions)
 
@@ -269,7 +274,7 @@ def make_reference(judge: Judge, n: int | None, batch: int, keep: int, advance: 
 
     Batches go round the ranks; every rank must call it. advance(rows done) is told of the progress.
     """
-    data, stream, kept = judge.data, Stream(), []
+    data, stream, kept = opened(judge.data), Stream(), []
     n = min(n or data.n, data.n)
     if n < 2:
         raise ConfigError(f"data: statistics of {n} row; 2 are needed")

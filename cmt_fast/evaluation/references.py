@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.evaluation.distances import Moments
+from cmt_fast.storage.files import save_tensors
 
 WIDEST = 8192  # features; a covariance of them is 512 MB
 LARGEST = 1 << 33  # bytes of an array of features or images
@@ -75,7 +76,7 @@ def write(path: Path, reference: Reference) -> None:
             np.savez(file, **{k: v.numpy() for k, v in arrays.items()}, **about)
     elif path.suffix == ".safetensors":
         about = {"num_images": str(reference.n), "extractor": reference.extractor, "labels": reference.labels}
-        save_file({k: v.contiguous() for k, v in arrays.items()}, temporary, about)
+        save_tensors(temporary, arrays, about)
     else:
         raise ConfigError(f"--make-reference: {str(path)!r} is none of .npz, .safetensors")
     temporary.replace(path)

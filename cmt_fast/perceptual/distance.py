@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
@@ -26,7 +26,7 @@ from cmt_fast.diffusion.rng import Random
 from cmt_fast.models.vgg import CONVOLUTIONS, LatentVgg, PixelVgg, Vgg
 from cmt_fast.perceptual import augment
 from cmt_fast.perceptual.augment import Augmentation
-from cmt_fast.storage.files import checksum, sync
+from cmt_fast.storage.files import checksum, save_tensors, sync
 
 KIND = "cmt_fast latent features 1"
 
@@ -117,7 +117,7 @@ def save_latent_network(net: LatentVgg, file: Path, about: dict) -> None:
     size = {"channels": first.in_channels, "width": first.out_channels, "classes": net.head.out_features}
     metadata = {KIND: json.dumps({**size, **about})}  # one key: several are written in no fixed order
     temporary = file.with_name(f".tmp-{file.name}")
-    save_file({k: v.detach().contiguous() for k, v in net.state_dict().items()}, temporary, metadata)
+    save_tensors(temporary, net.state_dict(), metadata)
     sync(temporary)
     temporary.replace(file)
 

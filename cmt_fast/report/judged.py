@@ -34,11 +34,14 @@ MEASURES = 2  # version of what is measured
 SHOWN, REAL = "shown", "shown.png"
 
 
-def judge(work: Workspace, s: Standing) -> Judged:
-    """Figures of a finished stage, from its figures.json where that still holds; of `pre` by the solver too. Every rank."""
-    run, file, key = work.run, work.folder / s.name / FIGURES, _key(work, s)
-    for known in (file, work.stage_dir(s.name) / FIGURES):
-        found = stored(known)
+def judge(work: Workspace, s: Standing, home: Path) -> Judged:
+    """Figures of a finished stage, from its figures.json where that still holds; of `pre` by the solver too. Every rank.
+
+    home: the folder that STAGE/figures.json is written to, the run's own or that of the page.
+    """
+    run, file, key = work.run, home / s.name / FIGURES, _key(work, s)
+    for place in _places(work, s.name, home):
+        found = stored(place / FIGURES)
         if found and found[0] == key:
             return found[1]
     if distributed.rank() == 0:
@@ -68,9 +71,14 @@ def judge(work: Workspace, s: Standing) -> Judged:
     return judged
 
 
-def known(work: Workspace, s: Standing) -> tuple[Judged, dict[str, Any]] | None:
+def _places(work: Workspace, name: str, home: Path) -> list[Path]:
+    """Where figures and pictures of a stage may be."""
+    return list(dict.fromkeys((home / name, work.folder / name, work.stage_dir(name))))
+
+
+def known(work: Workspace, s: Standing, home: Path) -> tuple[Judged, dict[str, Any]] | None:
     """Figures that are kept of these weights, whatever judged them, with their key; nothing is computed."""
-    for folder in (work.folder / s.name, work.stage_dir(s.name)):
+    for folder in _places(work, s.name, home):
         found = stored(folder / FIGURES)
         if found and s.ema and found[0].get("ema") == s.ema and found[0].get("measures") == MEASURES:
             return found[1], found[0]
@@ -109,12 +117,19 @@ def _draw(work: Workspace, net: Any, name: str, folder: Path) -> None:
         grids.strip(_flat(work.decoding.visible(x)[0]), folder / f"{file}.png", limit)
 
 
-def draw_real(work: Workspace) -> None:
+def draw_real(work: Workspace, home: Path) -> None:
     """The real rows that are kept, as a picture beside them; on one rank."""
-    kept_, folder = work.judging.thorough.kept, work.folder / kept.FOLDER
-    if kept_ is not None and folder.is_dir() and not (folder / REAL).is_file():
+    kept_, folder = work.judging.thorough.kept, home / kept.FOLDER
+    if kept_ is not None and _real(work, home) is None:
+        folder.mkdir(exist_ok=True)
         seen = work.decoding.visible(kept_.tensors["shown"].to(work.device))[0]
         grids.strip(_flat(seen), folder / REAL, _limit(work))
+
+
+def _real(work: Workspace, home: Path) -> Path | None:
+    """The picture of real rows, where there is one."""
+    places = (folder / kept.FOLDER / REAL for folder in (home, work.folder, work.parents))
+    return next((file for file in places if file.is_file()), None)
 
 
 def _limit(work: Workspace) -> float:
@@ -128,10 +143,10 @@ def _flat(x: Any) -> Any:
     return x if x.ndim == 4 else x[:, :2] if x.shape[1] > 1 else x.repeat(1, 2)
 
 
-def pictures(work: Workspace, stands: dict[str, Standing], quality: Quality) -> list[Picture]:
+def pictures(work: Workspace, stands: dict[str, Standing], quality: Quality, home: Path) -> list[Picture]:
     """Real rows, the teacher, then every network in the fewest steps: those that were drawn."""
     k, out = work.run.eval.steps[0], []
-    real = next((f for w in (work.folder, work.parents) if (f := w / kept.FOLDER / REAL).is_file()), None)
+    real = _real(work, home)
     if real:
         points = len(work.data.shape) == 1
         what = (
@@ -147,7 +162,7 @@ def pictures(work: Workspace, stands: dict[str, Standing], quality: Quality) -> 
     for name, title, steps, how in asked:
         judged = quality.judged.get(name)
         file = f"{SHOWN}-{'solver' if how == 'solver' else steps}.png"
-        found = [f for w in (work.folder / name, work.stage_dir(name)) if (f := w / file).is_file()]
+        found = [f for w in _places(work, name, home) if (f := w / file).is_file()]
         if judged is None or not found:
             continue
         figures = judged.figures(steps, how)

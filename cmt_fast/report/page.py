@@ -10,6 +10,7 @@ import datetime
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,48 +34,52 @@ from cmt_fast.teacher import solver_record
 from cmt_fast.train import solver_choice
 
 
-def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dict[str, Any]:
+def write(
+    folder: Path, judge: bool = True, refresh_s: int | None = None, out: Path | None = None, training: bool = False
+) -> dict[str, Any]:
     """Judge what is finished, on all ranks together, and write the report on the first. Returns figures and paths.
 
     judge=False: no network is called and no other rank waited for; the page says what is known so far, also of a run that has
     no finished stage, and how far it is. refresh_s: the page asks the browser to load it again every so many seconds.
-    Raises ConfigError when `folder` is no run, holds no finished stage to judge, or matplotlib is not installed.
+    out: the folder for all that is written, in the place of the run's. training: the run's heart beats while it is judged.
+    Raises ConfigError when `folder` is no run, holds no finished stage to judge, or matplotlib is not installed, and where
+    nothing can be written.
     """
-    run = stored_run(folder)
+    run, home = stored_run(folder), _writable(folder, out)
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
     about = about_run(folder)
     # half-way neither the data, a checkpoint's tensors nor a GPU are touched: manifests and sizes of files are enough
-    work = open_run(folder, rows=judge, device=None if judge else torch.device("cpu"))
+    work = open_run(folder, device=None if judge else torch.device("cpu"))
+    work.judging.alive = folder if training else None
     stands = {name: stand(work, name, whole=judge) for name in run.stages}
     done = {name: s for name, s in stands.items() if s.done}
     if judge and not done:
         states = "; ".join(f"{name}: {s.told}" for name, s in stands.items())
         raise ConfigError(f"RUN: {str(folder)!r} holds no finished stage to report on ({states})")
-    quality, floor, caution = _judged(work, done) if judge else _known(work, done)
+    quality, floor, caution = _judged(work, done, home) if judge else _known(work, done, home)
     if judge and distributed.rank():
         return {}
     curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in run.eval.steps}
     reached = [row for k, lines in curves.items() for row in reach_rows(k, lines, done)]
     tables = [quality_.table(run, done, quality, k) for k in run.eval.steps] if quality.judged else []
     page = [
-        quality_.first(work, stands, quality, judged_.pictures(work, stands, quality)),
+        quality_.first(work, stands, quality, judged_.pictures(work, stands, quality, home)),
         quality_.section(work, quality, tables, caution),
         sections.curves(work, quality.judged, curves, reached, floor),
         sections.training(stands),
         sections.bill(stands),
         sections.solvers(chosen(work)),
         sections.samples(stands),
-        *([sections.theory(theory(folder))] if run.data.kind == "gmm" and (judge or _measured(folder)) else []),
+        *(
+            [sections.theory(theory(folder, home))]
+            if run.data.kind == "gmm" and (judge or _measured(folder, home))
+            else []
+        ),
         sections.surroundings(work, about),
     ]
     page = [page[0], *(section for section in page[1:] if section.groups)]
-    html, markdown, banner = folder / "report.html", folder / "report.md", "" if judge else _banner(stands, quality)
-    (folder / "report").mkdir(exist_ok=True)
-    for name, data in templates.pictures(page).items():
-        files.write_bytes(folder / "report" / name, data)
-    files.write_text(html, templates.html(run.name, page, banner, refresh_s))
-    files.write_text(markdown, templates.markdown(run.name, page, banner))
+    html, markdown = _put(home, run.name, page, "" if judge else _banner(stands, quality), refresh_s)
     if judge:
         _say(page[0], [quality_.summary(run, tables, quality.names)] if tables else [])
         if reached:
@@ -88,6 +93,31 @@ def write(folder: Path, judge: bool = True, refresh_s: int | None = None) -> dic
     }  # fmt: skip
 
 
+def _writable(folder: Path, out: Path | None) -> Path:
+    """Where the page goes. Raises ConfigError where nothing can be written: said before anything is judged."""
+    if out is None and not os.access(folder, os.W_OK):
+        raise ConfigError(f"RUN: {str(folder)!r} cannot be written to; --out FOLDER puts the page elsewhere")
+    if out is not None and distributed.rank() == 0:
+        try:
+            out.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out: {str(out)!r} cannot be a folder of the page ({error.strerror})") from None
+        if not os.access(out, os.W_OK):
+            raise ConfigError(f"--out: {str(out)!r} cannot be written to")
+    return out or folder
+
+
+def _put(home: Path, name: str, page: list[templates.Section], banner: str, refresh_s: int | None) -> tuple[Path, Path]:
+    """Write the page and its pictures; the paths of report.html and report.md."""
+    html, markdown, pictures = home / "report.html", home / "report.md", home / "report"
+    pictures.mkdir(exist_ok=True)
+    for file, data in templates.pictures(page).items():
+        files.write_bytes(pictures / file, data)
+    files.write_text(html, templates.html(name, page, banner, refresh_s))
+    files.write_text(markdown, templates.markdown(name, page, banner))
+    return html, markdown
+
+
 def _say(first: templates.Section, tables: list[templates.Table]) -> None:
     """The result on the terminal: the table, the sentence of it, and what contradicts it."""
     for table in tables:
@@ -98,23 +128,23 @@ def _say(first: templates.Section, tables: list[templates.Table]) -> None:
         progress.say(f"! {line}")
 
 
-def _judged(work: Workspace, done: dict[str, Standing]) -> tuple[Quality, float | None, str]:
+def _judged(work: Workspace, done: dict[str, Standing], home: Path) -> tuple[Quality, float | None, str]:
     """Quality, the floor at as many samples as are judged in training, and what is to be known of the number of samples."""
     e, judge = work.run.eval, work.judging.thorough
-    judged = {name: judged_.judge(work, s) for name, s in done.items()}
+    judged = {name: judged_.judge(work, s, home) for name, s in done.items()}
     floor, during = (work.judging.floor(judge, n) for n in (e.n, e.n_during))
     assert judge.kept is not None
     if distributed.rank() == 0:
-        judged_.draw_real(work)
+        judged_.draw_real(work, home)
     title = judge.title(e.n)
     names = Names(judge.name, judge.kept.about["second"], "Fréchet" if title.startswith("frechet") else title)
     caution = work.judging.about(e.n).get("note", "")
     return Quality(judged, names, floor, judge.kept.sharpness), during and during["frechet"], caution
 
 
-def _known(work: Workspace, done: dict[str, Standing]) -> tuple[Quality, float | None, str]:
+def _known(work: Workspace, done: dict[str, Standing], home: Path) -> tuple[Quality, float | None, str]:
     """The same as far as files say it: nothing is computed, no judge is opened."""
-    found = {name: k for name, s in done.items() if (k := judged_.known(work, s))}
+    found = {name: k for name, s in done.items() if (k := judged_.known(work, s, home))}
     key = next((key for _, key in found.values()), {})
     asked = {"extractor": key["extractor"], "labels": work.setting.law.text()} if key else None
     real = next((k for f in (work.folder, work.parents) if asked and (k := kept.read(f, asked))), None)
@@ -136,8 +166,8 @@ def _banner(stands: dict[str, Standing], quality: Quality) -> str:
     return text + f" Not judged yet: {', '.join(unjudged)}; `cmt report` judges what is finished." * bool(unjudged)
 
 
-def _measured(folder: Path) -> bool:
-    return (folder / "theory.json").is_file()
+def _measured(*folders: Path) -> bool:
+    return any((folder / "theory.json").is_file() for folder in folders)
 
 
 def stand(work: Workspace, name: str, whole: bool = True) -> Standing:
@@ -195,11 +225,11 @@ def reach_rows(k: int, lines: dict[str, Curve], done: dict[str, Standing]) -> li
     return out
 
 
-def theory(folder: Path) -> dict[str, Any]:
-    """Solver order and gradient bias, measured once and kept in RUN/theory.json."""
+def theory(folder: Path, home: Path) -> dict[str, Any]:
+    """Solver order and gradient bias, measured once and kept in RUN/theory.json, or where the page goes."""
     from cmt_fast.evaluation import theory as bench
 
-    file = folder / "theory.json"
+    file = next((f for f in (folder / "theory.json", home / "theory.json") if f.is_file()), home / "theory.json")
     if not file.is_file():
         progress.say("measuring solver order and gradient bias")
         files.write_text(file, json.dumps(bench.measure(), indent=1))

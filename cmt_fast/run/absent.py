@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,19 +57,18 @@ class AbsentRows:
 
 
 class RememberedRows:
-    """The rows that a run was trained on, as its run.json has them: all but the rows, for what reads none.
+    """The rows that a run was trained on, as its run.json has them; the rows themselves are opened where they are first read.
 
     n, shape, classes, class_names, class_ids, facts, normalisation: as of the rows. labels: as many of each class, in no
     order; None where nobody counted them. encoded: of latents, see Decoding. law: (eval.labels, its name, counts) as kept.
-    why: what is wrong with where they were.
+    old: the version that trained the run kept no counts.
     """
-
-    here, why = False, "is not here"
 
     def __init__(self, config: Data, about: dict[str, Any]) -> None:
         """about: run.json, which has `rows`; what later versions keep may be missing. Raises KeyError without `rows`."""
         known, more = about["rows"], about.get("remembered") or {}
-        self.config, self.facts = config, about.get("data") or {}
+        self.config, self.facts, self.old = config, about.get("data") or {}, "remembered" not in about
+        self._found: Rows | ConfigError | None = None
         self.n: int = more.get("n", self.facts.get("rows", 0))
         self.shape: tuple[int, ...] = tuple(known["shape"])
         self.classes: int = known.get("classes") or 0
@@ -80,14 +80,43 @@ class RememberedRows:
         self.encoded = _encoded(more.get("encoded"), self, config)
         self.law: dict[str, Any] = more.get("law") or {}
 
+    @property
+    def whole(self) -> bool:
+        """Whether all is known of them that sampling and judging ask for."""
+        return bool(self.facts) and (not self.classes or self.labels is not None)
+
+    @property
+    def here(self) -> bool:
+        """Whether the rows can be had, which opens them."""
+        if self._found is None:
+            self._found = self._open()
+        return not isinstance(self._found, ConfigError)
+
+    def opened(self) -> Rows:
+        """The rows, which are those that the run was trained on. Raises ConfigError where they are not here."""
+        if self.here:
+            return cast(Rows, self._found)
+        raise cast(ConfigError, self._found)
+
     def rows(self, index: Tensor, draw: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]:
-        """As data.Rows. Raises ConfigError."""
+        """As data.Rows. Raises ConfigError as `opened`."""
+        return self.opened().rows(index, draw, seed)
+
+    def _open(self) -> Rows | ConfigError:
+        """The rows, or what is said of them."""
         where = getattr(self.config, "path", None)
-        raise ConfigError(
-            f"data.path: {where!r} {self.why}, and this needs its rows; say where they are, or do it where they are"
-            if where
-            else f"data.kind: the rows of {self.config.kind!r} cannot be had here, and this needs them"
-        )
+        try:
+            found = load(self.config, self.classes)
+            if not self.facts or found.facts == self.facts:
+                return found
+            why = "holds other rows than this run was trained on"
+        except (ValueError, OSError) as error:
+            why = "is not here" if where and not os.path.exists(where) else f"cannot be read ({error})"
+        if where:
+            return ConfigError(
+                f"data.path: {where!r} {why}, and this needs its rows; say where they are, or do it where they are"
+            )
+        return ConfigError(f"data.kind: {self.config.kind!r} {why}, and this needs its rows; do it where they are")
 
 
 def _encoded(kept: dict[str, Any] | None, data: RememberedRows, config: Data) -> Encoded | None:
@@ -106,6 +135,14 @@ def remembered(config: Data, folder: Path) -> RememberedRows | None:
         return RememberedRows(config, about_run(folder))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def uncounted(folder: Path) -> str:
+    """What is to be known of samples of a run that kept no counts of its classes, where its data are not here."""
+    return (
+        f"{folder} is of a version that kept no counts of its classes, and its data are not here: labels are uniform, not in "
+        "the data's proportions"
+    )
 
 
 def memory(data: Rows, law: Law, labels: str, encoded: Encoded | None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Decoding:
     @property
     def latents(self) -> Encoded | None:
         """What the store says of its latents, or a run remembers of them; None where rows are no latents."""
-        index = getattr(self.data, "index", None)
+        index = getattr(self.data, "index", None)  # of a store that is open
         if isinstance(index, Index) and index.kind != "pixels":
             return Encoded(index.vae, index.vae_xxh3_128, index.mean, index.std)
         return getattr(self.data, "encoded", None)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cmt_fast.config import loading, paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
+from cmt_fast.storage import checkpoint
 
 RUN_FILE = "run.json"
 
@@ -31,9 +33,18 @@ def stored_run(folder: Path) -> Run:
     try:
         return loading.build(json.loads(file.read_text("utf-8"))["run"])
     except FileNotFoundError:
-        raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {RUN_FILE}") from None
+        raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {RUN_FILE}{meant(folder)}") from None
+    except NotADirectoryError:
+        raise ConfigError(f"RUN: {str(folder)!r} is no folder") from None
+    except OSError as error:
+        raise ConfigError(f"RUN: {file} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"RUN: {file} cannot be read ({error})") from None
+
+
+def meant(folder: Path) -> str:
+    """The run that a folder which is none belongs to, as a hint: of a stage, or of something else in it."""
+    return f"; it is a part of {str(folder.parent)!r}" if is_run(folder.parent) and folder.name else ""
 
 
 def classes_of(folder: Path) -> int | None:
@@ -51,37 +62,62 @@ def read_run(folder: Path) -> Run:
 
 
 def located(name: str | Path, folder: Path) -> Path:
-    """Another run that the run in `folder` names: from where it was trained, from here, or beside it, as when both were moved.
+    """Another run that the run in `folder` names: from where it was trained, of late or before, from here, or beside it, as
+    when both were moved.
 
-    Beside it only what the run itself named when it was begun, so that a name of today that is wrong is not taken for a run
-    of a like one. Where it is in none of these places, as it is named.
+    From here and beside it many a run may have that name: of what the run itself named it must have the weights that the run
+    saw when it began (`seen`). Where it is in none of these places, where it was.
     """
     other = Path(name)
     try:
         about = about_run(folder)
     except (OSError, ValueError):
         about = {}
-    root = about.get("root")
-    places = [*([Path(root) / other] if root else []), other]
-    if str(other) in _named(about):
-        places.append(beside(other, folder))
-    return next((place for place in places if (place / RUN_FILE).is_file()), other)
+    roots = [Path(root) for root in (about.get("root"), *about.get("roots", ())) if root]
+    there = next((root / other for root in roots if is_run(root / other)), None)
+    if there:
+        return there
+    known = {text: ema for text, ema in (about.get("networks") or {}).items() if Path(text).parent == other}
+    near = beside(other, folder)
+    if not known or other.is_absolute() and is_run(other):
+        return other
+    return next(
+        (place for place in (other, near) if is_run(place) and _has(place, known)), roots[0] / other if roots else other
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether there is one; not where nobody lets us look."""
+    return os.path.isfile(folder / RUN_FILE)
+
+
+def seen(stages: Iterable[tuple[str, Path]]) -> dict[str, str]:
+    """RUN/STAGE, as it is named, -> checksum of its weights, of those (name, folder) that are here: how they are known again."""
+    out = {}
+    for name, stage in stages:
+        ema = _ema(stage)
+        if ema:
+            out[name] = ema
+    return out
+
+
+def _has(other: Path, known: dict[str, str]) -> bool:
+    """Whether a run has all of these weights."""
+    return all(_ema(other / Path(name).name) == ema for name, ema in known.items())
+
+
+def _ema(stage: Path) -> str:
+    """Checksum of the weights of a stage, by its manifests alone; empty where there are none."""
+    for step in reversed(checkpoint.steps(stage)):
+        with contextlib.suppress(checkpoint.CheckpointError):
+            return checkpoint.ema_sum(checkpoint.read_manifest(checkpoint.folder_of(stage, step)))
+    return ""
 
 
 def beside(name: str | Path, folder: Path) -> Path:
     """Where another run is, if it was moved together with the one in `folder`."""
     near = folder.absolute().parent / Path(name).name
     return Path(name) if near == folder.absolute() else near
-
-
-def _named(about: dict) -> set[str]:
-    """The other runs that a run.json names: its parents, and those whose stages its own are taught or guided by."""
-    found = [str(Path(about["parents"]))] if about.get("parents") else []
-    for stage in (about.get("run") or {}).values():
-        guide = stage.get("autoguidance") if isinstance(stage, dict) else None
-        names = (stage.get("teacher"), guide and guide.get("network")) if isinstance(stage, dict) else ()
-        found += [str(Path(name).parent) for name in names if name and "/" in name]
-    return set(found)
 
 
 def parents_of(folder: Path) -> Path | None:
@@ -94,7 +130,11 @@ def parents_of(folder: Path) -> Path | None:
 @contextlib.contextmanager
 def locked(folder: Path, key: str) -> Iterator[None]:
     """Inside, no other process trains or prunes the run. The system frees the lock of a dead one. Raises ConfigError of `key`."""
-    with open(folder / ".lock", "w", encoding="utf-8") as handle:
+    try:
+        handle = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise ConfigError(f"{key}: {folder} cannot be written to ({error.strerror})") from None
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,7 +6,6 @@ needs of the real data is kept in the run, so it is judged where the data are no
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 import torch
 
 from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
-from cmt_fast.data.rows import Rows
+from cmt_fast.data.rows import Rows, opened
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.evaluation import features, judges, keeping, kept, measures
 from cmt_fast.run.decoding import Decoding
@@ -27,11 +27,15 @@ Tallies = dict[int, judges.Tally | None]  # of each number of steps; None: its s
 
 
 class Judging:
-    """Of one run's samples. folder: the run's, whose heart beats; features are kept there, or in `parents` while it is not."""
+    """Of one run's samples. folder: the run's; features are kept there, or in `parents` while it is not.
+
+    alive: whose heart beats while samples are judged; None for a run that is only read, which is no sign of its life.
+    """
 
     def __init__(self, run: Run, data: Rows, setting: Sampler, decoding: Decoding, folder: Path, parents: Path) -> None:
         self.run, self.data, self.setting, self.decoding = run, data, setting, decoding
         self.folder, self.parents = folder, parents
+        self.alive: Path | None = folder
 
     @functools.cached_property
     def space(self) -> features.Extractor:
@@ -74,7 +78,11 @@ class Judging:
         found = judge.kept
         distributed.barrier()  # no rank finds the files before all have looked for them
         if found is None:
-            found = keeping.take(judge, self._key(judge))
+            try:
+                found = keeping.take(judge, self._key(judge))
+            except ConfigError as error:
+                wrong = kept.wrong(self.folder)
+                raise ConfigError(f"{error}; {wrong}, which would do in their place" if wrong else str(error)) from None
             self._write(found)
         judge.kept = found
         return found
@@ -82,15 +90,20 @@ class Judging:
     def _write(self, found: kept.Kept) -> None:
         """Where the run's folder is a folder that can be written to: else they are taken again next time."""
         if distributed.rank() == 0 and self.folder.is_dir():
-            with contextlib.suppress(PermissionError):
+            with files.unless_refused():
                 kept.write(self.folder, found)
 
     def _found(self, judge: judges.Judge) -> kept.Kept | None:
-        key = self._key(judge)
-        return next((k for f in dict.fromkeys((self.folder, self.parents)) if (k := kept.read(f, key))), None)
+        """What is kept for this judge; of rows that are not here also what was taken under other settings of theirs."""
+        for whole in (True, False):
+            key = {**self._key(judge), **({} if whole else {"data": None})}
+            found = next((k for f in dict.fromkeys((self.folder, self.parents)) if (k := kept.read(f, key))), None)
+            if found is not None or judge.here:
+                return found
+        return None
 
     def _key(self, judge: judges.Judge) -> dict[str, Any]:
-        """What the kept files must be of. Where the data or the reference are not here, what is kept stands for them."""
+        """What the kept files must be of. Where the reference is not here, what is kept stands for it."""
         settings = {k: v for k, v in loading.dump(self.run)["data"].items() if k != "path"}
         key = {
             "rows": self.data.facts,
@@ -102,7 +115,7 @@ class Judging:
         file = judge.file
         if file is not None:
             reference = {"name": file.name, "xxh3_128": files.checksum(file) if file.is_file() else None}
-        return {**key, "reference": reference, "data": settings if judge.here else None}
+        return {**key, "reference": reference, "data": settings}
 
     def floor(self, judge: judges.Judge, n: int) -> dict[str, Any] | None:
         """Figures of n real rows, drawn again and again with the labels that samples have, as though a network had made them:
@@ -117,10 +130,10 @@ class Judging:
         chosen = self._drawn(n) if known is None and judge.here else None
         if chosen is None:
             return known
-        tally, index = judge.tally(n), torch.arange(n)
+        tally, index, data = judge.tally(n), torch.arange(n), opened(self.data)
         for i, part in enumerate(index.split(self.run.eval.batch)):
             if i % distributed.size() == distributed.rank():
-                rows = self.data.rows(chosen[part], torch.zeros_like(part))[0]
+                rows = data.rows(chosen[part], torch.zeros_like(part))[0]
                 tally.add(rows.to(self.setting.device), self.setting.labels(part), part)
         known = {**tally.figures(), "unseen": self._unseen(found, n)}
         found.about["floor"][str(n)] = known
@@ -131,7 +144,7 @@ class Judging:
     def _drawn(self, n: int) -> torch.Tensor | None:
         """Rows that stand for n samples, of the labels that those have. (n,); None where a label has no rows."""
         u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        of, labels = self.setting.labels(torch.arange(n)), self.data.labels
+        of, labels = self.setting.labels(torch.arange(n)), opened(self.data).labels
         if of is None or labels is None:
             return (u * self.data.n).long()
         order, counts = labels.cpu().argsort(stable=True), torch.bincount(labels.cpu(), minlength=int(of.max()) + 1)
@@ -201,7 +214,7 @@ class Judging:
                     tallies[k] = None
 
         title = f"judging at {' and '.join(map(str, steps))} step{'s' * (max(steps) > 1)}"
-        with progress.counting(title, n, self.folder, quiet) as advance:
+        with progress.counting(title, n, self.alive, quiet) as advance:
             for i, index in enumerate(torch.arange(n).split(e.batch)):
                 first, mine = int(index[0]), i % distributed.size() == distributed.rank()
                 for count in sorted(c for c in set(counts) if first <= c < first + len(index)):

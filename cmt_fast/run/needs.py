@@ -7,6 +7,7 @@ Only whether things are there is looked at; whether they fit is said by who read
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def _data(run: Run) -> Iterator[Need]:
     if path is None:
         return
     if run.data.kind == "npz":
-        yield Need("data.path", path, Path(path).is_file(), "does not exist", "")
+        yield Need("data.path", path, os.path.isfile(path), "does not exist", "")
         return
     expects = getattr(run.data, "expects", None)
     how = f"make it by `cmt data encode IMAGES {path}`, or `cmt data import` an archive of another project"
@@ -78,7 +79,7 @@ def _data(run: Run) -> Iterator[Need]:
         size = f"--size {side} --pixels" if channels in (1, 3) else f"--vae {VAE} --size {8 * side}"
         forms = "edm" if channels in (1, 3) else "edm2, lightningdit or npy"
         how = f"make it by `cmt data encode IMAGES {path} {size}`, or `cmt data import` with --format {forms}"
-    yield Need("data.path", path, Path(path).is_dir(), "is not a folder", how)
+    yield Need("data.path", path, os.path.isdir(path), "is not a folder", how)
 
 
 def _packages(run: Run) -> Iterator[Need]:
@@ -113,16 +114,17 @@ def _networks(
             train = f"`cmt train {Path(run_).name} --stages {last} --out {run_}`, or " * (
                 Path(run_).name in recipes.recipes()
             )
-            begun = (at / folder_.RUN_FILE).is_file()
+            begun = folder_.is_run(at)
             how = (
                 "train it first"
                 if begun
                 else f"{train}`cmt ckpt import FILE --recipe RECIPE --out {run_}` a public network"
             )
             wrong = "has no checkpoint" if begun else "is no run"
-            if not begun and (folder / folder_.RUN_FILE).is_file():
-                near = str(folder_.beside(run_, folder))
-                wrong += f", nor is {near!r}" * (near != run_)
+            if not begun and folder_.is_run(folder):
+                near = dict.fromkeys(p for p in (Path(run_), folder_.beside(run_, folder)) if folder_.is_run(p))
+                said = " and ".join(repr(str(p)) for p in near)
+                wrong += f", and {said} {'are' if len(near) > 1 else 'is'} not known to be it" if near else ""
                 how = f"{name}.{key}=RUN/{last} says where it is now; or {how}"
             there = bool(checkpoint.steps(at / last)) or (bool(cached) and key != "start")
             yield Need(f"{name}.{key}", other, there, wrong, how)
@@ -146,11 +148,11 @@ def _files(run: Run, name: str, stage: Stage) -> Iterator[Need]:
         for key in ("weights", "heads"):
             path = getattr(stage.perceptual, key)
             if path:
-                yield Need(f"{where}.{key}", path, Path(path).is_file(), "does not exist", how)
+                yield Need(f"{where}.{key}", path, os.path.isfile(path), "does not exist", how)
     if stage.trajectories and stage.trajectories.cache:
         path = stage.trajectories.cache
         how = f"`cmt trajectories {run.name} --stage {name} --cache {path} -n N`"
-        yield Need(f"{name}.trajectories.cache", path, Path(path).is_dir(), "is not a folder", how)
+        yield Need(f"{name}.trajectories.cache", path, os.path.isdir(path), "is not a folder", how)
 
 
 def _judge(run: Run) -> Iterator[Need]:
@@ -161,18 +163,18 @@ def _judge(run: Run) -> Iterator[Need]:
 
         url = URL if e.metric == "fid" else "DINOv2 ViT-L/14 of facebookresearch"
         wrong = "is no file" if e.weights else f"is missing, {e.metric} needs the file of its extractor's weights"
-        there = bool(e.weights) and Path(str(e.weights)).is_file()
+        there = bool(e.weights) and os.path.isfile(str(e.weights))
         yield Need("eval.weights", str(e.weights), there, wrong, f"fetch it from {url}, {free}")
     if e.reference or e.metric != "frechet":
         own = f"`cmt eval {run.name} --metric {e.metric} --weights {e.weights} --make-reference FILE.npz`"
         how = f"public statistics (of EDM, EDM2 or ADM) or your own by {own}, {free}"
         wrong = "is no file" if e.reference else f"is missing, {e.metric} compares with a file of statistics"
-        there = bool(e.reference) and Path(str(e.reference)).is_file()
+        there = bool(e.reference) and os.path.isfile(str(e.reference))
         yield Need("eval.reference", str(e.reference), there, wrong, how)
-    if _decodes(run) and not e.vae and not Path(getattr(run.data, "path", "")).is_dir():
+    if _decodes(run) and not e.vae and not os.path.isdir(getattr(run.data, "path", "")):
         yield Need("eval.vae", VAE, False, "is not known to be here", "the store names the autoencoder that made it")
     if e.vae and e.vae.startswith(("/", "./", "../")):
-        yield Need("eval.vae", e.vae, Path(e.vae).is_dir(), "is not a folder", f"a diffusers AutoencoderKL, as {VAE}")
+        yield Need("eval.vae", e.vae, os.path.isdir(e.vae), "is not a folder", f"a diffusers AutoencoderKL, as {VAE}")
 
 
 def _imports(run: Run) -> str:

@@ -21,6 +21,7 @@ from cmt_fast.config.schema import STAGES
 from cmt_fast.run import folder as folder_
 from cmt_fast.storage import checkpoint, heartbeat, pruning
 
+DEPTH = 3  # folders in which other runs are looked for
 KEEP = ("final", "report", "nothing")
 
 
@@ -51,8 +52,8 @@ def check(folder: Path, force: bool = False) -> None:
     """Raises ConfigError for a folder that is no run, a link, or, unless forced, a run that may be alive elsewhere."""
     if folder.is_symlink():
         raise ConfigError(f"RUN: {str(folder)!r} is a link to {folder.resolve()}; name that folder")
-    if not (folder / folder_.RUN_FILE).is_file():
-        raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {folder_.RUN_FILE}")
+    if not folder_.is_run(folder):
+        raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {folder_.RUN_FILE}{folder_.meant(folder)}")
     age, recent = heartbeat.age(folder), heartbeat.QUIET_S  # of a process on another machine the lock is not seen here
     if age is not None and age < recent and not force:
         raise ConfigError(
@@ -126,16 +127,23 @@ def apply(plan: Plan) -> None:
 
 
 def dependents(folder: Path) -> list[str]:
-    """Runs beside this one that take a stage, a teacher or a guide from it."""
+    """Runs beside this one, and in folders beside it, that take a stage, a teacher or a guide from it.
+
+    Of a run below ./runs all that are there are looked at.
+    """
     mine, out = folder.resolve(), []
-    for other in sorted(folder.absolute().parent.iterdir()):
-        if not (other / folder_.RUN_FILE).is_file() or other.resolve() == mine:
+    runs = Path("runs")
+    around = runs if runs.resolve() in mine.parents else folder.parent if folder.name not in ("", "..") else mine.parent
+    for other in sorted(
+        {file.parent for depth in range(DEPTH) for file in around.glob("*/" * depth + f"*/{folder_.RUN_FILE}")}
+    ):
+        if other.resolve() == mine:
             continue
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
             about = json.loads((other / folder_.RUN_FILE).read_text("utf-8"))
             named = [about.get("parents"), *(str(Path(text).parent) for text in _stages(about["run"]))]
             if any(name and folder_.located(name, other).resolve() == mine for name in named):
-                out.append(str(folder.parent / other.name))
+                out.append(str(other))
     return out
 
 

@@ -80,7 +80,7 @@ def opened(stage: str, request: Request, asked: Asked) -> Drawing:
     for name, value, least in (("--n", request.n, 1), ("--first", request.first, 0), ("--batch", request.batch, 0)):
         if value < least:
             raise ConfigError(f"{name}: {value} is not at least {least}")
-    work, name = open_stage(stage, rows=False)
+    work, name = open_stage(stage)
     solver = request.solver or (asked.guidance is not None and work.run.stages[name].objective.kind in DIFFUSION)
     steps = request.steps or (work.run.sampler.teacher_steps if solver else 1)
     request = request._replace(solver=solver, steps=steps, batch=request.batch or work.run.eval.batch)

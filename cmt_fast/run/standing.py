@@ -22,6 +22,7 @@ from cmt_fast.usage import bills
 from cmt_fast.usage.bills import Usage
 
 PULSE_S = 60.0  # after which a process that writes bill.alive every 5 s is gone
+AHEAD_S = 60.0  # by which clocks of two machines may differ
 
 Rows = list[dict[str, Any]]
 
@@ -148,8 +149,8 @@ def of(
 
 
 class Life(NamedTuple):
-    """Whether a run lives. word: `new`, `alive`, `quiet`, `lost`, `hangs`, `stopped`, `finished`; text: one phrase; age_s: of the
-    last sign.
+    """Whether a run lives. word: `new`, `alive`, `quiet`, `lost`, `hangs`, `stopped`, `ahead`, `finished`; text: one phrase;
+    age_s: of the last sign.
     """
 
     word: str
@@ -168,6 +169,9 @@ def life(folder: Path, stages: Iterable[Standing], now: float) -> Life:
         return Life("new", "has not been alive yet", 0.0)
     age = now - beat
     pulses = [written(s.folder / bills.ALIVE) for s in stages if s.own and not s.done]
+    ahead = max(beat, *pulses, 0.0) - now
+    if ahead > AHEAD_S:
+        return Life("ahead", f"its last sign of life is {words.about(ahead)} ahead of this clock", -ahead)
     pulse = now - max(pulses) if any(pulses) else None
     if pulse is not None and pulse < PULSE_S:
         if age < DEAD_S:

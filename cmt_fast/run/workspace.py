@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cmt_kernels
@@ -34,11 +36,13 @@ from cmt_fast.run.folder import (
     RUN_FILE,
     about_run,
     classes_of,
+    is_run,
     judged_by,
     located,
     locked,
     parents_of,
     read_run,
+    seen,
     stored_run,
 )
 from cmt_fast.run.judging import Judging
@@ -57,9 +61,9 @@ class Workspace:
     ) -> None:  # fmt: skip
         """folder: the run's own; parents: where stages that are not trained here are found (default: the same).
 
-        data: in the place of the recipe's, for what reads none (run/absent.py). reading: nothing is trained or rolled out
-        here, so guidance of stages that stand already is not asked about, and what the run remembers of its data serves
-        where they are not here or are others now. device: in the place of the recipe's, where no network is called.
+        data: in the place of the recipe's, for what reads none (run/absent.py). reading: guidance of stages that stand
+        already is not asked about, and what the run remembers of its data serves until something reads their rows.
+        device: in the place of the recipe's, where no network is called.
         """
         self.run, self.folder, self.parents = run, folder, parents or folder
         self.device = machine.device(run.device) if device is None else device
@@ -77,25 +81,25 @@ class Workspace:
         self.setting = Sampler(self.path, run.sampler, self.data.shape, law, self.device)
         self.decoding = Decoding(self.data, self.device, run.eval.vae)
         self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
+        self.judging.alive = None if reading else folder
 
     def _opened(self, reading: bool) -> Rows:
         """The run's data or, where it is only read, what it remembers of them. Raises ValueError where they cannot be had."""
         kept = absent.remembered(self.run.data, self.folder) if reading else None
-        try:
-            found = datasets.load(self.run.data, classes_of(self.folder))
-        except (ValueError, OSError):
-            if kept is None:
-                raise
+        if kept is None:
+            return datasets.load(self.run.data, classes_of(self.folder))
+        if kept.whole:
             return kept
-        if kept is None or not kept.facts or kept.facts == found.facts:
-            return found
-        kept.why = "holds other rows than this run was trained on"
+        if kept.here:  # of an older version, or its data were not there: what it does not know of them they say
+            return kept.opened()
+        if kept.old and kept.classes and self.run.eval.labels == "data" and distributed.rank() == 0:
+            print(f"note: {absent.uncounted(self.folder)}", file=sys.stderr)
         return kept
 
     def _law(self) -> Law:
         """Of the labels of samples. Raises ConfigError naming eval.labels, but for a file of them that the run has read."""
         asked = self.run.eval.labels
-        if asked not in ("data", "uniform") and not Path(asked).exists():
+        if asked not in ("data", "uniform") and not os.path.exists(asked):
             kept = absent.remembered(self.run.data, self.folder)
             if kept and kept.law.get("labels") == asked and kept.classes == self.data.classes:
                 return Law(torch.tensor(kept.law["counts"]), kept.law["name"])
@@ -275,18 +279,16 @@ class Workspace:
                 differs = "; ".join(fingerprint.changed(networks(stored, member), networks(self.run, member)))
                 raise ConfigError(f"--out: {self.folder} holds {name} of another configuration ({member}.{differs})")
 
-    def claim(self, names: list[str] | tuple[str, ...] = ()) -> None:
+    def claim(self, names: Sequence[str] = ()) -> None:
         """Create the folder and write run.json; names: the stages that an engine will train.
 
         Raises ConfigError as `compare` does.
         """
         stored = self.compare()
-        if (
-            stored
-            and loading.dump(stored) == loading.dump(self.run)
-            and about_run(self.folder).get("data") == self.data.facts
-            and "remembered" in about_run(self.folder)
-        ):
+        before = about_run(self.folder) if stored else {}
+        networks = self._networks(before.get("networks") or {}, names)
+        same = stored and loading.dump(stored) == loading.dump(self.run) and before.get("data") == self.data.facts
+        if same and "remembered" in before and before.get("networks") == networks:
             return
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -295,14 +297,36 @@ class Workspace:
                 "run": loading.dump(self.run),
                 "rows": self.rows(),
                 "data": self.data.facts,
+                "networks": networks,
                 "remembered": absent.memory(self.data, self.setting.law, self.run.eval.labels, self.decoding.latents),
                 "environment": machine.environment(),
                 "ops": cmt_kernels.table(self.device.type),
                 "engine": {name: self.sharding_plan(self.stage(name))._asdict() for name in names},
                 "parents": str(self.parents) if self.parents != self.folder else None,
                 "root": str(Path.cwd()),
+                "roots": self._roots(before),
             }
             files.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))
+
+    def _networks(self, before: dict[str, str], names: Sequence[str]) -> dict[str, str]:
+        """As `folder.seen`, the networks of other runs that this one takes: those that are here, else as they were known.
+
+        names: stages that are trained here.
+        """
+        outside = {n for stage in self.run.stages.values() for n in stage.networks().values() if "/" in n}
+        here = {name for name in outside if is_run(self.other(name))}
+        places = {name: self.stage_dir(name) for name in sorted(here)}
+        if self.parents != self.folder:
+            theirs = [n for n in self.run.stages if n not in names and not checkpoint.steps(self.folder / n)]
+            places |= {str(self.parents / name): self.parents / name for name in theirs}
+        known = {name: ema for name, ema in before.items() if name in outside or name in places}
+        return known | seen(places.items())
+
+    @staticmethod
+    def _roots(before: dict) -> list[str]:
+        """Where a run was trained from before it went on from here: names of other runs start there too."""
+        earlier = dict.fromkeys(root for root in (before.get("root"), *before.get("roots", ())) if root)
+        return [root for root in earlier if root != str(Path.cwd())]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -315,28 +339,22 @@ class Workspace:
             yield
 
 
-def open_run(
-    folder: Path, evaluation: dict | None = None, rows: bool = True, device: torch.device | None = None
-) -> Workspace:
-    """A run on disk, to be read. evaluation: keys of `eval` that differ from the run's; rows: False where what the run
-    remembers of its data will do, which then are not opened: not of one that never counted its classes, for labels follow
-    their proportions. device: as of `Workspace`. Raises ConfigError naming what is valid.
+def open_run(folder: Path, evaluation: dict | None = None, device: torch.device | None = None) -> Workspace:
+    """A run on disk, to be read; its data are opened where their rows are read, and not before. evaluation: keys of `eval`
+    that differ from the run's; device: as of `Workspace`. Raises ConfigError naming what is valid.
     """
     run = judged_by(read_run(folder), evaluation or {})
-    data = None if rows else absent.remembered(run.data, folder)
-    if data and data.classes and data.labels is None:
-        data = None
-    return Workspace(run, folder, parents_of(folder), data, reading=True, device=device)
+    return Workspace(run, folder, parents_of(folder), reading=True, device=device)
 
 
-def open_stage(text: str, evaluation: dict | None = None, rows: bool = True) -> tuple[Workspace, str]:
+def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, str]:
     """`RUN/stage` as typed, as `open_run`. Raises ConfigError naming what is valid."""
     path = Path(text)
     if path.name not in STAGES:
         raise ConfigError(
             f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{errors.nearest(path.name, STAGES)}"
         )
-    return open_run(path.parent, evaluation, rows), path.name
+    return open_run(path.parent, evaluation), path.name
 
 
 def fits(work: Workspace, name: str) -> None:

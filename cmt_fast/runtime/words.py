@@ -42,10 +42,11 @@ def duration(seconds: float) -> str:
 
 
 def about(seconds: float) -> str:
-    """As 12 s, 6 min, 3 h, 12 d: one unit, of how long ago something was."""
+    """How long ago, in one unit: 12 s, 90 min, 3 h, 12 d; never less than nothing, as where clocks differ."""
+    seconds = max(0.0, seconds)
     for unit, span, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
-        if seconds < most:
-            return f"{max(0, seconds) / span:.0f} {unit}"
+        if round(seconds / span) * span < most:
+            return f"{seconds / span:.0f} {unit}"
     return f"{seconds / 86400:.0f} d"
 
 

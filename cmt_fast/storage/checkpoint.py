@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import xxhash
 from safetensors import safe_open
 
-from cmt_fast.storage.files import checksum, sync, write_text
+from cmt_fast.storage.files import checksum, save_tensors, sync, write_text
 
 if TYPE_CHECKING:  # torch comes with the first tensor: who lists runs reads manifests alone
     from torch import Tensor
@@ -127,8 +127,6 @@ def _save(
     about: dict[str, Any],
     keep: int,
 ) -> Path:
-    from safetensors.torch import save_file
-
     final = folder_of(stage_dir, step)
     temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -140,7 +138,7 @@ def _save(
             if isinstance(tensors, Tensors):
                 write_tensors(path, tensors.shapes, pending)
             else:
-                save_file({k: t.detach().contiguous() for k, t in tensors.items()}, path)
+                save_tensors(path, tensors)
             sync(path)
             sums[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
         body = {"format": FORMAT, "step": step, **about, "files": sums}

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def checksum(path: Path) -> str:
@@ -31,6 +39,29 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """A safetensors file that those can read who may read the other files of its folder.
+
+    safetensors 0.8 makes its files for their owner alone; here they get what the umask gives every new file.
+    """
+    from safetensors.torch import save_file  # it brings torch, which small files do without
+
+    path.open("wb").close()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, dict(about) if about else None)
+    path.chmod(mode)
+
+
+@contextlib.contextmanager
+def unless_refused() -> Iterator[None]:
+    """Inside: what is written is left out where nothing may be written, as on a disk that is mounted to be read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,14 +16,17 @@ METRICS = "metrics.jsonl"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a torn last line is left out."""
+    """The rows of a metrics file up to the first that is none: what a kill tore, or a disk that lost power, is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text("utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except ValueError:
                 break
+            if not isinstance(row, dict):
+                break
+            rows.append(row)
     return rows
 
 

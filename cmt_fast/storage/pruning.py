@@ -66,6 +66,7 @@ def remove(path: Path) -> None:
     """Delete a file, a link itself, or a folder, which first takes a name that nobody reads: no half of it is ever found."""
     if path.is_symlink() or not path.is_dir():
         return path.unlink(missing_ok=True)
+    path = path.resolve()  # `.` has no name
     hidden = path if path.name.startswith(".tmp-") else path.with_name(f".tmp-removed-{path.name}-{os.getpid()}")
     if hidden != path:
         os.replace(path, hidden)

@@ -19,7 +19,7 @@ from cmt_fast.config.schema import CmtCm
 from cmt_fast.data import trajectory_store
 from cmt_fast.data.classes import drawn
 from cmt_fast.data.loaders import loader
-from cmt_fast.data.rows import Rows
+from cmt_fast.data.rows import Rows, opened
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Autoguided, guided
 from cmt_fast.engine import Engine
@@ -219,7 +219,8 @@ def provider(
     found: checkpoint.Checkpoint | None = None,
 ) -> BatchProvider:
     """The batches of a stage of an opened run; arguments as of BatchProvider."""
-    return BatchProvider(stage, engine, work.data, work.device, work.network, lambda: work.judging.space, meter, found)
+    data = opened(work.data)
+    return BatchProvider(stage, engine, data, work.device, work.network, lambda: work.judging.space, meter, found)
 
 
 def _dropping(engine: Engine, seeds: Tensor | None) -> Callable:

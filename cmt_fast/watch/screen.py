@@ -19,11 +19,12 @@ from cmt_fast.watch.state import RunState, StageState
 
 MOODS = {
     "finished": "green", "alive": "green", "new": "yellow", "stopped": "yellow", "quiet": "yellow",
-    "lost": "bold red", "hangs": "bold red",
+    "ahead": "yellow", "lost": "bold red", "hangs": "bold red",
 }  # of a life  # fmt: skip
 HEIGHTS = "▁▂▃▄▅▆▇█"
 POINTS = 20  # of a curve of losses
 WIDE = 100  # characters of a terminal on which everything has a place
+NARROW = 80  # below which bars, speeds and what is best so far are left out
 
 
 def page(state: RunState, width: int = WIDE) -> RenderableType:
@@ -33,35 +34,42 @@ def page(state: RunState, width: int = WIDE) -> RenderableType:
         title,
         Text(state.life.text, MOODS[state.life.word]),
         Text(),
-        _stages(state, width >= WIDE),
+        _stages(state, width),
     ]
     if state.teacher or any(s.evaluations for s in state.stages):
         parts += [
             Text(),
             Text(_distance(state), "dim"),
-            *[_evaluations(state)] * any(s.evaluations for s in state.stages),
+            *[_evaluations(state, width >= NARROW)] * any(s.evaluations for s in state.stages),
         ]
     parts += [Text(), Text(_spent(state), "dim")]
     return Padding(Group(*parts), (1, 1))
 
 
-def overview(states: Sequence[RunState]) -> RenderableType:
-    """Several runs, a row each."""
-    steps = sorted({k for s in states for k in s.steps})
-    table = _table(["run", "stage", "trained", "images/s", "left", *(f"@{k}" for k in steps), "sign of life"], 2)
-    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False  # it gives way on a narrow terminal
+def overview(states: Sequence[RunState], width: int = WIDE) -> RenderableType:
+    """Several runs, a row each. width: of the terminal, in characters."""
+    steps, roomy = sorted({k for s in states for k in s.steps}), width >= NARROW
+    more = [*["images/s", "left"] * roomy, *(f"@{k}" for k in steps), *["sign of life"] * roomy]
+    table = _table(["run", "stage", "trained", *more], 2)
+    table.columns[0].no_wrap = False
+    if roomy:  # it gives way before numbers do
+        table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     for state in states:
         stage = state.now or _last(state)
         running = state.now is not None
         newest = [_newest(state, str(k)) for k in steps]
+        life = state.life
+        speed = Text(words.speed(stage.speed) if running and stage.speed else DASH)
+        left = Text(words.duration(stage.left_s) if running and stage.left_s is not None else DASH)
         table.add_row(
-            Text(state.folder.name or state.name, "bold"),
+            Text(
+                state.folder.name or state.name, "bold" if roomy else f"bold {MOODS[life.word].removeprefix('bold ')}"
+            ),
             Text("done" if state.finished else stage.name),
             Text(f"{100 * _share(state):.0f} %"),
-            Text(words.speed(stage.speed) if running and stage.speed else DASH),
-            Text(words.duration(stage.left_s) if running and stage.left_s is not None else DASH),
+            *[speed, left] * roomy,
             *(Text(number(found[1]) if found else DASH) for found in newest),
-            Text(re.split("[;:]", state.life.text)[0], MOODS[state.life.word]),
+            *[Text(re.split("[;:]", life.text)[0], MOODS[life.word])] * roomy,
         )
     return Padding(Group(Text("@k: Fréchet distance in k steps", "dim"), table), (1, 1))
 
@@ -106,8 +114,11 @@ def short(n: int) -> str:
     return f"{n / 1000:.4g}k" if n < 1_000_000 else f"{n / 1e6:.4g}M"
 
 
-def _stages(state: RunState, wide: bool) -> Table:
-    table = _table(["stage", "", "", "images", "images/s", "left", "loss", *[""] * wide], 2)
+def _stages(state: RunState, width: int) -> Table:
+    wide, roomy = width >= WIDE, width >= NARROW
+    table = _table(
+        ["stage", *[""] * roomy, "", *["images", "images/s"] * roomy, "left", "loss", *[""] * wide], 1 + roomy
+    )
     if wide:
         table.columns[-1].justify = "left"
     for s in state.stages:
@@ -119,13 +130,13 @@ def _stages(state: RunState, wide: bool) -> Table:
             complete_style="cyan" if now else "green",
             finished_style="green",
         )
+        images = f"{short(at.nimg)} of {short(whole)}" if s.begun else short(at.nimg or whole)
         left = words.duration(s.left_s) if now and s.left_s is not None else ("done" if at.done else DASH)
         table.add_row(
             Text(s.name, "dim" if waiting else ("bold" if now else "")),
-            bar,
+            *[bar] * roomy,
             Text(f"{100 * at.share:.0f} %"),
-            Text(f"{short(at.nimg)} of {short(whole)}" if s.begun else short(at.nimg or whole)),
-            Text(words.speed(s.speed) if s.speed else DASH),
+            *[Text(images), Text(words.speed(s.speed) if s.speed else DASH)] * roomy,
             Text(left),
             Text(number(s.losses[-1]) if s.losses else DASH),
             *[Text(sparkline(s.losses) or (f"from {at.folder.parent}" if not at.own else ""), "cyan")] * wide,
@@ -134,22 +145,29 @@ def _stages(state: RunState, wide: bool) -> Table:
     return table
 
 
-def _evaluations(state: RunState) -> Table:
-    """The newest evaluation of every stage, and its best so far where that is another one."""
-    table = _table(["", *(h for k in state.steps for h in (f"in {words.steps(k)}", "best so far"))], 1)
+def _evaluations(state: RunState, roomy: bool) -> Table:
+    """The newest evaluation of every stage and, where there is room, its best so far where that is another one."""
+    table = _table(
+        [
+            "",
+            *(h for k in state.steps for h in (f"in {words.steps(k)}" if roomy else f"@{k}", *["best so far"] * roomy)),
+        ],
+        1,
+    )
     for s in (s for s in state.stages if s.evaluations):
         cells = []
         for k in map(str, state.steps):
             found = s.evaluations.get(k)
             if not found:
-                cells += [Text(DASH), Text(DASH)]
+                cells += [Text(DASH)] * (1 + roomy)
                 continue
             nimg, best = min(found, key=lambda e: e[1])
             is_best = best == found[-1][1]
             at = "this one" if is_best else f"{number(best)} at {short(nimg)}"
-            cells += [Text(number(found[-1][1]), "bold green" if is_best else ""), Text(at, "dim")]
+            cells += [Text(number(found[-1][1]), "bold green" if is_best else ""), *[Text(at, "dim")] * roomy]
         last = max(found[-1][0] for found in s.evaluations.values())
-        table.add_row(Text(f"{s.name} at {short(last)}", "bold" if s == state.now else ""), *cells)
+        title = f"{s.name} at {short(last)}" if roomy else s.name
+        table.add_row(Text(title, "bold" if s == state.now else ""), *cells)
     return table
 
 

@@ -62,11 +62,16 @@ class Fresh:
             self.last = self.clock()
 
 
-def server(run: Path, fresh: Callable[[], None], port: int | None = None) -> http.server.ThreadingHTTPServer:
-    """Bound and not yet serving. port: None takes PORT, or any that is free. Raises ConfigError for a port that is taken."""
+def server(
+    run: Path, fresh: Callable[[], None], port: int | None = None, home: Path | None = None
+) -> http.server.ThreadingHTTPServer:
+    """Bound and not yet serving. port: None takes PORT, or any that is free; home: where the page is, by default the run.
+
+    Raises ConfigError for a port that is taken.
+    """
 
     class Handler(_Handler):
-        folder, before = run, staticmethod(fresh)
+        places, before = (home or run, run), staticmethod(fresh)
 
     for choice in (port,) if port is not None else (PORT, 0):
         try:
@@ -93,7 +98,7 @@ def served(run: Path, path: str) -> Path | None:
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    folder: Path
+    places: tuple[Path, Path]  # of the page, of the run
     before: Callable[[], None]
     server_version, sys_version = "cmt", ""
     timeout = 30
@@ -110,7 +115,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._refuse(HTTPStatus.FORBIDDEN)
         if urlsplit(self.path).path in ("/", "/report.html"):
             self.before()
-        file = served(self.folder, self.path)
+        file = next((f for folder in dict.fromkeys(self.places) if (f := served(folder, self.path))), None)
         if file is None:
             return self._refuse(HTTPStatus.NOT_FOUND)
         data = file.read_bytes()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.run import standing
-from cmt_fast.run.folder import RUN_FILE, parents_of, stored_run
+from cmt_fast.run.folder import RUN_FILE, is_run, meant, parents_of, stored_run
 from cmt_fast.run.standing import Life, Standing
 from cmt_fast.storage import pruning
 from cmt_fast.storage.metrics_log import METRICS
@@ -120,11 +120,12 @@ class Watched:
 
 def runs_in(folder: Path) -> list[Path]:
     """The folder, where it is a run, or the runs that lie in it. Raises ConfigError for neither."""
-    if (folder / RUN_FILE).is_file():
+    if is_run(folder):
         return [folder]
     found = sorted(file.parent for file in folder.glob(f"*/{RUN_FILE}"))
     if not found:
-        raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {RUN_FILE}, nor has a folder in it")
+        why = f"is no run, it has no {RUN_FILE}, nor has a folder in it{meant(folder)}"
+        raise ConfigError(f"RUN: {str(folder)!r} {why}")
     return found
 
 
@@ -158,6 +159,7 @@ def _evaluations(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

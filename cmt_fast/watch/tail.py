@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,7 @@ class Tail:
         whole, newline, _ = new.rpartition(b"\n")
         self._offset += len(whole) + len(newline)
         for line in whole.splitlines():
-            try:
-                self.rows.append(json.loads(line))
-            except ValueError:
-                continue
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                self.rows += [row] * isinstance(row, dict)
         return self.rows

@@ -14,6 +14,7 @@ import torch
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import datasets
 from cmt_fast.report import page
+from cmt_fast.run import absent
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import machine
@@ -130,6 +131,28 @@ def test_the_second_report_judges_nothing_and_a_new_checkpoint_alone(run, tmp_pa
     figures = Judging.figures
     monkeypatch.setattr(Judging, "figures", lambda self, *a, **k: called.append(a[1:]) or figures(self, *a, **k))
     before = (folder / "report.html").read_text()
+    with (
+        monkeypatch.context() as patch
+    ):  # the run can only be read: what is not judged yet is, and all is written elsewhere
+        figures_of_mid = (folder / "mid/figures.json").read_text()
+        for name in ("mid/figures.json", "mid/shown-1.png", "reference/shown.png"):
+            (folder / name).unlink()
+        patch.setattr(page.os, "access", lambda path, _: path != folder)
+        tree = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+        with pytest.raises(ConfigError, match="cannot be written to; --out FOLDER puts the page elsewhere"):
+            page.write(folder)
+        page.write(folder, out=tmp_path / "page")
+        assert tree == sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+        assert (
+            called == [((1, 2), (200,), False)] and (tmp_path / "page/mid/figures.json").read_text() == figures_of_mid
+        )
+        assert all(
+            (tmp_path / "page" / name).is_file() for name in ("report.html", "mid/shown-1.png", "reference/shown.png")
+        )
+        called.clear()
+        page.write(folder, out=tmp_path / "page")
+    for name in ("mid/figures.json", "mid/shown-1.png", "reference/shown.png"):
+        shutil.copy(tmp_path / "page" / name, folder / name)
     page.write(folder)
     assert not called and (folder / "report.html").read_text() == before
     assert capsys.readouterr().out.splitlines()[-1] == str(folder / "report.html")
@@ -191,8 +214,9 @@ def test_the_page_is_drawn_at_any_moment_and_nothing_is_computed_for_it(tmp_path
             for name in ("figures", "thorough", "judge", "space"):
                 patch.setattr(Judging, name, property(lambda self: pytest.fail("was judged")))
             patch.setattr(checkpoint, "checksum", lambda path: pytest.fail("a checkpoint's tensors were read"))
-            patch.setattr(datasets, "load", lambda *_: pytest.fail("the data were opened"))
             patch.setattr(machine, "device", lambda *_: pytest.fail("a device was asked for, which training may fill"))
+            for module in (datasets, absent):
+                patch.setattr(module, "load", lambda *_: pytest.fail("the data were opened"))
             patch.setattr(torch.nn.Module, "__call__", lambda *a, **k: pytest.fail("a network was called"))
             out = page.write(folder, judge=False, refresh_s=20)
         assert '<meta http-equiv="refresh" content="20">' in out["html"].read_text()

@@ -15,7 +15,7 @@ from cmt_fast import cli
 from cmt_fast.config import fingerprint, loading, paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import classes
-from cmt_fast.run import folder, workspace
+from cmt_fast.run import absent, folder, workspace
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.files import checksum
 from tests.fixtures import small
@@ -103,11 +103,46 @@ def test_figures_and_the_page_are_those_of_home(gone, capsys):
     assert ours["frechet"] == want["post"]["few"]["1"]["frechet"]
 
 
+def test_data_that_are_here_are_opened_where_their_rows_are_read_and_not_before(world, tmp_path, monkeypatch, capsys):
+    home, _ = world
+    shutil.copytree(home / "runs/small", tmp_path / "run")
+    monkeypatch.chdir(home)
+    tree = lambda: sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(absent, "load", lambda *_: pytest.fail("the data were opened"))
+        for stage in ("mid", "post"):
+            (tmp_path / "run" / stage / "figures.json").unlink()
+        for say in (
+            ("report", tmp_path / "run"),
+            ("eval", tmp_path / "run/post"),
+            ("sample", tmp_path / "run/post", "-n", 4),
+        ):
+            before = tree()
+            code, _, err = cmt(capsys, *say, *(("--out", tmp_path / "x.npz") if say[0] == "sample" else ()))
+            assert code == 0, err
+            assert say[0] == "report" or tree() == before, "a run that is read was written to, or gave a sign of life"
+    for stage in ("mid", "post"):
+        a, b = ((place / stage / "figures.json").read_text() for place in (home / "runs/small", tmp_path / "run"))
+        assert a == b
+    code, out, err = cmt(capsys, "eval", tmp_path / "run/post", "-n", 5, "--precision-recall", "--labels", "data")
+    assert code == 0 and "floor" in out, err
+
+
 def test_what_needs_rows_says_where_they_would_be(gone):
     work = workspace.open_run(Path("run"))
     assert not work.data.here and work.data.n == 12 and classes.counts(work.data).tolist() == [4, 4, 4]
     with pytest.raises(ConfigError, match="data.path: 'data.npz' is not here"):
         work.data.rows(torch.arange(2))
+
+
+@pytest.mark.parametrize("file, said", [("reference/*.safetensors", "is damaged, which would do in their place"),
+                                        ("extractor.safetensors", "figures of this run are in its features")])  # fmt: skip
+def test_what_stands_for_the_data_and_is_damaged_is_named(gone, tmp_path, capsys, file, said):
+    shutil.copytree("run", tmp_path / "run")
+    for path in (tmp_path / "run").glob(file):
+        path.write_bytes(path.read_bytes()[:-9])
+    code, _, err = cmt(capsys, "eval", tmp_path / "run/post")
+    assert code == 2 and err.count("\n") == 1 and said in err, err
 
 
 def test_goes_on_where_its_data_are_now(gone, tmp_path, capsys):
@@ -168,10 +203,15 @@ def test_a_store_that_became_another_is_not_taken_for_the_run_s(tmp_path, monkey
 
 
 def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatch):
+    """From here and beside the run only the one of the weights that the run saw, not another that is called so."""
     for name in ("a", "b"):
         (tmp_path / "old" / name).mkdir(parents=True)
-        about = {"root": str(tmp_path), "run": {"mid": {"teacher": "old/a/pre"}, "post": {"teacher": "gone/b/pre"}}}
+        about = {"root": str(tmp_path), "networks": {"old/a/pre": "ab" * 16, "gone/b/pre": "cd" * 16}}
         (tmp_path / "old" / name / folder.RUN_FILE).write_text(json.dumps(about))
+        step = checkpoint.folder_of(tmp_path / "old" / name / "pre", 1)
+        step.mkdir(parents=True)
+        body = {"format": checkpoint.FORMAT, "files": {"ema-0.safetensors": {"xxh3_128": "ab" * 16}}}
+        (step / "manifest.json").write_text(checkpoint.signed(body))
     monkeypatch.chdir(tmp_path)
     assert folder.located("old/a", Path("old/b")) == tmp_path / "old/a"
     shutil.move("old", "new")
@@ -180,7 +220,18 @@ def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatc
     assert folder.located("old/none", tmp_path / "new/b") == Path("old/none")
     # a name that the run has not had is no run beside it, and no run is its own teacher
     assert folder.located("other/a", tmp_path / "new/b") == Path("other/a")
-    assert folder.located("gone/b", tmp_path / "new/b") == Path("gone/b")
+    assert folder.located("gone/b", tmp_path / "new/b") == tmp_path / "gone/b"
+    manifest = checkpoint.folder_of(tmp_path / "new/a/pre", 1) / "manifest.json"
+    manifest.write_text(checkpoint.signed({**body, "files": {"ema-0.safetensors": {"xxh3_128": "ef" * 16}}}))
+    assert folder.located("old/a", tmp_path / "new/b") == tmp_path / "old/a"
+    about = {**about, "root": "/nowhere", "roots": [str(tmp_path)]}
+    (tmp_path / "new/b" / folder.RUN_FILE).write_text(json.dumps(about))
+    assert folder.located("new/a", tmp_path / "new/b") == tmp_path / "new/a"
+    about = {**about, "root": str(tmp_path), "roots": []}
+    (tmp_path / "new/b" / folder.RUN_FILE).write_text(json.dumps(about))
+    shutil.copytree(tmp_path / "new", tmp_path / "here/old")
+    monkeypatch.chdir(tmp_path / "here")
+    assert folder.located("old/a", tmp_path / "new/b") == tmp_path / "old/a"
 
 
 @pytest.fixture(scope="module")
@@ -212,19 +263,28 @@ def taught(lessons, tmp_path, monkeypatch):
     hidden.rename(lessons)
 
 
-def test_a_teacher_that_is_gone_is_missed_only_by_stages_that_are_left(taught, capsys):
+def test_a_teacher_that_is_gone_is_missed_only_by_stages_that_are_left(taught, monkeypatch, capsys):
+    assert json.loads(Path("run/run.json").read_text())["networks"]["old/a/pre"]
     shutil.copytree("run", "begun")
     shutil.rmtree("begun/mid")
     shutil.move("old", "new")
+    shutil.copytree("new/c", "a")  # of the teacher's name, beside the run
     code, _, err = cmt(capsys, "train", "--resume", "begun")
-    assert code == 2 and "mid.teacher: 'old/a/pre' is no run, nor is " in err
+    assert (
+        code == 2 and f"mid.teacher: 'old/a/pre' is no run, and '{Path('a').absolute()}' is not known to be it" in err
+    ), err
     assert "mid.teacher=RUN/pre says where it is now" in err
     code, out, err = cmt(capsys, "train", "--resume", "begun", "mid.teacher=new/a/pre")
     assert code == 0, err
     a, b = (checkpoint.complete(Path(p) / "mid").tensors("ema-0") for p in ("run", "begun"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    code, out, err = cmt(capsys, "train", "--resume", "run")
-    assert code == 0 and "mid done" in out and checkpoint.complete(Path("run/post")), err
+    home = Path.cwd()
+    Path("far").mkdir()
+    monkeypatch.chdir("far")
+    code, out, err = cmt(capsys, "train", "--resume", home / "run")
+    assert code == 0 and "mid done" in out and checkpoint.complete(home / "run/post"), err
+    about = json.loads((home / "run/run.json").read_text())
+    assert (about["root"], about["roots"]) == (str(home / "far"), [str(home)]) and about["networks"]["old/a/pre"]
 
 
 def test_another_network_or_cache_than_a_finished_stage_had_is_refused(taught, capsys):
@@ -245,8 +305,8 @@ def test_another_network_or_cache_than_a_finished_stage_had_is_refused(taught, c
     assert code == 2 and "--resume: pre of run is finished" in err, err
 
 
-def test_a_run_of_before_this_record_samples_in_the_proportions_of_its_data(world, tmp_path, monkeypatch):
-    """Its counts are in its data, which are here; where they are not, nobody knows them, and labels say that they are uniform."""
+def test_a_run_of_before_this_record_samples_in_the_proportions_of_its_data(world, tmp_path, monkeypatch, capsys):
+    """Its counts are in its data, which are here; where they are not, nobody knows them, and it says that labels are uniform."""
     home, _ = world
     monkeypatch.chdir(home)
     np.savez("data.npz.tmp.npz", images=np.load("data.npz")["images"], labels=np.array([0] * 8 + [1] * 2 + [2] * 2))
@@ -256,11 +316,12 @@ def test_a_run_of_before_this_record_samples_in_the_proportions_of_its_data(worl
     about["run"]["data"]["path"], about["run"]["eval"]["labels"] = "data.npz.tmp.npz", "data"
     about["data"]["xxh3_128"] = checksum(Path("data.npz.tmp.npz"))
     (tmp_path / "run" / folder.RUN_FILE).write_text(json.dumps(about))
-    counts = lambda: np.bincount(workspace.open_run(tmp_path / "run", rows=False).setting.labels(torch.arange(12)))
-    assert counts().tolist() == [8, 2, 2]
+    counts = lambda: np.bincount(workspace.open_run(tmp_path / "run").setting.labels(torch.arange(12)))
+    assert counts().tolist() == [8, 2, 2] and not capsys.readouterr().err
     Path("data.npz.tmp.npz").unlink()
     assert counts().tolist() == [4, 4, 4]
-    assert workspace.open_run(tmp_path / "run", rows=False).setting.law.text() == "uniform over 3 classes"
+    assert "kept no counts of its classes, and its data are not here: labels are uniform" in capsys.readouterr().err
+    assert workspace.open_run(tmp_path / "run").setting.law.text() == "uniform over 3 classes"
 
 
 def test_paths_start_from_a_root_that_is_said(world, tmp_path, monkeypatch, capsys):

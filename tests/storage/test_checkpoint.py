@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import stat
 
 import pytest
-import safetensors.torch
 import torch
 from cmt_kernels.attention import proof
 
@@ -89,10 +90,22 @@ def test_a_failing_write_keeps_the_old_one(stage, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(stage, 3, {"model": {"w": torch.zeros(2)}}, {"done": False})
     assert checkpoint.steps(stage) == [1, 2] and not list((stage / "checkpoints").glob(".tmp*"))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_weights_are_for_those_who_may_read_the_rest(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        folder = checkpoint.save(tmp_path, 1, {"model": {"w": torch.zeros(2)}}, {"done": False})
+    finally:
+        os.umask(before)
+    assert {f.name: stat.S_IMODE(f.stat().st_mode) for f in folder.iterdir()} == {
+        name: 0o666 & ~umask for name in ("manifest.json", "model.safetensors")
+    }
 
 
 def test_only_the_newest_are_kept(stage):

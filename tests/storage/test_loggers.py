@@ -156,9 +156,12 @@ def test_tensorboard_reads_back_all_and_drops_what_a_kill_undid(tmp_path):
     log = opened(folder, 0, ["tensorboard"])
     rows(log, (1, 2, 3, 4), plus=0.5)
     killed(log)
-    again = opened(folder, 2, ["tensorboard"])
-    rows(again, (3, 4))
-    again.close()
+    second = opened(folder, 2, ["tensorboard"])
+    rows(second, (3, 4), plus=0.7)
+    killed(second)
+    third = opened(folder, 2, ["tensorboard"])
+    rows(third, (3, 4))
+    third.close()
     events = plugin_event_accumulator.EventAccumulator(
         str(tmp_path / "tensorboard" / "mid"), size_guidance={"tensors": 0}
     )
@@ -237,6 +240,24 @@ def test_one_that_fails_is_one_line_and_the_others_go_on(tmp_path, fakes, monkey
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("cmt: mlflow: no network; it gets nothing ")
     assert len(fakes[0].runs[0]["rows"]) == 8 and len(read(tmp_path / "mid" / "metrics.jsonl")) == 6
+
+
+@pytest.mark.parametrize("uri", ["", "file:runs"])
+def test_a_store_that_mlflow_refuses_is_one_line_that_says_what_to_set(tmp_path, fakes, monkeypatch, capsys, uri):
+    def refuse(*_, **__):
+        raise ValueError(
+            "The filesystem tracking backend is in maintenance mode. " * 9 + "set `MLFLOW_ALLOW_FILE_STORE=true`"
+        )
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(fakes[1], "get_experiment_by_name", refuse)
+    opened(tmp_path / "mid", 0, ["mlflow"]).close()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert (
+        said.startswith(f"cmt: mlflow: MLFLOW_TRACKING_URI is {repr(uri) if uri else 'not set'}")
+        and "maintenance" not in said
+    )
+    assert "only with MLFLOW_ALLOW_FILE_STORE=true" in said and "it gets nothing of mid" in said
 
 
 def test_training_does_not_wait_for_a_slow_one(tmp_path, fakes, monkeypatch, capsys):

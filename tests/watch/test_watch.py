@@ -92,6 +92,11 @@ def test_what_it_says_of_a_run(run):
         assert "teacher, 16 steps" in said and "3 at 256" in said and "this one" in said and "…" not in said
         assert all(len(line.rstrip()) <= width for line in lines)
     assert "18 s left of mid, then post, control" in said
+    for renderable in (screen.page(state, 40), screen.overview([state, state], 40)):
+        said = text_of(renderable, 40)
+        assert (
+            all(word in said for word in ("mid", "60 %" if "left" in said else "32 %", "4", "1.5")) and "…" not in said
+        ), said
     one = screen.line(state)
     assert one.startswith("digits: mid 60 %  384/640 images  16 images/s  18 s left") and "Fréchet 4 in 1 step" in one
 
@@ -102,6 +107,7 @@ def test_what_it_says_of_a_run(run):
         (400, 3, "alive 3 s ago", "alive"),
         (1200, 3, "its process lives, but has done nothing for 20 min", "hangs"),
         (30, None, "alive 30 s ago", "alive"),
+        (-7300, 3, "its last sign of life is 2 h ahead of this clock", "ahead"),
         (400, None, "stopped 7 min ago; the same `cmt train` goes on", "stopped"),
         (400, 400, "no sign of life for 7 min", "quiet"),
         (1200, 1200, "no sign of life for 20 min: `cmt doctor --heartbeat ", "lost"),
@@ -173,15 +179,17 @@ def test_only_what_is_new_is_read_and_a_file_begun_anew_is_read_again(tmp_path, 
     "arguments, said",
     [
         (["nowhere"], "RUN: 'nowhere' is no run, it has no run.json"),
-        (["RUN", "--every", "0"], "--every: 0.0 is not a positive number"),
+        (["RUN", "--every", "0"], "--every: 0.0 is not a number of seconds above 0"),
+        (["RUN", "--every", "inf"], "--every: inf is not a number of seconds above 0"),
+        (["RUN/mid"], "RUN: 'RUN/mid' is no run, it has no run.json, nor has a folder in it; it is a part of 'RUN'"),
         (["RUN", "--serve", "99999"], "--serve: 99999 is no port; valid are 1 to 65535"),
         (["RUN", "RUN", "--serve"], "--serve and --open are for one run, 2 are named"),
         (["RUN", "--open"], "report.html is not there yet"),
     ],
 )
 def test_what_is_wrong_is_one_line(run, capsys, arguments, said):
-    assert cli.main(["watch", *(str(run) if a == "RUN" else a for a in arguments)]) == 2
-    err = capsys.readouterr().err
+    assert cli.main(["watch", *(a.replace("RUN", str(run)) for a in arguments)]) == 2
+    err = capsys.readouterr().err.replace(str(run), "RUN")
     assert said in err and err.count("\n") == 1
 
 
@@ -268,9 +276,8 @@ def test_it_needs_no_torch_and_ends_on_ctrl_c(run):
 
 
 def test_words(tmp_path):
-    assert [words.about(s) for s in (-1, 0.4, 119, 120, 7199, 7200, 100_000, 1e6)] == [
-        "0 s", "0 s", "119 s", "2 min", "120 min", "2 h", "28 h", "12 d",
-    ]  # fmt: skip
+    ages = ["0 s", "0 s", "119 s", "2 min", "119 min", "2 h", "2 d", "2 d", "12 d"]
+    assert [words.about(s) for s in (-5, 0.4, 119, 119.6, 7139, 7199.9, 172_000, 172_799.9, 1_036_800)] == ages
     assert screen.sparkline([1, 10, 100, float("nan")]) == "▁▅█" and screen.sparkline([3.0, 3.0]) == "▁▁"
     assert screen.sparkline([1.0]) == "" and len(screen.sparkline(range(1, 999))) == screen.POINTS
     assert [screen.short(n) for n in (99_999, 128_000, 1_280_000)] == ["99,999", "128k", "1.28M"]

@@ -13,6 +13,7 @@ from typing import Any
 
 from cmt_fast.storage.loggers import Opening, environment, keep_id, known_id
 
+FILES, URI = "MLFLOW_ALLOW_FILE_STORE", "MLFLOW_TRACKING_URI"
 NAME, LONGEST, AT_ONCE = (
     "mlflow",
     500,
@@ -21,8 +22,18 @@ NAME, LONGEST, AT_ONCE = (
 
 
 def open_logger(about: Opening) -> Board:
-    """Raises what the library raises: no server, an experiment that is not there."""
-    return Board(about)
+    """Raises what the library raises: no server, an experiment that is not there; of a store that it refuses, what to set."""
+    try:
+        return Board(about)
+    except Exception as error:
+        if FILES not in str(error) and "sqlalchemy" not in str(error):
+            raise
+        where = environment(URI)
+        named = f"is {where!r}" if where else "is not set, so runs would be kept here"
+        raise RuntimeError(
+            f"{URI} {named}, and MLflow refuses: it keeps runs in files only with {FILES}=true, in a database only as the "
+            "whole `pip install mlflow`; or name a server"
+        ) from error
 
 
 class Board:
