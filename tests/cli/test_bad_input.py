@@ -168,7 +168,7 @@ CASES = [
     (["eval", "run/pre", "--steps", "one"], ["--steps", "'one'"]),
     (["report", "nowhere"], ["RUN", "nowhere"]),
     (["watch", "nowhere"], ["RUN", "'nowhere'", "no run.json"]),
-    (["watch", "run", "--every", "0"], ["--every", "0.0", "positive"]),
+    (["watch", "run", "--every", "0"], ["--every", "0.0", "above 0"]),
     (["watch", "run", "--serve", "70000"], ["--serve", "70000", "1 to 65535"]),
     (["watch", "run", "run", "--serve"], ["--serve", "2 are named"]),
     (["train", "digits", "loggers=[tensorbord]"], ["loggers", "'tensorbord'", "tensorboard"]),

@@ -61,4 +61,7 @@ def test_train_hands_the_page_down(tmp_path, monkeypatch):
     monkeypatch.setattr(train.loop, "train", lambda work, names, profile, draw: given.append(draw))
     assert cli.main(["train", "digits", *SHORT, "--stages", "pre", "--out", str(tmp_path / "run")]) == 0
     given[0]()
-    assert calls == [((tmp_path / "run",), {}), ((tmp_path / "run",), {"judge": False, "refresh_s": 30})]
+    assert calls == [
+        ((tmp_path / "run",), {"training": True}),
+        ((tmp_path / "run",), {"judge": False, "refresh_s": 30}),
+    ]
