@@ -35,6 +35,18 @@ ON_GPU = 'if torch.cuda.is_available():\n    pipe.to("cuda")\n'
 NOT_STATED = "not stated"
 
 
+# The hub's words for licences (huggingface.co/docs/hub/repositories-licenses); it refuses a card with another.
+HUB = """\
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0
+artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0
+cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
+cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0
+epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research
+intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1
+ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2
+llama3.3 llama4 grok2-community gemma unknown other"""
+
+
 class Terms(NamedTuple):
     """Licences, as the hub names them (apache-2.0): of these weights, of the data, of the teacher. None: nothing was said."""
 
@@ -47,6 +59,14 @@ class Terms(NamedTuple):
         for option, value in zip(("--license", "--data-license", "--teacher-license"), self):
             if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", value):
                 raise ConfigError(f"{option}: {shown(value)!r} is no licence's identifier, such as apache-2.0")
+
+    @property
+    def front(self) -> dict[str, str]:
+        """The licence of the weights as the hub reads it: one that it has no word for is "other" and its name."""
+        if self.weights is None:
+            return {"license": "unknown"}
+        word = self.weights.lower()
+        return {"license": word} if word in HUB.split() else {"license": "other", "license_name": word}
 
 
 class Pipeline(NamedTuple):
@@ -64,7 +84,7 @@ def markdown(work: Workspace, stage: str, about: dict[str, Any], terms: Terms, p
     shape = " x ".join(map(str, work.data.shape))
     spent = _spent(work, about)
     front = {
-        "license": terms.weights or "unknown",
+        **terms.front,
         "library_name": "diffusers",
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["consistency-mid-training", "cmt-fast", "few-step-generation"],

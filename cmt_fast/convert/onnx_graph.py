@@ -114,10 +114,8 @@ def to_onnx(export: Export, out: Path) -> str:
         raise ConfigError(
             f"--format: onnx is of one or two steps, and {stage} is a diffusion model ({kind}); take a later stage"
         )
-    claim(out)
+    claim(out, ".onnx")
     claim(out.with_name(f"{out.name}.data"))
-    if out.suffix != ".onnx":
-        raise ConfigError(f"OUT: {str(out)!r} does not end in .onnx")
     _libraries()
     net = work.build()
     net.load_state_dict(export.weights)

@@ -306,13 +306,15 @@ class CmtPipeline(DiffusionPipeline):
 
     def _number(self, label: int | str) -> int:
         """A class by number or name."""
-        classes, names = self.config.sampling["classes"], self.labels
         if not isinstance(label, str):
-            return whole("class_labels", label, 0, classes - 1)
-        if label not in names:
-            near = difflib.get_close_matches(label, names, 1, 0)
+            return whole("class_labels", label, 0, self.config.sampling["classes"] - 1)
+        found = [int(k) for k, name in self.config.id2label.items() if name == label]
+        if not found:
+            near = difflib.get_close_matches(label, self.labels, 1, 0)
             raise ValueError(f"class_labels: {label!r} is no class; did you mean {near[0]!r}? pipe.labels has them all")
-        return names[label]
+        if len(found) > 1:
+            raise ValueError(f"class_labels: {label!r} is the name of the classes {found}; give a number")
+        return found[0]
 
     def _guidance(self, scale: float | None) -> float:
         """The scale of guidance; anything but 1 only where a trained null class gives it a meaning."""
