@@ -256,7 +256,21 @@ def _judge(work: Workspace, stage: str, about: dict[str, Any]) -> list[str]:
         lines.append("All rows have the same judge, the same number of samples and the same seed.")
     if "control" in _compared(work, stage, about):
         lines.append("control is post-training without mid-training, straight from pre, for as many student images.")
+    lines.append("Lower distances (Fréchet, sliced Wasserstein) are better.")
+    if found is not None and settings.get("second"):
+        lines.append(f"The second feature space: {settings['second']}.")
+    floor, sharpness = _real(work, found)
+    if floor:
+        lines.append("The floor: as many real rows, drawn again, as a network that knows them by heart would.")
+    if sharpness is not None:
+        lines.append(f"Sharpness, the share of energy in high frequencies, is {sharpness:.4g} of real rows.")
     return lines
+
+
+def _real(work: Workspace, found: dict[str, Any] | None) -> tuple[dict[str, Any] | None, float | None]:
+    """The floor and sharpness of real rows that the run keeps, under the judge of a figures.json."""
+    key = found["key"] if found else {}
+    return work.judging.of_real(key.get("extractor"), key["eval"]["n"]) if found else (None, None)
 
 
 def _evaluated(work: Workspace, stage: str) -> dict[str, Any] | None:
@@ -291,14 +305,28 @@ def _compared(work: Workspace, stage: str, about: dict[str, Any]) -> dict[str, l
 
 def _figures(work: Workspace, stage: str, about: dict[str, Any]) -> list[Table]:
     """Rows by network and steps: from figures.json of the same weights, or the last evaluation in training."""
-    own = _entries(_stored(work, stage, about["lineage"]["ema"]), _evaluated(work, stage))
+    found = _stored(work, stage, about["lineage"]["ema"])
+    own, (floor, _) = _entries(found, _evaluated(work, stage)), _real(work, found)
     names, compared = _others(work, stage), _compared(work, stage, about)
     entries = [(f"this ({stage})", *entry) for entry in own]
     entries += [(names[other], *entry) for other in compared for entry in compared[other]] if own else []
-    columns = sorted({c for *_, figures in entries for c in figures})
+    if floor and own:
+        entries.insert(0, ("real rows, again (floor)", "", floor))
+    columns = sorted({c for *_, figures in entries if figures is not floor for c in figures}, key=_place)
     cells = lambda figures: (f"{figures[c]:.4g}" if isinstance(figures.get(c), (int, float)) else "-" for c in columns)
     rows = [[name, steps, *cells(figures)] for name, steps, figures in entries]
-    return [Table("", ["network", "steps", *columns], rows, left=2)] if rows else []
+    return [Table("", ["network", "steps", *map(_title, columns)], rows, left=2)] if rows else []
+
+
+def _place(column: str) -> tuple[int, str]:
+    """Distances come first, accuracy last: by itself it says little."""
+    return (0 if column.startswith("frechet") else 2 if column == "accuracy" else 1), column
+
+
+def _title(column: str) -> str:
+    """`frechet_2` in words."""
+    words = column.removesuffix("_2").replace("frechet", "Fréchet").replace("_w", " W")
+    return words + ", second space" * column.endswith("_2")
 
 
 def _lineage(about: dict[str, Any]) -> Table:
