@@ -83,6 +83,6 @@ def finished(out: Path, about: dict[str, Any], n: int) -> bool:
     except (OSError, ValueError, zipfile.BadZipFile):
         stored = None
     if not isinstance(stored, dict):
-        raise ConfigError(f"--out: {out} is there, and not of `cmt sample`; choose another name")
+        raise ConfigError(f"--out: {out} is there and does not say what drew it; choose another name")
     differing(stored, json.loads(comment(about, n)), out)
     return True

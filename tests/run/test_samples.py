@@ -163,7 +163,7 @@ def test_an_npz_is_not_written_over(run, tmp_path, capsys, monkeypatch):
         assert main([*command, *more]) == 2 and said in capsys.readouterr().err
     assert out.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.npz"]
     np.savez(out, images=np.zeros(3))
-    assert main(command) == 2 and "is there, and not of `cmt sample`" in capsys.readouterr().err
+    assert main(command) == 2 and "is there and does not say what drew it" in capsys.readouterr().err
     assert json.loads(claiming.comment({"classes": list(range(20000))}, 3))["classes"] != list(range(20000))
 
 
