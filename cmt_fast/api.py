@@ -101,7 +101,7 @@ def sample_to(
         raise TypeError(f"sample_to: {wrong[0]!r} is no argument; valid are {', '.join(sorted(valid))}, format")
     own = {key: more.pop(key) for key in ("first", "batch") if key in more}
     request = samples.Request(n, steps or 0, seed, solver=solver, **own)
-    return samples.save(samples.opened(str(stage), request, samples.Asked(**more)), Path(out), kind, quiet=True)
+    return samples.save(samples.opened(str(stage), request, samples.Asked(**more)), out, kind, quiet=True)
 
 
 def evaluate(

@@ -179,13 +179,15 @@ def _told(error: Exception) -> int | None:
 
 def _of_torch(error: Exception) -> tuple[str | None, int]:
     """The line and exit code of an error of a module that imports torch."""
+    from safetensors import SafetensorError
+
     from cmt_fast.engine.compile import CompileError
     from cmt_fast.runtime import distributed
     from cmt_fast.storage.checkpoint import CheckpointError
 
     if isinstance(error, CheckpointError):
         return str(error), 2
-    if isinstance(error, CompileError):
+    if isinstance(error, (CompileError, SafetensorError)):  # the latter of a file that cannot be written: a full disk
         return str(error), 1
     return distributed.lost(error) if isinstance(error, RuntimeError) else None, 1
 

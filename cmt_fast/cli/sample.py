@@ -62,13 +62,17 @@ def sample(args: argparse.Namespace) -> None:
     steps = _strip_steps(args)
     if args.format and not args.out:
         raise ConfigError("--format: goes with --out")
-    out = Path(args.out) if args.out else None
+    out = args.out
     if out:
         samples.kind_of(out, args.format)
     for key in PICTURES:
         path = getattr(args, key)
+        if path and (path.suffix.lower() != ".png" or path.is_dir()):
+            raise ConfigError(f"--{key}: {str(path)!r} is no file .png")
         if path and not path.parent.is_dir():
             raise ConfigError(f"--{key}: the folder of {str(path)!r} does not exist")
+    if args.interpolate and args.n < 2:  # before any is drawn
+        raise ConfigError(f"--interpolate: goes from one sample to another, and --n is {args.n}")
     distributed.start(machine.device("auto"))
     request = samples.Request(args.n, args.steps or 0, args.seed, args.first, args.solver, args.batch)
     asked = samples.Asked(args.classes, args.guidance, args.decode, args.vae)
@@ -107,7 +111,8 @@ def _pictures(args: argparse.Namespace, drawing: samples.Drawing, steps: tuple[i
         few = f"{min(r.n, samples.SHOWN):,} of {args.stage}, {drawing.how}; labels {drawing.setting.law.text()}"
         say(args.grid, pictures.grid(drawing, args.grid), "a picture of them" if args.out else f"a picture of {few}")
     if args.interpolate:
-        text = f"{pictures.PAIRS} pairs of samples, the noise between them along the sphere, {drawing.how}"
+        pairs = min(pictures.PAIRS, r.n // 2)
+        text = f"{pairs} pair{'s' * (pairs > 1)} of samples, the noise between them along the sphere, {drawing.how}"
         say(args.interpolate, pictures.interpolation(drawing, args.interpolate), text)
     if args.strip:
         note, left = pictures.strip(drawing, args.strip, steps)

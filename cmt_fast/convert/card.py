@@ -35,6 +35,18 @@ ON_GPU = 'if torch.cuda.is_available():\n    pipe.to("cuda")\n'
 NOT_STATED = "not stated"
 
 
+# The hub's words for licences (huggingface.co/docs/hub/repositories-licenses); it refuses a card with another.
+HUB = """\
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0
+artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0
+cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
+cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0
+epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research
+intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1
+ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2
+llama3.3 llama4 grok2-community gemma unknown other"""
+
+
 class Terms(NamedTuple):
     """Licences, as the hub names them (apache-2.0): of these weights, of the data, of the teacher. None: nothing was said."""
 
@@ -47,6 +59,14 @@ class Terms(NamedTuple):
         for option, value in zip(("--license", "--data-license", "--teacher-license"), self):
             if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", value):
                 raise ConfigError(f"{option}: {shown(value)!r} is no licence's identifier, such as apache-2.0")
+
+    @property
+    def front(self) -> dict[str, str]:
+        """The licence of the weights as the hub reads it: one that it has no word for is "other" and its name."""
+        if self.weights is None:
+            return {"license": "unknown"}
+        word = self.weights.lower()
+        return {"license": word} if word in HUB.split() else {"license": "other", "license_name": word}
 
 
 class Pipeline(NamedTuple):
@@ -64,7 +84,7 @@ def markdown(work: Workspace, stage: str, about: dict[str, Any], terms: Terms, p
     shape = " x ".join(map(str, work.data.shape))
     spent = _spent(work, about)
     front = {
-        "license": terms.weights or "unknown",
+        **terms.front,
         "library_name": "diffusers",
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["consistency-mid-training", "cmt-fast", "few-step-generation"],
@@ -236,7 +256,21 @@ def _judge(work: Workspace, stage: str, about: dict[str, Any]) -> list[str]:
         lines.append("All rows have the same judge, the same number of samples and the same seed.")
     if "control" in _compared(work, stage, about):
         lines.append("control is post-training without mid-training, straight from pre, for as many student images.")
+    lines.append("Lower distances (Fréchet, sliced Wasserstein) are better.")
+    if found is not None and settings.get("second"):
+        lines.append(f"The second feature space: {settings['second']}.")
+    floor, sharpness = _real(work, found)
+    if floor:
+        lines.append("The floor: as many real rows, drawn again, as a network that knows them by heart would.")
+    if sharpness is not None:
+        lines.append(f"Sharpness, the share of energy in high frequencies, is {sharpness:.4g} of real rows.")
     return lines
+
+
+def _real(work: Workspace, found: dict[str, Any] | None) -> tuple[dict[str, Any] | None, float | None]:
+    """The floor and sharpness of real rows that the run keeps, under the judge of a figures.json."""
+    key = found["key"] if found else {}
+    return work.judging.of_real(key.get("extractor"), key["eval"]["n"]) if found else (None, None)
 
 
 def _evaluated(work: Workspace, stage: str) -> dict[str, Any] | None:
@@ -271,14 +305,28 @@ def _compared(work: Workspace, stage: str, about: dict[str, Any]) -> dict[str, l
 
 def _figures(work: Workspace, stage: str, about: dict[str, Any]) -> list[Table]:
     """Rows by network and steps: from figures.json of the same weights, or the last evaluation in training."""
-    own = _entries(_stored(work, stage, about["lineage"]["ema"]), _evaluated(work, stage))
+    found = _stored(work, stage, about["lineage"]["ema"])
+    own, (floor, _) = _entries(found, _evaluated(work, stage)), _real(work, found)
     names, compared = _others(work, stage), _compared(work, stage, about)
     entries = [(f"this ({stage})", *entry) for entry in own]
     entries += [(names[other], *entry) for other in compared for entry in compared[other]] if own else []
-    columns = sorted({c for *_, figures in entries for c in figures})
+    if floor and own:
+        entries.insert(0, ("real rows, again (floor)", "", floor))
+    columns = sorted({c for *_, figures in entries if figures is not floor for c in figures}, key=_place)
     cells = lambda figures: (f"{figures[c]:.4g}" if isinstance(figures.get(c), (int, float)) else "-" for c in columns)
     rows = [[name, steps, *cells(figures)] for name, steps, figures in entries]
-    return [Table("", ["network", "steps", *columns], rows, left=2)] if rows else []
+    return [Table("", ["network", "steps", *map(_title, columns)], rows, left=2)] if rows else []
+
+
+def _place(column: str) -> tuple[int, str]:
+    """Distances come first, accuracy last: by itself it says little."""
+    return (0 if column.startswith("frechet") else 2 if column == "accuracy" else 1), column
+
+
+def _title(column: str) -> str:
+    """`frechet_2` in words."""
+    words = column.removesuffix("_2").replace("frechet", "Fréchet").replace("_w", " W")
+    return words + ", second space" * column.endswith("_2")
 
 
 def _lineage(about: dict[str, Any]) -> Table:

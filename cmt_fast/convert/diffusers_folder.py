@@ -1,6 +1,6 @@
 """A stage's network as a folder that diffusers loads where nothing of ours is installed.
 
-The folder holds its own code: convert/standalone/pipeline.py and the one file of its network, copied as they are. Beside them
+The folder holds its own code: convert/standalone/pipeline.py, noise.py within it, and the one file of its network. Beside them
 lie the weights in fp32, how samples are drawn, the autoencoder where one is given, a picture and the model card.
 """
 
@@ -184,8 +184,11 @@ def _picture(export: Export, net: nn.Module, sampling: dict[str, Any], vae: Path
 
 
 def _code(folder: Path, made: Architecture) -> None:
-    """pipeline.py and the network's file."""
-    shutil.copyfile(CODE / "pipeline.py", folder / "pipeline.py")
+    """pipeline.py, with the functions of noise.py in the place of the line that imports them, and the network's file."""
+    whole, noise = ((CODE / f"{name}.py").read_text("utf-8") for name in ("pipeline", "noise"))
+    before, _, after = whole.partition("from cmt_fast.convert.standalone.noise import ")
+    functions = noise[noise.index("START, AGAIN = ") :]  # what is before them is imported already
+    files_.write_text(folder / "pipeline.py", before + functions + after.partition("\n")[2])
     shutil.copyfile(CODE / f"{made.file}.py", folder / "network" / f"{made.file}.py")
 
 

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cmt_fast import __version__
-from cmt_fast.config import loading
+from cmt_fast.config import loading, paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage import files as files_
+
+FORMATS = {".safetensors": "safetensors", ".onnx": "onnx", ".pt": "edm2, dit, sit or meanflow"}  # what a name promises
 
 
 class Export(NamedTuple):
@@ -36,6 +38,9 @@ def collect(work: Workspace, stage: str, track: int = 0) -> Export:
     """The EMA track `track` of a finished stage. Raises ConfigError where there is none."""
     try:
         found = checkpoint.complete(work.stage_dir(stage))
+        tracks = [name for name in found.manifest["files"] if name.startswith("ema-")]
+        if f"ema-{track}.safetensors" not in tracks:
+            raise ConfigError(f"--ema: {track} is no EMA of {stage}, which has {_range(len(tracks))}")
         weights = found.tensors(f"ema-{track}")
     except checkpoint.CheckpointError as error:
         raise ConfigError(f"{stage}: {error}") from None
@@ -54,20 +59,30 @@ def collect(work: Workspace, stage: str, track: int = 0) -> Export:
 
 def to_safetensors(export: Export, out: Path) -> None:
     """Write one file; all that is known of the network is JSON under the key "cmt-fast" of its metadata."""
-    claim(out)
+    claim(out, ".safetensors")
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     try:
-        about = {"format": "pt", "cmt-fast": json.dumps(export.about, sort_keys=True)}
-        files_.save_tensors(temporary, export.weights, about)
+        about = {**export.about, "run": paths.unplaced(export.about["run"])}
+        files_.save_tensors(temporary, export.weights, {"format": "pt", "cmt-fast": json.dumps(about, sort_keys=True)})
         files_.sync(temporary)
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def claim(out: Path) -> None:
-    """Raises ConfigError where nothing can be written."""
+def _range(n: int) -> str:
+    return "0 alone" if n == 1 else f"0 to {n - 1}" if n else "none"
+
+
+def claim(out: Path, *suffixes: str) -> None:
+    """Raises ConfigError where nothing can be written, or under a name that says otherwise; without suffixes for a folder."""
     if out.exists():
         raise ConfigError(f"OUT: {str(out)!r} exists already; choose another name")
     if not out.parent.is_dir():
         raise ConfigError(f"OUT: the folder of {str(out)!r} does not exist")
+    if suffixes and out.suffix not in suffixes:
+        other = FORMATS.get(out.suffix)
+        hint = f"; --format {other} writes such a one" if other else ""
+        raise ConfigError(f"OUT: {str(out)!r} does not end in {' or '.join(suffixes)}{hint}")
+    if not suffixes and out.suffix in FORMATS:
+        raise ConfigError(f"OUT: {str(out)!r} is the name of a file, and a folder is written")

@@ -3,7 +3,7 @@
     noise   (B, ...) float32    unit normal, in the place of a seed
     labels  (B,) int64          classes; not there for a network without labels
     renoise (B, ...) float32    unit normal, added between two steps; on path "ve" alone
-    steps   (1,) int64          1, or 2; not there where the recipe's sampler has no second step
+    steps   (1,) int64          1, or 2, any other is an error; not there where the recipe's sampler has no second step
     x       (B, ...) float32    samples in data units, [-1, 1] for images
 
 B is free. `steps` is the condition of an If, so that one step costs one network call and both share the weights. The graph is
@@ -52,6 +52,7 @@ class _Graph(nn.Module):
         self.net, self.linear, self.t_max = net, setting.path.name == "linear", setting.config.t_max
         self.mid = () if self.linear else setting.config.mid_times.get(2, ())
         self.two = self.linear or len(self.mid) == 1
+        self.register_buffer("second", torch.tensor([False, True]), persistent=False)  # of 1 step, of 2
         self.ddpm: dict[
             float, tuple[float, float, float]
         ] = {}  # time -> step, c_out, c_in of DDPM's table, looked up here
@@ -79,7 +80,7 @@ class _Graph(nn.Module):
         extra = () if labels is None else (labels,)
         if not self.two:
             return self._denoised(noise * self.t_max, self.t_max, *extra)
-        more = named["steps"][0] > 1
+        more = self._more(named["steps"])
         if self.linear:
             one = lambda z, *y: self._jumps(z, 1, *y)
             two = lambda z, *y: self._jumps(z, 2, *y)
@@ -88,6 +89,11 @@ class _Graph(nn.Module):
         x = self._denoised(noise * self.t_max, self.t_max, *extra)
         again = lambda x, z, *y: self._denoised(x + t * z, t, *y)
         return torch.cond(more, again, lambda x, z, *y: x.clone(), (x, named["renoise"], *extra))
+
+    def _more(self, steps: Tensor) -> Tensor:
+        """Whether there are two steps: (1,) -> (). Of other numbers than 1 and 2 the place is beyond a table of two, an error."""
+        place = (steps - 1) * (7 - 3 * steps)  # 0 and 1; else below -2
+        return self.second.index_select(0, place)[0]
 
     def _denoised(self, x: Tensor, t: float, labels: Tensor | None = None) -> Tensor:
         if t not in self.ddpm:
@@ -115,10 +121,8 @@ def to_onnx(export: Export, out: Path) -> str:
         raise ConfigError(
             f"--format: onnx is of one or two steps, and {stage} is a diffusion model ({kind}); take a later stage"
         )
-    claim(out)
+    claim(out, ".onnx")
     claim(out.with_name(f"{out.name}.data"))
-    if out.suffix != ".onnx":
-        raise ConfigError(f"OUT: {str(out)!r} does not end in .onnx")
     _libraries()
     net = work.build()
     net.load_state_dict(export.weights)

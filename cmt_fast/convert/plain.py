@@ -45,9 +45,7 @@ class Target(NamedTuple):
 def write(export: Export, family: str, out: Path) -> str:
     """Write the file; what it is, as lines. Raises ConfigError for what the project's network cannot be."""
     target, work = TARGETS[family], export.work
-    if out.suffix not in SUFFIXES:
-        raise ConfigError(f"OUT: {str(out)!r} ends neither in {' nor in '.join(SUFFIXES)}")
-    claim(out)
+    claim(out, *SUFFIXES)
     _check(target, family, work)
     theirs = {k: v.contiguous() for k, v in target.names(export, dict(export.weights)).items()}
     how = _read_back(export, family, theirs)
@@ -58,7 +56,10 @@ def write(export: Export, family: str, out: Path) -> str:
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     try:
         if out.suffix == ".pt":
-            torch.save(theirs, temporary)
+            try:
+                torch.save(theirs, temporary)
+            except RuntimeError as error:  # of a full disk
+                raise OSError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from None
         else:
             files_.save_tensors(temporary, theirs, about)
         files_.sync(temporary)

@@ -219,11 +219,12 @@ def by_name(data: Rows, asked: str) -> list[int]:
     if not own.classes:
         raise ConfigError("the data of this run have no labels", "--classes")
     present = own.present or list(range(own.classes))  # of rows that never were here nobody knows which have some
-    known = dict(zip(_called(own, present), present))
-    out = []
-    # a name may have commas: tench, Tinca tinca
-    words = [asked] if asked in known else [w.strip() for w in asked.split(",")]
-    for word in words:
+    called, out = _called(own, present), []
+    known = dict(zip(called, present))
+    for word in _words(asked, called):
+        if called.count(word) > 1:
+            same = ", ".join(str(k) for k, name in zip(present, called) if name == word)
+            raise ConfigError(f"{word!r} is the name of several classes; give a number of {same}", "--classes")
         if word not in known and word.isdigit() and int(word) in present and not (own.ids or _numbered(own)):
             known[word] = int(word)
         if word not in known:
@@ -231,6 +232,18 @@ def by_name(data: Rows, asked: str) -> list[int]:
                 f"{word!r} is no class with rows; there are {_some(_called(own, present), 20)}", "--classes"
             )
         out.append(known[word])
+    return out
+
+
+def _words(asked: str, called: list[str]) -> list[str]:
+    """`cat,dog` as names, of which some have commas themselves, as `tench, Tinca tinca`; the longest that fits is meant."""
+    bare = lambda text: ",".join(part.strip() for part in text.split(","))
+    known, parts, out = {bare(name): name for name in called}, bare(asked).split(","), []
+    while parts:
+        fits = [n for n in range(len(parts), 0, -1) if ",".join(parts[:n]) in known]
+        n = fits[0] if fits else 1
+        out.append(known.get(",".join(parts[:n]), parts[0]))
+        parts = parts[n:]
     return out
 
 

@@ -102,6 +102,12 @@ class Judging:
                 return found
         return None
 
+    def of_real(self, extractor: str | None, n: int) -> tuple[dict[str, Any] | None, float | None]:
+        """The floor of n rows and the sharpness of real rows as files keep them: nothing is computed, no judge is opened."""
+        key = {"extractor": extractor, "labels": self.setting.law.text()}
+        found = next((k for f in (self.folder, self.parents) if (k := kept.read(f, key))), None)
+        return (found.about["floor"].get(str(n)), found.sharpness) if found is not None else (None, None)
+
     def _key(self, judge: judges.Judge) -> dict[str, Any]:
         """What the kept files must be of. Where the reference is not here, what is kept stands for it."""
         settings = {k: v for k, v in loading.dump(self.run)["data"].items() if k != "path"}

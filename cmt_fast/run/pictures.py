@@ -34,11 +34,14 @@ def grid(drawing: Drawing, path: Path) -> str:
 def interpolation(drawing: Drawing, path: Path, pairs: int = PAIRS) -> str:
     """A row a pair: from the noise of sample 2i to that of 2i + 1 along the sphere, all of the label of sample i.
 
-    Noise between steps is that of sample 2i along a row. Returns what is shown, as `grid`. Raises ConfigError for samples that
-    are no images.
+    pairs: at most, of the samples that are asked for. Noise between steps is that of sample 2i along a row. Returns what is
+    shown, as `grid`. Raises ConfigError for one sample alone, and for samples that are no images.
     """
     r, setting = drawing.request, drawing.setting
     _images(drawing, "--interpolate")
+    pairs = min(pairs, r.n // 2)
+    if not pairs:
+        raise ConfigError(f"--interpolate: goes from one sample to another, and --n is {r.n}")
     first = torch.arange(r.first, r.first + 2 * pairs, 2)
     a, b = (setting.noise(r.seed, index.to(setting.device)) for index in (first, first + 1))
     between = torch.linspace(0, 1, BETWEEN)

@@ -31,7 +31,7 @@ from cmt_fast.data.autoencoder import Codec
 from cmt_fast.diffusion.labels import Law
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.render import grids
-from cmt_fast.run import guidance
+from cmt_fast.run import claiming, guidance
 from cmt_fast.run.workspace import Workspace, open_stage
 from cmt_fast.runtime import distributed, progress, signals, words
 from cmt_fast.storage import files, npz_blocks
@@ -80,6 +80,8 @@ def opened(stage: str, request: Request, asked: Asked) -> Drawing:
     for name, value, least in (("--n", request.n, 1), ("--first", request.first, 0), ("--batch", request.batch, 0)):
         if value < least:
             raise ConfigError(f"{name}: {value} is not at least {least}")
+    if not 0 <= request.seed < 1 << 32:  # of others the lower bits would count alone
+        raise ConfigError(f"--seed: {request.seed} is not between 0 and {(1 << 32) - 1}")
     work, name = open_stage(stage)
     solver = request.solver or (asked.guidance is not None and work.run.stages[name].objective.kind in DIFFUSION)
     steps = request.steps or (work.run.sampler.teacher_steps if solver else 1)
@@ -195,41 +197,48 @@ def as_bytes(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-def save(drawing: Drawing, out: Path, kind: str | None = None, quiet: bool = False) -> str:
-    """Write the request's samples: to a folder of PNGs, or to an .npz where `out` ends so. Every rank calls it.
+def save(drawing: Drawing, to: str | Path, kind: str | None = None, quiet: bool = False) -> str:
+    """Write the request's samples: to a folder of PNGs, or to an .npz where `to` ends so. Every rank calls it.
 
     kind: "png"; of an .npz "arrays": images (n, ...) float32 in data units, or uint8 where decoded, labels (n,) int64; or
     "adm": arr_0 (n, H, W, 3) uint8 and, with classes, arr_1 (n,), as ADM's evaluator reads it, grey in three channels.
     Returns what it wrote, one line. Raises ConfigError before anything is written: for samples that are no images, and for a
-    place with other samples in it; OSError where nothing can be written; SystemExit where it was asked to stop.
+    place with other samples in it, or where another process writes; OSError where nothing can be written; SystemExit where it
+    was asked to stop.
     """
-    kind = kind_of(out, kind)
+    kind, out = kind_of(to, kind), Path(to)
     _check_images(drawing, kind)
-    folder = out if kind == "png" else out.with_name(f"{out.name}.part")
-    drawing.request = _claimed(drawing, folder, kind)
-    place = _Pngs(drawing, folder) if kind == "png" else _Parts(drawing, folder, kind)
-    todo = [rows for rows in drawing.request.blocks if not place.has(rows)]
-    distributed.barrier()  # all have looked before one writes, so they share what is missing in equal parts
-    with signals.noted() as asked:
-        distributed.agreed(lambda: _write(drawing, place, todo[distributed.rank() :: distributed.size()], asked, quiet))
-    if not all(place.has(rows) for rows in todo):
-        raise OSError(f"{folder}: not all samples are there; do all processes write to one file system?")
-    distributed.barrier()
-    if isinstance(place, _Parts):
-        distributed.agreed(lambda: place.join(out) if distributed.rank() == 0 else None)
+    r, about = drawing.request, drawing.about(kind)
     what = {"png": "PNGs", "arrays": "images, labels", "adm": "arr_0, arr_1 as ADM reads them"}[kind]
     law = drawing.setting.law.text()
-    r = drawing.request
-    return f"{out}: {r.n:,} samples of {drawing.work.folder / drawing.stage} ({what}), {drawing.how}; labels {law}"
+    said = f"{out}: {r.n:,} samples of {drawing.work.folder / drawing.stage} ({what}), {drawing.how}; labels {law}"
+    if kind != "png" and claiming.finished(out, about, r.n):
+        return f"{said}; they were there"
+    folder = out if kind == "png" else out.with_name(f"{out.name}.part")
+    with claiming.alone(folder):
+        _claimed(drawing, folder, about)
+        place = _Pngs(drawing, folder) if kind == "png" else _Parts(drawing, folder, kind)
+        todo = [rows for rows in r.blocks if not place.has(rows)]
+        distributed.barrier()  # all have looked before one writes, so they share what is missing in equal parts
+        with signals.noted() as asked:
+            mine = todo[distributed.rank() :: distributed.size()]
+            distributed.agreed(lambda: _write(drawing, place, mine, asked, quiet))
+        if not all(place.has(rows) for rows in todo):
+            raise OSError(f"{folder}: not all samples are there; do all processes write to one file system?")
+        distributed.barrier()
+        if isinstance(place, _Parts):
+            distributed.agreed(lambda: place.join(out, about) if distributed.rank() == 0 else None)
+    return said
 
 
-def kind_of(out: Path, kind: str | None) -> str:
+def kind_of(to: str | Path, kind: str | None) -> str:
     """The format of OUT: given, or told by its name. Raises ConfigError where the two do not go together."""
-    if out.suffix not in ("", ".npz") and not out.is_dir():
+    out, folder = Path(to), str(to).endswith("/") or Path(to).is_dir()
+    if out.suffix not in ("", ".npz") and not folder:
         raise ConfigError(
             f"--out: {str(out)!r} is neither a folder (FOLDER/) nor an .npz; one picture is --grid FILE.png"
         )
-    npz = out.suffix == ".npz" and not out.is_dir()
+    npz = out.suffix == ".npz" and not folder
     kind = kind or ("arrays" if npz else "png")
     if (kind == "png") == npz:
         other = "an .npz file holds arrays or adm" if npz else "a folder holds png; for arrays and adm name a file .npz"
@@ -250,22 +259,17 @@ def _check_images(drawing: Drawing, kind: str) -> None:
         raise ConfigError(f"--out: samples of shape {tuple(shape)} are no images; take an .npz of arrays")
 
 
-def _claimed(drawing: Drawing, folder: Path, kind: str) -> Request:
-    """The request as the folder goes on with it, which then is there with its samples.json.
+def _claimed(drawing: Drawing, folder: Path, about: dict[str, Any]) -> None:
+    """The folder then is there with its samples.json.
 
     Raises ConfigError for a folder with other things in it, or other samples, or more than are asked for.
     """
     r, file = drawing.request, folder / ABOUT
-    about = drawing.about(kind)
 
     def claim() -> None:
         if file.is_file():
             stored = _read(file)
-            differs = [f"{k}: {stored.get(k)}, not {v}" for k, v in about.items() if stored.get(k) != v]
-            if differs:
-                raise ConfigError(
-                    f"--out: {folder} holds other samples ({'; '.join(differs[:3])}); choose another name"
-                )
+            claiming.differing(stored, about, folder)
             if stored.get("n", 0) > r.n:
                 raise ConfigError(f"--out: {folder} holds {stored['n']:,} samples, more than --n {r.n:,}")
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -274,14 +278,12 @@ def _claimed(drawing: Drawing, folder: Path, kind: str) -> Request:
     distributed.agreed(claim, ConfigError, "the folder of the samples cannot be used")
     distributed.barrier()  # none looks after the first has written
     if distributed.rank() == 0:
-        folder.mkdir(exist_ok=True)
         for left in folder.glob(".tmp-*"):
             left.unlink()
         names = dict(enumerate(classes.names(drawing.work.data)))
         named = {"names": [names[k] for k in about["classes"]]}
         files.write_text(file, json.dumps({**about, **named, "n": r.n}, indent=1))
     distributed.barrier()
-    return r
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -355,8 +357,8 @@ class _Parts:
             return images.numpy()
         return as_bytes(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
-    def join(self, out: Path) -> None:
-        """The blocks as one file, and the blocks gone."""
+    def join(self, out: Path, about: dict[str, Any]) -> None:
+        """The blocks as one file, which says what drew it, and the blocks gone."""
         r = self.drawing.request
         labels = self.drawing.labels(range(r.first, r.first + r.n))
         small = {}
@@ -364,5 +366,6 @@ class _Parts:
             small["labels"] = (torch.zeros(r.n) if labels is None else labels).long().numpy()
         elif labels is not None:
             small["arr_1"] = labels.numpy()
-        npz_blocks.join(list(map(self.path, r.blocks)), out, "images" if self.kind == "arrays" else "arr_0", small)
+        name, comment = "images" if self.kind == "arrays" else "arr_0", claiming.comment(about, r.n)
+        npz_blocks.join(list(map(self.path, r.blocks)), out, name, small, comment)
         shutil.rmtree(self.folder)

@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,26 +27,35 @@ def block(path: Path, rows: int) -> Iterator[Callable[[int, np.ndarray], None]]:
     Where an exception leaves it, nothing is. All parts have one dtype and one shape of a row.
     """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    array: np.memmap | None = None
-
-    def put(place: int, part: np.ndarray) -> None:
-        nonlocal array
-        if array is None:
-            array = np.lib.format.open_memmap(temporary, "w+", part.dtype, (rows, *part.shape[1:]))
-        array[place : place + len(part)] = part
+    form: tuple[Any, ...] = ()
 
     try:
-        yield put
-        assert array is not None, "a block of no rows"
-        array.flush()
+        with open(
+            temporary, "wb"
+        ) as file:  # not a map of the file: on a full disk a map ends the process without a word
+
+            def put(place: int, part: np.ndarray) -> None:
+                nonlocal form
+                if not form:
+                    header = {"descr": np.lib.format.dtype_to_descr(part.dtype), "fortran_order": False}
+                    np.lib.format.write_array_header_1_0(file, {**header, "shape": (rows, *part.shape[1:])})
+                    form = file.tell(), part.dtype, part.shape[1:]
+                assert form[1:] == (part.dtype, part.shape[1:]), "parts of a block differ"
+                file.seek(form[0] + place * part[:1].nbytes)
+                file.write(part.tobytes())
+
+            yield put
+            assert form, "a block of no rows"
         files.sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def join(blocks: Sequence[Path], out: Path, name: str, small: dict[str, np.ndarray]) -> int:
+def join(blocks: Sequence[Path], out: Path, name: str, small: dict[str, np.ndarray], comment: bytes = b"") -> int:
     """Write an .npz of the blocks' rows in their order, as `name`, and of small arrays beside it. Returns the number of rows.
+
+    comment: that of the zip, at most 65,535 bytes.
 
     The file is whole or not there. Raises OSError where it cannot be written.
     """
@@ -55,6 +65,7 @@ def join(blocks: Sequence[Path], out: Path, name: str, small: dict[str, np.ndarr
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            archive.comment = comment
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, {**header, "shape": (n, *first.shape[1:])})
                 for part in map(opened, blocks):

@@ -59,14 +59,14 @@ def test_sample_writes_what_it_says(run, more):
         "--seed",
         "3",
         "--out",
-        "x.npz",
+        f"x{len(more)}.npz",  # one that is there is not written over
         "--grid",
         "x.png",
         *more,
         cwd=run,
     )
     assert done.returncode == 0, done.stderr
-    file = np.load(run / "x.npz")
+    file = np.load(run / f"x{len(more)}.npz")
     assert file["images"].shape == (40, 1, 8, 8) and file["images"].dtype == np.float32
     rows = np.bincount(datasets.load(Digits()).labels, minlength=10)
     assert (abs(np.bincount(file["labels"], minlength=10) - 40 * rows / rows.sum()) < 1).all()  # as the data's

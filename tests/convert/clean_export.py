@@ -7,8 +7,10 @@ promise is broken.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
@@ -56,7 +58,7 @@ def refused(call: Callable, **arguments: Any) -> str:
     """What a call says that it does not take, in one line."""
     try:
         call(**arguments)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         return str(error)
     return ""
 
@@ -91,7 +93,26 @@ def arguments(name: str, pipe: Any, steps: int) -> None:
     one, two = (latents(pipe, 1 if steps == 1 else steps, latents=noise) for _ in range(2))
     promise(name, "latents of one's own", torch.equal(one, two))
     promise(name, "seed and generator together are refused", "both" in refused(pipe, seed=1, generator=each[0]))
-    promise(name, "0 steps are refused", "at least 1" in refused(pipe, num_inference_steps=0, output_type="latent"))
+    for wrong, said in (
+        ({"generator": each[1:]}, f"{N - 1} of them for {N} images"),
+        ({"generator": [*each, each[0]]}, f"{N + 1} of them for {N} images"),
+        ({"generator": 0}, "is no torch.Generator"),
+        ({"seed": [1] * N}, "from 0 to 4294967295"),
+        ({"seed": 2**32}, "from 0 to 4294967295"),
+        ({"seed": -1}, "from 0 to 4294967295"),
+        ({"num_inference_steps": 0}, "from 1 on"),
+        ({"num_inference_steps": True}, "from 1 on"),
+        ({"batch_size": 0}, "from 1 on"),
+        ({"guidance_scale": [1.0]}, "is no number"),
+        ({"latents": noise.numpy()}, "is no tensor of floats"),
+        ({"latents": noise[:0]}, "has the shape (0, "),
+        ({"latents": noise[1:]}, f"{N - 1} of them for batch_size {N}"),
+        ({"latents": noise * math.nan, "num_inference_steps": steps}, "are not finite"),
+    ):
+        found = refused(pipe, **{"batch_size": N, "output_type": "latent", **wrong})
+        promise(name, f"{next(iter(wrong))} that is none is refused", said in found, found)
+    numpys = latents(pipe, np.int64(steps), batch_size=np.int64(N), seed=np.int64(SEED), guidance_scale=np.float32(1))
+    promise(name, "numpy's numbers are numbers", torch.equal(numpys, latents(pipe, steps, guidance_scale=1)))
     if how["classes"]:
         names = list(pipe.labels)
         x, y = (latents(pipe, steps, class_labels=k) for k in (1, names[1]))
@@ -99,6 +120,7 @@ def arguments(name: str, pipe: Any, steps: int) -> None:
         promise(name, "a class by number, by name, as an array", torch.equal(x, y) and torch.equal(x, z), names[1])
         promise(name, "a class that is none is refused", "did you mean" in refused(pipe, class_labels="none such"))
         promise(name, "a number that is none is refused", "not among" in refused(pipe, class_labels=how["classes"]))
+        promise(name, "a class that is no number is refused", "not among" in refused(pipe, class_labels=[1.0]))
     else:
         promise(name, "classes are refused", "takes no labels" in refused(pipe, class_labels=0))
     if how["no_guidance"]:
@@ -173,12 +195,40 @@ def saved_again(name: str, pipe: Any, want: dict[str, torch.Tensor]) -> None:
         {Path(f).suffix for f in files} <= {".json", ".py", ".md", ".png", ".safetensors"},
     )
     bits(name, load(to), want, "saved again")
+    kept = json.loads((to / "network/config.json").read_text())
+    promise(name, "saved again: no folder of this machine", "_name_or_path" not in kept, [*kept][:3])
+    bits(name, type(pipe).from_pipe(pipe), want, "from_pipe")
+    promise(name, "its modules alone are refused", "from_pipe" in refused(type(pipe), **pipe.components))
     narrow = to.with_name("narrow")
     half = load(to, torch_dtype=torch.float16)
     half.save_pretrained(narrow)
     steps = int(next(iter(want)))
     back = latents(load(narrow, torch_dtype=torch.float16), steps)
     promise(name, "saved and loaded in float16: equal bits", torch.equal(back, latents(half, steps)))
+
+
+def published(name: str, folder: Path) -> None:
+    """What `push_to_hub` would upload, also of a pipeline loaded by a relative path that leads nowhere now: the same card."""
+    uploaded, real, where = [], {}, os.getcwd()
+    stand_ins = {
+        "create_repo": lambda *_, **__: argparse.Namespace(repo_id="some/body"),
+        "upload_folder": lambda folder_path, **_: uploaded.append((Path(folder_path) / "README.md").read_text("utf-8")),
+    }
+    modules = (diffusers.utils.hub_utils, diffusers.pipelines.pipeline_utils)
+    for module, key in ((m, k) for m in modules for k in stand_ins if hasattr(m, k)):
+        real[module, key] = getattr(module, key)
+        setattr(module, key, stand_ins[key])
+    try:
+        os.chdir(folder.parent)
+        pipe = load(folder.name)  # type: ignore[arg-type]
+        os.chdir(tempfile.mkdtemp())
+        pipe.push_to_hub("some/body")
+        pipe.save_pretrained("saved", push_to_hub=True)
+    finally:
+        os.chdir(where)
+        for (module, key), call in real.items():
+            setattr(module, key, call)
+    promise(name, "the hub gets the card", uploaded == [(folder / "README.md").read_text("utf-8")] * 2, len(uploaded))
 
 
 def as_typed(name: str, folder: Path) -> None:
@@ -233,6 +283,7 @@ def main(out: Path, chosen: list[str]) -> None:
         dtypes(name, folder, steps, latents(pipe, steps))
         devices(name, folder)
         saved_again(name, pipe, want)
+        published(name, folder)
         as_typed(name, folder)
     another_project(out / name / "pipe")
     for name, (pipe, want) in pipes.items():

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -17,7 +18,7 @@ from cmt_fast import cli
 from cmt_fast.config import loading
 from cmt_fast.config.schema import Model
 from cmt_fast.convert import card, diffusers_folder, exporting
-from cmt_fast.run import workspace
+from cmt_fast.run import judging, workspace
 from cmt_fast.storage import checkpoint
 from tests.convert import folders
 from tests.convert.test_import import cmt
@@ -57,7 +58,7 @@ def test_a_folder_stands_alone_and_gives_the_samples_of_the_trainer(said, name):
     lines, case = said[name], folders.CASES[name]
     assert [line for line in lines if " NO " in line] == []
     equal = [line for line in lines if "equal bits" in line and " steps" in line]
-    times = 3 if name in THOROUGH else 2  # loaded, after all others, saved again
+    times = 4 if name in THOROUGH else 2  # loaded, after all others, saved again, from_pipe
     assert len(equal) == times * len(case.steps) and (len(lines) > 20) == (name in THOROUGH)
 
 
@@ -92,11 +93,11 @@ def test_latents_are_decoded_by_the_autoencoder_that_made_them(tmp_path, capsys)
 
 def test_licences_are_asked_for_and_an_edm2_is_folded(ve, tmp_path, capsys):
     out = tmp_path / "pipe"
-    given = ("--license", "mit", "--data-license", "cc-by-4.0")
+    given = ("--license", "MIT", "--data-license", "cc-by-4.0")  # the hub's words are in small letters
     code, text, err = cmt(capsys, "ckpt", "export", ve / "run/pre", out, "--format", "diffusers", *given)
     assert code == 0 and "the card says 'not stated'; say them with --teacher-license" in text, err
     page = (out / "README.md").read_text()
-    assert "license: mit" in page and "These weights: mit. The data: cc-by-4.0." in page
+    assert "license: mit" in page and "These weights: MIT. The data: cc-by-4.0." in page
     assert "net.pkl" in page and ": not stated; what its licence asks holds for these weights too." in page
     for file in filter(Path.is_file, out.rglob("*")):  # a folder that is given away tells nothing of this machine
         assert str(ve).encode() not in file.read_bytes(), file
@@ -146,7 +147,12 @@ def test_card_escapes_what_users_wrote_and_says_where_weights_come_from(ve, tmp_
     (ve / "run/pre/figures.json").unlink()
 
 
-def test_figures_stand_beside_teacher_and_control_where_one_judge_saw_all(tmp_path):
+def test_a_licence_without_a_word_of_the_hub_is_another_one_with_a_name():
+    assert card.Terms("GPL-3.0-only").front == {"license": "other", "license_name": "gpl-3.0-only"}
+    assert card.Terms("Apache-2.0").front == {"license": "apache-2.0"} and card.Terms().front == {"license": "unknown"}
+
+
+def test_figures_stand_beside_teacher_and_control_where_one_judge_saw_all(tmp_path, monkeypatch):
     """Weights judged by the same judge, one by another, which is left out."""
     case = folders.CASES["dit"]
     for stage in ("pre", "mid", "post"):
@@ -160,7 +166,11 @@ def test_figures_stand_beside_teacher_and_control_where_one_judge_saw_all(tmp_pa
     export = exporting.collect(work, "mid")
     page = card.markdown(work, "mid", export.about, card.Terms(), diffusers_folder.described(export))
     assert "| this (mid) | 1, few-step | 7 |" in page and "| teacher (pre) | 16, ODE solver | 1.5 |" in page
-    assert "All rows have the same judge" in page
+    assert "All rows have the same judge" in page and "floor" not in page
+    real = SimpleNamespace(about={"floor": {"4000": {"frechet": 0.125, "unseen": {"frechet": 9}}}}, sharpness=0.258)
+    monkeypatch.setattr(judging.kept, "read", lambda folder, key: real if key["extractor"] == "features" else None)
+    page = card.markdown(work, "mid", export.about, card.Terms(), diffusers_folder.described(export))
+    assert "| real rows, again (floor) |  | 0.125 |\n| this (mid) |" in page and "is 0.258 of real rows" in page
     other = exporting.collect(work, "post")
     page = card.markdown(work, "post", other.about, card.Terms(), diffusers_folder.described(other))
     assert "| this (post) | 1, few-step | 8 |" in page and "teacher (" not in page and "same judge" not in page

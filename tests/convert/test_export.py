@@ -38,7 +38,9 @@ def test_safetensors_hold_the_run_and_go_back_in(ve, tmp_path, capsys):
         about = json.loads(file.metadata()["cmt-fast"])
     weights, manifest = load_file(out), checkpoint.complete(ve / "run/pre").manifest
     assert same(tensors(ve / "run"), weights) and all(t.dtype == torch.float32 for t in weights.values())
-    assert loading.build(about["run"]) == loading.load(str(ve / "small.yaml")) and about["digest"] == manifest["config"]
+    run = loading.dump(loading.load(str(ve / "small.yaml")))
+    assert run["data"].pop("path") == str(ve / "data.npz") and about["run"]["data"].pop("path") == "data.npz"
+    assert about["run"] == run and about["digest"] == manifest["config"]
     assert about["lineage"]["ema"] == manifest["files"]["ema-0.safetensors"]["xxh3_128"]
     assert about["lineage"]["parent"]["file"] == "net.pkl"
     arguments = ("--recipe", ve / "small.yaml", "--out", tmp_path / "again")
@@ -58,7 +60,13 @@ def test_nothing_is_overwritten_and_wrong_words_are_named(ve, tmp_path, capsys):
         ((ve / "run/pre", tmp_path / "no/where"), "does not exist"),
         ((ve / "run/mid", tmp_path / "x"), "holds no checkpoint"),
         ((ve / "run/pro", tmp_path / "x"), "did you mean pre"),
-        ((ve / "run/pre", tmp_path / "x", "--ema", "3"), "holds no ema-3"),
+        ((ve / "run/pre", tmp_path / "x", "--ema", "3"), "--ema: 3 is no EMA of pre, which has 0 alone"),
+        ((ve / "run/pre", tmp_path / "x"), "does not end in .safetensors"),
+        ((ve / "run/pre", tmp_path / "x.onnx"), "does not end in .safetensors; --format onnx writes such a one"),
+        (
+            (ve / "run/pre", tmp_path / "x.pt", "--format", "diffusers"),
+            "is the name of a file, and a folder is written",
+        ),
         ((ve / "run/pre", tmp_path / "x", "--license", "mit"), "is for --format diffusers"),
         ((ve / "run/pre", tmp_path / "x", "--data-license", "mit"), "--data-license: is for --format diffusers"),
         (

@@ -58,6 +58,9 @@ def test_the_graph_gives_the_trainers_samples_in_onnxruntime(tmp_path, capsys, m
         feed = {name: v.numpy() for name, v in {**given, "steps": torch.tensor([k])}.items()}
         want = work.setting.generate(work.network("post"), k, 7, 0)
         torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), want, rtol=1e-3, atol=1e-4)
+    for k in (0, 3, 4):  # the trainer knows times for 4 steps, the graph does not
+        with pytest.raises(runtime.capi.onnxruntime_pybind11_state.InvalidArgument, match="out of data bounds"):
+            session.run(None, {**feed, "steps": torch.tensor([k]).numpy()})
     # a graph of other weights than the stage's is not kept
     monkeypatch.setattr(onnx_graph, "_write", lambda graph, export, file: shutil.copy(out, file) and 0)
     found = exporting.collect(work, "post")

@@ -113,7 +113,7 @@ def test_a_map_that_loses_a_number_is_found(tmp_path, capsys, monkeypatch):
     code, _, err = cmt(capsys, "ckpt", "export", of, tmp_path / "out.pt", "--format", "dit")
     assert code == 2 and "net.blocks.0.fc2" in err and not (tmp_path / "out.pt").exists()
     code, _, err = cmt(capsys, "ckpt", "export", of, tmp_path / "out.bin", "--format", "dit")
-    assert code == 2 and "ends neither in .safetensors nor in .pt" in err
+    assert code == 2 and "does not end in .safetensors or .pt" in err
 
 
 def test_time_turned_twice_is_time():

@@ -124,7 +124,7 @@ def test_a_solver_is_not_guided_by_what_was_not_trained(tmp_path: Path, capsys, 
     for name, drops in (("without", 0.0), ("with", 0.1)):
         weights(tiny("digits", *small, f"pre.label_dropout={drops}"), Path(name))
     for command in (
-        ["sample", "without/pre", "--n", "4", "--out", "x.npz"],
+        ["sample", "without/pre", "--n", "4", "--out", "without.npz"],
         ["eval", "without/pre", "--steps", "1", "--n", "20"],
     ):
         assert main(command) == 0

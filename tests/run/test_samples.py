@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from PIL import Image
 from cmt_fast import api
 from cmt_fast.cli import main
 from cmt_fast.render import grids
-from cmt_fast.run import pictures, samples
+from cmt_fast.run import claiming, pictures, samples
 from cmt_fast.storage import npz_blocks
 from tests.fixtures import forked
 from tests.fixtures.tiny import tiny
@@ -60,7 +61,7 @@ def test_a_folder_holds_the_samples_and_how_each_is_drawn_again(run, tmp_path, c
 
 @pytest.mark.parametrize("kind", ["png", "arrays", "adm"])
 def test_a_killed_command_goes_on_to_the_same_bytes(run, tmp_path, kind, monkeypatch):
-    """What a kill left, and what a disk cut off, is no sample."""
+    """What a kill left, and what a disk cut off, is no sample. Nothing is mapped: on a full disk a map is a SIGBUS."""
     name = "png" if kind == "png" else "x.npz"
     say = lambda folder: [
         "sample",
@@ -75,7 +76,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(run, tmp_path, kind, monkeyp
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     assert main(say("whole")) == 0
-    place, what = (grids, "png") if kind == "png" else (npz_blocks.np.lib.format, "open_memmap")
+    place, what = (grids, "png") if kind == "png" else (npz_blocks.np.lib.format, "write_array_header_1_0")
     real, calls = getattr(place, what), []
 
     def dies(*arguments, **more):
@@ -139,6 +140,60 @@ def test_a_folder_goes_on_only_with_its_own_samples(run, tmp_path, capsys):
     assert main([*command, "22"]) == 0
     after = contents(out)
     assert len(after) == 23 and all(after[k] == v for k, v in before.items() if k != "samples.json")
+    with claiming.alone(out):
+        assert main([*command, "22"]) == 2 and "is being written by another process" in capsys.readouterr().err
+    assert main([*command, "22"]) == 0 and contents(out) == after
+
+
+def test_an_npz_is_not_written_over(run, tmp_path, capsys, monkeypatch):
+    """A finished one says what drew it; the same command again draws nothing, any other and any other file are refused."""
+    out = tmp_path / "x.npz"
+    command = ["sample", f"{run}/post", "--out", str(out), "--n", "12"]
+    assert main(command) == 0
+    before = out.read_bytes()
+    assert np.load(out, allow_pickle=False).files == ["images", "labels"]
+    monkeypatch.setattr(samples.Drawing, "block", None)
+    capsys.readouterr()
+    assert main(command) == 0 and "they were there" in capsys.readouterr().out
+    for more, said in (
+        (["--seed", "1"], "holds other samples (seed: 0, not 1)"),
+        (["--format", "adm"], "holds other samples (kind: arrays, not adm)"),
+        (["--n", "13"], "holds other samples (n: 12, not 13)"),
+    ):
+        assert main([*command, *more]) == 2 and said in capsys.readouterr().err
+    assert out.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+    np.savez(out, images=np.zeros(3))
+    assert main(command) == 2 and "is there and does not say what drew it" in capsys.readouterr().err
+    assert json.loads(claiming.comment({"classes": list(range(20000))}, 3))["classes"] != list(range(20000))
+
+
+def test_a_disk_that_is_full_is_told_with_the_way_on(run, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(grids, "png", full)
+    assert main(["sample", f"{run}/post", "--n", "2", "--out", f"{tmp_path}/guided-1.5/"]) == 1  # and a name with a dot
+    line = capsys.readouterr().err
+    assert (
+        "No space left" in line and "rerun the same command" in line and "guided-1.5" in line and line.count("\n") == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--seed", "-1"], "--seed: -1 is not between 0 and 4294967295"),
+        (["--seed", "4294967296"], "--seed: 4294967296 is not between"),
+        (["--grid", "x.jpg"], "--grid: 'x.jpg' is no file .png"),
+        (["--n", "1", "--interpolate", "x.png"], "--interpolate: goes from one sample to another, and --n is 1"),
+        (["--out", "guided-1.5"], "'guided-1.5' is neither a folder (FOLDER/) nor an .npz"),
+    ],
+)
+def test_what_cannot_be_drawn_or_named_so_is_refused(run, tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", f"{run}/post", *options]) == 2
+    line = capsys.readouterr().err
+    assert said in line and line.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_two_ranks_write_what_one_writes(run, tmp_path):
@@ -207,6 +262,7 @@ def test_pictures(run, tmp_path, monkeypatch, capsys):
     two = opened(2)
     x = two.setting.generate(two.net, 2, 12, 0)
     ways = drawn["i.png"]
+    assert main(["sample", f"{run}/post", "--n", "3", "--interpolate", "one.png"]) == 0 and len(drawn["one.png"]) == 1
     assert [len(row) for _, row in ways] == [pictures.BETWEEN] * pictures.PAIRS
     for i, (_, row) in enumerate(ways):
         torch.testing.assert_close(row[0], x[2 * i], rtol=1e-4, atol=1e-4)  # a batch of another size

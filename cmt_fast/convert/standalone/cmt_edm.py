@@ -4,6 +4,7 @@ F(x, t, r, labels) is the raw network: `pipeline.py` beside it scales its input 
 attention are computed in the dtype of the weights; times and labels are embedded in float32.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,15 @@ class Network(ModelMixin, ConfigMixin):
         net = found[0] if isinstance(found, tuple) else found
         nn.Module.to(net.requires_grad_(False).eval(), device, dtype if isinstance(dtype, torch.dtype) else None)
         return found
+
+    def save_config(self, save_directory: str | Path, *rest, **named) -> None:
+        """As of every ModelMixin; also writes this code, and leaves out the folder that the weights came from."""
+        super().save_config(save_directory, *rest, **named)
+        folder, name = Path(save_directory), type(self).__module__.rpartition(".")[2]
+        config = json.loads((folder / self.config_name).read_text("utf-8"))
+        config.pop("_name_or_path", None)
+        (folder / self.config_name).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        (folder / f"{name}.py").write_text(self.code, "utf-8")
 
     @property
     def dtype(self) -> torch.dtype:

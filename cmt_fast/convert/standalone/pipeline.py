@@ -10,8 +10,10 @@ function of (seed, i): in float32 on a CPU, with as many threads, the trainer's 
 import difflib
 import json
 import math
-import shutil
+import operator
+import os
 import sys
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,53 +23,19 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-START, AGAIN = 8, 9  # what random numbers are for: the noise that sampling starts from, and that of later steps
+from cmt_fast.convert.standalone.noise import AGAIN, START, proportional_labels, seeded_normal
 
 
-def philox(seed: int, step: int, stream: int, sample: Tensor, blocks: int) -> Tensor:
-    """Philox4x32-10 (Salmon et al. 2011): sample (B,) int64 -> (B, blocks, 4) int64 in [0, 2^32), the same on every device."""
-    mask = 0xFFFFFFFF
-
-    def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        low = (b & 0xFFFF) * a  # nothing passes 2^63
-        high = (b >> 16) * a + (low >> 16)
-        return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
-
-    c0 = torch.arange(blocks, device=sample.device).expand(len(sample), blocks)
-    c1 = (sample & mask)[:, None].expand_as(c0)
-    c2, c3 = torch.full_like(c0, step & mask), torch.full_like(c0, stream & mask)
-    k0, k1 = seed & mask, 0
-    for _ in range(10):
-        h0, l0 = multiply(0xD2511F53, c0)
-        h1, l1 = multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return torch.stack((c0, c1, c2, c3), dim=-1)
-
-
-def seeded_normal(seed: int, step: int, stream: int, sample: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers (B, *shape) float32 by Box-Muller, each a function of the arguments alone."""
-    n = math.prod(shape)
-    bits = philox(seed, step, stream, sample, -(-n // 4)).to(torch.float32)
-    radius = torch.sqrt(-2.0 * torch.log((bits[..., 0::2] + 0.5) * 2.0**-32))
-    angle = bits[..., 1::2] * (2.0 * math.pi * 2.0**-32)
-    z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return z.flatten(1)[:, :n].reshape(len(sample), *shape)
-
-
-def proportional_labels(counts: list[int], n: int) -> list[int]:
-    """The first n classes of a sequence in which every class has its share of every beginning, rounded down or up.
-
-    Class k of share p has its j-th sample in the window [floor(j / p), ceil((j + 1) / p)); of the open windows the one that
-    closes first is served. Equal shares go round the classes in order.
-    """
-    total, made, out = sum(counts), [0] * len(counts), []
-    present = [k for k, count in enumerate(counts) if count]
-    for index in range(n):
-        waiting = [k for k in present if made[k] * total // counts[k] <= index]
-        out.append(min(waiting, key=lambda k: -(-(made[k] + 1) * total // counts[k])))
-        made[out[-1]] += 1
-    return out
+def whole(name: str, value: Any, least: int, most: float = math.inf) -> int:
+    """A whole number, numpy's and torch's too. Raises ValueError, naming the argument."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
+        end = "on" if most == math.inf else f"to {most}"
+        raise ValueError(f"{name}: {value!r} is not among the whole numbers from {least} {end}")
+    return number
 
 
 def column(c: Tensor, x: Tensor) -> Tensor:
@@ -218,8 +186,23 @@ class CmtPipeline(DiffusionPipeline):
         id2label: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
+        if sampling is None:
+            raise ValueError(
+                "sampling: is missing; type(pipe).from_pipe(pipe) makes another pipeline of the same modules"
+            )
         self.register_modules(network=network, vae=vae)
         self.register_to_config(sampling=sampling, decoding=decoding, id2label=id2label)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **named):
+        """As of every pipeline; diffusers by itself would leave out a network of a class that it does not know."""
+        return super().from_pipe(pipeline, **{**pipeline.components, **named})
+
+    def register_to_config(self, **named) -> None:
+        """As of every pipeline; of a local folder the whole path, as its card is found by it from elsewhere too."""
+        if os.path.isdir(origin := named.get("_name_or_path") or ""):
+            named["_name_or_path"] = os.path.abspath(origin)
+        super().register_to_config(**named)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -250,13 +233,9 @@ class CmtPipeline(DiffusionPipeline):
         how = self.config.sampling
         labels, n = self._who(class_labels, batch_size, latents)
         guidance = self._guidance(guidance_scale)
-        steps = how["steps"] if num_inference_steps is None else num_inference_steps
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_inference_steps: {steps!r} is no whole number of at least 1")
-        if seed is not None and generator is not None:
-            raise ValueError("seed: and generator are both given; noise comes of one of them")
-        if latents is not None and tuple(latents.shape) != (n, *how["shape"]):
-            raise ValueError(f"latents: has the shape {tuple(latents.shape)}, not {(n, *how['shape'])}")
+        steps = whole("num_inference_steps", how["steps"] if num_inference_steps is None else num_inference_steps, 1)
+        seed = None if seed is None else whole("seed", seed, 0, 0xFFFFFFFF)
+        self._check_noise(seed, generator, n)
         self._check_output(output_type)
         device = self._execution_device
         labels = None if labels is None else labels.to(device)
@@ -268,6 +247,8 @@ class CmtPipeline(DiffusionPipeline):
 
         start = noise(0, START) if latents is None else latents.to(device, torch.float32)
         x = self._sample(start, steps, labels, guidance, noise)
+        if not torch.isfinite(x).all():
+            raise FloatingPointError(f"samples of the network in {self.network.dtype} are not finite")
         images = x if output_type == "latent" else self._finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -304,43 +285,57 @@ class CmtPipeline(DiffusionPipeline):
     def _who(self, class_labels: Any, batch_size: int | None, latents: Tensor | None) -> tuple[Tensor | None, int]:
         """The class of each sample, None where the network reads none, and how many samples."""
         how = self.config.sampling
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size: {batch_size!r} is no whole number of at least 1")
+        batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
+        if latents is not None and not (isinstance(latents, Tensor) and latents.is_floating_point()):
+            raise ValueError(f"latents: {type(latents).__name__} is no tensor of floats")
+        if latents is not None and (list(latents.shape[1:]) != how["shape"] or not len(latents)):
+            raise ValueError(f"latents: has the shape {tuple(latents.shape)}, not (n, {str(how['shape'])[1:-1]})")
+        if latents is not None and batch_size not in (None, len(latents)):
+            raise ValueError(f"latents: {len(latents)} of them for batch_size {batch_size}")
         if class_labels is None:
             n = batch_size or (1 if latents is None else len(latents))
             return (torch.tensor(proportional_labels(how["counts"], n)) if how["counts"] else None), n
         if not how["classes"]:
             raise ValueError("class_labels: this network takes no labels; ask for batch_size")
         given = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
-        chosen = [self._number(k) for k in (given if isinstance(given, (list, tuple)) else [given])]
-        n = batch_size or (len(latents) if latents is not None and len(chosen) == 1 else len(chosen))
+        chosen = [self._number(k) for k in (given if isinstance(given, (list, tuple, range)) else [given])]
+        n = batch_size or (len(chosen) if latents is None else len(latents))
         if len(chosen) not in (1, n) or not chosen:
             raise ValueError(f"class_labels: {len(chosen)} of them for {n} images; give one for all, or one for each")
         return torch.tensor(chosen * n if len(chosen) == 1 else chosen), n
 
     def _number(self, label: int | str) -> int:
         """A class by number or name."""
-        classes, names = self.config.sampling["classes"], self.labels
-        label = label.item() if hasattr(label, "item") else label
-        if isinstance(label, str) and label in names:
-            return names[label]
-        if isinstance(label, str):
-            near = difflib.get_close_matches(label, names, 1, 0)
+        if not isinstance(label, str):
+            return whole("class_labels", label, 0, self.config.sampling["classes"] - 1)
+        found = [int(k) for k, name in self.config.id2label.items() if name == label]
+        if not found:
+            near = difflib.get_close_matches(label, self.labels, 1, 0)
             raise ValueError(f"class_labels: {label!r} is no class; did you mean {near[0]!r}? pipe.labels has them all")
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < classes:
-            raise ValueError(f"class_labels: {label!r} is not among the classes 0 to {classes - 1}")
-        return label
+        if len(found) > 1:
+            raise ValueError(f"class_labels: {label!r} is the name of the classes {found}; give a number")
+        return found[0]
 
     def _guidance(self, scale: float | None) -> float:
         """The scale of guidance; anything but 1 only where a trained null class gives it a meaning."""
         how = self.config.sampling
         if scale is None:
             return how["guidance"]
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
             raise ValueError(f"guidance_scale: {scale!r} is no number")
         if scale != 1 and how["no_guidance"]:
             raise ValueError(f"guidance_scale: {scale} means nothing here, {how['no_guidance']}; leave it out")
         return float(scale)
+
+    def _check_noise(self, seed: int | None, generator: Any, n: int) -> None:
+        """Whether it is clear of what n images' noise comes."""
+        each = generator if isinstance(generator, list) else [generator]
+        if seed is not None and generator is not None:
+            raise ValueError("seed: and generator are both given; noise comes of one of them")
+        if generator is not None and not all(isinstance(g, torch.Generator) for g in each):
+            raise ValueError(f"generator: {generator!r} is no torch.Generator, and no list of them")
+        if generator is not None and len(each) not in (1, n):
+            raise ValueError(f"generator: {len(each)} of them for {n} images; give one for all, or one for each")
 
     def _check_output(self, output_type: str) -> None:
         """Whether samples can be given so, before any is drawn."""
@@ -381,17 +376,24 @@ class CmtPipeline(DiffusionPipeline):
         """What `save_pretrained` ends with; also writes the code that diffusers would leave behind, and the model card."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **named)
         folder, network = Path(save_directory), type(getattr(self.network, "_orig_mod", self.network))
-        name, origin = network.__module__.rpartition(".")[2], self.config.get("_name_or_path")
         index = json.loads((folder / self.config_name).read_text("utf-8"))
-        index |= {"_class_name": ["pipeline", type(self).__name__], "network": [name, network.__name__]}
+        index["_class_name"] = ["pipeline", type(self).__name__]
+        index["network"] = [network.__module__.rpartition(".")[2], network.__name__]
         index.pop("_name_or_path", None)
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         (folder / "pipeline.py").write_text(self.code, "utf-8")
-        (folder / "network").mkdir(exist_ok=True)
-        (folder / "network" / f"{name}.py").write_text(network.code, "utf-8")
+        origin = self.config.get("_name_or_path")
         for file in ("README.md", "samples.png"):
             if origin and (Path(origin) / file).is_file() and not (folder / file).exists():
-                shutil.copyfile(Path(origin) / file, folder / file)
+                (folder / file).write_bytes((Path(origin) / file).read_bytes())
+        card = folder / "README.md"
+        self.card = card.read_bytes() if card.is_file() else None
+
+    def _upload_folder(self, working_dir: str | Path, *rest, **named):
+        """What `push_to_hub` ends with; diffusers has just written an empty card over the one that was saved."""
+        if self.card is not None:
+            (Path(working_dir) / "README.md").write_bytes(self.card)
+        return super()._upload_folder(working_dir, *rest, **named)
 
 
 # diffusers would run the next folder's pipeline.py in the module of this name, over the names that this code reads
