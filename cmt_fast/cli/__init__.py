@@ -158,7 +158,9 @@ def _told(error: Exception) -> int | None:
     """
     if isinstance(error, ConfigError):
         text, code = str(error), 2
-    elif isinstance(error, (FloatingPointError, OSError)):
+    elif isinstance(error, OSError):
+        text, code = _of_system(error), 1
+    elif isinstance(error, FloatingPointError):
         text, code = str(error), 1
     else:
         text, code = _of_torch(error)
@@ -175,6 +177,14 @@ def _told(error: Exception) -> int | None:
     traceback.print_exception(error)
     print(f"cmt: {once.named(last)}", file=sys.stderr, flush=True)
     return 1
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refused, after the whole path of the file: who reads a log does not know the folder of the process."""
+    if not error.strerror or isinstance(error.filename, int):
+        return str(error)
+    place = error.filename2 or error.filename
+    return f"{os.path.abspath(os.fsdecode(place))}: {error.strerror}" if place else error.strerror
 
 
 def _of_torch(error: Exception) -> tuple[str | None, int]:

@@ -31,19 +31,19 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p = action("ls", ls, "the runs in a folder: stages, figures, hours, size, whether they are alive")
     p.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
     p.add_argument("--sort", choices=tuple(tables.SORTS), default="name", help="the newest or largest first")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--json", action="store_true", help="print the same as JSON")
 
     p = action("show", show, "one run: stages, where they come from, its settings, its data, its files")
-    p.add_argument("run", type=Path, metavar="RUN")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/digits")
+    p.add_argument("--json", action="store_true", help="print the same as JSON")
 
     p = action("compare", compare, "two runs: settings that differ, figures side by side, pictures")
-    p.add_argument("runs", nargs=2, type=Path, metavar="RUN")
+    p.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="the folders of both")
     p.add_argument("--out", type=Path, metavar="FILE.png", help="write the last grids of both runs side by side")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--json", action="store_true", help="print the same as JSON")
 
     p = action("rm", rm, "free the space of a run: what is not needed to sample it, its weights, or all of it")
-    p.add_argument("run", type=Path, metavar="RUN")
+    p.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/digits")
     p.add_argument(
         "--keep",
         choices=removing.KEEP,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cmt_fast import models
@@ -63,7 +62,7 @@ def write(export: Export, out: Path, vae: Path | None = None, terms: card.Terms 
         _json(folder / "config.json", {"_class_name": made.name, **made.arguments})
         file = folder / "diffusion_pytorch_model.safetensors"
         about = {**export.about, "run": paths.unplaced(export.about["run"])}
-        save_file(_tensors(net), file, {"format": "pt", "cmt-fast-pipeline": json.dumps(about, sort_keys=True)})
+        files_.save_file(_tensors(net), file, {"format": "pt", "cmt-fast-pipeline": json.dumps(about, sort_keys=True)})
         files_.sync(file)
         if vae is not None:
             _copy(vae, temporary / "vae")

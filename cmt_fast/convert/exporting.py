@@ -12,7 +12,6 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cmt_fast import __version__
@@ -59,7 +58,7 @@ def to_safetensors(export: Export, out: Path) -> None:
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     try:
         tensors = {k: t.contiguous() for k, t in export.weights.items()}
-        save_file(tensors, temporary, {"format": "pt", "cmt-fast": json.dumps(export.about, sort_keys=True)})
+        files_.save_file(tensors, temporary, {"format": "pt", "cmt-fast": json.dumps(export.about, sort_keys=True)})
         files_.sync(temporary)
         os.replace(temporary, out)
     finally:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
@@ -61,7 +60,7 @@ def write(export: Export, family: str, out: Path) -> str:
         if out.suffix == ".pt":
             torch.save(theirs, temporary)
         else:
-            save_file(theirs, temporary, about)
+            files_.save_file(theirs, temporary, about)
         files_.sync(temporary)
         os.replace(temporary, out)
     finally:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.engine import ema
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, files
 
 
 def reconstruct(stage_dir: Path, sigma_rel: float | None, out: Path | None) -> None:
@@ -37,5 +36,5 @@ def reconstruct(stage_dir: Path, sigma_rel: float | None, out: Path | None) -> N
             total[name] = total[name] + part if name in total else part
             moved |= set() if torch.equal(tensor, first[name]) else {name}
     # what never moved is a constant of the network: taken as it is, free of the sum's rounding
-    save_file({k: t.float() if k in moved else first[k] for k, t in total.items()}, out)
+    files.save_file({k: t.float() if k in moved else first[k] for k, t in total.items()}, out)
     print(f"{out}: sigma_rel {sigma_rel} at step {max(steps)} from {len(found)} snapshots")

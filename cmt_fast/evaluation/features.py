@@ -13,11 +13,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cmt_fast.data.datasets import in_memory
 from cmt_fast.data.rows import Rows
+from cmt_fast.storage.files import save_file
 
 GRID = 8  # fields along a side
 WHOLE = 2048  # numbers of a row that are features one by one, as many as Inception has

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.evaluation.distances import Moments
+from cmt_fast.storage.files import save_file
 
 WIDEST = 8192  # features; a covariance of them is 512 MB
 LARGEST = 1 << 33  # bytes of an array of features or images

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
@@ -26,7 +26,7 @@ from cmt_fast.diffusion.rng import Random
 from cmt_fast.models.vgg import CONVOLUTIONS, LatentVgg, PixelVgg, Vgg
 from cmt_fast.perceptual import augment
 from cmt_fast.perceptual.augment import Augmentation
-from cmt_fast.storage.files import checksum, sync
+from cmt_fast.storage.files import checksum, save_file, sync
 
 KIND = "cmt_fast latent features 1"
 

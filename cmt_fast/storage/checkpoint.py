@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import xxhash
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from cmt_fast.storage.files import checksum, sync, write_text
+from cmt_fast.storage.files import checksum, save_file, sync, write_text
 
 FORMAT = 1
 GOES_ON = "training cannot go on from it, what is finished can be sampled and judged"

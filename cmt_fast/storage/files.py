@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors.torch
 import xxhash
+from torch import Tensor
 
 
 def checksum(path: Path) -> str:
@@ -32,3 +36,14 @@ def write_text(path: Path, text: str) -> None:
     temporary.write_text(text, "utf-8")
     sync(temporary)
     os.replace(temporary, path)
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+    """A safetensors file. Raises OSError where it cannot be written, as any other file; the library has an error of its own."""
+    try:
+        safetensors.torch.save_file(dict(tensors), path, about)
+    except safetensors.SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None

@@ -32,6 +32,7 @@ def block(path: Path, rows: int) -> Iterator[Callable[[int, np.ndarray], None]]:
         nonlocal array
         if array is None:
             array = np.lib.format.open_memmap(temporary, "w+", part.dtype, (rows, *part.shape[1:]))
+            _allocate(temporary)
         array[place : place + len(part)] = part
 
     try:
@@ -42,6 +43,17 @@ def block(path: Path, rows: int) -> Iterator[Callable[[int, np.ndarray], None]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _allocate(path: Path) -> None:
+    """Give the file its blocks on the disk. A full disk is an error here; under a memory map it would end the process."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def join(blocks: Sequence[Path], out: Path, name: str, small: dict[str, np.ndarray]) -> int:
