@@ -9,7 +9,6 @@ number of a recipe's part of the page is typed by hand.
 from __future__ import annotations
 
 import argparse
-import datetime
 import re
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from cmt_fast.config import fingerprint, loading
 from cmt_fast.data.datasets import in_memory
 from cmt_fast.render import grids
 from cmt_fast.report import page
+from cmt_fast.report.standing import finished_at
 from cmt_fast.run.folder import about_run, stored_run
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
@@ -91,7 +91,7 @@ def facts(recipe: str, folder: Path) -> dict[str, Any]:
     report = page.write(folder)
     quality, images = report["quality"], {name: stage.images_nimg for name, stage in stored.stages.items()}
     seen = images | {"pre": 0, "post": images["mid"] + images["post"]}
-    newest = max((checkpoint.complete(folder / name).folder / "manifest.json").stat().st_mtime for name in images)
+    newest = max(finished_at(checkpoint.complete(folder / name)) for name in images)
     return {
         "recipe": recipe,
         "command": f"cmt train {recipe}" + (f" seed={stored.seed}" if stored.seed else ""),
@@ -99,7 +99,7 @@ def facts(recipe: str, folder: Path) -> dict[str, Any]:
         "digest": fingerprint.digest(stored),
         "device": Workspace(stored, folder, reading=True).device.type,
         "environment": about["environment"],
-        "finished": datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).date().isoformat(),
+        "finished": newest.date().isoformat(),
         "commit": results_file.commit(),
         "samples": stored.eval.n,
         "steps": list(stored.eval.steps),

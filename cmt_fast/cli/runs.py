@@ -90,7 +90,11 @@ def show(args: argparse.Namespace) -> None:
     rows, kept = known.about.get("rows") or {}, known.about.get("remembered") or {}
     if rows or kept:
         shape = " x ".join(map(str, rows.get("shape", ())))
-        say(f"data: {known.run.data.kind}, {kept.get('n', '?')} rows of {shape}, {rows.get('classes', '?')} classes")
+        n = kept.get("n") or (known.about.get("data") or {}).get("rows")  # older runs have it there alone
+        counted = f"{n:,} rows" if n else "rows"
+        classes = rows.get("classes") or 0
+        of = f", {classes} class{'es' * (classes > 1)}" if classes else ""
+        say(f"data: {known.run.data.kind}, {counted} of {shape}{of}")
     for line in here:
         say(f"here: {line}")
     for line in missing:

@@ -20,7 +20,7 @@ from cmt_fast.report import judged as judged_
 from cmt_fast.report import quality as quality_
 from cmt_fast.report import sections
 from cmt_fast.report.quality import Quality
-from cmt_fast.report.standing import Curve, Names, Stand
+from cmt_fast.report.standing import Curve, Names, Stand, finished_at
 from cmt_fast.run.folder import about_run, stored_run
 from cmt_fast.run.workspace import Workspace, open_run
 from cmt_fast.runtime import distributed, progress
@@ -150,10 +150,8 @@ def stand(work: Workspace, name: str, whole: bool = True) -> Stand:
         found, state = None, "damaged: none of its checkpoints is whole"
     if found:
         manifest, done = found.manifest, bool(found.manifest.get("done"))
-        written = (found.folder / "manifest.json").stat().st_mtime
-        when = datetime.datetime.fromtimestamp(written, datetime.timezone.utc)
         state = f"unfinished: {manifest['nimg']:,} of {stage.images_nimg:,} images"
-        state = f"finished {when:%Y-%m-%d %H:%M} UTC" if done else state
+        state = f"finished {finished_at(found):%Y-%m-%d %H:%M} UTC" if done else state
     grids = sorted((folder / "grids").glob("[0-9]*.png"))
     rows = metrics_log.read(folder / metrics_log.METRICS)
     if rows and state == "not trained":

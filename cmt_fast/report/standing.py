@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,13 @@ class Stand(NamedTuple):
     def kind(self, kind: str) -> list[dict[str, Any]]:
         """Its rows of one kind in metrics.jsonl."""
         return [row for row in self.rows if row["kind"] == kind]
+
+
+def finished_at(found: checkpoint.Checkpoint) -> datetime.datetime:
+    """When a checkpoint was written, by the run's own clock; of one without, by its file, whose time a copy makes anew."""
+    until = (found.manifest.get("bill") or {}).get("until")
+    moment = until or (found.folder / "manifest.json").stat().st_mtime
+    return datetime.datetime.fromtimestamp(moment, datetime.timezone.utc)
 
 
 class Judged(NamedTuple):
