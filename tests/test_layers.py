@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"config", "runtime", "storage"},
     "teacher": {"config", "diffusion", "models", "objectives", "runtime", "storage"},
     "usage": {"runtime", "storage"},
-    "evaluation": {"config", "data", "diffusion", "objectives", "runtime", "safe_pickle"},
+    "evaluation": {"config", "data", "diffusion", "objectives", "runtime", "safe_pickle", "storage"},
     "run": {"config", "data", "diffusion", "engine", "evaluation", "models", "objectives", "perceptual", "render", "runtime",
             "schedule", "storage", "teacher"},
     "train": {"config", "data", "diffusion", "engine", "evaluation", "objectives", "perceptual", "render", "run", "runtime",

@@ -57,7 +57,9 @@ COMMANDS = {
 
 def parser(asked: str | None = None) -> argparse.ArgumentParser:
     """All commands by name; with its arguments only the one that is asked for."""
-    root = Parser(prog="cmt", description="Consistency Mid-Training: from a diffusion model to one or two steps.")
+    text = "Consistency Mid-Training: from a diffusion model to one or two steps."
+    begin = "To begin: cmt recipes ls; cmt train digits; cmt watch runs/digits. cmt COMMAND --help says what a command takes."
+    root = Parser(prog="cmt", description=text, epilog=begin)
     root.add_argument("--version", action="version", version=f"cmt-fast {__version__}")
     root.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS

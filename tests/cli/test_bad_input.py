@@ -155,6 +155,10 @@ CASES = [
     (["search", "digits", "control"], ["cmt search: --grid is missing: values", "--out is missing"]),
     (["runs", "ls", "--sort"], ["cmt runs ls: --sort: expected one argument"]),
     (["sample", "run/pots", "--out", "x.npz"], ["RUN/STAGE", "run/pots", "did you mean post?"]),
+    (
+        ["sample", "run"],
+        ["RUN/STAGE: 'run' does not end in a stage", "it is a run, whose stages are named run/pre, run/mid"],
+    ),
     (["sample", "nowhere/post", "--out", "x.npz"], ["RUN", "nowhere"]),
     (["sample", "run/mid", "--out", "x.npz"], ["mid", "no checkpoint"]),
     (["sample", "run/pre", "--steps", "0", "--out", "x.npz"], ["--steps", "at least 1"]),
