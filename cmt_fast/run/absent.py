@@ -60,10 +60,10 @@ class RememberedRows:
 
     n, shape, classes, class_names, class_ids, facts, normalisation: as of the rows. labels: as many of each class, in no
     order; None where nobody counted them. encoded: of latents, see Decoding. law: (eval.labels, its name, counts) as kept.
-    why: what is wrong with where they were.
+    why: what is wrong with where they were; error: of who would have read them.
     """
 
-    here, why = False, "is not here"
+    here, why, error = False, "is not here", ""
 
     def __init__(self, config: Data, about: dict[str, Any]) -> None:
         """about: run.json, which has `rows`; what later versions keep may be missing. Raises KeyError without `rows`."""
@@ -87,6 +87,7 @@ class RememberedRows:
             f"data.path: {where!r} {self.why}, and this needs its rows; say where they are, or do it where they are"
             if where
             else f"data.kind: the rows of {self.config.kind!r} cannot be had here, and this needs them"
+            + f" ({self.error})" * bool(self.error)
         )
 
 

@@ -82,9 +82,10 @@ class Workspace:
         kept = absent.remembered(self.run.data, self.folder) if reading else None
         try:
             found = datasets.load(self.run.data, classes_of(self.folder))
-        except (ValueError, OSError):
+        except (ValueError, OSError) as error:
             if kept is None:
                 raise
+            kept.error = str(error)
             return kept
         if kept is None or not kept.facts or kept.facts == found.facts:
             return found
