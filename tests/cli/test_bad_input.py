@@ -43,7 +43,7 @@ CASES = [
     (["train", "list.yaml"], ["list.yaml", "no mapping"]),
     (["train", "twice.yaml"], ["twice.yaml", "name", "twice"]),
     (["train", "evil.yaml"], ["evil.yaml", "not valid YAML"]),
-    (["sample", "run/pre", "--class", "", "--grid", "x.png"], ["--classes: '' is no class with rows", "0, 1, 2"]),
+    (["sample", "run/pre", "--class", "", "--grid", "x.png"], ["--class: '' is no class with rows", "0, 1, 2"]),
     (["ckpt", "export", "run/pre", "--out", "x"], ["unknown argument '--out'", "other actions of `cmt ckpt`"]),
     (["train", "digits", "post.lrr=1e-3"], ["post.lrr", "unknown key", "did you mean lr?"]),
     (["train", "digits", "pots.lr=1e-3"], ["pots", "unknown key", "did you mean post?"]),
