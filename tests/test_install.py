@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from cmt_kernels import _native, use, without_native
 from cmt_kernels._native import build
 from torch.func import jvp
 
+from cmt_fast.cli import doctor
 from cmt_fast.runtime import machine
+from tests.fixtures import forked
 
 ROOT = Path(__file__).parents[1]
 if sys.version_info >= (3, 11):
@@ -194,6 +197,7 @@ def test_the_extra_all_is_all_that_users_install():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (every,) = extras["all"]
     assert sorted(re.fullmatch(r"cmt-fast\[(.*)\]", every)[1].split(",")) == sorted(set(extras) - {"all", "dev"})
+    assert set(doctor.EXTRAS) == set(extras) - {"all", "dev"}
 
 
 def test_both_distributions_are_of_one_version_and_licence():
@@ -228,13 +232,18 @@ def test_the_readme_of_the_ops_runs_and_its_tangent_is_right():
     torch.testing.assert_close(got, want)
 
 
-def test_bash_completes_commands_options_and_recipes(tmp_path, capsys):
+def test_bash_completes_commands_options_and_recipes(tmp_path):
+    """By the line that `cmt completion --help` gives, in a home where nothing is."""
     pytest.importorskip("shtab")
     from cmt_fast import cli
+    from cmt_fast.cli.completion import HOW
 
-    script = tmp_path / "cmt.bash"
-    assert cli.main(["completion", "bash"]) == 0
-    script.write_text(capsys.readouterr().out)
+    script = tmp_path / ".cmt.bash"
+    line = HOW["bash"].replace("cmt completion", f"{shlex.join(forked.python())} -m cmt_fast completion", 1)
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", f"set -e; {line}"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".bashrc").read_text() == ". ~/.cmt.bash\n"
     ask = (
         'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); '
         '$(complete -p cmt | sed "s/.*-F \\([^ ]*\\).*/\\1/"); echo "${COMPREPLY[@]}"'
@@ -252,3 +261,16 @@ def test_bash_completes_commands_options_and_recipes(tmp_path, capsys):
     assert words("train", "dig") == {"digits", "digits-mf", "digraph.yaml"}
     assert "--dry-run" in words("train", "digits", "--d")
     assert words("ckpt", "ex") == {"export"}
+
+
+@pytest.mark.parametrize("shell, words", [("zsh", "_files -g '*.yaml'"), ("fish", "__fish_complete_suffix .yaml")])
+def test_other_shells_complete_recipes_and_files_of_ones_own(shell, words, capsys):
+    """The line of `--help` makes the folder that it writes to: zsh reads fpath alone, and a new home has neither."""
+    pytest.importorskip("shtab")
+    from cmt_fast.cli import completion, main
+
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert words in script and script.count("_cmt_recipe") > 5 and "digits-mf" in script
+    folder = re.search(r"> (~/\S+)/", completion.HOW[shell])[1]
+    assert completion.HOW[shell].startswith(f"mkdir -p {folder}; cmt completion {shell} > {folder}/")

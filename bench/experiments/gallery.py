@@ -25,6 +25,7 @@ from bench.harness.pages import gallery
 from cmt_fast.config import fingerprint, loading
 from cmt_fast.data.datasets import in_memory
 from cmt_fast.render import grids
+from cmt_fast.run import standing
 from cmt_fast.run.folder import about_run, stored_run
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
@@ -88,7 +89,7 @@ def finished(folder: Path) -> bool:
 def facts(recipe: str, folder: Path) -> dict[str, Any]:
     """What the page says of a finished run: a table of one seed, and how to make it."""
     stored = stored_run(folder)
-    newest = max((checkpoint.complete(folder / n).folder / "manifest.json").stat().st_mtime for n in stored.stages)
+    newest = max(standing.moment(*checkpoint.complete(folder / n)) for n in stored.stages)
     return seeds.facts(stored.name, stored) | {
         "command": f"cmt train {recipe}" + (f" seed={stored.seed}" if stored.seed else ""),
         "device": Workspace(stored, folder, reading=True).device.type,

@@ -57,7 +57,9 @@ COMMANDS = {
 
 def parser(asked: str | None = None) -> argparse.ArgumentParser:
     """All commands by name; with its arguments only the one that is asked for."""
-    root = Parser(prog="cmt", description="Consistency Mid-Training: from a diffusion model to one or two steps.")
+    text = "Consistency Mid-Training: from a diffusion model to one or two steps."
+    begin = "To begin: cmt recipes ls; cmt train digits; cmt watch runs/digits. cmt COMMAND --help says what a command takes."
+    root = Parser(prog="cmt", description=text, epilog=begin)
     root.add_argument("--version", action="version", version=f"cmt-fast {__version__}")
     root.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
@@ -158,7 +160,9 @@ def _told(error: Exception) -> int | None:
     """
     if isinstance(error, ConfigError):
         text, code = str(error), 2
-    elif isinstance(error, (FloatingPointError, OSError)):
+    elif isinstance(error, OSError):
+        text, code = _of_system(error), 1
+    elif isinstance(error, FloatingPointError):
         text, code = str(error), 1
     else:
         text, code = _of_torch(error)
@@ -175,6 +179,14 @@ def _told(error: Exception) -> int | None:
     traceback.print_exception(error)
     print(f"cmt: {once.named(last)}", file=sys.stderr, flush=True)
     return 1
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refused, after the whole path of the file: who reads a log does not know the folder of the process."""
+    if not error.strerror or isinstance(error.filename, int):
+        return str(error)
+    place = error.filename2 or error.filename
+    return f"{os.path.abspath(os.fsdecode(place))}: {error.strerror}" if place else error.strerror
 
 
 def _of_torch(error: Exception) -> tuple[str | None, int]:

@@ -29,10 +29,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         return inner
 
     for name, text in (("ls", "list a run's checkpoints"), ("verify", "check them against their checksums")):
-        action(name, list_, text).add_argument("run", type=Path, metavar="RUN")
+        action(name, list_, text).add_argument(
+            "run", type=Path, metavar="RUN", help="a run's folder, such as runs/digits"
+        )
 
     p = action("reconstruct", reconstruct, "an EMA of any width from a stage's snapshots")
-    p.add_argument("run", type=Path, metavar="RUN/STAGE")
+    p.add_argument("run", type=Path, metavar="RUN/STAGE", help="a stage of a run, such as runs/digits/post")
     p.add_argument("--sigma-rel", type=float, help="relative width of the profile")
     p.add_argument("--out", type=Path, help="the .safetensors file to write")
 
@@ -53,17 +55,23 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
 
     p = action("export", export, "a stage's network as one file, or as a folder that diffusers loads")
-    p.add_argument("stage", metavar="RUN/STAGE")
+    p.add_argument("stage", metavar="RUN/STAGE", help="a stage of a run, such as runs/digits/post")
+    text = "the file, or with --format diffusers the folder; must not exist"
+    p.add_argument("out", type=Path, metavar="OUT", help=text)
     p.add_argument(
-        "out", type=Path, metavar="OUT", help="a .safetensors file, or the pipeline's folder; must not exist"
+        "--format",
+        choices=("safetensors", "diffusers", "onnx", *PLAIN),
+        default="safetensors",
+        help="safetensors (default): all of the network, for cmt ckpt import; diffusers: a folder; onnx: one graph of one and "
+        "two steps; else a state dict by the names of that project",
     )
-    p.add_argument("--format", choices=("safetensors", "diffusers", "onnx", *PLAIN), default="safetensors")
     p.add_argument("--ema", type=int, default=0, metavar="I", help="index of the stage's EMA (default: 0, the first)")
     p.add_argument(
         "--vae", type=Path, metavar="FOLDER", help="diffusers: the autoencoder's folder, copied into the pipeline"
     )
     for name, of in LICENCES.items():
-        p.add_argument(f"--{name}", metavar="ID", help=f"diffusers: the licence of {of}, for the card (apache-2.0)")
+        text = f"diffusers: the licence of {of}, for the card, such as apache-2.0 (default: not stated)"
+        p.add_argument(f"--{name}", metavar="ID", help=text)
 
 
 def reconstruct(args: argparse.Namespace) -> None:

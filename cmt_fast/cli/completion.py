@@ -11,17 +11,29 @@ from cmt_fast.config.schema import STAGES
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 HOW = {
-    "bash": "cmt completion bash > ~/.local/share/bash-completion/completions/cmt",
-    "zsh": 'cmt completion zsh > "${fpath[1]}/_cmt"',
-    "fish": "cmt completion fish > ~/.config/fish/completions/cmt.fish",
-    "tcsh": "cmt completion tcsh > ~/.cmt.tcsh; echo source ~/.cmt.tcsh >> ~/.tcshrc",
+    "bash": "cmt completion bash > ~/.cmt.bash; echo '. ~/.cmt.bash' >> ~/.bashrc",
+    "zsh": "mkdir -p ~/.zfunc; cmt completion zsh > ~/.zfunc/_cmt; "
+    "echo 'fpath=(~/.zfunc $fpath); autoload -Uz compinit; compinit' >> ~/.zshrc",
+    "fish": "mkdir -p ~/.config/fish/completions; cmt completion fish > ~/.config/fish/completions/cmt.fish",
+    "tcsh": "cmt completion tcsh > ~/.cmt.tcsh; echo 'source ~/.cmt.tcsh' >> ~/.tcshrc",
 }
-# bash's words for a recipe: one that comes with the package, a YAML file, a folder on the way to one
-RECIPE = """_cmt_recipe() {
+# a shell's words for a recipe: one that comes with the package, a YAML file, a folder on the way to one; tcsh knows the first
+RECIPE = {
+    "bash": """_cmt_recipe() {
   compgen -W "%s" -- "$1"
   compgen -f -X '!*.yaml' -- "$1"
   compgen -d -S / -- "$1"
-}"""
+}""",
+    "zsh": """_cmt_recipe() {
+  compadd -- %s
+  _files -g '*.yaml'
+}""",
+    "fish": """function _cmt_recipe
+  printf '%%s\\n' %s
+  __fish_complete_suffix .yaml
+end""",
+}
+WORDS = {"bash": "_cmt_recipe", "zsh": "_cmt_recipe", "fish": "(_cmt_recipe)"}
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -47,15 +59,16 @@ def completion(args: argparse.Namespace) -> None:
         for action in p._actions:
             _meant(action, shtab, args.shell)
     names = " ".join(recipes.recipes())
-    print(shtab.complete(root, args.shell, preamble={"bash": RECIPE % names} if args.shell == "bash" else ""))
+    preamble = {args.shell: RECIPE[args.shell] % names} if args.shell in RECIPE else ""
+    print(shtab.complete(root, args.shell, preamble=preamble))
 
 
 def _meant(action: argparse.Action, shtab, shell: str) -> None:
     """What stands in the place of an argument: one of the recipes, a stage, a folder or a file."""
     if action.choices is not None or action.nargs == 0:
         return
-    if action.dest == "recipe" and shell == "bash":
-        action.complete = {"bash": "_cmt_recipe"}  # type: ignore[attr-defined]  # or a file of one's own
+    if action.dest == "recipe" and shell in WORDS:
+        action.complete = {shell: WORDS[shell]}  # type: ignore[attr-defined]  # or a file of one's own
     elif action.dest == "recipe":
         action.choices = list(recipes.recipes())
     elif action.dest == "stages":

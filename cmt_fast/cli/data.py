@@ -39,9 +39,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         shards,
         "write a store as WebDataset shards (tar archives in random order), which can be trained on as well",
     )
-    p.add_argument("store", type=Path, metavar="STORE")
+    p.add_argument("store", type=Path, metavar="STORE", help="the store's folder")
     p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    p.add_argument("--shard-rows", type=int, default=ROWS)
+    p.add_argument("--shard-rows", type=int, default=ROWS, help=f"rows in a file (default: {ROWS:,})")
     p.add_argument("--seed", type=int, default=0, help="of the order of rows")
 
     text = "one picture of the first samples of training, with their classes and the histogram of their values"
@@ -51,12 +51,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         ("verify", verify, "check every row of a store against its checksum"),
         ("stats", stats, "mean and standard deviation of each channel, rows of each class, read from all rows"),
     ):
-        action(name, call, text).add_argument("store", type=Path, metavar="STORE")
+        action(name, call, text).add_argument("store", type=Path, metavar="STORE", help="the store's folder")
 
 
 def _encoding(p: argparse.ArgumentParser) -> None:
     """The arguments of `cmt data encode`."""
-    p.add_argument("source", type=Path, metavar="IMAGES")
+    p.add_argument("source", type=Path, metavar="IMAGES", help="a folder of images, or of one folder a class")
     p.add_argument("out", type=Path, metavar="OUT", help="the store, a new folder")
     p.add_argument("--vae", metavar="FOLDER_OR_ID", help="an AutoencoderKL of diffusers: the store holds its latents")
     p.add_argument(
@@ -82,17 +82,17 @@ def _encoding(p: argparse.ArgumentParser) -> None:
         default="fail",
         help="skip: leave out images that cannot be read and links that lead nowhere, and list them in OUT/broken.tsv",
     )
-    p.add_argument("--batch", type=int, default=16)
-    p.add_argument("--workers", type=int, default=4, help="threads that decode images")
-    p.add_argument("--shard-rows", type=int, default=ROWS)
-    p.add_argument("--device", default="auto")
+    p.add_argument("--batch", type=int, default=16, help="images at a time (default: 16)")
+    p.add_argument("--workers", type=int, default=4, help="threads that decode images (default: 4)")
+    p.add_argument("--shard-rows", type=int, default=ROWS, help=f"rows in a file (default: {ROWS:,})")
+    p.add_argument("--device", default="auto", help="cpu, cuda or auto (default: a GPU where there is one)")
 
 
 def _importing(p: argparse.ArgumentParser) -> None:
     """The arguments of `cmt data import`."""
-    p.add_argument("source", type=Path, metavar="FILE_OR_FOLDER")
+    p.add_argument("source", type=Path, metavar="FILE_OR_FOLDER", help="what the other project wrote")
     p.add_argument("out", type=Path, metavar="OUT", help="the store, a new folder")
-    p.add_argument("--format", required=True, choices=importing.FORMATS)
+    p.add_argument("--format", required=True, choices=importing.FORMATS, help="whose: see docs/data.md")
     p.add_argument(
         "--dtype", choices=tuple(DTYPES), default="fp16", help="of the store (default: fp16; 8-bit images stay)"
     )
@@ -105,7 +105,7 @@ def _importing(p: argparse.ArgumentParser) -> None:
         help="factor that the latents were multiplied by (DiT: 0.18215); it is divided out",
     )
     p.add_argument("--unchecked", action="store_true", help="take numbers whatever their range and standard deviation")
-    p.add_argument("--shard-rows", type=int, default=ROWS)
+    p.add_argument("--shard-rows", type=int, default=ROWS, help=f"rows in a file (default: {ROWS:,})")
 
 
 @contextlib.contextmanager

@@ -11,8 +11,23 @@ from cmt_kernels import _native, assembler
 
 from cmt_fast.config import recipes
 from cmt_fast.data import dali
+from cmt_fast.run import needs
 from cmt_fast.runtime import machine
 from cmt_fast.storage import heartbeat
+
+EXTRAS = {  # of pyproject.toml: what each brings, by the names that are imported
+    "demo": ("sklearn", "skimage"),
+    "eval": ("torch_fidelity",),
+    "log": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "latents": ("diffusers",),
+    "dali": ("nvidia.dali",),
+    "zero": ("deepspeed",),
+    "energy": ("pynvml",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "completion": ("shtab",),
+}
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -46,9 +61,18 @@ def doctor(args: argparse.Namespace) -> None:
     print(f"native     {_native.unavailable(kind) or _native.record().get('line', 'loaded')}")
     if line := machine.other_kernels():
         print(f"note       {line}")
+    _extras()
     for op in cmt_kernels.OPS:
         print(f"op {op:18s} {' > '.join(cmt_kernels.available(op))}")
     print(f"recipes    {', '.join(recipes.recipes())}")
+
+
+def _extras() -> None:
+    """Which extras are here, and how the others are had."""
+    lacking = {extra for extra, modules in EXTRAS.items() if not all(map(needs.installed, modules))}
+    print(f"extras     {', '.join(extra for extra in EXTRAS if extra not in lacking) or 'none'}")
+    if lacking:
+        print(f"not here   {', '.join(extra for extra in EXTRAS if extra in lacking)}; pip install 'cmt-fast[EXTRA]'")
 
 
 def _assemblers() -> None:

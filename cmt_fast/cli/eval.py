@@ -19,7 +19,11 @@ from cmt_fast.runtime import distributed, machine, progress
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=evaluate)
-    p.add_argument("stage", metavar="RUN/STAGE", help="with --make-reference also a recipe")
+    p.add_argument(
+        "stage",
+        metavar="RUN/STAGE",
+        help="a stage of a run, such as runs/digits/post; with --make-reference also a recipe",
+    )
     p.add_argument("--steps", default="1,2", help="comma-separated numbers of network calls (default: 1,2)")
     text = "samples (default: the recipe's); with --make-reference rows (default: all)"
     p.add_argument("-n", "--samples", "--n", dest="n", type=int, help=text)
@@ -38,7 +42,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--features", type=int, default=10_000, help="--make-reference: features kept for precision and recall"
     )
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ def of_run(work: Workspace, out: Path) -> None:
     try:
         picture.draw(found, out)
     except OSError as error:
-        return print(f"no picture of the data: {error}")
+        return print(f"no picture of the data: {error.strerror or error}: {out}")
     print(f"{out}: a picture of the first samples ({'; '.join(found.lines[2:])})")
 
 

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=recipes)
-    p.add_argument("action", choices=("ls", "show", "copy", "new", "validate"))
+    p.add_argument(
+        "action",
+        choices=("ls", "show", "copy", "new", "validate"),
+        metavar="ACTION",
+        help="ls, show, copy, new or validate",
+    )
     p.add_argument("names", nargs="*", metavar="RECIPE", help="`copy`: a recipe and a file to write; `new`: a name")
     p.add_argument("--all", action="store_true", help="validate every recipe of the package")
     p.add_argument(

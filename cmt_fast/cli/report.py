@@ -12,7 +12,7 @@ from cmt_fast.runtime import progress
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=make_report)
-    p.add_argument("run", type=Path, metavar="RUN")
+    p.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/digits")
     p.add_argument(
         "--no-judge", action="store_true", help="draw what is known, in seconds; also of a run that is being trained"
     )

@@ -31,19 +31,19 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p = action("ls", ls, "the runs in a folder: stages, figures, hours, size, whether they are alive")
     p.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
     p.add_argument("--sort", choices=tuple(tables.SORTS), default="name", help="the newest or largest first")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--json", action="store_true", help="print the same as JSON")
 
     p = action("show", show, "one run: stages, where they come from, its settings, its data, its files")
-    p.add_argument("run", type=Path, metavar="RUN")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/digits")
+    p.add_argument("--json", action="store_true", help="print the same as JSON")
 
     p = action("compare", compare, "two runs: settings that differ, figures side by side, pictures")
-    p.add_argument("runs", nargs=2, type=Path, metavar="RUN")
+    p.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="the folders of both")
     p.add_argument("--out", type=Path, metavar="FILE.png", help="write the last grids of both runs side by side")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--json", action="store_true", help="print the same as JSON")
 
     p = action("rm", rm, "free the space of a run: what is not needed to sample it, its weights, or all of it")
-    p.add_argument("run", type=Path, metavar="RUN")
+    p.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/digits")
     p.add_argument(
         "--keep",
         choices=removing.KEEP,
@@ -90,7 +90,11 @@ def show(args: argparse.Namespace) -> None:
     rows, kept = known.about.get("rows") or {}, known.about.get("remembered") or {}
     if rows or kept:
         shape = " x ".join(map(str, rows.get("shape", ())))
-        say(f"data: {known.run.data.kind}, {kept.get('n', '?')} rows of {shape}, {rows.get('classes', '?')} classes")
+        n = kept.get("n") or (known.about.get("data") or {}).get("rows")  # older runs have it there alone
+        counted = f"{n:,} rows" if n else "rows"
+        classes = rows.get("classes") or 0
+        of = f", {classes} class{'es' * (classes > 1)}" if classes else ""
+        say(f"data: {known.run.data.kind}, {counted} of {shape}{of}")
     for line in here:
         say(f"here: {line}")
     for line in missing:

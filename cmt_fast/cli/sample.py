@@ -17,7 +17,7 @@ PICTURES = ("grid", "interpolate", "strip")
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=sample)
-    p.add_argument("stage", metavar="RUN/STAGE")
+    p.add_argument("stage", metavar="RUN/STAGE", help="a stage of a run, such as runs/digits/post")
     p.add_argument("--steps", type=int, help="network calls (default: 1; of the solver sampler.teacher_steps)")
     p.add_argument("-n", "--samples", "--n", dest="n", type=int, default=64, help="samples (default: 64)")
     p.add_argument(

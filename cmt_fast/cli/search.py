@@ -13,8 +13,8 @@ from cmt_fast.train import grid_search
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=run_search)
-    p.add_argument("recipe")
-    p.add_argument("stage", metavar="STAGE", choices=STAGES)
+    p.add_argument("recipe", help="name or YAML file")
+    p.add_argument("stage", metavar="STAGE", choices=STAGES, help="the stage to search")
     add_overrides(p)
     p.add_argument(
         "--grid",
@@ -23,7 +23,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="a.b=v1,v2 [c=v1,v2]",
         help="values to combine; repeat the option to add another grid",
     )
-    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--out", type=Path, required=True, help="folder of the runs that are tried")
     p.add_argument("--record", type=Path, help="where the table is written (default: OUT/search.json)")
 
 

@@ -101,7 +101,7 @@ def train(args: argparse.Namespace) -> None:
     names = [name for name in names if name not in done]  # what a finished stage read need not be here
     lacking = needs.missing(run, out, parents, names)
     if lacking and not args.dry_run:
-        if getattr(run.data, "expects", None) or all(need.key != "data.path" for need in lacking):
+        if getattr(run.data, "expects", None) or not {"data.path", "data.kind"} & {need.key for need in lacking}:
             workspace.Workspace(run, out, parents, absent.rows(run))  # what cannot be meant is said first
         raise needs.error(lacking)
     distributed.start(machine.device(run.device), run.timeout_s)

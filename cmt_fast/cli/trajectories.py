@@ -40,8 +40,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         required=True,
         help="number of trajectories",
     )
-    p.add_argument("--dtype", choices=tuple(trajectory_store.DTYPES), default="fp16")
-    p.add_argument("--shard-rows", type=int, default=ROWS)
+    p.add_argument(
+        "--dtype", choices=tuple(trajectory_store.DTYPES), default="fp16", help="of the store (default: fp16)"
+    )
+    p.add_argument("--shard-rows", type=int, default=ROWS, help=f"rows in a file (default: {ROWS:,})")
 
 
 def write(args: argparse.Namespace) -> None:

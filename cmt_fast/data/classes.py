@@ -213,11 +213,11 @@ def gaps(data: Rows) -> str:
 def by_name(data: Rows, asked: str) -> list[int]:
     """Classes as typed, `5,17` or `cat,dog`: numbers of the source where it has its own, names, else the network's numbers.
 
-    Raises ConfigError, its key --classes, for one that is not there or has no rows.
+    Raises ConfigError, its key --class, for one that is not there or has no rows.
     """
     own = of(data)
     if not own.classes:
-        raise ConfigError("the data of this run have no labels", "--classes")
+        raise ConfigError("the data of this run have no labels", "--class")
     present = own.present or list(range(own.classes))  # of rows that never were here nobody knows which have some
     called, out = _called(own, present), []
     known = dict(zip(called, present))
@@ -229,7 +229,7 @@ def by_name(data: Rows, asked: str) -> list[int]:
             known[word] = int(word)
         if word not in known:
             raise ConfigError(
-                f"{word!r} is no class with rows; there are {_some(_called(own, present), 20)}", "--classes"
+                f"{word!r} is no class with rows; there are {_some(_called(own, present), 20)}", "--class"
             )
         out.append(known[word])
     return out

@@ -166,7 +166,8 @@ def pictures(work: Workspace, stands: dict[str, Standing], quality: Quality, hom
         if judged is None or not found:
             continue
         figures = judged.figures(steps, how)
-        note = f"{words.steps(steps)}: {figures['frechet']:.3g}" if figures else f"{words.steps(steps)}: not finite"
+        found_ = f"{quality.names.distance} {figures['frechet']:.3g}" if figures else "not finite"
+        note = f"{found_} in {words.steps(steps)}"
         alt = f"Samples of {title} in {words.steps(steps)}, from the same noise as in the other pictures"
         out.append(png(title, f"shown-{'teacher' if how == 'solver' else name}.png", found[0], note, alt))
     return out if len(out) > 1 else []

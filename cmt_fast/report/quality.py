@@ -52,8 +52,19 @@ def first(work: Workspace, stands: dict[str, Standing], quality: Quality, pictur
     groups = []
     if pictures:
         how = "strips" if len(work.data.shape) == 3 else "panels"
-        groups.append(Group([*pictures], how=how, note=f"{note} The real rows belong to no noise."))
-    return Section("", text, groups, headlines=headlines, alerts=alerts)
+        groups.append(
+            Group([*pictures], how=how, note=f"{note} The real rows belong to no noise. Lower distances are better.")
+        )
+    return Section("", text, groups, headlines=headlines, alerts=alerts, subtitle=subtitle(work))
+
+
+def subtitle(work: Workspace) -> str:
+    """What this page is about, for somebody who was sent it."""
+    run = work.run
+    steps = f"{' or '.join(map(str, run.eval.steps))} step{'s' * (max(run.eval.steps) > 1)}"
+    control = ", with and without mid-training" * bool(run.control)
+    what = DATA.get(run.data.kind, run.data.kind)
+    return f"A diffusion model of {what}, made into a generator of {steps}{control}. CMT-Fast, {work.parameters:,} parameters."
 
 
 def headline(stands: dict[str, Standing], quality: Quality, k: int) -> tuple[str, str]:
@@ -141,7 +152,7 @@ def _columns(quality: Quality, figures: list[Figures]) -> dict[str, str]:
         "frechet_2": f"Fréchet, {quality.names.second}",
         "sharpness": "sharpness",
         "precision": "precision, recall",
-        "precision_2": "in the second space",
+        "precision_2": "precision, recall, second space",
         **PLAIN,
         "accuracy": "accuracy",
     }
@@ -190,7 +201,7 @@ def _notes(quality: Quality, columns: dict[str, str], rows: list[str]) -> str:
         )
     if quality.real is not None and "sharpness" in columns:
         said.append(
-            f"Sharpness: the share of energy in high frequencies; of real rows {quality.real:.3f}, which is to be met."
+            f"Sharpness: the share of energy in high frequencies; real rows have {quality.real:.3f}, the nearer the better."
         )
     return " ".join(said)
 

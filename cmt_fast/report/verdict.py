@@ -36,7 +36,8 @@ def text(value: Interval | Ratio | float, form: str = ".3g") -> str:
         return format(value, form)
     if value.low == value.high:
         return format(value.value, form)
-    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
+    x, low, high = (format(v, f"#{form}").removesuffix(".") for v in value)  # 0.430 beside 0.349: as many digits
+    return f"{x} [{low}, {high}]"
 
 
 def distance(figures: Figures, key: str) -> Interval | float:

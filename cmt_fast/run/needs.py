@@ -91,8 +91,15 @@ def _packages(run: Run) -> Iterator[Need]:
     wanted += [("eval.vae", "diffusers", "latents")] if _decodes(run) else []
     wanted += [("loggers", name, EXTRAS[name]) for name in run.logging]
     for key, package, extra in wanted:
-        there = importlib.util.find_spec(package.partition(".")[0]) is not None
-        yield Need(key, package, there, "is not installed", f"pip install 'cmt-fast[{extra}]'")
+        yield Need(key, package, installed(package), "is not installed", f"pip install 'cmt-fast[{extra}]'")
+
+
+def installed(module: str) -> bool:
+    """Whether it could be imported. Packages of CUDA make the `nvidia` of `nvidia.dali`; without any the question is an error."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _decodes(run: Run) -> bool:

@@ -100,7 +100,7 @@ def opened(stage: str, request: Request, asked: Asked) -> Drawing:
         guidance.check_solver(place, name)
     if asked.classes is not None:
         if not getattr(work.run.model, "conditional", True):
-            raise ConfigError("--classes: the network takes no labels (model.conditional false)")
+            raise ConfigError("--class: the network takes no labels (model.conditional false)")
         chosen = torch.tensor(classes.by_name(work.data, asked.classes))
         setting = setting.under(Law.uniform(chosen, work.data.classes))
     return Drawing(work, name, setting, request, codec)

@@ -82,11 +82,7 @@ class Standing(NamedTuple):
     @property
     def saved(self) -> float:
         """When its newest sound checkpoint was written, Unix time; 0 without one."""
-        return (
-            written(checkpoint.folder_of(self.folder, self.manifest["step"]) / "manifest.json")
-            if self.manifest
-            else 0.0
-        )
+        return moment(checkpoint.folder_of(self.folder, self.manifest["step"]), self.manifest) if self.manifest else 0.0
 
     @property
     def ema(self) -> str:
@@ -121,6 +117,11 @@ class Standing(NamedTuple):
     def kind(self, kind: str) -> Rows:
         """Its rows of one kind."""
         return [row for row in self.rows if row["kind"] == kind]
+
+
+def moment(folder: Path, manifest: dict[str, Any]) -> float:
+    """When a checkpoint was written, Unix time by the run's own clock; of one without, by its file, which a copy makes anew."""
+    return (manifest.get("bill") or {}).get("until") or written(folder / "manifest.json")
 
 
 def place(folder: Path, parents: Path | None, name: str) -> Path:

@@ -351,9 +351,10 @@ def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, st
     """`RUN/stage` as typed, as `open_run`. Raises ConfigError naming what is valid."""
     path = Path(text)
     if path.name not in STAGES:
-        raise ConfigError(
-            f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{errors.nearest(path.name, STAGES)}"
-        )
+        hint = errors.nearest(path.name, STAGES)
+        if (path / RUN_FILE).is_file():
+            hint = f"; it is a run, whose stages are named {', '.join(str(path / name) for name in stored_run(path).stages)}"
+        raise ConfigError(f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{hint}")
     return open_run(path.parent, evaluation), path.name
 
 

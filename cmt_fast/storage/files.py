@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,13 +45,21 @@ def write_bytes(path: Path, data: bytes) -> None:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
     """A safetensors file that those can read who may read the other files of its folder.
 
-    safetensors 0.8 makes its files for their owner alone; here they get what the umask gives every new file.
+    safetensors 0.8 makes its files for their owner alone; here they get what the umask gives every new file. Raises OSError
+    where it cannot be written, as for any other file; the library has an error of its own.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file  # it brings torch, which small files do without
 
     path.open("wb").close()
     mode = stat.S_IMODE(path.stat().st_mode)
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, dict(about) if about else None)
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, dict(about) if about else None)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     path.chmod(mode)
 
 

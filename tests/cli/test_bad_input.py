@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ CASES = [
     (["train", "list.yaml"], ["list.yaml", "no mapping"]),
     (["train", "twice.yaml"], ["twice.yaml", "name", "twice"]),
     (["train", "evil.yaml"], ["evil.yaml", "not valid YAML"]),
-    (["sample", "run/pre", "--class", "", "--grid", "x.png"], ["--classes: '' is no class with rows", "0, 1, 2"]),
+    (["sample", "run/pre", "--class", "", "--grid", "x.png"], ["--class: '' is no class with rows", "0, 1, 2"]),
     (["ckpt", "export", "run/pre", "--out", "x"], ["unknown argument '--out'", "other actions of `cmt ckpt`"]),
     (["train", "digits", "post.lrr=1e-3"], ["post.lrr", "unknown key", "did you mean lr?"]),
     (["train", "digits", "pots.lr=1e-3"], ["pots", "unknown key", "did you mean post?"]),
@@ -146,8 +147,18 @@ CASES = [
     (["train", "digits", *SHRUNK, "seed=7", "--out", "run"], ["--out", "another configuration", "seed: 0 -> 7"]),
     (["train", "digits", "--from", "nowhere", "--out", "x"], ["RUN", "nowhere"]),
     (["train", "digits", "--otu", "x"], ["--otu", "did you mean --out?"]),
-    (["trian"], ["trian", "did you mean train?"]),
+    (["trian"], ["cmt: COMMAND: 'trian'", "valid are train, search", "did you mean train?"]),
+    ([], ["cmt: COMMAND is missing", "valid are train, search", "`cmt --help`"]),
+    (["recipes"], ["ACTION is missing; valid are ls, show, copy, new, validate\n"]),
+    (["runs"], ["cmt runs: ACTION is missing; valid are ls, show", "`cmt runs --help`"]),
+    (["sample"], ["cmt sample: RUN/STAGE is missing: a stage of a run, such as runs/digits/post"]),
+    (["search", "digits", "control"], ["cmt search: --grid is missing: values", "--out is missing"]),
+    (["runs", "ls", "--sort"], ["cmt runs ls: --sort: expected one argument"]),
     (["sample", "run/pots", "--out", "x.npz"], ["RUN/STAGE", "run/pots", "did you mean post?"]),
+    (
+        ["sample", "run"],
+        ["RUN/STAGE: 'run' does not end in a stage", "it is a run, whose stages are named run/pre, run/mid"],
+    ),
     (["sample", "nowhere/post", "--out", "x.npz"], ["RUN", "nowhere"]),
     (["sample", "run/mid", "--out", "x.npz"], ["mid", "no checkpoint"]),
     (["sample", "run/pre", "--steps", "0", "--out", "x.npz"], ["--steps", "at least 1"]),
@@ -212,6 +223,13 @@ def test_one_line_and_nothing_changes(arguments, words, world, monkeypatch, caps
     assert {k: v for k, v in tree(world).items() if not k.endswith(".lock")} == {
         k: v for k, v in before.items() if not k.endswith(".lock")
     }
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no file")
+def test_what_the_system_refuses_is_one_line_with_the_whole_path(monkeypatch, capsys):
+    monkeypatch.chdir("/proc")
+    assert main(["recipes", "copy", "digits", "a.yaml"]) == 1
+    assert re.fullmatch(r"cmt: /proc/\S*a\.yaml: No such file or directory\n", capsys.readouterr().err)
 
 
 def test_exit_code_of_the_process(tmp_path):

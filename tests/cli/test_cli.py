@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from cmt_fast.cli import _subparsers, complete_parser
 from cmt_fast.config.schema import Digits
 from cmt_fast.data import datasets
 from cmt_fast.storage import checkpoint
@@ -188,3 +189,10 @@ def test_a_signal_leaves_a_checkpoint_and_its_exit_code(tmp_path, number):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "to resume" in err
     assert checkpoint.latest(tmp_path / "run" / "pre").manifest["step"] > 0
+
+
+def test_every_argument_says_what_it_takes():
+    """In `--help`, in the completion of zsh and fish, and where a required one is missing."""
+    parsers = [p for p in _subparsers(complete_parser())]
+    bare = [(p.prog, a.dest) for p in parsers for a in p._actions if not a.help and a.dest not in ("action", "command")]
+    assert len(parsers) > 20 and bare == []

@@ -241,7 +241,7 @@ def test_classes_are_asked_for_by_the_sources_numbers(tmp_path, asked, want):
     assert classes.by_name(written(tmp_path / "s", NUMBERS), asked) == want
     named = written(tmp_path / "n", DENSE, ("cat", "dog", "eel"))
     assert classes.by_name(named, "dog, cat") == [1, 0] and classes.by_name(named, "2") == [2]
-    with pytest.raises(ConfigError, match="--classes: '3' is no class with rows; there are cat, dog, eel"):
+    with pytest.raises(ConfigError, match="--class: '3' is no class with rows; there are cat, dog, eel"):
         classes.by_name(named, "3")
 
 
@@ -250,7 +250,7 @@ def test_names_that_are_numbers_are_what_a_number_asks_for(tmp_path, asked, want
     """Folders 1, 10, 2 are classes 0, 1, 2 by the order of names: a number is a folder's, never a place in that order."""
     named = written(tmp_path / "n", DENSE, ("1", "10", "2"))
     assert classes.by_name(named, asked) == want
-    with pytest.raises(ConfigError, match="--classes: '0' is no class with rows; there are 1, 10, 2"):
+    with pytest.raises(ConfigError, match="--class: '0' is no class with rows; there are 1, 10, 2"):
         classes.by_name(named, "0")
 
 

@@ -291,5 +291,6 @@ def test_what_is_said_of_made_up_figures(post, control, mid, wants) -> None:
 def test_a_figure_without_its_groups_is_believed_as_it_stands() -> None:
     a, b = ({"frechet": v, "frechet_2": w} for v, w in ((1.0, 3.0), (2.0, 2.0)))
     found = verdict.ratio(a, b, "frechet")
+    assert verdict.text(verdict.Ratio(0.349, 0.28, 1.0)) == "0.349 [0.280, 1.00]"  # as many digits in all
     assert found == (0.5, 0.5, 0.5) and verdict.text(found) == "0.5" and verdict.ratio(a, None, "frechet") is None
     assert "post by the first" in verdict.disagreements({"post": a, "control": b}, None, 10, "1 step")[0]

@@ -105,6 +105,20 @@ def test_what_a_copy_needs_is_told_at_once(tmp_path, monkeypatch, capsys):
     assert "eval.reference" in line and "data.path" in line and not Path("runs").exists()
 
 
+def test_packages_of_the_data_are_told_at_once_with_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(needs, "installed", lambda module: False)
+    assert main(["train", "photos", "loader.kind=dali"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    wanted = (
+        "sklearn' is not installed; pip install 'cmt-fast[demo]'",
+        "skimage'",
+        "nvidia.dali'",
+        "3 things are missing",
+    )
+    assert all(words in line for words in wanted), line
+
+
 def test_a_bare_train_asks_which_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train"]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ import torch
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import datasets
 from cmt_fast.report import page
-from cmt_fast.run import absent
+from cmt_fast.run import absent, standing
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import machine
@@ -69,6 +70,10 @@ def test_the_page_holds_both_tables_and_every_section(run, capsys):
             assert what in text
     html = (folder / "report.html").read_text()
     assert html.count("<svg ") == 2 + 4 and html.count("data:image/png") == 6 + 4 + 4
+    assert (
+        '<p class="lead subtitle">A diffusion model of 8 x 8 handwritten digits, made into a generator of 1 or 2 steps'
+        in html
+    )
     assert html.index("data:image/png") < html.index("In 1 step, post-training after mid-training reaches")
 
 
@@ -275,6 +280,13 @@ def test_a_mixture_gets_its_theory_once(tmp_path, monkeypatch):
 )
 def test_reach_interpolates_the_log_distance(target, images):
     assert page.reach([(100, 16.0), (200, 4.0), (300, 2.0)], target) == (images and pytest.approx(images))
+
+
+def test_a_stage_ended_by_the_runs_clock_and_not_when_it_was_copied(tmp_path):
+    (tmp_path / "manifest.json").touch()
+    os.utime(tmp_path / "manifest.json", (1e9, 1e9))
+    for bill, moment in (({"until": 1.2e9}, 1.2e9), ({"until": 0.0}, 1e9), (None, 1e9)):
+        assert standing.moment(tmp_path, {"bill": bill}) == moment
 
 
 def test_reach_of_nothing():

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from cmt_kernels.attention import proof
 
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, files
 from cmt_fast.storage.checkpoint import CheckpointError
 from cmt_fast.train import loop
 from tests.fixtures.tiny import tiny
@@ -86,13 +89,19 @@ def test_nothing_whole_is_an_error_not_a_fresh_start(stage):
         checkpoint.latest(stage)
 
 
-def test_a_failing_write_keeps_the_old_one(stage, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_tensors", full)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save(stage, 3, {"model": {"w": torch.zeros(2)}}, {"done": False})
+def test_a_failing_write_keeps_the_old_one(stage):
+    """The library's own error, on a file that the system does not let grow: as OSError, which ends the other ranks too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            checkpoint.save(stage, 3, {"model": {"w": torch.zeros(4096)}}, {"done": False})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(raised.value.filename).endswith("model.safetensors")
+    room = Path(checkpoint.__file__).parent.parent
+    own = [f for f in room.rglob("*.py") if re.search(r"from safetensors.*save_file", f.read_text("utf-8"))]
+    assert own == [Path(files.__file__)]  # all write by the one whose errors are the system's
     assert checkpoint.steps(stage) == [1, 2] and not list((stage / "checkpoints").glob(".tmp*"))
 
 

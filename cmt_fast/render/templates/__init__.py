@@ -62,7 +62,8 @@ class Group(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading, lines of text, groups, and text to fold away. The first section has no title: it heads the page.
+    """A heading, lines of text, groups, and text to fold away. The first section has no title: it heads the page, whose name
+    stands over its subtitle.
 
     Under its pictures the first says the results: headlines, each a sentence and what is to be known beside it, and alerts,
     which contradict them.
@@ -75,6 +76,7 @@ class Section(NamedTuple):
     fold: str = ""
     headlines: list[tuple[str, str]] = []
     alerts: list[str] = []
+    subtitle: str = ""
 
 
 def png(title: str, file: str, path: Path, note: str = "", alt: str = "") -> Picture:
