@@ -134,8 +134,6 @@ def export(args: argparse.Namespace) -> None:
     else:
         terms = card.Terms(args.license, args.data_license, args.teacher_license)
         diffusers_folder.write(found, args.out, args.vae, terms)
-        asked = [*LICENCES][: 3 if card.foreign(work, found.about) else 2]
-        unsaid = [f"--{name}" for name, value in zip(asked, terms) if value is None]
-        if unsaid:
+        if unsaid := card.unsaid(work, found.about, terms):
             print(f"licences: the card says 'not stated'; say them with {', '.join(unsaid)} (such as apache-2.0)")
     print(f"{args.out}: EMA {args.ema} of {args.stage}, {len(found.weights)} tensors")

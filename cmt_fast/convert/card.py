@@ -16,6 +16,7 @@ import yaml
 from cmt_fast.config import loading, paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES
+from cmt_fast.data import rights
 from cmt_fast.render import templates
 from cmt_fast.render.templates import Group, Section, Table
 from cmt_fast.run.workspace import Workspace
@@ -33,6 +34,7 @@ pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32, trust_r
 """
 ON_GPU = 'if torch.cuda.is_available():\n    pipe.to("cuda")\n'
 NOT_STATED = "not stated"
+OPTIONS = ("--license", "--data-license", "--teacher-license")  # of `cmt ckpt export`, in the order of Terms
 
 
 # The hub's words for licences (huggingface.co/docs/hub/repositories-licenses); it refuses a card with another.
@@ -56,7 +58,7 @@ class Terms(NamedTuple):
 
     def check(self) -> None:
         """Raises ConfigError for what is no identifier, naming the option."""
-        for option, value in zip(("--license", "--data-license", "--teacher-license"), self):
+        for option, value in zip(OPTIONS, self):
             if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", value):
                 raise ConfigError(f"{option}: {shown(value)!r} is no licence's identifier, such as apache-2.0")
 
@@ -210,10 +212,10 @@ def _bill(work: Workspace, node: dict[str, Any]) -> bills.Usage | None:
 def _spent_text(spent: dict[str, Any]) -> str:
     """The same as a sentence."""
     if spent["gpu_hours"] is None:
-        return "GPU-hours: null (not recorded)."
+        return "What training took was not recorded."
     kinds = (("gpu_hours", "GPU-hours"), ("core_hours", "core-hours"))
     parts = [f"{spent[key]:.4g} {kind}" for key, kind in kinds if spent[key]]
-    energy = "null kWh (not measured)" if spent["kwh"] is None else f"{spent['kwh']:.4g} kWh"
+    energy = "energy not measured" if spent["kwh"] is None else f"{spent['kwh']:.4g} kWh"
     stages = ", ".join(spent["stages"])
     return f"{' and '.join(parts)}, {energy}: stages {stages}, with their evaluations and what kills took."
 
@@ -349,9 +351,17 @@ def foreign(work: Workspace, about: dict[str, Any]) -> list[str]:
     return [*([f"{node['file']} (sha256 {node['sha256']})"] if node else []), *runs]
 
 
+def unsaid(work: Workspace, about: dict[str, Any], terms: Terms) -> list[str]:
+    """The options that would say what the card does not know."""
+    data = terms.data or rights.known(work.run.data.kind)
+    asked = zip(OPTIONS, (terms.weights, data, terms.teacher))
+    return [option for option, value in asked if value is None and (option != OPTIONS[2] or foreign(work, about))]
+
+
 def _licences(work: Workspace, about: dict[str, Any], terms: Terms) -> list[str]:
     """What was said, and plainly what was not."""
-    lines = [f"These weights: {terms.weights or NOT_STATED}. The data: {terms.data or NOT_STATED}."]
+    data = terms.data or rights.known(work.run.data.kind) or NOT_STATED
+    lines = [f"These weights: {terms.weights or NOT_STATED}. The data: {data}."]
     others = foreign(work, about)
     if others:
         said = f"{', '.join(others)}: {terms.teacher or NOT_STATED}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from tests.convert.test_import import cmt
 from tests.fixtures import forked, small, synthetic
 
 NAME = "small <b>run</b> [x](http://y) | *a*\n---\n# title"
+DATA = Path(__file__).parents[2] / "docs" / "data.md"
 CODE = Path(diffusers_folder.__file__).parent / "standalone"
 THOROUGH = ("dit-latents", "edm2-guided", "mlp-jumps")  # those of which every promise is asked
 
@@ -105,6 +107,15 @@ def test_licences_are_asked_for_and_an_edm2_is_folded(ve, tmp_path, capsys):
     weights = load_file(out / "network/diffusion_pytorch_model.safetensors")
     length = weights["conv.weight"].flatten(1).norm(dim=1)
     assert ((length - 1).abs() < 1e-3).all() and not [k for k in weights if "log_variance" in k]
+
+
+def test_whose_the_built_in_data_are_is_said_unasked():
+    work, about = SimpleNamespace(run=loading.load("photos")), {"lineage": None}
+    (said, _) = card._licences(work, about, card.Terms())
+    rows = re.findall(r"^\| (\w+) \| `\w+\.\w+` of .* \| (CC.*|public domain) \|$", DATA.read_text("utf-8"), re.M)
+    assert len(rows) == 6 and all(re.search(rf"{name} by [^;]+ \({re.escape(terms)}\)", said) for name, terms in rows)
+    assert card.unsaid(work, about, card.Terms()) == ["--license"]
+    assert card.unsaid(SimpleNamespace(run=loading.load("digits")), about, card.Terms("mit")) == []
 
 
 def test_card_escapes_what_users_wrote_and_says_where_weights_come_from(ve, tmp_path, capsys):

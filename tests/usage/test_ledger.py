@@ -248,7 +248,7 @@ def test_a_killed_and_resumed_run_bills_each_stage_once(tmp_path, paced, monkeyp
     front = yaml.safe_load(page.split("---\n")[1])["cmt_fast"]
     assert front["stages"] == ["pre", "mid"] and (front["gpu_hours"], front["kwh"]) == (0, None)
     assert front["core_hours"] == pytest.approx(sum(alive) / 3600)
-    assert f"{sum(alive) / 3600:.4g} core-hours, null kWh (not measured): stages pre, mid" in page
+    assert f"{sum(alive) / 3600:.4g} core-hours, energy not measured: stages pre, mid" in page
     # rows add up as the run goes, and a third start finds both stages done and bills nothing
     rows = [row["wall"]["bill"]["amounts"]["core"]["train"]["seconds"] for row in stands["pre"].kind("train")]
     assert rows == sorted(rows) and rows[-1] == 40 * STEP_S
