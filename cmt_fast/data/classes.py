@@ -224,7 +224,7 @@ def by_name(data: Rows, asked: str) -> list[int]:
     for word in _words(asked, called):
         if called.count(word) > 1:
             same = ", ".join(str(k) for k, name in zip(present, called) if name == word)
-            raise ConfigError(f"{word!r} is the name of several classes; give a number of {same}", "--classes")
+            raise ConfigError(f"{word!r} is the name of several classes; give a number of {same}", "--class")
         if word not in known and word.isdigit() and int(word) in present and not (own.ids or _numbered(own)):
             known[word] = int(word)
         if word not in known:

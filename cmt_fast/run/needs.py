@@ -91,7 +91,10 @@ def _packages(run: Run) -> Iterator[Need]:
     wanted += [("eval.vae", "diffusers", "latents")] if _decodes(run) else []
     wanted += [("loggers", name, EXTRAS[name]) for name in run.logging]
     for key, package, extra in wanted:
-        yield Need(key, package, installed(package), "is not installed", f"pip install 'cmt-fast[{extra}]'")
+        how = f"pip install 'cmt-fast[{extra}]'" + ", or nvidia-dali-cuda120 beside a torch for CUDA 12" * (
+            extra == "dali"
+        )
+        yield Need(key, package, installed(package), "is not installed", how)
 
 
 def installed(module: str) -> bool:

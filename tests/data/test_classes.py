@@ -259,10 +259,10 @@ def test_a_name_with_commas_is_one_class(tmp_path):
     named = written(tmp_path / "n", DENSE, ("cat", "tench, Tinca tinca", "dog"))
     assert classes.by_name(named, "tench, Tinca tinca") == [1] and classes.by_name(named, "dog, cat") == [2, 0]
     assert classes.by_name(named, "dog,tench, Tinca tinca,cat") == [2, 1, 0]
-    with pytest.raises(ConfigError, match="--classes: 'tench' is no class with rows"):
+    with pytest.raises(ConfigError, match="--class: 'tench' is no class with rows"):
         classes.by_name(named, "cat,tench")
     twice = written(tmp_path / "t", DENSE, ("crane", "dog", "crane"))  # ImageNet has two
-    with pytest.raises(ConfigError, match="--classes: 'crane' is the name of several classes; give a number of 0, 2"):
+    with pytest.raises(ConfigError, match="--class: 'crane' is the name of several classes; give a number of 0, 2"):
         classes.by_name(twice, "dog,crane")
     assert classes.by_name(twice, "2,dog") == [2, 1]
 

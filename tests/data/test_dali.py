@@ -338,7 +338,7 @@ def test_asked_for_by_name_and_not_there(folder, tmp_path, monkeypatch, capsys):
     data = f"data={{kind: latents, path: {folder / 'store'}}}"
     assert main(["train", "digits-mf", data, "loader.kind=dali"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "loader.kind" in err and "pip install nvidia-dali-cuda130" in err
+    assert out == "" and err.count("\n") == 1 and "loader.kind" in err and "pip install 'cmt-fast[dali]'" in err
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(dali, "PACKAGES", ("nvidia-dali-of-no-version",))
     assert main(["doctor"]) == 0

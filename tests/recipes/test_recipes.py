@@ -141,7 +141,7 @@ def test_two_steps_of_every_stage(recipe: str, stores, vgg16: Path, tmp_path: Pa
     monkeypatch.setattr(plots, "svg", lambda *_, **size: "<svg></svg>")
     run = loading.load(recipe)
     if run.data.kind == "gmm":  # a minute of measuring, which test_gmm_world.py does on its own
-        monkeypatch.setattr(page, "theory", lambda folder: {})
+        monkeypatch.setattr(page, "theory", lambda *folders: {})
         monkeypatch.setattr(sections, "theory", lambda figures: sections.Section("", [], []))
     small = [*shrunk(run), *stores(run)]
     for k, name in enumerate(sorted(other_runs(run))):  # another network of its kind, trained as its own stage `pre`

@@ -105,7 +105,7 @@ def test_a_dry_run_writes_the_picture_and_nothing_else(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.splitlines()[-1].startswith("mine-look.png: a picture of the first samples")
     monkeypatch.setattr(picture, "draw", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
     assert cli.main(["train", "digits", "--dry-run", "--out", "mine"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "no picture of the data: read-only"
+    assert capsys.readouterr().out.splitlines()[-1] == "no picture of the data: read-only: mine-look.png"
 
 
 @pytest.mark.parametrize("channels, shown", [(1, 1), (2, 1), (3, 3), (4, 3), (5, 3), (16, 3)])

@@ -281,15 +281,6 @@ def test_noise_between_two_is_as_long_as_noise():
     torch.testing.assert_close(pictures.slerp(a, a, 0.3), a)
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs a system that gives a file its blocks")
-def test_a_block_has_its_place_on_the_disk_before_rows_come(tmp_path):
-    """A memory map of a file that the disk has no room for ends the process by SIGBUS, without a word."""
-    with npz_blocks.block(tmp_path / "x.npy", 1000) as put:
-        put(0, np.zeros((1, 4096), np.uint8))
-        (file,) = tmp_path.iterdir()
-        assert file.stat().st_blocks * 512 >= file.stat().st_size > 4_000_000
-
-
 def test_nan_is_no_pixel():
     with pytest.raises(FloatingPointError):
         samples.as_bytes(torch.tensor([[[[float("nan")]]]]))
