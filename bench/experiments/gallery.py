@@ -106,7 +106,7 @@ def draw(work: Workspace, file: Path) -> None:
     n = min(COLUMNS, work.data.classes or COLUMNS) if len(work.data.shape) == 3 else POINTS
     rows = [("real", real(work, n))]
     drawn = setting.generate(work.network("pre"), stored.sampler.teacher_steps, n, SEED, solver=True)
-    rows.append((f"teacher, {stored.sampler.teacher_steps}", drawn))
+    rows.append((f"teacher, {stored.sampler.teacher_steps} steps", drawn))
     for name in ORDER:
         if name in stored.stages:
             rows.append((f"{name}, 1 step", setting.generate(work.network(name), 1, n, SEED)))

@@ -199,7 +199,7 @@ def _of_torch(error: Exception) -> tuple[str | None, int]:
 
     if isinstance(error, CheckpointError):
         return str(error), 2
-    if isinstance(error, (CompileError, SafetensorError)):  # the latter of a file that cannot be written: a full disk
+    if isinstance(error, (CompileError, SafetensorError)):  # the latter of a damaged file
         return str(error), 1
     return distributed.lost(error) if isinstance(error, RuntimeError) else None, 1
 
