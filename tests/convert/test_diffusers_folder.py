@@ -140,6 +140,7 @@ def test_card_escapes_what_users_wrote_and_says_where_weights_come_from(ve, tmp_
     assert front["license"] == "unknown" and front["library_name"] == "diffusers"
     nothing = {"gpu_hours": None, "core_hours": None, "kwh": None, "stages": []}
     assert front["cmt_fast"] == {"version": "1", "digest": "d", **nothing}
+    assert "What training took was not recorded." in body
     page = "\n".join(line for line in body.splitlines() if not line.startswith("    "))
     assert "<b>" not in page and "<script>" not in page and "\n# title" not in page and "[x](http" not in page
     assert r"\<b\>run" in page and "Not evaluated" in page and "what its licence asks holds" in page

@@ -68,6 +68,9 @@ def test_the_page_holds_both_tables_and_every_section(run, capsys):
             "Seeds of training are",
         ):
             assert what in text
+    assert "Real rows against real rows: " in text and re.search(
+        r"times the distance, after (as many|[\d,]+) student", text
+    )
     html = (folder / "report.html").read_text()
     assert html.count("<svg ") == 2 + 4 and html.count("data:image/png") == 6 + 4 + 4
     assert (
