@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cmt_fast.config.schema import Digits
 from cmt_fast.data import datasets
 from cmt_fast.data.rows import Dataset
-from cmt_fast.evaluation import distances, intervals, judges, keeping, measures, sharpness
+from cmt_fast.evaluation import distances, intervals, judges, keeping, kept, measures, sharpness
 from cmt_fast.evaluation.distances import Moments, Stream
 from cmt_fast.evaluation.features import Identity
 from cmt_fast.evaluation.second import Second
@@ -294,3 +294,12 @@ def test_a_figure_without_its_groups_is_believed_as_it_stands() -> None:
     assert verdict.text(verdict.Ratio(0.349, 0.28, 1.0)) == "0.349 [0.280, 1.00]"  # as many digits in all
     assert found == (0.5, 0.5, 0.5) and verdict.text(found) == "0.5" and verdict.ratio(a, None, "frechet") is None
     assert "post by the first" in verdict.disagreements({"post": a, "control": b}, None, 10, "1 step")[0]
+
+
+def test_what_is_kept_is_of_one_key_one_format_and_undamaged(tmp_path):
+    about = {"format": kept.FORMAT, "key": {"extractor": "a"}}
+    kept.write(tmp_path, kept.Kept(dict(about), {"mean": torch.ones(2)}))
+    assert kept.read(tmp_path, {"extractor": "a"}) and kept.read(tmp_path, {"extractor": None})
+    assert kept.read(tmp_path, {"extractor": "b"}) is None and not kept.wrong(tmp_path)
+    kept.write(tmp_path, kept.Kept({**about, "format": kept.FORMAT + 1}, {"mean": torch.ones(2)}))
+    assert kept.read(tmp_path, {"extractor": "a"}) is None and "format" in kept.wrong(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,3 +327,10 @@ def test_a_stored_run_that_moved_keeps_its_word(tmp_path: Path) -> None:
     assert about["run"]["pre"]["label_dropout"] == 0.1
     found = guidance.null_class(guidance.Place(tiny("digits")), f"{tmp_path}/moved/pre")
     assert found and found.trained and found.why == "pre.label_dropout is 0.1"
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_is_refused(scale):
+    place = SimpleNamespace(run=SimpleNamespace(sampler=SimpleNamespace(guidance=scale)))
+    with pytest.raises(ConfigError, match=f"--guidance: {scale} is not a number"):
+        guidance.check_asked(place, "pre", solver=True, classes=10)

@@ -249,6 +249,9 @@ def test_a_killed_and_resumed_run_bills_each_stage_once(tmp_path, paced, monkeyp
     assert front["stages"] == ["pre", "mid"] and (front["gpu_hours"], front["kwh"]) == (0, None)
     assert front["core_hours"] == pytest.approx(sum(alive) / 3600)
     assert f"{sum(alive) / 3600:.4g} core-hours, energy not measured: stages pre, mid" in page
+    with monkeypatch.context() as patch:  # a stage of which the first images were trained before anyone counted
+        patch.setattr(card, "_bill", lambda _, node: mid._replace(from_nimg=8 * (node["stage"] == "pre")))
+        assert card._spent(work, export.about)["core_hours"] is None
     # rows add up as the run goes, and a third start finds both stages done and bills nothing
     rows = [row["wall"]["bill"]["amounts"]["core"]["train"]["seconds"] for row in stands["pre"].kind("train")]
     assert rows == sorted(rows) and rows[-1] == 40 * STEP_S
