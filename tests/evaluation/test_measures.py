@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -303,3 +304,12 @@ def test_what_is_kept_is_of_one_key_one_format_and_undamaged(tmp_path):
     assert kept.read(tmp_path, {"extractor": "b"}) is None and not kept.wrong(tmp_path)
     kept.write(tmp_path, kept.Kept({**about, "format": kept.FORMAT + 1}, {"mean": torch.ones(2)}))
     assert kept.read(tmp_path, {"extractor": "a"}) is None and "format" in kept.wrong(tmp_path)
+
+
+def test_the_floor_is_of_rows_with_the_labels_of_samples_and_of_none_where_a_label_has_none():
+    data = Dataset(torch.zeros(6, 1), torch.tensor([0, 2, 0, 2, 2, 0]), 3, "", (), ())
+    drawn = lambda *of: Judging._drawn(
+        SimpleNamespace(setting=SimpleNamespace(labels=lambda _: torch.tensor(of)), data=data), len(of)
+    )
+    assert data.labels[drawn(2, 0, 0, 2)].tolist() == [2, 0, 0, 2]
+    assert drawn(2, 1) is None
