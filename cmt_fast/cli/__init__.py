@@ -191,15 +191,13 @@ def _of_system(error: OSError) -> str:
 
 def _of_torch(error: Exception) -> tuple[str | None, int]:
     """The line and exit code of an error of a module that imports torch."""
-    from safetensors import SafetensorError
-
     from cmt_fast.engine.compile import CompileError
     from cmt_fast.runtime import distributed
     from cmt_fast.storage.checkpoint import CheckpointError
 
     if isinstance(error, CheckpointError):
         return str(error), 2
-    if isinstance(error, (CompileError, SafetensorError)):  # the latter of a damaged file
+    if isinstance(error, CompileError):
         return str(error), 1
     return distributed.lost(error) if isinstance(error, RuntimeError) else None, 1
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.convert import card
 from cmt_fast.engine import posthoc_ema
 from cmt_fast.run import folder as folder_
 from cmt_fast.run import workspace
 from cmt_fast.storage import checkpoint
 
 PLAIN = ("edm2", "dit", "sit", "meanflow")  # the names of those projects
-LICENCES = {"license": "these weights", "data-license": "the data", "teacher-license": "the teacher"}
+LICENCES = dict(zip(card.OPTIONS, ("these weights", "the data", "the teacher")))
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -69,9 +70,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--vae", type=Path, metavar="FOLDER", help="diffusers: the autoencoder's folder, copied into the pipeline"
     )
-    for name, of in LICENCES.items():
+    for option, of in LICENCES.items():
         text = f"diffusers: the licence of {of}, for the card, such as apache-2.0 (default: not stated)"
-        p.add_argument(f"--{name}", metavar="ID", help=text)
+        p.add_argument(option, metavar="ID", help=text)
 
 
 def reconstruct(args: argparse.Namespace) -> None:
@@ -114,13 +115,13 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from cmt_fast.convert import card, diffusers_folder, exporting
+    from cmt_fast.convert import diffusers_folder, exporting
 
     work, stage = workspace.open_stage(args.stage)
     found = exporting.collect(work, stage, args.ema)
-    for name in ("vae", *LICENCES):
-        if args.format != "diffusers" and getattr(args, name.replace("-", "_")) is not None:
-            raise ConfigError(f"--{name}: is for --format diffusers")
+    for option in ("--vae", *LICENCES):
+        if args.format != "diffusers" and getattr(args, option[2:].replace("-", "_")) is not None:
+            raise ConfigError(f"{option}: is for --format diffusers")
     if args.format == "safetensors":
         exporting.to_safetensors(found, args.out)
     elif args.format == "onnx":

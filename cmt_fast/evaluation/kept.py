@@ -64,33 +64,52 @@ def read(folder: Path, key: dict[str, Any]) -> Kept | None:
 
     A key of which a part is None fits whatever stands there: what cannot be looked up where the data, or a file, are not.
     """
-    for file in sorted((folder / FOLDER).glob("*.json")):
+    for file in _files(folder):
         try:
-            about = json.loads(file.read_text("utf-8"))
-            if about["format"] != FORMAT or not _fits(key, about["key"]):
-                continue
-            data = file.with_suffix(".safetensors").read_bytes()
-            if xxhash.xxh3_128(data).hexdigest() == about["xxh3_128"]:
-                # copies lie where torch lays tensors: at other addresses sums round otherwise
-                return Kept(about, {name: tensor.clone() for name, tensor in load(data).items()})
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            about = _about(file)
+            if _fits(key, about["key"]):
+                tensors = load(_data(file, about))  # which lie in the file's bytes, at any address
+                return Kept(about, {name: tensor.clone() for name, tensor in tensors.items()})
+        except (ValueError, SafetensorError):
             continue
     return None
 
 
 def wrong(folder: Path) -> str:
     """What is wrong with what a run's folder keeps, a phrase; empty where nothing is."""
-    for file in sorted((folder / FOLDER).glob("*.json")):
+    for file in _files(folder):
         try:
-            about = json.loads(file.read_text("utf-8"))
-            if about["format"] != FORMAT:
-                return f"{file} has format {about['format']}, this version reads {FORMAT}"
-            sound = xxhash.xxh3_128(file.with_suffix(".safetensors").read_bytes()).hexdigest() == about["xxh3_128"]
-        except (OSError, ValueError, KeyError, TypeError):
-            sound = False
-        if not sound:
-            return f"{file.with_suffix('')} is damaged"
+            _data(file, _about(file))
+        except ValueError as error:
+            return str(error)
     return ""
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted((folder / FOLDER).glob("*.json"))
+
+
+def _about(file: Path) -> dict[str, Any]:
+    """What a file says of the tensors beside it. Raises ValueError, a phrase, where it cannot be read."""
+    try:
+        about = json.loads(file.read_text("utf-8"))
+        form, _, _ = about["format"], about["key"], about["xxh3_128"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{file.with_suffix('')} is damaged") from None
+    if form != FORMAT:
+        raise ValueError(f"{file} has format {form}, this version reads {FORMAT}")
+    return about
+
+
+def _data(file: Path, about: dict[str, Any]) -> bytes:
+    """The tensors, as they were written. Raises ValueError, a phrase."""
+    try:
+        data = file.with_suffix(".safetensors").read_bytes()
+    except OSError:
+        data = b""
+    if xxhash.xxh3_128(data).hexdigest() != about["xxh3_128"]:
+        raise ValueError(f"{file.with_suffix('')} is damaged")
+    return data
 
 
 def _fits(key: Any, theirs: Any) -> bool:
