@@ -25,6 +25,7 @@ STATES = {
     "new": "not begun",
     "quiet": "no sign of life",
     "lost": "no sign of life",
+    "ahead": "clock ahead",
 }  # of a life, where its word alone says too little
 NAMES = {"frechet": "", "fid": "FID ", "fd_dinov2": "FD-DINOv2 "}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cmt_fast.report.runs import Known, Newest
-from cmt_fast.report.runs_tables import _paired, _ratios, incomparable
+from cmt_fast.report.runs_tables import _paired, _ratios, incomparable, state
 from cmt_fast.run import folder as folder_
 from cmt_fast.run import removing, standing
 from cmt_fast.run.standing import Standing
@@ -17,6 +17,7 @@ from cmt_fast.storage import checkpoint, heartbeat
 from cmt_fast.storage.metrics_log import METRICS
 from cmt_fast.usage import bills
 from cmt_fast.usage.bills import Amount, Usage
+from cmt_fast.watch import screen
 from tests.fixtures.tiny import tiny
 
 NOW = 2e9
@@ -134,6 +135,12 @@ def test_runs_that_are_taught_or_guided_by_a_run_need_it(tmp_path, monkeypatch, 
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / folder_.RUN_FILE).write_text(text, encoding="utf-8")
     assert removing.dependents(Path("runs/a")) == ["runs/b"] and removing.dependents(Path("runs/b")) == []
+
+
+def test_a_sign_of_life_of_a_later_time_is_the_clock_s(tmp_path):
+    touched(tmp_path / heartbeat.HEARTBEAT, -7300)
+    run = known(tmp_path, {}, mid=True)
+    assert run.life.word == "ahead" and state(run) == "clock ahead" and "ahead" in screen.MOODS
 
 
 def test_no_run_is_beside_itself(tmp_path):
