@@ -125,7 +125,8 @@ def evaluate(
         guidance.check_solver(work.place, name)
     n = n or work.run.eval.n
     judge = work.judging.open_judge(samples=n)
-    found = work.judging.evaluate(work.network(name), tuple(steps), n, solver, seed, judge, quiet=True)
+    with work.judging.going_on(name, work.finished(name).manifest):
+        found = work.judging.evaluate(work.network(name), tuple(steps), n, solver, seed, judge, quiet=True)
     return {k: {key: v for key, v in row.items() if key != "left_out"} for k, row in found.items()}
 
 

@@ -63,10 +63,18 @@ def evaluate(args: argparse.Namespace) -> None:
         guidance.check_solver(work.place, stage)
     net, n = work.network(stage), args.n or work.run.eval.n
     judge = checked(lambda: work.judging.open_judge(args.precision_recall, samples=n))
-    figures = checked(lambda: work.judging.evaluate(net, steps, n, args.solver, args.seed, judge))
-    floor = checked(lambda: work.judging.floor(judge, n))
-    if distributed.rank():
-        return
+    with work.judging.going_on(stage, work.finished(stage).manifest):
+        figures = checked(lambda: work.judging.evaluate(net, steps, n, args.solver, args.seed, judge))
+        floor = checked(lambda: work.judging.floor(judge, n))
+        if distributed.rank() == 0:
+            _say(args, work, judge, figures, floor)
+
+
+def _say(
+    args: argparse.Namespace, work: workspace.Workspace, judge: judges.Judge, figures: dict, floor: dict | None
+) -> None:
+    """The figures of each number of steps and of real rows."""
+    n = args.n or work.run.eval.n
     against, about = judge.reference, work.judging.about(n, judge)
     assert judge.kept is not None
     out = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_fast.runtime import distributed
+
+BLOCK, MOST = 512, 4096  # rows that are folded at once: at least, but for the last, and at most
 
 
 class Moments(NamedTuple):
@@ -25,55 +27,82 @@ def moments(features: Tensor, weights: Tensor | None = None) -> Moments:
     """
     if len(features) < 2:
         raise ValueError(f"moments of {len(features)} rows: at least 2 are needed")
-    if weights is not None:
-        stream = Stream()
-        stream.add(features, weights)
-        return stream.over_ranks()[1]
-    f = features.double()
-    return Moments(f.mean(0), torch.cov(f.T).reshape(f.shape[1], f.shape[1]))
+    stream = Stream()
+    stream.add(features, weights)
+    return stream.moments()
 
 
 class Stream:
-    """Moments of features that arrive in batches; holds the mean (F,) and the scatter (F, F) about it, never the features.
+    """Moments of features that arrive in batches; holds the mean (F,), the scatter (F, F) about it and a few rows.
 
-    Batches are merged about their common mean (Chan, Golub & LeVeque 1983): sums of squares, from which the mean's are
-    taken off at the end, lose the digits in which features of a large mean differ. Rows may count by weights; those that do
-    not weigh 1 each.
+    Rows wait until there are BLOCK of them, and are then merged about the common mean (Chan, Golub & LeVeque 1983): sums of
+    squares, from which the mean's are taken off at the end, lose the digits in which features of a large mean differ. What
+    the two means differ by is one more row of the block's product, so a merge is a single product into the scatter, and no
+    other (F, F) is made. Rows may count by weights; those that do not weigh 1 each.
     """
 
     def __init__(self) -> None:
-        self.n = 0
-        self.weight = self.squares = 0.0  # sums of weights and of their squares
+        self.weight = self.squares = 0.0  # sums of weights and of their squares, of the rows that are folded
         self.mean = self.scatter = torch.zeros(0, dtype=torch.float64)
+        self._folded = 0
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []
+
+    @property
+    def n(self) -> int:
+        """Rows that came."""
+        return self._folded + sum(len(f) for f, _ in self._waiting)
 
     def add(self, features: Tensor, weights: Tensor | None = None) -> None:
-        """features: (B, F), any B; weights: (B,), positive."""
+        """features: (B, F), any B, which stay as they are until they are folded; weights: (B,), positive."""
+        if len(features):
+            self._waiting.append((features, weights))
+        if self.n - self._folded >= BLOCK:
+            self.fold()
+
+    def fold(self) -> None:
+        """Merge the rows that wait. Moments of what is cut into other blocks differ in rounding alone."""
+        waiting, self._waiting = self._waiting, []
+        if len({w is None for _, w in waiting}) == 1:  # rows of both kinds are folded as they came
+            given = [w for _, w in waiting if w is not None]
+            waiting = [(torch.cat([f for f, _ in waiting]), torch.cat(given) if given else None)]
+        for features, weights in waiting:
+            for i in range(0, len(features), MOST):
+                self._merge(features[i : i + MOST], None if weights is None else weights[i : i + MOST])
+
+    def _merge(self, features: Tensor, weights: Tensor | None) -> None:
         f = features.double()
-        if not len(f):
-            return
         if weights is None:
             weight = squares = float(len(f))
             mean = f.mean(0)
-            scatter = (f - mean).T @ (f - mean)
+            rows = f - mean
         else:
             w = weights.double().to(f.device)
             weight, squares = float(w.sum()), float(w.square().sum())
             mean = (w[:, None] * f).sum(0) / weight
-            scatter = (f - mean).T @ (w[:, None] * (f - mean))
-        first, total = not self.n, self.weight + weight
+            rows = w.sqrt()[:, None] * (f - mean)
+        first, total = not self._folded, self.weight + weight
         if first:
-            self.mean, self.scatter = mean, scatter
+            self.mean, self.scatter = mean, rows.T @ rows
         else:
             off = mean - self.mean
-            self.scatter += scatter + torch.outer(off, off) * (self.weight * weight / total)
+            rows = torch.cat((rows, off[None] * (self.weight * weight / total) ** 0.5))
+            self.scatter.addmm_(rows.T, rows)
             self.mean = self.mean + off * (weight / total)
-        self.n, self.weight, self.squares = self.n + len(f), total, self.squares + squares
+        self._folded, self.weight, self.squares = self._folded + len(f), total, self.squares + squares
 
     def copy(self) -> Stream:
         """Another that goes on from here; this one stays as it is."""
         other = Stream()
-        other.n, other.weight, other.squares = self.n, self.weight, self.squares
-        other.mean, other.scatter = self.mean, self.scatter.clone()
+        other._folded, other.weight, other.squares = self._folded, self.weight, self.squares
+        other.mean, other.scatter, other._waiting = self.mean, self.scatter.clone(), list(self._waiting)
+        return other
+
+    def folded(self) -> Stream:
+        """This one or, where rows wait, another with all of them folded, to be read alone; this one stays as it is."""
+        if not self._waiting:
+            return self
+        other = self.copy()
+        other.fold()
         return other
 
     def over_ranks(self) -> tuple[int, Moments]:
@@ -84,43 +113,50 @@ class Stream:
         return whole.n, whole.moments()
 
     def shared(self) -> Stream:
-        """That of all ranks together, the same on each; every rank must call it."""
-        width, whole = distributed.largest(len(self.mean)), Stream()
-        whole.n = int(distributed.sum_(torch.tensor(self.n)))
-        if not whole.n:
+        """That of all ranks together, the same on each, to be read alone; every rank must call it."""
+        own = self.folded()
+        if distributed.size() == 1:
+            return own
+        width, whole = distributed.largest(len(own.mean)), Stream()
+        whole._folded = int(distributed.sum_(torch.tensor(own.n)))
+        if not whole._folded:
             return whole
-        mean = self.mean if self.n else torch.zeros(width, dtype=torch.float64)
-        scatter = self.scatter if self.n else torch.zeros(width, width, dtype=torch.float64)
+        mean = own.mean if own.n else torch.zeros(width, dtype=torch.float64)
+        scatter = own.scatter if own.n else torch.zeros(width, width, dtype=torch.float64)
         whole.weight, whole.squares = (
-            float(distributed.sum_(torch.tensor(v, dtype=torch.float64))) for v in (self.weight, self.squares)
+            float(distributed.sum_(torch.tensor(v, dtype=torch.float64))) for v in (own.weight, own.squares)
         )
-        whole.mean = distributed.sum_(mean * self.weight) / whole.weight
+        whole.mean = distributed.sum_(mean * own.weight) / whole.weight
         off = mean - whole.mean
-        whole.scatter = distributed.sum_(scatter + torch.outer(off, off) * self.weight)
+        whole.scatter = distributed.sum_(torch.addr(scatter, off, off, alpha=own.weight))
         return whole
 
     def moments(self) -> Moments:
         """Of two rows or more: the scatter over n - 1 where every row weighs 1."""
-        return Moments(self.mean, self.scatter / (self.weight - self.squares / self.weight))
+        own = self.folded()
+        return Moments(own.mean, own.scatter / (own.weight - own.squares / own.weight))
 
     @staticmethod
     def joined(streams: Sequence[Stream]) -> Stream:
         """One of the rows of all of them; they stay as they are. At least one, none empty."""
         whole = streams[0].copy()
-        for other in streams[1:]:
+        whole.fold()
+        for other in (s.folded() for s in streams[1:]):
             off, total = other.mean - whole.mean, whole.weight + other.weight
-            whole.scatter += other.scatter + torch.outer(off, off) * (whole.weight * other.weight / total)
+            whole.scatter.add_(other.scatter).addr_(off, off, alpha=whole.weight * other.weight / total)
             whole.mean = whole.mean + off * (other.weight / total)
-            whole.n, whole.weight, whole.squares = whole.n + other.n, total, whole.squares + other.squares
+            whole.weight, whole.squares = total, whole.squares + other.squares
+            whole._folded += other._folded
         return whole
 
     def without(self, part: Stream) -> Stream:
         """One of the rows that are in this and not in `part`, whose rows are in this: `joined` the other way round."""
-        rest = Stream()
-        rest.n, rest.weight, rest.squares = self.n - part.n, self.weight - part.weight, self.squares - part.squares
-        rest.mean = self.mean + (self.mean - part.mean) * (part.weight / rest.weight)
+        rest, own, part = Stream(), self.folded(), part.folded()
+        rest.weight, rest.squares = own.weight - part.weight, own.squares - part.squares
+        rest._folded = own._folded - part._folded
+        rest.mean = own.mean + (own.mean - part.mean) * (part.weight / rest.weight)
         off = part.mean - rest.mean
-        rest.scatter = self.scatter - part.scatter - torch.outer(off, off) * (rest.weight * part.weight / self.weight)
+        rest.scatter = (own.scatter - part.scatter).addr_(off, off, alpha=-rest.weight * part.weight / own.weight)
         return rest
 
 
@@ -134,25 +170,48 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 class Against:
-    """Fréchet distances to one set of moments, whose square root is taken once."""
+    """Fréchet distances to one set of moments, whose square root is taken once, or was: a distance then costs the symmetric
+    eigenvalues of one matrix.
+    """
 
-    def __init__(self, known: Moments) -> None:
-        self.known = self._finite("first", known)
-        values, vectors = torch.linalg.eigh(known.covariance)
-        self.root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    def __init__(self, known: Moments, root: Tensor | None = None) -> None:
+        """root: what `square_root` gave for the same covariance. Raises FloatingPointError as `frechet`."""
+        self.known = finite("first", known)
+        self.root = square_root(self.known.covariance) if root is None else root
 
     def __call__(self, b: Moments) -> float:
         """As `frechet`."""
-        a, b = self.known, self._finite("second", b)
+        a, b = self.known, finite("second", b)
         cross = torch.linalg.eigvalsh(self.root @ b.covariance @ self.root).clamp(min=0).sqrt().sum()
         distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
         return max(float(distance), 0.0)
 
-    @staticmethod
-    def _finite(which: str, m: Moments) -> Moments:
-        if not (torch.isfinite(m.mean).all() and torch.isfinite(m.covariance).all()):
-            raise FloatingPointError(f"a distance between moments of which the {which} are not finite")
-        return Moments(m.mean.cpu(), m.covariance.cpu())
+    def each(self, sets: Sequence[Callable[[], Moments]]) -> list[float]:
+        """The distances to several sets, shared out over the ranks, the same on each; every rank must call it, with the same.
+
+        sets: what makes the moments of each, called where they are compared. Raises as `frechet` on all ranks if on one.
+        """
+        out = torch.zeros(len(sets), dtype=torch.float64)
+
+        def own() -> None:
+            for i in range(distributed.rank(), len(sets), distributed.size()):
+                out[i] = self(sets[i]())
+
+        distributed.agreed(own, FloatingPointError, "a distance between moments that are not finite")
+        return distributed.sum_(out).tolist()
+
+
+def square_root(covariance: Tensor) -> Tensor:
+    """C^1/2 of a symmetric (F, F) on the CPU; eigenvalues below zero are rounding, and count as zero."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def finite(which: str, m: Moments) -> Moments:
+    """These moments, on the CPU. Raises FloatingPointError for those that are not finite; which: of two."""
+    if not (torch.isfinite(m.mean).all() and torch.isfinite(m.covariance).all()):
+        raise FloatingPointError(f"a distance between moments of which the {which} are not finite")
+    return Moments(m.mean.cpu(), m.covariance.cpu())
 
 
 def directions(dim: int, n: int = 128, seed: int = 0) -> Tensor:

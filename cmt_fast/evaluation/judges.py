@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable
@@ -18,12 +17,13 @@ from cmt_fast.data import classes
 from cmt_fast.data.datasets import in_memory
 from cmt_fast.data.rows import Dataset, Rows, opened
 from cmt_fast.diffusion.labels import Law
-from cmt_fast.evaluation import distances, neighbours, references
+from cmt_fast.evaluation import distances, references
 from cmt_fast.evaluation.distances import Stream
 from cmt_fast.evaluation.features import Extractor
 from cmt_fast.evaluation.kept import Kept
-from cmt_fast.evaluation.measures import Measures
 from cmt_fast.evaluation.references import Reference
+from cmt_fast.evaluation.roots import Roots
+from cmt_fast.evaluation.tallies import Tally
 from cmt_fast.runtime import distributed
 
 STANDARD = 50_000  # samples of a distance that may be called FID or FD-DINOv2
@@ -36,16 +36,19 @@ class Judge:
     The reference is what `file` says, else the moments of the data set, taken once. `decode`: latents (B, C, h, w) to
     images (B, 3, H, W) in [-1, 1], for spaces of images. `rows`: also precision and recall, which keep features. `law`: of
     the samples' labels; the data set is weighted to the same, class by class (default: the data's own, nothing is weighted).
+    device: where neighbours are looked for.
     """
 
     def __init__(
         self, data: Rows, space: Extractor, file: Path | None = None, metric: str = "frechet",
         decode: Decode | None = None, rows: bool = False, law: Law | None = None,
+        device: torch.device | None = None,
     ) -> None:  # fmt: skip
-        self.law = law
+        self.law, self.device = law, device or torch.device("cpu")
         self.data, self.space, self.file, self.metric = data, space, file, metric
         self.decode, self.rows, self.name = decode, rows, space.name
         self.kept: Kept | None = None  # what a run keeps of real data, in their place
+        self.roots = Roots()  # of its references; a run keeps them
         self.expected = (
             0  # samples; of reports and `cmt eval`, whose figures are more than evaluations in training have
         )
@@ -165,66 +168,6 @@ class Judge:
         return tally.figures()
 
 
-class Tally:
-    """Samples as they come: moments of their features, right classes, and projections or features where those are used.
-
-    Raises ConfigError at once when there is no reference to compare with.
-    """
-
-    def __init__(self, judge: Judge, n: int = 0) -> None:
-        self.judge, self.stream, self.reference = judge, Stream(), judge.reference
-        self.right = self.labelled = 0
-        self.kept: list[Tensor] = []
-        self.slices: list[Tensor] = []
-        self.seen, self.more = 0, None
-        if judge.expected and judge.kept is not None:
-            self.more = Measures(judge.kept, self.reference, n or judge.expected)
-
-    def copy(self) -> Tally:
-        """Another that goes on from here; this one stays as it is."""
-        other = copy.copy(self)
-        other.stream, other.kept, other.slices = self.stream.copy(), list(self.kept), list(self.slices)
-        other.more = self.more and self.more.copy()
-        return other
-
-    def add(self, samples: Tensor, labels: Tensor | None, index: Tensor | None = None) -> None:
-        """samples: (B, ...) in data units; labels: (B,) or None; index: (B,) of them among all, default: as they come."""
-        judge = self.judge
-        seen = judge.look(samples)
-        features = judge.space.features(seen)
-        self.stream.add(features)
-        if judge.rows:
-            self.kept.append(features.float().cpu())
-        if judge.file is None:
-            self.slices.append(distances.project(samples.cpu(), judge.directions))
-        if self.more:
-            index = torch.arange(self.seen, self.seen + len(samples)) if index is None else index
-            self.more.add(samples, features, index)
-        self.seen += len(samples)
-        predicted = judge.space.classes(seen)
-        if predicted is not None and labels is not None:
-            self.right += int((predicted == labels.to(predicted.device)).sum())
-            self.labelled += len(labels)
-
-    def figures(self) -> dict[str, Any]:
-        """frechet; accuracy of labelled samples; precision and recall, or sliced_wasserstein; where more is asked for, what
-        `measures` says. Every rank must call it.
-        """
-        judge = self.judge
-        out = {"frechet": distances.frechet(_cpu(self.stream.over_ranks()[1]), _cpu(self.reference.moments))}
-        if judge.file is None:
-            made = distributed.gather_uneven(torch.cat(self.slices) if self.slices else None)
-            out["sliced_wasserstein"] = distances.wasserstein(made, judge.projected, judge.weights)
-        right, labelled = (int(distributed.sum_(torch.tensor(v))) for v in (self.right, self.labelled))
-        if labelled:
-            out["accuracy"] = right / labelled
-        if judge.rows:
-            made = distributed.gather_uneven(torch.cat(self.kept) if self.kept else None)
-            assert self.reference.features is not None
-            out["precision"], out["recall"] = neighbours.precision_recall(self.reference.features.cpu(), made)
-        return {**self.more.figures(), **out} if self.more else out
-
-
 def open_judge(
     data: Rows, config: Eval, space: Callable[[], Extractor], device: torch.device, decode: Callable[[], Decode] | None,
     rows: bool = False, law: Law | None = None,
@@ -236,7 +179,7 @@ def open_judge(
     """
     file = Path(config.reference) if config.reference else None
     if config.metric == "frechet":
-        return Judge(data, space(), file, rows=rows, law=law)
+        return Judge(data, space(), file, rows=rows, law=law, device=device)
     if config.weights is None:
         raise ConfigError(f"eval.weights: is missing; {config.metric} needs the file of its extractor's weights")
     if decode is None and (len(data.shape) != 3 or data.shape[0] not in (1, 3)):
@@ -245,7 +188,7 @@ def open_judge(
     from cmt_fast.evaluation.inception import Inception
 
     network = {"fid": Inception, "fd_dinov2": DinoV2}[config.metric](Path(config.weights), device)
-    return Judge(data, network, file, config.metric, decode() if decode else None, rows, law)
+    return Judge(data, network, file, config.metric, decode() if decode else None, rows, law, device)
 
 
 def check_rows(n: int, reference: str | None) -> None:

@@ -14,17 +14,22 @@ For reports and `cmt eval`; evaluations in training go without. Figures of one s
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cmt_fast.evaluation import distances, neighbours, sharpness
-from cmt_fast.evaluation.distances import Stream
+from cmt_fast.evaluation.distances import Moments, Stream
 from cmt_fast.evaluation.intervals import GROUPS
 from cmt_fast.evaluation.kept import ROWS, Kept
+from cmt_fast.evaluation.ledgers import Ledger
 from cmt_fast.evaluation.references import Reference
+from cmt_fast.evaluation.roots import Roots
 from cmt_fast.runtime import distributed
+
+if TYPE_CHECKING:
+    from cmt_fast.evaluation.tallies import Seen
 
 WIDE = 1024  # features, beyond which half as many groups are made: each holds a covariance
 
@@ -32,11 +37,12 @@ WIDE = 1024  # features, beyond which half as many groups are made: each holds a
 class Measures:
     """Of samples as they come. n: how many will come, which says how they are grouped: in blocks, as labels go round."""
 
-    def __init__(self, kept: Kept, reference: Reference, n: int) -> None:
+    def __init__(self, kept: Kept, reference: Reference, n: int, roots: Roots, device: torch.device) -> None:
         self.kept, self.reference, self.n, self.second = kept, reference, n, kept.second
-        groups = min(GROUPS // (1 + (len(reference.moments.mean) > WIDE)), n // 2)
-        self.streams = [[Stream() for _ in range(max(1, groups))] for _ in range(2)]  # by space, by group
-        self.energies = torch.zeros(max(1, groups), 2, dtype=torch.float64)
+        self.roots, self.device = roots, device
+        self.groups = max(1, min(GROUPS // (1 + (len(reference.moments.mean) > WIDE)), n // 2))
+        self.streams = [[Stream() for _ in range(self.groups)] for _ in range(2)]  # by space, by group
+        self.energies = torch.zeros(self.groups, 2, dtype=torch.float64)
         self.features: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def copy(self) -> Measures:
@@ -46,42 +52,56 @@ class Measures:
         other.energies, other.features = self.energies.clone(), (list(self.features[0]), list(self.features[1]))
         return other
 
-    def add(self, samples: Tensor, features: Tensor, index: Tensor) -> None:
-        """samples: (B, ...) in data units; features: (B, F) of the first space; index: (B,) of the samples among all."""
-        both = (features, self.second.features(samples))
-        index = index.cpu()
-        group = (index * len(self.streams[0]) // self.n).clamp(max=len(self.streams[0]) - 1)
-        for space, of, kept in zip(self.streams, both, self.features):
+    def add(self, seen: Seen, features: Tensor) -> None:
+        """seen: of a batch; features: its own (B, F) of the first space, where their moments are to be taken."""
+        assert seen.features_2 is not None
+        group = (seen.index * self.groups // self.n).clamp(max=self.groups - 1)
+        for space, of, kept in zip(self.streams, (features, seen.features_2), self.features):
             for g in group.unique().tolist():
                 space[g].add(of[(group == g).to(of.device)])
-            kept.append(of[(index < ROWS).to(of.device)].float().cpu())
-        if sharpness.served(samples.shape[1:]):
-            for g in group.unique().tolist():
-                self.energies[g] += sharpness.energies(samples[(group == g).to(samples.device)])
+            for earlier in space[: int(group.min())]:
+                earlier.fold()  # samples come in order: of these no more will, and none waits
+            kept.append(of[(seen.index < ROWS).to(of.device)].float().cpu())
+        if seen.energies is not None:
+            self.energies.index_add_(0, group, seen.energies)
 
-    def figures(self) -> dict[str, Any]:
-        """As the module says, without those of `Tally`; every rank must call it."""
+    def figures(self, ledger: Ledger) -> dict[str, Any]:
+        """As the module says, without those of `Tally` other than frechet; every rank must call it."""
         out: dict[str, Any] = {"left_out": {}}
-        references = (self.reference.moments, self.kept.moments_2)
-        for key, streams, against in zip(("frechet", "frechet_2"), self.streams, references):
-            groups, per = [s.shared() for s in streams], 1 if key == "frechet" else len(against.mean)
-            distance = distances.Against(against)
-            groups = [g for g in groups if g.n]
-            whole = Stream.joined(groups)
-            if key == "frechet_2":
-                out[key] = distance(whole.moments()) / per
-            if len(groups) > 1 and min(whole.n - g.n for g in groups) > 1:
-                out["left_out"][key] = [distance(whole.without(g).moments()) / per for g in groups]
+        against = (self.reference.moments, self.kept.moments_2)
+        for key, streams, known in zip(("frechet", "frechet_2"), self.streams, against):
+            value, left_out = ledger.once(key, lambda streams=streams, known=known: self._distances(streams, known))
+            per = 1 if key == "frechet" else len(known.mean)
+            out[key] = value / per
+            if left_out:
+                out["left_out"][key] = [v / per for v in left_out]
         energies = distributed.sum_(self.energies.clone())
         if "high_energy" in self.kept.tensors and (share := sharpness.share(energies.sum(0))) is not None:
             out["sharpness"] = share
             rest = [sharpness.share(energies.sum(0) - own) for own in energies if float(own[1])]
             out["left_out"]["sharpness"] = [v for v in rest if v is not None]
         for tail, real, made in zip(("", "_2"), self._real(), self.features):
-            near = distributed.gather_uneven(torch.cat(made) if made else None)
-            if real is not None and min(len(real), len(near)) > neighbours.K:
-                out[f"precision{tail}"], out[f"recall{tail}"] = neighbours.precision_recall(real, near)
+            found = ledger.once(f"precision{tail}", lambda real=real, made=made: self._neighbours(real, made))
+            if found:
+                out[f"precision{tail}"], out[f"recall{tail}"] = found
         return out
+
+    def _distances(self, streams: list[Stream], known: Moments) -> tuple[float, list[float]]:
+        """To the reference, of all samples and of those without each group in turn."""
+        groups = [g for g in (s.shared() for s in streams) if g.n]
+        if sum(g.n for g in groups) < 2:
+            raise ValueError(f"moments of {sum(g.n for g in groups)} samples: at least 2 are needed")
+        whole = Stream.joined(groups)
+        enough = len(groups) > 1 and min(whole.n - g.n for g in groups) > 1
+        rest = [lambda g=g: whole.without(g).moments() for g in groups] if enough else []
+        first, *left_out = self.roots(known).each([whole.moments, *rest])
+        return first, left_out
+
+    def _neighbours(self, real: Tensor | None, made: list[Tensor]) -> tuple[float, float] | None:
+        near = distributed.gather_uneven(torch.cat(made) if made else None)
+        if real is None or min(len(real), len(near)) <= neighbours.K:
+            return None
+        return neighbours.precision_recall(real, near, device=self.device)
 
     def _real(self) -> tuple[Tensor | None, Tensor | None]:
         return self.kept.tensors.get("features"), self.kept.tensors.get("features_2")

@@ -18,13 +18,18 @@ def served(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and min(shape[1:]) >= 4
 
 
-def energies(x: Tensor) -> Tensor:
-    """x: (N, C, H, W) -> sums over all images (2,): the energy of high frequencies, of all. float64 on the CPU."""
+def each(x: Tensor) -> Tensor:
+    """x: (N, C, H, W) -> of every image the energy of high frequencies, and of all, (N, 2). float64 on the CPU."""
     x = x.double()
     energy = torch.fft.fft2(x - x.mean((-2, -1), keepdim=True)).abs().square()
     rows, columns = (torch.fft.fftfreq(n, dtype=torch.float64, device=x.device) for n in x.shape[-2:])
     high = (rows[:, None].square() + columns.square()).sqrt() > ABOVE
-    return torch.stack((energy[..., high].sum(), energy.sum())).cpu()
+    return torch.stack((energy[..., high].flatten(1).sum(1), energy.flatten(1).sum(1)), 1).cpu()
+
+
+def energies(x: Tensor) -> Tensor:
+    """x: (N, C, H, W) -> sums over all images (2,) of what `each` says."""
+    return each(x).sum(0)
 
 
 def share(energies: Tensor) -> float | None:

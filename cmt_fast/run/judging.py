@@ -1,17 +1,21 @@
 """How samples of a run are judged: features, distances and figures, over all ranks.
 
 Evaluations in training take the distance alone; `cmt report` and `cmt eval` all that evaluation/measures.py says. What either
-needs of the real data is kept in the run, so it is judged where the data are not.
+needs of the real data is kept in the run, so it is judged where the data are not. What is done of a long evaluation is kept until
+it ends (unfinished.py), inside `going_on`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import xxhash
 
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
@@ -19,11 +23,16 @@ from cmt_fast.config.schema import Run
 from cmt_fast.data.rows import Rows, opened
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.evaluation import features, judges, keeping, kept, measures
+from cmt_fast.evaluation.roots import Roots
+from cmt_fast.evaluation.tallies import Tally
+from cmt_fast.run import unfinished
 from cmt_fast.run.decoding import Decoding
+from cmt_fast.run.unfinished import Unfinished
 from cmt_fast.runtime import distributed, progress
-from cmt_fast.storage import files
+from cmt_fast.storage import checkpoint, files
 
-Tallies = dict[int, judges.Tally | None]  # of each number of steps; None: its samples are not finite
+Tallies = dict[int, Tally | None]  # of each number of steps; None: its samples are not finite
+ALL = "all"  # of a ledger: every figure of a set
 
 
 class Judging:
@@ -36,6 +45,8 @@ class Judging:
         self.run, self.data, self.setting, self.decoding = run, data, setting, decoding
         self.folder, self.parents = folder, parents
         self.alive: Path | None = folder
+        self.roots = Roots(folder / kept.FOLDER)
+        self._going: _Going | None = None
 
     @functools.cached_property
     def space(self) -> features.Extractor:
@@ -59,7 +70,7 @@ class Judging:
         decode = (lambda: self.decoding.codec(self.run.eval.vae).decode) if self.decoding.latents else None
         law, device = self.setting.law, self.setting.device
         judge = judges.open_judge(self.data, self.run.eval, lambda: self.space, device, decode, rows, law)
-        judge.kept = self._found(judge)
+        judge.kept, judge.roots = self._found(judge), self.roots
         if samples:
             self._keep(judge)
             judge.expected = samples
@@ -137,14 +148,19 @@ class Judging:
         if chosen is None:
             return known
         tally, index, data = judge.tally(n), torch.arange(n), opened(self.data)
-        for i, part in enumerate(index.split(self.run.eval.batch)):
-            if i % distributed.size() == distributed.rank():
-                rows = data.rows(chosen[part], torch.zeros_like(part))[0]
-                tally.add(rows.to(self.setting.device), self.setting.labels(part), part)
-        known = {**tally.figures(), "unseen": self._unseen(found, n)}
-        found.about["floor"][str(n)] = known
-        self._write(found)
-        distributed.barrier()
+        with unfinished.opened(self.folder, "floor", {**self._of(judge), "n": n}) as store:
+            for i, part in enumerate(index.split(self.run.eval.batch)):
+                if i % distributed.size() == distributed.rank():
+                    seen = store.block("real", part)
+                    if seen is None:
+                        rows = data.rows(chosen[part], torch.zeros_like(part))[0]
+                        seen = tally.look(rows.to(self.setting.device), self.setting.labels(part), part)
+                        store.put("real", seen)
+                    tally.take(seen)
+            known = {**tally.figures(store.ledger("real")), "unseen": self._unseen(found, n)}
+            found.about["floor"][str(n)] = known
+            self._write(found)
+            distributed.barrier()
         return known
 
     def _drawn(self, n: int) -> torch.Tensor | None:
@@ -205,39 +221,100 @@ class Judging:
         counts share with the largest. A batch that a smaller count cuts is drawn for it again, as it is cut. One tally for
         each number of steps is held at once. Every rank must call it.
         """
-        e, judge, n = self.run.eval, judge or self.judge, max(counts)
-        seed = e.seed if seed is None else seed
-        tallies: Tallies = {k: judge.tally() for k in steps}
-        out: dict[int, dict[int, dict | None]] = {k: {} for k in steps}
+        judge, n = judge or self.judge, max(counts)
+        seed = self.run.eval.seed if seed is None else seed
+        store = self._store(judge, seed, solver)
+        named = lambda k, count: store.ledger(f"{k} steps, {count} of {judge.expected or n} samples")
+        out = {k: {c: named(k, c).own[ALL] for c in counts if ALL in named(k, c).own} for k in steps}
+        tallies: Tallies = {k: judge.tally() for k in steps if len(out[k]) < len(set(counts))}
 
         def take(tallies: Tallies, index: torch.Tensor) -> None:
-            sound = tuple(k for k, tally in tallies.items() if tally)
-            for k, samples in self.setting.draw_each(net, sound, seed, index, solver) if sound else ():
-                tally = tallies[k]
-                if tally and bool(torch.isfinite(samples).all()):
-                    tally.add(samples, self.setting.labels(index), index)
+            """What is taken of these samples is added up: as it was kept or, where it was not, as they are drawn."""
+            sound = {k: tally for k, tally in tallies.items() if tally}
+            known = {k: store.block(str(k), index) for k in sound}
+            for k, seen in known.items():
+                if seen is not None:
+                    sound[k].take(seen)
+            todo = tuple(k for k, seen in known.items() if seen is None)
+            for k, samples in self.setting.draw_each(net, todo, seed, index, solver) if todo else ():
+                if bool(torch.isfinite(samples).all()):
+                    seen = sound[k].look(samples, self.setting.labels(index), index)
+                    store.put(str(k), seen)
+                    sound[k].take(seen)
                 else:
                     tallies[k] = None
 
+        def close(tallies: Tallies, count: int) -> None:
+            """The figures of `count` samples, None where any rank's were not finite; every rank must call it."""
+            for k, tally in tallies.items():
+                ledger = named(k, count)
+                broken = distributed.largest(int(tally is None))
+                out[k][count] = ledger.put(ALL, None if broken or tally is None else tally.figures(ledger))
+
         title = f"judging at {' and '.join(map(str, steps))} step{'s' * (max(steps) > 1)}"
         with progress.counting(title, n, self.alive, quiet) as advance:
-            for i, index in enumerate(torch.arange(n).split(e.batch)):
+            for i, index in enumerate(torch.arange(n).split(self.run.eval.batch)) if tallies else ():
                 first, mine = int(index[0]), i % distributed.size() == distributed.rank()
                 for count in sorted(c for c in set(counts) if first <= c < first + len(index)):
                     cut = tallies
                     if count > first and mine:
                         cut = {k: tally and tally.copy() for k, tally in tallies.items()}
                         take(cut, index[: count - first])
-                    _close(cut, count, out)
+                    close(cut, count)
                 if mine:
                     take(tallies, index)
                 advance(len(index))
-            _close(tallies, n, out)
+            close(tallies, n)
+        for k in tallies:
+            store.drop(str(k))
         return out
 
+    # ------------------------------------------------------------------------------------------ what is done so far
 
-def _close(tallies: Tallies, count: int, out: dict[int, dict[int, dict | None]]) -> None:
-    """The figures of `count` samples, None where any rank's were not finite; every rank must call it."""
-    for k, tally in tallies.items():
-        broken = distributed.largest(int(tally is None))
-        out[k][count] = None if broken or tally is None else tally.figures()
+    @contextlib.contextmanager
+    def going_on(self, stage: str, manifest: Mapping[str, Any]) -> Iterator[None]:
+        """Inside, what is done of judging one network's samples is kept, and what an earlier command did of it is taken from
+        there; when it is left without an error, all of it is gone. manifest: of its checkpoint. Every rank must call it.
+        """
+        with contextlib.ExitStack() as ending:
+            self._going = _Going(ending, stage, checkpoint.ema_sum(manifest), {})
+            try:
+                yield
+            finally:
+                self._going = None
+
+    def _store(self, judge: judges.Judge, seed: int, solver: bool) -> Unfinished:
+        """Where it is kept; nowhere outside `going_on`."""
+        if self._going is None:
+            return Unfinished()
+        ending, stage, weights, stores = self._going
+        of = {"stage": stage, "weights": weights, "seed": seed, "solver": solver}
+        sampler = dataclasses.asdict(self.setting.config)  # type: ignore[call-overload]
+        key = {**of, "sampler": sampler, **self._of(judge)}
+        if (name := repr(key)) not in stores:
+            stores[name] = ending.enter_context(unfinished.opened(self.folder, stage, key))
+        return stores[name]
+
+    def _of(self, judge: judges.Judge) -> dict[str, Any]:
+        """On what it depends what is taken of samples, and their figures, beside the network and the seed."""
+        latents = self.decoding.latents
+        sums = lambda tensors: [xxhash.xxh3_128(v.cpu().contiguous().numpy().tobytes()).hexdigest() for v in tensors]
+        return {
+            "judge": self._key(judge),
+            "against": sums(judge.reference.moments),
+            "second": sums(judge.kept.second.fitted.values()) if judge.kept else None,
+            "all": [judge.expected, judge.rows, judge.file is None],
+            "law": sums([self.setting.law.counts]),
+            "vae": [self.run.eval.vae, *latents[:2]] if latents else None,
+            "batch": self.run.eval.batch,
+            "device": [self.setting.device.type, torch.__version__],
+        }
+
+
+class _Going(NamedTuple):
+    """What `going_on` is about: what ends with it, the stage, its weights, and where each kind of its samples is kept."""
+
+    ending: contextlib.ExitStack
+    stage: str
+    weights: str
+    stores: dict[str, Unfinished]

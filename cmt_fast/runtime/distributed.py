@@ -146,6 +146,25 @@ def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
+def from_first(x: Tensor) -> Tensor:
+    """x (...) of the first rank, on all, where x is; every rank gives one of the same shape and type."""
+    if size() == 1:
+        return x
+    there = x.cuda() if dist.get_backend() == "nccl" else x.cpu()
+    dist.broadcast(there, 0)
+    return there.to(x.device)
+
+
+def text_of_first(text: str) -> str:
+    """The first rank's text, on all."""
+    if size() == 1:
+        return text
+    data = text.encode() if rank() == 0 else b""
+    there = torch.zeros(largest(len(data)), dtype=torch.uint8)
+    there[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else there
+    return from_first(there).numpy().tobytes().decode()
+
+
 def share_rows(x: Tensor) -> None:
     """x: (n, ...), of which each rank has made its own of equal parts, in rank order: all have all of it. In place."""
     if size() > 1:

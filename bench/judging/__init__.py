@@ -1,0 +1,1 @@
+"""What judging costs at the size of published figures."""
