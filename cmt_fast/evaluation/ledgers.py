@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -42,11 +43,15 @@ class Ledger:
 
     def once(self, figure: str, compute: Callable[[], Any]) -> Any:
         """What `compute` returns, or did when it was asked before; every rank must call it."""
-        return self.own[figure] if figure in self.own else self.put(figure, compute())
+        return self.known(figure) if figure in self.own else self.put(figure, compute())
+
+    def known(self, figure: str) -> Any:
+        """What was written down, to do with as one likes. Raises KeyError where nothing was."""
+        return copy.deepcopy(self.own[figure])
 
     def put(self, figure: str, value: Any) -> Any:
         """Write it down, whole or not at all. A disk that takes nothing loses what was to be resumed, not the figure."""
-        self.own[figure] = value
+        self.own[figure] = copy.deepcopy(value)
         if self.file is not None and distributed.rank() == 0:
             try:
                 files.write_bytes(self.file, json.dumps(self._all, indent=1).encode())

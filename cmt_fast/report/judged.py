@@ -46,7 +46,20 @@ def judge(work: Workspace, s: Standing, home: Path) -> Judged:
             return found[1]
     if distributed.rank() == 0:
         progress.say(f"judging {s.name}: {run.eval.n:,} samples at {', '.join(map(str, run.eval.steps))} steps")
-    net = work.network(s.name)
+    assert s.manifest is not None
+    with work.judging.going_on(s.name, s.manifest):
+        judged, net = _figures(work, s)
+        distributed.barrier()  # no rank finds the file before all have looked for it
+        if distributed.rank() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _draw(work, net, s.name, file.parent)
+            files.write_text(file, json.dumps({"key": key, **judged._asdict()}, indent=1))
+    return judged
+
+
+def _figures(work: Workspace, s: Standing) -> tuple[Judged, Any]:
+    """All figures of a finished stage, and its network."""
+    run, net = work.run, work.network(s.name)
 
     def figures(steps: tuple[int, ...], counts: tuple[int, ...], solver: bool) -> list[dict[str, dict | None]]:
         """{steps: figures} for each count; None where samples or figures are not finite."""
@@ -61,14 +74,7 @@ def judge(work: Workspace, s: Standing, home: Path) -> Judged:
     }
     for f in filter(None, during.values()):
         f.pop("left_out", None)
-    judged = Judged(few, solver, during, out)
-    distributed.barrier()  # no rank finds the file before all have looked for it
-    if distributed.rank():
-        return judged
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _draw(work, net, s.name, file.parent)
-    files.write_text(file, json.dumps({"key": key, **judged._asdict()}, indent=1))
-    return judged
+    return Judged(few, solver, during, out), net
 
 
 def _places(work: Workspace, name: str, home: Path) -> list[Path]:

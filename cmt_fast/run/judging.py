@@ -225,7 +225,7 @@ class Judging:
         seed = self.run.eval.seed if seed is None else seed
         store = self._store(judge, seed, solver)
         named = lambda k, count: store.ledger(f"{k} steps, {count} of {judge.expected or n} samples")
-        out = {k: {c: named(k, c).own[ALL] for c in counts if ALL in named(k, c).own} for k in steps}
+        out = {k: {c: named(k, c).known(ALL) for c in counts if ALL in named(k, c).own} for k in steps}
         tallies: Tallies = {k: judge.tally() for k in steps if len(out[k]) < len(set(counts))}
 
         def take(tallies: Tallies, index: torch.Tensor) -> None:
@@ -302,7 +302,7 @@ class Judging:
         return {
             "judge": self._key(judge),
             "against": sums(judge.reference.moments),
-            "second": sums(judge.kept.second.fitted.values()) if judge.kept else None,
+            "second": sums(v for _, v in sorted(judge.kept.second.fitted.items())) if judge.kept else None,
             "all": [judge.expected, judge.rows, judge.file is None],
             "law": sums([self.setting.law.counts]),
             "vae": [self.run.eval.vae, *latents[:2]] if latents else None,

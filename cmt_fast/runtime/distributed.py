@@ -161,7 +161,8 @@ def text_of_first(text: str) -> str:
         return text
     data = text.encode() if rank() == 0 else b""
     there = torch.zeros(largest(len(data)), dtype=torch.uint8)
-    there[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else there
+    if data:
+        there[:] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return from_first(there).numpy().tobytes().decode()
 
 

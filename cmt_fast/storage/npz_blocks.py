@@ -57,7 +57,8 @@ def join(blocks: Sequence[Path], out: Path, name: str, small: dict[str, np.ndarr
 
     comment: that of the zip, at most 65,535 bytes.
 
-    The file is whole or not there. Raises OSError where it cannot be written.
+    The file is whole or not there, and the same rows are the same bytes whenever it is written. Raises OSError where it
+    cannot be written.
     """
     opened = lambda path: np.load(path, mmap_mode="r")  # one at a time: a map holds a file open
     first, n = opened(blocks[0]), sum(len(opened(path)) for path in blocks)
@@ -66,17 +67,22 @@ def join(blocks: Sequence[Path], out: Path, name: str, small: dict[str, np.ndarr
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             archive.comment = comment
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            with archive.open(_member(name), "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, {**header, "shape": (n, *first.shape[1:])})
                 for part in map(opened, blocks):
                     step = max(1, AT_ONCE // max(1, part[:1].nbytes))
                     for i in range(0, len(part), step):
                         file.write(part[i : i + step].tobytes())
             for key, array in small.items():
-                with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                with archive.open(_member(key), "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)
         files.sync(temporary)
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
     return n
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    """An array of the archive; without a date of its own zipfile would put in the hour."""
+    return zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -9,9 +10,10 @@ import os
 import pytest
 import torch
 
+from bench.judging import slow
 from cmt_fast.config import loading
 from cmt_fast.evaluation import distances as distances_
-from cmt_fast.evaluation import judges, neighbours
+from cmt_fast.evaluation import judges, neighbours, roots
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed
 
@@ -74,6 +76,28 @@ def test_a_stream_of_one_is_refused():
         stream.over_ranks()
 
 
+def _goes_on(work: Workspace, net, judge: judges.Judge, want: dict) -> None:
+    """Stopped before its last figure on every rank, an evaluation ends with the same ones and draws no sample again."""
+    manifest, kept = {"files": {"ema-0.safetensors": {"xxh3_128": "of these weights"}}}, work.folder / "judging"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "precision_recall", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError), work.judging.going_on("post", manifest):
+            work.judging.evaluate(net, (1,), 200, judge=judge, quiet=True)
+        patch.undo()
+        distributed.barrier()
+        (folder,) = kept.iterdir()
+        assert len(list(folder.glob("*.block"))) == 5  # batches of 48
+        (figures,) = json.loads((folder / "figures.json").read_text()).values()
+        assert figures.keys() == {"frechet", "frechet_2"}
+        distributed.barrier()
+        patch.setattr(distances_.Against, "__call__", None)  # those figures have ended
+        with work.judging.going_on("post", manifest):
+            found = work.judging.evaluate(None, (1,), 200, judge=judge, quiet=True)["1"]
+    assert found == want
+    distributed.barrier()
+    assert not kept.exists()
+
+
 def _rank(work: Workspace, rank: int, world: int, meet: str, results) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
@@ -83,6 +107,7 @@ def _rank(work: Workspace, rank: int, world: int, meet: str, results) -> None:
     figures = work.judging.evaluate(net, (1,), 200, judge=work.judging.open_judge(rows=True), quiet=True)["1"]
     judge = work.judging.open_judge(samples=200)
     every = work.judging.evaluate(net, (1,), 200, judge=judge, quiet=True)["1"]
+    _goes_on(work, net, judge, every)
     for of, row in (("", every), ("floor ", work.judging.floor(judge, 200))):
         left_out = row.pop("left_out")
         figures |= {f"{of}{key} without {i}": v for key, out in left_out.items() for i, v in enumerate(out)}
@@ -141,12 +166,63 @@ def test_precision_and_recall_by_brute_force():
 
     want = covered(made.tolist(), real.tolist()), covered(real.tolist(), made.tolist())
     assert 0 < want[0] < 1 and 0 < want[1] < 1
-    for block in (7, 4096):
-        assert neighbours.precision_recall(real, made, block=block) == want
+    for block in (3, 7, 4096):
+        done = []
+        assert neighbours.precision_recall(real, made, block=block, advance=done.append) == want
+        assert sum(done) == neighbours.tiles(60, 50, block)
     assert neighbours.precision_recall(real, real.clone()) == (1, 1)
     assert neighbours.precision_recall(real, made + 1e3) == (0, 0)
     with pytest.raises(ValueError, match="3-th neighbour, and a set has 3 rows; 4 are needed"):
         neighbours.precision_recall(real[:3], made)
+
+
+@pytest.mark.parametrize("block", [100, 256, 2048])
+def test_neighbours_in_tiles_are_those_of_whole_rows(block):
+    """Of float32 features with a large mean, duplicates and far-off points: the figures of the slow twin, exactly."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(1300, 6, generator=g)
+    rows = z @ torch.randn(6, 96, generator=g) + 0.3 * torch.randn(1300, 96, generator=g) + 20
+    real, made = rows[:600].clone(), rows[600:] * 1.02
+    real[100:140], made[:30], made[40:44] = real[:40], real[30:60], 1e3
+    found = neighbours.precision_recall(real, made, block=block)
+    assert found == slow.precision_recall(real, made, block=64) and 0.1 < min(found) < max(found) < 0.99
+
+
+def test_blocks_of_rows_have_the_moments_of_batches():
+    """Folded in blocks, copied and read half-way: to float64 rounding those of a product a batch, and the same bits as alone."""
+    x = (gaussian(1500, 12, 0) + 50).float()
+    twin, stream = slow.Stream(), distances_.Stream()
+    for i, part in enumerate(x.split(64)):
+        twin.add(part)
+        stream.add(part)
+        if i == 11:
+            half, read = stream.copy(), stream.shared().moments()  # 256 rows wait
+    for part in x[12 * 64 :].split(64):
+        half.add(part)
+    found, again, want = stream.moments(), half.moments(), twin.moments()
+    assert torch.equal(found.covariance, again.covariance) and torch.equal(found.mean, again.mean)
+    for a, b in ((found, want), (read, distances_.moments(x[: 12 * 64]))):
+        torch.testing.assert_close(a.mean, b.mean, rtol=1e-13, atol=0)
+        assert (a.covariance - b.covariance).abs().max() < 1e-12 * b.covariance.abs().max()
+
+
+def test_a_root_is_taken_once_and_kept(tmp_path, monkeypatch):
+    """In memory, then by the file of another process; other moments, and a file that was damaged, have a root of their own."""
+    monkeypatch.setattr(roots, "WORTH", 8)
+    known, other, sample = (distances_.moments(gaussian(100, 8, seed)) for seed in (0, 1, 2))
+    taken, take = [], distances_.square_root
+    monkeypatch.setattr(distances_, "square_root", lambda c: taken.append(1) or take(c))
+    want = distances_.frechet(known, sample)
+    keeper = roots.Roots(tmp_path / "reference")
+    assert keeper(known)(sample) == keeper(known)(sample) == want and len(taken) == 2
+    assert roots.Roots(tmp_path / "reference")(known)(sample) == want and len(taken) == 2
+    assert roots.Roots(tmp_path / "reference")(other)(sample) == distances_.frechet(other, sample) and len(taken) == 4
+    assert len(list((tmp_path / "reference").iterdir())) == 2
+    for file in (tmp_path / "reference").iterdir():
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert roots.Roots(tmp_path / "reference")(known)(sample) == want and len(taken) == 5
+    assert roots.Roots(tmp_path / "nowhere/reference")(known)(sample) == want and len(taken) == 6
+    assert roots.Roots(tmp_path / "reference")(known)(sample) == want and len(taken) == 6
 
 
 def test_large_unlabelled_images_are_compared_by_the_means_of_fields():

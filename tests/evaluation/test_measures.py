@@ -207,7 +207,10 @@ def test_a_run_without_its_data_is_judged_alike(recipe, tmp_path) -> None:
     floor = work.judging.floor(work.judging.thorough, 200)
     away = Judging(work.run, Away(work.data), work.setting, work.decoding, tmp_path, tmp_path)
     assert figures(away, away.thorough) == whole and figures(away, away.judge) == plain
-    assert plain["1"].items() <= whole["1"].items()  # evaluations in training have the same numbers
+    for key, value in plain[
+        "1"
+    ].items():  # evaluations in training have the same numbers, which they fold in other blocks
+        assert whole["1"][key] == pytest.approx(value, rel=1e-9)
     assert away.floor(away.thorough, 200) == floor and away.floor(away.thorough, 17) is None
     (file,) = (tmp_path / "reference").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"x")
