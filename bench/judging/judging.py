@@ -15,21 +15,28 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from bench.harness import results_file
-from bench.judging import slow
+from bench.judging import killed, slow
 from cmt_fast.evaluation import distances, neighbours
 from cmt_fast.evaluation.distances import Moments, Stream
+from cmt_fast.run import samples
+from cmt_fast.storage import npz_blocks
 
 FILE = "judging.json"
 BATCH, LATENT, GROUPS = 64, 48, 10
-PARTS = ("moments", "frechet", "neighbours")
+PARTS = ("moments", "frechet", "neighbours", "samples")
+KILLED = 2000  # samples of the commands that are killed
+SIDE = 64  # pixels of a sample that is written
 WAYS = ("before", "after")
 
 
@@ -87,7 +94,9 @@ def moments(way: str, n: int, features: int) -> Callable[[], Any]:
     def after() -> float:
         groups = [Stream() for _ in range(GROUPS)]
         for i in range(count):
-            groups[i * GROUPS // count].add(batches[i % len(batches)])
+            g = i * GROUPS // count
+            groups[g].add(batches[i % len(batches)])
+            groups[g - 1].fold()  # as `Measures` does: of earlier groups no row waits
         return float(Stream.joined([g.shared() for g in groups]).moments().covariance.trace())
 
     return before if way == "before" else after
@@ -113,12 +122,48 @@ def near(way: str, n: int, features: int) -> Callable[[], Any]:
     return lambda: call(real, made)
 
 
+def written(way: str, n: int, features: int) -> Callable[[], Any]:
+    """n made-up images of SIDE x SIDE pixels in an .npz: all at once, and block by block as `cmt sample --out` does."""
+    folder = tempfile.TemporaryDirectory()
+    out = Path(folder.name) / "x.npz"
+    image = lambda i: torch.randint(256, (3, SIDE, SIDE), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+    request = samples.Request(n, batch=BATCH)
+
+    def before() -> str:
+        images = torch.cat([torch.stack([image(i) for i in rows]) for rows in request.blocks])
+        np.savez(out, images=images.numpy(), labels=np.zeros(n, np.int64))
+        return _arrays(out)
+
+    def after() -> str:
+        for rows in request.blocks:
+            with npz_blocks.block(Path(folder.name) / f"{rows.start:09d}.npy", len(rows)) as put:
+                put(0, torch.stack([image(i) for i in rows]).numpy())
+        blocks = sorted(Path(folder.name).glob("*.npy"))
+        npz_blocks.join(blocks, out, "images", {"labels": np.zeros(n, np.int64)})
+        return _arrays(out)
+
+    def ending(call: Callable[[], str]) -> Callable[[], str]:
+        return lambda: (call(), folder.cleanup())[0]
+
+    return ending(before if way == "before" else after)
+
+
+def _arrays(path: Path) -> str:
+    """The checksum of the array of images, read a few bytes at a time."""
+    state = xxhash.xxh3_128()
+    with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+        np.lib.format.read_magic(file)
+        while part := file.read(1 << 20):
+            state.update(part)
+    return state.hexdigest()
+
+
 def measured(part: str, way: str, n: int, features: int) -> dict[str, Any]:
     """Seconds of the processor and memory of one part, here."""
     torch.set_num_threads(1)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         torch.distributed.init_process_group("gloo")
-    call = {"moments": moments, "frechet": frechet, "neighbours": near}[part](way, n, features)
+    call = {"moments": moments, "frechet": frechet, "neighbours": near, "samples": written}[part](way, n, features)
     held, clock = _status("VmRSS"), time.process_time()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     figures = call()
@@ -159,7 +204,11 @@ def run(arguments: argparse.Namespace) -> int:
         part, way = arguments.measure
         arguments.out.write_text(json.dumps(measured(part, way, arguments.n, arguments.features)))
         return 0
-    known = json.loads(arguments.out.read_text())["rows"] if arguments.out.is_file() else []
+    data = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"rows": []}
+    if arguments.only is None:
+        data["killed"] = killed.measured(KILLED)
+        print(json.dumps(data["killed"]), flush=True)
+    known = data["rows"]
     for part in PARTS:
         for way in WAYS:
             for ranks in (1, arguments.ranks) if (part, way) == ("neighbours", "after") else (1,):
@@ -172,5 +221,6 @@ def run(arguments: argparse.Namespace) -> int:
                         f"{part} {way} on {ranks}: {row['cpu_s']:.1f} CPU s, {peak:.2f} GB beside what it is given",
                         flush=True,
                     )
-                    results_file.write_json(arguments.out, {**results_file.about("cpu"), "threads": 1, "rows": known})
+                    about = {**results_file.about("cpu"), "threads": 1}
+                    results_file.write_json(arguments.out, {**data, **about, "rows": known})
     return 0

@@ -39,7 +39,7 @@ from cmt_fast.storage import files, npz_blocks
 ABOUT = "samples.json"
 FORMATS = ("png", "arrays", "adm")
 SHOWN = 100  # of a grid
-PIECE = 64  # latents decoded before they are written
+PIECE = 16  # latents decoded before they are written: of 512 x 512 pixels 50 MB, and a few times that on the way
 
 
 class Request(NamedTuple):
@@ -212,9 +212,11 @@ def save(drawing: Drawing, to: str | Path, kind: str | None = None, quiet: bool 
     what = {"png": "PNGs", "arrays": "images, labels", "adm": "arr_0, arr_1 as ADM reads them"}[kind]
     law = drawing.setting.law.text()
     said = f"{out}: {r.n:,} samples of {drawing.work.folder / drawing.stage} ({what}), {drawing.how}; labels {law}"
-    if kind != "png" and claiming.finished(out, about, r.n):
-        return f"{said}; they were there"
     folder = out if kind == "png" else out.with_name(f"{out.name}.part")
+    if kind != "png" and claiming.finished(out, about, r.n):
+        if distributed.rank() == 0 and (folder / ABOUT).is_file():
+            shutil.rmtree(folder)  # who was killed after the file was whole left its blocks
+        return f"{said}; they were there"
     with claiming.alone(folder):
         _claimed(drawing, folder, about)
         place = _Pngs(drawing, folder) if kind == "png" else _Parts(drawing, folder, kind)
@@ -227,7 +229,7 @@ def save(drawing: Drawing, to: str | Path, kind: str | None = None, quiet: bool 
             raise OSError(f"{folder}: not all samples are there; do all processes write to one file system?")
         distributed.barrier()
         if isinstance(place, _Parts):
-            distributed.agreed(lambda: place.join(out, about) if distributed.rank() == 0 else None)
+            distributed.agreed(lambda: place.join(out, about, quiet) if distributed.rank() == 0 else None)
     return said
 
 
@@ -357,7 +359,7 @@ class _Parts:
             return images.numpy()
         return as_bytes(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
-    def join(self, out: Path, about: dict[str, Any]) -> None:
+    def join(self, out: Path, about: dict[str, Any], quiet: bool) -> None:
         """The blocks as one file, which says what drew it, and the blocks gone."""
         r = self.drawing.request
         labels = self.drawing.labels(range(r.first, r.first + r.n))
@@ -367,5 +369,6 @@ class _Parts:
         elif labels is not None:
             small["arr_1"] = labels.numpy()
         name, comment = "images" if self.kind == "arrays" else "arr_0", claiming.comment(about, r.n)
-        npz_blocks.join(list(map(self.path, r.blocks)), out, name, small, comment)
+        with progress.counting(f"writing {out.name}", r.n, None, quiet) as advance:
+            npz_blocks.join(list(map(self.path, r.blocks)), out, name, small, comment, advance)
         shutil.rmtree(self.folder)

@@ -52,10 +52,13 @@ def block(path: Path, rows: int) -> Iterator[Callable[[int, np.ndarray], None]]:
         temporary.unlink(missing_ok=True)
 
 
-def join(blocks: Sequence[Path], out: Path, name: str, small: dict[str, np.ndarray], comment: bytes = b"") -> int:
+def join(
+    blocks: Sequence[Path], out: Path, name: str, small: dict[str, np.ndarray], comment: bytes = b"",
+    advance: Callable[[int], object] = lambda rows: None,
+) -> int:  # fmt: skip
     """Write an .npz of the blocks' rows in their order, as `name`, and of small arrays beside it. Returns the number of rows.
 
-    comment: that of the zip, at most 65,535 bytes.
+    comment: that of the zip, at most 65,535 bytes. advance is told of rows.
 
     The file is whole or not there, and the same rows are the same bytes whenever it is written. Raises OSError where it
     cannot be written.
@@ -73,6 +76,7 @@ def join(blocks: Sequence[Path], out: Path, name: str, small: dict[str, np.ndarr
                     step = max(1, AT_ONCE // max(1, part[:1].nbytes))
                     for i in range(0, len(part), step):
                         file.write(part[i : i + step].tobytes())
+                        advance(min(step, len(part) - i))
             for key, array in small.items():
                 with archive.open(_member(key), "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)

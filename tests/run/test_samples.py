@@ -152,7 +152,9 @@ def test_an_npz_is_not_written_over(run, tmp_path, capsys, monkeypatch):
     out = tmp_path / "x.npz"
     command = ["sample", f"{run}/post", "--out", str(out), "--n", "12"]
     assert main(command) == 0
-    before = out.read_bytes()
+    before, left = out.read_bytes(), tmp_path / "x.npz.part"
+    left.mkdir()  # by a kill between the file and the end
+    (left / "samples.json").write_text("{}")
     assert np.load(out, allow_pickle=False).files == ["images", "labels"]
     monkeypatch.setattr(samples.Drawing, "block", None)
     capsys.readouterr()
