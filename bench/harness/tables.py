@@ -14,6 +14,7 @@ from bench.harness import gpu_tables
 from bench.harness.pages import (
     gallery,
     inputs,
+    judging,
     keys,
     launches,
     picture,
@@ -323,6 +324,7 @@ def tune(recipe: str) -> str:
 TABLES = {
     "gallery": lambda recipe: gallery.table(RESULTS, recipe),
     "inputs": inputs.table,
+    "judging": lambda _: judging.table(RESULTS),
     "keys": keys.table,
     "launches": lambda _: launches.table(RESULTS),
     "promises": promises.table,

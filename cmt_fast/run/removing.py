@@ -1,6 +1,6 @@
 """What of a run can go, by what is to be kept of it, and taking it away. Nothing outside the run's folder is touched.
 
-    final     goes: checkpoints but the last, optimizer and raw weights, EMA snapshots, what kills left behind.
+    final     goes: checkpoints but the last, optimizer and raw weights, EMA snapshots, what kills left, of evaluations too.
               stays: EMA weights of the last checkpoints, and with everything small all that sampling, eval, report, export need
     report    goes: those EMA weights too. stays: records, figures, pictures, the report; what there was, by its checksums
     nothing   the folder
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES
 from cmt_fast.run import folder as folder_
+from cmt_fast.run import unfinished
 from cmt_fast.storage import checkpoint, heartbeat, pruning
 
 DEPTH = 3  # folders in which other runs are looked for
@@ -74,7 +75,7 @@ def plan(folder: Path, keep: str, force: bool = False) -> Plan:
     said = [f"{user} uses its weights" for user in users]
     if keep == "nothing":
         return Plan(keep, folder, [folder], {}, said)
-    paths, pruned = [], dict[Path, list[Path]]()
+    paths, pruned = [p for p in (folder / unfinished.FOLDER,) if p.exists()], dict[Path, list[Path]]()
     for name in STAGES:
         stage = folder / name
         if stage.is_symlink() or (stage / "checkpoints").is_symlink():
