@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cmt_fast.runtime import distributed
+from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import files
 
 
@@ -42,8 +42,12 @@ class Ledger:
         return self._all.setdefault(self.name, {})
 
     def once(self, figure: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns, or did when it was asked before; every rank must call it."""
-        return self.known(figure) if figure in self.own else self.put(figure, compute())
+        """What `compute` returns, or did when it was asked before; every rank must call it. A terminal shows which it is."""
+        if figure in self.own:
+            return self.known(figure)
+        with progress.phase(figure, quiet=True):
+            value = compute()
+        return self.put(figure, value)
 
     def known(self, figure: str) -> Any:
         """What was written down, to do with as one likes. Raises KeyError where nothing was."""

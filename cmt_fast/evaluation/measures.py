@@ -101,7 +101,7 @@ class Measures:
         near = distributed.gather_uneven(torch.cat(made) if made else None)
         if real is None or min(len(real), len(near)) <= neighbours.K:
             return None
-        return neighbours.precision_recall(real, near, device=self.device)
+        return neighbours.shown(real, near, self.device)
 
     def _real(self) -> tuple[Tensor | None, Tensor | None]:
         return self.kept.tensors.get("features"), self.kept.tensors.get("features_2")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cmt_fast.runtime import distributed
+from cmt_fast.runtime import distributed, progress
 
 K = 3  # neighbours, as Kynkäänniemi et al. count
 TILE = 2048  # rows and columns; on a GPU its distances are 16 MB
@@ -41,6 +41,12 @@ def precision_recall(
         sets = [_Tiles(x, centre, block, device or real.device) for x in (real, made)]
         wide = [radii(x, k, advance) for x in sets]
         return _covered(*sets, *wide, advance)
+
+
+def shown(real: Tensor, made: Tensor, device: torch.device) -> tuple[float, float]:
+    """`precision_recall`, with its progress where a display is open."""
+    with progress.phase("precision and recall, tiles", tiles(len(real), len(made)), quiet=True) as advance:
+        return precision_recall(real, made, device=device, advance=advance)
 
 
 def tiles(n: int, m: int, block: int = TILE) -> int:

@@ -120,4 +120,4 @@ class Tally:
     def _neighbours(self) -> tuple[float, float]:
         made = distributed.gather_uneven(torch.cat(self.kept) if self.kept else None)
         assert self.reference.features is not None
-        return neighbours.precision_recall(self.reference.features.cpu(), made, device=self.judge.device)
+        return neighbours.shown(self.reference.features.cpu(), made, self.judge.device)

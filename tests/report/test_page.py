@@ -113,7 +113,9 @@ def test_figures_are_the_judge_s(run):
         want = judging.evaluate(work.network(name), (k,), n, solver=bool(solver))[str(k)]
         found = quality[name][kind][str(k)]
         near = {**want, "frechet": pytest.approx(want["frechet"], rel=1e-9)}  # of rows that were folded in other blocks
-        assert near == {k: found[k] for k in want} and {"frechet_2", "sharpness", "precision", "recall_2"} < found.keys()
+        assert (
+            near == {k: found[k] for k in want} and {"frechet_2", "sharpness", "precision", "recall_2"} < found.keys()
+        )
     whole = judging.evaluate(work.network("post"), (1,), 200, judge=judging.thorough)["1"]
     assert whole == {**quality["post"]["few"]["1"], "left_out": quality["post"]["left_out"]["few"]["1"]}
     assert out["floor"]["frechet"] < quality["pre"]["solver"]["16"]["frechet"]
