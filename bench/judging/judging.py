@@ -44,7 +44,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--n", type=int, default=50_000, help="samples, and rows that they are compared with")
     p.add_argument("--features", type=int, default=2048)
     p.add_argument("--ranks", type=int, default=2, help="precision and recall are measured shared by so many, too")
-    p.add_argument("--only", choices=PARTS, help="one part; the others keep the numbers that the file has")
+    p.add_argument("--only", choices=(*PARTS, "killed"), help="one part; the others keep the numbers that the file has")
     p.add_argument("--way", choices=WAYS, help="one way; the other keeps its numbers")
     p.add_argument("--out", type=Path, default=results_file.ROOT / "bench/results/cpu" / FILE)
     p.add_argument("--measure", nargs=2, metavar=("PART", "WAY"), help=argparse.SUPPRESS)  # in a process of its own
@@ -138,7 +138,7 @@ def written(way: str, n: int, features: int) -> Callable[[], Any]:
         for rows in request.blocks:
             with npz_blocks.block(Path(folder.name) / f"{rows.start:09d}.npy", len(rows)) as put:
                 put(0, torch.stack([image(i) for i in rows]).numpy())
-        blocks = sorted(Path(folder.name).glob("*.npy"))
+        blocks = [(Path(folder.name) / f"{rows.start:09d}.npy", len(rows)) for rows in request.blocks]
         npz_blocks.join(blocks, out, "images", {"labels": np.zeros(n, np.int64)})
         return _arrays(out)
 
@@ -205,9 +205,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out.write_text(json.dumps(measured(part, way, arguments.n, arguments.features)))
         return 0
     data = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"rows": []}
-    if arguments.only is None:
+    if arguments.only in (None, "killed"):
         data["killed"] = killed.measured(KILLED)
         print(json.dumps(data["killed"]), flush=True)
+        results_file.write_json(arguments.out, data)
     known = data["rows"]
     for part in PARTS:
         for way in WAYS:

@@ -342,12 +342,14 @@ class _Parts:
 
     def __init__(self, drawing: Drawing, folder: Path, kind: str) -> None:
         self.drawing, self.folder, self.kind = drawing, folder, kind
+        state = npz_blocks.joined(folder, [len(rows) for rows in drawing.request.blocks])
+        self.joined = drawing.request.first + (state.rows if state else 0)  # those before are in the archive to be
 
     def path(self, rows: range) -> Path:
         return self.folder / f"{rows.start:09d}-{rows.stop:09d}.npy"
 
     def has(self, rows: range) -> bool:
-        return self.path(rows).is_file()
+        return rows.stop <= self.joined or self.path(rows).is_file()
 
     @contextlib.contextmanager
     def block(self, rows: range) -> Iterator[Callable[[int, Tensor], None]]:
@@ -370,5 +372,5 @@ class _Parts:
             small["arr_1"] = labels.numpy()
         name, comment = "images" if self.kind == "arrays" else "arr_0", claiming.comment(about, r.n)
         with progress.counting(f"writing {out.name}", r.n, None, quiet) as advance:
-            npz_blocks.join(list(map(self.path, r.blocks)), out, name, small, comment, advance)
+            npz_blocks.join([(self.path(rows), len(rows)) for rows in r.blocks], out, name, small, comment, advance)
         shutil.rmtree(self.folder)

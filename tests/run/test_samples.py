@@ -110,6 +110,40 @@ def test_a_killed_command_goes_on_to_the_same_bytes(run, tmp_path, kind, monkeyp
     assert os.listdir(tmp_path / "killed") == ["x.npz"]
 
 
+def test_blocks_go_as_they_are_joined_and_a_killed_joining_goes_on(run, tmp_path, monkeypatch):
+    """Killed with two of four blocks in the archive to be: nothing is drawn again, of more samples only what is new."""
+    say = lambda out, n: ["sample", f"{run}/post", "--n", str(n), "--out", str(tmp_path / out)]
+    assert main(say("whole.npz", 35)) == 0 and main(say("more.npz", 47)) == 0
+    monkeypatch.setattr(npz_blocks, "SAFE", 1)
+    record, drawn, block = npz_blocks._record, [], samples.Drawing.block
+    monkeypatch.setattr(samples.Drawing, "block", lambda self, rows: drawn.append(rows.start) or block(self, rows))
+    for out, n, then, at, again in (
+        ("a.npz", 35, 35, 2, []),
+        ("b.npz", 35, 47, 2, [30, 40]),
+        ("c.npz", 35, 47, 4, [30, 40]),  # all of 35, of which five are half a block of 47
+    ):
+        done = []
+
+        def dies(file, gone, state, at=at, done=done):
+            record(file, gone, state)
+            done.append(state.rows)
+            if len(done) == at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(npz_blocks, "_record", dies)
+            assert main(say(out, n)) == 130
+        left = sorted(p.name for p in (tmp_path / f"{out}.part").glob("*.npy"))
+        assert left == [f"{i:09d}-{min(i + 10, n):09d}.npy" for i in range(0, n, 10)][at:] and done[-1] == min(
+            10 * at, n
+        )
+        drawn.clear()
+        assert main(say(out, then)) == 0 and drawn == again
+        want = "whole.npz" if then == 35 else "more.npz"
+        assert (tmp_path / out).read_bytes() == (tmp_path / want).read_bytes()
+    assert np.load(tmp_path / "c.npz")["images"].shape == (47, 1, 8, 8) and not list(tmp_path.glob("*.part"))
+
+
 def test_arrays_are_those_of_the_api_and_adm_reads_bytes_in_three_channels(run, tmp_path):
     x, labels = api.sample(run / "post", n=25)
     for kind in ("arrays", "adm"):
