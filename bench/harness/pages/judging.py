@@ -29,9 +29,11 @@ def table(results: Path) -> str:
             lines.append(f"| {text}{shared} | {' | '.join(cells)} |")
     lines.append("")
     for name, k in data["killed"].items():
+        command, _, form = name.partition(", ")
+        times = f"{k['kills']} time{'s' * (k['kills'] != 1)}"
         same = "equal to the last byte" if k["equal"] else "NOT equal"
-        drawn = f"{k['drawn']:,} samples drawn in all"
-        lines.append(f"`cmt {name}` of {k['drawn_alone']:,} samples, killed {k['kills']} times: {same}; {drawn}.")
+        what = f"`cmt {command}`{f' to {form}' * bool(form)} of {k['drawn_alone']:,} samples, killed {times}"
+        lines.append(f"- {what}: {same}; {k['drawn']:,} drawn in all.")
     lines.append(
         f"\n{data['device']}, {data['threads']} thread, torch {data['torch']}; commit {data['commit']}, {data['date'][:10]}.\n"
     )
