@@ -44,8 +44,8 @@ def precision_recall(
 
 
 def shown(real: Tensor, made: Tensor, device: torch.device) -> tuple[float, float]:
-    """`precision_recall`, with its progress where a display is open."""
-    with progress.phase("precision and recall, tiles", tiles(len(real), len(made)), quiet=True) as advance:
+    """`precision_recall`, named where a display is open; each tile is a sign of life."""
+    with progress.phase("precision and recall", quiet=True) as advance:
         return precision_recall(real, made, device=device, advance=advance)
 
 
