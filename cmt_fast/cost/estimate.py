@@ -12,7 +12,7 @@ from typing import NamedTuple
 from cmt_fast.config import errors, loading, recipes
 from cmt_fast.config.schema import Model, Run
 from cmt_fast.cost import flops as flops_
-from cmt_fast.cost import published, step_time
+from cmt_fast.cost import disk, memory, published, step_time
 from cmt_fast.cost.flops import OURS, Ideas, Network, Term
 from cmt_fast.cost.hardware import Card
 from cmt_fast.data import classes as in_data
@@ -23,7 +23,6 @@ from cmt_fast.run import folder as folder_
 from cmt_fast.run.resolved import ResolvedStage
 
 POWER = 0.9  # of the board's power that training draws: assumed; hosts and cooling are not counted
-SAVED_U = 17  # values of U that a block keeps for its backward, by count
 
 
 class Rows(NamedTuple):
@@ -37,7 +36,10 @@ class Rows(NamedTuple):
 
 
 class StageCost(NamedTuple):
-    """A stage on `processes` cards. Microseconds: work_us of an image, the others of a step; lines: the arithmetic."""
+    """A stage on `processes` cards. Microseconds: work_us of an image, the others of a step; lines: the arithmetic.
+
+    scale: measured over predicted time, from results; 1 where nothing of the kind was measured.
+    """
 
     steps: int
     images: int
@@ -50,6 +52,7 @@ class StageCost(NamedTuple):
     gpu_hours: float
     mark: str
     lines: list[str]
+    scale: float = 1.0
 
 
 class Way(NamedTuple):
@@ -159,7 +162,7 @@ def reckon(
         f"{steps:,} steps x {step:,.0f} us = {hours:,.2f} h x {processes} = {hours * processes:,.2f} GPU-hours"
     )
     flops = flops_.flops_image(work, known)
-    return StageCost(steps, steps * batch, flops, total, optimizer, sent, step, hours, hours * processes, mark, lines)
+    return StageCost(steps, steps * batch, flops, total, optimizer, sent, step, hours, hours * processes, mark, lines, scale)
 
 
 def step_work(objective: str, teacher: float = 1.0) -> list[Term]:
@@ -233,21 +236,23 @@ def stage_bill(
 def sharding_plan(resolved: ResolvedStage, known: dict[str, Network], card: Card, processes: int) -> ShardingPlan:
     """The engine's ZeRO stage by the memory of the card."""
     run, stage = resolved.run, resolved.config
-    named = {key: text for key, text in stage.networks().items() if key != "start"}
+    named = {key: text for key, text in resolved.called.items() if key != "start"}
     by_key = {"teacher": "teacher", "autoguidance.network": "guide"}
     held = sum({text: known[by_key[key]].parameters for key, text in named.items()}.values())
     size = StageSize(known["student"].parameters, held, len(stage.ema), stage.products == "bf16")
     return choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, int(card.memory))
 
 
-def activation_bytes(resolved: ResolvedStage, net: Network, processes: int) -> float | None:
-    """What a DiT keeps for its backward in one pass of a process, by count; None for other networks."""
-    run, stage = resolved.run, resolved.config
-    if not net.depth:
-        return None
-    images = stage.batch / processes / resolved.grad_accum_steps(processes)
-    u = net.tokens * net.width * (2 if stage.products == "bf16" else 4)
-    return images * u * (net.depth + SAVED_U if run.model.checkpoint_activations else SAVED_U * net.depth)
+def held(resolved: ResolvedStage, rows: Rows, known: dict[str, Network], card: Card, processes: int) -> memory.Memory:
+    """What a stage holds on one of `processes` cards, part by part."""
+    choice = sharding_plan(resolved, known, card, processes)
+    return memory.of_stage(resolved, tuple(rows.shape), rows.classes, known, choice, card, processes)
+
+
+def judging_hours(judged: disk.Judging, student: Network, card: Card, processes: int) -> float:
+    """Hours of the samples that a stage is judged by while it trains: forwards in fp32, shared out; their features aside."""
+    us = step_time.microseconds("forward", student, card, "fused", "fp32")[0]
+    return judged.forwards * us / 3.6e9 / processes
 
 
 def energy_kwh(gpu_hours: float, card: Card) -> float | None:

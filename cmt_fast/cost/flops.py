@@ -25,7 +25,10 @@ from cmt_fast.teacher import pool
 
 
 class Network(NamedTuple):
-    """flops: of one forward of one image; attention: those of them in a DiT's attention; depth 0: not a DiT."""
+    """flops: of one forward of one image; attention: those of them in a DiT's attention; depth 0: not a DiT.
+
+    model: what it was built from, None for a feature network.
+    """
 
     name: str
     parameters: int
@@ -35,6 +38,7 @@ class Network(NamedTuple):
     depth: int = 0
     tokens: int = 0
     heads: int = 1
+    model: Model | None = None
 
 
 class Term(NamedTuple):
@@ -83,21 +87,26 @@ def _network(model: Model, path: str, shape: tuple[int, ...], classes: int, name
     make = lambda: models.build(model, path, 0.5, shape, classes)
     if not isinstance(model, Dit):
         size = getattr(model, "size", None) or getattr(model, "preset", None) or f"{model.width} x {model.depth}"
-        return Network(name or f"{model.kind}-{size}", *_counted(make, shape, bool(classes)))
+        return Network(name or f"{model.kind}-{size}", *_counted(make, shape, bool(classes)), model=model)
     preset = zip((model.width, model.depth, model.heads), dit.SIZES[model.size])
     width, depth, heads = (given or size for given, size in preset)
     with weightless():
         count = sum(p.numel() for p in make().parameters())
     tokens, features = (shape[1] // model.patch) ** 2, 256 if model.embeddings == "dit" else 64
     work = dit_forward(width, depth, tokens, path == "linear", shape[0] * model.patch**2, features)
-    return Network(name or f"DiT-{model.size}/{model.patch}", count, *work, width, depth, tokens, heads)
+    return Network(name or f"DiT-{model.size}/{model.patch}", count, *work, width, depth, tokens, heads, model)
 
 
 def dit_network(width: int, depth: int, tokens: int) -> Network:
     """The two-time DiT of these sizes on latents of 4 channels; heads of 64 columns where no published size has others."""
-    heads = next((h for w, d, h in dit.SIZES.values() if (w, d) == (width, depth)), max(1, width // 64))
     side = 2 * math.isqrt(tokens)
-    return network(Dit(width=width, depth=depth, heads=heads), "linear", (4, side, side), 1000)
+    return network(dit_model(width, depth), "linear", (4, side, side), 1000)
+
+
+def dit_model(width: int, depth: int) -> Dit:
+    """The model of such a DiT."""
+    heads = next((h for w, d, h in dit.SIZES.values() if (w, d) == (width, depth)), max(1, width // 64))
+    return Dit(width=width, depth=depth, heads=heads)
 
 
 @functools.lru_cache(maxsize=16)

@@ -10,7 +10,7 @@ import pytest
 from cmt_fast.cli import estimate as command
 from cmt_fast.cli import main
 from cmt_fast.config import loading, recipes
-from cmt_fast.cost import estimate, plan
+from cmt_fast.cost import estimate, savings
 from cmt_fast.cost.hardware import CARDS
 from tests.fixtures.commands import ROOT
 
@@ -41,7 +41,7 @@ def test_every_recipe(name, figures):
     total = found["total"]
     assert total["gpu_hours"] == pytest.approx(sum(found["stages"][n]["gpu_hours"] for n in ("mid", "post")))
     rows = {line["what"].split(":")[0]: line for line in found["savings"]}
-    ours = rows[plan.RECIPE]
+    ours = rows[savings.RECIPE]
     assert ours["gpu_hours"] == pytest.approx(total["gpu_hours"]) and ours["ratio"] == 1
     without = rows["without points reused"]
     assert without["flops_image"] > ours["flops_image"] and without["gpu_hours"] > ours["gpu_hours"]
