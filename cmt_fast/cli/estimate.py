@@ -92,10 +92,12 @@ def _stage(resolved: ResolvedStage, rows: Rows, at: Card, gpus: int, price: floa
     t = stage.trajectories
     if t and t.nfe == "auto":
         notes.append(f"{name}: nfe auto is counted as {t.calls} until `cmt tune-teacher` has chosen it")
-    on_card, shape = estimate.held(resolved, rows, known, at, gpus), tuple(rows.shape)
+    on_card, shape = estimate.held(resolved, rows, known, choice, at, gpus), tuple(rows.shape)
     if not on_card.fits:
         most, usable = gb(int(on_card.most)), gb(int(on_card.limit))
-        notes.append(f"{name}: {most} a process are more than the {usable} of a card that are usable; `cmt plan` says what fits")
+        notes.append(
+            f"{name}: {most} a process are more than the {usable} of a card that are usable; `cmt plan` says what fits"
+        )
     stored, judged = disk.cache(resolved, shape), disk.judging(resolved)
     work = flops.terms(resolved)
     return {

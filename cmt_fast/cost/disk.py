@@ -37,7 +37,9 @@ def cache(resolved: ResolvedStage, shape: tuple[int, ...], dtype: str = "fp16") 
     if not resolved.trajectory_rows:
         return None
     count, nodes = trajectories(resolved)
-    rounds = -(-resolved.schedule.total // (1 if resolved.trajectories.mode == "paper" else resolved.trajectories.pool_steps))
+    rounds = -(
+        -resolved.schedule.total // (1 if resolved.trajectories.mode == "paper" else resolved.trajectories.pool_steps)
+    )
     row = row_bytes(nodes, shape, dtype)
     return Cache(count * rounds, row, count * rounds * row)
 

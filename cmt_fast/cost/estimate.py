@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from cmt_fast.config import errors, loading, recipes
 from cmt_fast.config.schema import Model, Run
-from cmt_fast.cost import flops as flops_
 from cmt_fast.cost import disk, memory, published, step_time
+from cmt_fast.cost import flops as flops_
 from cmt_fast.cost.flops import OURS, Ideas, Network, Term
 from cmt_fast.cost.hardware import Card
 from cmt_fast.data import classes as in_data
@@ -162,7 +162,9 @@ def reckon(
         f"{steps:,} steps x {step:,.0f} us = {hours:,.2f} h x {processes} = {hours * processes:,.2f} GPU-hours"
     )
     flops = flops_.flops_image(work, known)
-    return StageCost(steps, steps * batch, flops, total, optimizer, sent, step, hours, hours * processes, mark, lines, scale)
+    return StageCost(
+        steps, steps * batch, flops, total, optimizer, sent, step, hours, hours * processes, mark, lines, scale
+    )
 
 
 def step_work(objective: str, teacher: float = 1.0) -> list[Term]:
@@ -224,13 +226,20 @@ def stage_bill(
     resolved: ResolvedStage, rows: Rows, card: Card, processes: int, ideas: Ideas = OURS
 ) -> tuple[StageCost, ShardingPlan, dict[str, Network]]:
     """What a stage costs, with the sizing of its engine. Raises ConfigError where rows do not divide over the cards."""
-    stage = resolved.config
     known, _ = networks(resolved, rows)
+    return *bill_of(resolved, known, card, processes, ideas), known
+
+
+def bill_of(
+    resolved: ResolvedStage, known: dict[str, Network], card: Card, processes: int, ideas: Ideas = OURS
+) -> tuple[StageCost, ShardingPlan]:
+    """The same of networks that are known already."""
+    stage = resolved.config
     choice = sharding_plan(resolved, known, card, processes)
     passes = resolved.grad_accum_steps(processes)
     way = Way(stage.products, ideas.how, len(stage.ema), choice.stage, passes, choice.teacher_sharded)
     bill = reckon(flops_.terms(resolved, ideas), known, stage.images_nimg, stage.batch, card, processes, way)
-    return bill, choice, known
+    return bill, choice
 
 
 def sharding_plan(resolved: ResolvedStage, known: dict[str, Network], card: Card, processes: int) -> ShardingPlan:
@@ -243,9 +252,10 @@ def sharding_plan(resolved: ResolvedStage, known: dict[str, Network], card: Card
     return choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, int(card.memory))
 
 
-def held(resolved: ResolvedStage, rows: Rows, known: dict[str, Network], card: Card, processes: int) -> memory.Memory:
+def held(
+    resolved: ResolvedStage, rows: Rows, known: dict[str, Network], choice: ShardingPlan, card: Card, processes: int
+) -> memory.Memory:
     """What a stage holds on one of `processes` cards, part by part."""
-    choice = sharding_plan(resolved, known, card, processes)
     return memory.of_stage(resolved, tuple(rows.shape), rows.classes, known, choice, card, processes)
 
 

@@ -75,7 +75,9 @@ def _nvidia(name, sheet, rates, bandwidth, memory, watts, links, flash=1.0, per_
     copy = measured.get("copy", COPIED * bandwidth) * 1e12
     link, network = (rate * 1e9 for rate in links)
     known = {{"matmul": "matmul bf16", "copy": "copy"}[key]: BEFORE for key in measured}
-    return Card(name, peak, matmul, copy, memory * 1e9, watts, link, network, flash, known, (), per_machine, datasheet=sheet)
+    return Card(
+        name, peak, matmul, copy, memory * 1e9, watts, link, network, flash, known, (), per_machine, datasheet=sheet
+    )
 
 
 # datasheets: dense rates, bandwidth, memory, board power; SXM boards: NVLink one way, network of a machine of eight. A card
@@ -84,8 +86,12 @@ ADA, BLACKWELL = "NVIDIA's Ada GPU architecture whitepaper", "NVIDIA's RTX Black
 CARDS = {
     card.name: card
     for card in (
-        _nvidia("h100", "NVIDIA H100 SXM5 datasheet", (989.4, 494.7, 66.9), 3.35, 80, 700, (450, 50), matmul=798, copy=3.0),
-        _nvidia("h200", "NVIDIA H200 SXM5 datasheet", (989.4, 494.7, 66.9), 4.8, 141, 700, (450, 50), matmul=790, copy=4.3),
+        _nvidia(
+            "h100", "NVIDIA H100 SXM5 datasheet", (989.4, 494.7, 66.9), 3.35, 80, 700, (450, 50), matmul=798, copy=3.0
+        ),
+        _nvidia(
+            "h200", "NVIDIA H200 SXM5 datasheet", (989.4, 494.7, 66.9), 4.8, 141, 700, (450, 50), matmul=790, copy=4.3
+        ),
         _nvidia("a100", "NVIDIA A100 SXM4 80 GB datasheet", (312, 156, 19.5), 2.039, 80, 400, (300, 25), 312 / 989.4),
         _nvidia("rtx4090", ADA, (165.2, 82.6, 82.6), 1.008, 24, 450, (31.5, 1.25), 165.2 / 989.4, 4),
         _nvidia("rtx5090", BLACKWELL, (209.5, 104.8, 104.8), 1.792, 32, 575, (63, 1.25), 209.5 / 989.4, 4),
@@ -141,8 +147,8 @@ def _cpu(name: str, found: list[tuple[str, dict]], results: Path | None) -> Card
     source, roof = next(((s, r["roof"]) for s, r in reversed(found) if "gflop_s" in r.get("roof", {})), (None, None))
     if source is None:
         raise ConfigError(
-            f"--gpu: {name!r} has no measurements in {results or RESULTS}; in a clone of the repository `python -m bench ops` makes "
-            f"them, and --results names their folder"
+            f"--gpu: {name!r} has no measurements in {results or RESULTS}; in a clone of the repository `python -m bench ops` "
+            f"makes them, and --results names their folder"
         )
     rate, copy = roof["gflop_s"] * 1e9, roof["gb_s"] * 1e9
     rates = dict.fromkeys(("bf16", "tf32", "fp32"), rate)

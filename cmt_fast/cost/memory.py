@@ -20,8 +20,15 @@ from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.teacher import pool
 
-USABLE = 0.93  # of a card's memory: its context, fragments of the allocator and buffers of libraries take the rest; assumed
-BUCKET = 500_000_000  # elements of DeepSpeed's buckets as it comes: one of gradients, and at stage 3 one of gathered weights
+USABLE = (
+    0.93  # of a card's memory: its context, fragments of the allocator and buffers of libraries take the rest; assumed
+)
+BUCKET = (
+    500_000_000  # elements of DeepSpeed's buckets as it comes: one of gradients, and at stage 3 one of gathered weights
+)
+ROLLING = (
+    6  # states that a rollout holds beside the network's: the row, its last predictions, what is being made of them
+)
 COUNTED, ARITHMETIC, ASSUMED = "counted", "arithmetic", "assumed"
 
 
@@ -58,7 +65,9 @@ class Memory(NamedTuple):
         """One line for people: the parts that matter, and the verdict."""
         named = ", ".join(f"{gb(int(p.bytes))} {p.what}" for p in self.parts if p.bytes >= 0.005 * self.most)
         fits = "fits in" if self.fits else "MORE THAN"
-        return f"on a card: {gb(int(self.most))} = {named}; {fits} the {gb(int(self.limit))} that are usable (predicted)"
+        return (
+            f"on a card: {gb(int(self.most))} = {named}; {fits} the {gb(int(self.limit))} that are usable (predicted)"
+        )
 
 
 def of_stage(
@@ -121,7 +130,8 @@ def _teacher(
         parts.append(Part("features of endpoints, at most", pool.KEEP_BYTES, ARITHMETIC))
     if rolls:
         at_once = min(t.rollout_batch, max(1, count // processes))
-        live = working_of(known["teacher"], resolved, shape, classes, low in ("bf16", "fp8"))
+        models = [known[of].model or resolved.run.model for of in named if of in known]
+        live = rollout_bytes(models, resolved, shape, classes, low in ("bf16", "fp8"))
         parts.append(Part(f"rollouts, {at_once:,} at once", at_once * live, COUNTED))
     return parts
 
@@ -147,10 +157,18 @@ def precision_of_teacher(resolved: ResolvedStage, card: Card) -> str:
     return resolved.config.products if named == "stage" else named
 
 
-def working_of(net: Network, resolved: ResolvedStage, shape: tuple[int, ...], classes: int, bf16: bool) -> float:
-    """Bytes a row of a teacher's forward: counted where its model is known, else as the student's."""
-    model: Model = net.model or resolved.run.model
-    return activations.working(model, resolved.run.path, shape, classes, bf16)
+def rollout_bytes(
+    models: list[Model], resolved: ResolvedStage, shape: tuple[int, ...], classes: int, bf16: bool
+) -> float:
+    """Bytes that one trajectory takes while it is rolled out by a teacher (and its guide), its nodes aside."""
+    both = 2 if resolved.trajectories.guidance != 1 else 1  # with and without label, in one batch
+    live = max(activations.working(model, resolved.run.path, shape, classes, bf16) for model in models)
+    return both * live + ROLLING * 4 * math.prod(shape)
+
+
+def rows_that_fit(free: float, each: float) -> int:
+    """Trajectories that a rollout may take at once, at least one."""
+    return max(1, int(USABLE * free // each))
 
 
 def saved_ratio(net: Network, card: Card, precision: str) -> tuple[float, str]:
@@ -160,7 +178,9 @@ def saved_ratio(net: Network, card: Card, precision: str) -> tuple[float, str]:
     ratios = []
     for s in own or steps:
         side = 2 * math.isqrt(s.tokens)
-        count = activations.of_model(flops_.dit_model(s.width, s.depth), "linear", (4, side, side), 1000, precision == "bf16")
+        count = activations.of_model(
+            flops_.dit_model(s.width, s.depth), "linear", (4, side, side), 1000, precision == "bf16"
+        )
         ratios.append(s.saved / count.bytes(s.batch))
     if not ratios:
         return 1.0, COUNTED
