@@ -6,6 +6,7 @@ cost.py. Evaluation, checkpoints and waiting for data are not in the hours.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -263,6 +264,20 @@ def judging_hours(judged: disk.Judging, student: Network, card: Card, processes:
     """Hours of the samples that a stage is judged by while it trains: forwards in fp32, shared out; their features aside."""
     us = step_time.microseconds("forward", student, card, "fused", "fp32")[0]
     return judged.forwards * us / 3.6e9 / processes
+
+
+def rolling_hours(resolved: ResolvedStage, known: dict[str, Network], card: Card, processes: int) -> float:
+    """Hours of rolling out all of a stage's trajectories, as its steps or `cmt trajectories` do it; 0 for one without."""
+    t = resolved.config.trajectories
+    if t is None:
+        return 0.0
+    rolled, precision = resolved.replaced(trajectories=dataclasses.replace(t, cache=None)), resolved.config.products
+    us = 0.0
+    for term in flops_.terms(rolled):
+        if term.rows:
+            each, _ = step_time.microseconds(term.kind, known[term.of], card, "fused", precision)
+            us += term.times * each + step_time.call_us(term, known[term.of], each, card, precision, processes)[0]
+    return resolved.config.images_nimg * us / 3.6e9 / processes
 
 
 def energy_kwh(gpu_hours: float, card: Card) -> float | None:

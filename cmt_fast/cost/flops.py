@@ -44,7 +44,8 @@ class Network(NamedTuple):
 class Term(NamedTuple):
     """Work for one student image: `times` of a kind (forward, backward, tangent, input_gradient, recompute) of a network.
 
-    of: student, teacher, guide or features; rows: of one call over all processes, where calls are small; why: a phrase.
+    of: student, teacher, guide or features; rows: of one call over all processes, where calls are small, and no more than
+    at_once on each of them; why: a phrase.
     """
 
     of: str
@@ -52,6 +53,7 @@ class Term(NamedTuple):
     times: float
     why: str
     rows: int | None = None
+    at_once: int | None = None
 
 
 class Ideas(NamedTuple):
@@ -186,9 +188,9 @@ def terms(resolved: ResolvedStage, ideas: Ideas = OURS) -> list[Term]:
         each = pool.drawn(t, run.path, nfe // (2 if t.solver == "heun" else 1))
         rows = max(1, points * (1 if t.mode == "paper" else t.pool_steps) // each)
         calls, why = points / stage.batch * nfe / each, f"rollouts, {nfe} calls for {each} points"
-        out.append(Term("teacher", "forward", calls * (1 if t.guidance == 1 else 2), why, rows))
+        out.append(Term("teacher", "forward", calls * (1 if t.guidance == 1 else 2), why, rows, t.rollout_batch))
         if guide and guide.trajectories:
-            out.append(Term("guide", "forward", calls, "guide of the rollouts", rows))
+            out.append(Term("guide", "forward", calls, "guide of the rollouts", rows, t.rollout_batch))
     compared = [(o, own), (stage.anchor.objective, anchored)] if stage.anchor else [(o, own)]
     share = sum(part for objective, part in compared if getattr(objective, "distance", "") in PERCEPTUAL)
     if share:

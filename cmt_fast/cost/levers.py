@@ -53,14 +53,21 @@ def engines(run: Run, gpus: int) -> Iterator[list[Change]]:
         if run.engine != "local":
             yield [Change("engine", "local", run.engine, "one process has nothing to share", False)]
         return
-    base = [Change("engine", "zero", run.engine, "states are shared over the cards", False)] if run.engine != "zero" else []
+    base = (
+        [Change("engine", "zero", run.engine, "states are shared over the cards", False)]
+        if run.engine != "zero"
+        else []
+    )
     for stage in (1, 2, 3):
         why = f"the least communication whose states leave room; stage {stage} of ZeRO"
         found = [*base, Change("zero_stage", stage, run.zero_stage, why, False)]
         if stage != run.zero_stage:
             yield found
         if stage == 3 and run.zero_teacher != "sharded":
-            yield [*found, Change("zero_teacher", "sharded", run.zero_teacher, "the teacher lies over the cards too", False)]
+            yield [
+                *found,
+                Change("zero_teacher", "sharded", run.zero_teacher, "the teacher lies over the cards too", False),
+            ]
 
 
 def recomputing(run: Run) -> Iterator[list[Change]]:
@@ -73,11 +80,20 @@ def recomputing(run: Run) -> Iterator[list[Change]]:
         yield [] if value == now else [Change(key, value, now, why, False)]
 
 
+def caches(run: Run, names: list[str]) -> Iterator[Change]:
+    """Trajectories that are written before their stage begins, whose teacher then need not lie beside the student."""
+    for name in names:
+        t = run.stages[name].trajectories
+        if t and not t.cache and t.nfe != "auto" and resolve(run, name).trajectory_rows:
+            why = "the teacher finds no room beside the student; `cmt trajectories` writes them first, in fp16"
+            yield Change(f"{name}.trajectories.cache", f"runs/{run.name}-{name}-trajectories", None, why, True)
+
+
 def of_method(run: Run, names: list[str], card: Card, gpus: int) -> Iterator[Change]:
     """Changes of what is computed that save time, from the mildest: precision, rounds of the pool, points of a trajectory."""
     for name in names:
         stage = run.stages[name]
-        if stage.products != "bf16" and _gains(stage, card) and refusal(stage) is None:
+        if stage.products != "bf16" and gains(stage, card) and refusal(stage) is None:
             why = "its targets are fixed, and products in bf16 are faster on this card"
             yield Change(f"{name}.precision", "bf16", stage.precision, why, True)
     for name in names:
@@ -99,9 +115,10 @@ def refusal(stage: Stage) -> str | None:
     if isinstance(o, (CmtCm, CmtMf)):
         return None
     if isinstance(o, (Ect, Ecd)):
-        return f"its steps come down to 1/{o.q} of a time, and bf16 resolves 1/256; published in fp32 or TF32"
+        return f"its steps come down to 1/{o.q:g} of a time, and bf16 resolves 1/256; published in fp32 or TF32"
     return "its recipe says otherwise, and no measurement here says that bf16 serves it"
 
 
-def _gains(stage: Stage, card: Card) -> bool:
+def gains(stage: Stage, card: Card) -> bool:
+    """Whether bf16 products are worth a change for a stage on a card."""
     return card.matmul["bf16"] >= FASTER * card.matmul[stage.products]

@@ -8,7 +8,6 @@ All hours and bytes are those of `estimate`, so what a plan prints costs there w
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -37,7 +36,7 @@ class Machine(NamedTuple):
 
 
 class StagePlan(NamedTuple):
-    """One stage: what it costs, holds and writes. hours: of training and judging, on the clock."""
+    """One stage: what it costs, holds and writes. cache: a store of its trajectories, which only a plan of writing_hours has."""
 
     name: str
     cost: StageCost
@@ -47,11 +46,14 @@ class StagePlan(NamedTuple):
     passes: int
     judged: disk.Judging
     judging_hours: float
+    cache: disk.Cache | None
+    writing_hours: float
+    checkpoint_bytes: int
 
     @property
     def hours(self) -> float:
-        """Of training and of judging."""
-        return self.cost.hours + self.judging_hours
+        """Of training, of judging, and of writing a cache before it."""
+        return self.cost.hours + self.judging_hours + self.writing_hours
 
 
 class Layout(NamedTuple):
@@ -68,12 +70,14 @@ class Layout(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What fits `budget` hours on the clock. fraction: of the recipe's images; whole: the layout of all of them.
+    """What fits `budget` hours on the clock. fraction: of the recipe's images.
 
-    written: hours of the recipe as it is written, None where that does not divide over the cards.
+    whole: the recipe's method and images laid out for the machine; full: its images with the plan's changes of the method;
+    layout: with the images that fit. written: hours of the recipe as it is, None where that does not divide over the cards.
     """
 
     layout: Layout
+    full: Layout
     whole: Layout
     budget: float
     fraction: float
@@ -87,17 +91,29 @@ def plan(run: Run, names: list[str], machine: Machine, hours: float) -> Plan:
     """
     networks = {name: estimate.networks(resolve(run, name), machine.rows)[0] for name in names}
     search = _Search(names, machine, networks)
-    whole = found = search.best(run, ())
+    whole = found = _first(search, run, names)
     for change in levers.of_method(run, names, machine.card, machine.gpus):
         if found.hours <= hours:
             break
         tried = search.attempt(run, (*_of_method(found), change))
         if tried and tried.hours < (1 - WORTH) * found.hours:
             found = tried
-    fraction = 1.0
+    fraction, full = 1.0, found
     if found.hours > hours:
         fraction, found = _shortened(search, found, hours)
-    return Plan(found, whole, hours, fraction, search.as_written(run))
+    return Plan(found, full, whole, hours, fraction, search.as_written(run))
+
+
+def _first(search: _Search, run: Run, names: list[str]) -> Layout:
+    """The recipe's own method laid out; its trajectories written to disk beforehand only where a teacher finds no room else."""
+    try:
+        return search.best(run, ())
+    except ConfigError:
+        written = tuple(levers.caches(run, names))
+        found = search.attempt(run, written) if written else None
+        if found is None:
+            raise
+        return found
 
 
 def _of_method(layout: Layout) -> tuple[Change, ...]:
@@ -109,7 +125,9 @@ def _shortened(search: _Search, layout: Layout, hours: float) -> tuple[float, La
     least = search.cut(layout, LEAST)
     if least.hours > hours:
         said = f"{hours:.3g} hours on {search.machine.gpus} x {search.machine.card.name}"
-        raise ConfigError(f"{said} hold less than {LEAST:.0%} of this recipe's images; that takes {least.hours:.3g} hours")
+        raise ConfigError(
+            f"{said} hold less than {LEAST:.0%} of this recipe's images; that takes {least.hours:.3g} hours"
+        )
     low, high, found = LEAST, 1.0, least
     for _ in range(40):  # hours never fall as images grow, but in steps: of whole batches and whole evaluations
         share = (low + high) / 2
@@ -179,7 +197,11 @@ class _Search:
             found = None
             for micro in self._micro(batch, stage.micro_batch):
                 why = "the rows of one pass that fit in memory; a step adds their gradients"
-                few = [Change(f"{name}.micro_batch", micro, stage.micro_batch, why, False)] if micro != stage.micro_batch else []
+                few = (
+                    [Change(f"{name}.micro_batch", micro, stage.micro_batch, why, False)]
+                    if micro != stage.micro_batch
+                    else []
+                )
                 try:
                     found = self._rolled(run, name, [*other, *few])
                 except ConfigError as error:
@@ -195,10 +217,12 @@ class _Search:
     def _rolled(self, run: Run, name: str, changes: list[Change]) -> tuple[list[Change], StagePlan]:
         """A stage with these changes, and fewer samples and rollouts at once where only those are too many."""
         found = self._stage(levers.applied(run, changes), name)
-        for key, now, why in (
+        rolled = getattr(run.stages[name].trajectories, "rollout_batch", 1)
+        rows = (
             ("eval.batch", run.eval.batch, "samples at once that fit in memory"),
-            (f"{name}.trajectories.rollout_batch", getattr(run.stages[name].trajectories, "rollout_batch", 1), "rollouts at once that fit in memory"),
-        ):  # fmt: skip
+            (f"{name}.trajectories.rollout_batch", rolled, "rollouts at once that fit in memory"),
+        )
+        for key, now, why in rows:
             size = now
             while not found.memory.fits and size > 1:
                 size = max(1, size // 2)
@@ -209,9 +233,13 @@ class _Search:
         return changes, found
 
     def _batches(self, batch: int) -> list[int]:
-        """The recipe's, and the nearest that divide over the processes: fewer rows first."""
-        low = batch // self.machine.gpus * self.machine.gpus
-        return list(dict.fromkeys(b for b in (batch, low, low + self.machine.gpus) if b))
+        """The recipe's, and those within a third of it that divide over the processes, the nearest first."""
+        gpus = self.machine.gpus
+        near = range(gpus, batch + batch // 3 + gpus, gpus)
+        return [
+            batch,
+            *sorted((b for b in near if b >= batch - batch // 3 and b != batch), key=lambda b: abs(b - batch)),
+        ]
 
     def _micro(self, batch: int, micro: int | None) -> list[int | None]:
         """Rows of a pass, from many to few; None: all of a process's in one pass, as the recipe has it."""
@@ -226,19 +254,25 @@ class _Search:
         if resolved.trajectory_rows:
             count = memory.trajectories(resolved)[0]
             if count % gpus:
-                raise ConfigError(f"{count} trajectories do not divide over {gpus} processes", f"{name}.trajectories.pool_steps")
+                raise ConfigError(
+                    f"{count} trajectories do not divide over {gpus} processes", f"{name}.trajectories.pool_steps"
+                )
         on_card = estimate.held(resolved, rows, known, choice, card, gpus)
         passes, judged = resolved.grad_accum_steps(gpus), disk.judging(resolved)
         hours = estimate.judging_hours(judged, known["student"], card, gpus)
-        return StagePlan(name, cost, choice, on_card, resolved.config.batch // gpus // passes, passes, judged, hours)
+        stored = disk.cache(resolved, tuple(rows.shape))
+        writing = estimate.rolling_hours(resolved, known, card, gpus) if resolved.cache else 0.0
+        micro = resolved.config.batch // gpus // passes
+        saved = disk.checkpoints(resolved, known["student"].parameters)
+        return StagePlan(name, cost, choice, on_card, micro, passes, judged, hours, stored, writing, saved)
 
     def _too_large(self, tried: list[Layout]) -> ConfigError:
         """What is lacking on the cards, of the layout that comes nearest."""
         near = min(tried, key=lambda layout: max(s.memory.most / s.memory.limit for s in layout.stages))
         worst = max(near.stages, key=lambda s: s.memory.most / s.memory.limit)
         held = sorted(worst.memory.parts, key=lambda part: -part.bytes)[0]
-        card, gpus = self.machine.card, self.machine.gpus
+        most, limit, part = (gb(int(n)) for n in (worst.memory.most, worst.memory.limit, held.bytes))
         return ConfigError(
-            f"--gpus: {gpus} x {card.name} do not hold {worst.name} of this recipe: a process needs {gb(int(worst.memory.most))} at "
-            f"least, {gb(int(held.bytes))} of them {held.what}, and has {gb(int(worst.memory.limit))}; more or larger cards do"
+            f"--gpus: {self.machine.gpus} x {self.machine.card.name} do not hold {worst.name} of this recipe: a process needs "
+            f"{most} at least, {part} of them {held.what}, and has {limit}; more cards or larger ones do"
         )

@@ -25,11 +25,7 @@ def savings(run: Run, rows: Rows, card: Card, processes: int) -> list[dict[str, 
         return _line(label, bills)
 
     recipe = total(RECIPE, run, OURS, mine)
-    out = []
-    for budget in published.BUDGETS:
-        if run.name in budget.recipes:
-            out.append(_published(budget, card, processes))
-    out.append(recipe)
+    out = [*published_lines(run, card, processes), recipe]
     paper, once = (_with(run, mine, mode="paper"), _with(run, mine, mode="pool", per_trajectory=1))
     rounded = _precision(run, mine)
     kinds = {run.stages[name].objective.kind for name in mine}
@@ -56,6 +52,11 @@ def savings(run: Run, rows: Rows, card: Card, processes: int) -> list[dict[str, 
         hours = line["gpu_hours"] if line["gpu_hours"] is not None else line.get("reported_hours")
         line["ratio"] = hours / recipe["gpu_hours"] if hours else None
     return out
+
+
+def published_lines(run: Run, card: Card, processes: int) -> list[dict[str, Any]]:
+    """The budgets that were published for a recipe, as their own code would run on these cards."""
+    return [_published(budget, card, processes) for budget in published.BUDGETS if run.name in budget.recipes]
 
 
 def _line(label: str, bills: dict[str, StageCost]) -> dict[str, Any]:
