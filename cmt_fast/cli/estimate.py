@@ -110,6 +110,7 @@ def _stage(resolved: ResolvedStage, rows: Rows, at: Card, gpus: int, price: floa
         "engine": choice.lines(known["student"].parameters, gpus),
         "memory": {"bytes": on_card.most, "limit": on_card.limit, "fits": on_card.fits, "line": on_card.line(),
                    "parts": [part._asdict() for part in on_card.parts]},
+        "disk_line": disk.line(resolved, shape, known["student"].parameters),
         "checkpoints_bytes": disk.checkpoints(resolved, known["student"].parameters),
         "cache": stored._asdict() if stored else None,
         "judging": {**judged._asdict(), "hours": estimate.judging_hours(judged, known["student"], at, gpus)},
@@ -192,11 +193,7 @@ def text(found: dict[str, Any]) -> list[str]:
 
 def disk_lines(stage: dict[str, Any]) -> list[str]:
     """What a stage writes, what a cache of its trajectories would be, and what judging it takes."""
-    cache, judged = stage["cache"], stage["judging"]
-    out = [f"disk: {disk.CHECKPOINTS} checkpoints {gb(stage['checkpoints_bytes'])}"]
-    if cache:
-        rows, row = cache["trajectories"], gb(cache["row_bytes"])
-        out[0] += f"; `cmt trajectories -n {rows}` would write {gb(cache['bytes'])} in fp16, {rows:,} x {row}"
+    judged, out = stage["judging"], [stage["disk_line"]]
     if judged["samples"]:
         kept = f", {gb(judged['features_bytes'])} of features kept by each process" if judged["features_bytes"] else ""
         out.append(f"judging: {judged['samples']:,} samples, {judged['hours']:,.3g} h more (predicted){kept}")

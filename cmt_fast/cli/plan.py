@@ -153,7 +153,8 @@ def _limits(parts: dict[str, float], step_us: float, s: StagePlan, gpus: int) ->
     said = ", ".join(
         f"{name} {us / step_us:.0%}" for name, us in sorted(parts.items(), key=lambda p: -p[1]) if us >= 0.01 * step_us
     )
-    return said + (f"; memory: {s.passes} passes of {s.micro_batch} rows" if s.passes > 1 else "")
+    cut = f"; memory: {s.passes} passes of {s.micro_batch} rows, whose launches are not counted" if s.passes > 1 else ""
+    return said + cut
 
 
 def _published(run: Run, names: list[str], at: Card, gpus: int, made: Plan) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -125,13 +124,12 @@ def _room(out: Path, n: int, resolved: ResolvedStage, shape: tuple[int, ...], dt
     nodes = memory.trajectories(resolved)[1]
     row, part = disk.row_bytes(nodes, shape, dtype), out.with_name(f"{out.name}.part")
     there = sum(f.stat().st_size for f in part.glob("*.bin")) if part.is_dir() else 0
-    above = next(folder for folder in (out.parent, *out.parent.resolve().parents) if folder.is_dir())
-    free, size = shutil.disk_usage(above).free, n * row
+    free, size = disk.free(out.parent), n * row
     about = f"{n:,} trajectories of {nodes} nodes in {dtype} are {gb(size)} ({row:,} bytes each)"
     done = f", {gb(there)} of them are written" if there else ""
     if size - there > free:
         fewer = "fewer trajectories (-n) or another disk (--cache)" + ", or --dtype fp16" * (dtype == "fp32")
-        raise ConfigError(f"--cache: {about}{done}, and {os.path.abspath(above)} has {gb(free)} free; {fewer}")
+        raise ConfigError(f"--cache: {about}{done}, and {os.path.abspath(out.parent)} has {gb(free)} free; {fewer}")
     progress.say(f"{resolved.name:>8} disk: {about}{done}; {gb(free)} are free")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 from cmt_fast.config.schema import PowerEma, Run
 from cmt_fast.cost.memory import trajectories
 from cmt_fast.data.trajectory_store import DTYPES
+from cmt_fast.engine.sharding import gb
 from cmt_fast.run.resolved import ResolvedStage
 
 CHECKPOINTS = 3  # the last two, and the one that is being written
@@ -55,6 +58,22 @@ def checkpoints(resolved: ResolvedStage, parameters: int) -> int:
     profiles = sum(isinstance(e, PowerEma) for e in stage.ema)
     kept = plan.total // plan.snapshot_every if plan.snapshot_every else 0
     return CHECKPOINTS * parameters * (12 + 4 * len(stage.ema)) + 4 * parameters * kept * profiles
+
+
+def line(resolved: ResolvedStage, shape: tuple[int, ...], parameters: int, folder: Path | None = None) -> str:
+    """What a stage writes, and what a cache of its trajectories would be; folder: on whose disk, whose free space is named."""
+    text = f"disk: {CHECKPOINTS} checkpoints {gb(checkpoints(resolved, parameters))}"
+    stored = None if resolved.cache else cache(resolved, shape)
+    if stored:
+        rows, each = stored.trajectories, f"{stored.row_bytes:,} bytes"
+        text += f"; `cmt trajectories -n {rows}` would write {gb(stored.bytes)} in fp16, {rows:,} x {each}"
+    return f"{text}; {gb(free(folder))} free there" if folder else text
+
+
+def free(folder: Path) -> int:
+    """Bytes that may still be written where a folder is, or will be."""
+    above = next(f for f in (folder.resolve(), *folder.resolve().parents) if f.is_dir())
+    return shutil.disk_usage(above).free
 
 
 def judging(resolved: ResolvedStage) -> Judging:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.engine.sharding import memory_bytes
 
 
 class Step(NamedTuple):
@@ -113,6 +114,13 @@ def this(device: torch.device) -> Card | None:
         return card(name, results) if name else None
     except ConfigError:  # a processor without results
         return None
+
+
+def bare(device: torch.device) -> Card:
+    """A device of which nothing is known but its memory and whether it draws a GPU's power."""
+    watts = 0.0 if device.type == "cuda" else None
+    none = dict.fromkeys(("bf16", "tf32", "fp32"), 0.0)
+    return Card(str(device), none, none, 0.0, memory_bytes(device), watts, 0.0, 0.0, 1.0, {})
 
 
 def _named(device: str) -> str | None:

@@ -66,7 +66,7 @@ class Memory(NamedTuple):
         named = ", ".join(f"{gb(int(p.bytes))} {p.what}" for p in self.parts if p.bytes >= 0.005 * self.most)
         fits = "fits in" if self.fits else "MORE THAN"
         return (
-            f"on a card: {gb(int(self.most))} = {named}; {fits} the {gb(int(self.limit))} that are usable (predicted)"
+            f"a process: {gb(int(self.most))} = {named}; {fits} the {gb(int(self.limit))} that are usable (predicted)"
         )
 
 

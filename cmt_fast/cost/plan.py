@@ -104,6 +104,11 @@ def plan(run: Run, names: list[str], machine: Machine, hours: float) -> Plan:
     return Plan(found, full, whole, hours, fraction, search.as_written(run))
 
 
+def _judges_less(stage: StagePlan) -> bool:
+    """Whether its evaluation holds less than its steps do, so that smaller ones would help nothing."""
+    return stage.memory.at("evaluation") <= stage.memory.at("step")
+
+
 def _first(search: _Search, run: Run, names: list[str]) -> Layout:
     """The recipe's own method laid out; its trajectories written to disk beforehand only where a teacher finds no room else."""
     try:
@@ -126,7 +131,7 @@ def _shortened(search: _Search, layout: Layout, hours: float) -> tuple[float, La
     if least.hours > hours:
         said = f"{hours:.3g} hours on {search.machine.gpus} x {search.machine.card.name}"
         raise ConfigError(
-            f"{said} hold less than {LEAST:.0%} of this recipe's images; that takes {least.hours:.3g} hours"
+            f"budget: {said} hold less than {LEAST:.0%} of this recipe's images; that takes {least.hours:.3g} hours"
         )
     low, high, found = LEAST, 1.0, least
     for _ in range(40):  # hours never fall as images grow, but in steps: of whole batches and whole evaluations
@@ -143,12 +148,16 @@ class _Search:
         self.names, self.machine, self.networks = names, machine, networks
 
     def best(self, run: Run, method: tuple[Change, ...]) -> Layout:
-        """The layout of the fewest hours, of as many the one with the fewest changes. Raises ConfigError where none fits."""
+        """The layout of the fewest hours; of as many that of the fewest passes, whose launches are not counted, and changes.
+
+        Raises ConfigError where none fits.
+        """
         tried = list(self._all(run, method))
         fitting = [layout for layout in tried if all(stage.memory.fits for stage in layout.stages)]
         if not fitting:
             raise self._too_large(tried)
-        return min(fitting, key=lambda layout: (round(layout.hours, 6), len(layout.changes)))
+        passes = lambda layout: sum(stage.passes for stage in layout.stages)
+        return min(fitting, key=lambda layout: (float(f"{layout.hours:.4g}"), passes(layout), len(layout.changes)))
 
     def attempt(self, run: Run, method: tuple[Change, ...]) -> Layout | None:
         """The same, None where these changes do not go together with the recipe or with the cards."""
@@ -224,7 +233,7 @@ class _Search:
         )
         for key, now, why in rows:
             size = now
-            while not found.memory.fits and size > 1:
+            while not found.memory.fits and size > 1 and not (key == "eval.batch" and _judges_less(found)):
                 size = max(1, size // 2)
                 tried = [*changes, Change(key, size, now, why, False)]
                 smaller = self._stage(levers.applied(run, tried), name)

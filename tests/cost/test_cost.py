@@ -256,7 +256,7 @@ def test_cards_are_corrected_by_results(tmp_path):
 
 
 def test_a_name_that_is_no_card():
-    with pytest.raises(ConfigError, match="h10'.*h100, h200, a100, cpu.*did you mean h100"):
+    with pytest.raises(ConfigError, match="h10'.*h100, h200, a100, rtx4090, rtx5090, cpu, laptop.*did you mean h100"):
         card("h10", None)
     with pytest.raises(ConfigError, match="'cpu' has no measurements"):
         card("cpu", None)
