@@ -87,7 +87,7 @@ def figures(run: Run, at: Card, gpus: int, price: float | None = None) -> dict[s
 
 def _stage(resolved: ResolvedStage, rows: Rows, at: Card, gpus: int, price: float | None) -> dict[str, Any]:
     name, stage = resolved.name, resolved.config
-    bill, choice, known = estimate.stage_bill(resolved, rows, at, gpus)
+    bill, choice, known = estimate.stage_bill(resolved, rows, at, gpus, flops.AS_IT_RUNS)
     _, notes = estimate.networks(resolved, rows)
     t = stage.trajectories
     if t and t.nfe == "auto":

@@ -153,6 +153,9 @@ def _limits(parts: dict[str, float], step_us: float, s: StagePlan, gpus: int) ->
     said = ", ".join(
         f"{name} {us / step_us:.0%}" for name, us in sorted(parts.items(), key=lambda p: -p[1]) if us >= 0.01 * step_us
     )
+    wait = s.cost.host_us
+    if wait >= step_us:
+        said = f"its host, measured at {step_us / 1e3:,.3g} ms a step: the GPU waits"
     cut = f"; memory: {s.passes} passes of {s.micro_batch} rows, whose launches are not counted" if s.passes > 1 else ""
     return said + cut
 

@@ -264,7 +264,7 @@ def _bill(work: workspace.Workspace, stage: ResolvedStage, choice: ShardingPlan 
     text = f"work: {each / 1e9:,.4g} GFLOP an image, {each * images / 1e15:,.4g} PFLOP"
     at, n = hardware.this(work.device), distributed.size()
     if at is not None:
-        bill, sized, _ = estimate.stage_bill(stage, rows, at, n)
+        bill, sized, _ = estimate.stage_bill(stage, rows, at, n, flops.AS_IT_RUNS)
         text = f"{text}; {bill.hours:,.3g} h on {n} x {at.name} ({bill.mark})"
         choice = choice or sized
     card = at or hardware.bare(work.device)

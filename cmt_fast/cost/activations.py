@@ -52,7 +52,7 @@ def of_features(distance: str, shape: tuple[int, ...], width: int, bf16: bool = 
 def working(model: Model, path: str, shape: tuple[int, ...], classes: int, bf16: bool) -> float:
     """Bytes a row that a forward without gradient holds at its fullest."""
     model = dataclasses.replace(model, checkpoint_activations=False) if _again(model) else model
-    return _working(model, path, tuple(shape), classes, bf16)
+    return _forward(model, path, tuple(shape), classes, bf16)[0]
 
 
 @functools.lru_cache(maxsize=64)
@@ -74,14 +74,21 @@ def _of_features(distance: str, shape: tuple[int, ...], width: int, bf16: bool) 
     return _kept(lambda: make().requires_grad_(False), lambda net: net.slices(image()), bf16)
 
 
+def calls(model: Model, path: str, shape: tuple[int, ...], classes: int, bf16: bool) -> int:
+    """Calls of ops that compute, views aside, which a forward without gradient makes: what its host has to issue."""
+    model = dataclasses.replace(model, checkpoint_activations=False) if _again(model) else model
+    return _forward(model, path, tuple(shape), classes, bf16)[1]
+
+
 @functools.lru_cache(maxsize=64)
-def _working(model: Model, path: str, shape: tuple[int, ...], classes: int, bf16: bool) -> float:
+def _forward(model: Model, path: str, shape: tuple[int, ...], classes: int, bf16: bool) -> tuple[float, int]:
+    """Bytes a row at the fullest, and ops that are no views, of a forward without gradient."""
     with fake(), torch.no_grad():
         net = models.fold(models.build(model, path, 0.5, shape, classes))
         with _casts(bf16), _Live() as seen:
             out = _call(shape, classes)(net)
             del out
-        return seen.most // ROWS
+        return seen.most // ROWS, seen.ops
 
 
 def _again(model: Model) -> bool:
@@ -149,15 +156,16 @@ def _key(x: Tensor) -> int:
 
 
 class _Live(LightMode):
-    """Bytes of the storages that the ops inside make, while they live; the most at any time."""
+    """Bytes of the storages that the ops inside make, while they live; the most at any time; ops that are no views."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.most = self.ops = 0
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.ops += not func.is_view
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, Tensor):
                 self._add(x.untyped_storage())

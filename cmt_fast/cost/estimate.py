@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from cmt_fast.config import errors, loading, recipes
 from cmt_fast.config.schema import Model, Run
-from cmt_fast.cost import disk, memory, published, step_time
+from cmt_fast.cost import disk, host, memory, published, step_time
 from cmt_fast.cost import flops as flops_
 from cmt_fast.cost.flops import OURS, Ideas, Network, Term
 from cmt_fast.cost.hardware import Card
+from cmt_fast.cost.published import step_work
 from cmt_fast.data import classes as in_data
 from cmt_fast.data import datasets
 from cmt_fast.engine import ShardingPlan, StageSize, choose
@@ -39,7 +40,8 @@ class Rows(NamedTuple):
 class StageCost(NamedTuple):
     """A stage on `processes` cards. Microseconds: work_us of an image, the others of a step; lines: the arithmetic.
 
-    scale: measured over predicted time, from results; 1 where nothing of the kind was measured.
+    scale: measured over predicted time, from results; 1 where nothing of the kind was measured. host_us: below which no step
+    can be, 0 where it is not known or a CUDA graph.
     """
 
     steps: int
@@ -54,12 +56,14 @@ class StageCost(NamedTuple):
     mark: str
     lines: list[str]
     scale: float = 1.0
+    host_us: float = 0.0
 
 
 class Way(NamedTuple):
     """How a network is trained: precision, kernels (as step_time has them), EMA tracks, and what an engine adds.
 
-    zero, sharded: ZeRO's stage and whether the teacher is sharded, as ShardingPlan has them; passes: of a step.
+    zero, sharded: ZeRO's stage and whether the teacher is sharded, as ShardingPlan has them; passes: of a step; host_us: what
+    a step keeps its host busy for, which it cannot be shorter than; 0 where it is a CUDA graph, or not known.
     """
 
     precision: str
@@ -68,6 +72,7 @@ class Way(NamedTuple):
     zero: int | None = None
     passes: int = 1
     sharded: bool = False
+    host_us: float = 0.0
 
 
 def rows_of(run: Run) -> Rows:
@@ -153,34 +158,33 @@ def reckon(
                 for t in work if t.of in ("teacher", "guide")) if way.sharded else 0  # fmt: skip
     sent = step_time.communication_us(zero, student, calls, card, processes, way.passes)
     steps = -(-images // batch)
-    step = batch / processes * total + optimizer + sent
+    busy = batch / processes * total + optimizer + sent
+    step = max(busy, way.host_us)
     hours = steps * step / 3.6e9
     lines.append(
         f"step: {batch}/{processes} rows x {total:,.1f} us + optimizer {optimizer:,.0f} us"
-        + (f" (both times {scale:.3g}, {mark})" if scale != 1 else "") + f" + communication {sent:,.0f} us = {step:,.0f} us"
+        + (f" (both times {scale:.3g}, {mark})" if scale != 1 else "") + f" + communication {sent:,.0f} us = {busy:,.0f} us"
+        + (f"; its host takes {step:,.0f} us" if step > busy else "")
     )  # fmt: skip
     lines.append(
         f"{steps:,} steps x {step:,.0f} us = {hours:,.2f} h x {processes} = {hours * processes:,.2f} GPU-hours"
     )
     flops = flops_.flops_image(work, known)
     return StageCost(
-        steps, steps * batch, flops, total, optimizer, sent, step, hours, hours * processes, mark, lines, scale
+        steps,
+        steps * batch,
+        flops,
+        total,
+        optimizer,
+        sent,
+        step,
+        hours,
+        hours * processes,
+        mark,
+        lines,
+        scale,
+        way.host_us,
     )
-
-
-def step_work(objective: str, teacher: float = 1.0) -> list[Term]:
-    """Work of a plain step of `python -m bench step`: FM, CMT (also CMT-CM, CMT-MF), MF, ECT, ECD.
-
-    teacher: its forwards an image of a CMT step. MF has tangents on a quarter of its rows; ECD Heun's step, unguided.
-    """
-    more = {
-        "FM": [],
-        "CMT": [Term("teacher", "forward", teacher, "rollouts")],
-        "MF": [Term("student", "tangent", 0.25, "rows with r < t")],
-        "ECT": [published.TARGET],
-        "ECD": [published.TARGET, Term("teacher", "forward", 2, "Heun's step")],
-    }
-    return [*published.TRAIN, *more[objective.partition("-")[0]]]
 
 
 def step_us(work: list[Term], net: Network, card: Card, how: str, precision: str, batch: int) -> float:
@@ -228,17 +232,20 @@ def stage_bill(
 ) -> tuple[StageCost, ShardingPlan, dict[str, Network]]:
     """What a stage costs, with the sizing of its engine. Raises ConfigError where rows do not divide over the cards."""
     known, _ = networks(resolved, rows)
-    return *bill_of(resolved, known, card, processes, ideas), known
+    return *bill_of(resolved, rows, known, card, processes, ideas), known
 
 
 def bill_of(
-    resolved: ResolvedStage, known: dict[str, Network], card: Card, processes: int, ideas: Ideas = OURS
+    resolved: ResolvedStage, rows: Rows, known: dict[str, Network], card: Card, processes: int, ideas: Ideas = OURS
 ) -> tuple[StageCost, ShardingPlan]:
     """The same of networks that are known already."""
     stage = resolved.config
     choice = sharding_plan(resolved, known, card, processes)
-    passes = resolved.grad_accum_steps(processes)
-    way = Way(stage.products, ideas.how, len(stage.ema), choice.stage, passes, choice.teacher_sharded)
+    passes, waits = resolved.grad_accum_steps(processes), 0.0
+    if ideas.host and not host.captured(stage, choice.stage, card):
+        busy = host.of_stage(resolved, known, (tuple(rows.shape), rows.classes), card, passes)
+        waits = busy.us if busy else 0.0
+    way = Way(stage.products, ideas.how, len(stage.ema), choice.stage, passes, choice.teacher_sharded, waits)
     bill = reckon(flops_.terms(resolved, ideas), known, stage.images_nimg, stage.batch, card, processes, way)
     return bill, choice
 

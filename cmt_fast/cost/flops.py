@@ -57,14 +57,19 @@ class Term(NamedTuple):
 
 
 class Ideas(NamedTuple):
-    """What a stage is reckoned with. selective: tangents on rows with r != t alone; cached: trajectories are read from disk."""
+    """What a stage is reckoned with. selective: tangents on rows with r != t alone; cached: trajectories are read from disk.
+
+    host: a step is no shorter than its host takes, where that was measured; without it the GPU's time alone.
+    """
 
     selective: bool = True
     cached: bool = False
     how: str = "fused"
+    host: bool = False
 
 
 OURS = Ideas()
+AS_IT_RUNS = Ideas(host=True)
 
 
 def dit_forward(

@@ -27,21 +27,23 @@ class Line(NamedTuple):
 
 
 class Hours(NamedTuple):
-    """On the clock: `work` of networks, `rest` of optimizer, communication and judging."""
+    """On the clock: `work` of networks, `rest` of optimizer, communication and judging, `idle` where the host is slower."""
 
     work: float
     rest: float
+    idle: float = 0.0
 
     @property
     def all(self) -> float:
         """Together."""
-        return self.work + self.rest
+        return self.work + self.rest + self.idle
 
 
 class _Ways(NamedTuple):
     cached: bool = False
     features: bool = False
     hidden: bool = False
+    graph: bool = False
     frozen: bool = False
     rounded: bool = False
 
@@ -81,6 +83,8 @@ def _steps(stages: list[ResolvedStage], machine: Machine) -> list[tuple[str, str
         found.append(
             ("hidden", "communication hidden behind the backward", UNBUILT, "none of it is taken to be hidden here")
         )
+    why = "which the local engine's steps are on a GPU, where a process can hold everything; ZeRO's are not"
+    found.append(("graph", "steps as CUDA graphs, which wait for no host", OPEN, why))
     slow = [s for s in stages if s.config.products != "bf16" and levers.gains(s.config, machine.card)]
     if slow:
         of = " and ".join(s.name for s in slow)
@@ -93,16 +97,18 @@ def _steps(stages: list[ResolvedStage], machine: Machine) -> list[tuple[str, str
 
 def _hours(plan: Plan, stages: list[ResolvedStage], machine: Machine, ways: _Ways) -> Hours:
     """Hours on the clock of the whole stages, these ways."""
-    work = rest = 0.0
+    work = rest = idle = 0.0
     for stage, planned in zip(stages, plan.full.stages):
         known, _ = estimate.networks(stage, machine.rows)
         ideas = flops.Ideas(cached=ways.cached)
         us = planned.cost.scale * sum(_us(t, known, stage, machine, ways) for t in flops.terms(stage, ideas))
         sent = 0.0 if ways.hidden else planned.cost.communication_us
-        step = stage.config.batch / machine.gpus * us
+        step, others = stage.config.batch / machine.gpus * us, planned.cost.optimizer_us + sent
+        waits = 0.0 if ways.graph else max(0.0, planned.cost.host_us - step - others)
         work += planned.cost.steps * step / 3.6e9
-        rest += planned.cost.steps * (planned.cost.optimizer_us + sent) / 3.6e9 + planned.judging_hours
-    return Hours(work, rest)
+        rest += planned.cost.steps * others / 3.6e9 + planned.judging_hours
+        idle += planned.cost.steps * waits / 3.6e9
+    return Hours(work, rest, idle)
 
 
 def _us(term: Term, known: dict, stage: ResolvedStage, machine: Machine, ways: _Ways) -> float:
@@ -117,34 +123,37 @@ def _us(term: Term, known: dict, stage: ResolvedStage, machine: Machine, ways: _
 
 
 def _missing(plan: Plan, stages: list[ResolvedStage], machine: Machine) -> list[Line]:
-    """How much faster the networks would have to run for the budget to hold all images: as planned, and with every lever."""
-    out = []
-    for what, ways in (("as planned", _Ways()), ("with every lever above", _Ways(*[True] * len(_Ways._fields)))):
-        at = _hours(plan, stages, machine, ways)
-        if at.all <= plan.budget:
-            out.append(
-                Line(f"{what}: nothing", None, LACKING, f"{machine.gpus * at.all:,.4g} GPU-hours are within the budget")
-            )
-            continue
-        if at.rest >= plan.budget:
-            out.append(
-                Line(
-                    f"{what}: more than speed", None, LACKING, "optimizer, communication and judging alone take longer"
-                )
-            )
-            continue
-        times = at.work / (plan.budget - at.rest)
-        share = _share(stages, machine, times, ways)
-        short = machine.gpus * (at.all - plan.budget)
-        out.append(
-            Line(
-                f"{what}: {short:,.4g} GPU-hours",
-                None,
-                LACKING,
-                f"the networks' work would have to run {times:.2f} times as fast{share}",
-            )
+    """How much faster the networks would have to run for the budget to hold all images: as planned, and with the levers."""
+    every = _Ways(*[True] * len(_Ways._fields))
+    cases = {
+        "as planned": _Ways(),
+        "with every lever that is allowed": every._replace(rounded=False),
+        "with every lever above": every,
+    }
+    return [
+        _lacks(what, _hours(plan, stages, machine, ways), ways, plan, stages, machine) for what, ways in cases.items()
+    ]
+
+
+def _lacks(
+    what: str, at: Hours, ways: _Ways, plan: Plan, stages: list[ResolvedStage], machine: Machine
+) -> Line:  # fmt: skip
+    """The line of one case."""
+    budget, gpus = plan.budget, machine.gpus
+    if at.all <= budget:
+        return Line(f"{what}: nothing", None, LACKING, f"{gpus * at.all:,.4g} GPU-hours are within the budget")
+    short = f"{what}: {gpus * (at.all - budget):,.4g} GPU-hours"
+    if at.rest >= budget:
+        return Line(
+            short, None, LACKING, "no speed of the networks suffices: optimizer, communication and judging take longer"
         )
-    return out
+    times = at.work / (budget - at.rest)
+    why = (
+        f"the networks' work would have to run {times:.2f} times as fast"
+        if times > 1
+        else "no step may wait for its host"
+    )
+    return Line(short, None, LACKING, why + (_share(stages, machine, times, ways) if times > 1 else ""))
 
 
 def _share(stages: list[ResolvedStage], machine: Machine, times: float, ways: _Ways) -> str:

@@ -19,7 +19,7 @@ from cmt_fast.engine.sharding import memory_bytes
 
 class Step(NamedTuple):
     """A measured training step of a DiT, ours. teacher: its forwards an image; us: microseconds an image; source: file and
-    commit; saved: bytes that autograd kept, None where that was not measured."""
+    commit; saved: bytes that autograd kept, host: microseconds of a step that its host was busy, None where not measured."""
 
     objective: str
     precision: str
@@ -31,6 +31,7 @@ class Step(NamedTuple):
     us: float
     source: str
     saved: float | None = None
+    host: float | None = None
 
 
 class Card(NamedTuple):
@@ -199,7 +200,8 @@ def _steps(found: list[tuple[str, dict]]) -> tuple[Step, ...]:
             teacher = float(objective.startswith("CMT")) if teacher is None else teacher
             which = (objective, precision, teacher, width, depth, tokens)
             saved = 1e6 * row["saved_mb"] if row.get("saved_mb") else None
-            step = Step(*which, batch, 1e6 / speed, f"{source}, {row['how']}", saved)
+            host = 1e3 * row["host_ms"] if row.get("host_ms") and row["how"] == "eager" else None
+            step = Step(*which, batch, 1e6 / speed, f"{source}, {row['how']}", saved, host)
             if which not in out or step.us < out[which].us:
                 out[which] = step
     return tuple(out.values())

@@ -53,6 +53,9 @@ def engines(run: Run, gpus: int) -> Iterator[list[Change]]:
         if run.engine != "local":
             yield [Change("engine", "local", run.engine, "one process has nothing to share", False)]
         return
+    if run.engine != "local":
+        why = "every process holds everything, and its step is a CUDA graph that waits for no host"
+        yield [Change("engine", "local", run.engine, why, False)]
     base = (
         [Change("engine", "zero", run.engine, "states are shared over the cards", False)]
         if run.engine != "zero"

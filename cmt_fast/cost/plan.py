@@ -15,7 +15,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
 from cmt_fast.cost import disk, estimate, levers, memory
 from cmt_fast.cost.estimate import Rows, StageCost
-from cmt_fast.cost.flops import Network
+from cmt_fast.cost.flops import AS_IT_RUNS, Network
 from cmt_fast.cost.hardware import Card
 from cmt_fast.cost.levers import Change
 from cmt_fast.engine import ShardingPlan
@@ -259,7 +259,7 @@ class _Search:
     def _stage(self, run: Run, name: str) -> StagePlan:
         """A stage of a run as it is. Raises ConfigError where rows or trajectories do not divide over the cards."""
         resolved, known, (card, gpus, rows) = resolve(run, name), self.networks[name], self.machine
-        cost, choice = estimate.bill_of(resolved, known, card, gpus)
+        cost, choice = estimate.bill_of(resolved, rows, known, card, gpus, AS_IT_RUNS)
         if resolved.trajectory_rows:
             count = memory.trajectories(resolved)[0]
             if count % gpus:
