@@ -12,7 +12,7 @@ from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.schema import Run
-from cmt_fast.cost import disk, estimate, gap, plan, savings, step_time
+from cmt_fast.cost import disk, estimate, gap, host, plan, savings, step_time
 from cmt_fast.cost.hardware import CARDS, NAMES, RESULTS, Card, card
 from cmt_fast.cost.plan import Machine, Plan, StagePlan
 from cmt_fast.engine.sharding import gb
@@ -190,6 +190,11 @@ def _sources(at: Card, made: Plan) -> list[dict[str, str]]:
         how = s.cost.mark if s.cost.scale != 1 else "nothing of the kind was measured on this card"
         times = f"{s.cost.scale:.3g}" if s.cost.scale != 1 else "none"
         rows.append({"what": f"{s.name}: measured / predicted time", "value": times, "source": how})
+        if s.cost.host_us:
+            each = host.call_us(at)
+            value = f"{s.cost.host_us / 1e3:,.4g} of {s.cost.step_us / 1e3:,.4g} ms a step"
+            how = f"calls counted, {each.us:,.3g} us each as measured: {each.source}" if each else "counted"
+            rows.append({"what": f"{s.name}: its host is busy for", "value": value, "source": how})
         kept = next((p.source for p in s.memory.parts if p.what.startswith("activations")), "counted")
         rows.append({"what": f"{s.name}: activations", "value": gb(int(s.memory.at("step"))), "source": kept})
     share = ", ".join(f"{p} {v}" for p, v in step_time.SHARE.items())
