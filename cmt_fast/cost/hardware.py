@@ -65,20 +65,21 @@ REACHED, COPIED = 798 / 989.4, 3.0 / 3.35
 GEMM_CPU = ((0, 0.0), (128, 0.15), (384, 0.63))
 
 
-def _nvidia(name, sheet, rates, bandwidth, memory, watts, links, flash=1.0, per_machine=8, **measured) -> Card:
+def _nvidia(name, sheet, rates, bandwidth, memory, watts, links, **more) -> Card:
     """rates: TFLOP/s in bf16, TF32, fp32; TB/s, GB, W; links: GB/s inside and outside the machine.
 
-    sheet: where these are from; measured: matmul in bf16 TFLOP/s and copy in TB/s.
+    sheet: where these are from. more: flash and per_machine as of Card; measured: matmul in bf16 TFLOP/s, copy in TB/s.
     """
     peak = {precision: rate * 1e12 for precision, rate in zip(("bf16", "tf32", "fp32"), rates, strict=True)}
     matmul = {p: REACHED * rate for p, rate in peak.items()}
-    if "matmul" in measured:
-        matmul["bf16"] = measured["matmul"] * 1e12
-    copy = measured.get("copy", COPIED * bandwidth) * 1e12
+    if "matmul" in more:
+        matmul["bf16"] = more["matmul"] * 1e12
+    copy = more.get("copy", COPIED * bandwidth) * 1e12
     link, network = (rate * 1e9 for rate in links)
-    known = {{"matmul": "matmul bf16", "copy": "copy"}[key]: BEFORE for key in measured}
+    known = {text: BEFORE for key, text in (("matmul", "matmul bf16"), ("copy", "copy")) if key in more}
+    flash, machine = more.get("flash", 1.0), more.get("per_machine", 8)
     return Card(
-        name, peak, matmul, copy, memory * 1e9, watts, link, network, flash, known, (), per_machine, datasheet=sheet
+        name, peak, matmul, copy, memory * 1e9, watts, link, network, flash, known, (), machine, datasheet=sheet
     )
 
 
@@ -94,9 +95,13 @@ CARDS = {
         _nvidia(
             "h200", "NVIDIA H200 SXM5 datasheet", (989.4, 494.7, 66.9), 4.8, 141, 700, (450, 50), matmul=790, copy=4.3
         ),
-        _nvidia("a100", "NVIDIA A100 SXM4 80 GB datasheet", (312, 156, 19.5), 2.039, 80, 400, (300, 25), 312 / 989.4),
-        _nvidia("rtx4090", ADA, (165.2, 82.6, 82.6), 1.008, 24, 450, (31.5, 1.25), 165.2 / 989.4, 4),
-        _nvidia("rtx5090", BLACKWELL, (209.5, 104.8, 104.8), 1.792, 32, 575, (63, 1.25), 209.5 / 989.4, 4),
+        _nvidia(
+            "a100", "NVIDIA A100 SXM4 80 GB datasheet", (312, 156, 19.5), 2.039, 80, 400, (300, 25), flash=312 / 989.4
+        ),
+        _nvidia("rtx4090", ADA, (165.2, 82.6, 82.6), 1.008, 24, 450, (31.5, 1.25), flash=165.2 / 989.4, per_machine=4),
+        _nvidia(
+            "rtx5090", BLACKWELL, (209.5, 104.8, 104.8), 1.792, 32, 575, (63, 1.25), flash=209.5 / 989.4, per_machine=4
+        ),
     )
 }
 PROCESSORS = ("cpu", "laptop")
