@@ -80,6 +80,9 @@ def figures(run: Run, at: Card, gpus: int, price: float | None = None) -> dict[s
             "mark": " and ".join(sorted({s["mark"] for s in trained})),
             **_energy(total["gpu_hours"], at, price),
         },
+        "final": estimate.judged_once(
+            run, flops.network(run.model, run.path, tuple(rows.shape), rows.classes), at, gpus
+        ),
         "classifier": savings.classifier(run, rows, at),
         "savings": savings.savings(run, rows, at, gpus),
     }
@@ -185,6 +188,12 @@ def text(found: dict[str, Any]) -> list[str]:
         out.append(
             f"classifier behind latent_lpips: {c['epochs']} epochs, one card, fp32: {hours} ({c['mark']}), not in the total"
         )
+    final = found["final"]
+    kept = f", {gb(int(final['features_bytes']))} of features kept by each process" if final["features_bytes"] else ""
+    took = f"{final['samples']:,} samples, {final['forwards']:,} forwards in fp32, {final['hours']:,.3g} h (predicted)"
+    out.append(
+        f"`cmt eval` of a stage: {took}{kept}; decoding and the judge's network are not counted; not in the total"
+    )
     out.append("")
     for name, s in found["stages"].items():
         out += [f"{name:8} {line}" for line in [*s["engine"], s["memory"]["line"], *disk_lines(s)]]

@@ -273,6 +273,12 @@ def judging_hours(judged: disk.Judging, student: Network, card: Card, processes:
     return judged.forwards * us / 3.6e9 / processes
 
 
+def judged_once(run: Run, student: Network, card: Card, processes: int) -> dict[str, float]:
+    """What `cmt eval` of one stage takes as the recipe has it: samples, hours of their forwards, features a process keeps."""
+    found = disk.final(run)
+    return {**found._asdict(), "hours": judging_hours(found, student, card, processes)}
+
+
 def rolling_hours(resolved: ResolvedStage, known: dict[str, Network], card: Card, processes: int) -> float:
     """Hours of rolling out all of a stage's trajectories, as its steps or `cmt trajectories` do it; 0 for one without."""
     t = resolved.config.trajectories

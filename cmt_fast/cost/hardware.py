@@ -170,7 +170,8 @@ def _cpu(name: str, found: list[tuple[str, dict]], results: Path | None) -> Card
     memory, sheet = (LAPTOP, "16 GB of memory, assumed") if name == "laptop" else (here, "this machine")
     measured = dict.fromkeys(("matmul fp32", "matmul tf32", "matmul bf16", "copy"), f"{source}, all precisions by fp32")
     flash = rate / CARDS["h100"].matmul["bf16"]
-    steps = _steps(found)
+    taken = ", on two threads taken for a notebook's" if name == "laptop" else ""
+    steps = tuple(step._replace(source=step.source + taken) for step in _steps(found))
     return Card(name, rates, rates, copy, memory, None, copy, copy, flash, measured, steps, 1, GEMM_CPU, sheet)
 
 

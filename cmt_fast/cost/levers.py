@@ -101,7 +101,7 @@ def of_method(run: Run, names: list[str], card: Card, gpus: int) -> Iterator[Cha
             yield Change(f"{name}.precision", "bf16", stage.precision, why, True)
     for name in names:
         t = run.stages[name].trajectories
-        if t and t.mode == "pool" and resolve(run, name).trajectory_rows and not t.cache:
+        if t and t.mode == "pool" and resolve(run, name).trajectory_rows and not t.cache and card.watts is not None:
             why = "more trajectories in a round fill the teacher's calls; the points are drawn in another order"
             yield Change(f"{name}.trajectories.pool_steps", ROUNDS * t.pool_steps, t.pool_steps, why, True)
     for name in names:
