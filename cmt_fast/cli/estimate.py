@@ -188,16 +188,18 @@ def text(found: dict[str, Any]) -> list[str]:
         out.append(
             f"classifier behind latent_lpips: {c['epochs']} epochs, one card, fp32: {hours} ({c['mark']}), not in the total"
         )
-    final = found["final"]
-    kept = f", {gb(int(final['features_bytes']))} of features kept by each process" if final["features_bytes"] else ""
-    took = f"{final['samples']:,} samples, {final['forwards']:,} forwards in fp32, {final['hours']:,.3g} h (predicted)"
-    out.append(
-        f"`cmt eval` of a stage: {took}{kept}; decoding and the judge's network are not counted; not in the total"
-    )
+    out.append(judged_line(found["final"]))
     out.append("")
     for name, s in found["stages"].items():
         out += [f"{name:8} {line}" for line in [*s["engine"], s["memory"]["line"], *disk_lines(s)]]
     return out + ["", *savings_table(found)]
+
+
+def judged_line(final: dict[str, Any]) -> str:
+    """What judging a finished stage takes."""
+    kept = f", {gb(int(final['features_bytes']))} of features kept by each process" if final["features_bytes"] else ""
+    took = f"{final['samples']:,} samples, {final['forwards']:,} forwards in fp32, {final['hours']:,.3g} h (predicted)"
+    return f"`cmt eval` of a stage: {took}{kept}; decoding and the judge's network are not counted; not in the total"
 
 
 def disk_lines(stage: dict[str, Any]) -> list[str]:
