@@ -39,6 +39,7 @@ BENCHES = {
     ),
     "ops": ("kernels.ops", "times of every op, backend and case"),
     "pipeline": ("training.pipeline", "what the trainer loses around its steps"),
+    "plan": ("training.plans", "`cmt plan` on three kinds of machine, and its count of activations beside a card's"),
     "precisions": ("experiments.precisions", "a recipe in fp32, bf16 and bf16-stream: losses and figures"),
     "predict": (
         "training.predict",

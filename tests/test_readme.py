@@ -20,6 +20,7 @@ TEXT = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.S)
 LINES = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
 PAGES = sorted(p for pattern in ("*.md", "docs/*.md", "bench/*.md", "docker/*.md") for p in ROOT.glob(pattern))
+PLANS = ("plan", "plan-levers", "plan-activations", "plan-sources")
 MARK = re.compile(r"<!-- table: ([\w-]+) -->")
 ids = lambda p: str(p.relative_to(ROOT)) if isinstance(p, Path) else str(p)
 
@@ -78,7 +79,7 @@ def test_tables_are_generated_not_typed():
         name = {
             "predicted": "predicted/ops", "launches": "predicted/launches",
             "predicted-steps": "predicted/steps", "native": "cpu/ops",
-            "stages-digits": "cpu/digits-seeds",
+            "stages-digits": "cpu/digits-seeds", **dict.fromkeys(PLANS, "predicted/plans"),
         }.get(mark, "cpu/" + (f"{recipe}-{kind}" if recipe else kind))  # fmt: skip
         assert (ROOT / "bench" / "results" / f"{name}.json").is_file(), mark
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "train": ("train", "train the stages of a recipe; rerun to resume"),
     "search": ("search", "train one stage over a grid of settings and record the figures"),
     "estimate": ("estimate", "what a recipe will cost: memory, FLOPs, hours, energy; what each idea saves"),
+    "plan": ("plan", "what of a recipe fits a budget of hours or money on given cards, as a command line"),
     "tune-teacher": (
         "tune_teacher",
         "measure the teacher's solver by step doubling and propose the cheapest order, grid and number of calls",

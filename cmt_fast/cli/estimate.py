@@ -11,9 +11,9 @@ from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
-from cmt_fast.cost import estimate, flops, plan
+from cmt_fast.cost import disk, estimate, flops, savings
 from cmt_fast.cost.estimate import Rows
-from cmt_fast.cost.hardware import RESULTS, Card, card
+from cmt_fast.cost.hardware import NAMES, RESULTS, Card, card
 from cmt_fast.engine.sharding import gb
 from cmt_fast.run import validation
 from cmt_fast.run.resolved import ResolvedStage, resolve
@@ -25,7 +25,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("recipe", help="name or YAML file")
     add_overrides(p)
     p.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="h100, h200, a100, or cpu for this processor (default: h100)"
+        "--gpu", default="h100", metavar="NAME", help=f"{', '.join(NAMES)}; cpu is this processor (default: h100)"
     )
     p.add_argument("--gpus", type=int, default=1, help="number of cards, eight in a machine (default: 1)")
     p.add_argument("--price", type=float, help="price of a GPU-hour, in any currency")
@@ -63,7 +63,7 @@ def figures(run: Run, at: Card, gpus: int, price: float | None = None) -> dict[s
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    trained = [found[name] for name in plan.TRAINED]
+    trained = [found[name] for name in savings.TRAINED]
     total = {key: sum(s[key] for s in trained) for key in ("images", "hours", "gpu_hours", "flops")}
     return {
         "recipe": run.name,
@@ -75,39 +75,48 @@ def figures(run: Run, at: Card, gpus: int, price: float | None = None) -> dict[s
         "notes": sorted({note for s in found.values() for note in s.pop("notes")}),
         "stages": found,
         "total": {
-            "stages": list(plan.TRAINED),
+            "stages": list(savings.TRAINED),
             **total,
             "mark": " and ".join(sorted({s["mark"] for s in trained})),
             **_energy(total["gpu_hours"], at, price),
         },
-        "classifier": plan.classifier(run, rows, at),
-        "savings": plan.savings(run, rows, at, gpus),
+        "final": estimate.judged_once(
+            run, flops.network(run.model, run.path, tuple(rows.shape), rows.classes), at, gpus
+        ),
+        "classifier": savings.classifier(run, rows, at),
+        "savings": savings.savings(run, rows, at, gpus),
     }
 
 
 def _stage(resolved: ResolvedStage, rows: Rows, at: Card, gpus: int, price: float | None) -> dict[str, Any]:
     name, stage = resolved.name, resolved.config
-    bill, choice, known = estimate.stage_bill(resolved, rows, at, gpus)
+    bill, choice, known = estimate.stage_bill(resolved, rows, at, gpus, flops.AS_IT_RUNS)
     _, notes = estimate.networks(resolved, rows)
     t = stage.trajectories
     if t and t.nfe == "auto":
         notes.append(f"{name}: nfe auto is counted as {t.calls} until `cmt tune-teacher` has chosen it")
-    kept = estimate.activation_bytes(resolved, known["student"], gpus)
-    memory = choice.state_bytes + choice.teacher_bytes + (kept or 0)
-    if memory > at.memory:
-        notes.append(f"{name}: {gb(int(memory))} a process are more than the {gb(int(at.memory))} of a card")
+    on_card, shape = estimate.held(resolved, rows, known, choice, at, gpus), tuple(rows.shape)
+    if not on_card.fits:
+        most, usable = gb(int(on_card.most)), gb(int(on_card.limit))
+        notes.append(
+            f"{name}: {most} a process are more than the {usable} of a card that are usable; `cmt plan` says what fits"
+        )
+    stored, judged = disk.cache(resolved, shape), disk.judging(resolved)
     work = flops.terms(resolved)
     return {
-        "networks": {of: n._asdict() for of, n in known.items()},
+        "networks": {of: {k: v for k, v in n._asdict().items() if k != "model"} for of, n in known.items()},
         **bill._asdict(),
         "flops": bill.flops_image * bill.images,
         "precision": stage.precision,
         "batch": stage.batch,
         "mfu_datasheet": bill.flops_image / at.peak[stage.products] / (bill.step_us / stage.batch * gpus) * 1e6,
         "engine": choice.lines(known["student"].parameters, gpus),
-        "memory_bytes": memory,
-        "activations_bytes": kept,
-        "checkpoints_bytes": 3 * known["student"].parameters * (12 + 4 * len(stage.ema)),
+        "memory": {"bytes": on_card.most, "limit": on_card.limit, "fits": on_card.fits, "line": on_card.line(),
+                   "parts": [part._asdict() for part in on_card.parts]},
+        "disk_line": disk.line(resolved, shape, known["student"].parameters),
+        "checkpoints_bytes": disk.checkpoints(resolved, known["student"].parameters),
+        "cache": stored._asdict() if stored else None,
+        "judging": {**judged._asdict(), "hours": estimate.judging_hours(judged, known["student"], at, gpus)},
         "work": [term._asdict() for term in work],
         **_energy(bill.gpu_hours, at, price),
         "notes": notes,
@@ -152,7 +161,7 @@ def text(found: dict[str, Any]) -> list[str]:
     head = f"{'stage':8} {'images':>8} {'GFLOP/image':>12} {'EFLOP':>8} {'us/image':>9} {'of peak':>7} "
     out += ["", head + f"{'hours':>8} {'GPU-hours':>10} {'kWh':>8} {'price':>9}  mark"]
     for name, s in found["stages"].items():
-        apart = "" if name in plan.TRAINED else "  apart"
+        apart = "" if name in savings.TRAINED else "  apart"
         each = 1e3 * s["flops_image"] / 1e12
         out.append(
             f"{name:8} {s['images'] / 1e6:7,.4g}M {each:12,.4g} {s['flops'] / 1e18:8,.3g} {s['work_us']:9,.0f} "
@@ -179,12 +188,27 @@ def text(found: dict[str, Any]) -> list[str]:
         out.append(
             f"classifier behind latent_lpips: {c['epochs']} epochs, one card, fp32: {hours} ({c['mark']}), not in the total"
         )
+    out.append(judged_line(found["final"]))
     out.append("")
     for name, s in found["stages"].items():
-        kept = f"; activations {gb(int(s['activations_bytes']))} more" if s["activations_bytes"] else ""
-        out += [f"{name:8} {line}{kept if line.startswith('memory') else ''}" for line in s["engine"]]
-        out.append(f"{name:8} disk: three checkpoints {gb(s['checkpoints_bytes'])}")
+        out += [f"{name:8} {line}" for line in [*s["engine"], s["memory"]["line"], *disk_lines(s)]]
     return out + ["", *savings_table(found)]
+
+
+def judged_line(final: dict[str, Any]) -> str:
+    """What judging a finished stage takes."""
+    kept = f", {gb(int(final['features_bytes']))} of features kept by each process" if final["features_bytes"] else ""
+    took = f"{final['samples']:,} samples, {final['forwards']:,} forwards in fp32, {final['hours']:,.3g} h (predicted)"
+    return f"`cmt eval` of a stage: {took}{kept}; decoding and the judge's network are not counted; not in the total"
+
+
+def disk_lines(stage: dict[str, Any]) -> list[str]:
+    """What a stage writes, what a cache of its trajectories would be, and what judging it takes."""
+    judged, out = stage["judging"], [stage["disk_line"]]
+    if judged["samples"]:
+        kept = f", {gb(judged['features_bytes'])} of features kept by each process" if judged["features_bytes"] else ""
+        out.append(f"judging: {judged['samples']:,} samples, {judged['hours']:,.3g} h more (predicted){kept}")
+    return out
 
 
 def savings_table(found: dict[str, Any]) -> list[str]:
@@ -212,7 +236,7 @@ def explained(found: dict[str, Any]) -> list[str]:
         out += ["", f"{name} ({s['precision']})", *(f"  {line}" for line in s["lines"])]
     own = {name: s["lines"] for name, s in found["stages"].items()}
     for line in found["savings"]:
-        if line["bills"] and line["what"] != plan.RECIPE:
+        if line["bills"] and line["what"] != savings.RECIPE:
             out += ["", line["what"]]
             for name, lines in line["bills"].items():
                 same = own.get(name) == lines

@@ -15,9 +15,10 @@ from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import errors, fingerprint, loading, paths, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
-from cmt_fast.cost import estimate, flops, hardware
+from cmt_fast.cost import disk, estimate, flops, hardware
 from cmt_fast.data import classes
 from cmt_fast.data.loaders import check_loader
+from cmt_fast.engine import ShardingPlan
 from cmt_fast.evaluation import judges
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
@@ -229,10 +230,11 @@ def _dry_run(work: workspace.Workspace, names: list[str], lacking: list[needs.Ne
         if t and t.nfe == "auto":
             print(f"{'':>8}  {_auto(stage)}")
         try:
-            sizing = work.sharding_plan(stage).lines(work.parameters, distributed.size())
+            choice = work.sharding_plan(stage)
+            sizing = choice.lines(work.parameters, distributed.size())
         except ConfigError:
-            sizing = []  # a network that it counts is not here
-        for line in [*sizing, _step(stage), _bill(work, stage)]:
+            choice, sizing = None, []  # a network that it counts is not here
+        for line in [*sizing, _step(stage), *_bill(work, stage, choice)]:
             print(f"{'':>8}  {line}")
     if work.data.n:
         named = out if out.name else out.resolve()
@@ -254,14 +256,18 @@ def _step(stage: ResolvedStage) -> str:
     return f"a step: {batch} rows = {n} process{'es' * (n > 1)} x {parts} pass{'es' * (parts > 1)} x {batch // (n * parts)}"
 
 
-def _bill(work: workspace.Workspace, stage: ResolvedStage) -> str:
-    """FLOPs of a stage and, on a device that the cost model knows, its hours: the short form of `cmt estimate`."""
+def _bill(work: workspace.Workspace, stage: ResolvedStage, choice: ShardingPlan | None) -> list[str]:
+    """A stage's FLOPs, bytes in memory and on disk and, on a device that the cost model knows, hours: a short `cmt estimate`."""
     rows = estimate.Rows(work.data.shape, work.data.classes, work.data.n or None, None, "")
     known, _ = estimate.networks(stage, rows)
     each, images = flops.flops_image(flops.terms(stage), known), flops.calls(stage)["images"]
     text = f"work: {each / 1e9:,.4g} GFLOP an image, {each * images / 1e15:,.4g} PFLOP"
-    at = hardware.this(work.device)
-    if at is None:
-        return text
-    bill, _, _ = estimate.stage_bill(stage, rows, at, distributed.size())
-    return f"{text}; {bill.hours:,.3g} h on {distributed.size()} x {at.name} ({bill.mark})"
+    at, n = hardware.this(work.device), distributed.size()
+    if at is not None:
+        bill, sized, _ = estimate.stage_bill(stage, rows, at, n, flops.AS_IT_RUNS)
+        text = f"{text}; {bill.hours:,.3g} h on {n} x {at.name} ({bill.mark})"
+        choice = choice or sized
+    card = at or hardware.bare(work.device)
+    choice = choice or estimate.sharding_plan(stage, known, card, n)
+    held = estimate.held(stage, rows, known, choice, card._replace(memory=choice.memory_bytes), n)
+    return [text, held.line(), disk.line(stage, tuple(rows.shape), known["student"].parameters, work.folder)]

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import math
+import os
 import sys
 from pathlib import Path
+
+import torch
 
 from cmt_fast.cli.parser import add_overrides, checked
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.config.schema import STAGES
+from cmt_fast.config.schema import STAGES, Trajectories
+from cmt_fast.cost import disk, memory
 from cmt_fast.data import trajectory_store
 from cmt_fast.data.latents import Index
 from cmt_fast.data.writing import ROWS
+from cmt_fast.engine.sharding import gb, memory_bytes
 from cmt_fast.run import folder, workspace
-from cmt_fast.run.resolved import resolve
+from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.teacher.pool import Prior, roller
 from cmt_fast.teacher.precision import Teacher
@@ -75,9 +82,13 @@ def write(args: argparse.Namespace) -> None:
 def make(
     work: workspace.Workspace, name: str, out: Path, n: int, dtype: str = "fp16", shard_rows: int = ROWS
 ) -> Index | None:
-    """Write a stage's trajectories into OUT; the index on rank 0. Raises ConfigError for a teacher that cannot be had."""
+    """Write a stage's trajectories into OUT; the index on rank 0.
+
+    Raises ConfigError for a teacher that cannot be had, and for a store that is larger than the disk's free space.
+    """
     run, resolved = work.run, work.stage(name)
     stage = resolved.config
+    distributed.agreed(lambda: _room(out, n, resolved, work.data.shape, dtype), ConfigError, f"{out}: has no room")
     teacher_of = work.identity(stage)
     teacher = Teacher(name, stage, functools.cache(work.network), work.path, work.device)
     machine.allow_tf32(stage.precision == "tf32")
@@ -95,13 +106,57 @@ def make(
         )  # fmt: skip
         format = about["precision"]
         prior = Prior(work.data.shape, work.drawn, run.seed, resolved.index, stage.trajectory_dropout)
-        roll = roller(
-            teacher.net(format), work.path, stage.trajectories, prior, work.device, min(shard_rows, n),
-            teacher.computing(format),
-        )  # fmt: skip
+        net = teacher.net(format)
+        how = _bounded(work, resolved, min(shard_rows, n), format)
+        roll = roller(net, work.path, how, prior, work.device, min(shard_rows, n), teacher.computing(format))
         names = getattr(work.data, "class_names", ()) or tuple(str(k) for k in range(work.data.classes))
         with progress.counting("trajectories", -(-n // distributed.size()), work.folder) as advance:
             origin = trajectory_store.Origin(f"{run.name}, {stage.teacher}", names)
             return trajectory_store.write(out, n, rolled, origin, dtype, shard_rows, roll, advance)
     finally:
         machine.allow_tf32(False)
+
+
+def _room(out: Path, n: int, resolved: ResolvedStage, shape: tuple[int, ...], dtype: str) -> None:
+    """Say how large the store will be, before anything is rolled out. Raises ConfigError where the disk has less free."""
+    if distributed.rank():
+        return
+    nodes = memory.trajectories(resolved)[1]
+    row, part = disk.row_bytes(nodes, shape, dtype), out.with_name(f"{out.name}.part")
+    there = sum(f.stat().st_size for f in part.glob("*.bin")) if part.is_dir() else 0
+    free, size = disk.free(out.parent), n * row
+    about = f"{n:,} trajectories of {nodes} nodes in {dtype} are {gb(size)} ({row:,} bytes each)"
+    done = f", {gb(there)} of them are written" if there else ""
+    if size - there > free:
+        fewer = "fewer trajectories (-n) or another disk (--cache)" + ", or --dtype fp16" * (dtype == "fp32")
+        raise ConfigError(f"--cache: {about}{done}, and {os.path.abspath(out.parent)} has {gb(free)} free; {fewer}")
+    progress.say(f"{resolved.name:>8} disk: {about}{done}; {gb(free)} are free")
+
+
+def _bounded(work: workspace.Workspace, resolved: ResolvedStage, rows: int, precision: str) -> Trajectories:
+    """How a stage's trajectories are rolled out, no more at once than this device has memory for.
+
+    Each row is integrated by itself: how many go at once changes no trajectory, but for the rounding of other batches.
+    """
+    t, stage = resolved.trajectories, resolved.config
+    guide = stage.autoguidance
+    names = [stage.teacher, guide.network if guide and guide.trajectories else None]
+    models = [folder.stored_run(work.other(name)).model if "/" in name else work.run.model for name in names if name]
+    shape, classes = tuple(work.data.shape), work.data.classes
+    each = memory.rollout_bytes(models, resolved, shape, classes, precision in ("bf16", "fp8"))
+    buffer = 4 * rows * memory.trajectories(resolved)[1] * math.prod(shape)
+    fit = memory.rows_that_fit(free_bytes(work.device) - buffer, each)
+    if fit >= min(t.rollout_batch, rows):
+        return t
+    if distributed.rank() == 0:
+        counted = f"{gb(int(each))} each by count, beside {gb(int(buffer))} of nodes"
+        progress.say(f"{resolved.name:>8} rollouts: {fit:,} at once, not {min(t.rollout_batch, rows):,}: {counted}")
+    return dataclasses.replace(t, rollout_batch=fit)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take on its device."""
+    if device.type != "cuda":
+        return memory_bytes(device)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + idle

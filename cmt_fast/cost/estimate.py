@@ -6,15 +6,17 @@ cost.py. Evaluation, checkpoints and waiting for data are not in the hours.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
 from cmt_fast.config import errors, loading, recipes
 from cmt_fast.config.schema import Model, Run
+from cmt_fast.cost import disk, host, memory, published, step_time
 from cmt_fast.cost import flops as flops_
-from cmt_fast.cost import published, step_time
 from cmt_fast.cost.flops import OURS, Ideas, Network, Term
 from cmt_fast.cost.hardware import Card
+from cmt_fast.cost.published import step_work
 from cmt_fast.data import classes as in_data
 from cmt_fast.data import datasets
 from cmt_fast.engine import ShardingPlan, StageSize, choose
@@ -23,7 +25,6 @@ from cmt_fast.run import folder as folder_
 from cmt_fast.run.resolved import ResolvedStage
 
 POWER = 0.9  # of the board's power that training draws: assumed; hosts and cooling are not counted
-SAVED_U = 17  # values of U that a block keeps for its backward, by count
 
 
 class Rows(NamedTuple):
@@ -37,7 +38,11 @@ class Rows(NamedTuple):
 
 
 class StageCost(NamedTuple):
-    """A stage on `processes` cards. Microseconds: work_us of an image, the others of a step; lines: the arithmetic."""
+    """A stage on `processes` cards. Microseconds: work_us of an image, the others of a step; lines: the arithmetic.
+
+    scale: measured over predicted time, from results; 1 where nothing of the kind was measured. host_us: below which no step
+    can be, 0 where it is not known or a CUDA graph.
+    """
 
     steps: int
     images: int
@@ -50,12 +55,15 @@ class StageCost(NamedTuple):
     gpu_hours: float
     mark: str
     lines: list[str]
+    scale: float = 1.0
+    host_us: float = 0.0
 
 
 class Way(NamedTuple):
     """How a network is trained: precision, kernels (as step_time has them), EMA tracks, and what an engine adds.
 
-    zero, sharded: ZeRO's stage and whether the teacher is sharded, as ShardingPlan has them; passes: of a step.
+    zero, sharded: ZeRO's stage and whether the teacher is sharded, as ShardingPlan has them; passes: of a step; host_us: what
+    a step keeps its host busy for, which it cannot be shorter than; 0 where it is a CUDA graph, or not known.
     """
 
     precision: str
@@ -64,6 +72,7 @@ class Way(NamedTuple):
     zero: int | None = None
     passes: int = 1
     sharded: bool = False
+    host_us: float = 0.0
 
 
 def rows_of(run: Run) -> Rows:
@@ -149,32 +158,33 @@ def reckon(
                 for t in work if t.of in ("teacher", "guide")) if way.sharded else 0  # fmt: skip
     sent = step_time.communication_us(zero, student, calls, card, processes, way.passes)
     steps = -(-images // batch)
-    step = batch / processes * total + optimizer + sent
+    busy = batch / processes * total + optimizer + sent
+    step = max(busy, way.host_us)
     hours = steps * step / 3.6e9
     lines.append(
         f"step: {batch}/{processes} rows x {total:,.1f} us + optimizer {optimizer:,.0f} us"
-        + (f" (both times {scale:.3g}, {mark})" if scale != 1 else "") + f" + communication {sent:,.0f} us = {step:,.0f} us"
+        + (f" (both times {scale:.3g}, {mark})" if scale != 1 else "") + f" + communication {sent:,.0f} us = {busy:,.0f} us"
+        + (f"; its host takes {step:,.0f} us" if step > busy else "")
     )  # fmt: skip
     lines.append(
         f"{steps:,} steps x {step:,.0f} us = {hours:,.2f} h x {processes} = {hours * processes:,.2f} GPU-hours"
     )
     flops = flops_.flops_image(work, known)
-    return StageCost(steps, steps * batch, flops, total, optimizer, sent, step, hours, hours * processes, mark, lines)
-
-
-def step_work(objective: str, teacher: float = 1.0) -> list[Term]:
-    """Work of a plain step of `python -m bench step`: FM, CMT (also CMT-CM, CMT-MF), MF, ECT, ECD.
-
-    teacher: its forwards an image of a CMT step. MF has tangents on a quarter of its rows; ECD Heun's step, unguided.
-    """
-    more = {
-        "FM": [],
-        "CMT": [Term("teacher", "forward", teacher, "rollouts")],
-        "MF": [Term("student", "tangent", 0.25, "rows with r < t")],
-        "ECT": [published.TARGET],
-        "ECD": [published.TARGET, Term("teacher", "forward", 2, "Heun's step")],
-    }
-    return [*published.TRAIN, *more[objective.partition("-")[0]]]
+    return StageCost(
+        steps,
+        steps * batch,
+        flops,
+        total,
+        optimizer,
+        sent,
+        step,
+        hours,
+        hours * processes,
+        mark,
+        lines,
+        scale,
+        way.host_us,
+    )
 
 
 def step_us(work: list[Term], net: Network, card: Card, how: str, precision: str, batch: int) -> float:
@@ -221,33 +231,66 @@ def stage_bill(
     resolved: ResolvedStage, rows: Rows, card: Card, processes: int, ideas: Ideas = OURS
 ) -> tuple[StageCost, ShardingPlan, dict[str, Network]]:
     """What a stage costs, with the sizing of its engine. Raises ConfigError where rows do not divide over the cards."""
-    stage = resolved.config
     known, _ = networks(resolved, rows)
+    return *bill_of(resolved, rows, known, card, processes, ideas), known
+
+
+def bill_of(
+    resolved: ResolvedStage, rows: Rows, known: dict[str, Network], card: Card, processes: int, ideas: Ideas = OURS
+) -> tuple[StageCost, ShardingPlan]:
+    """The same of networks that are known already."""
+    stage = resolved.config
     choice = sharding_plan(resolved, known, card, processes)
-    passes = resolved.grad_accum_steps(processes)
-    way = Way(stage.products, ideas.how, len(stage.ema), choice.stage, passes, choice.teacher_sharded)
+    passes, waits = resolved.grad_accum_steps(processes), 0.0
+    if ideas.host and not host.captured(stage, choice.stage, card):
+        busy = host.of_stage(resolved, known, (tuple(rows.shape), rows.classes), card, passes)
+        waits = busy.us if busy else 0.0
+    way = Way(stage.products, ideas.how, len(stage.ema), choice.stage, passes, choice.teacher_sharded, waits)
     bill = reckon(flops_.terms(resolved, ideas), known, stage.images_nimg, stage.batch, card, processes, way)
-    return bill, choice, known
+    return bill, choice
 
 
 def sharding_plan(resolved: ResolvedStage, known: dict[str, Network], card: Card, processes: int) -> ShardingPlan:
     """The engine's ZeRO stage by the memory of the card."""
     run, stage = resolved.run, resolved.config
-    named = {key: text for key, text in stage.networks().items() if key != "start"}
+    named = {key: text for key, text in resolved.called.items() if key != "start"}
     by_key = {"teacher": "teacher", "autoguidance.network": "guide"}
     held = sum({text: known[by_key[key]].parameters for key, text in named.items()}.values())
     size = StageSize(known["student"].parameters, held, len(stage.ema), stage.products == "bf16")
     return choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, int(card.memory))
 
 
-def activation_bytes(resolved: ResolvedStage, net: Network, processes: int) -> float | None:
-    """What a DiT keeps for its backward in one pass of a process, by count; None for other networks."""
-    run, stage = resolved.run, resolved.config
-    if not net.depth:
-        return None
-    images = stage.batch / processes / resolved.grad_accum_steps(processes)
-    u = net.tokens * net.width * (2 if stage.products == "bf16" else 4)
-    return images * u * (net.depth + SAVED_U if run.model.checkpoint_activations else SAVED_U * net.depth)
+def held(
+    resolved: ResolvedStage, rows: Rows, known: dict[str, Network], choice: ShardingPlan, card: Card, processes: int
+) -> memory.Memory:
+    """What a stage holds on one of `processes` cards, part by part."""
+    return memory.of_stage(resolved, tuple(rows.shape), rows.classes, known, choice, card, processes)
+
+
+def judging_hours(judged: disk.Judging, student: Network, card: Card, processes: int) -> float:
+    """Hours of the samples that a stage is judged by while it trains: forwards in fp32, shared out; their features aside."""
+    us = step_time.microseconds("forward", student, card, "fused", "fp32")[0]
+    return judged.forwards * us / 3.6e9 / processes
+
+
+def judged_once(run: Run, student: Network, card: Card, processes: int) -> dict[str, float]:
+    """What `cmt eval` of one stage takes as the recipe has it: samples, hours of their forwards, features a process keeps."""
+    found = disk.final(run)
+    return {**found._asdict(), "hours": judging_hours(found, student, card, processes)}
+
+
+def rolling_hours(resolved: ResolvedStage, known: dict[str, Network], card: Card, processes: int) -> float:
+    """Hours of rolling out all of a stage's trajectories, as its steps or `cmt trajectories` do it; 0 for one without."""
+    t = resolved.config.trajectories
+    if t is None:
+        return 0.0
+    rolled, precision = resolved.replaced(trajectories=dataclasses.replace(t, cache=None)), resolved.config.products
+    us = 0.0
+    for term in flops_.terms(rolled):
+        if term.rows:
+            each, _ = step_time.microseconds(term.kind, known[term.of], card, "fused", precision)
+            us += term.times * each + step_time.call_us(term, known[term.of], each, card, precision, processes)[0]
+    return resolved.config.images_nimg * us / 3.6e9 / processes
 
 
 def energy_kwh(gpu_hours: float, card: Card) -> float | None:

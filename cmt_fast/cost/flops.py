@@ -25,7 +25,10 @@ from cmt_fast.teacher import pool
 
 
 class Network(NamedTuple):
-    """flops: of one forward of one image; attention: those of them in a DiT's attention; depth 0: not a DiT."""
+    """flops: of one forward of one image; attention: those of them in a DiT's attention; depth 0: not a DiT.
+
+    model: what it was built from, None for a feature network.
+    """
 
     name: str
     parameters: int
@@ -35,12 +38,14 @@ class Network(NamedTuple):
     depth: int = 0
     tokens: int = 0
     heads: int = 1
+    model: Model | None = None
 
 
 class Term(NamedTuple):
     """Work for one student image: `times` of a kind (forward, backward, tangent, input_gradient, recompute) of a network.
 
-    of: student, teacher, guide or features; rows: of one call over all processes, where calls are small; why: a phrase.
+    of: student, teacher, guide or features; rows: of one call over all processes, where calls are small, and no more than
+    at_once on each of them; why: a phrase.
     """
 
     of: str
@@ -48,17 +53,23 @@ class Term(NamedTuple):
     times: float
     why: str
     rows: int | None = None
+    at_once: int | None = None
 
 
 class Ideas(NamedTuple):
-    """What a stage is reckoned with. selective: tangents on rows with r != t alone; cached: trajectories are read from disk."""
+    """What a stage is reckoned with. selective: tangents on rows with r != t alone; cached: trajectories are read from disk.
+
+    host: a step is no shorter than its host takes, where that was measured; without it the GPU's time alone.
+    """
 
     selective: bool = True
     cached: bool = False
     how: str = "fused"
+    host: bool = False
 
 
 OURS = Ideas()
+AS_IT_RUNS = Ideas(host=True)
 
 
 def dit_forward(
@@ -83,21 +94,26 @@ def _network(model: Model, path: str, shape: tuple[int, ...], classes: int, name
     make = lambda: models.build(model, path, 0.5, shape, classes)
     if not isinstance(model, Dit):
         size = getattr(model, "size", None) or getattr(model, "preset", None) or f"{model.width} x {model.depth}"
-        return Network(name or f"{model.kind}-{size}", *_counted(make, shape, bool(classes)))
+        return Network(name or f"{model.kind}-{size}", *_counted(make, shape, bool(classes)), model=model)
     preset = zip((model.width, model.depth, model.heads), dit.SIZES[model.size])
     width, depth, heads = (given or size for given, size in preset)
     with weightless():
         count = sum(p.numel() for p in make().parameters())
     tokens, features = (shape[1] // model.patch) ** 2, 256 if model.embeddings == "dit" else 64
     work = dit_forward(width, depth, tokens, path == "linear", shape[0] * model.patch**2, features)
-    return Network(name or f"DiT-{model.size}/{model.patch}", count, *work, width, depth, tokens, heads)
+    return Network(name or f"DiT-{model.size}/{model.patch}", count, *work, width, depth, tokens, heads, model)
 
 
 def dit_network(width: int, depth: int, tokens: int) -> Network:
     """The two-time DiT of these sizes on latents of 4 channels; heads of 64 columns where no published size has others."""
-    heads = next((h for w, d, h in dit.SIZES.values() if (w, d) == (width, depth)), max(1, width // 64))
     side = 2 * math.isqrt(tokens)
-    return network(Dit(width=width, depth=depth, heads=heads), "linear", (4, side, side), 1000)
+    return network(dit_model(width, depth), "linear", (4, side, side), 1000)
+
+
+def dit_model(width: int, depth: int) -> Dit:
+    """The model of such a DiT."""
+    heads = next((h for w, d, h in dit.SIZES.values() if (w, d) == (width, depth)), max(1, width // 64))
+    return Dit(width=width, depth=depth, heads=heads)
 
 
 @functools.lru_cache(maxsize=16)
@@ -177,9 +193,9 @@ def terms(resolved: ResolvedStage, ideas: Ideas = OURS) -> list[Term]:
         each = pool.drawn(t, run.path, nfe // (2 if t.solver == "heun" else 1))
         rows = max(1, points * (1 if t.mode == "paper" else t.pool_steps) // each)
         calls, why = points / stage.batch * nfe / each, f"rollouts, {nfe} calls for {each} points"
-        out.append(Term("teacher", "forward", calls * (1 if t.guidance == 1 else 2), why, rows))
+        out.append(Term("teacher", "forward", calls * (1 if t.guidance == 1 else 2), why, rows, t.rollout_batch))
         if guide and guide.trajectories:
-            out.append(Term("guide", "forward", calls, "guide of the rollouts", rows))
+            out.append(Term("guide", "forward", calls, "guide of the rollouts", rows, t.rollout_batch))
     compared = [(o, own), (stage.anchor.objective, anchored)] if stage.anchor else [(o, own)]
     share = sum(part for objective, part in compared if getattr(objective, "distance", "") in PERCEPTUAL)
     if share:

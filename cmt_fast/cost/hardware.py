@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 
 from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.engine.sharding import memory_bytes
 
 
 class Step(NamedTuple):
     """A measured training step of a DiT, ours. teacher: its forwards an image; us: microseconds an image; source: file and
-    commit."""
+    commit; saved: bytes that autograd kept, host: microseconds of a step that its host was busy, None where not measured."""
 
     objective: str
     precision: str
@@ -29,6 +30,8 @@ class Step(NamedTuple):
     batch: int
     us: float
     source: str
+    saved: float | None = None
+    host: float | None = None
 
 
 class Card(NamedTuple):
@@ -36,7 +39,7 @@ class Card(NamedTuple):
     board; link, network: bytes/s that a card sends inside its machine and that its network card sends outside; flash: its
     attention over an H100's; gemm: (width, share of the large matmul's rate that a DiT's linear layers reach).
 
-    measured: figure -> where it was measured; all others are of the datasheet or assumed.
+    measured: figure -> where it was measured; all others are of `datasheet` or assumed.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Card(NamedTuple):
     steps: tuple[Step, ...] = ()
     per_machine: int = 8
     gemm: tuple[tuple[int, float], ...] = ((0, 0.0), (768, 0.70), (1024, 0.78), (1152, 0.82))
+    datasheet: str = ""
 
 
 BEFORE = "on one card of the kind, before this project"
@@ -61,31 +65,48 @@ REACHED, COPIED = 798 / 989.4, 3.0 / 3.35
 GEMM_CPU = ((0, 0.0), (128, 0.15), (384, 0.63))
 
 
-def _nvidia(name, rates, bandwidth, memory, watts, links, flash=1.0, **measured) -> Card:
+def _nvidia(name, sheet, rates, bandwidth, memory, watts, links, **more) -> Card:
     """rates: TFLOP/s in bf16, TF32, fp32; TB/s, GB, W; links: GB/s inside and outside the machine.
 
-    measured: matmul in bf16 TFLOP/s and copy in TB/s.
+    sheet: where these are from. more: flash and per_machine as of Card; measured: matmul in bf16 TFLOP/s, copy in TB/s.
     """
     peak = {precision: rate * 1e12 for precision, rate in zip(("bf16", "tf32", "fp32"), rates, strict=True)}
     matmul = {p: REACHED * rate for p, rate in peak.items()}
-    if "matmul" in measured:
-        matmul["bf16"] = measured["matmul"] * 1e12
-    copy = measured.get("copy", COPIED * bandwidth) * 1e12
+    if "matmul" in more:
+        matmul["bf16"] = more["matmul"] * 1e12
+    copy = more.get("copy", COPIED * bandwidth) * 1e12
     link, network = (rate * 1e9 for rate in links)
-    known = {{"matmul": "matmul bf16", "copy": "copy"}[key]: BEFORE for key in measured}
-    return Card(name, peak, matmul, copy, memory * 1e9, watts, link, network, flash, known)
+    known = {text: BEFORE for key, text in (("matmul", "matmul bf16"), ("copy", "copy")) if key in more}
+    flash, machine = more.get("flash", 1.0), more.get("per_machine", 8)
+    return Card(
+        name, peak, matmul, copy, memory * 1e9, watts, link, network, flash, known, (), machine, datasheet=sheet
+    )
 
 
-# datasheets: dense rates of the SXM boards, bandwidth, memory, board power; NVLink one way, network of a machine of eight
+# datasheets: dense rates, bandwidth, memory, board power; SXM boards: NVLink one way, network of a machine of eight. A card
+# for the desk sums bf16 products in fp32, has no NVLink and sends by PCI Express, four in a machine, 10 GbE outside: assumed
+ADA, BLACKWELL = "NVIDIA's Ada GPU architecture whitepaper", "NVIDIA's RTX Blackwell GPU architecture whitepaper"
 CARDS = {
     card.name: card
     for card in (
-        _nvidia("h100", (989.4, 494.7, 66.9), 3.35, 80, 700, (450, 50), matmul=798, copy=3.0),
-        _nvidia("h200", (989.4, 494.7, 66.9), 4.8, 141, 700, (450, 50), matmul=790, copy=4.3),
-        _nvidia("a100", (312, 156, 19.5), 2.039, 80, 400, (300, 25), flash=312 / 989.4),
+        _nvidia(
+            "h100", "NVIDIA H100 SXM5 datasheet", (989.4, 494.7, 66.9), 3.35, 80, 700, (450, 50), matmul=798, copy=3.0
+        ),
+        _nvidia(
+            "h200", "NVIDIA H200 SXM5 datasheet", (989.4, 494.7, 66.9), 4.8, 141, 700, (450, 50), matmul=790, copy=4.3
+        ),
+        _nvidia(
+            "a100", "NVIDIA A100 SXM4 80 GB datasheet", (312, 156, 19.5), 2.039, 80, 400, (300, 25), flash=312 / 989.4
+        ),
+        _nvidia("rtx4090", ADA, (165.2, 82.6, 82.6), 1.008, 24, 450, (31.5, 1.25), flash=165.2 / 989.4, per_machine=4),
+        _nvidia(
+            "rtx5090", BLACKWELL, (209.5, 104.8, 104.8), 1.792, 32, 575, (63, 1.25), flash=209.5 / 989.4, per_machine=4
+        ),
     )
 }
-NAMES = (*CARDS, "cpu")
+PROCESSORS = ("cpu", "laptop")
+NAMES = (*CARDS, *PROCESSORS)
+LAPTOP = 16e9  # bytes of memory of a notebook: assumed. Its speed is that of the two threads in bench/results/cpu
 
 
 RESULTS = Path("bench/results")  # of `python -m bench`, in a checkout
@@ -94,12 +115,24 @@ RESULTS = Path("bench/results")  # of `python -m bench`, in a checkout
 def this(device: torch.device) -> Card | None:
     """The card that a run is on, None for one that is not known here."""
     results = RESULTS if RESULTS.is_dir() else None
-    here = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else "cpu"
-    name = next((name for name in NAMES if name in here), None)
+    name = _named(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
     try:
         return card(name, results) if name else None
     except ConfigError:  # a processor without results
         return None
+
+
+def bare(device: torch.device) -> Card:
+    """A device of which nothing is known but its memory and whether it draws a GPU's power."""
+    watts = 0.0 if device.type == "cuda" else None
+    none = dict.fromkeys(("bf16", "tf32", "fp32"), 0.0)
+    return Card(str(device), none, none, 0.0, memory_bytes(device), watts, 0.0, 0.0, 1.0, {})
+
+
+def _named(device: str) -> str | None:
+    """The card that a driver calls `device`, None for one that is not known; a notebook's is another card of the same name."""
+    here = device.lower().replace(" ", "").replace("_", "")
+    return next((name for name in CARDS if name in here and "laptop" not in here), None)
 
 
 def card(name: str, results: Path | None) -> Card:
@@ -110,8 +143,8 @@ def card(name: str, results: Path | None) -> Card:
     if name not in NAMES:
         raise ConfigError(f"--gpu: {name!r} is not valid; valid are {', '.join(NAMES)}{nearest(name, NAMES)}")
     found = _files(name, results)
-    if name == "cpu":
-        return _cpu(found, results)
+    if name in PROCESSORS:
+        return _cpu(name, found, results)
     base = CARDS[name]
     matmul, copy, measured = dict(base.matmul), base.copy, dict(base.measured)
     for source, result in found:
@@ -123,32 +156,35 @@ def card(name: str, results: Path | None) -> Card:
     return base._replace(matmul=matmul, copy=copy, measured=measured, steps=_steps(found))
 
 
-def _cpu(found: list[tuple[str, dict]], results: Path | None) -> Card:
-    """This machine's processor, by the roof that `python -m bench ops` measured."""
+def _cpu(name: str, found: list[tuple[str, dict]], results: Path | None) -> Card:
+    """This machine's processor, or a notebook's taken for one like it, by the roof that `python -m bench ops` measured."""
     source, roof = next(((s, r["roof"]) for s, r in reversed(found) if "gflop_s" in r.get("roof", {})), (None, None))
     if source is None:
         raise ConfigError(
-            f"--gpu: 'cpu' has no measurements in {results or RESULTS}; in a clone of the repository `python -m bench ops` makes "
-            f"them, and --results names their folder"
+            f"--gpu: {name!r} has no measurements in {results or RESULTS}; in a clone of the repository `python -m bench ops` "
+            f"makes them, and --results names their folder"
         )
     rate, copy = roof["gflop_s"] * 1e9, roof["gb_s"] * 1e9
     rates = dict.fromkeys(("bf16", "tf32", "fp32"), rate)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory, sheet = (LAPTOP, "16 GB of memory, assumed") if name == "laptop" else (here, "this machine")
     measured = dict.fromkeys(("matmul fp32", "matmul tf32", "matmul bf16", "copy"), f"{source}, all precisions by fp32")
     flash = rate / CARDS["h100"].matmul["bf16"]
-    return Card("cpu", rates, rates, copy, memory, None, copy, copy, flash, measured, _steps(found), 1, GEMM_CPU)
+    taken = ", on two threads taken for a notebook's" if name == "laptop" else ""
+    steps = tuple(step._replace(source=step.source + taken) for step in _steps(found))
+    return Card(name, rates, rates, copy, memory, None, copy, copy, flash, measured, steps, 1, GEMM_CPU, sheet)
 
 
 def _files(name: str, results: Path | None) -> list[tuple[str, dict[str, Any]]]:
     """(file and commit, result) of every result of this device, oldest first."""
-    out = []
+    out, processor = [], name in PROCESSORS
     for file in sorted(results.glob("*/*.json")) if results else []:
-        if file.parent.name == "predicted" or (name == "cpu") != (file.parent.name == "cpu"):
+        if file.parent.name == "predicted" or processor != (file.parent.name == "cpu"):
             continue
         result = json.loads(file.read_text("utf-8"))
         if not isinstance(result, dict) or result.get("tiny"):
             continue
-        if name == "cpu" or name in str(result.get("device", "")).lower():
+        if processor or _named(str(result.get("device", ""))) == name:
             out.append((f"{file.parent.name}/{file.name} at {result.get('commit')}", result))
     return sorted(out, key=lambda pair: str(pair[1].get("date", "")))
 
@@ -169,7 +205,9 @@ def _steps(found: list[tuple[str, dict]]) -> tuple[Step, ...]:
             teacher = row.get("teacher_forwards")
             teacher = float(objective.startswith("CMT")) if teacher is None else teacher
             which = (objective, precision, teacher, width, depth, tokens)
-            step = Step(*which, batch, 1e6 / speed, f"{source}, {row['how']}")
+            saved = 1e6 * row["saved_mb"] if row.get("saved_mb") else None
+            host = 1e3 * row["host_ms"] if row.get("host_ms") and row["how"] == "eager" else None
+            step = Step(*which, batch, 1e6 / speed, f"{source}, {row['how']}", saved, host)
             if which not in out or step.us < out[which].us:
                 out[which] = step
     return tuple(out.values())

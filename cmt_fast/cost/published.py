@@ -65,6 +65,21 @@ MEANFLOW = (
 )
 
 
+def step_work(objective: str, teacher: float = 1.0) -> list[Term]:
+    """Work of a plain step of `python -m bench step`: FM, CMT (also CMT-CM, CMT-MF), MF, ECT, ECD.
+
+    teacher: its forwards an image of a CMT step. MF has tangents on a quarter of its rows; ECD Heun's step, unguided.
+    """
+    more = {
+        "FM": [],
+        "CMT": [Term("teacher", "forward", teacher, "rollouts")],
+        "MF": [Term("student", "tangent", 0.25, "rows with r < t")],
+        "ECT": [TARGET],
+        "ECD": [TARGET, Term("teacher", "forward", 2, "Heun's step")],
+    }
+    return [*TRAIN, *more[objective.partition("-")[0]]]
+
+
 def cmt(rows: int) -> tuple[Term, ...]:
     """CMT as published: each step rolls out `rows` trajectories of 16 calls for 16 rows each."""
     return (*TRAIN, Term("teacher", "forward", 1, "rollouts of this step alone", rows), *FEATURES)

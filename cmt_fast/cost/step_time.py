@@ -115,7 +115,7 @@ def call_us(term: Term, net: Network, us: float, card: Card, precision: str, pro
     """
     if not term.rows:
         return 0.0, ""
-    rows = max(1, term.rows // processes)
+    rows = min(term.at_once or term.rows, max(1, term.rows // processes))
     if net.depth:
         (few, low), (many, high) = FILL
         part = min(1.0, max(0.0, math.log(rows * net.tokens / few) / math.log(many / few)))

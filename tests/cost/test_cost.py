@@ -18,7 +18,7 @@ from cmt_fast import models
 from cmt_fast.config import loading, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Dit, Edm, Edm2
-from cmt_fast.cost import estimate, plan, step_time
+from cmt_fast.cost import estimate, savings, step_time
 from cmt_fast.cost import flops as flops_
 from cmt_fast.cost.estimate import Way
 from cmt_fast.cost.flops import Network, Term
@@ -185,7 +185,7 @@ def test_small_calls_of_a_teacher_cost_more():
     known, _ = estimate.networks(resolve(run, "mid"), rows)
     us = {}
     for mode in ("pool", "paper"):
-        changed = plan._with(run, ["mid"], mode=mode)
+        changed = savings._with(run, ["mid"], mode=mode)
         us[mode] = estimate.stage_bill(resolve(changed, "mid"), rows, CARDS["h100"], 8)[0].work_us
     term = next(t for t in flops_.terms(resolve(run, "mid")) if t.of == "teacher")
     plain = term.times * step_time.microseconds("forward", known["teacher"], CARDS["h100"], "fused", "bf16")[0]
@@ -256,7 +256,7 @@ def test_cards_are_corrected_by_results(tmp_path):
 
 
 def test_a_name_that_is_no_card():
-    with pytest.raises(ConfigError, match="h10'.*h100, h200, a100, cpu.*did you mean h100"):
+    with pytest.raises(ConfigError, match="h10'.*h100, h200, a100, rtx4090, rtx5090, cpu, laptop.*did you mean h100"):
         card("h10", None)
     with pytest.raises(ConfigError, match="'cpu' has no measurements"):
         card("cpu", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import yaml
 
 from bench.experiments import modes
 from cmt_fast.cli import main
+from cmt_fast.cli import trajectories as cli
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Dali, Latents, Torch
-from cmt_fast.cost import flops
+from cmt_fast.cost import disk, flops
 from cmt_fast.data import dali, opening, shards
 from cmt_fast.data import trajectory_store as rolled
 from cmt_fast.data.archives import DatasetError
@@ -29,6 +31,7 @@ from cmt_fast.diffusion.solvers import rollout
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.storage import checkpoint
 from cmt_fast.teacher import pool as pools
+from cmt_fast.teacher import rollouts
 from cmt_fast.train import loop
 from tests.fixtures.stores import make_store
 from tests.fixtures.tiny import NO_EVAL, SMALL, metrics, source_of, stop_after_a_checkpoint, tiny
@@ -338,3 +341,48 @@ def test_the_bench_of_modes_trains_every_student_once(tmp_path: Path, capsys) ->
     assert modes.run(given) == 0
     assert json.loads((tmp_path / "j").read_text())["rows"] == first["rows"]
     assert capsys.readouterr().out.count("ms an image") == 8
+
+
+# ------------------------------------------------------------------------------------------ what it will take
+
+
+def test_bytes_are_said_before_anything_is_rolled_out_and_are_those_on_disk(world, tmp_path, capsys) -> None:
+    assert main(command(world, tmp_path / "store", "--dtype", "fp32", n=32)) == 0
+    said = re.search(
+        r"disk: 32 trajectories of 17 nodes in fp32 are .* \(([\d,]+) bytes each\); .* are free",
+        capsys.readouterr().out,
+    )
+    row = int(said[1].replace(",", ""))
+    assert row == 17 * 64 * 4 + 16  # a label and a checksum beside the nodes
+    held = sum(f.stat().st_size for f in (tmp_path / "store").iterdir() if f.suffix in (".bin", ".npy"))
+    assert 0 <= held - 32 * row <= 2 * 128  # the headers of two arrays
+
+
+def test_a_store_larger_than_the_disk_is_refused_before_anything_is_written(
+    world, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(disk, "free", lambda folder: 100_000)
+    assert main(command(world, tmp_path / "store", "--dtype", "fp32")) == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"--cache: 96 trajectories .* and .* has 0.1 MB free; fewer trajectories \(-n\).*--dtype fp16", said
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_rollouts_are_cut_to_the_memory_at_hand_and_stay_the_same(world, tmp_path, capsys, monkeypatch) -> None:
+    batches, made = [], rollouts.Rolling.__init__
+
+    def seen(self, *args, **options):
+        made(self, *args, **options)
+        batches.append(self.batch)
+
+    monkeypatch.setattr(rollouts.Rolling, "__init__", seen)
+    monkeypatch.setattr(cli, "free_bytes", lambda device: 250_000)
+    assert main(command(world, tmp_path / "store", "--dtype", "fp32", "--shard-rows", "40")) == 0
+    assert len(batches) == 1 and 1 <= batches[0] < 40
+    assert f"rollouts: {batches[0]} at once, not 40: " in capsys.readouterr().out
+    index = torch.arange(N)
+    (few, a), (all_at_once, b) = (rolled.opened(where).rows(index) for where in (tmp_path / "store", world / "fp32"))
+    torch.testing.assert_close(few, all_at_once, rtol=1e-5, atol=1e-5)  # other batches, other roundings
+    assert torch.equal(a, b)

@@ -1,0 +1,93 @@
+"""What a run puts on disk, and what judging it takes: bytes and network calls, by arithmetic on the recipe's own numbers."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from cmt_fast.config.schema import PowerEma, Run
+from cmt_fast.cost.memory import trajectories
+from cmt_fast.data.trajectory_store import DTYPES
+from cmt_fast.engine.sharding import gb
+from cmt_fast.run.resolved import ResolvedStage
+
+CHECKPOINTS = 3  # the last two, and the one that is being written
+ITEM = {"float16": 2, "float32": 4}
+BESIDE = 16  # bytes of a row beside its nodes: its label and its checksum
+FEATURES = {"fid": 2048, "fd_dinov2": 1024}  # numbers of a sample that a judge keeps
+
+
+class Cache(NamedTuple):
+    """A store of all the trajectories that a stage draws from, none of them twice."""
+
+    trajectories: int
+    row_bytes: int
+    bytes: int
+
+
+class Judging(NamedTuple):
+    """Of one stage's evaluations: samples, forwards of the student, and bytes of features that a process keeps of one."""
+
+    samples: int
+    forwards: int
+    features_bytes: int
+
+
+def cache(resolved: ResolvedStage, shape: tuple[int, ...], dtype: str = "fp16") -> Cache | None:
+    """The store that a stage would read in the place of its teacher; None for a stage without trajectories."""
+    if not resolved.trajectory_rows:
+        return None
+    count, nodes = trajectories(resolved)
+    rounds = -(
+        -resolved.schedule.total // (1 if resolved.trajectories.mode == "paper" else resolved.trajectories.pool_steps)
+    )
+    row = row_bytes(nodes, shape, dtype)
+    return Cache(count * rounds, row, count * rounds * row)
+
+
+def row_bytes(nodes: int, shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes of a stored trajectory."""
+    return nodes * math.prod(shape) * ITEM[DTYPES[dtype]] + BESIDE
+
+
+def checkpoints(resolved: ResolvedStage, parameters: int) -> int:
+    """Of weights, moments and tracks in fp32, and of the snapshots of power-function averages."""
+    stage, plan = resolved.config, resolved.schedule
+    profiles = sum(isinstance(e, PowerEma) for e in stage.ema)
+    kept = plan.total // plan.snapshot_every if plan.snapshot_every else 0
+    return CHECKPOINTS * parameters * (12 + 4 * len(stage.ema)) + 4 * parameters * kept * profiles
+
+
+def line(resolved: ResolvedStage, shape: tuple[int, ...], parameters: int, folder: Path | None = None) -> str:
+    """What a stage writes, and what a cache of its trajectories would be; folder: on whose disk, whose free space is named."""
+    text = f"disk: {CHECKPOINTS} checkpoints {gb(checkpoints(resolved, parameters))}"
+    stored = None if resolved.cache else cache(resolved, shape)
+    if stored:
+        rows, each = stored.trajectories, f"{stored.row_bytes:,} bytes"
+        text += f"; `cmt trajectories -n {rows}` would write {gb(stored.bytes)} in fp16, {rows:,} x {each}"
+    return f"{text}; {gb(free(folder))} free there" if folder else text
+
+
+def free(folder: Path) -> int:
+    """Bytes that may still be written where a folder is, or will be."""
+    above = next(f for f in (folder.resolve(), *folder.resolve().parents) if f.is_dir())
+    return shutil.disk_usage(above).free
+
+
+def judging(resolved: ResolvedStage) -> Judging:
+    """Of a stage's evaluations while it trains; none where `eval_every_nimg` is not set."""
+    plan = resolved.schedule
+    times = -(-plan.total // plan.eval_every) if plan.eval_every else 0
+    return _judging(resolved.run, times, resolved.run.eval.n_during)
+
+
+def final(run: Run) -> Judging:
+    """Of `cmt eval` of one stage, as the recipe has it: `eval.n` samples at each number of steps."""
+    return _judging(run, 1, run.eval.n)
+
+
+def _judging(run: Run, times: int, n: int) -> Judging:
+    samples = times * n * len(run.eval.steps)
+    return Judging(samples, times * n * sum(run.eval.steps), 4 * n * FEATURES.get(run.eval.metric, 0) * bool(times))
