@@ -46,7 +46,7 @@ def judge(work: Workspace, s: Standing, home: Path) -> Judged:
             return found[1]
     if distributed.rank() == 0:
         progress.say(f"judging {s.name}: {run.eval.n:,} samples at {', '.join(map(str, run.eval.steps))} steps")
-    net = work.network(s.name)
+    net = work.network(s.name, together=True)
 
     def figures(steps: tuple[int, ...], counts: tuple[int, ...], solver: bool) -> list[dict[str, dict | None]]:
         """{steps: figures} for each count; None where samples or figures are not finite."""
