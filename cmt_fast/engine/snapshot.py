@@ -61,7 +61,7 @@ class Snapshot:
         """shapes: of the parameters; places: of this rank's parts; held: this rank's partitions of p, m, v and each track.
 
         files: those that are wanted, None for all. added: parts of several ranks are summed where the same are gathered by
-        `state`, so that a negative zero is written as it writes it. Many parameters: what an engine holds.
+        `state`, so that a negative zero is written as it writes it.
         """
         self.names = ["model", *(k for k in held if k.startswith("ema-")), "optimizer"]
         self.names = [name for name in self.names if files is None or name in files]

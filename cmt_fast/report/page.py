@@ -60,8 +60,7 @@ def write(
     try:
         quality, floor, caution = _judged(work, done, home) if judge else _known(work, done, home)
     except checkpoint.Damaged as error:  # which is passed over from now on
-        if distributed.rank() == 0:
-            print(f"checkpoint passed over: {error}", file=sys.stderr)
+        print(f"checkpoint passed over: {error}", file=sys.stderr)
         return write(folder, judge, refresh_s, out, training)
     if judge and distributed.rank():
         return {}

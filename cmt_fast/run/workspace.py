@@ -162,12 +162,15 @@ class Workspace:
         together: as of `weights`. Raises ConfigError when weights and network differ in a name or shape, Damaged when the
         weights are not those that were written.
         """
-        weights, run = self.weights(name, together)[0], stored_run(self.other(name)) if "/" in name else self.run
+        run = stored_run(self.other(name)) if "/" in name else self.run
+        weights = self.weights(name, together)[0]
         try:
             net = fresh_network(run, self.data.shape, self.data.classes).to(self.device)
             load_named(net, weights)
-        except checkpoint.Damaged:
-            raise
+        except checkpoint.Damaged as error:
+            if together or distributed.size() == 1:
+                raise
+            raise checkpoint.CheckpointError(str(error)) from None  # of this rank alone: the others do not know
         except ValueError as error:
             weights.check()  # names may differ because of what is damaged
             raise ConfigError(f"{name}: {error}") from None

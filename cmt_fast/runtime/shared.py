@@ -73,12 +73,14 @@ class _Broadcast:
     def _agree(self) -> None:
         """Raise on all ranks what the first has found."""
         error = self.error
-        kind, text = _told((type(error) is Damaged, str(error)) if error else (None, ""))
-        if kind is None:
+        damaged = isinstance(error, Damaged)
+        wrong = _told((damaged, error.why if isinstance(error, Damaged) else str(error)) if error else None)
+        if wrong is None:
             return
-        if kind:
+        damaged, why = wrong
+        if damaged:
             tensor_file.condemn(self.path)
-        raise Damaged(text) if kind else CheckpointError(text)
+        raise Damaged(self.path, why) if damaged else CheckpointError(why)
 
 
 def _told(x: Any) -> Any:

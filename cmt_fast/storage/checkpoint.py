@@ -177,7 +177,7 @@ def sized(folder: Path) -> Checkpoint:
         if not file.is_file() or file.stat().st_size != want["bytes"]:
             raise CheckpointError(f"{file}: is missing or has not the {want['bytes']} bytes of the manifest")
         if tensor_file.remembered(file) not in (None, want["xxh3_128"]):
-            raise Damaged(f"{file}: does not match its checksum")
+            raise Damaged(file, "does not match its checksum")
     return Checkpoint(folder, manifest)
 
 
@@ -188,7 +188,7 @@ def verify(folder: Path) -> Checkpoint:
     found = sized(folder)
     for name, want in found.manifest["files"].items():
         if checksum(folder / name) != want["xxh3_128"]:
-            raise Damaged(f"{folder / name}: does not match its checksum")
+            raise Damaged(folder / name, "does not match its checksum")
     return found
 
 
@@ -206,6 +206,15 @@ def latest(stage_dir: Path, sound: Callable[[Path], Checkpoint] = verify) -> Che
     if found:
         raise CheckpointError(f"{stage_dir}: none of its {len(found)} checkpoints is whole")
     return None
+
+
+def set_aside(folder: Path) -> None:
+    """Take a damaged checkpoint out of its stage, whose next run finds the one before it without reading this one. Its files are
+    left, under a name that `cmt runs rm` clears away."""
+    aside = folder.with_name(f".tmp-damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    sync(folder.parent)
 
 
 def newest(stage_dir: Path) -> Checkpoint | None:
@@ -237,5 +246,5 @@ def canonical(body: dict[str, Any]) -> bytes:
 
 __all__ = [
     "Checkpoint", "CheckpointError", "Damaged", "Tensors", "canonical", "complete", "ema_sum", "folder_of", "latest", "newest",
-    "read_manifest", "removed", "save", "signed", "sized", "steps", "verify",
+    "read_manifest", "removed", "save", "set_aside", "signed", "sized", "steps", "verify",
 ]  # fmt: skip

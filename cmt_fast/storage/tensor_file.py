@@ -40,6 +40,10 @@ class CheckpointError(ValueError):
 class Damaged(CheckpointError):
     """The bytes of a file are not those that its manifest vouches for. It is remembered: nobody reads that file again."""
 
+    def __init__(self, file: Path, why: str) -> None:
+        super().__init__(f"{file}: {why}")
+        self.file, self.why = file, why
+
 
 class Tensors(Mapping[str, "Tensor"]):
     """Tensors by name, of known shapes, each fetched when it is asked for: nobody holds all of them. fp32 where they are
@@ -277,7 +281,7 @@ class Reader:
 
     def _damaged(self, why: str) -> Damaged:
         condemn(self.path)
-        return Damaged(f"{self.path}: {why}")
+        return Damaged(self.path, why)
 
 
 def _itemsize(dtype: str) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,9 +58,8 @@ def train(
             try:
                 train_stage(work, work.stage(left[0]), asked, meter, profile, page)
                 left.pop(0)
-            except checkpoint.Damaged as error:  # on all ranks; it is known from now on, and passed over
-                if distributed.rank() == 0:
-                    print(f"{error}: the checkpoint before it is used", file=sys.stderr)
+            except checkpoint.Damaged as error:  # on all ranks: the one before it is used
+                starting.set_aside(work, error)
                 left = list(names)
 
 
@@ -195,7 +193,7 @@ class Steps(NamedTuple):
             return distributed.barrier()
         self.gradient.release()
         with self.shown.pause(monitor.title(self.work, self.stage, n, last)):
-            monitor.observe(self.work, self.stage, self.engine, n, last, self.log)
+            monitor.observe(self.work, self.stage, self.engine, n, last, self.log, self.saver)
             self.page.draw()
         self.wall["eval_s"] += self.meter.lap("evaluation")
 

@@ -6,6 +6,7 @@ then all ranks raise Damaged, nothing of what was read is trained from, and the 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from cmt_fast.config.schema import Stage
@@ -14,7 +15,7 @@ from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress, shared
 from cmt_fast.runtime.progress import say
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, files
 
 
 @progress.phase("reading the checkpoint", quiet=True)
@@ -66,3 +67,14 @@ def parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict |
         "ema": manifest["files"]["ema-0.safetensors"]["xxh3_128"],
         "parent": manifest["parent"],
     }
+
+
+def set_aside(work: Workspace, damaged: checkpoint.Damaged) -> None:
+    """Pass over a damaged checkpoint from now on, and in this run for good. All ranks call it: all of them have raised it."""
+    if distributed.rank() == 0:
+        folder = damaged.file.parent
+        print(f"checkpoint passed over: {damaged}", file=sys.stderr)
+        if work.folder.resolve() in folder.resolve().parents:
+            with files.unless_refused():
+                checkpoint.set_aside(folder)
+    distributed.barrier()
