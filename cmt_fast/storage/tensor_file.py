@@ -67,6 +67,9 @@ class Tensors(Mapping[str, "Tensor"]):
             raise KeyError(name)
         return self.fetch(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # a mapping's own way would fetch it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -153,7 +156,8 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[T
         with open(path, "wb") as file:
             file.write(head)
             for name in sorted(shapes):
-                tensor = next(tensors).detach().cpu().float().contiguous()
+                tensor = next(tensors).detach()
+                tensor = (tensor.cpu() if tensor.is_cuda else tensor).float().contiguous()
                 assert tuple(tensor.shape) == tuple(shapes[name]), name
                 data = memoryview(cast(Any, tensor.reshape(-1).numpy())).cast("B")
                 for start in range(0, len(data), BLOCK):
@@ -202,7 +206,7 @@ class Reader:
 
     def fetch(self, name: str) -> Tensor:
         """A tensor of its own memory. Raises Damaged at the last one of a pass, or before one that is out of order."""
-        if not self.sound and self.order[self._next] != name:
+        if not self.sound and self.order[self._next : self._next + 1] != [name]:
             self.rest()
         out = self._tensor(self.spans[name])
         if not self.sound:
@@ -226,12 +230,12 @@ class Reader:
     def _header(self) -> dict[str, Span]:
         """Where tensors are, in their order, without a gap to the end of the file. Raises ValueError and what JSON does."""
         head = memoryview(bytearray(8))
-        self._fill(head, 0, True)
+        self._fill(head, 0, not self.sound)
         length = int.from_bytes(head, "little")
         if length > min(self.want["bytes"] - 8, HEADER_BYTES):
             raise ValueError(length)
         text = memoryview(bytearray(length))
-        self._fill(text, 8, True)
+        self._fill(text, 8, not self.sound)
         found = json.loads(bytes(text))
         found.pop("__metadata__", None)
         spans, at = {}, 8 + length

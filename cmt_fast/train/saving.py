@@ -39,6 +39,7 @@ class Saver:
         self.write_s, self._step, self._said = 0.0, -1, False
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: list[Future] = []
+        self._copies: list[tuple[Future, Snapshot]] = []
         self._mark: Callable[[], None] | None = None
 
     def save(
@@ -59,7 +60,9 @@ class Saver:
             first = distributed.rank() == 0
             return distributed.agreed(lambda: checkpoint.save(folder, step, named, dict(about), keep=keep, write=first))
         snapshot = self.engine.snapshot(files)
-        self._pending.append(self._thread.submit(self._write, snapshot, folder, step, dict(about), files, keep))
+        job = self._thread.submit(self._write, snapshot, folder, step, dict(about), files, keep)
+        self._pending.append(job)
+        self._copies.append((job, snapshot))  # pinned memory is given back by this thread: the other may not touch CUDA
 
     def _write(
         self, snapshot: Snapshot, folder: Path, step: int, about: dict, files: Mapping[str, str] | None, keep: int
@@ -77,7 +80,8 @@ class Saver:
         self.told()
 
     def told(self) -> None:
-        """Make the call of `when_written` if it is due; waits for nothing."""
+        """Make the call of `when_written` if it is due, and let go of what is written; waits for nothing."""
+        self._copies = [(job, copy) for job, copy in self._copies if not job.done()]
         if self._mark and all(job.done() and not job.exception() for job in self._pending):
             call, self._mark = self._mark, None
             call()
