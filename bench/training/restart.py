@@ -17,13 +17,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from bench.harness.results_file import ROOT, Results
+from cmt_fast.storage import tensor_file
 
 XXL_BYTES, XXL_RANKS = 6.1e9, 8  # one fp32 copy of EDM2-XXL's weights; ranks that it is trained on
-STEPS, BATCH, APART = 32, 8, 4  # of a stage; between saves that are timed
+STEPS, BATCH, APART = 24, 4, 4  # of a stage; between saves that are timed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,20 +106,27 @@ def stalls(tree: Path, run: Path, text: list[str]) -> dict[str, Any]:
             "peak_bytes": found["peak_bytes"]}  # fmt: skip
 
 
-def counted(name: str, rows: list[dict[str, Any]], save: dict[str, Any], copy_bytes: int) -> dict[str, Any]:
-    """An XXL on eight ranks by what was measured: copies of the weights, and seconds by this machine's speed of each."""
-    one, many = rows[0], rows[-1]
-    hashed = [n / copy_bytes for n in many["hashed"]]
-    first, other = hashed[0], (hashed[1] if len(hashed) > 1 else hashed[0])
+def speed(file: Path) -> float:
+    """Processor seconds to read and hash a GB of a file that the system has in memory, the median of five."""
+    size, seconds = file.stat().st_size, []
+    for _ in range(5):
+        tensor_file._hashed.clear()
+        begun = time.process_time()
+        tensor_file.checksum(file)
+        seconds.append(time.process_time() - begun)
+    return statistics.median(seconds) / size * 1e9
+
+
+def counted(
+    name: str, rows: list[dict[str, Any]], save: dict[str, Any], copy_bytes: int, each_gb_s: float
+) -> dict[str, Any]:
+    """An XXL on eight ranks: the copies of the weights that the first rank and each other one hash, by its size."""
+    first, *others = [n / copy_bytes for n in rows[-1]["hashed"]]
+    other = others[0] if others else first
     total = (first + other * (XXL_RANKS - 1)) * XXL_BYTES
-    stall = statistics.median(save["wall_s"])
-    return {
-        "name": name,
-        "copies": {"first": first, "other": other},
-        "mapped_copies": one["mapped"][0] / copy_bytes,
-        "read_bytes": total,
-        "stall_s": stall * XXL_BYTES / copy_bytes,
-    }
+    stall = statistics.median(save["wall_s"]) * XXL_BYTES / copy_bytes
+    return {"name": name, "first_copies": first, "other_copies": other, "hashed_bytes": total,
+            "cpu_s": total / 1e9 * each_gb_s, "stall_s": stall}  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -137,6 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
         of = {f.name: f.stat().st_size for f in next((whole / "mid" / "checkpoints").iterdir()).glob("*.safetensors")}
         copy = of["ema-0.safetensors"]
         results["files"], results["copy_bytes"] = of, copy
+        results["hash_s_per_gb"] = speed(next((whole / "mid" / "checkpoints").glob("*/ema-0.safetensors")))
         for label, tree in trees.items():
             at = subprocess.run(
                 ["git", "rev-parse", "--short", "HEAD"], cwd=tree, capture_output=True, text=True
@@ -146,7 +156,8 @@ def run(arguments: argparse.Namespace) -> int:
             if label == "after":
                 saves["waiting"] = stalls(tree, whole, [*text, "saves=waiting"])
             results.add({"name": label, "commit": at.strip(), "restart": rows, "save": saves})
-            results["xxl"] = [*results.data.get("xxl", []), counted(label, rows, saves["background"], copy)]
+            xxl = counted(label, rows, saves["background"], copy, results["hash_s_per_gb"])
+            results["xxl"] = [*results.data.get("xxl", []), xxl]
             for row in rows:
                 print(
                     f"{label:>7} {row['processes']} process(es): hashed {[round(n / copy, 2) for n in row['hashed']]} copies, "
