@@ -44,7 +44,7 @@ def overrides(width: int, every: int) -> list[str]:
         out += [f"{name}.images_nimg={STEPS * BATCH}", f"{name}.batch={BATCH}", f"{name}.warmup_nimg=0"]
         out += [f"{name}.checkpoint_every_nimg={every * BATCH}"]
         out += [f"{name}.eval_every_nimg=null", f"{name}.grid_every_nimg=null"]
-    return [*out, "mid.trajectories.pool_steps=2", "--stages", "pre,mid"]
+    return [*out, "mid.trajectories.pool_steps=4", "--stages", "pre,mid"]
 
 
 def launch(tree: Path, processes: int, job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
