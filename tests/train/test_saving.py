@@ -164,3 +164,18 @@ def test_a_start_reads_what_it_needs_once(waited, tmp_path):
     loop.train(work(tmp_path, *EMA, "mid.images_nimg=32", "mid.grid_every_nimg=null"), ["mid"])
     size = (folder / "ema-0.safetensors").stat().st_size
     assert tensor_file.read_bytes - before == 3 * size  # start, teacher, and the teacher of the grid at the end
+
+
+def test_the_room_of_a_host_is_that_of_its_control_group(tmp_path, monkeypatch):
+    whole = memory.room()
+    assert 0 < whole <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    for name, text in (
+        ("max", "1000000"),
+        ("current", "400000"),
+        ("stat", "anon 7\ninactive_file 90000\nactive_file 10000"),
+    ):
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    assert memory.room() == 700_000  # pages of files are given back
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.room() > 700_000
