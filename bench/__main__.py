@@ -47,6 +47,10 @@ BENCHES = {
     ),
     "proofs": ("kernels.proofs", "what attention's proof at first use costs, of the recipes' networks"),
     "report": ("harness.tables", "write the README's tables from bench/results"),
+    "restart": (
+        "training.restart",
+        "bytes and processor seconds of a restart, and the stall of a save, on CPU processes; counted up to an XXL",
+    ),
     "seeds": ("experiments.seeds", "a recipe over several seeds"),
     "sweep": ("kernels.sweep", "attention over tokens and head dims beside float64, crash by crash"),
     "step": ("training.step", "whole training steps, eager and compiled, beside the published codes' way"),

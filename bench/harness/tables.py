@@ -22,6 +22,7 @@ from bench.harness.pages import (
     promises,
     published,
     recipe_tables,
+    restarts,
     seed_tables,
 )
 
@@ -337,6 +338,7 @@ TABLES = {
     "modes": modes,
     "tune": tune,
     "seeds": lambda recipe: seed_tables.full(RESULTS, recipe),
+    "restart": lambda _: restarts.table(RESULTS, footer),
     "search": search,
     "dual": dual,
     "native": native,

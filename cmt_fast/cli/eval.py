@@ -61,7 +61,7 @@ def evaluate(args: argparse.Namespace) -> None:
     work.setting.check_steps(steps, args.solver, "--steps")
     if args.solver:
         guidance.check_solver(work.place, stage)
-    net, n = work.network(stage), args.n or work.run.eval.n
+    net, n = work.network(stage, together=True), args.n or work.run.eval.n
     judge = checked(lambda: work.judging.open_judge(args.precision_recall, samples=n))
     with work.judging.going_on(stage, work.finished(stage).manifest):
         figures = checked(lambda: work.judging.evaluate(net, steps, n, args.solver, args.seed, judge))

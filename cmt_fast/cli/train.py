@@ -176,7 +176,7 @@ def _check(work: workspace.Workspace, names: list[str], complete: bool) -> None:
         stage = work.stage(name)
         for parent in stage.called.values():
             if "/" not in parent and parent not in names[:i]:
-                work.weights(parent)
+                work.finished(parent)
         work.external_inputs(stage)
         work.sharding_plan(stage)
     for stage in map(work.stage, names):

@@ -91,7 +91,7 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def _finished(work: workspace.Workspace, name: str) -> bool:
-    found = checkpoint.latest(work.stage_dir(name))
+    found = checkpoint.newest(work.stage_dir(name))
     return bool(found and found.manifest.get("done"))
 
 

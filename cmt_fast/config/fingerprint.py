@@ -18,7 +18,7 @@ WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg", *HOW)
 # keys of the data that say what is asked of them, not what they are
 ASKED = ("unchecked",)
 # keys of a run that say where and how it is computed
-WHERE = ("device", "loader", "tensorboard", "loggers", "engine", "zero_stage", "zero_teacher", "timeout_s")
+WHERE = ("device", "loader", "tensorboard", "loggers", "engine", "zero_stage", "zero_teacher", "timeout_s", "saves")
 
 
 def digest(run: Run) -> str:

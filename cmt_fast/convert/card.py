@@ -203,7 +203,7 @@ def _bill(work: Workspace, node: dict[str, Any]) -> bills.Usage | None:
         return None
     folder = work.stage_dir(node["stage"])
     with contextlib.suppress(checkpoint.CheckpointError):
-        found = checkpoint.latest(folder)
+        found = checkpoint.newest(folder)
         if found and node["ema"] in [file["xxh3_128"] for file in found.manifest["files"].values()]:
             return bills.of_stage(folder, found.manifest)
     return None
@@ -295,7 +295,7 @@ def _compared(work: Workspace, stage: str, about: dict[str, Any]) -> dict[str, l
     for other in _others(work, stage):
         found = None
         with contextlib.suppress(checkpoint.CheckpointError):
-            latest = checkpoint.latest(work.stage_dir(other))
+            latest = checkpoint.newest(work.stage_dir(other))
             if own and latest:
                 found = _stored(work, other, latest.manifest["files"]["ema-0.safetensors"]["xxh3_128"])
         if own is None and _evaluated(work, stage):

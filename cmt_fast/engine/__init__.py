@@ -9,7 +9,7 @@ between two checkpoints.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from cmt_fast.engine import graph
 from cmt_fast.engine.buffers import load_named, named
 from cmt_fast.engine.local import LocalEngine
 from cmt_fast.engine.sharding import ShardingPlan, StageSize, choose
+from cmt_fast.engine.snapshot import Snapshot
 from cmt_fast.runtime import progress
 
 
@@ -58,6 +59,12 @@ class Engine(Protocol):
 
     def state(self) -> dict[str, Mapping[str, Tensor]]:
         """Everything a restart needs, file name -> full tensors by name."""
+
+    def snapshot_bytes(self) -> int:
+        """Of host memory, that a whole snapshot takes on this rank."""
+
+    def snapshot(self, files: Collection[str] | None = None) -> Snapshot:
+        """The same as it is now, this rank's part copied to the host: written while steps go on. files: those alone."""
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Restore what `state` of any engine on any number of processes gave after `step` steps."""
@@ -99,6 +106,7 @@ __all__ = [
     "Engine",
     "LocalEngine",
     "ShardingPlan",
+    "Snapshot",
     "StageSize",
     "build",
     "check",

@@ -67,11 +67,24 @@ def check_names(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Ten
 
 @torch.no_grad()
 def load_named(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights by name. Raises ValueError when names or shapes differ, naming the first that does."""
+    """Copy weights by name, in the order that they come in. Raises ValueError when names or shapes differ, naming the first
+    that does."""
     own = dict(net.named_parameters()) | constants(net)
     check_names({name: tuple(x.shape) for name, x in own.items()}, weights)
-    for name, x in own.items():
-        x.copy_(weights[name])
+    for name in weights:
+        own[name].copy_(weights[name])
+
+
+@torch.no_grad()
+def take(into: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Copy what has a place, in the order that it comes in; what has none is fetched too: a file is sound once all of it was
+    read. Raises KeyError naming what is missing."""
+    for name in into.keys() - weights.keys():
+        raise KeyError(name)
+    for name in weights:
+        value = weights[name]
+        if name in into:
+            into[name].copy_(value)
 
 
 def frame(net: nn.Module) -> nn.Module:

@@ -7,7 +7,8 @@ of them: one kernel call updates all, one call sums over ranks, and a checkpoint
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping
 
 import torch
 from cmt_kernels import adamw_ema
@@ -15,9 +16,22 @@ from torch import Tensor, nn
 
 from cmt_fast.config.schema import Stage
 from cmt_fast.engine import ema, optimizer
-from cmt_fast.engine.buffers import bind, constrain, constrained, flat, load_named, named, narrow_stream, parts
+from cmt_fast.engine.buffers import (
+    bind,
+    constants,
+    constrain,
+    constrained,
+    flat,
+    load_named,
+    named,
+    narrow_stream,
+    parts,
+    take,
+)
 from cmt_fast.engine.compile import compile_network
+from cmt_fast.engine.snapshot import Place, Snapshot
 from cmt_fast.runtime import distributed
+from cmt_fast.storage.checkpoint import Tensors
 
 
 class LocalEngine:
@@ -130,19 +144,42 @@ class LocalEngine:
         return net
 
     def state(self) -> dict[str, Mapping[str, Tensor]]:
-        """Everything a restart needs, file name -> named tensors; the optimizer's are `m.NAME` and `v.NAME`."""
+        """Everything a restart needs, file name -> named tensors; the optimizer's are `m.NAME` and `v.NAME`.
+
+        They are views, each fetched when it is written: on a GPU the host holds one at a time.
+        """
         tracks = {f"ema-{i}": named(self.net, e) for i, e in enumerate(self.emas)}
-        moments = {f"{k}.{n}": x for k in "mv" for n, x in parts(self.net, getattr(self, k)).items()}
-        return {"model": named(self.net, self.p), **tracks, "optimizer": moments}
+        files = {"model": named(self.net, self.p), **tracks, "optimizer": self._moments()}
+        return {file: _viewed(tensors) for file, tensors in files.items()}
+
+    def snapshot_bytes(self) -> int:
+        """Of host memory, that a whole snapshot takes on this rank."""
+        return 4 * self.p.numel() * (3 + len(self.emas)) if distributed.rank() == 0 else 0
+
+    def snapshot(self, files: Collection[str] | None = None) -> Snapshot:
+        """`state` as it is now, copied to the host of the first rank; files: those alone."""
+        writes = distributed.rank() == 0
+        ends = itertools.accumulate(p.numel() for p in self.net.parameters())
+        sizes = {name: p.numel() for name, p in self.net.named_parameters()}
+        places = {name: Place(0, end - n, 0, n) for (name, n), end in zip(sizes.items(), ends)} if writes else {}
+        shapes = {name: tuple(p.shape) for name, p in self.net.named_parameters()}
+        flats = {"p": self.p, "m": self.m, "v": self.v} | {f"ema-{i}": e for i, e in enumerate(self.emas)}
+        held = {key: [flat] if writes else [] for key, flat in flats.items()}
+        return Snapshot(shapes, places, held, constants(self.net), files, added=False)
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Restore what `state` gave after `step` steps."""
         load_named(self.net, state["model"])
         self._changed()
         for i, e in enumerate(self.emas):
-            for name, part in parts(self.net, e).items():
-                part.copy_(state[f"ema-{i}"][name])
-        for kind, buffer in (("m", self.m), ("v", self.v)):
-            for name, part in parts(self.net, buffer).items():
-                part.copy_(state["optimizer"][f"{kind}.{name}"])
+            take(parts(self.net, e), state[f"ema-{i}"])
+        take(self._moments(), state["optimizer"])
         self.step_count = step
+
+    def _moments(self) -> dict[str, Tensor]:
+        """Of the optimizer, as views by name."""
+        return {f"{k}.{n}": x for k in "mv" for n, x in parts(self.net, getattr(self, k)).items()}
+
+
+def _viewed(tensors: dict[str, Tensor]) -> Tensors:
+    return Tensors({name: tuple(tensors[name].shape) for name in sorted(tensors)}, tensors.__getitem__)

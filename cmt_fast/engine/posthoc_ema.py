@@ -22,7 +22,7 @@ def reconstruct(stage_dir: Path, sigma_rel: float | None, out: Path | None) -> N
     if out is None or not out.parent.is_dir():
         raise ConfigError(f"--out: {str(out)!r} is not valid; it names a .safetensors file in a folder that exists")
     found = [
-        checkpoint.verify(checkpoint.folder_of(track, step))
+        checkpoint.sized(checkpoint.folder_of(track, step))
         for track in sorted((stage_dir / "snapshots").glob("ema-*"))
         for step in checkpoint.steps(track)
     ]

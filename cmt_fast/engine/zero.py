@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from cmt_fast.config.schema import Stage
 from cmt_fast.engine import buffers, ema, optimizer
 from cmt_fast.engine.compile import compile_network
 from cmt_fast.engine.sharding import ShardingPlan
+from cmt_fast.engine.snapshot import Place, Snapshot
 from cmt_fast.runtime import distributed
 from cmt_fast.storage.checkpoint import Tensors
 
@@ -114,11 +115,7 @@ class ZeroEngine:
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Take a parent's weights: student and every EMA track start there."""
-        self._take_constants(weights)
-        for name in self.shapes:
-            value = weights[name]
-            for key in ("p", *self.keys[2:]):
-                self._put(name, key, value)
+        self._take(weights, "p", *self.keys[2:])
         if buffers.constrained(self.frame):
             self._constrain(("p", *self.keys[2:]))
 
@@ -149,26 +146,53 @@ class ZeroEngine:
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Restore what `state` of any engine on any number of ranks gave after `step` steps: each rank takes its part."""
-        self._take_constants(state["model"])
-        for name in self.shapes:
-            self._put(name, "p", state["model"][name])
-            for key in self.keys[2:]:
-                self._put(name, key, state[key][name])
-            for key in "mv":
-                self._put(name, key, state["optimizer"][f"{key}.{name}"])
+        self._take(state["model"], "p")
+        for key in self.keys[2:]:
+            self._take(state[key], key)
+        for name in {f"{key}.{name}" for key in "mv" for name in self.shapes} - state["optimizer"].keys():
+            raise KeyError(name)
+        for name in state["optimizer"]:
+            value = state["optimizer"][name]
+            if name[2:] in self.shapes:
+                self._put(name[2:], name[0], value)
         self.step_count = step
+
+    def snapshot_bytes(self) -> int:
+        """Of host memory, that a whole snapshot takes on this rank."""
+        held = sum(flat.numel() for flat in self.partitions) if self.level or distributed.rank() == 0 else 0
+        return 4 * held * (1 + len(self.keys))
+
+    def snapshot(self, files: Collection[str] | None = None) -> Snapshot:
+        """`state` as it is now, this rank's partitions copied to the host, gathered when it is written; files: those alone."""
+        places = {}
+        for name in self.shapes if self.level or distributed.rank() == 0 else ():
+            part = self._slices(name)
+            if part and part[2].stop > part[2].start:
+                index = next(i for i, flat in enumerate(self.partitions) if flat is part[0])
+                places[name] = Place(index, part[1].start, part[2].start, part[2].stop)
+        partitions = self.partitions if places else []
+        held = {key: [self._of(flat, key) for flat in partitions] for key in ("p", *self.keys)}
+        return Snapshot(self.shapes, places, held, self.constants, files, added=self.level > 0)
 
     def _tensors(self, key: str) -> Tensors:
         shapes = self.shapes | {name: tuple(x.shape) for name, x in self.constants.items()}
         return Tensors(shapes, lambda name: self.constants[name] if name in self.constants else self._full(name, key))
 
     @torch.no_grad()
-    def _take_constants(self, weights: Mapping[str, Tensor]) -> None:
-        """A network's persistent buffers, once all names and shapes are found to fit. Raises ValueError if they do not."""
+    def _take(self, weights: Mapping[str, Tensor], *keys: str) -> None:
+        """Full tensors in the order that they come in: this rank's parts of parameters into `keys`, and the persistent buffers.
+
+        Raises ValueError where names or shapes do not fit.
+        """
         own, framed = self.constants, buffers.constants(self.frame)
         buffers.check_names(self.shapes | {name: tuple(x.shape) for name, x in own.items()}, weights)
-        for name, x in own.items():
-            framed[name].copy_(x.copy_(weights[name]))
+        for name in weights:
+            value = weights[name]
+            if name not in own:
+                for key in keys:
+                    self._put(name, key, value)
+            elif "p" in keys:
+                framed[name].copy_(own[name].copy_(value))
 
     def _slices(self, name: str) -> tuple[Tensor, slice, slice] | None:
         """(partition, where in it, where in the flat parameter) of this rank's part of a parameter; None if it has none."""

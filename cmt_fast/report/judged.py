@@ -59,7 +59,7 @@ def judge(work: Workspace, s: Standing, home: Path) -> Judged:
 
 def _figures(work: Workspace, s: Standing) -> tuple[Judged, Any]:
     """All figures of a finished stage, and its network."""
-    run, net = work.run, work.network(s.name)
+    run, net = work.run, work.network(s.name, together=True)
 
     def figures(steps: tuple[int, ...], counts: tuple[int, ...], solver: bool) -> list[dict[str, dict | None]]:
         """{steps: figures} for each count; None where samples or figures are not finite."""

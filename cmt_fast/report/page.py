@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,15 @@ def write(
     # half-way neither the data, a checkpoint's tensors nor a GPU are touched: manifests and sizes of files are enough
     work = open_run(folder, device=None if judge else torch.device("cpu"))
     work.judging.alive = folder if training else None
-    stands = {name: stand(work, name, whole=judge) for name in run.stages}
-    done = {name: s for name, s in stands.items() if s.done}
+    stands, done = _stands(work)
     if judge and not done:
         states = "; ".join(f"{name}: {s.told}" for name, s in stands.items())
         raise ConfigError(f"RUN: {str(folder)!r} holds no finished stage to report on ({states})")
-    quality, floor, caution = _judged(work, done, home) if judge else _known(work, done, home)
+    try:
+        quality, floor, caution = _judged(work, done, home) if judge else _known(work, done, home)
+    except checkpoint.Damaged as error:  # which is passed over from now on
+        print(f"checkpoint passed over: {error}", file=sys.stderr)
+        return write(folder, judge, refresh_s, out, training)
     if judge and distributed.rank():
         return {}
     curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in run.eval.steps}
@@ -170,11 +174,15 @@ def _measured(*folders: Path) -> bool:
     return any((folder / "theory.json").is_file() for folder in folders)
 
 
-def stand(work: Workspace, name: str, whole: bool = True) -> Standing:
-    """The stage as it is in the run's folder, or where its parents are. whole: its newest checkpoint is verified."""
-    return standing.of(
-        work.run, work.folder, work.parents, name, sound=checkpoint.verify if whole else checkpoint.sized
-    )
+def stand(work: Workspace, name: str) -> Standing:
+    """The stage as it is in the run's folder, or where its parents are."""
+    return standing.of(work.run, work.folder, work.parents, name)
+
+
+def _stands(work: Workspace) -> tuple[dict[str, Standing], dict[str, Standing]]:
+    """The stages as they are in the run's folder, or where its parents are, and those that are finished."""
+    stands = {name: stand(work, name) for name in work.run.stages}
+    return stands, {name: s for name, s in stands.items() if s.done}
 
 
 def chosen(work: Workspace) -> dict[str, tuple[solver_record.Kept, list[str]]]:

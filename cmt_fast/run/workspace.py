@@ -11,12 +11,12 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cmt_kernels
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cmt_fast import engine, models
 from cmt_fast.config import errors, fingerprint, loading
@@ -48,7 +48,7 @@ from cmt_fast.run.folder import (
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.networks import check, fresh_network, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
-from cmt_fast.runtime import distributed, machine
+from cmt_fast.runtime import distributed, machine, shared
 from cmt_fast.storage import checkpoint, files
 
 
@@ -136,7 +136,10 @@ class Workspace:
         return located(Path(name).parent, self.folder)
 
     def finished(self, name: str) -> checkpoint.Checkpoint:
-        """The last checkpoint of a finished stage. Raises ConfigError if it is not there, or another run's does not fit."""
+        """The last checkpoint of a finished stage, by its manifest and sizes: tensors are verified where they are read.
+
+        Raises ConfigError if it is not there, or another run's does not fit.
+        """
         where = self.stage_dir(name)
         if "/" in name or where.parent != self.folder:
             fits(self, str(where) if "/" not in name else str(self.other(name) / Path(name).name))
@@ -145,21 +148,31 @@ class Workspace:
         except checkpoint.CheckpointError as error:
             raise ConfigError(f"{name}: {error}; train it first") from None
 
-    def weights(self, name: str) -> tuple[Mapping[str, Tensor], dict]:
-        """The hand-over of a finished stage: its first EMA track and its manifest. Raises ConfigError as `finished`."""
-        found = self.finished(name)
-        return found.stream("ema-0"), found.manifest
+    def weights(self, name: str, together: bool = False) -> tuple[checkpoint.Tensors, dict]:
+        """The hand-over of a finished stage: its first EMA track, verified when all of it was fetched, and its manifest.
 
-    def network(self, name: str) -> nn.Module:
+        together: every rank calls it, and fetches all: one of them reads. Raises ConfigError as `finished`, Damaged.
+        """
+        found = self.finished(name)
+        return shared.stream(found, "ema-0") if together else found.stream("ema-0"), found.manifest
+
+    def network(self, name: str, together: bool = False) -> nn.Module:
         """The frozen network of a finished stage of this run or, as RUN/STAGE, of another; EMA weights, in fp32.
 
-        Raises ConfigError when weights and network differ in a name or shape.
+        together: as of `weights`. Raises ConfigError when weights and network differ in a name or shape, Damaged when the
+        weights are not those that were written.
         """
-        weights, run = self.weights(name)[0], stored_run(self.other(name)) if "/" in name else self.run
+        run = stored_run(self.other(name)) if "/" in name else self.run
+        weights = self.weights(name, together)[0]
         try:
             net = fresh_network(run, self.data.shape, self.data.classes).to(self.device)
             load_named(net, weights)
+        except checkpoint.Damaged as error:
+            if together or distributed.size() == 1:
+                raise
+            raise checkpoint.CheckpointError(str(error)) from None  # of this rank alone: the others do not know
         except ValueError as error:
+            weights.check()  # names may differ because of what is damaged
             raise ConfigError(f"{name}: {error}") from None
         return models.fold(net.requires_grad_(False).eval())
 
@@ -271,7 +284,7 @@ class Workspace:
         for member in (name, *self.run.ancestors(name)):
             if was[member] == now[member]:
                 continue
-            found = checkpoint.latest(self.folder / member)
+            found = checkpoint.newest(self.folder / member)
             if found and found.manifest.get("others"):
                 others = self.external_inputs(self.stage(member))
                 fingerprint.check_inputs(member, found.manifest["others"], others)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _timeout: timedelta | None = None  # of this process's group, once it has one
+_side: dist.ProcessGroup | None = None
 
 
 def start(device: torch.device, timeout_s: float = 1800.0) -> None:
@@ -64,8 +65,21 @@ def lost(error: BaseException) -> str | None:
     return f"{what}; the last checkpoint is sound ({text[:120]})"
 
 
+def side_group() -> dist.ProcessGroup | None:
+    """A group of all ranks on the CPU for what a thread beside the training does, so that the two never wait for each other's
+    calls: made once a process, by all ranks together; None on one process."""
+    global _side
+    if size() == 1:
+        return None
+    if _side is None:
+        _side = dist.new_group(backend="gloo", timeout=_timeout)
+    return _side
+
+
 def stop() -> None:
     """Leave the process group."""
+    global _side
+    _side = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -4,24 +4,25 @@
 
 Written to a temporary folder, every file synced, then renamed: a folder with its final name is whole, or
 its checksums say that it is not, and the one before it is used. Files hold full tensors by name whatever engine and
-number of processes wrote them, and may be written and read tensor by tensor.
+number of processes wrote them, and are written and read tensor by tensor, hashed on the way (tensor_file.py). Who needs the
+manifest alone looks at sizes; a file is hashed when its tensors are read, once a process.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
-from safetensors import safe_open
 
-from cmt_fast.storage.files import checksum, save_tensors, sync, write_text
+from cmt_fast.storage import tensor_file
+from cmt_fast.storage.files import save_tensors, sync, write_text
+from cmt_fast.storage.tensor_file import CheckpointError, Damaged, Reader, Tensors, checksum
 
 if TYPE_CHECKING:  # torch comes with the first tensor: who lists runs reads manifests alone
     from torch import Tensor
@@ -32,52 +33,26 @@ NO_WEIGHTS = "nothing can be sampled or trained from it"
 CONSEQUENCES = {"model": GOES_ON, "optimizer": GOES_ON}
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another kind: one line that says which and why."""
-
-
-class Tensors(Mapping[str, "Tensor"]):
-    """fp32 tensors by name, of known shapes, each fetched when it is asked for: nobody holds all of them.
-
-    Where tensors are sharded over ranks a fetch is a collective call, so every rank fetches all, in `sorted` order.
-    """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], fetch: Callable[[str], Tensor]) -> None:
-        self.shapes, self.fetch = dict(shapes), fetch
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self.fetch(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
 class Checkpoint(NamedTuple):
-    """A verified checkpoint on disk. manifest: step, nimg, stage, config hash, lineage, file checksums."""
+    """A checkpoint on disk. manifest: step, nimg, stage, config hash, lineage, file checksums; its files have their sizes."""
 
     folder: Path
     manifest: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The named tensors of one file ("model", "ema-0", "optimizer"). Raises CheckpointError."""
-        from safetensors.torch import load_file
-
-        return load_file(self._file(name))
+        """The named tensors of one file ("model", "ema-0", "optimizer"), verified. Raises CheckpointError, as Damaged where
+        they are not what was written."""
+        return dict(self.stream(name).items())
 
     def stream(self, name: str) -> Tensors:
-        """The same, read tensor by tensor as they are asked for. Raises CheckpointError, for a name it lacks too."""
-        file = safe_open(self._file(name), "pt")
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  no dict
+        """The same, read tensor by tensor as they are asked for; in the file's order its bytes are read and hashed once.
 
-        def fetch(key: str) -> Tensor:
-            return file.get_tensor(key)
-
-        return Tensors(shapes, fetch)
+        Raises CheckpointError, for a name it lacks too, and Damaged with the last tensor: until all have come none is to be
+        relied on.
+        """
+        path = self._file(name)
+        reader = Reader(path, self.manifest["files"][path.name])
+        return Tensors(reader.shapes, reader.fetch, reader.rest)
 
     def _file(self, name: str) -> Path:
         path = self.folder / f"{name}.safetensors"
@@ -136,11 +111,11 @@ def _save(
         for name, tensors in files.items():
             path = temporary / f"{name}.safetensors"
             if isinstance(tensors, Tensors):
-                write_tensors(path, tensors.shapes, pending)
+                sums[path.name] = tensor_file.write(path, tensors.shapes, pending)._asdict()
             else:
                 save_tensors(path, tensors)
+                sums[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
             sync(path)
-            sums[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
         body = {"format": FORMAT, "step": step, **about, "files": sums}
         write_text(temporary / "manifest.json", signed(body))
         sync(temporary)
@@ -153,22 +128,6 @@ def _save(
     for old in steps(stage_dir)[:-keep]:
         shutil.rmtree(folder_of(stage_dir, old), ignore_errors=True)
     return final
-
-
-def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[Tensor]) -> None:
-    """A safetensors file of fp32 tensors, one after the other, sorted by name: the bytes that `save_file` writes."""
-    header, end = {}, 0
-    for name in sorted(shapes):
-        start, end = end, end + 4 * math.prod(shapes[name])
-        header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(shapes):
-            tensor = next(tensors).detach().cpu().float().contiguous()
-            assert tuple(tensor.shape) == tuple(shapes[name]), name
-            file.write(memoryview(cast(Any, tensor.reshape(-1).numpy())).cast("B"))
 
 
 def steps(stage_dir: Path) -> list[int]:
@@ -209,30 +168,39 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def sized(folder: Path) -> Checkpoint:
-    """A checkpoint whose files are there with their sizes, for who reads no tensor. Raises CheckpointError naming the file."""
+    """A checkpoint whose files are there with their sizes, and of which this process has found none damaged: for who needs the
+    manifest, or reads tensors, which are verified then. Raises CheckpointError naming the file.
+    """
     manifest = read_manifest(folder)
     for name, want in manifest["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != want["bytes"]:
             raise CheckpointError(f"{file}: is missing or has not the {want['bytes']} bytes of the manifest")
+        if tensor_file.remembered(file) not in (None, want["xxh3_128"]):
+            raise Damaged(file, "does not match its checksum")
     return Checkpoint(folder, manifest)
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Read the manifest and check every size and checksum. Raises CheckpointError naming the file."""
+    """The same with every byte read, those that this process knows aside: for who does not read tensors afterwards, as before
+    something is deleted. Raises CheckpointError naming the file.
+    """
     found = sized(folder)
     for name, want in found.manifest["files"].items():
         if checksum(folder / name) != want["xxh3_128"]:
-            raise CheckpointError(f"{folder / name}: does not match its checksum")
+            raise Damaged(folder / name, "does not match its checksum")
     return found
 
 
-def latest(stage_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, None if there is none at all; says on stderr which ones it passed over."""
+def latest(stage_dir: Path, sound: Callable[[Path], Checkpoint] = verify) -> Checkpoint | None:
+    """The newest checkpoint that is whole, None if there is none at all; says on stderr which ones it passed over.
+
+    sound: `verify`, or `sized` for who looks at the manifest, or reads tensors and comes back where they raise Damaged.
+    """
     found = steps(stage_dir)
     for step in reversed(found):
         try:
-            return verify(folder_of(stage_dir, step))
+            return sound(folder_of(stage_dir, step))
         except CheckpointError as error:
             print(f"checkpoint passed over: {error}", file=sys.stderr)
     if found:
@@ -240,9 +208,24 @@ def latest(stage_dir: Path) -> Checkpoint | None:
     return None
 
 
+def set_aside(folder: Path) -> None:
+    """Take a damaged checkpoint out of its stage, whose next run finds the one before it without reading this one. Its files are
+    left, under a name that `cmt runs rm` clears away."""
+    aside = folder.with_name(f".tmp-damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    sync(folder.parent)
+
+
+def newest(stage_dir: Path) -> Checkpoint | None:
+    """`latest` by sizes and by what this process knows: no tensor is read."""
+    return latest(stage_dir, sized)
+
+
 def complete(stage_dir: Path) -> Checkpoint:
-    """The final checkpoint of a finished stage. Raises CheckpointError if the stage is not finished, or keeps no weights."""
-    found = latest(stage_dir)
+    """The final checkpoint of a finished stage, as `newest`. Raises CheckpointError if the stage is not finished, or keeps no
+    weights."""
+    found = newest(stage_dir)
     if found is None:
         raise CheckpointError(f"{stage_dir}: holds no checkpoint")
     if not found.manifest.get("done"):
@@ -259,3 +242,9 @@ def signed(body: Mapping[str, Any]) -> str:
 
 def canonical(body: dict[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True).encode()
+
+
+__all__ = [
+    "Checkpoint", "CheckpointError", "Damaged", "Tensors", "canonical", "complete", "ema_sum", "folder_of", "latest", "newest",
+    "read_manifest", "removed", "save", "set_aside", "signed", "sized", "steps", "verify",
+]  # fmt: skip

@@ -220,7 +220,8 @@ def provider(
 ) -> BatchProvider:
     """The batches of a stage of an opened run; arguments as of BatchProvider."""
     data = opened(work.data)
-    return BatchProvider(stage, engine, data, work.device, work.network, lambda: work.judging.space, meter, found)
+    network = functools.partial(work.network, together=True)
+    return BatchProvider(stage, engine, data, work.device, network, lambda: work.judging.space, meter, found)
 
 
 def _dropping(engine: Engine, seeds: Tensor | None) -> Callable:

@@ -67,7 +67,9 @@ def run(recipe: str, stage: str, overrides: list[str], grids: list[str], out: Pa
         try:
             loop.train(work, [stage])
             row |= {
-                "steps": work.judging.evaluate(work.network(stage), work.run.eval.steps, work.run.eval.n),
+                "steps": work.judging.evaluate(
+                    work.network(stage, together=True), work.run.eval.steps, work.run.eval.n
+                ),
                 "extractor": work.judging.judge.name,
             }
         except FloatingPointError as error:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cmt_fast import engine as engines
 from cmt_fast.config import fingerprint, loading
-from cmt_fast.config.schema import Run, Stage
+from cmt_fast.config.schema import Run
 from cmt_fast.engine import Engine, ShardingPlan, compile
 from cmt_fast.engine.graph import StepGraph
 from cmt_fast.run.resolved import ResolvedStage
@@ -31,9 +31,10 @@ from cmt_fast.runtime.signals import Stopped, noted
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.loggers import Opening
 from cmt_fast.storage.metrics_log import Log
-from cmt_fast.train import attention_choice, batches, monitor, solver_choice
+from cmt_fast.train import attention_choice, batches, monitor, solver_choice, starting
 from cmt_fast.train.half_way import HalfWay, check_loggers
 from cmt_fast.train.profiler import Profile
+from cmt_fast.train.saving import REFUSED, Saver
 from cmt_fast.usage import ledger, meters
 
 LOOK_S = 5.0  # seconds between looks for a signal: torchrun gives its processes 30 to save and end
@@ -52,8 +53,14 @@ def train(
     meter = meters.Meter.of(work.device)
     with work.lock(), noted() as asked:
         work.claim(names)
-        for name in names:
-            train_stage(work, work.stage(name), asked, meter, profile, page)
+        left = list(names)
+        while left:
+            try:
+                train_stage(work, work.stage(left[0]), asked, meter, profile, page)
+                left.pop(0)
+            except checkpoint.Damaged as error:  # on all ranks: the one before it is used
+                starting.set_aside(work, error)
+                left = list(names)
 
 
 def train_stage(
@@ -71,7 +78,7 @@ def train_stage(
     """
     run, name, folder, config, plan = work.run, stage.name, stage.folder, stage.config, stage.schedule
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
-    found = _found(folder)
+    found = starting.newest(folder)
     if found and found.manifest.get("done"):
         return say(f"{name:>8} done ({found.manifest['nimg']} images)") if distributed.rank() == 0 else None
     others = work.external_inputs(stage) | solver_choice.settle(work, stage)
@@ -90,11 +97,11 @@ def train_stage(
         machine.allow_tf32(config.precision == "tf32")
         ending.callback(machine.allow_tf32, False)
         engine = engines.build(run, work.build(), config, work.device, grad_accum_steps, choice)
-        lineage = _parent(work, config, engine, found is None)
-        wall = {"train_s": 0.0, "eval_s": 0.0}  # of the steps that count; the bill has the lost ones too
+        lineage = starting.parent(work, config, engine, found is None)
+        wall = {"train_s": 0.0, "eval_s": 0.0, "save_s": 0.0}  # of the steps that count; the bill has the lost ones too
         if found:
-            _load(engine, found, stage)
-            wall = dict(found.manifest["wall"])
+            starting.load(engine, found, stage)
+            wall |= found.manifest["wall"]
         log = _log(run, stage, engine.step_count, lineage, first)
         ending.callback(log.close)
         ending.enter_context(small.using(attention := attention_choice.settle(work, config, found)))
@@ -109,7 +116,11 @@ def train_stage(
         gradient = _gradient(engine, source, name, profile)
         meter.lap("startup")
         sums, page = Sums(found), page or HalfWay(None)
-        taken = Steps(work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page)
+        saver = Saver(engine, name, run.saves == "waiting")
+        ending.callback(saver.close)
+        taken = Steps(
+            work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page, saver
+        )
         if found and found.manifest.get("unseen"):
             taken.observe(engine.step_count, last=False)
         steps = range(engine.step_count, plan.total)
@@ -129,8 +140,8 @@ def _shown(work: Workspace, stage: ResolvedStage, step: int, unit: str) -> progr
 class Steps(NamedTuple):
     """The steps of a stage: what they are taken with, and where their metrics and checkpoints go.
 
-    gradient: adds the gradient of a part of a step to the engine's; wall: seconds of the steps that count; always: what every
-    checkpoint of the stage says alike; page: of the run, drawn half-way.
+    gradient: adds the gradient of a part of a step to the engine's; wall: seconds of the steps that count, save_s those in
+    which none ran for a save; always: what every checkpoint of the stage says alike; page: of the run, drawn half-way.
     """
 
     work: Workspace
@@ -146,6 +157,7 @@ class Steps(NamedTuple):
     wall: dict[str, float]
     always: dict[str, Any]
     page: HalfWay
+    saver: Saver
 
     def take(self, steps: Iterable[int], asked: list[int]) -> None:
         """Take them, each with the row of metrics, the evaluation and the checkpoint that are due after it.
@@ -158,7 +170,9 @@ class Steps(NamedTuple):
             n, last = step + 1, step + 1 == plan.total
             row = n % plan.log_every == 0 or last
             # a look costs a collective call and waits for the device: every row, and every LOOK_S between
-            stop = distributed.largest(asked[0] if asked else 0) if row or n % look_every == 0 else 0
+            stop = distributed.largest(self.saver.asks(asked[0] if asked else 0)) if row or n % look_every == 0 else 0
+            if stop >= REFUSED:
+                self.saver.finish()
             if row or stop:
                 wall["train_s"] += self.meter.lap("train")
             if row:
@@ -169,8 +183,7 @@ class Steps(NamedTuple):
                     self.observe(n, last)
             self.shown.step(n, lambda n=n: self.sums.loss(self._since(n)))
             if n % plan.checkpoint_every == 0 or last or stop:
-                self._checkpoint(n, last, unseen=bool(row and stop and not last))
-                self.account.settle(n, end=last or bool(stop))
+                self._checkpoint(n, last, unseen=bool(row and stop and not last), end=last or bool(stop))
                 if stop and not last:
                     raise Stopped(128 + stop)
 
@@ -180,7 +193,7 @@ class Steps(NamedTuple):
             return distributed.barrier()
         self.gradient.release()
         with self.shown.pause(monitor.title(self.work, self.stage, n, last)):
-            monitor.observe(self.work, self.stage, self.engine, n, last, self.log)
+            monitor.observe(self.work, self.stage, self.engine, n, last, self.log, self.saver)
             self.page.draw()
         self.wall["eval_s"] += self.meter.lap("evaluation")
 
@@ -220,20 +233,30 @@ class Steps(NamedTuple):
                 f"{self.stage.name}: loss {means['loss']} at step {n}; the last checkpoint is sound"
             )
         speed = nimg / self.wall["train_s"]
-        spent = {**self.wall, "images_per_s": speed, "bill": self.account.add()}
+        self.saver.told()
+        written = {"written_s": self.saver.write_s} if self.saver.write_s else {}  # beside the steps, by this process
+        spent = {**self.wall, **written, "images_per_s": speed, "bill": self.account.add()}
         self.log.row("train", n, nimg, {**means, "lr": lr}, spent)
         self.shown.saw(means["loss"])
         self.shown.spent(self.account.bill.total(self.meter.unit).hours, self.account.held)
 
-    def _checkpoint(self, n: int, last: bool, unseen: bool) -> None:
-        """A checkpoint after n steps. unseen: it has a row of metrics whose evaluation is still to be made."""
+    def _checkpoint(self, n: int, last: bool, unseen: bool, end: bool) -> None:
+        """A checkpoint after n steps. unseen: it has a row of metrics whose evaluation is still to be made; end: no step comes
+        after it, so it is waited for.
+        """
         self.log.commit()
         nimg = n * self.stage.config.batch
-        now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": self.wall, "bill": self.account.add()}
-        now["proofs"] = cmt_kernels.proofs()
+        now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": dict(self.wall), "bill": self.account.add()}
+        now["proofs"] = dict(cmt_kernels.proofs())
         with progress.phase("writing a checkpoint"):
-            _save(self.stage.folder, n, self.engine, self.always | now, self.sums)
-        self.meter.lap("checkpoint")
+            _save(self.stage.folder, n, self.saver, self.always | now, self.sums)
+            if end:
+                self.saver.finish()
+        self.wall["save_s"] += self.meter.lap("checkpoint")
+        if end:
+            return self.account.settle(n, end=True)
+        bill = self.account.add()
+        self.saver.when_written(lambda: self.account.stands(n, bill))
 
 
 def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write: bool) -> Log:
@@ -282,42 +305,6 @@ def _identity(
     }
 
 
-@progress.phase("reading the checkpoint", quiet=True)
-def _load(engine: Engine, found: checkpoint.Checkpoint, stage: ResolvedStage) -> None:
-    """Go on from a checkpoint, and say so. Raises CheckpointError when it lacks what the engine needs."""
-    try:
-        engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
-    except KeyError as error:
-        raise checkpoint.CheckpointError(f"{found.folder}: holds no {error}; it is of another version") from None
-    if distributed.rank() == 0:
-        step, images = engine.step_count, found.manifest["nimg"]
-        say(f"{stage.name:>8} resumes at step {step:,} of {stage.schedule.total:,} ({images:,} images)")
-
-
-@progress.phase("checking the checkpoints")
-def _found(folder: Path) -> checkpoint.Checkpoint | None:
-    """The newest that is whole, by its checksums."""
-    return checkpoint.latest(folder)
-
-
-@progress.phase("reading the weights to start from", quiet=True)
-def _parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict | None:
-    """Start from the parent stage's EMA, and say in the lineage which file that was."""
-    if stage.start is None:
-        return None
-    weights, manifest = work.weights(stage.start)
-    if fresh:
-        engine.start_from(weights)
-    return {
-        "stage": stage.start,
-        "step": manifest["step"],
-        "nimg": manifest["nimg"],
-        "config": manifest["config"],
-        "ema": manifest["files"]["ema-0.safetensors"]["xxh3_128"],
-        "parent": manifest["parent"],
-    }
-
-
 class Sums:
     """Scalars of the steps since the last row of metrics; they stay on their device until a row or a checkpoint is due."""
 
@@ -351,8 +338,8 @@ class Sums:
         return {"keys": list(self.sums), "sums": ranks} if self.sums else None
 
 
-def _save(folder: Path, step: int, engine: Engine, about: dict, sums: Sums) -> None:
-    """A checkpoint, written by rank 0; all ranks take part in gathering it. Raises OSError on all if the disk refuses.
+def _save(folder: Path, step: int, saver: Saver, about: dict, sums: Sums) -> None:
+    """A checkpoint, written by rank 0; all ranks take part in gathering it. Raises OSError on all if the disk has refused.
 
     A stop does not wait for the row that would have seen that the loss is not finite: that is seen here.
     """
@@ -361,8 +348,7 @@ def _save(folder: Path, step: int, engine: Engine, about: dict, sums: Sums) -> N
         raise FloatingPointError(
             f"{about['stage']}: the loss is not finite at step {step}; the last checkpoint is sound"
         )
-    about, first = {**about, "row": row}, distributed.rank() == 0
-    distributed.agreed(lambda: checkpoint.save(folder, step, engine.state(), about, write=first))
+    saver.save(folder, step, {**about, "row": row})
 
 
 def _finite(x: float) -> bool:

@@ -15,6 +15,7 @@ from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress, words
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
+from cmt_fast.train.saving import Saver
 
 
 def due(stage: ResolvedStage, n: int, last: bool) -> bool:
@@ -44,8 +45,11 @@ def title(work: Workspace, stage: ResolvedStage, n: int, last: bool) -> str:
     return "keeping the EMA"
 
 
-def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last: bool, log: Log) -> bool:
-    """What is due after step n; whether anything was. All ranks give the network and judge it together; rank 0 draws."""
+def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last: bool, log: Log, saver: Saver) -> bool:
+    """What is due after step n; whether anything was. All ranks give the network and judge it together; rank 0 draws.
+
+    saver: writes snapshots of the EMA, before the checkpoint of the same step.
+    """
     name, config, plan = stage.name, stage.config, stage.schedule
     now = lambda every: every and (n % every == 0 or last)
     first = distributed.rank() == 0
@@ -66,13 +70,8 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
     if now(plan.snapshot_every):
         for i, profile in enumerate(config.ema):
             if isinstance(profile, PowerEma):
-                tensors = engine.state()[f"ema-{i}"]
                 about = {"stage": name, "sigma_rel": profile.sigma_rel, "done": False}
-                folder = stage.folder / "snapshots" / f"ema-{i}"
-                save = lambda where=folder, ema=tensors, about=about: checkpoint.save(
-                    where, n, {"ema": ema}, about, keep=1000, write=first
-                )
-                distributed.agreed(save)
+                saver.save(stage.folder / "snapshots" / f"ema-{i}", n, about, {f"ema-{i}": "ema"}, keep=1000)
     distributed.barrier()
     return due(stage, n, last)
 

@@ -17,6 +17,7 @@ to RUN/STAGE/solver.json before the first step and read from there ever after; i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -114,7 +115,8 @@ def endpoints(
     work: Workspace, stage: ResolvedStage, advance: Callable[[int], None], count: int = solver_error.COUNT
 ) -> solver_error.Endpoints:
     """Rollouts of a stage's teacher, under its guidance."""
-    rolled = Teacher(stage.name, stage.config, work.network, work.path, work.device).net("fp32")
+    network = functools.partial(work.network, together=True)
+    rolled = Teacher(stage.name, stage.config, network, work.path, work.device).net("fp32")
     t, data = stage.trajectories, work.data
     dropout = stage.config.trajectory_dropout
     x, labels = solver_error.starts(work.path, t, data.shape, work.drawn, work.run.seed, work.device, count, dropout)
@@ -164,7 +166,7 @@ def _epsilon(
     if student is None and parent and work.run.stages[parent].objective.kind not in DIFFUSION:
         student = parent
     if student:
-        value = one_step_error(work, work.network(student), ends, limit)
+        value = one_step_error(work, work.network(student, together=True), ends, limit)
         return {"value": value, "source": f"measured of {student}", "student": student}
     total = stage.schedule.total
     short = max(1, min(PILOT, total // 8))
@@ -194,7 +196,7 @@ def pilot(work: Workspace, stage: ResolvedStage, steps: int) -> Callable:
         work.run, work.build(), small.config, work.device, grad_accum_steps, work.sharding_plan(stage)
     )
     if small.config.start:
-        engine.start_from(work.weights(small.config.start)[0])
+        engine.start_from(work.weights(small.config.start, together=True)[0])
     source = batches.provider(work, small, engine)
     try:
         for step in range(plan.total):

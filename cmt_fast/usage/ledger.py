@@ -67,6 +67,11 @@ class Account:
             if self.write:
                 (self.folder / ALIVE).unlink(missing_ok=True)
 
+    def stands(self, step: int, bill: Mapping[str, Any]) -> None:
+        """A checkpoint of `step`, written while steps went on, is on disk: nothing of the bill at its save can be lost."""
+        self.settled = {"step": step, "bill": dict(bill)}
+        self._save()
+
     def close(self) -> None:
         """Write no more. Where the account was not ended, what was done since the checkpoint will be billed as lost."""
         if not self._ended.is_set():

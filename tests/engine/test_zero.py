@@ -102,6 +102,15 @@ def test_sigkill_while_two_ranks_save_leaves_the_old_checkpoint(figures):
     assert killed["codes"]["0"] == -9 and killed["left"] == [2] and killed["equal"]
 
 
+def test_one_rank_reads_a_checkpoint_and_what_it_finds_damaged_all_pass_over(figures):
+    """Every file that is needed once, by the first rank alone; its verdict is every rank's."""
+    first, second = figures["killed"]["damaged"]
+    wrong = "/pre/checkpoints/step-00000004/optimizer.safetensors: does not match its checksum"
+    for said in (first, second):
+        assert said["error"] == wrong and said["steps"] == [4, 2]
+    assert first["read"] == [1.0, 1.0] and second["read"] == [0.0, 0.0]
+
+
 def test_a_signal_on_one_rank_stops_all_within_a_row_and_the_row_goes_on(figures):
     stopped = figures["stopped"]
     assert set(stopped["codes"].values()) == {128 + 10} and stopped["step"] == 3

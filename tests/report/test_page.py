@@ -234,7 +234,7 @@ def test_the_page_is_drawn_at_any_moment_and_nothing_is_computed_for_it(tmp_path
         return out["markdown"].read_text()
 
     folder = tmp_path / "run"
-    work = train(folder, [], *SHORT, "mid.eval_every_nimg=32", "mid.grid_every_nimg=32")
+    work = train(folder, [], *SHORT, "mid.eval_every_nimg=32", "mid.grid_every_nimg=32", "saves=waiting")
     work.claim()
     assert "pre not begun, mid not begun, post not begun, control not begun" in look()  # nothing but run.json
     loop.train(work, ["pre"])

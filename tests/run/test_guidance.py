@@ -246,7 +246,7 @@ def test_a_teacher_is_told_that_a_label_is_dropped(tmp_path: Path) -> None:
     run = tiny("digits", DROPS, *ECD, "post.teacher_guidance=2", "post.label_dropout=0.4")
     folder = weights(run, tmp_path / "run")
     work = Workspace(run, folder)
-    work.network = lambda name: work.build().requires_grad_(False).eval()  # type: ignore[method-assign]
+    work.network = lambda name, **_: work.build().requires_grad_(False).eval()  # type: ignore[method-assign]
     source = source_of(work, "post")
     drawn = source.draw(0).own
     assert isinstance(source.teacher, Guided)

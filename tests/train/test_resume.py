@@ -20,7 +20,7 @@ from cmt_fast.train import loop
 from tests.fixtures import forked
 from tests.fixtures.tiny import metrics, tiny
 
-KILLS = 15  # of a stage; three of four fall between its steps
+KILLS = 15  # of a stage; of four, two fall between its steps, one while a checkpoint is written beside them
 LONG = [
     *(f"{s}.images_nimg={32 * 128}" for s in ("pre", "mid", "post", "control")),
     *(f"{s}.checkpoint_every_nimg={32 * 8}" for s in ("pre", "mid", "post", "control")),
@@ -83,8 +83,12 @@ def test_sigkill_at_random_moments(stage, undisturbed, tmp_path):
     longest = 0.25  # seconds of training before a kill
     while killed < KILLS or forward < KILLS // 4:
         assert killed < 4 * KILLS, f"{forward} of {killed} kills came after a new checkpoint"
-        early = killed % 4 == 3  # while it starts, or goes on from its checkpoint
-        answer = ask(f"{dice.uniform(0.01, 0.3):.4f}" if early else f"begun {dice.uniform(0, longest):.4f}")
+        early, writing = (
+            killed % 4 == 3,
+            killed % 4 == 1,
+        )  # while it starts, or goes on from its checkpoint; while it saves
+        after = f"writing {dice.uniform(0, 0.01):.4f}" if writing else f"begun {dice.uniform(0, longest):.4f}"
+        answer = ask(f"{dice.uniform(0.01, 0.3):.4f}" if early else after)
         assert answer == "killed", f"after {killed} kills: {answer}"
         killed += 1
         before, reached = reached, max(checkpoint.steps(out / stage), default=0)

@@ -101,6 +101,7 @@ class Run:
 
     `zero_stage`, `zero_teacher`: how far the engine `zero` shards student and teacher; auto: by memory, see --dry-run.
     `timeout_s`: of a collective call, after which a rank that does not answer is given up.
+    `saves`: whether checkpoints are written while steps go on.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Run:
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     zero_teacher: Literal["auto", "whole", "sharded"] = "auto"
     timeout_s: Positive = 1800.0
+    saves: Literal["background", "waiting"] = "background"
     loader: Feed = Field(default_factory=Torch)
     tensorboard: bool = False
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()

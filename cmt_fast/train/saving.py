@@ -1,0 +1,132 @@
+"""A stage's checkpoints, written while its steps go on.
+
+A save copies this rank's part of the state to host memory; that copy is all that the steps wait for. One thread then gathers,
+writes, hashes, syncs and renames, in the order in which saves were asked for. The next save waits for it, so do a stop, the
+stage's end and the end of the process; what the disk refuses is raised on all ranks at the next look for a signal. Where the
+host has no room for the copy, or the run says so (`saves: waiting`), the state is streamed to disk at once while the steps wait.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cmt_fast.engine import Engine, Snapshot
+from cmt_fast.engine.sharding import gb
+from cmt_fast.runtime import distributed, memory
+from cmt_fast.runtime.progress import say
+from cmt_fast.storage import checkpoint
+
+SHARE = 0.8  # of the host's free memory that a copy of the state may take
+REFUSED = 1 << 16  # above any signal's number: a save has failed
+
+
+class Saver:
+    """Saves of one engine. Every rank makes every call in the same order, except `asks`, `told` and `close`.
+
+    write_s: seconds that this process has written in the background.
+    """
+
+    def __init__(self, engine: Engine, name: str, waiting: bool = False) -> None:
+        """name: of the stage, for what is said; waiting: nothing is written in the background."""
+        self.engine, self.name, self.waiting = engine, name, waiting
+        self.group = None if waiting else distributed.side_group()
+        self.write_s, self._step, self._said = 0.0, -1, False
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: list[Future] = []
+        self._copies: list[tuple[Future, Snapshot]] = []
+        self._mark: Callable[[], None] | None = None
+
+    def save(
+        self, folder: Path, step: int, about: Mapping[str, Any], files: Mapping[str, str] | None = None, keep: int = 2
+    ) -> None:
+        """A checkpoint of the engine's present state, as `checkpoint.save`; files: of its state -> under which name, by
+        default all as they are called.
+
+        Raises OSError on all ranks where a disk refuses: this save if the steps wait for it, else one before.
+        """
+        if step != self._step:
+            self.finish()
+        self._step = step
+        if self.waiting or not self._fits():
+            self.finish()
+            state = self.engine.state()
+            named = state if files is None else {name: state[file] for file, name in files.items()}
+            first = distributed.rank() == 0
+            return distributed.agreed(lambda: checkpoint.save(folder, step, named, dict(about), keep=keep, write=first))
+        snapshot = self.engine.snapshot(files)
+        job = self._thread.submit(self._write, snapshot, folder, step, dict(about), files, keep)
+        self._pending.append(job)
+        self._copies.append((job, snapshot))  # pinned memory is given back by this thread: the other may not touch CUDA
+
+    def _write(
+        self, snapshot: Snapshot, folder: Path, step: int, about: dict, files: Mapping[str, str] | None, keep: int
+    ) -> None:
+        """The thread's work, on every rank."""
+        begun = time.perf_counter()
+        state = snapshot.state(self.group)
+        named = {(files or {}).get(file, file): tensors for file, tensors in state.items()}
+        checkpoint.save(folder, step, named, about, keep=keep, write=distributed.rank() == 0)
+        self.write_s += time.perf_counter() - begun
+
+    def when_written(self, call: Callable[[], None]) -> None:
+        """Call it, from `told` or `finish`, once all that was saved so far is on disk."""
+        self._mark = call
+        self.told()
+
+    def told(self) -> None:
+        """Make the call of `when_written` if it is due, and let go of what is written; waits for nothing."""
+        self._copies = [(job, copy) for job, copy in self._copies if not job.done()]
+        if self._mark and all(job.done() and not job.exception() for job in self._pending):
+            call, self._mark = self._mark, None
+            call()
+
+    def asks(self, signal: int) -> int:
+        """The signal, or REFUSED where a save has failed: then `finish`, on all ranks, says why."""
+        return REFUSED if any(job.done() and job.exception() for job in self._pending) else signal
+
+    def finish(self) -> None:
+        """Wait until all is on disk. Raises OSError on all ranks where that refused."""
+        if not self._pending:
+            return
+        errors = [job.exception() for job in self._pending]
+        refused = next((error for error in errors if error), None)
+        if refused and not isinstance(refused, OSError):
+            raise refused
+        self._agree(refused)
+        self.told()
+        self._pending.clear()
+
+    @staticmethod
+    def _agree(refused: OSError | None) -> None:
+        def tell() -> None:
+            if refused:
+                raise refused
+
+        distributed.agreed(tell)
+
+    def close(self) -> None:
+        """Wait for what is being written, alone; an error that nobody will ask for any more is said."""
+        self._thread.shutdown()  # once all is written
+        for job in self._pending:
+            error = job.exception()
+            if error and error is not sys.exc_info()[1]:
+                print(f"a checkpoint of {self.name} was not written: {error}", file=sys.stderr)
+        self.told()
+
+    def _fits(self) -> bool:
+        """Whether every host has room for the copies of its ranks, the same on all; says so where it has not."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needs = [int(n) for (n,) in distributed.every_rank([float(self.engine.snapshot_bytes())])]
+        first = distributed.rank() - distributed.rank() % here
+        need, room = sum(needs[first : first + here]), memory.room()
+        fits = not distributed.largest(int(need > SHARE * room))
+        if not fits and not self._said and distributed.rank() == 0:
+            say(f"{self.name:>8} saves are waited for: a copy takes {gb(need)} of {gb(room)} of free host memory")
+        self._said = self._said or not fits
+        return fits

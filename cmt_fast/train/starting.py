@@ -1,0 +1,80 @@
+"""What a stage's weights come from as it begins, or goes on: its newest checkpoint, or its parent's EMA.
+
+Files are read by one rank, each once, and hashed while their tensors go to all ranks. What is damaged is found at a file's end:
+then all ranks raise Damaged, nothing of what was read is trained from, and the loop begins the stage anew without that file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cmt_fast.config.schema import Stage
+from cmt_fast.engine import Engine
+from cmt_fast.run.resolved import ResolvedStage
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import distributed, progress, shared
+from cmt_fast.runtime.progress import say
+from cmt_fast.storage import checkpoint, files
+
+
+@progress.phase("reading the checkpoint", quiet=True)
+def load(engine: Engine, found: checkpoint.Checkpoint, stage: ResolvedStage) -> None:
+    """Go on from a checkpoint, read once by one rank, and say so. Raises CheckpointError when it lacks what the engine needs,
+    Damaged on all ranks where its bytes are not those that were written."""
+    files = {f: shared.stream(found, f) for f in engine.state()}
+    try:
+        engine.load(files, found.manifest["step"])
+    except checkpoint.Damaged:
+        raise
+    except (KeyError, ValueError) as error:
+        for tensors in files.values():  # names may differ because of what is damaged
+            tensors.check()
+        if not isinstance(error, KeyError):
+            raise
+        raise checkpoint.CheckpointError(f"{found.folder}: holds no {error}; it is of another version") from None
+    if distributed.rank() == 0:
+        step, images = engine.step_count, found.manifest["nimg"]
+        say(f"{stage.name:>8} resumes at step {step:,} of {stage.schedule.total:,} ({images:,} images)")
+
+
+@progress.phase("checking the checkpoints")
+def newest(folder: Path) -> checkpoint.Checkpoint | None:
+    """The newest whose files have their sizes; their checksums are known when they have been read."""
+    return checkpoint.newest(folder)
+
+
+@progress.phase("reading the weights to start from", quiet=True)
+def parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict | None:
+    """Start from the parent stage's EMA, and say in the lineage which file that was."""
+    if stage.start is None:
+        return None
+    manifest = work.finished(stage.start).manifest
+    if fresh:
+        weights, _ = work.weights(stage.start, together=True)
+        try:
+            engine.start_from(weights)
+        except checkpoint.Damaged:
+            raise
+        except ValueError:
+            weights.check()  # names may differ because of what is damaged
+            raise
+    return {
+        "stage": stage.start,
+        "step": manifest["step"],
+        "nimg": manifest["nimg"],
+        "config": manifest["config"],
+        "ema": manifest["files"]["ema-0.safetensors"]["xxh3_128"],
+        "parent": manifest["parent"],
+    }
+
+
+def set_aside(work: Workspace, damaged: checkpoint.Damaged) -> None:
+    """Pass over a damaged checkpoint from now on, and in this run for good. All ranks call it: all of them have raised it."""
+    if distributed.rank() == 0:
+        folder = damaged.file.parent
+        print(f"checkpoint passed over: {damaged}", file=sys.stderr)
+        if work.folder.resolve() in folder.resolve().parents:
+            with files.unless_refused():
+                checkpoint.set_aside(folder)
+    distributed.barrier()
