@@ -22,6 +22,32 @@ import torch
 SHARE = 0.6  # of a process's memory that states may take; activations and buckets get the rest
 
 
+class Peaks(NamedTuple):
+    """The most bytes that one process holds at each phase, its teacher's part too, activations apart.
+
+    start: until the first step; step: a whole optimizer step; save: while a checkpoint is written; evaluation: with the
+    averaged network that is judged.
+    """
+
+    start: int
+    step: int
+    save: int
+    evaluation: int
+
+
+class Buckets(NamedTuple):
+    """What DeepSpeed moves at once, in numbers; from the size of the network alone.
+
+    bucket: of gradients that are reduced, weights that are gathered, weights that are fetched ahead; live: of weights that
+    stage 3 keeps gathered; whole: smaller parameters are never partitioned by stage 3; group: that stage 3 steps at once.
+    """
+
+    bucket: int
+    live: int
+    whole: int
+    group: int
+
+
 class ShardingPlan(NamedTuple):
     """A ZeRO stage (None: the local engine), whether the teacher is sharded, and the arithmetic behind both.
 
@@ -34,6 +60,8 @@ class ShardingPlan(NamedTuple):
     teacher_bytes: int
     memory_bytes: int
     why: str
+    peaks: Peaks = Peaks(0, 0, 0, 0)
+    buckets: Buckets | None = None
 
     def lines(self, parameters: int, processes: int) -> list[str]:
         """What is printed at the start."""
@@ -48,12 +76,19 @@ class ShardingPlan(NamedTuple):
 
 
 class StageSize(NamedTuple):
-    """What a stage trains and holds: parameters of its network and of its frozen teachers (0 without), EMA tracks."""
+    """What a stage trains and holds: parameters of its network and of its frozen teachers (0 without), EMA tracks.
+
+    largest: numbers of the largest parameter; remade: of weights that a forward makes anew and keeps for its backward, as
+    EDM2 its unit weights; small: of all parameters that stage 3 never partitions.
+    """
 
     parameters: int
     teacher_parameters: int
     tracks: int
     bf16: bool
+    largest: int = 0
+    remade: int = 0
+    small: int = 0
 
 
 def state_bytes(stage: int | None, parameters: int, processes: int, tracks: int, bf16: bool) -> int:
@@ -69,6 +104,25 @@ def state_bytes(stage: int | None, parameters: int, processes: int, tracks: int,
     return int(each * parameters)
 
 
+def buckets(size: StageSize) -> Buckets:
+    """DeepSpeed's own defaults (5e8, 1e9, 1e5), but no more than a sixteenth of the network, and room for any parameter."""
+    part = max(-(-size.parameters // 16), size.largest)
+    part += part % 2  # of an even number of numbers
+    return Buckets(min(part, 5 * 10**8), min(2 * part, 10**9), min(size.parameters // 10**4, 10**5), 10**9)
+
+
+def peaks(stage: int | None, size: StageSize, processes: int, sharded: bool = False) -> Peaks:
+    """The most that one of `processes` holds under a ZeRO stage (None: the local engine), in bytes, without activations.
+
+    sharded: whether the frozen teachers are sharded over processes.
+    """
+    rest = state_bytes(stage, size.parameters, processes, size.tracks, False)
+    rest += 4 * size.teacher_parameters // (processes if sharded else 1)
+    step = rest + (2 * size.parameters if size.bf16 and stage != 3 else 0) + 4 * size.remade
+    whole = 4 * size.parameters if stage is not None else 0
+    return Peaks(rest, step, rest + 4 * size.largest, rest + whole)
+
+
 def choose(engine: str, stage: int | str, teacher: str, size: StageSize, processes: int, memory: int) -> ShardingPlan:
     """The first of (1, whole teacher), (2, whole), (3, whole), (3, sharded) whose states take at most SHARE of `memory`.
 
@@ -79,7 +133,8 @@ def choose(engine: str, stage: int | str, teacher: str, size: StageSize, process
     def sized(s: int | None, sharded: bool, why: str) -> ShardingPlan:
         held = 4 * size.teacher_parameters // (processes if sharded else 1)
         states = state_bytes(s, size.parameters, processes, size.tracks, size.bf16)
-        return ShardingPlan(s, sharded, states, held, memory, why)
+        most, cut = peaks(s, size, processes, sharded), None if s is None else buckets(size)
+        return ShardingPlan(s, sharded, states, held, memory, why, most, cut)
 
     if engine == "local":
         return sized(None, False, "every process holds everything")
