@@ -104,11 +104,13 @@ def state_bytes(stage: int | None, parameters: int, processes: int, tracks: int,
     return int(each * parameters)
 
 
-def buckets(size: StageSize) -> Buckets:
-    """DeepSpeed's own defaults (5e8, 1e9, 1e5), but no more than a sixteenth of the network, and room for any parameter."""
-    part = max(-(-size.parameters // 16), size.largest)
-    part += part % 2  # of an even number of numbers
-    return Buckets(min(part, 5 * 10**8), min(2 * part, 10**9), min(size.parameters // 10**4, 10**5), 10**9)
+def buckets(parameters: int, largest: int) -> Buckets:
+    """DeepSpeed's own defaults (5e8, 1e9, 1e5, 1e9), but a sixteenth of the network where that is less, and room for its
+    largest parameter.
+    """
+    part = max(-(-parameters // 16), largest)
+    part += part % 2  # DeepSpeed wants an even number
+    return Buckets(min(part, 5 * 10**8), min(part, 10**9), min(parameters // 10**4, 10**5), 10**9)
 
 
 def peaks(stage: int | None, size: StageSize, processes: int, sharded: bool = False) -> Peaks:
@@ -133,7 +135,7 @@ def choose(engine: str, stage: int | str, teacher: str, size: StageSize, process
     def sized(s: int | None, sharded: bool, why: str) -> ShardingPlan:
         held = 4 * size.teacher_parameters // (processes if sharded else 1)
         states = state_bytes(s, size.parameters, processes, size.tracks, size.bf16)
-        most, cut = peaks(s, size, processes, sharded), None if s is None else buckets(size)
+        most, cut = peaks(s, size, processes, sharded), None if s is None else buckets(size.parameters, size.largest)
         return ShardingPlan(s, sharded, states, held, memory, why, most, cut)
 
     if engine == "local":

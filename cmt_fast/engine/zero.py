@@ -15,10 +15,11 @@ in bf16 it rounds before and after its bias, so there the curves agree with the 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 
 from cmt_fast.config.schema import Stage
 from cmt_fast.engine import buffers, ema, optimizer
+from cmt_fast.engine.buffers import Unread
 from cmt_fast.engine.compile import compile_network
-from cmt_fast.engine.sharding import ShardingPlan
+from cmt_fast.engine.sharding import Buckets, ShardingPlan, buckets
 from cmt_fast.runtime import distributed
 from cmt_fast.storage.checkpoint import Tensors
 
@@ -37,27 +39,41 @@ class ZeroEngine:
     """One module trained by AdamW under a ZeRO stage. Every method is a collective call: all ranks make it."""
 
     def __init__(
-        self, net: nn.Module, stage: Stage, device: torch.device, grad_accum_steps: int, choice: ShardingPlan
+        self,
+        net: nn.Module,
+        stage: Stage,
+        device: torch.device,
+        grad_accum_steps: int,
+        choice: ShardingPlan,
+        numbers: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
+        """net: with its weights, or without memory (models/deferred.py); numbers: what such a one begins with, by name.
+
+        Long: it is the order in which memory is taken.
+        """
         assert choice.stage is not None
         self.level, self.choice = choice.stage, choice
-        self.net, self.stage, self.device, self.grad_accum_steps = net.to(device), stage, device, grad_accum_steps
+        bare, self.buckets = buffers.without_memory(net), choice.buckets or buckets(buffers.count(net), _largest(net))
+        self.net, self.stage, self.device, self.grad_accum_steps = buffers.to(net, device), stage, device, grad_accum_steps
         self.step_count = 0
-        self.parameters = dict(net.named_parameters())
-        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        self.shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
         self.keys = ["m", "v", *(f"ema-{i}" for i in range(len(stage.ema)))]
         buffers.narrow_stream(net, stage.precision)
         self.frame = buffers.frame(net)
         self.constants = buffers.constants(net)
+        deepspeed = _deepspeed(device)
         _no_scalars(net)
         if self.level == 0:
-            self.whole = buffers.flat(net)
-            ends = itertools.accumulate(p.numel() for p in self.parameters.values())
-            self.places = {k: slice(end - p.numel(), end) for (k, p), end in zip(self.parameters.items(), ends)}
+            self.whole = torch.zeros(buffers.count(net), device=device) if bare else buffers.flat(net)
+            ends = itertools.accumulate(p.numel() for p in net.parameters())
+            self.places = {k: slice(e - p.numel(), e) for (k, p), e in zip(net.named_parameters(), ends)}
             buffers.bind(net, self.whole)
+        if bare:
+            self._begin(numbers)
+        self.parameters = dict(net.named_parameters())
         self.optimizer = AdamWEma(net.parameters(), self)
         self.outer = _Autocast(net, device, stage.products == "bf16")
-        self.ds, *_ = _deepspeed(device).initialize(model=self.outer, optimizer=self.optimizer, config=self._config())
+        self.ds, *_ = deepspeed.initialize(model=self.outer, optimizer=self.optimizer, config=self._config())
         distributed.same_timeout(self.ds.data_parallel_group, self.ds.seq_data_parallel_group)
         self.partitions = self._partitions()
         for p in self.partitions:
@@ -66,13 +82,41 @@ class ZeroEngine:
         if stage.compile:
             self.outer.calls = (compile_network(net),)
 
+    @torch.no_grad()
+    def _begin(self, numbers: Iterable[tuple[str, Tensor]]) -> None:
+        """Give a network without memory what it begins with, one parameter after the other, zeros where nothing is said.
+
+        At stage 3 each is cut into the ranks' parts before the next one is there.
+        """
+        place = _Cut(self._config(), self.device) if self.level == 3 else None
+        framed, waiting = buffers.constants(self.frame), dict(self.net.named_parameters())
+
+        def put(name: str, value: Tensor) -> None:
+            if name in self.constants:
+                framed[name].copy_(self.constants[name].copy_(value))
+                return
+            p = waiting.pop(name)
+            if self.level == 0:
+                p.copy_(value.view(p.shape))
+                return
+            p = buffers.place(self.net, name, value.view(p.shape).to(self.device, torch.float32), p.requires_grad)
+            if place:
+                place(p)
+
+        for name, value in numbers:
+            put(name, value)
+            del value
+        if self.level:
+            for name, p in list(waiting.items()):
+                put(name, torch.zeros(p.shape, device=self.device))
+
     def _config(self) -> dict[str, Any]:
         return {
             "train_micro_batch_size_per_gpu": 1,  # the loop cuts batches into parts; DeepSpeed only counts them
             "gradient_accumulation_steps": self.grad_accum_steps,
             "gradient_clipping": self.stage.grad_clip_norm if self.level else 0.0,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": self.level},
+            "zero_optimization": _zero(self.level, self.buckets),
         }
 
     def _partitions(self) -> list[Tensor]:
@@ -123,21 +167,38 @@ class ZeroEngine:
             self._constrain(("p", *self.keys[2:]))
 
     def average(self, index: int = 0) -> nn.Module:
-        """A frozen fp32 module of EMA track `index`, whole on every rank."""
+        """A frozen fp32 module of EMA track `index`, whole on every rank; at stage 0 the track itself, not a copy of it."""
+        if self.level == 0:
+            net = copy.deepcopy(self.frame).requires_grad_(False)
+            buffers.bind(net, self._of(self.whole, f"ema-{index}"))
+            return net.eval()
         return buffers.fill(self.frame, self._tensors(f"ema-{index}"), self.device)
 
     def copy(self) -> nn.Module:
         """A module of its own with the student's present fp32 weights, whole on every rank."""
         return buffers.fill(self.frame, self._tensors("p"), self.device)
 
-    def frozen(self, net: nn.Module) -> Any:
-        """A teacher: itself, or its parameters sharded over ranks and gathered layer by layer (ZeRO stage 3)."""
+    def frozen(self, net: nn.Module | Unread) -> Any:
+        """A teacher: itself, or its parameters sharded over ranks and gathered layer by layer (ZeRO stage 3).
+
+        One that is still to be read is read module by module, and cut before the next module is read.
+        """
         if not self.choice.teacher_sharded:
-            return net
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-        _no_scalars(net)
-        outer = _Autocast(net, self.device, False)
-        sharded, *_ = _deepspeed(self.device).initialize(model=outer, config=config)
+            return buffers.read(net, self.device) if isinstance(net, Unread) else net
+        own = net.net if isinstance(net, Unread) else net
+        cut = buckets(buffers.count(own), _largest(own))
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": _zero(3, cut)}
+        deepspeed = _deepspeed(self.device)
+        if isinstance(net, Unread):
+            place = _Cut(config, self.device)
+            for module in buffers.pour(net, self.device):
+                _no_scalars(module, recurse=False)
+                for p in module.parameters(recurse=False):
+                    place(p)
+        else:
+            _no_scalars(own)
+        outer = _Autocast(own, self.device, False)
+        sharded, *_ = deepspeed.initialize(model=outer, config=config)
         sharded.module.eval()
         return Sharded(sharded, outer)
 
@@ -297,11 +358,44 @@ class Sharded:
             self.outer.bf16 = False
 
 
-def _no_scalars(net: nn.Module) -> None:
+def _no_scalars(net: nn.Module, recurse: bool = True) -> None:
     """Parameters without a dimension, EDM2's gains, get one: DeepSpeed broadcasts bytes, which a scalar has no view of."""
-    for p in net.parameters():
+    for p in net.parameters(recurse):
         if p.ndim == 0:
             p.data = p.data.view(1)
+
+
+def _largest(net: nn.Module) -> int:
+    """Numbers of the largest parameter."""
+    return max(p.numel() for p in net.parameters())
+
+
+def _zero(level: int, cut: Buckets) -> dict[str, Any]:
+    """DeepSpeed's section on a stage: what it moves and holds at once, from the size of the network."""
+    section: dict[str, Any] = {"stage": level}
+    if level:
+        section |= {"reduce_bucket_size": cut.bucket, "allgather_bucket_size": cut.bucket}
+    if level == 3:
+        section |= {
+            "stage3_prefetch_bucket_size": cut.bucket,
+            "stage3_max_live_parameters": cut.live,
+            "stage3_max_reuse_distance": cut.live,
+            "stage3_param_persistence_threshold": cut.whole,
+            "sub_group_size": cut.group,
+        }
+    return section
+
+
+class _Cut:
+    """Cuts single parameters as stage 3 holds them: this rank's part stays, the rest is freed."""
+
+    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
+        zero = _deepspeed(device).zero
+        # of an empty module: a context would cut after every constructor, before a parent has drawn anew
+        self.init = zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=torch.float32)
+
+    def __call__(self, p: nn.Parameter) -> None:
+        self.init._convert_to_zero_parameters([p])
 
 
 def _deepspeed(device: torch.device) -> Any:

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cmt_fast import models
 from cmt_fast.config.schema import Run
 from cmt_fast.data.rows import Rows
+from cmt_fast.models.deferred import Deferred, deferred
 from cmt_fast.models.weightless import weightless
 from cmt_fast.run import validation
 from cmt_fast.run.absent import AbsentRows
@@ -55,6 +56,11 @@ def fresh_network(run: Run, shape: tuple[int, ...], classes: int, seed: int = 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return models.build(run.model, run.path, run.sigma_data, shape, classes)
+
+
+def deferred_network(run: Run, shape: tuple[int, ...], classes: int, seed: int = 0) -> Deferred:
+    """The same network without memory for its parameters, and what will draw them."""
+    return deferred(lambda: models.build(run.model, run.path, run.sigma_data, shape, classes), seed)
 
 
 def rows_of(data: Rows) -> dict:

@@ -18,7 +18,7 @@ import cmt_kernels
 import torch
 from torch import Tensor, nn
 
-from cmt_fast import engine, models
+from cmt_fast import engine
 from cmt_fast.config import errors, fingerprint, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES, Run, Stage
@@ -28,7 +28,8 @@ from cmt_fast.data.rows import Rows
 from cmt_fast.diffusion.labels import Law, Some
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
-from cmt_fast.engine import load_named, sharding
+from cmt_fast.engine import sharding
+from cmt_fast.engine.buffers import Unread, check_fits, read
 from cmt_fast.perceptual import distance
 from cmt_fast.run import absent, guidance
 from cmt_fast.run.decoding import Decoding
@@ -46,7 +47,7 @@ from cmt_fast.run.folder import (
     stored_run,
 )
 from cmt_fast.run.judging import Judging
-from cmt_fast.run.networks import check, fresh_network, parameters, rows_of
+from cmt_fast.run.networks import check, deferred_network, fresh_network, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.runtime import distributed, machine
 from cmt_fast.storage import checkpoint, files
@@ -82,6 +83,7 @@ class Workspace:
         self.decoding = Decoding(self.data, self.device, run.eval.vae)
         self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
         self.judging.alive = None if reading else folder
+        self.drawn_rows: dict[tuple, Tensor] = {}  # of grids, by what they show: a teacher's row does not change
 
     def _opened(self, reading: bool) -> Rows:
         """The run's data or, where it is only read, what it remembers of them. Raises ValueError where they cannot be had."""
@@ -117,6 +119,18 @@ class Workspace:
     def build(self) -> nn.Module:
         """A fresh network, initialised from the run's seed."""
         return fresh_network(self.run, self.data.shape, self.data.classes, self.run.seed)
+
+    def engine(
+        self, stage: ResolvedStage, grad_accum_steps: int, choice: engine.ShardingPlan, found: bool = False
+    ) -> engine.Engine:
+        """The engine of a stage of this run, with the weights of `build` where the stage starts from no other.
+
+        found: a checkpoint will be loaded. Nothing is drawn where other weights follow, and at no time has a rank a whole
+        network beside what its engine holds.
+        """
+        net = deferred_network(self.run, self.data.shape, self.data.classes, self.run.seed)
+        numbers = () if found or stage.config.start else net.numbers()
+        return engine.build(self.run, net.net, stage.config, self.device, grad_accum_steps, choice, numbers)
 
     @property
     def drawn(self) -> int | Some:
@@ -155,13 +169,17 @@ class Workspace:
 
         Raises ConfigError when weights and network differ in a name or shape.
         """
+        return read(self.unread(name), self.device)
+
+    def unread(self, name: str) -> Unread:
+        """The same network before its weights are read: an engine reads them as it holds them."""
         weights, run = self.weights(name)[0], stored_run(self.other(name)) if "/" in name else self.run
         try:
-            net = fresh_network(run, self.data.shape, self.data.classes).to(self.device)
-            load_named(net, weights)
+            net = deferred_network(run, self.data.shape, self.data.classes).net
+            check_fits(net, weights)
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
-        return models.fold(net.requires_grad_(False).eval())
+        return Unread(net, weights)
 
     def identity(self, stage: Stage) -> str:
         """Checksums of the weights that a stage's trajectories depend on, the guide's too. Raises ConfigError as `finished`."""
