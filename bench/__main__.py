@@ -41,6 +41,10 @@ BENCHES = {
         "what a GPU's ceilings allow each op and step: predicted, for machines without one",
     ),
     "proofs": ("kernels.proofs", "what attention's proof at first use costs, of the recipes' networks"),
+    "ranks": (
+        "training.ranks",
+        "what a rank holds at its start, in a step, at a save and at an evaluation, beside what the sizing says",
+    ),
     "report": ("harness.tables", "write the README's tables from bench/results"),
     "seeds": ("experiments.seeds", "a recipe over several seeds"),
     "sweep": ("kernels.sweep", "attention over tokens and head dims beside float64, crash by crash"),

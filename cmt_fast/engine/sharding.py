@@ -18,6 +18,7 @@ import os
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 SHARE = 0.6  # of a process's memory that states may take; activations and buckets get the rest
 
@@ -102,6 +103,14 @@ def state_bytes(stage: int | None, parameters: int, processes: int, tracks: int,
         3: (12 + moments) / processes,
     }[stage]
     return int(each * parameters)
+
+
+def measure(net: nn.Module) -> StageSize:
+    """The size of a network, which may be one without memory; without teachers, tracks and precision."""
+    every = [p.numel() for p in net.parameters()]
+    remade = sum(m.weight.numel() for m in net.modules() if hasattr(m, "scaled"))
+    cut = buckets(sum(every), max(every))
+    return StageSize(sum(every), 0, 0, False, max(every), remade, sum(n for n in every if n <= cut.whole))
 
 
 def buckets(parameters: int, largest: int) -> Buckets:

@@ -30,8 +30,13 @@ def check(run: Run, shape: tuple[int, ...], classes: int) -> int:
 
 def parameters(run: Run, shape: tuple[int, ...], classes: int) -> int:
     """Parameters of a run's network on rows of this shape, built without memory. Raises ValueError where they do not fit."""
+    return sum(p.numel() for p in shapes_of(run, shape, classes).parameters())
+
+
+def shapes_of(run: Run, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A run's network with shapes alone, on the meta device. Raises ValueError where it does not fit the rows."""
     with weightless():
-        return sum(p.numel() for p in fresh_network(run, shape, classes).parameters())
+        return fresh_network(run, shape, classes)
 
 
 def attentions(run: Run, shape: tuple[int, ...], classes: int) -> list[tuple[int, int]]:

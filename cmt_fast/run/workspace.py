@@ -31,7 +31,7 @@ from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import sharding
 from cmt_fast.engine.buffers import Unread, check_fits, read
 from cmt_fast.perceptual import distance
-from cmt_fast.run import absent, guidance
+from cmt_fast.run import absent, guidance, networks
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.run.folder import (
     RUN_FILE,
@@ -227,19 +227,28 @@ class Workspace:
         """A stage of this run, resolved. Raises ConfigError where the run has none of this name."""
         return resolve(self.run, name, self.folder)
 
-    def sharding_plan(self, stage: ResolvedStage) -> engine.ShardingPlan:
+    def sharding_plan(self, stage: ResolvedStage, teacher_parameters: int | None = None) -> engine.ShardingPlan:
         """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it.
 
-        Raises ConfigError where the engine cannot be had or cannot do what the stage asks for.
+        teacher_parameters: in the place of those that the stage names. Raises ConfigError where the engine cannot be had or
+        cannot do what the stage asks for.
         """
         run, config = self.run, stage.config
         held = {name for key, name in stage.called.items() if key != "start"}  # teacher and guide, of any size
         teacher = sum(self._parameters(stored_run(self.other(n))) if "/" in n else self.parameters for n in held)
-        size = sharding.StageSize(self.parameters, teacher, len(config.ema), config.products == "bf16")
+        teacher = teacher if teacher_parameters is None else teacher_parameters
+        size = self.size._replace(
+            teacher_parameters=teacher, tracks=len(config.ema), bf16=config.products == "bf16"
+        )
         memory, processes = sharding.memory_bytes(self.device), distributed.size()
         choice = engine.choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, memory)
         engine.check(run, stage.name, config, choice, self.device)
         return choice
+
+    @functools.cached_property
+    def size(self) -> sharding.StageSize:
+        """Of the network alone, as the sizing counts it."""
+        return sharding.measure(networks.shapes_of(self.run, self.data.shape, self.data.classes))
 
     @functools.cached_property
     def parameters(self) -> int:
