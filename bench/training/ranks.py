@@ -30,7 +30,7 @@ from bench.harness import results_file
 from bench.training.zero import Setting, launch
 from cmt_fast.config import loading
 from cmt_fast.engine import Unread, sharding
-from cmt_fast.run.networks import deferred_network
+from cmt_fast.run.networks import deferred_network, shapes_of
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine
 from cmt_fast.storage import checkpoint
@@ -50,37 +50,10 @@ def measured(overrides: list[str], teacher: bool, file: Path) -> Callable[[], No
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 16)  # M_TRIM_THRESHOLD
-        space = Workspace(loading.load("digits", overrides), file.with_suffix(""))
-        stage = space.stage("pre")
-        plan = space.sharding_plan(stage, teacher_parameters=space.parameters if teacher else None)
-        gc.collect()
-        base, peaks = _memory("VmRSS"), {}
-        _reset()
-        engine = space.engine(stage, 1, plan)
-        frozen = engine.frozen(_unread(space)) if teacher else None
-        peaks["start"] = _memory("VmHWM") - base
-        sums = {"start": _checksum(engine.state()["model"])}
-        batch = _batch(space)
-        _reset()
-        for n in range(STEPS):
-            target = 0.0
-            if frozen is not None:
-                with torch.no_grad():
-                    target = frozen(*batch)
-            engine.backward((engine(*batch) - batch[0].sin() - target).square().mean())
-            del target
-            engine.step(1e-4 * (n + 1))
-        peaks["step"] = _memory("VmHWM") - base
-        sums["end"] = _checksum(engine.state()["model"])
-        _reset()
-        checkpoint.save(file.with_suffix(".save"), STEPS, engine.state(), {}, write=distributed.rank() == 0)
-        distributed.barrier()
-        peaks["save"] = _memory("VmHWM") - base
-        _reset()
-        net = engine.average()
-        with torch.no_grad():
-            net(*batch)
-        peaks["evaluation"] = _memory("VmHWM") - base
+        _phases(
+            overrides + ["model.width=32"], teacher, file
+        )  # imports, threads and buffers of libraries are no weights
+        space, plan, peaks, sums = _phases(overrides, teacher, file)
         seen = distributed.every_rank([float(peaks[phase]) for phase in PHASES])
         if distributed.rank() == 0:
             most = {phase: max(row[i] for row in seen) for i, phase in enumerate(PHASES)}
@@ -88,6 +61,41 @@ def measured(overrides: list[str], teacher: bool, file: Path) -> Callable[[], No
             file.write_text(json.dumps(about))
 
     return work
+
+
+def _phases(overrides: list[str], teacher: bool, file: Path) -> tuple[Workspace, sharding.ShardingPlan, dict, dict]:
+    """One engine from its start to an evaluation: bytes of this rank above what it had before, checksums of its weights."""
+    space = Workspace(loading.load("digits", overrides), file.with_suffix(""))
+    stage = space.stage("pre")
+    plan = space.sharding_plan(stage, teacher_parameters=space.parameters if teacher else None)
+    batch, peaks, save = _batch(space), {}, file.with_suffix(".save")
+    _reset()
+    base = _memory("VmRSS")
+    engine = space.engine_of(stage, 1, plan)
+    frozen = engine.frozen(_unread(space)) if teacher else None
+    peaks["start"] = _memory("VmHWM") - base
+    sums = {"start": _checksum(engine.state()["model"])}
+    _reset()
+    for n in range(STEPS):
+        target: Any = 0.0
+        if frozen is not None:
+            with torch.no_grad():
+                target = frozen(*batch)
+        engine.backward((engine(*batch) - batch[0].sin() - target).square().mean())
+        engine.step(1e-4 * (n + 1))
+    peaks["step"] = _memory("VmHWM") - base
+    sums["end"] = _checksum(engine.state()["model"])
+    _reset()
+    checkpoint.save(save, STEPS, engine.state(), {}, write=distributed.rank() == 0)
+    distributed.barrier()
+    peaks["save"] = _memory("VmHWM") - base
+    _reset()
+    with torch.no_grad():
+        engine.average()(*batch)
+    peaks["evaluation"] = _memory("VmHWM") - base
+    if distributed.rank() == 0:
+        shutil.rmtree(save, ignore_errors=True)
+    return space, plan, peaks, sums
 
 
 def _unread(space: Workspace) -> Unread:
@@ -123,8 +131,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return sum_.hexdigest()
 
 
-def table(folder: Path, every: list[Setting], model: list[str], teacher: bool = False) -> dict[str, dict[str, Any]]:
-    """{setting: {"measured", "sizing": {phase: units of P}, "sums"}}."""
+def table(folder: Path, every: list[Setting], model: list[str], teacher: bool, write: Callable[[dict], None]) -> dict:
+    """{setting: {"measured", "sizing": {phase: units of P}, "sums"}}; write: is given it after every setting."""
     out = {}
     for setting in every:
         file = folder / f"{setting.name}.json"
@@ -138,8 +146,8 @@ def table(folder: Path, every: list[Setting], model: list[str], teacher: bool = 
             "sums": row["sums"],
             "parameters": row["parameters"],
         }
-        shutil.rmtree(file.with_suffix(".save"), ignore_errors=True)
         print(setting.name, _line(out[setting.name]), flush=True)
+        write(out)
     return out
 
 
@@ -169,18 +177,37 @@ def run(arguments: argparse.Namespace) -> int:
     import torch._dynamo  # noqa: F401
 
     worlds = [int(n) for n in arguments.worlds.split(",")]
-    every = [Setting(s, n) for s in (None, 0, 1, 2, 3) for n in worlds]
+    every = [Setting(s, n) for n in worlds for s in (None, 0, 1, 2, 3)]
     every = [s for s in every if not arguments.only or s.name in arguments.only.split(",")]
     folder, figures = Path(tempfile.mkdtemp(prefix="ranks-")), {}
     cases = {"plain": (every, MODEL, False), "teacher": (every, MODEL, True), "edm2": (every, EDM2, False)}
+    figures["counted"] = {name: counted(recipe, model) for name, (recipe, model) in LARGE.items()}
+    about = results_file.about("cpu") | {"environment": machine.environment(), "steps": STEPS}
+
+    def write(case: str, rows: dict) -> None:
+        figures[case] = rows
+        if arguments.out:
+            arguments.out.write_text(json.dumps(about | figures, indent=1) + "\n")
+
     try:
         for case in arguments.cases.split(","):
             print(f"{case}:")
-            figures[case] = table(folder, *cases[case])
+            table(folder, *cases[case], lambda rows, case=case: write(case, rows))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"the sizing is off by at most {worst(list(figures.values())):.1%}")
-    if arguments.out:
-        about = results_file.about("cpu") | {"environment": machine.environment()}
-        arguments.out.write_text(json.dumps(about | figures, indent=1) + "\n")
+    print(f"the sizing is off by at most {worst([figures[c] for c in arguments.cases.split(',')]):.1%}")
     return 0
+
+
+def counted(recipe: str, model: list[str]) -> dict[str, Any]:
+    """GB of a process at each phase, by the sizing, for a published network on ImageNet's latents; nothing is measured."""
+    run, shape = loading.load(recipe, [*model, "device=cpu"]), (4, 64, 64) if "512" in recipe else (4, 32, 32)
+    size = sharding.measure(shapes_of(run, shape, 1000))._replace(tracks=1)
+    rows = {
+        f"{'local' if stage is None else f'zero{stage}'}-{n}": {
+            phase: round(x / 1e9, 1) for phase, x in sharding.peaks(stage, size, n)._asdict().items()
+        }
+        for stage in (None, 0, 1, 2, 3)
+        for n in (1, 2, 4, 8)
+    }
+    return {"parameters": size.parameters, "gb": rows}

@@ -120,7 +120,7 @@ class Workspace:
         """A fresh network, initialised from the run's seed."""
         return fresh_network(self.run, self.data.shape, self.data.classes, self.run.seed)
 
-    def engine(
+    def engine_of(
         self, stage: ResolvedStage, grad_accum_steps: int, choice: engine.ShardingPlan, found: bool = False
     ) -> engine.Engine:
         """The engine of a stage of this run, with the weights of `build` where the stage starts from no other.
@@ -237,9 +237,7 @@ class Workspace:
         held = {name for key, name in stage.called.items() if key != "start"}  # teacher and guide, of any size
         teacher = sum(self._parameters(stored_run(self.other(n))) if "/" in n else self.parameters for n in held)
         teacher = teacher if teacher_parameters is None else teacher_parameters
-        size = self.size._replace(
-            teacher_parameters=teacher, tracks=len(config.ema), bf16=config.products == "bf16"
-        )
+        size = self.size._replace(teacher_parameters=teacher, tracks=len(config.ema), bf16=config.products == "bf16")
         memory, processes = sharding.memory_bytes(self.device), distributed.size()
         choice = engine.choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, memory)
         engine.check(run, stage.name, config, choice, self.device)

@@ -88,7 +88,7 @@ def train_stage(
         shown = ending.enter_context(_shown(work, stage, found.manifest["step"] if found else 0, meter.unit))
         machine.allow_tf32(config.precision == "tf32")
         ending.callback(machine.allow_tf32, False)
-        engine = work.engine(stage, grad_accum_steps, choice, found is not None)
+        engine = work.engine_of(stage, grad_accum_steps, choice, found is not None)
         lineage = _parent(work, config, engine, found is None)
         wall = {"train_s": 0.0, "eval_s": 0.0}  # of the steps that count; the bill has the lost ones too
         if found:

@@ -48,7 +48,13 @@ def title(work: Workspace, stage: ResolvedStage, n: int, last: bool) -> str:
 
 
 def observe(
-    work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last: bool, log: Log, held: Mapping[str, Any] | None = None
+    work: Workspace,
+    stage: ResolvedStage,
+    engine: Engine,
+    n: int,
+    last: bool,
+    log: Log,
+    held: Mapping[str, Any] | None = None,
 ) -> bool:
     """What is due after step n; whether anything was. All ranks give the network and judge it together; rank 0 draws.
 
@@ -96,9 +102,7 @@ def draw_grid(
     grids.grid([(f"{title}\n{note}", x) for title, x, note in seen], file)
 
 
-def _solved(
-    work: Workspace, net: Callable, stage: ResolvedStage, held: Mapping[str, Any]
-) -> tuple[str, Tensor] | None:
+def _solved(work: Workspace, net: Callable, stage: ResolvedStage, held: Mapping[str, Any]) -> tuple[str, Tensor] | None:
     """The last row of a grid: what the solver makes of the teacher, or of the network itself in pre-training.
 
     A teacher's row is the same in every grid, so it is made once in a process: by the network that the stage has in memory,

@@ -189,7 +189,7 @@ def pilot(work: Workspace, stage: ResolvedStage, steps: int) -> Callable:
         lr_knee_nimg=max(config.lr_knee_nimg * steps // total, int(config.lr_schedule == "inverse_sqrt")),
     )  # fmt: skip
     plan, grad_accum_steps = small.schedule, small.grad_accum_steps(distributed.size())
-    engine = work.engine(small, grad_accum_steps, work.sharding_plan(stage))
+    engine = work.engine_of(small, grad_accum_steps, work.sharding_plan(stage))
     if small.config.start:
         engine.start_from(work.weights(small.config.start)[0])
     source = batches.provider(work, small, engine)
