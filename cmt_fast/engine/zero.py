@@ -47,10 +47,7 @@ class ZeroEngine:
         choice: ShardingPlan,
         numbers: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
-        """net: with its weights, or without memory (models/deferred.py); numbers: what such a one begins with, by name.
-
-        Long: it is the order in which memory is taken.
-        """
+        """net: with its weights, or without memory (models/deferred.py); numbers: what such a one begins with, by name."""
         assert choice.stage is not None
         self.level, self.choice = choice.stage, choice
         bare, self.buckets = buffers.without_memory(net), choice.buckets or buckets(buffers.count(net), _largest(net))
