@@ -46,6 +46,10 @@ BENCHES = {
         "what a GPU's ceilings allow each op and step: predicted, for machines without one",
     ),
     "proofs": ("kernels.proofs", "what attention's proof at first use costs, of the recipes' networks"),
+    "ranks": (
+        "training.ranks",
+        "what a rank holds at its start, in a step, at a save and at an evaluation, beside what the sizing says",
+    ),
     "report": ("harness.tables", "write the README's tables from bench/results"),
     "restart": (
         "training.restart",

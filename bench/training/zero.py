@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from bench.harness import results_file
-from cmt_fast import engine as engines
 from cmt_fast.config import loading
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine
@@ -155,7 +154,7 @@ def again(space: Workspace, name: str) -> None:
     """Load a stage's last checkpoint into an engine and write what the engine then holds to OUT/again."""
     stage = space.stage(name)
     passes = stage.grad_accum_steps(distributed.size())
-    engine = engines.build(space.run, space.build(), stage.config, space.device, passes, space.sharding_plan(stage))
+    engine = space.engine_of(stage, passes, space.sharding_plan(stage), found=True)
     found = checkpoint.latest(space.folder / name)
     engine.load({f: found.stream(f) for f in engine.state()}, found.manifest["step"])
     checkpoint.save(space.folder / "again", engine.step_count, engine.state(), {}, write=distributed.rank() == 0)

@@ -9,7 +9,7 @@ between two checkpoints.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run, Stage
 from cmt_fast.engine import graph
-from cmt_fast.engine.buffers import load_named, named
+from cmt_fast.engine.buffers import Unread, load_named, named
 from cmt_fast.engine.local import LocalEngine
 from cmt_fast.engine.sharding import ShardingPlan, StageSize, choose
 from cmt_fast.engine.snapshot import Snapshot
@@ -54,7 +54,7 @@ class Engine(Protocol):
     def copy(self) -> nn.Module:
         """A module of its own with the student's present weights, whole on every rank."""
 
-    def frozen(self, net: nn.Module) -> Any:
+    def frozen(self, net: nn.Module | Unread) -> Any:
         """A teacher as this engine holds it: a callable with the arguments of `net`, whole or sharded over ranks."""
 
     def state(self) -> dict[str, Mapping[str, Tensor]]:
@@ -92,14 +92,19 @@ def check(run: Run, name: str, stage: Stage, choice: ShardingPlan, device: torch
 
 @progress.phase("building the engine", quiet=True)
 def build(
-    run: Run, net: nn.Module, stage: Stage, device: torch.device, grad_accum_steps: int, choice: ShardingPlan
-) -> Engine:
-    """The engine a run asks for, as `choose` sized it and `check` let it pass."""
+    run: Run, net: nn.Module, stage: Stage, device: torch.device, grad_accum_steps: int, choice: ShardingPlan,
+    numbers: Iterable[tuple[str, Tensor]] = (),
+) -> Engine:  # fmt: skip
+    """The engine a run asks for, as `choose` sized it and `check` let it pass.
+
+    net: with its weights, or without memory; numbers: what such a one begins with, (name, tensor), zeros where nothing is
+    said.
+    """
     if run.engine == "local":
-        return LocalEngine(net, stage, device, grad_accum_steps)
+        return LocalEngine(net, stage, device, grad_accum_steps, numbers=numbers)
     from cmt_fast.engine.zero import ZeroEngine
 
-    return ZeroEngine(net, stage, device, grad_accum_steps, choice)
+    return ZeroEngine(net, stage, device, grad_accum_steps, choice, numbers)
 
 
 __all__ = [
@@ -108,6 +113,7 @@ __all__ = [
     "ShardingPlan",
     "Snapshot",
     "StageSize",
+    "Unread",
     "build",
     "check",
     "choose",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,73 @@ def flat(net: nn.Module) -> Tensor:
 
 def bind(net: nn.Module, buffer: Tensor, grad: bool = False) -> None:
     """Make the parameters (or, with `grad`, their gradients) views into `buffer` (P,)."""
-    for p, part in zip(net.parameters(), buffer.split([p.numel() for p in net.parameters()])):
+    every = list(net.named_parameters())
+    for (name, p), part in zip(every, buffer.split([p.numel() for _, p in every])):
         if grad:
             p.grad = part.view(p.shape)
+        elif p.is_meta:
+            place(net, name, part.view(p.shape), p.requires_grad)
         else:
             p.data = part.view(p.shape)
+
+
+def place(net: nn.Module, name: str, value: Tensor, requires_grad: bool) -> nn.Parameter:
+    """Put a parameter with this memory where `net` has one of that name, which may have none."""
+    owner, _, last = name.rpartition(".")
+    p = nn.Parameter(value, requires_grad)
+    setattr(net.get_submodule(owner), last, p)
+    return p
+
+
+def count(net: nn.Module) -> int:
+    """Numbers of all parameters."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def without_memory(net: nn.Module) -> bool:
+    """Whether the parameters are on the meta device, to be filled one by one."""
+    return any(p.is_meta for p in net.parameters())
+
+
+def to(net: nn.Module, device: torch.device) -> nn.Module:
+    """The network on a device; parameters without memory stay without."""
+    if not without_memory(net):
+        return net.to(device)
+    for module in net.modules():
+        for name, x in module._buffers.items():
+            module._buffers[name] = x if x is None else x.to(device)
+    return net
+
+
+class Unread(NamedTuple):
+    """A frozen network whose parameters have no memory, and its weights, by name, read as they are asked for."""
+
+    net: nn.Module
+    weights: Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def pour(unread: Unread, device: torch.device) -> Iterator[nn.Module]:
+    """Read the weights in the order that they come in, so that a file is read and hashed once. A module is given when all of
+    its own parameters have memory on `device`, in fp32, without gradients, and once it has done what a frozen module does
+    once (`fold`).
+    """
+    net, weights = to(unread.net, device), unread.weights
+    own = constants(net)
+    left = {prefix: len(list(module.parameters(recurse=False))) for prefix, module in net.named_modules()}
+    for name in weights:
+        value = weights[name]
+        if name in own:
+            own[name].copy_(value)
+            continue
+        place(net, name, value.to(device, torch.float32), requires_grad=False)
+        prefix = name.rpartition(".")[0]
+        left[prefix] -= 1
+        if not left[prefix]:
+            module = net.get_submodule(prefix)
+            if hasattr(module, "fold"):
+                module.fold()
+            yield module
 
 
 def narrow_stream(net: nn.Module, precision: str) -> None:
@@ -69,8 +132,8 @@ def check_names(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Ten
 def load_named(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights by name, in the order that they come in. Raises ValueError when names or shapes differ, naming the first
     that does."""
+    check_fits(net, weights)
     own = dict(net.named_parameters()) | constants(net)
-    check_names({name: tuple(x.shape) for name, x in own.items()}, weights)
     for name in weights:
         own[name].copy_(weights[name])
 
@@ -87,6 +150,12 @@ def take(into: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
             into[name].copy_(value)
 
 
+def check_fits(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError when names or shapes of weights are not the network's, naming the first that differs."""
+    own = dict(net.named_parameters()) | constants(net)
+    check_names({name: tuple(x.shape) for name, x in own.items()}, weights)
+
+
 def frame(net: nn.Module) -> nn.Module:
     """The module without its weights: parameters that hold no memory, buffers that are copies."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in net.parameters()}
@@ -97,10 +166,15 @@ def fill(frame: nn.Module, weights: Mapping[str, Tensor], device: torch.device) 
     """A frozen fp32 module of its own from a frame and weights by name, in evaluation mode."""
     net = copy.deepcopy(frame)
     for name, _ in list(net.named_parameters()):
-        owner, _, last = name.rpartition(".")
-        value = weights[name].to(device, torch.float32)
-        setattr(net.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+        place(net, name, weights[name].to(device, torch.float32), requires_grad=False)
     return net.to(device).eval()
+
+
+def read(unread: Unread, device: torch.device) -> nn.Module:
+    """The whole frozen network on `device`, in evaluation mode."""
+    for _ in pour(unread, device):
+        pass
+    return unread.net.eval()
 
 
 @torch.no_grad()

@@ -8,26 +8,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from cmt_kernels import adamw_ema
 from torch import Tensor, nn
 
 from cmt_fast.config.schema import Stage
-from cmt_fast.engine import ema, optimizer
-from cmt_fast.engine.buffers import (
-    bind,
-    constants,
-    constrain,
-    constrained,
-    flat,
-    load_named,
-    named,
-    narrow_stream,
-    parts,
-    take,
-)
+from cmt_fast.engine import buffers, ema, optimizer
+from cmt_fast.engine.buffers import Unread, bind, constrain, constrained, flat, load_named, named, narrow_stream, parts
 from cmt_fast.engine.compile import compile_network
 from cmt_fast.engine.snapshot import Place, Snapshot
 from cmt_fast.runtime import distributed
@@ -44,20 +33,32 @@ class LocalEngine:
         device: torch.device,
         grad_accum_steps: int = 1,
         lends: bool | None = None,
+        numbers: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
-        """grad_accum_steps: forwards and backwards that make up one step, each on its share of the rows.
+        """net: with its weights, or without memory (models/deferred.py); numbers: what such a one begins with, by name.
+
+        grad_accum_steps: forwards and backwards that make up one step, each on its share of the rows.
 
         lends: whether linears read weights that were cast once a step and add their gradients themselves
         (models/products.py); by default on a GPU, in bf16, not compiled.
         """
-        self.net, self.stage, self.device, self.grad_accum_steps = net.to(device), stage, device, grad_accum_steps
+        bare = buffers.without_memory(net)
+        self.net, self.stage, self.device, self.grad_accum_steps = (
+            buffers.to(net, device),
+            stage,
+            device,
+            grad_accum_steps,
+        )
         self.step_count = 0
         narrow_stream(net, stage.precision)
-        self.p = flat(net)
+        self.p = torch.zeros(buffers.count(net), device=device) if bare else flat(net)
+        bind(net, self.p)  # from here on the weights are held once
+        own = named(net, self.p)
+        for name, value in numbers:
+            own[name].copy_(value)
         self.g = torch.zeros_like(self.p)
         self.m, self.v = torch.zeros_like(self.p), torch.zeros_like(self.p)
         self.emas = [self.p.clone() for _ in stage.ema]
-        bind(net, self.p)
         bind(net, self.g, grad=True)
         wanted = device.type == "cuda" if lends is None else lends
         self.half = self.p.bfloat16() if wanted and stage.products == "bf16" and not stage.compile else None
@@ -128,10 +129,7 @@ class LocalEngine:
 
     def average(self, index: int = 0) -> nn.Module:
         """A frozen copy of the module whose parameters are EMA track `index` itself, not a copy of it."""
-        net = copy.deepcopy(self.net)
-        for p in net.parameters():
-            p.grad = None
-            p.requires_grad_(False)
+        net = buffers.frame(self.net).requires_grad_(False)
         bind(net, self.emas[index])
         return net.eval()
 
@@ -139,9 +137,9 @@ class LocalEngine:
         """A module of its own with the student's present weights."""
         return copy.deepcopy(self.net)
 
-    def frozen(self, net: nn.Module) -> nn.Module:
+    def frozen(self, net: nn.Module | Unread) -> nn.Module:
         """A teacher is held whole."""
-        return net
+        return buffers.read(net, self.device) if isinstance(net, Unread) else net
 
     def state(self) -> dict[str, Mapping[str, Tensor]]:
         """Everything a restart needs, file name -> named tensors; the optimizer's are `m.NAME` and `v.NAME`.
@@ -165,15 +163,15 @@ class LocalEngine:
         shapes = {name: tuple(p.shape) for name, p in self.net.named_parameters()}
         flats = {"p": self.p, "m": self.m, "v": self.v} | {f"ema-{i}": e for i, e in enumerate(self.emas)}
         held = {key: [flat] if writes else [] for key, flat in flats.items()}
-        return Snapshot(shapes, places, held, constants(self.net), files, added=False)
+        return Snapshot(shapes, places, held, buffers.constants(self.net), files, added=False)
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Restore what `state` gave after `step` steps."""
         load_named(self.net, state["model"])
         self._changed()
         for i, e in enumerate(self.emas):
-            take(parts(self.net, e), state[f"ema-{i}"])
-        take(self._moments(), state["optimizer"])
+            buffers.take(parts(self.net, e), state[f"ema-{i}"])
+        buffers.take(self._moments(), state["optimizer"])
         self.step_count = step
 
     def _moments(self) -> dict[str, Tensor]:

@@ -15,10 +15,9 @@ in bf16 it rounds before and after its bias, so there the curves agree with the 
 
 from __future__ import annotations
 
+import copy
 import itertools
-import logging
-import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,9 +26,11 @@ from torch import Tensor, nn
 
 from cmt_fast.config.schema import Stage
 from cmt_fast.engine import buffers, ema, optimizer
+from cmt_fast.engine.buffers import Unread
 from cmt_fast.engine.compile import compile_network
-from cmt_fast.engine.sharding import ShardingPlan
+from cmt_fast.engine.sharding import ShardingPlan, buckets
 from cmt_fast.engine.snapshot import Place, Snapshot
+from cmt_fast.engine.zero_library import Autocast, Cut, Sharded, deepspeed_for, largest, no_scalars, section
 from cmt_fast.runtime import distributed
 from cmt_fast.storage.checkpoint import Tensors
 
@@ -38,27 +39,43 @@ class ZeroEngine:
     """One module trained by AdamW under a ZeRO stage. Every method is a collective call: all ranks make it."""
 
     def __init__(
-        self, net: nn.Module, stage: Stage, device: torch.device, grad_accum_steps: int, choice: ShardingPlan
+        self,
+        net: nn.Module,
+        stage: Stage,
+        device: torch.device,
+        grad_accum_steps: int,
+        choice: ShardingPlan,
+        numbers: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
+        """net: with its weights, or without memory (models/deferred.py); numbers: what such a one begins with, by name."""
         assert choice.stage is not None
         self.level, self.choice = choice.stage, choice
-        self.net, self.stage, self.device, self.grad_accum_steps = net.to(device), stage, device, grad_accum_steps
+        bare, self.buckets = buffers.without_memory(net), choice.buckets or buckets(buffers.count(net), largest(net))
+        self.net, self.stage, self.device, self.grad_accum_steps = (
+            buffers.to(net, device),
+            stage,
+            device,
+            grad_accum_steps,
+        )
         self.step_count = 0
-        self.parameters = dict(net.named_parameters())
-        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        self.shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
         self.keys = ["m", "v", *(f"ema-{i}" for i in range(len(stage.ema)))]
         buffers.narrow_stream(net, stage.precision)
         self.frame = buffers.frame(net)
         self.constants = buffers.constants(net)
-        _no_scalars(net)
+        deepspeed = deepspeed_for(device)
+        no_scalars(net)
         if self.level == 0:
-            self.whole = buffers.flat(net)
-            ends = itertools.accumulate(p.numel() for p in self.parameters.values())
-            self.places = {k: slice(end - p.numel(), end) for (k, p), end in zip(self.parameters.items(), ends)}
+            self.whole = torch.zeros(buffers.count(net), device=device) if bare else buffers.flat(net)
+            ends = itertools.accumulate(p.numel() for p in net.parameters())
+            self.places = {k: slice(e - p.numel(), e) for (k, p), e in zip(net.named_parameters(), ends)}
             buffers.bind(net, self.whole)
+        if bare:
+            self._begin(numbers)
+        self.parameters = dict(net.named_parameters())
         self.optimizer = AdamWEma(net.parameters(), self)
-        self.outer = _Autocast(net, device, stage.products == "bf16")
-        self.ds, *_ = _deepspeed(device).initialize(model=self.outer, optimizer=self.optimizer, config=self._config())
+        self.outer = Autocast(net, device, stage.products == "bf16")
+        self.ds, *_ = deepspeed.initialize(model=self.outer, optimizer=self.optimizer, config=self._config())
         distributed.same_timeout(self.ds.data_parallel_group, self.ds.seq_data_parallel_group)
         self.partitions = self._partitions()
         for p in self.partitions:
@@ -67,13 +84,41 @@ class ZeroEngine:
         if stage.compile:
             self.outer.calls = (compile_network(net),)
 
+    @torch.no_grad()
+    def _begin(self, numbers: Iterable[tuple[str, Tensor]]) -> None:
+        """Give a network without memory what it begins with, one parameter after the other, zeros where nothing is said.
+
+        At stage 3 each is cut into the ranks' parts before the next one is there.
+        """
+        place = Cut(self._config(), self.device) if self.level == 3 else None
+        framed, waiting = buffers.constants(self.frame), dict(self.net.named_parameters())
+
+        def put(name: str, value: Tensor) -> None:
+            if name in self.constants:
+                framed[name].copy_(self.constants[name].copy_(value))
+                return
+            p = waiting.pop(name)
+            if self.level == 0:
+                p.copy_(value.view(p.shape))
+                return
+            p = buffers.place(self.net, name, value.view(p.shape).to(self.device, torch.float32), p.requires_grad)
+            if place:
+                place(p)
+
+        for name, value in numbers:
+            put(name, value)
+            del value
+        if self.level:
+            for name, p in list(waiting.items()):
+                put(name, torch.zeros(p.shape, device=self.device))
+
     def _config(self) -> dict[str, Any]:
         return {
             "train_micro_batch_size_per_gpu": 1,  # the loop cuts batches into parts; DeepSpeed only counts them
             "gradient_accumulation_steps": self.grad_accum_steps,
             "gradient_clipping": self.stage.grad_clip_norm if self.level else 0.0,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": self.level},
+            "zero_optimization": section(self.level, self.buckets),
         }
 
     def _partitions(self) -> list[Tensor]:
@@ -120,21 +165,38 @@ class ZeroEngine:
             self._constrain(("p", *self.keys[2:]))
 
     def average(self, index: int = 0) -> nn.Module:
-        """A frozen fp32 module of EMA track `index`, whole on every rank."""
+        """A frozen fp32 module of EMA track `index`, whole on every rank; at stage 0 the track itself, not a copy of it."""
+        if self.level == 0:
+            net = copy.deepcopy(self.frame).requires_grad_(False)
+            buffers.bind(net, self._of(self.whole, f"ema-{index}"))
+            return net.eval()
         return buffers.fill(self.frame, self._tensors(f"ema-{index}"), self.device)
 
     def copy(self) -> nn.Module:
         """A module of its own with the student's present fp32 weights, whole on every rank."""
         return buffers.fill(self.frame, self._tensors("p"), self.device)
 
-    def frozen(self, net: nn.Module) -> Any:
-        """A teacher: itself, or its parameters sharded over ranks and gathered layer by layer (ZeRO stage 3)."""
+    def frozen(self, net: nn.Module | Unread) -> Any:
+        """A teacher: itself, or its parameters sharded over ranks and gathered layer by layer (ZeRO stage 3).
+
+        One that is still to be read is read module by module, and cut before the next module is read.
+        """
         if not self.choice.teacher_sharded:
-            return net
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-        _no_scalars(net)
-        outer = _Autocast(net, self.device, False)
-        sharded, *_ = _deepspeed(self.device).initialize(model=outer, config=config)
+            return buffers.read(net, self.device) if isinstance(net, Unread) else net
+        own = net.net if isinstance(net, Unread) else net
+        cut = buckets(buffers.count(own), largest(own))
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section(3, cut)}
+        deepspeed = deepspeed_for(self.device)
+        if isinstance(net, Unread):
+            place = Cut(config, self.device)
+            for module in buffers.pour(net, self.device):
+                no_scalars(module, recurse=False)
+                for p in module.parameters(recurse=False):
+                    place(p)
+        else:
+            no_scalars(own)
+        outer = Autocast(own, self.device, False)
+        sharded, *_ = deepspeed.initialize(model=outer, config=config)
         sharded.module.eval()
         return Sharded(sharded, outer)
 
@@ -286,58 +348,3 @@ class AdamWEma(torch.optim.Optimizer):
         lr, eps, decay = optimizer.settings(s, n, self.lr)
         tracks, decays = [own[f"ema-{i}"] for i in range(len(s.ema))], [ema.beta(profile, n) for profile in s.ema]
         return adamw_ema(p.data, g, own["m"], own["v"], tracks, decays, n, lr, s.betas, eps, decay, clip)
-
-
-class _Autocast(nn.Module):
-    """The module under the local engine's autocast; DeepSpeed would switch off one that is entered outside.
-
-    `calls` holds what is run, the module or its compiled form: DeepSpeed's hooks hang on this module and stay outside.
-    """
-
-    def __init__(self, net: nn.Module, device: torch.device, bf16: bool) -> None:
-        super().__init__()
-        self.net, self.kind, self.bf16, self.calls = net, device.type, bf16, (net,)
-
-    def forward(self, *args: Any) -> Any:
-        with torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16):
-            return self.calls[0](*args)
-
-
-class Sharded:
-    """A frozen network sharded over ranks: nothing but its forward, which is where it gathers."""
-
-    def __init__(self, engine: Any, outer: _Autocast) -> None:
-        self.engine, self.outer = engine, outer
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.engine(*arguments)
-
-    def in_bf16(self, *arguments: Any) -> Any:
-        """The same forward under autocast, which DeepSpeed would switch off if it were entered outside."""
-        self.outer.bf16 = True
-        try:
-            return self.engine(*arguments)
-        finally:
-            self.outer.bf16 = False
-
-
-def _no_scalars(net: nn.Module) -> None:
-    """Parameters without a dimension, EDM2's gains, get one: DeepSpeed broadcasts bytes, which a scalar has no view of."""
-    for p in net.parameters():
-        if p.ndim == 0:
-            p.data = p.data.view(1)
-
-
-def _deepspeed(device: torch.device) -> Any:
-    """The one door to DeepSpeed: imported for this device, quiet, in a process group that exists."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # of a process that no launcher started
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if device.type == "cpu":
-        # its all-reduce for inference, which ZeRO does not call: it would be compiled here, 45 s at the first start
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    distributed.alone(device)
-    return deepspeed

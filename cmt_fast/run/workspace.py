@@ -16,9 +16,9 @@ from pathlib import Path
 
 import cmt_kernels
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cmt_fast import engine, models
+from cmt_fast import engine
 from cmt_fast.config import errors, fingerprint, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES, Run, Stage
@@ -28,9 +28,10 @@ from cmt_fast.data.rows import Rows
 from cmt_fast.diffusion.labels import Law, Some
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
-from cmt_fast.engine import load_named, sharding
+from cmt_fast.engine import sharding
+from cmt_fast.engine.buffers import Unread, check_fits, read
 from cmt_fast.perceptual import distance
-from cmt_fast.run import absent, guidance
+from cmt_fast.run import absent, guidance, networks
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.run.folder import (
     RUN_FILE,
@@ -46,7 +47,7 @@ from cmt_fast.run.folder import (
     stored_run,
 )
 from cmt_fast.run.judging import Judging
-from cmt_fast.run.networks import check, fresh_network, parameters, rows_of
+from cmt_fast.run.networks import check, deferred_network, fits, fresh_network, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.runtime import distributed, machine, shared
 from cmt_fast.storage import checkpoint, files
@@ -82,6 +83,7 @@ class Workspace:
         self.decoding = Decoding(self.data, self.device, run.eval.vae)
         self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
         self.judging.alive = None if reading else folder
+        self.drawn_rows: dict[tuple, Tensor] = {}  # of grids, by what they show: a teacher's row does not change
 
     def _opened(self, reading: bool) -> Rows:
         """The run's data or, where it is only read, what it remembers of them. Raises ValueError where they cannot be had."""
@@ -118,6 +120,18 @@ class Workspace:
         """A fresh network, initialised from the run's seed."""
         return fresh_network(self.run, self.data.shape, self.data.classes, self.run.seed)
 
+    def engine_of(
+        self, stage: ResolvedStage, grad_accum_steps: int, choice: engine.ShardingPlan, found: bool = False
+    ) -> engine.Engine:
+        """The engine of a stage of this run, with the weights of `build` where the stage starts from no other.
+
+        found: a checkpoint will be loaded. Nothing is drawn where other weights follow, and at no time has a rank a whole
+        network beside what its engine holds.
+        """
+        net = deferred_network(self.run, self.data.shape, self.data.classes, self.run.seed)
+        numbers = () if found or stage.config.start else net.numbers()
+        return engine.build(self.run, net.net, stage.config, self.device, grad_accum_steps, choice, numbers)
+
     @property
     def drawn(self) -> int | Some:
         """Classes that trajectories start from, each as often: how many, or those that have rows."""
@@ -142,7 +156,7 @@ class Workspace:
         """
         where = self.stage_dir(name)
         if "/" in name or where.parent != self.folder:
-            fits(self, str(where) if "/" not in name else str(self.other(name) / Path(name).name))
+            fits(str(where) if "/" not in name else str(self.other(name) / Path(name).name), self.run, self.data)
         try:
             return checkpoint.complete(where)
         except checkpoint.CheckpointError as error:
@@ -162,19 +176,24 @@ class Workspace:
         together: as of `weights`. Raises ConfigError when weights and network differ in a name or shape, Damaged when the
         weights are not those that were written.
         """
-        run = stored_run(self.other(name)) if "/" in name else self.run
-        weights = self.weights(name, together)[0]
         try:
-            net = fresh_network(run, self.data.shape, self.data.classes).to(self.device)
-            load_named(net, weights)
+            return read(self.unread(name, together), self.device)
         except checkpoint.Damaged as error:
             if together or distributed.size() == 1:
                 raise
             raise checkpoint.CheckpointError(str(error)) from None  # of this rank alone: the others do not know
+
+    def unread(self, name: str, together: bool = False) -> Unread:
+        """The same network before its weights are read: an engine reads them as it holds them."""
+        run = stored_run(self.other(name)) if "/" in name else self.run
+        weights = self.weights(name, together)[0]
+        try:
+            net = deferred_network(run, self.data.shape, self.data.classes).net
+            check_fits(net, weights)
         except ValueError as error:
             weights.check()  # names may differ because of what is damaged
             raise ConfigError(f"{name}: {error}") from None
-        return models.fold(net.requires_grad_(False).eval())
+        return Unread(net, weights)
 
     def identity(self, stage: Stage) -> str:
         """Checksums of the weights that a stage's trajectories depend on, the guide's too. Raises ConfigError as `finished`."""
@@ -222,19 +241,26 @@ class Workspace:
         """A stage of this run, resolved. Raises ConfigError where the run has none of this name."""
         return resolve(self.run, name, self.folder)
 
-    def sharding_plan(self, stage: ResolvedStage) -> engine.ShardingPlan:
+    def sharding_plan(self, stage: ResolvedStage, teacher_parameters: int | None = None) -> engine.ShardingPlan:
         """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it.
 
-        Raises ConfigError where the engine cannot be had or cannot do what the stage asks for.
+        teacher_parameters: in the place of those that the stage names. Raises ConfigError where the engine cannot be had or
+        cannot do what the stage asks for.
         """
         run, config = self.run, stage.config
         held = {name for key, name in stage.called.items() if key != "start"}  # teacher and guide, of any size
         teacher = sum(self._parameters(stored_run(self.other(n))) if "/" in n else self.parameters for n in held)
-        size = sharding.StageSize(self.parameters, teacher, len(config.ema), config.products == "bf16")
+        teacher = teacher if teacher_parameters is None else teacher_parameters
+        size = self.size._replace(teacher_parameters=teacher, tracks=len(config.ema), bf16=config.products == "bf16")
         memory, processes = sharding.memory_bytes(self.device), distributed.size()
         choice = engine.choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, memory)
         engine.check(run, stage.name, config, choice, self.device)
         return choice
+
+    @functools.cached_property
+    def size(self) -> sharding.StageSize:
+        """Of the network alone, as the sizing counts it."""
+        return sharding.measure(networks.shapes_of(self.run, self.data.shape, self.data.classes))
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -369,27 +395,3 @@ def open_stage(text: str, evaluation: dict | None = None) -> tuple[Workspace, st
             hint = f"; it is a run, whose stages are named {', '.join(str(path / name) for name in stored_run(path).stages)}"
         raise ConfigError(f"RUN/STAGE: {text!r} does not end in a stage; valid are {', '.join(STAGES)}{hint}")
     return open_run(path.parent, evaluation), path.name
-
-
-def fits(work: Workspace, name: str) -> None:
-    """Raises ConfigError unless the network RUN/STAGE means the same thing here: path, scale of the data, rows.
-
-    Its size may be another. A run whose rows are not on record must have the same data in its recipe; what is not on
-    record of them, because they were not there when its network was imported, is not compared.
-    """
-    folder, mine = Path(name).parent, work.run
-    other = stored_run(folder)
-    pairs = [(key, getattr(other, key), getattr(mine, key)) for key in ("path", "sigma_data")]
-    stored = about_run(folder).get("rows")
-    if stored is None:
-        pairs.append(("data", loading.dump(other)["data"], loading.dump(mine)["data"]))
-    else:
-        pairs += [(key, stored.get(key), value) for key, value in work.rows().items() if key in stored]
-    for key, theirs, ours in pairs:
-        if key == "class_ids" and None in (theirs, ours):
-            continue  # one of the two says what its classes are in the other's numbers
-        if theirs != ours:
-            hint = f"; {classes.asks(work.data, theirs)}" if key == "classes" and isinstance(theirs, int) else ""
-            raise ConfigError(
-                f"{name}: its {key} is {theirs}, this run's is {ours}; its network cannot be read here{hint}"
-            )

@@ -22,7 +22,7 @@ from cmt_fast.data.loaders import loader
 from cmt_fast.data.rows import Rows, opened
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Autoguided, guided
-from cmt_fast.engine import Engine
+from cmt_fast.engine import Engine, Unread
 from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, StageContext
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.perceptual import distance
@@ -55,13 +55,14 @@ class BatchProvider:
         engine: Engine,
         data: Rows,
         device: torch.device,
-        network: Callable[[str], nn.Module],
+        network: Callable[[str], nn.Module | Unread],
         space: Callable[[], Any] | None = None,
         meter: Meter | None = None,
         found: checkpoint.Checkpoint | None = None,
     ) -> None:
-        """network: the name of a finished stage -> its frozen network; space: what opens the extractor of `eval`, where a
-        distance is in its features; meter: is told what of a step's time goes to rollouts and to waiting for rows.
+        """network: the name of a finished stage -> its frozen network, read or still to be read; space: what opens the
+        extractor of `eval`, where a distance is in its features; meter: is told what of a step's time goes to rollouts and to
+        waiting for rows.
 
         found: the checkpoint that the stage goes on from.
         """
@@ -78,7 +79,13 @@ class BatchProvider:
         self.draws_data = needs.draws == "data"
         self.loader = loader(run.loader, data, run.seed, device, self.own) if self.draws_data else None
         self._step, self._rows = -1, (torch.empty(0), None)
-        held = functools.cache(lambda name: engine.frozen(network(name)))
+        self.held: dict[str, Any] = {}  # frozen networks by the stage that they come from
+
+        def held(name: str) -> Any:
+            if name not in self.held:
+                self.held[name] = engine.frozen(network(name))
+            return self.held[name]
+
         self.teacher = None
         if needs.teacher:
             assert config.teacher is not None
@@ -219,8 +226,7 @@ def provider(
     found: checkpoint.Checkpoint | None = None,
 ) -> BatchProvider:
     """The batches of a stage of an opened run; arguments as of BatchProvider."""
-    data = opened(work.data)
-    network = functools.partial(work.network, together=True)
+    data, network = opened(work.data), functools.partial(work.unread, together=True)
     return BatchProvider(stage, engine, data, work.device, network, lambda: work.judging.space, meter, found)
 
 

@@ -18,7 +18,6 @@ import torch
 from cmt_kernels.attention import small
 from torch import Tensor
 
-from cmt_fast import engine as engines
 from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.schema import Run
 from cmt_fast.engine import Engine, ShardingPlan, compile
@@ -96,7 +95,7 @@ def train_stage(
         shown = ending.enter_context(_shown(work, stage, found.manifest["step"] if found else 0, meter.unit))
         machine.allow_tf32(config.precision == "tf32")
         ending.callback(machine.allow_tf32, False)
-        engine = engines.build(run, work.build(), config, work.device, grad_accum_steps, choice)
+        engine = work.engine_of(stage, grad_accum_steps, choice, found is not None)
         lineage = starting.parent(work, config, engine, found is None)
         wall = {"train_s": 0.0, "eval_s": 0.0, "save_s": 0.0}  # of the steps that count; the bill has the lost ones too
         if found:
@@ -193,7 +192,7 @@ class Steps(NamedTuple):
             return distributed.barrier()
         self.gradient.release()
         with self.shown.pause(monitor.title(self.work, self.stage, n, last)):
-            monitor.observe(self.work, self.stage, self.engine, n, last, self.log, self.saver)
+            monitor.observe(self.work, self.stage, self.engine, n, last, self.log, self.saver, self.source.held)
             self.page.draw()
         self.wall["eval_s"] += self.meter.lap("evaluation")
 

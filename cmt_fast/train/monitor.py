@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
 
 from cmt_fast.config.schema import PowerEma
 from cmt_fast.engine import Engine
@@ -45,10 +48,20 @@ def title(work: Workspace, stage: ResolvedStage, n: int, last: bool) -> str:
     return "keeping the EMA"
 
 
-def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last: bool, log: Log, saver: Saver) -> bool:
+def observe(
+    work: Workspace,
+    stage: ResolvedStage,
+    engine: Engine,
+    n: int,
+    last: bool,
+    log: Log,
+    saver: Saver,
+    held: Mapping[str, Any] | None = None,
+) -> bool:
     """What is due after step n; whether anything was. All ranks give the network and judge it together; rank 0 draws.
 
-    saver: writes snapshots of the EMA, before the checkpoint of the same step.
+    saver: writes snapshots of the EMA, before the checkpoint of the same step; held: frozen networks that the stage has in
+    memory, by name.
     """
     name, config, plan = stage.name, stage.config, stage.schedule
     now = lambda every: every and (n % every == 0 or last)
@@ -65,7 +78,8 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
             progress.told(name, f"after {n * config.batch:,} images", about)
         if now(plan.grid_every) or last:
             file = stage.folder / "grids" / f"{n:08d}.png"
-            distributed.agreed(lambda: draw_grid(work, net, stage, file) if first else None)
+            solved = _solved(work, net, stage, held or {})
+            distributed.agreed(lambda: draw_grid(work, net, stage, file, solved) if first else None)
             log.picture("samples", n * config.batch, file)
     if now(plan.snapshot_every):
         for i, profile in enumerate(config.ema):
@@ -76,16 +90,38 @@ def observe(work: Workspace, stage: ResolvedStage, engine: Engine, n: int, last:
     return due(stage, n, last)
 
 
-def draw_grid(work: Workspace, net: Callable, stage: ResolvedStage, file: Path) -> None:
-    """The same noise through 1, 2 and many steps, one picture of each class in order, in a PNG file."""
-    run, n, setting = work.run, 10 if len(work.data.shape) == 3 else 1500, work.setting.each_class()
-    rows = [(words.steps(k), setting.generate(net, k, n, run.eval.seed)) for k in run.eval.steps]
+def draw_grid(
+    work: Workspace, net: Callable, stage: ResolvedStage, file: Path, solved: tuple[str, Tensor] | None = None
+) -> None:
+    """The same noise through 1, 2 and many steps, one picture of each class in order, in a PNG file; solved: as `_solved`."""
+    run, setting = work.run, work.setting.each_class()
+    rows = [(words.steps(k), setting.generate(net, k, _pictures(work), run.eval.seed)) for k in run.eval.steps]
+    seen = [(title, *work.decoding.visible(x)) for title, x in (*rows, *([solved] if solved else []))]
+    grids.grid([(f"{title}\n{note}", x) for title, x, note in seen], file)
+
+
+def _solved(work: Workspace, net: Callable, stage: ResolvedStage, held: Mapping[str, Any]) -> tuple[str, Tensor] | None:
+    """The last row of a grid: what the solver makes of the teacher, or of the network itself in pre-training.
+
+    A teacher's row is the same in every grid, so it is made once in a process: by the network that the stage has in memory,
+    all ranks together where it is sharded; else read for this row by rank 0. None where there is none, and on the others.
+    """
     name, config = stage.name, stage.config
     before = "pre" if checkpoint.steps(work.stage_dir("pre")) else None
     named = (config.teacher or before) if name != "pre" and not stage.cache else None  # no teacher for a cache
-    if named or name == "pre":
-        teacher, title = (work.network(named), "teacher") if named else (net, "solver")
-        drawn = setting.generate(teacher, run.sampler.teacher_steps, n, run.eval.seed, solver=True)
-        rows.append((f"{title}, {run.sampler.teacher_steps}", drawn))
-    seen = [(title, *work.decoding.visible(x)) for title, x in rows]
-    grids.grid([(f"{title}\n{note}", x) for title, x, note in seen], file)
+    sharded = named in held and not isinstance(held[named], nn.Module)
+    if (distributed.rank() and not sharded) or not (named or name == "pre"):
+        return None
+    calls, setting = work.run.sampler.teacher_steps, work.setting.each_class()
+    draw = lambda net: setting.generate(net, calls, _pictures(work), work.run.eval.seed, solver=True)
+    if not named:
+        return f"solver, {calls}", draw(net)
+    key = f"teacher, {calls}", str(work.stage_dir(named)), work.run.eval.seed
+    if key not in work.drawn_rows:
+        work.drawn_rows[key] = draw(held[named] if named in held else work.network(named))
+    return key[0], work.drawn_rows[key]
+
+
+def _pictures(work: Workspace) -> int:
+    """In a row of a grid; points where rows are vectors."""
+    return 10 if len(work.data.shape) == 3 else 1500

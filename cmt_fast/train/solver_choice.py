@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmt_fast import engine as engines
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION, Stage
 from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
@@ -192,9 +191,7 @@ def pilot(work: Workspace, stage: ResolvedStage, steps: int) -> Callable:
         lr_knee_nimg=max(config.lr_knee_nimg * steps // total, int(config.lr_schedule == "inverse_sqrt")),
     )  # fmt: skip
     plan, grad_accum_steps = small.schedule, small.grad_accum_steps(distributed.size())
-    engine = engines.build(
-        work.run, work.build(), small.config, work.device, grad_accum_steps, work.sharding_plan(stage)
-    )
+    engine = work.engine_of(small, grad_accum_steps, work.sharding_plan(stage))
     if small.config.start:
         engine.start_from(work.weights(small.config.start, together=True)[0])
     source = batches.provider(work, small, engine)

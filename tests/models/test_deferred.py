@@ -1,0 +1,52 @@
+"""Networks that are drawn later: parameter by parameter, bit for bit as their constructors draw them."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from cmt_fast import models
+from cmt_fast.config.schema import Dit, Edm, Edm2, Mlp
+from cmt_fast.models.deferred import deferred
+
+PICTURES, POINTS = (3, 16, 16), (2,)
+NETWORKS = {
+    "dit": (Dit(width=32, depth=2, heads=2), "linear", PICTURES),
+    "dit-ddpm": (Dit(width=32, depth=2, heads=2, precondition="ddpm"), "ve", PICTURES),
+    "sit": (Dit(width=32, depth=2, heads=2, embeddings="dit", rope=True, norm="rms", mlp="swiglu"), "linear", PICTURES),
+    "edm2": (Edm2(width=16, multipliers=(1, 2), blocks=1, attention=(4,), head=8), "linear", PICTURES),
+    "edm": (Edm(preset="cifar10", width=16, blocks=1), "ve", PICTURES),
+    "adm": (Edm(preset="imagenet64", width=64, blocks=1), "linear", PICTURES),
+    "mlp": (Mlp(width=16, depth=2), "linear", POINTS),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_numbers_are_the_constructors_bit_for_bit(name):
+    model, path, shape = NETWORKS[name]
+    build = lambda: models.build(model, path, 0.5, shape, 3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        whole = build()
+    before = torch.get_rng_state()
+    late = deferred(build, 7)
+    assert all(p.is_meta for p in late.net.parameters())
+    want, got = whole.state_dict(), dict(late.numbers())
+    assert sorted(got) == sorted(want)
+    assert all(torch.equal(got[k], want[k]) and got[k].dtype == want[k].dtype for k in want)
+    computed = dict(late.net.named_buffers())
+    for k, x in whole.named_buffers():
+        assert k in want or torch.equal(computed[k], x), f"{k} is computed, not drawn"
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_few_parameters_have_memory_at_once():
+    late = deferred(lambda: models.build(*NETWORKS["dit"][:2], 0.5, PICTURES, 3), 0)
+    alive, most = [], 0
+    for _, value in late.numbers():
+        alive = [r for r in alive if r() is not None] + [weakref.ref(value)]
+        del value
+        most = max(most, len(alive))
+    assert len(late.named) > 20 and most <= 3
