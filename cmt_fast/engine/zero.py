@@ -30,7 +30,8 @@ from cmt_fast.config.schema import Stage
 from cmt_fast.engine import buffers, ema, optimizer
 from cmt_fast.engine.buffers import Unread
 from cmt_fast.engine.compile import compile_network
-from cmt_fast.engine.sharding import Buckets, ShardingPlan, buckets
+from cmt_fast.engine.sharding import ShardingPlan, buckets
+from cmt_fast.engine.wrapping import Autocast, Sharded, largest, no_scalars, section_of
 from cmt_fast.runtime import distributed
 from cmt_fast.storage.checkpoint import Tensors
 
@@ -50,7 +51,7 @@ class ZeroEngine:
         """net: with its weights, or without memory (models/deferred.py); numbers: what such a one begins with, by name."""
         assert choice.stage is not None
         self.level, self.choice = choice.stage, choice
-        bare, self.buckets = buffers.without_memory(net), choice.buckets or buckets(buffers.count(net), _largest(net))
+        bare, self.buckets = buffers.without_memory(net), choice.buckets or buckets(buffers.count(net), largest(net))
         self.net, self.stage, self.device, self.grad_accum_steps = (
             buffers.to(net, device),
             stage,
@@ -64,7 +65,7 @@ class ZeroEngine:
         self.frame = buffers.frame(net)
         self.constants = buffers.constants(net)
         deepspeed = _deepspeed(device)
-        _no_scalars(net)
+        no_scalars(net)
         if self.level == 0:
             self.whole = torch.zeros(buffers.count(net), device=device) if bare else buffers.flat(net)
             ends = itertools.accumulate(p.numel() for p in net.parameters())
@@ -74,7 +75,7 @@ class ZeroEngine:
             self._begin(numbers)
         self.parameters = dict(net.named_parameters())
         self.optimizer = AdamWEma(net.parameters(), self)
-        self.outer = _Autocast(net, device, stage.products == "bf16")
+        self.outer = Autocast(net, device, stage.products == "bf16")
         self.ds, *_ = deepspeed.initialize(model=self.outer, optimizer=self.optimizer, config=self._config())
         distributed.same_timeout(self.ds.data_parallel_group, self.ds.seq_data_parallel_group)
         self.partitions = self._partitions()
@@ -118,7 +119,7 @@ class ZeroEngine:
             "gradient_accumulation_steps": self.grad_accum_steps,
             "gradient_clipping": self.stage.grad_clip_norm if self.level else 0.0,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": _zero(self.level, self.buckets),
+            "zero_optimization": section_of(self.level, self.buckets),
         }
 
     def _partitions(self) -> list[Tensor]:
@@ -188,18 +189,18 @@ class ZeroEngine:
         if not self.choice.teacher_sharded:
             return buffers.read(net, self.device) if isinstance(net, Unread) else net
         own = net.net if isinstance(net, Unread) else net
-        cut = buckets(buffers.count(own), _largest(own))
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": _zero(3, cut)}
+        cut = buckets(buffers.count(own), largest(own))
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section_of(3, cut)}
         deepspeed = _deepspeed(self.device)
         if isinstance(net, Unread):
             place = _Cut(config, self.device)
             for module in buffers.pour(net, self.device):
-                _no_scalars(module, recurse=False)
+                no_scalars(module, recurse=False)
                 for p in module.parameters(recurse=False):
                     place(p)
         else:
-            _no_scalars(own)
-        outer = _Autocast(own, self.device, False)
+            no_scalars(own)
+        outer = Autocast(own, self.device, False)
         sharded, *_ = deepspeed.initialize(model=outer, config=config)
         sharded.module.eval()
         return Sharded(sharded, outer)
@@ -325,67 +326,6 @@ class AdamWEma(torch.optim.Optimizer):
         lr, eps, decay = optimizer.settings(s, n, self.lr)
         tracks, decays = [own[f"ema-{i}"] for i in range(len(s.ema))], [ema.beta(profile, n) for profile in s.ema]
         return adamw_ema(p.data, g, own["m"], own["v"], tracks, decays, n, lr, s.betas, eps, decay, clip)
-
-
-class _Autocast(nn.Module):
-    """The module under the local engine's autocast; DeepSpeed would switch off one that is entered outside.
-
-    `calls` holds what is run, the module or its compiled form: DeepSpeed's hooks hang on this module and stay outside.
-    """
-
-    def __init__(self, net: nn.Module, device: torch.device, bf16: bool) -> None:
-        super().__init__()
-        self.net, self.kind, self.bf16, self.calls = net, device.type, bf16, (net,)
-
-    def forward(self, *args: Any) -> Any:
-        with torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16):
-            return self.calls[0](*args)
-
-
-class Sharded:
-    """A frozen network sharded over ranks: nothing but its forward, which is where it gathers."""
-
-    def __init__(self, engine: Any, outer: _Autocast) -> None:
-        self.engine, self.outer = engine, outer
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.engine(*arguments)
-
-    def in_bf16(self, *arguments: Any) -> Any:
-        """The same forward under autocast, which DeepSpeed would switch off if it were entered outside."""
-        self.outer.bf16 = True
-        try:
-            return self.engine(*arguments)
-        finally:
-            self.outer.bf16 = False
-
-
-def _no_scalars(net: nn.Module, recurse: bool = True) -> None:
-    """Parameters without a dimension, EDM2's gains, get one: DeepSpeed broadcasts bytes, which a scalar has no view of."""
-    for p in net.parameters(recurse):
-        if p.ndim == 0:
-            p.data = p.data.view(1)
-
-
-def _largest(net: nn.Module) -> int:
-    """Numbers of the largest parameter."""
-    return max(p.numel() for p in net.parameters())
-
-
-def _zero(level: int, cut: Buckets) -> dict[str, Any]:
-    """DeepSpeed's section on a stage: what it moves and holds at once, from the size of the network."""
-    section: dict[str, Any] = {"stage": level}
-    if level:
-        section |= {"reduce_bucket_size": cut.bucket, "allgather_bucket_size": cut.bucket}
-    if level == 3:
-        section |= {
-            "stage3_prefetch_bucket_size": cut.bucket,
-            "stage3_max_live_parameters": cut.live,
-            "stage3_max_reuse_distance": cut.live,
-            "stage3_param_persistence_threshold": cut.whole,
-            "sub_group_size": cut.group,
-        }
-    return section
 
 
 class _Cut:

@@ -1,0 +1,71 @@
+"""What the zero engine puts around a network before DeepSpeed sees it, and what DeepSpeed is told of its size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cmt_fast.engine.sharding import Buckets
+
+
+class Autocast(nn.Module):
+    """The module under the local engine's autocast; DeepSpeed would switch off one that is entered outside.
+
+    `calls` holds what is run, the module or its compiled form: DeepSpeed's hooks hang on this module and stay outside.
+    """
+
+    def __init__(self, net: nn.Module, device: torch.device, bf16: bool) -> None:
+        super().__init__()
+        self.net, self.kind, self.bf16, self.calls = net, device.type, bf16, (net,)
+
+    def forward(self, *args: Any) -> Any:
+        with torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16):
+            return self.calls[0](*args)
+
+
+class Sharded:
+    """A frozen network sharded over ranks: nothing but its forward, which is where it gathers."""
+
+    def __init__(self, engine: Any, outer: Autocast) -> None:
+        self.engine, self.outer = engine, outer
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.engine(*arguments)
+
+    def in_bf16(self, *arguments: Any) -> Any:
+        """The same forward under autocast, which DeepSpeed would switch off if it were entered outside."""
+        self.outer.bf16 = True
+        try:
+            return self.engine(*arguments)
+        finally:
+            self.outer.bf16 = False
+
+
+def no_scalars(net: nn.Module, recurse: bool = True) -> None:
+    """Parameters without a dimension, EDM2's gains, get one: DeepSpeed broadcasts bytes, which a scalar has no view of."""
+    for p in net.parameters(recurse):
+        if p.ndim == 0:
+            p.data = p.data.view(1)
+
+
+def largest(net: nn.Module) -> int:
+    """Numbers of the largest parameter."""
+    return max(p.numel() for p in net.parameters())
+
+
+def section_of(level: int, cut: Buckets) -> dict[str, Any]:
+    """DeepSpeed's section on a stage: what it moves and holds at once, from the size of the network."""
+    section: dict[str, Any] = {"stage": level}
+    if level:
+        section |= {"reduce_bucket_size": cut.bucket, "allgather_bucket_size": cut.bucket}
+    if level == 3:
+        section |= {
+            "stage3_prefetch_bucket_size": cut.bucket,
+            "stage3_max_live_parameters": cut.live,
+            "stage3_max_reuse_distance": cut.live,
+            "stage3_param_persistence_threshold": cut.whole,
+            "sub_group_size": cut.group,
+        }
+    return section
