@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
+import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -30,7 +32,7 @@ from cmt_fast.engine.buffers import Unread
 from cmt_fast.engine.compile import compile_network
 from cmt_fast.engine.sharding import ShardingPlan, buckets
 from cmt_fast.engine.snapshot import Place, Snapshot
-from cmt_fast.engine.zero_library import Autocast, Cut, Sharded, deepspeed_for, largest, no_scalars, section
+from cmt_fast.engine.wrapping import Autocast, Sharded, largest, no_scalars, section_of
 from cmt_fast.runtime import distributed
 from cmt_fast.storage.checkpoint import Tensors
 
@@ -63,7 +65,7 @@ class ZeroEngine:
         buffers.narrow_stream(net, stage.precision)
         self.frame = buffers.frame(net)
         self.constants = buffers.constants(net)
-        deepspeed = deepspeed_for(device)
+        deepspeed = _deepspeed(device)
         no_scalars(net)
         if self.level == 0:
             self.whole = torch.zeros(buffers.count(net), device=device) if bare else buffers.flat(net)
@@ -90,7 +92,7 @@ class ZeroEngine:
 
         At stage 3 each is cut into the ranks' parts before the next one is there.
         """
-        place = Cut(self._config(), self.device) if self.level == 3 else None
+        place = _Cut(self._config(), self.device) if self.level == 3 else None
         framed, waiting = buffers.constants(self.frame), dict(self.net.named_parameters())
 
         def put(name: str, value: Tensor) -> None:
@@ -118,7 +120,7 @@ class ZeroEngine:
             "gradient_accumulation_steps": self.grad_accum_steps,
             "gradient_clipping": self.stage.grad_clip_norm if self.level else 0.0,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": section(self.level, self.buckets),
+            "zero_optimization": section_of(self.level, self.buckets),
         }
 
     def _partitions(self) -> list[Tensor]:
@@ -185,10 +187,10 @@ class ZeroEngine:
             return buffers.read(net, self.device) if isinstance(net, Unread) else net
         own = net.net if isinstance(net, Unread) else net
         cut = buckets(buffers.count(own), largest(own))
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section(3, cut)}
-        deepspeed = deepspeed_for(self.device)
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section_of(3, cut)}
+        deepspeed = _deepspeed(self.device)
         if isinstance(net, Unread):
-            place = Cut(config, self.device)
+            place = _Cut(config, self.device)
             for module in buffers.pour(net, self.device):
                 no_scalars(module, recurse=False)
                 for p in module.parameters(recurse=False):
@@ -348,3 +350,30 @@ class AdamWEma(torch.optim.Optimizer):
         lr, eps, decay = optimizer.settings(s, n, self.lr)
         tracks, decays = [own[f"ema-{i}"] for i in range(len(s.ema))], [ema.beta(profile, n) for profile in s.ema]
         return adamw_ema(p.data, g, own["m"], own["v"], tracks, decays, n, lr, s.betas, eps, decay, clip)
+
+
+class _Cut:
+    """Cuts single parameters as stage 3 holds them: this rank's part stays, the rest is freed."""
+
+    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
+        zero = _deepspeed(device).zero
+        # of an empty module: a context would cut after every constructor, before a parent has drawn anew
+        self.init = zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=torch.float32)
+
+    def __call__(self, p: nn.Parameter) -> None:
+        self.init._convert_to_zero_parameters([p])
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """The one door to DeepSpeed: imported for this device, quiet, in a process group that exists."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # of a process that no launcher started
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # its all-reduce for inference, which ZeRO does not call: it would be compiled here, 45 s at the first start
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    distributed.alone(device)
+    return deepspeed

@@ -123,14 +123,10 @@ class Workspace:
     def engine_of(
         self, stage: ResolvedStage, grad_accum_steps: int, choice: engine.ShardingPlan, found: bool = False
     ) -> engine.Engine:
-        """The engine of a stage of this run, with the weights of `build` where the stage starts from no other.
-
-        found: a checkpoint will be loaded. Nothing is drawn where other weights follow, and at no time has a rank a whole
-        network beside what its engine holds.
-        """
-        net = deferred_network(self.run, self.data.shape, self.data.classes, self.run.seed)
-        numbers = () if found or stage.config.start else net.numbers()
-        return engine.build(self.run, net.net, stage.config, self.device, grad_accum_steps, choice, numbers)
+        """The engine of a stage of this run, with the weights of `build` where none follow: of a parent, or `found`."""
+        run, late = self.run, deferred_network(self.run, self.data.shape, self.data.classes, self.run.seed)
+        numbers = () if found or stage.config.start else late.numbers()
+        return engine.build(run, late.net, stage.config, self.device, grad_accum_steps, choice, numbers)
 
     @property
     def drawn(self) -> int | Some:
@@ -242,30 +238,27 @@ class Workspace:
         return resolve(self.run, name, self.folder)
 
     def sharding_plan(self, stage: ResolvedStage, teacher_parameters: int | None = None) -> engine.ShardingPlan:
-        """The engine's ZeRO stage for one stage of this run, and the arithmetic behind it.
-
-        teacher_parameters: in the place of those that the stage names. Raises ConfigError where the engine cannot be had or
-        cannot do what the stage asks for.
-        """
+        """The engine's ZeRO stage for one stage of this run (teacher_parameters: in the place of its own), with the arithmetic.
+        Raises ConfigError where the engine cannot be had as asked."""
         run, config = self.run, stage.config
         held = {name for key, name in stage.called.items() if key != "start"}  # teacher and guide, of any size
-        teacher = sum(self._parameters(stored_run(self.other(n))) if "/" in n else self.parameters for n in held)
-        teacher = teacher if teacher_parameters is None else teacher_parameters
+        sizes = [self._parameters(stored_run(self.other(n))) if "/" in n else self.parameters for n in held]
+        teacher = sum(sizes) if teacher_parameters is None else teacher_parameters
         size = self.size._replace(teacher_parameters=teacher, tracks=len(config.ema), bf16=config.products == "bf16")
-        memory, processes = sharding.memory_bytes(self.device), distributed.size()
-        choice = engine.choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, memory)
+        given = size, distributed.size(), sharding.memory_bytes(self.device)
+        choice = engine.choose(run.engine, run.zero_stage, run.zero_teacher, *given)
         engine.check(run, stage.name, config, choice, self.device)
         return choice
 
     @functools.cached_property
     def size(self) -> sharding.StageSize:
-        """Of the network alone, as the sizing counts it."""
+        """Of the network alone, for the sizing."""
         return sharding.measure(networks.shapes_of(self.run, self.data.shape, self.data.classes))
 
     @functools.cached_property
     def parameters(self) -> int:
         """Parameters of the network."""
-        return self._parameters(self.run)
+        return self.size.parameters
 
     def _parameters(self, run: Run) -> int:
         return parameters(run, self.data.shape, self.data.classes)

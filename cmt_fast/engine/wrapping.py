@@ -1,16 +1,13 @@
-"""DeepSpeed itself: imported at one door, told what to move at once, and what of it hangs on a network."""
+"""What the zero engine puts around a network before DeepSpeed sees it, and what DeepSpeed is told of its size."""
 
 from __future__ import annotations
 
-import logging
-import os
 from typing import Any
 
 import torch
 from torch import nn
 
 from cmt_fast.engine.sharding import Buckets
-from cmt_fast.runtime import distributed
 
 
 class Autocast(nn.Module):
@@ -58,44 +55,17 @@ def largest(net: nn.Module) -> int:
     return max(p.numel() for p in net.parameters())
 
 
-def section(level: int, cut: Buckets) -> dict[str, Any]:
+def section_of(level: int, cut: Buckets) -> dict[str, Any]:
     """DeepSpeed's section on a stage: what it moves and holds at once, from the size of the network."""
-    out: dict[str, Any] = {"stage": level}
+    section: dict[str, Any] = {"stage": level}
     if level:
-        out |= {"reduce_bucket_size": cut.bucket, "allgather_bucket_size": cut.bucket}
+        section |= {"reduce_bucket_size": cut.bucket, "allgather_bucket_size": cut.bucket}
     if level == 3:
-        out |= {
+        section |= {
             "stage3_prefetch_bucket_size": cut.bucket,
             "stage3_max_live_parameters": cut.live,
             "stage3_max_reuse_distance": cut.live,
             "stage3_param_persistence_threshold": cut.whole,
             "sub_group_size": cut.group,
         }
-    return out
-
-
-class Cut:
-    """Cuts single parameters as stage 3 holds them: this rank's part stays, the rest is freed."""
-
-    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
-        zero = deepspeed_for(device).zero
-        # of an empty module: a context would cut after every constructor, before a parent has drawn anew
-        self.init = zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=torch.float32)
-
-    def __call__(self, p: nn.Parameter) -> None:
-        self.init._convert_to_zero_parameters([p])
-
-
-def deepspeed_for(device: torch.device) -> Any:
-    """The one door to DeepSpeed: imported for this device, quiet, in a process group that exists."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # of a process that no launcher started
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if device.type == "cpu":
-        # its all-reduce for inference, which ZeRO does not call: it would be compiled here, 45 s at the first start
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    distributed.alone(device)
-    return deepspeed
+    return section
