@@ -28,7 +28,7 @@ from cmt_kernels import OPS, through
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.harness.results_file import ROOT, about, write_json
-from bench.training import runs
+from bench.training import runs, unets
 from bench.training.launch_trace import Launch, Sizes, Trace
 from cmt_fast import models
 from cmt_fast.config.schema import Stage
@@ -118,27 +118,58 @@ class Step:
         t = torch.rand(m.batch)
         return Points(x, t, other, t / 2, labels, drop, sample)
 
+    def context(self, trace: Trace) -> LossContext:
+        """What the loss reads beside its rows."""
+        return LossContext(self.path, self.random)
+
     def __call__(self, trace: Trace) -> None:
         def net(*arguments: Any) -> Any:
-            trace.part = "forward"
+            trace.part = "forward" if torch.is_grad_enabled() else "target"
             y = self.engine(*arguments)
             trace.part = "loss"
             return y
 
         trace.part = "loss"
         objective = OBJECTIVES[self.stage.objective.kind].function
-        context = LossContext(self.path, self.random)
-        loss = objective(net, self.drawn, self.stage.objective, context)[0].mean()
+        loss = objective(net, self.drawn, self.stage.objective, self.context(trace))[0].mean()
         trace.part = "backward"
         self.engine.backward(loss)
         trace.part = "optimizer"
         self.engine.step(1e-5)
 
 
-def count(objective: str, m: runs.Model, precision: str) -> Trace:
+class UnetStep(Step):
+    """The same of an EDM2 in the ImageNet-512 recipe (unets.py)."""
+
+    def __init__(self, objective: str, m: unets.Unet, precision: str | None) -> None:
+        run = unets.run_of(m)
+        self.stage, self.m = unets.stage_of(run, objective, m, precision), m
+        net = unets.network(run, m)
+        net.to = lambda device: net
+        self.engine = LocalEngine(net, self.stage, torch.device("cpu"), lends=True)
+        self.sizes = Sizes.of(net, m.batch, 0, None)
+        self.drawn = unets.rows(m, objective)
+        self.teacher = unets.teacher(run, m) if OBJECTIVES[self.stage.objective.kind].teacher else None
+        self.world = unets.context(run, m, objective, None)
+
+    def context(self, trace: Trace) -> LossContext:
+        if self.teacher is None:
+            return self.world
+
+        def taught(*arguments: Any) -> Any:
+            trace.part = "teacher"
+            with torch.no_grad():
+                y = self.teacher(*arguments)
+            trace.part = "loss"
+            return y
+
+        return self.world._replace(teacher=taught)
+
+
+def count(objective: str, m: runs.Model | unets.Unet, precision: str | None) -> Trace:
     """The launches of one step."""
     with FakeTensorMode():
-        step = Step(objective, m, precision)
+        step = UnetStep(objective, m, precision) if isinstance(m, unets.Unet) else Step(objective, m, precision)
         trace = Trace(step.sizes)
         with as_on_a_gpu(trace), trace:
             step(trace)

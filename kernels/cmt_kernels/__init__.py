@@ -22,6 +22,9 @@ from cmt_kernels.linear import linear
 from cmt_kernels.meanflow_loss import meanflow_loss
 from cmt_kernels.modulated_norm import modulated_norm
 from cmt_kernels.modulated_rms_norm import modulated_rms_norm
+from cmt_kernels.mp_cat import mp_cat
+from cmt_kernels.mp_silu import mp_silu
+from cmt_kernels.mp_sum import mp_sum
 from cmt_kernels.path_point import path_point
 from cmt_kernels.pixel_norm import pixel_norm
 from cmt_kernels.qk_norm import qk_norm
@@ -51,6 +54,9 @@ __all__ = [
     "meanflow_loss",
     "modulated_norm",
     "modulated_rms_norm",
+    "mp_cat",
+    "mp_silu",
+    "mp_sum",
     "path_point",
     "pixel_norm",
     "proofs",
