@@ -325,6 +325,7 @@ TABLES = {
     "inputs": inputs.table,
     "keys": keys.table,
     "launches": lambda _: launches.table(RESULTS),
+    "launches-edm2": lambda _: launches.unets(RESULTS),
     "promises": promises.table,
     "published": recipe_tables.published,
     "sources": published.table,

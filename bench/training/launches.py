@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from cmt_kernels import OPS, through
+from cmt_kernels.cases import implementation
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.harness.results_file import ROOT, about, write_json
@@ -57,14 +58,18 @@ KEYS = ("part", "kind", "op", "what", "dtypes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--objective", action="append", choices=CHOICES, help="default: all of them")
     parser.add_argument(
-        "--model", default="XL256", help=f"{', '.join(runs.SMALL)} or a size and its tokens: {runs.SIZE_NAMES}"
+        "--objective", action="append", choices=(*CHOICES, *unets.STAGES), help="default: all that the model has"
+    )
+    parser.add_argument(
+        "--model",
+        default="XL256",
+        help=f"{', '.join(runs.SMALL)} or a size and its tokens: {runs.SIZE_NAMES}; or an EDM2 of the ImageNet-512 recipe: EDM2-S",
     )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: bf16")
     parser.add_argument("--card", choices=[n for n in hardware.NAMES if n != "cpu"], default="h100")
-    parser.add_argument("--json", type=Path, default=TARGET)
+    parser.add_argument("--json", type=Path, help="default launches.json or, of an EDM2, launches-edm2.json")
     parser.add_argument("--against", type=Path, help="another of these files: print before and after")
 
 
@@ -77,11 +82,12 @@ def on_a_gpu(op: str) -> Callable:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(trace: Trace) -> Iterator[None]:
-    """Ops called on CPU tensors inside run the backends of a GPU, and tell the trace of their call."""
+def as_on_a_gpu(trace: Trace, plain: tuple[str, ...] = ()) -> Iterator[None]:
+    """Ops called on CPU tensors inside run the backends of a GPU, those of `plain` torch's own ops, and tell the trace of
+    their call."""
 
     def wrap(op: str, _: Callable) -> Callable:
-        backend = on_a_gpu(op)
+        backend = implementation(op, "reference") if op in plain else on_a_gpu(op)
 
         def told(*arguments: Any, **named: Any) -> Any:
             trace.case(op, arguments, named)
@@ -138,55 +144,27 @@ class Step:
         self.engine.step(1e-5)
 
 
-class UnetStep(Step):
-    """The same of an EDM2 in the ImageNet-512 recipe (unets.py)."""
-
-    def __init__(self, objective: str, m: unets.Unet, precision: str | None) -> None:
-        run = unets.run_of(m)
-        self.stage, self.m = unets.stage_of(run, objective, m, precision), m
-        net = unets.network(run, m)
-        net.to = lambda device: net
-        self.engine = LocalEngine(net, self.stage, torch.device("cpu"), lends=True)
-        self.sizes = Sizes.of(net, m.batch, 0, None)
-        self.drawn = unets.rows(m, objective)
-        self.teacher = unets.teacher(run, m) if OBJECTIVES[self.stage.objective.kind].teacher else None
-        self.world = unets.context(run, m, objective, None)
-
-    def context(self, trace: Trace) -> LossContext:
-        if self.teacher is None:
-            return self.world
-
-        def taught(*arguments: Any) -> Any:
-            trace.part = "teacher"
-            with torch.no_grad():
-                y = self.teacher(*arguments)
-            trace.part = "loss"
-            return y
-
-        return self.world._replace(teacher=taught)
-
-
-def count(objective: str, m: runs.Model | unets.Unet, precision: str | None) -> Trace:
+def count(objective: str, m: runs.Model, precision: str) -> Trace:
     """The launches of one step."""
     with FakeTensorMode():
-        step = UnetStep(objective, m, precision) if isinstance(m, unets.Unet) else Step(objective, m, precision)
+        step = Step(objective, m, precision)
         trace = Trace(step.sizes)
         with as_on_a_gpu(trace), trace:
             step(trace)
     return trace
 
 
-def predicted_ms(launch: Launch, card: Card) -> float:
-    """At least so long on the card: PREDICTED of bytes and FLOPs alone."""
-    rate = card.matmul["bf16" if "bfloat16" in launch.dtypes else "fp32"]
+def predicted_ms(launch: Launch, card: Card, wide: str = "fp32") -> float:
+    """At least so long on the card: PREDICTED of bytes and FLOPs alone. wide: what products of float32 are computed in."""
+    rate = card.matmul["bf16" if "bfloat16" in launch.dtypes else wide]
     return 1e3 * max(launch.nbytes / card.copy, launch.flops / rate)
 
 
-def rows_of(launches: list[Launch], card: Card) -> list[dict[str, Any]]:
+def rows_of(launches: list[Launch], card: Card, wide: str = "fp32") -> list[dict[str, Any]]:
     """Launches of one kind, op, tensor and dtype of one part added up."""
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
     for launch in launches:
-        each = (launch.kernels, launch.nbytes, launch.flops, predicted_ms(launch, card))
+        each = (launch.kernels, launch.nbytes, launch.flops, predicted_ms(launch, card, wide))
         total = sums[tuple(getattr(launch, key) for key in KEYS)]
         total[:] = [a + b for a, b in zip(total, each)]
     names = ("launches", "bytes", "flops", "predicted_ms")
@@ -272,6 +250,11 @@ def same(other: dict[str, Any], step: dict[str, Any]) -> bool:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables, write the JSON."""
+    if arguments.model.startswith(unets.PREFIX):
+        from bench.training import unet_launches
+
+        return unet_launches.run(arguments)
+    arguments.json = arguments.json or TARGET
     try:
         m = runs.model(arguments.model, arguments.batch)
     except ValueError as error:

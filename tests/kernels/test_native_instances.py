@@ -54,6 +54,12 @@ def instances() -> list[tuple[str, Any]]:
     found += [("gelu", gelu.Case(2, tokens(D), D, bias, 1)) for D in (13, 264) for bias in (False, True)]
     # sums of more partials, or images, than a column has threads
     found += [("gelu", gelu.Case(4, 300, 13, True, 1)), ("gated_residual", gate.Case(20, 3, 40, True, 1))]
+    cat, silu, total, pixel = (cases_of(op) for op in ("mp_cat", "mp_silu", "mp_sum", "pixel_norm"))
+    found += [("mp_cat", cat.Case(3, 17, D, E, k)) for D, E in ((13, 300), (264, 8)) for k in (None, 1)]
+    found += [("mp_silu", silu.Case(2, tokens(D), D, scaled, 1)) for D in (13, 264) for scaled in (False, True)]
+    found += [("mp_silu", silu.Case(2, 1200, 13, True, 1))]  # more partial sums than a column has threads
+    found += [("mp_sum", total.Case(3, shape, 0.3, limit, 1)) for shape in ((7, 151), (8, 128)) for limit in (None, 1.5)]
+    found += [("pixel_norm", pixel.Case(5, (D, tokens(D)), 1, k)) for D in (13, 64, 72, 264, 1000) for k in (None, 2)]
     found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, True, k)) for d in HEADS for k in (None, 1)]
     found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, False, 1)) for d in ODD_HEADS]
     return found
