@@ -153,6 +153,23 @@ struct PixelNormBackward {
   bool bf16;
 };
 
+struct UnitWeight {  // rows of D parts of S numbers; y: the same, or with `last` S parts of D, float or bf16
+  const float* weight;
+  void* y;
+  float* stats;  // (E, 2): row_math.h, Length
+  int64_t E, D, S;
+  float gain, eps;
+  bool last, bf16;
+};
+struct UnitWeightBackward {
+  const void* grad;  // as y
+  const float *weight, *stats;
+  float* dweight;
+  int64_t E, D, S;
+  float gain;
+  bool last, bf16;
+};
+
 struct RandomBits {
   const int64_t* sample;
   int64_t* out;  // (rows, blocks, 4)
@@ -178,6 +195,8 @@ struct Backend {
   void (*mp_cat_backward)(const MpCatBackward&, const Context&);
   void (*pixel_norm)(const PixelNorm&, const Context&);
   void (*pixel_norm_backward)(const PixelNormBackward&, const Context&);
+  void (*unit_weight)(const UnitWeight&, const Context&);
+  void (*unit_weight_backward)(const UnitWeightBackward&, const Context&);
   void (*random_bits)(const RandomBits&, const Context&);
 };
 
@@ -199,6 +218,8 @@ struct Backend {
   void mp_cat_backward(const MpCatBackward&, const Context&);                   \
   void pixel_norm(const PixelNorm&, const Context&);                            \
   void pixel_norm_backward(const PixelNormBackward&, const Context&);           \
+  void unit_weight(const UnitWeight&, const Context&);                          \
+  void unit_weight_backward(const UnitWeightBackward&, const Context&);         \
   void random_bits(const RandomBits&, const Context&);                          \
   constexpr Backend backend{#ns,                                                \
                             gelu,           gelu_backward,                      \
@@ -209,6 +230,7 @@ struct Backend {
                             mp_sum,         mp_sum_backward,                    \
                             mp_cat,         mp_cat_backward,                    \
                             pixel_norm,     pixel_norm_backward,                \
+                            unit_weight,    unit_weight_backward,               \
                             random_bits};                                       \
   }
 

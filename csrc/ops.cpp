@@ -39,6 +39,8 @@ STABLE_TORCH_LIBRARY(cmt, m) {
   m.def("mp_cat_backward(Tensor grad, int first, float weight_a, float weight_b) -> (Tensor da, Tensor db)");
   m.def("pixel_norm(Tensor x, Tensor? x_dot, float eps) -> (Tensor y, Tensor y_dot, Tensor stats)");
   m.def("pixel_norm_backward(Tensor grad, Tensor y, Tensor stats) -> Tensor dx");
+  m.def("unit_weight(Tensor weight, float gain, float eps, bool low, bool last) -> (Tensor y, Tensor stats)");
+  m.def("unit_weight_backward(Tensor grad, Tensor weight, Tensor stats, float gain, bool last) -> Tensor dweight");
   m.def("random_bits(Tensor sample, int blocks, int seed, int stage, int step, int stream) -> Tensor");
 }
 
@@ -386,6 +388,45 @@ Tensor pixel_norm_backward_op(const Tensor& grad_in, const Tensor& y_in, const T
   return dx;
 }
 
+constexpr int64_t kMostCells = 1024;  // numbers of a kernel, n x n
+
+Two unit_weight_op(const Tensor& weight_in, double gain, double eps, bool low, bool last) {
+  const char* op = "unit_weight";
+  STD_TORCH_CHECK(weight_in.dim() == 3, op, ": weight must be (E, D, cells)");
+  STD_TORCH_CHECK(!is_bf16(weight_in, op), op, ": weight must be float32");
+  int64_t E = weight_in.size(0), D = weight_in.size(1), S = weight_in.size(2);
+  STD_TORCH_CHECK(S <= kMostCells, op, ": a kernel of more than ", kMostCells, " numbers");
+  Tensor weight = dense(weight_in), stats = empty_floats(weight, {E, 2});
+  Shape shape = last ? Shape{E, S, D} : Shape{E, D, S};
+  Tensor y = low ? allocated(shape, [&] { return torch::stable::new_empty(weight, shape, ScalarType::BFloat16); })
+                 : empty(weight, shape);
+  if (weight.numel()) {
+    Place place(weight);
+    place.backend->unit_weight({static_cast<const float*>(weight.const_data_ptr()), y.mutable_data_ptr(), floats(stats),
+                                E, D, S, float(gain), float(eps), last, low},
+                               place.context);
+  }
+  return {y, stats};
+}
+
+Tensor unit_weight_backward_op(const Tensor& grad_in, const Tensor& weight_in, const Tensor& stats_in, double gain,
+                               bool last) {
+  const char* op = "unit_weight_backward";
+  bool half = is_bf16(grad_in, op);
+  STD_TORCH_CHECK(weight_in.dim() == 3 && !is_bf16(weight_in, op), op, ": weight must be (E, D, cells) in float32");
+  int64_t E = weight_in.size(0), D = weight_in.size(1), S = weight_in.size(2);
+  check_shape(grad_in, last ? Shape{E, S, D} : Shape{E, D, S}, op, "grad");
+  Tensor weight = dense(weight_in), grad = dense(grad_in), dweight = empty(weight, {E, D, S});
+  Maybe stats = parameter(stats_in, weight, {E, 2}, op, "stats");
+  if (weight.numel()) {
+    Place place(weight);
+    place.backend->unit_weight_backward({grad.const_data_ptr(), static_cast<const float*>(weight.const_data_ptr()),
+                                         floats(stats), floats(dweight), E, D, S, float(gain), last, half},
+                                        place.context);
+  }
+  return dweight;
+}
+
 Tensor random_bits_op(const Tensor& sample_in, int64_t blocks, int64_t seed, int64_t stage, int64_t step,
                       int64_t stream) {
   const char* op = "random_bits";
@@ -419,6 +460,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("mp_cat_backward", TORCH_BOX(&mp_cat_backward_op));
   m.impl("pixel_norm", TORCH_BOX(&pixel_norm_op));
   m.impl("pixel_norm_backward", TORCH_BOX(&pixel_norm_backward_op));
+  m.impl("unit_weight", TORCH_BOX(&unit_weight_op));
+  m.impl("unit_weight_backward", TORCH_BOX(&unit_weight_backward_op));
   m.impl("random_bits", TORCH_BOX(&random_bits_op));
 }
 

@@ -28,8 +28,9 @@ from cmt_kernels import (
     mp_silu,
     mp_sum,
     pixel_norm,
+    transforms,
+    unit_weight,
 )
-from cmt_kernels import transforms
 from cmt_kernels.dual import add, concatenate, linear_map, value
 from torch import Tensor, nn
 
@@ -43,19 +44,9 @@ LIMIT = 256.0  # activations are clipped to it
 EPS = 1e-4
 
 
-def unit(w: Tensor) -> Tensor:
-    """Each row w[i] over (eps + its root mean square): mean square 1. w: (E, ...), float32."""
-    mean = torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True) / math.sqrt(w[0].numel())
-    return w / (mean + EPS)
-
-
-def channels_last(x: Tensor, as_autocast: bool = False) -> Tensor:
-    """The same numbers (B, C, H, W), channels-last in memory; as_autocast: in the dtype that a product would cast them to."""
-    if transforms.active():  # vmap knows no layouts
-        return x
-    device = x.device.type
-    low = as_autocast and device != "meta" and x.dtype == torch.float32 and torch.is_autocast_enabled(device)
-    return x.to(torch.get_autocast_dtype(device) if low else x.dtype, memory_format=torch.channels_last)
+def channels_last(x: Tensor) -> Tensor:
+    """The same numbers (B, C, H, W), channels-last in memory."""
+    return x if transforms.active() else x.contiguous(memory_format=torch.channels_last)  # vmap knows no layouts
 
 
 class MPLayer(nn.Module):
@@ -64,13 +55,13 @@ class MPLayer(nn.Module):
     def __init__(self, d_in: int, d_out: int, kernel: int = 0) -> None:
         super().__init__()
         shape = (d_out, d_in, kernel, kernel) if kernel else (d_out, d_in)
-        self.weight = nn.Parameter(unit(torch.randn(shape)))
+        self.weight = nn.Parameter(unit_weight(torch.randn(shape), eps=EPS))
         self.folded = False
 
     @torch.no_grad()
     def constrain(self) -> None:
         """Put the stored weight back to unit magnitude, in place; what an engine does after an optimizer step."""
-        self.weight.copy_(unit(self.weight))
+        self.weight.copy_(unit_weight(self.weight, eps=EPS))
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -80,12 +71,17 @@ class MPLayer(nn.Module):
             self.folded = True
 
     def scaled(self) -> Tensor:
-        """What multiplies x: rows of length 1."""
-        return self.weight if self.folded else unit(self.weight) * (1 / math.sqrt(self.weight[0].numel()))
+        """What multiplies x: rows of length 1, of a convolution channels-last and in the dtype that autocast would cast to."""
+        w = self.weight
+        if self.folded:
+            return w
+        low = w.ndim == 4 and not w.is_meta and w.dtype == torch.float32 and torch.is_autocast_enabled(w.device.type)
+        dtype = torch.get_autocast_dtype(w.device.type) if low else None
+        return unit_weight(w, 1 / math.sqrt(w[0].numel()), w.ndim == 4, dtype, EPS)
 
     def forward(self, x: Tensor | Dual) -> Tensor | Dual:
         w = self.scaled()
-        return linear(x, w) if w.ndim == 2 else conv2d(x, channels_last(w, as_autocast=True))
+        return linear(x, w) if w.ndim == 2 else conv2d(x, w)
 
 
 class MPLabel(MPLayer):

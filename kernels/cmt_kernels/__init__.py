@@ -32,6 +32,7 @@ from cmt_kernels.random_bits import random_bits
 from cmt_kernels.silu import silu
 from cmt_kernels.solver_step import solver_step
 from cmt_kernels.time_embedding import time_embedding
+from cmt_kernels.unit_weight import unit_weight
 from cmt_kernels.weight_gradient import weight_gradient
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ __all__ = [
     "table",
     "through",
     "time_embedding",
+    "unit_weight",
     "use",
     "weight_gradient",
     "without_native",

@@ -96,6 +96,7 @@ PLANS = {
     "silu": Plan({"B": 4, "D": 24, "k": 4}, ("x",)),
     "solver_step": Plan({"B": 4, "shape": (3, 8), "order": 2}, (), ("x", "f", "m1", "coefficients")),
     "weight_gradient": Plan({"B": 4, "T": 3, "D": 24, "E": 16}, ("g",), ("dy", "x")),
+    "unit_weight": Plan({"E": 4, "D": 5, "n": 3, "last": True}, ("weight",)),
     "time_embedding": Plan({"B": 4, "dim": 8, "k": 4}, ("t",)),
 }  # fmt: skip
 

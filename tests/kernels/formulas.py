@@ -144,6 +144,11 @@ def mp_cat(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([x[:, i : i + 1] for x in parts for i in range(x.shape[1])], dim=1)
 
 
+def unit_weight(weight: Tensor, gain: float, channels_last: bool, eps: float = 1e-4) -> Tensor:
+    rows = [row / (eps + torch.sqrt((row * row).sum() / row.numel())) for row in weight]
+    return gain * torch.stack(rows)
+
+
 def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
     """Philox4x32-10 as the paper writes it, in Python integers."""
     c0, c1, c2, c3 = counter

@@ -65,7 +65,8 @@ def test_cuda_sources_emulated() -> None:
     assert "0 differences in finiteness, 0 errors" in said and all(f"{op} native" in said for op in NATIVE), said
 
 
-NATIVE = ("gated_residual", "gelu", "modulated_norm", "mp_cat", "mp_silu", "mp_sum", "pixel_norm", "qk_norm")
+NATIVE = ("gated_residual", "gelu", "modulated_norm", "mp_cat", "mp_silu", "mp_sum", "pixel_norm", "qk_norm",
+          "unit_weight")  # fmt: skip
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
