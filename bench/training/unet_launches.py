@@ -1,4 +1,4 @@
-"""The launches of an EDM2's training step in the ImageNet-512 recipe: what `python -m bench launches --model EDM2-S` counts.
+"""The launches of an EDM2's training step in the ImageNet-512 recipe: what `python -m bench launches --model EDM2-S,EDM2-XXL` counts.
 
 Each step is counted twice: with the ops of PLAIN as torch's own, one kernel an operation, which is what ran before these ops had
 kernels, and with the kernels. Its parts are the student's forward with a gradient, its forward without one (ECD's target), the
@@ -9,6 +9,7 @@ precision. `ratio`: the whole step over its products alone, matrix products, con
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from cmt_fast.engine import LocalEngine
 from cmt_fast.objectives import OBJECTIVES, LossContext
 
 TARGET = MEASURED / "predicted" / "launches-edm2.json"
-PLAIN = ("mp_cat", "mp_silu", "mp_sum", "pixel_norm")
+PLAIN = ("mp_cat", "mp_silu", "mp_sum", "pixel_norm", "unit_weight")
 PRODUCTS = ("matmul", "convolution", "attention", "attention_backward")
 PARTS = ("forward", "target", "teacher", "loss", "backward", "optimizer")
 
@@ -101,17 +102,16 @@ def show(step: dict[str, Any], most: int = 25) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print both counts of each step, write the JSON."""
     try:
-        m = unets.unet(arguments.model, arguments.batch)
+        models = [unets.unet(name, arguments.batch) for name in arguments.model.split(",")]
     except ValueError as error:
         raise SystemExit(f"launches: {error}") from None
     asked = arguments.objective or list(unets.STAGES)
     if wrong := [name for name in asked if name not in unets.STAGES]:
         raise SystemExit(f"launches: --objective: {wrong[0]} is no stage of an EDM2; valid are {', '.join(unets.STAGES)}")
     card, steps = hardware.card(arguments.card, MEASURED), []
-    for objective in asked:
-        for plain in (PLAIN, ()):
-            steps.append(result(objective, m, card, plain))
-            show(steps[-1])
+    for m, objective, plain in itertools.product(models, asked, (PLAIN, ())):
+        steps.append(result(objective, m, card, plain))
+        show(steps[-1])
     said = about("cpu")
     ceilings = {"gb_s": card.copy * 1e-9, **{f"{p}_gflop_s": rate * 1e-9 for p, rate in card.matmul.items()}}
     known = {"predicted": True, **{key: said[key] for key in ("torch", "commit", "date")}, "card": card.name}

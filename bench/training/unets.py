@@ -41,14 +41,18 @@ class Unet(NamedTuple):
 
 
 def unet(name: str, batch: int | None = None) -> Unet:
-    """EDM2-XS to EDM2-XXL, or `dry`, tiny. Raises ValueError for another name."""
+    """EDM2-XS to EDM2-XXL, or `dry`, tiny; the recipe's batch of 128, of what is larger than S the share of one card of eight.
+
+    Raises ValueError for another name.
+    """
     if name == "dry":
         tiny = Edm2(width=16, multipliers=(1, 2), blocks=1, attention=(4,), head=8, dropout=0.0)
         return Unet(name, tiny, batch or 4, side=8, features=4)
     if not name.startswith(PREFIX) or name.removeprefix(PREFIX) not in SIZES:
         valid = ", ".join(PREFIX + size for size in SIZES)
         raise ValueError(f"--model: {name!r} is not valid; valid are {valid}")
-    return Unet(name, Edm2(size=name.removeprefix(PREFIX), dropout=0.0), batch or 128)
+    size = name.removeprefix(PREFIX)
+    return Unet(name, Edm2(size=size, dropout=0.0), batch or (128 if size in ("XS", "S") else 16))
 
 
 def run_of(m: Unet) -> Run:

@@ -28,7 +28,7 @@ BACKENDS = [
     for name in backends_on(op, device)
 ]
 INTERPRETED = ("adamw_ema", "attention", "consistency_loss", "gated_residual", "gelu", "meanflow_loss", "modulated_norm",
-               "path_point", "qk_norm", "solver_step")  # fmt: skip
+               "mp_silu", "mp_sum", "path_point", "pixel_norm", "qk_norm", "solver_step")  # fmt: skip
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
 
