@@ -51,6 +51,7 @@ BENCHES = {
         "experiments.tune",
         "the solver that is chosen by measurement, and the mid-trainings that confirm or refute it",
     ),
+    "unet": ("training.unet", "training steps of an EDM2 in the ImageNet-512 recipe, by kernel on a GPU"),
     "zero": (
         "training.zero",
         "loss curves and checkpoints of every ZeRO stage beside the local engine's, on CPU processes",
