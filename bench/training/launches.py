@@ -64,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="XL256",
-        help=f"{', '.join(runs.SMALL)} or a size and its tokens: {runs.SIZE_NAMES}; or an EDM2 of the ImageNet-512 recipe: EDM2-S",
+        help=f"{', '.join(runs.SMALL)} or a size and its tokens: {runs.SIZE_NAMES}; or EDM2s of ImageNet-512: EDM2-S,EDM2-XXL",
     )
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, help="default 128, of an EDM2 larger than S 16")
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: bf16")
     parser.add_argument("--card", choices=[n for n in hardware.NAMES if n != "cpu"], default="h100")
     parser.add_argument("--json", type=Path, help="default launches.json or, of an EDM2, launches-edm2.json")
@@ -256,7 +256,7 @@ def run(arguments: argparse.Namespace) -> int:
         return unet_launches.run(arguments)
     arguments.json = arguments.json or TARGET
     try:
-        m = runs.model(arguments.model, arguments.batch)
+        m = runs.model(arguments.model, arguments.batch or 128)
     except ValueError as error:
         raise SystemExit(f"launches: {error}") from None
     card = hardware.card(arguments.card, MEASURED)

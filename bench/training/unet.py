@@ -75,7 +75,7 @@ def way(name: str) -> Any:
 
 
 def fitting(objective: str, m: unets.Unet, device: str) -> tuple[Step, unets.Unet]:
-    """A step that was taken once each way, at the batch or a half, quarter, ... of it. Raises what the allocator said of one row."""
+    """A step that was taken once each way, at the batch or a half, ... of it. Raises what the allocator said of one row."""
     while True:
         try:
             step = Step(objective, m, device)
@@ -120,8 +120,20 @@ def measure(objective: str, m: unets.Unet, arguments: argparse.Namespace, end: D
     out = []
     for name, times in ms.items():
         p20, p50, p80 = quantiles([t for t, _ in times])
-        base = {"objective": objective, "model": m.name, "batch": m.batch, "precision": step.stage.precision, "how": name}
-        row = base | {"turns": len(times), "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "images_per_s": 1e3 * m.batch / p50}
+        base = {
+            "objective": objective,
+            "model": m.name,
+            "batch": m.batch,
+            "precision": step.stage.precision,
+            "how": name,
+        }
+        row = base | {
+            "turns": len(times),
+            "p20_ms": p20,
+            "p50_ms": p50,
+            "p80_ms": p80,
+            "images_per_s": 1e3 * m.batch / p50,
+        }
         row |= {"host_ms": quantiles([h for _, h in times])[1] if gpu else None}
         row |= {"peak_gb": torch.cuda.max_memory_allocated() * 1e-9 if gpu else None}
         if arguments.profile if arguments.profile is not None else gpu or arguments.tiny:

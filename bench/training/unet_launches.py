@@ -1,4 +1,4 @@
-"""The launches of an EDM2's training step in the ImageNet-512 recipe: what `python -m bench launches --model EDM2-S,EDM2-XXL` counts.
+"""The launches of an EDM2's training step in the ImageNet-512 recipe: `python -m bench launches --model EDM2-S,EDM2-XXL`.
 
 Each step is counted twice: with the ops of PLAIN as torch's own, one kernel an operation, which is what ran before these ops had
 kernels, and with the kernels. Its parts are the student's forward with a gradient, its forward without one (ECD's target), the
@@ -107,7 +107,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise SystemExit(f"launches: {error}") from None
     asked = arguments.objective or list(unets.STAGES)
     if wrong := [name for name in asked if name not in unets.STAGES]:
-        raise SystemExit(f"launches: --objective: {wrong[0]} is no stage of an EDM2; valid are {', '.join(unets.STAGES)}")
+        raise SystemExit(
+            f"launches: --objective: {wrong[0]} is no stage of an EDM2; valid are {', '.join(unets.STAGES)}"
+        )
     card, steps = hardware.card(arguments.card, MEASURED), []
     for m, objective, plain in itertools.product(models, asked, (PLAIN, ())):
         steps.append(result(objective, m, card, plain))

@@ -211,7 +211,9 @@ def test_a_device_without_kernels_raises(op: str) -> None:
 
 
 @built
-@pytest.mark.parametrize("op, more", [*((op, {}) for op in OPS), *((op, {"also_x": True}) for op in ("modulated_norm", "mp_silu"))])
+@pytest.mark.parametrize(
+    "op, more", [*((op, {}) for op in OPS), *((op, {"also_x": True}) for op in ("modulated_norm", "mp_silu"))]
+)
 def test_second_derivative_raises(op: str, more: dict[str, bool]) -> None:
     inputs, leaves = leaves_of(op, big(op, torch.float32, None))
     y = implementation(op, "native")(**inputs, **more)

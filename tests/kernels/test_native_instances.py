@@ -58,10 +58,14 @@ def instances() -> list[tuple[str, Any]]:
     found += [("mp_cat", cat.Case(3, 17, D, E, k)) for D, E in ((13, 300), (264, 8)) for k in (None, 1)]
     found += [("mp_silu", silu.Case(2, tokens(D), D, scaled, 1)) for D in (13, 264) for scaled in (False, True)]
     found += [("mp_silu", silu.Case(2, 1200, 13, True, 1))]  # more partial sums than a column has threads
-    found += [("mp_sum", total.Case(3, shape, 0.3, limit, 1)) for shape in ((7, 151), (8, 128)) for limit in (None, 1.5)]
+    found += [
+        ("mp_sum", total.Case(3, shape, 0.3, limit, 1)) for shape in ((7, 151), (8, 128)) for limit in (None, 1.5)
+    ]
     found += [("pixel_norm", pixel.Case(5, (D, tokens(D)), 1, k)) for D in (13, 64, 72, 264, 1000) for k in (None, 2)]
     unit = cases_of("unit_weight")
-    found += [("unit_weight", unit.Case(3, 600, n, last)) for n in (1, 3) for last in (False, True)]  # several tiles a row
+    found += [
+        ("unit_weight", unit.Case(3, 600, n, last)) for n in (1, 3) for last in (False, True)
+    ]  # several tiles a row
     found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, True, k)) for d in HEADS for k in (None, 1)]
     found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, False, 1)) for d in ODD_HEADS]
     return found

@@ -38,8 +38,8 @@ def unets(results: Path) -> str:
     """A row a step of an EDM2, before and after its ops had kernels: what products take, and all else, predicted."""
     data = json.loads((results.parent / "predicted" / "launches-edm2.json").read_text())
     lines = [
-        "| step | between convolutions | launches | GB | TFLOP | GPU ms, at least (predicted) | of products alone | of these, the "
-        "distance's, in fp32 | all / products |",
+        "| step | between convolutions | launches | GB | TFLOP | GPU ms, at least (predicted) "
+        "| of products alone | of these, the distance's, in fp32 | all / products |",
         "|---" * 9 + "|",
     ]
     for step in data["steps"]:
@@ -53,8 +53,8 @@ def unets(results: Path) -> str:
     tera = {p: rates[f"{p}_gflop_s"] * 1e-3 for p in ("bf16", "tf32", "fp32")}
     lines.append(
         f"\nPREDICTED, not measured: bytes at {rates['gb_s']:,.0f} GB/s or products at {tera['bf16']:,.0f} (bf16), "
-        f"{tera['tf32']:,.0f} (TF32), {tera['fp32']:,.0f} (fp32) TFLOP/s, whichever takes longer, of {data['card'].upper()}; a convolution "
-        f"reaches less than a matrix product. ECD's teacher is of the student's size, without a guide. Commit {data['commit']}, "
+        f"{tera['tf32']:,.0f} (TF32), {tera['fp32']:,.0f} (fp32) TFLOP/s, whichever takes longer, of "
+        f"{data['card'].upper()}; a convolution reaches less than a matrix product. ECD's teacher is of the student's size, without a guide. Commit {data['commit']}, "
         f"{data['date'][:10]}.\n"
     )
     return "\n".join(lines) + "\n"

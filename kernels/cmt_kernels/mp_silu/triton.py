@@ -18,6 +18,7 @@ from cmt_kernels.mp_silu import through
 
 CHANNELS = (192, 768, 1792)  # of the gates: EDM2-S, its deepest level, the deepest of XXL
 WIDEST = 1024  # columns of a program
+EACH = 256  # columns of a warp: with 512 ptxas spills a few bytes on sm_100
 OVER = tl.constexpr(1.0 / 0.596)
 
 
@@ -108,7 +109,7 @@ def _silu(
     x, scale, x_dot, scale_dot = checked("mp_silu", x, scale, x_dot, scale_dot)
     y, y_dot = torch.empty_like(x), x.new_empty(k, t, d)
     if x.numel():
-        block, warps = cut(min(d, WIDEST))
+        block, warps = cut(min(d, WIDEST), EACH)
         dots = (x_dot, scale_dot, y, y_dot) if k else (None, None, y, None)
         placed("mp_silu", _forward)[(b * chunks(t, ROWS), chunks(d, block))](
             *(x, scale, *dots, t, k, d, block, ROWS), num_warps=warps, enable_fp_fusion=False
@@ -129,7 +130,7 @@ def _silu_backward(dy: Tensor, x: Tensor, scale: Tensor | None, onward: Tensor |
     runs = chunks(t, SUMMED_ROWS)
     dx, sums = torch.empty_like(x), x.new_empty(b if scale is not None else 0, runs, d, dtype=torch.float32)
     if x.numel():
-        block, warps = cut(min(d, WIDEST))
+        block, warps = cut(min(d, WIDEST), EACH)
         placed("mp_silu", _backward)[(b * runs, chunks(d, block))](
             *(dy, x, scale, onward, dx, sums, t, d, block, SUMMED_ROWS), num_warps=warps, enable_fp_fusion=False
         )
@@ -185,7 +186,7 @@ def gates() -> list[Gate]:
     found = []
     inputs, dots = {"x": "x", "scale": "x"}, ("x_dot", "scale_dot", "y_dot")
     for d in CHANNELS:
-        block, warps = cut(min(d, WIDEST))
+        block, warps = cut(min(d, WIDEST), EACH)
         sizes = {"D": d, "BLOCK": block}
         forward = inputs | dict.fromkeys((*dots, "y"), "x")
         found += variants(f"forward D{d}", _forward, forward, ("T", "k"), sizes | {"ROWS": ROWS}, warps, dots)

@@ -10,7 +10,9 @@ from cmt_kernels.dual import Dual, add, combine, linear_map, tangent_rule, value
 
 def mp_sum(a: Tensor | Dual, b: Tensor | Dual, share: float = 0.5, limit: float | None = None) -> Tensor | Dual:
     weight_a, weight_b = weights(share)
-    if transforms.active():  # torch.func.linearize dies of an addition with an `alpha`, which `combine` has (torch 2.13)
+    if (
+        transforms.active()
+    ):  # torch.func.linearize dies of an addition with an `alpha`, which `combine` has (torch 2.13)
         total = add(linear_map(lambda x: x * weight_a, a), linear_map(lambda x: x * weight_b, b))
     else:
         total = combine(a, weight_a, b, weight_b)

@@ -120,7 +120,9 @@ def gates() -> list[Gate]:
     """Forward, plain and dual, and backward."""
     tensors, dots = ("a", "b", "a_dot", "b_dot", "y", "y_dot"), ("a_dot", "b_dot", "y_dot")
     found = variants("forward", _forward, dict.fromkeys(tensors, "x"), ("N", "N_dot"), {"BLOCK": BLOCK}, WARPS, dots)
-    found += variants("backward", _backward, dict.fromkeys(("dy", "y", "da", "db"), "x"), ("N",), {"BLOCK": BLOCK}, WARPS, ())
+    found += variants(
+        "backward", _backward, dict.fromkeys(("dy", "y", "da", "db"), "x"), ("N",), {"BLOCK": BLOCK}, WARPS, ()
+    )
     for gate in found:
         gate.signature.update(dict.fromkeys(("weight_a", "weight_b", "limit"), "fp32"))
     return found

@@ -1,4 +1,4 @@
-"""unit_weight in C++ and CUDA (csrc): length, division, cast and layout in one pass; kept are the weight and two numbers a row."""
+"""unit_weight in C++ and CUDA (csrc): length, division, cast and layout in one pass. Kept: the weight, two numbers a row."""
 
 import torch
 from torch import Tensor

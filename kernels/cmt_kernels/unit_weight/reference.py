@@ -16,7 +16,9 @@ def unit_weight(
     dtype: torch.dtype | None = None,
     eps: float = 1e-4,
 ) -> Tensor:
-    size = size_of(weight.flatten(1), 1).view(-1, *[1] * (weight.ndim - 1))  # the row and its length are taken at this size
+    size = size_of(weight.flatten(1), 1).view(
+        -1, *[1] * (weight.ndim - 1)
+    )  # the row and its length are taken at this size
     w = weight * size
     dims = tuple(range(1, w.ndim))
     length = torch.linalg.vector_norm(w, dim=dims, keepdim=True) / math.sqrt(w[0].numel())
