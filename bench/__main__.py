@@ -25,7 +25,7 @@ BENCHES = {
     "gpu": ("harness.gpu_suite", "all that a machine with a GPU is for, in parts"),
     "kit": ("harness.kit", "a folder that a machine with torch and triton runs with no network"),
     "launches": (
-        "training.launches",
+        "training.counting",
         "kernels that a training step launches on a GPU, counted without one: kinds, bytes, predicted times",
     ),
     "loader": ("training.loader", "rows a second of every loader, against what a training step takes"),

@@ -250,10 +250,6 @@ def same(other: dict[str, Any], step: dict[str, Any]) -> bool:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables, write the JSON."""
-    if arguments.model.startswith(unets.PREFIX):
-        from bench.training import unet_launches
-
-        return unet_launches.run(arguments)
     arguments.json = arguments.json or TARGET
     try:
         m = runs.model(arguments.model, arguments.batch or 128)

@@ -54,7 +54,8 @@ def unets(results: Path) -> str:
     lines.append(
         f"\nPREDICTED, not measured: bytes at {rates['gb_s']:,.0f} GB/s or products at {tera['bf16']:,.0f} (bf16), "
         f"{tera['tf32']:,.0f} (TF32), {tera['fp32']:,.0f} (fp32) TFLOP/s, whichever takes longer, of "
-        f"{data['card'].upper()}; a convolution reaches less than a matrix product. ECD's teacher is of the student's size, without a guide. Commit {data['commit']}, "
+        f"{data['card'].upper()}; a convolution reaches less than a matrix product. "
+        f"ECD's teacher is of the student's size, without a guide. Commit {data['commit']}, "
         f"{data['date'][:10]}.\n"
     )
     return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ from cmt_kernels.mp_silu import through
 
 CHANNELS = (192, 768, 1792)  # of the gates: EDM2-S, its deepest level, the deepest of XXL
 WIDEST = 1024  # columns of a program
-EACH = 256  # columns of a warp: with 512 ptxas spills a few bytes on sm_100
+EACH, EACH_BACK = 256, 512  # columns of a warp: the other way round ptxas spills a few bytes on sm_100
 OVER = tl.constexpr(1.0 / 0.596)
 
 
@@ -130,7 +130,7 @@ def _silu_backward(dy: Tensor, x: Tensor, scale: Tensor | None, onward: Tensor |
     runs = chunks(t, SUMMED_ROWS)
     dx, sums = torch.empty_like(x), x.new_empty(b if scale is not None else 0, runs, d, dtype=torch.float32)
     if x.numel():
-        block, warps = cut(min(d, WIDEST), EACH)
+        block, warps = cut(min(d, WIDEST), EACH_BACK)
         placed("mp_silu", _backward)[(b * runs, chunks(d, block))](
             *(dy, x, scale, onward, dx, sums, t, d, block, SUMMED_ROWS), num_warps=warps, enable_fp_fusion=False
         )
@@ -190,6 +190,7 @@ def gates() -> list[Gate]:
         sizes = {"D": d, "BLOCK": block}
         forward = inputs | dict.fromkeys((*dots, "y"), "x")
         found += variants(f"forward D{d}", _forward, forward, ("T", "k"), sizes | {"ROWS": ROWS}, warps, dots)
+        block, warps = cut(min(d, WIDEST), EACH_BACK)
         backward = inputs | {"dy": "x", "onward": "x", "dx": "x", "sums": "fp32"}
         found += variants(f"backward D{d}", _backward, backward, ("T",), sizes | {"ROWS": SUMMED_ROWS}, warps, ())
     return found
