@@ -29,7 +29,7 @@ BENCHES = {
     ),
     "kit": ("harness.kit", "a folder that a machine with torch and triton runs with no network"),
     "launches": (
-        "training.launches",
+        "training.counting",
         "kernels that a training step launches on a GPU, counted without one: kinds, bytes, predicted times",
     ),
     "loader": ("training.loader", "rows a second of every loader, against what a training step takes"),
@@ -64,6 +64,7 @@ BENCHES = {
         "experiments.tune",
         "the solver that is chosen by measurement, and the mid-trainings that confirm or refute it",
     ),
+    "unet": ("training.unet", "training steps of an EDM2 in the ImageNet-512 recipe, by kernel on a GPU"),
     "zero": (
         "training.zero",
         "loss curves and checkpoints of every ZeRO stage beside the local engine's, on CPU processes",

@@ -91,6 +91,85 @@ struct QkNormBackward {
   bool bf16;
 };
 
+struct MpSilu {  // x (B, T, D), scale (B, D) or null
+  const void *x, *x_dot;
+  Rows scale, scale_dot;
+  void *y, *y_dot;
+  int64_t B, T, D, k;
+  bool bf16;
+};
+struct MpSiluBackward {
+  const void *grad, *x, *through;  // through: what else goes to x's gradient, or null
+  Rows scale;
+  void *dx, *dscale;  // (B, T, D), (B, D)
+  float* partials;    // (B, chunks, D), of a scale
+  int64_t B, T, D, chunk_rows, chunks;
+  bool bf16;
+};
+
+struct MpSum {  // n numbers, of which the first n_dot have tangents; limit: infinity for none
+  const void *a, *b, *a_dot, *b_dot;
+  void *y, *y_dot;
+  int64_t n, n_dot;
+  float weight_a, weight_b, limit;
+  bool bf16;
+};
+struct MpSumBackward {
+  const void *grad, *y;  // y: null without a limit
+  void *da, *db;
+  int64_t n;
+  float weight_a, weight_b, limit;
+  bool bf16;
+};
+
+struct MpCat {  // rows of Da and of Db numbers
+  const void *a, *b, *a_dot, *b_dot;
+  void *y, *y_dot;
+  int64_t rows, rows_dot, Da, Db;
+  float weight_a, weight_b;
+  bool bf16;
+};
+struct MpCatBackward {
+  const void* grad;
+  void *da, *db;
+  int64_t rows, Da, Db;
+  float weight_a, weight_b;
+  bool bf16;
+};
+
+struct PixelNorm {
+  const void *x, *x_dot;
+  void *y, *y_dot;
+  float* stats;  // (rows, 2): row_math.h, Length
+  int64_t rows, rows_dot, D;
+  float eps;
+  bool bf16;
+};
+struct PixelNormBackward {
+  const void *grad, *y;
+  const float* stats;
+  void* dx;
+  int64_t rows, D;
+  bool bf16;
+};
+
+struct UnitWeight {  // rows of D parts of S numbers; y: the same, or with `last` S parts of D, float or bf16
+  const float* weight;
+  void* y;
+  float* stats;  // (E, 2): row_math.h, Length
+  int64_t E, D, S;
+  float gain, eps;
+  bool last, bf16;
+};
+struct UnitWeightBackward {
+  const void* grad;  // as y
+  const float *weight, *stats;
+  float* dweight;
+  int64_t E, D, S;
+  float gain;
+  bool last, bf16;
+};
+
 struct RandomBits {
   const int64_t* sample;
   int64_t* out;  // (rows, blocks, 4)
@@ -108,6 +187,16 @@ struct Backend {
   void (*gated_residual_backward)(const GatedResidualBackward&, const Context&);
   void (*qk_norm)(const QkNorm&, const Context&);
   void (*qk_norm_backward)(const QkNormBackward&, const Context&);
+  void (*mp_silu)(const MpSilu&, const Context&);
+  void (*mp_silu_backward)(const MpSiluBackward&, const Context&);
+  void (*mp_sum)(const MpSum&, const Context&);
+  void (*mp_sum_backward)(const MpSumBackward&, const Context&);
+  void (*mp_cat)(const MpCat&, const Context&);
+  void (*mp_cat_backward)(const MpCatBackward&, const Context&);
+  void (*pixel_norm)(const PixelNorm&, const Context&);
+  void (*pixel_norm_backward)(const PixelNormBackward&, const Context&);
+  void (*unit_weight)(const UnitWeight&, const Context&);
+  void (*unit_weight_backward)(const UnitWeightBackward&, const Context&);
   void (*random_bits)(const RandomBits&, const Context&);
 };
 
@@ -121,12 +210,27 @@ struct Backend {
   void gated_residual_backward(const GatedResidualBackward&, const Context&);   \
   void qk_norm(const QkNorm&, const Context&);                                  \
   void qk_norm_backward(const QkNormBackward&, const Context&);                 \
+  void mp_silu(const MpSilu&, const Context&);                                  \
+  void mp_silu_backward(const MpSiluBackward&, const Context&);                 \
+  void mp_sum(const MpSum&, const Context&);                                    \
+  void mp_sum_backward(const MpSumBackward&, const Context&);                   \
+  void mp_cat(const MpCat&, const Context&);                                    \
+  void mp_cat_backward(const MpCatBackward&, const Context&);                   \
+  void pixel_norm(const PixelNorm&, const Context&);                            \
+  void pixel_norm_backward(const PixelNormBackward&, const Context&);           \
+  void unit_weight(const UnitWeight&, const Context&);                          \
+  void unit_weight_backward(const UnitWeightBackward&, const Context&);         \
   void random_bits(const RandomBits&, const Context&);                          \
   constexpr Backend backend{#ns,                                                \
                             gelu,           gelu_backward,                      \
                             modulated_norm, modulated_norm_backward,            \
                             gated_residual, gated_residual_backward,            \
                             qk_norm,        qk_norm_backward,                   \
+                            mp_silu,        mp_silu_backward,                   \
+                            mp_sum,         mp_sum_backward,                    \
+                            mp_cat,         mp_cat_backward,                    \
+                            pixel_norm,     pixel_norm_backward,                \
+                            unit_weight,    unit_weight_backward,               \
                             random_bits};                                       \
   }
 

@@ -26,6 +26,21 @@ STABLE_TORCH_LIBRARY(cmt, m) {
   m.def(
       "qk_norm_backward(Tensor grad, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
       "float eps) -> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)");
+  m.def("mp_silu(Tensor x, Tensor? scale, Tensor? x_dot, Tensor? scale_dot) -> (Tensor y, Tensor y_dot)");
+  m.def("mp_silu_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? through) -> (Tensor dx, Tensor dscale)");
+  m.def(
+      "mp_sum(Tensor a, Tensor b, Tensor? a_dot, Tensor? b_dot, float weight_a, float weight_b, float limit) "
+      "-> (Tensor y, Tensor y_dot)");
+  m.def(
+      "mp_sum_backward(Tensor grad, Tensor? y, float weight_a, float weight_b, float limit) -> (Tensor da, Tensor db)");
+  m.def(
+      "mp_cat(Tensor a, Tensor b, Tensor? a_dot, Tensor? b_dot, float weight_a, float weight_b) "
+      "-> (Tensor y, Tensor y_dot)");
+  m.def("mp_cat_backward(Tensor grad, int first, float weight_a, float weight_b) -> (Tensor da, Tensor db)");
+  m.def("pixel_norm(Tensor x, Tensor? x_dot, float eps) -> (Tensor y, Tensor y_dot, Tensor stats)");
+  m.def("pixel_norm_backward(Tensor grad, Tensor y, Tensor stats) -> Tensor dx");
+  m.def("unit_weight(Tensor weight, float gain, float eps, bool low, bool last) -> (Tensor y, Tensor stats)");
+  m.def("unit_weight_backward(Tensor grad, Tensor weight, Tensor stats, float gain, bool last) -> Tensor dweight");
   m.def("random_bits(Tensor sample, int blocks, int seed, int stage, int step, int stream) -> Tensor");
 }
 
@@ -226,6 +241,192 @@ Three qk_norm_backward_op(const Tensor& grad_in, const Tensor& qkv, const Maybe&
   return {dqkv, dq, dk};
 }
 
+Two mp_silu_op(const Tensor& x_in, const Maybe& scale_in, const Maybe& x_dot_in, const Maybe& scale_dot_in) {
+  const char* op = "mp_silu";
+  bool half = is_bf16(x_in, op);
+  STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
+  STD_TORCH_CHECK(scale_in || !scale_dot_in, op, ": a tangent of a scale that is not there");
+  int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2), k = tangent_rows({&x_dot_in, &scale_dot_in}, B, op);
+  Tensor x = dense(x_in);
+  Maybe x_dot = activation(x_dot_in, x, k, op, "the tangent of x"), scale = modulation(scale_in, x, B, op, "scale");
+  Maybe scale_dot = modulation(scale_dot_in, x, k, op, "the tangent of scale");
+  Tensor y = empty(x, {B, T, D}), y_dot = empty(x, {k, T, D});
+  if (x.numel()) {
+    Place place(x);
+    place.backend->mp_silu({x.const_data_ptr(), pointer(x_dot), rows(scale), rows(scale_dot), y.mutable_data_ptr(),
+                            y_dot.mutable_data_ptr(), B, T, D, k, half},
+                           place.context);
+  }
+  return {y, y_dot};
+}
+
+Two mp_silu_backward_op(const Tensor& grad_in, const Tensor& x_in, const Maybe& scale_in, const Maybe& through_in) {
+  const char* op = "mp_silu_backward";
+  bool half = is_bf16(x_in, op);
+  STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
+  int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2);
+  Tensor x = dense(x_in), grad = *activation(grad_in, x, B, op, "grad");
+  Maybe through = activation(through_in, x, B, op, "the gradient that goes through");
+  Maybe scale = modulation(scale_in, x, B, op, "scale");
+  Chunks chunks(T, kChunks);
+  Tensor dx = empty(x, {B, T, D}), dscale = empty(x, scale ? Shape{B, D} : Shape{0});
+  Tensor partials = empty_floats(x, {scale ? B : 0, chunks.count, D});
+  if (B && D) {
+    Place place(x);
+    place.backend->mp_silu_backward({grad.const_data_ptr(), x.const_data_ptr(), pointer(through), rows(scale),
+                                     dx.mutable_data_ptr(), dscale.mutable_data_ptr(), floats(partials), B, T, D,
+                                     chunks.rows, chunks.count, half},
+                                    place.context);
+  }
+  return {dx, dscale};
+}
+
+Two mp_sum_op(const Tensor& a_in, const Tensor& b_in, const Maybe& a_dot_in, const Maybe& b_dot_in, double weight_a,
+              double weight_b, double limit) {
+  const char* op = "mp_sum";
+  bool half = is_bf16(a_in, op);
+  STD_TORCH_CHECK(a_in.dim() >= 1, op, ": a must have a dimension");
+  int64_t k = tangent_rows({&a_dot_in, &b_dot_in}, a_in.size(0), op);
+  Tensor a = dense(a_in), b = *activation(b_in, a, a.size(0), op, "b");
+  Maybe a_dot = activation(a_dot_in, a, k, op, "the tangent of a");
+  Maybe b_dot = activation(b_dot_in, a, k, op, "the tangent of b");
+  Tensor y = empty(a, shape_of(a)), y_dot = tangent_like(a, k);
+  if (a.numel()) {
+    Place place(a);
+    place.backend->mp_sum({a.const_data_ptr(), b.const_data_ptr(), pointer(a_dot), pointer(b_dot),
+                           y.mutable_data_ptr(), y_dot.mutable_data_ptr(), a.numel(), y_dot.numel(), float(weight_a),
+                           float(weight_b), float(limit), half},
+                          place.context);
+  }
+  return {y, y_dot};
+}
+
+Two mp_sum_backward_op(const Tensor& grad_in, const Maybe& y_in, double weight_a, double weight_b, double limit) {
+  const char* op = "mp_sum_backward";
+  bool half = is_bf16(grad_in, op);
+  Tensor grad = dense(grad_in);
+  Maybe y = activation(y_in, grad, grad.size(0), op, "y");
+  Tensor da = empty(grad, shape_of(grad)), db = empty(grad, shape_of(grad));
+  if (grad.numel()) {
+    Place place(grad);
+    place.backend->mp_sum_backward({grad.const_data_ptr(), pointer(y), da.mutable_data_ptr(), db.mutable_data_ptr(),
+                                    grad.numel(), float(weight_a), float(weight_b), float(limit), half},
+                                   place.context);
+  }
+  return {da, db};
+}
+
+Two mp_cat_op(const Tensor& a_in, const Tensor& b_in, const Maybe& a_dot_in, const Maybe& b_dot_in, double weight_a,
+              double weight_b) {
+  const char* op = "mp_cat";
+  bool half = is_bf16(a_in, op);
+  STD_TORCH_CHECK(a_in.dim() == 3 && b_in.dim() == 3, op, ": a and b must be (B, T, D)");
+  int64_t B = a_in.size(0), T = a_in.size(1), Da = a_in.size(2), Db = b_in.size(2);
+  check_same(b_in, a_in, op, "b");
+  check_shape(b_in, {B, T, Db}, op, "b");
+  int64_t k = tangent_rows({&a_dot_in, &b_dot_in}, B, op);
+  Tensor a = dense(a_in), b = dense(b_in);
+  Maybe a_dot = activation(a_dot_in, a, k, op, "the tangent of a");
+  Maybe b_dot = activation(b_dot_in, b, k, op, "the tangent of b");
+  Tensor y = empty(a, {B, T, Da + Db}), y_dot = empty(a, {k, T, Da + Db});
+  if (y.numel()) {
+    Place place(a);
+    place.backend->mp_cat({a.const_data_ptr(), b.const_data_ptr(), pointer(a_dot), pointer(b_dot),
+                           y.mutable_data_ptr(), y_dot.mutable_data_ptr(), B * T, k * T, Da, Db, float(weight_a),
+                           float(weight_b), half},
+                          place.context);
+  }
+  return {y, y_dot};
+}
+
+Two mp_cat_backward_op(const Tensor& grad_in, int64_t first, double weight_a, double weight_b) {
+  const char* op = "mp_cat_backward";
+  bool half = is_bf16(grad_in, op);
+  STD_TORCH_CHECK(grad_in.dim() == 3 && first >= 0 && first <= grad_in.size(2), op, ": grad must be (B, T, D)");
+  Tensor grad = dense(grad_in);
+  int64_t B = grad.size(0), T = grad.size(1), second = grad.size(2) - first;
+  Tensor da = empty(grad, {B, T, first}), db = empty(grad, {B, T, second});
+  if (grad.numel()) {
+    Place place(grad);
+    place.backend->mp_cat_backward({grad.const_data_ptr(), da.mutable_data_ptr(), db.mutable_data_ptr(), B * T, first,
+                                    second, float(weight_a), float(weight_b), half},
+                                   place.context);
+  }
+  return {da, db};
+}
+
+Three pixel_norm_op(const Tensor& x_in, const Maybe& x_dot_in, double eps) {
+  const char* op = "pixel_norm";
+  bool half = is_bf16(x_in, op);
+  STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must be (B, T, D)");
+  int64_t B = x_in.size(0), T = x_in.size(1), D = x_in.size(2), k = tangent_rows({&x_dot_in}, B, op);
+  Tensor x = dense(x_in);
+  Maybe x_dot = activation(x_dot_in, x, k, op, "the tangent of x");
+  Tensor y = empty(x, {B, T, D}), y_dot = empty(x, {k, T, D}), stats = empty_floats(x, {B, T, 2});
+  if (x.numel()) {
+    Place place(x);
+    place.backend->pixel_norm({x.const_data_ptr(), pointer(x_dot), y.mutable_data_ptr(), y_dot.mutable_data_ptr(),
+                               floats(stats), B * T, k * T, D, float(eps), half},
+                              place.context);
+  }
+  return {y, y_dot, stats};
+}
+
+Tensor pixel_norm_backward_op(const Tensor& grad_in, const Tensor& y_in, const Tensor& stats_in) {
+  const char* op = "pixel_norm_backward";
+  bool half = is_bf16(y_in, op);
+  STD_TORCH_CHECK(y_in.dim() == 3, op, ": y must be (B, T, D)");
+  Tensor y = dense(y_in), grad = *activation(grad_in, y, y.size(0), op, "grad");
+  Maybe stats = parameter(stats_in, y, {y.size(0), y.size(1), 2}, op, "stats");
+  Tensor dx = empty(y, shape_of(y));
+  if (y.numel()) {
+    Place place(y);
+    place.backend->pixel_norm_backward({grad.const_data_ptr(), y.const_data_ptr(), floats(stats),
+                                        dx.mutable_data_ptr(), y.size(0) * y.size(1), y.size(2), half},
+                                       place.context);
+  }
+  return dx;
+}
+
+constexpr int64_t kMostCells = 1024;  // numbers of a kernel, n x n
+
+Two unit_weight_op(const Tensor& weight_in, double gain, double eps, bool low, bool last) {
+  const char* op = "unit_weight";
+  STD_TORCH_CHECK(weight_in.dim() == 3, op, ": weight must be (E, D, cells)");
+  STD_TORCH_CHECK(!is_bf16(weight_in, op), op, ": weight must be float32");
+  int64_t E = weight_in.size(0), D = weight_in.size(1), S = weight_in.size(2);
+  STD_TORCH_CHECK(S <= kMostCells, op, ": a kernel of more than ", kMostCells, " numbers");
+  Tensor weight = dense(weight_in), stats = empty_floats(weight, {E, 2});
+  Shape shape = last ? Shape{E, S, D} : Shape{E, D, S};
+  Tensor y = low ? allocated(shape, [&] { return torch::stable::new_empty(weight, shape, ScalarType::BFloat16); })
+                 : empty(weight, shape);
+  if (weight.numel()) {
+    Place place(weight);
+    place.backend->unit_weight({static_cast<const float*>(weight.const_data_ptr()), y.mutable_data_ptr(), floats(stats),
+                                E, D, S, float(gain), float(eps), last, low},
+                               place.context);
+  }
+  return {y, stats};
+}
+
+Tensor unit_weight_backward_op(const Tensor& grad_in, const Tensor& weight_in, const Tensor& stats_in, double gain,
+                               bool last) {
+  const char* op = "unit_weight_backward";
+  bool half = is_bf16(grad_in, op);
+  STD_TORCH_CHECK(weight_in.dim() == 3 && !is_bf16(weight_in, op), op, ": weight must be (E, D, cells) in float32");
+  int64_t E = weight_in.size(0), D = weight_in.size(1), S = weight_in.size(2);
+  check_shape(grad_in, last ? Shape{E, S, D} : Shape{E, D, S}, op, "grad");
+  Tensor weight = dense(weight_in), grad = dense(grad_in), dweight = empty(weight, {E, D, S});
+  Maybe stats = parameter(stats_in, weight, {E, 2}, op, "stats");
+  if (weight.numel()) {
+    Place place(weight);
+    place.backend->unit_weight_backward({grad.const_data_ptr(), static_cast<const float*>(weight.const_data_ptr()),
+                                         floats(stats), floats(dweight), E, D, S, float(gain), last, half},
+                                        place.context);
+  }
+  return dweight;
+}
+
 Tensor random_bits_op(const Tensor& sample_in, int64_t blocks, int64_t seed, int64_t stage, int64_t step,
                       int64_t stream) {
   const char* op = "random_bits";
@@ -251,6 +452,16 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("gated_residual_backward", TORCH_BOX(&gated_residual_backward_op));
   m.impl("qk_norm", TORCH_BOX(&qk_norm_op));
   m.impl("qk_norm_backward", TORCH_BOX(&qk_norm_backward_op));
+  m.impl("mp_silu", TORCH_BOX(&mp_silu_op));
+  m.impl("mp_silu_backward", TORCH_BOX(&mp_silu_backward_op));
+  m.impl("mp_sum", TORCH_BOX(&mp_sum_op));
+  m.impl("mp_sum_backward", TORCH_BOX(&mp_sum_backward_op));
+  m.impl("mp_cat", TORCH_BOX(&mp_cat_op));
+  m.impl("mp_cat_backward", TORCH_BOX(&mp_cat_backward_op));
+  m.impl("pixel_norm", TORCH_BOX(&pixel_norm_op));
+  m.impl("pixel_norm_backward", TORCH_BOX(&pixel_norm_backward_op));
+  m.impl("unit_weight", TORCH_BOX(&unit_weight_op));
+  m.impl("unit_weight_backward", TORCH_BOX(&unit_weight_backward_op));
   m.impl("random_bits", TORCH_BOX(&random_bits_op));
 }
 

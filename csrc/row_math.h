@@ -20,6 +20,19 @@ CMT_FN float exponential(float x) { return expf(x); }               // inf from 
 CMT_FN float reciprocal(float x) { return __fdividef(1.0f, x); }    // 0 from 2^126 on
 CMT_FN float within(float x, float limit) { return fminf(fmaxf(x, -limit), limit); }  // NaN is -limit
 CMT_FN float rsqrt_of(float x) { return rsqrtf(x); }
+CMT_FN float root_of(float x) { return sqrtf(x); }
+CMT_FN float minus_size(float x) { return -fabsf(x); }
+CMT_FN float where_negative(float x, float y, float otherwise) { return x < 0.0f ? y : otherwise; }
+CMT_FN float clipped(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }  // NaN stays
+CMT_FN float where_within(float x, float limit, float y) { return x <= limit && x >= -limit ? y : 0.0f; }
+CMT_FN float where_inside(float x, float limit, float y) { return x < limit && x > -limit ? y : 0.0f; }
+#else
+CMT_FN float root_of(float x) { return __builtin_sqrtf(x); }
+CMT_FN V minus_size(V x) { return x < 0.0f ? x : 0.0f - x; }
+CMT_FN V where_negative(V x, V y, V otherwise) { return x < 0.0f ? y : otherwise; }
+CMT_FN V clipped(V x, float limit) { return within(x, limit); }
+CMT_FN V where_within(V x, float limit, V y) { return ((x <= limit) & (x >= -limit)) ? y : V{}; }
+CMT_FN V where_inside(V x, float limit, V y) { return ((x < limit) & (x > -limit)) ? y : V{}; }
 #endif
 
 // One round of Philox4x32 (Salmon et al. 2011) on a counter, with this round's key.
@@ -86,6 +99,40 @@ CMT_FN F modulated(F xh, F scale, F shift) {
 template <class F>
 CMT_FN F normalise_along(F v, F xh, float r, float mean_v, float mean_xh_v) {
   return r * (v - mean_v - xh * mean_xh_v);
+}
+
+// mp_silu: y = s q / 0.596 with s = x (1 + scale) and q = sigmoid(s). Of e = exp(-|s|), which is never infinite, and
+// p = 1 / (1 + e) are q and 1 - q made: p and e p, the one or the other.
+constexpr float kOverMagnitude = 1.0f / 0.596f;
+
+template <class F>
+CMT_FN F silu_of(F s) {
+  F e = exponential(minus_size(s)), p = reciprocal(1.0f + e);
+  return s * where_negative(s, e * p, p) * kOverMagnitude;
+}
+template <class F>
+CMT_FN F silu_slope(F s) {  // dy/ds = (q + s q (1 - q)) / 0.596
+  F e = exponential(minus_size(s)), p = reciprocal(1.0f + e);
+  return mad(s * p, e * p, where_negative(s, e * p, p)) * kOverMagnitude;
+}
+
+// pixel_norm: n = eps + |x| / sqrt(D), y = x / n. What is kept is 8 / n, which is a normal number for every finite n, and
+// n over the length alone, 0 where that is 0: its gradient is taken as 0 there.
+struct Length {
+  float eighth_r, ratio;
+};
+CMT_FN Length length_of(float mean_square, float size, float eps) {  // of x size; size is 1 or kShrunk
+  float length = root_of(mean_square), n = length + eps * size;
+  return {8.0f * size / n, length > 0.0f ? n / length : 0.0f};
+}
+template <class F>
+CMT_FN F over_length(F x, Length l) {
+  return x * l.eighth_r * 0.125f;
+}
+// The Jacobian of x -> y is symmetric: the same line is the tangent and the backward. mean_y_v: mean of y v over the row.
+template <class F>
+CMT_FN F over_length_along(F v, F y, Length l, float mean_y_v) {
+  return over_length(v - y * (mean_y_v * l.ratio), l);
 }
 
 // qk_norm: xh = x size r, y = w xh; the same Jacobian without the mean.

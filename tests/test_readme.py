@@ -77,7 +77,7 @@ def test_tables_are_generated_not_typed():
         ):  # of the sources, not of a measurement
             continue
         name = {
-            "predicted": "predicted/ops", "launches": "predicted/launches",
+            "predicted": "predicted/ops", "launches": "predicted/launches", "launches-edm2": "predicted/launches-edm2",
             "predicted-steps": "predicted/steps", "native": "cpu/ops",
             "stages-digits": "cpu/digits-seeds", **dict.fromkeys(PLANS, "predicted/plans"),
         }.get(mark, "cpu/" + (f"{recipe}-{kind}" if recipe else kind))  # fmt: skip

@@ -328,7 +328,7 @@ TABLES = {
     "inputs": inputs.table,
     "judging": lambda _: judging.table(RESULTS),
     "keys": keys.table,
-    "launches": lambda _: launches.table(RESULTS),
+    "launches": lambda which: launches.unets(RESULTS) if which == "edm2" else launches.table(RESULTS),
     "plan": lambda which: plans.table(RESULTS, which),
     "promises": promises.table,
     "published": recipe_tables.published,

@@ -53,16 +53,16 @@ class Launch(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What tells tensors apart: rows of a batch, of its tangents, tokens, the shapes of parameters."""
+    """What tells tensors apart: rows of a batch, of its tangents, tokens (None in a U-Net), the shapes of parameters."""
 
     batch: int
     tangents: int
-    tokens: int
+    tokens: int | None
     matrices: frozenset[tuple[int, ...]]
     vectors: frozenset[int]
 
     @classmethod
-    def of(cls, net: nn.Module, batch: int, tangents: int, tokens: int) -> Sizes:
+    def of(cls, net: nn.Module, batch: int, tangents: int, tokens: int | None) -> Sizes:
         """Of a network and a batch."""
         shapes = [tuple(p.shape) for p in net.parameters()]
         matrices = {s for s in shapes if len(s) > 1}
@@ -77,6 +77,8 @@ class Sizes(NamedTuple):
         if math.prod(shape) in self.vectors and max(shape, default=0) == math.prod(shape):
             return "biases"
         first = shape[0] if shape else 0
+        if self.tokens is None:
+            return "activations" if len(shape) > 2 and first in (self.batch, 2 * self.batch) else "other"
         for name, rows in (("activations", self.batch), ("tangents", self.tangents)):
             if rows and (first == rows * self.tokens or first == rows and len(shape) > 2 and shape[1] == self.tokens):
                 return name
@@ -134,10 +136,11 @@ class Trace(TorchDispatchMode):
         if name in EMPTY or not mutable and not any(x.numel() for x in fresh):
             self.unlaunched += 1
         else:
-            self.launches.append(self._launch(func, name, args, kwargs, given, made))
+            self.launches.append(self._launch(func, name, args, kwargs, given, out))
         return out
 
-    def _launch(self, func, name: str, args: tuple, kwargs: dict, given: list[Tensor], made: list[Tensor]) -> Launch:
+    def _launch(self, func, name: str, args: tuple, kwargs: dict, given: list[Tensor], out: Any) -> Launch:
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         written = [x for x in _mutated(func, args, kwargs)] + made
         first = (written or given)[0]
         read = given[1:] if name in UNREAD else given
@@ -147,10 +150,10 @@ class Trace(TorchDispatchMode):
         if func.namespace in OURS:
             kind, flops, kernels, nbytes = self._ours(func, name.removeprefix("triton_"), args, nbytes, first)
         elif func._overloadpacket in flop_registry:
-            kind = "attention" if "attention" in name else "matmul"
+            kind = next((k for k in ("attention", "convolution") if k in name), "matmul")
             if name == "addmm":  # its overload with a dtype has that where the formula has the shape of the result
                 args, kwargs, source = args[:3], {}, args[1]
-            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=made[0] if len(made) == 1 else made)
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         dtypes = "->".join(str(x.dtype).removeprefix("torch.") for x in (source, first))
         return Launch(self.part, kind, name, self.sizes.what(first), dtypes, kernels, nbytes, flops)
 

@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 from cmt_kernels import OPS, through
+from cmt_kernels.cases import implementation
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.harness.results_file import ROOT, about, write_json
-from bench.training import runs
+from bench.training import runs, unets
 from bench.training.launch_trace import Launch, Sizes, Trace
 from cmt_fast import models
 from cmt_fast.config.schema import Stage
@@ -57,14 +58,18 @@ KEYS = ("part", "kind", "op", "what", "dtypes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--objective", action="append", choices=CHOICES, help="default: all of them")
     parser.add_argument(
-        "--model", default="XL256", help=f"{', '.join(runs.SMALL)} or a size and its tokens: {runs.SIZE_NAMES}"
+        "--objective", action="append", choices=(*CHOICES, *unets.STAGES), help="default: all that the model has"
     )
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument(
+        "--model",
+        default="XL256",
+        help=f"{', '.join(runs.SMALL)} or a size and its tokens: {runs.SIZE_NAMES}; or EDM2s of ImageNet-512: EDM2-S,EDM2-XXL",
+    )
+    parser.add_argument("--batch", type=int, help="default 128, of an EDM2 larger than S 16")
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: bf16")
     parser.add_argument("--card", choices=[n for n in hardware.NAMES if n != "cpu"], default="h100")
-    parser.add_argument("--json", type=Path, default=TARGET)
+    parser.add_argument("--json", type=Path, help="default launches.json or, of an EDM2, launches-edm2.json")
     parser.add_argument("--against", type=Path, help="another of these files: print before and after")
 
 
@@ -77,11 +82,12 @@ def on_a_gpu(op: str) -> Callable:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(trace: Trace) -> Iterator[None]:
-    """Ops called on CPU tensors inside run the backends of a GPU, and tell the trace of their call."""
+def as_on_a_gpu(trace: Trace, plain: tuple[str, ...] = ()) -> Iterator[None]:
+    """Ops called on CPU tensors inside run the backends of a GPU, those of `plain` torch's own ops, and tell the trace of
+    their call."""
 
     def wrap(op: str, _: Callable) -> Callable:
-        backend = on_a_gpu(op)
+        backend = implementation(op, "reference") if op in plain else on_a_gpu(op)
 
         def told(*arguments: Any, **named: Any) -> Any:
             trace.case(op, arguments, named)
@@ -118,17 +124,20 @@ class Step:
         t = torch.rand(m.batch)
         return Points(x, t, other, t / 2, labels, drop, sample)
 
+    def context(self, trace: Trace) -> LossContext:
+        """What the loss reads beside its rows."""
+        return LossContext(self.path, self.random)
+
     def __call__(self, trace: Trace) -> None:
         def net(*arguments: Any) -> Any:
-            trace.part = "forward"
+            trace.part = "forward" if torch.is_grad_enabled() else "target"
             y = self.engine(*arguments)
             trace.part = "loss"
             return y
 
         trace.part = "loss"
         objective = OBJECTIVES[self.stage.objective.kind].function
-        context = LossContext(self.path, self.random)
-        loss = objective(net, self.drawn, self.stage.objective, context)[0].mean()
+        loss = objective(net, self.drawn, self.stage.objective, self.context(trace))[0].mean()
         trace.part = "backward"
         self.engine.backward(loss)
         trace.part = "optimizer"
@@ -145,17 +154,17 @@ def count(objective: str, m: runs.Model, precision: str) -> Trace:
     return trace
 
 
-def predicted_ms(launch: Launch, card: Card) -> float:
-    """At least so long on the card: PREDICTED of bytes and FLOPs alone."""
-    rate = card.matmul["bf16" if "bfloat16" in launch.dtypes else "fp32"]
+def predicted_ms(launch: Launch, card: Card, wide: str = "fp32") -> float:
+    """At least so long on the card: PREDICTED of bytes and FLOPs alone. wide: what products of float32 are computed in."""
+    rate = card.matmul["bf16" if "bfloat16" in launch.dtypes else wide]
     return 1e3 * max(launch.nbytes / card.copy, launch.flops / rate)
 
 
-def rows_of(launches: list[Launch], card: Card) -> list[dict[str, Any]]:
+def rows_of(launches: list[Launch], card: Card, wide: str = "fp32") -> list[dict[str, Any]]:
     """Launches of one kind, op, tensor and dtype of one part added up."""
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
     for launch in launches:
-        each = (launch.kernels, launch.nbytes, launch.flops, predicted_ms(launch, card))
+        each = (launch.kernels, launch.nbytes, launch.flops, predicted_ms(launch, card, wide))
         total = sums[tuple(getattr(launch, key) for key in KEYS)]
         total[:] = [a + b for a, b in zip(total, each)]
     names = ("launches", "bytes", "flops", "predicted_ms")
@@ -241,8 +250,9 @@ def same(other: dict[str, Any], step: dict[str, Any]) -> bool:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables, write the JSON."""
+    arguments.json = arguments.json or TARGET
     try:
-        m = runs.model(arguments.model, arguments.batch)
+        m = runs.model(arguments.model, arguments.batch or 128)
     except ValueError as error:
         raise SystemExit(f"launches: {error}") from None
     card = hardware.card(arguments.card, MEASURED)

@@ -5,6 +5,9 @@ nothing is normalised by data or has a bias. Two operations keep that so. `const
 length after each optimizer step (eq. 66), so that the learning rate alone says how fast they turn; the forward divides
 by the length again (eq. 47), which makes the gradient tangential and serves averaged weights, whose length is below 1.
 `fold` does that division once and for all for a frozen network.
+
+Images lie channels-last in memory from the first convolution on, and so do the weights that multiply them: what stands between
+two convolutions reads the channels of a pixel as a row, and a GPU's fast convolutions take no other layout.
 """
 
 from __future__ import annotations
@@ -16,16 +19,19 @@ import torch.nn.functional as F
 from cmt_kernels import (
     Dual,
     attention,
-    clip,
     conv2d,
     dropout,
     fourier_embedding,
     label_embedding,
     linear,
+    mp_cat,
+    mp_silu,
+    mp_sum,
     pixel_norm,
-    silu,
+    transforms,
+    unit_weight,
 )
-from cmt_kernels.dual import add, combine, concatenate, linear_map, multiply, value
+from cmt_kernels.dual import add, concatenate, linear_map, value
 from torch import Tensor, nn
 
 from cmt_fast.models.layers import in_fp32
@@ -38,29 +44,9 @@ LIMIT = 256.0  # activations are clipped to it
 EPS = 1e-4
 
 
-def mp_silu(x: Tensor | Dual) -> Tensor | Dual:
-    """silu(x)/0.596: unit magnitude for a unit normal x (eq. 81)."""
-    return linear_map(lambda y: y / 0.596, silu(x))
-
-
-def mp_sum(a: Tensor | Dual, b: Tensor | Dual, share: float = 0.5) -> Tensor | Dual:
-    """((1 - share) a + share b)/sqrt((1 - share)^2 + share^2) (eq. 88)."""
-    total = math.hypot(1 - share, share)
-    return combine(a, (1 - share) / total, b, share / total)
-
-
-def mp_cat(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
-    """a and b side by side along the channels, each with an equal part in the magnitude (eq. 103)."""
-    n_a, n_b = value(a).shape[1], value(b).shape[1]
-    both = math.sqrt((n_a + n_b) / 2)
-    w_a, w_b = both / math.sqrt(n_a), both / math.sqrt(n_b)
-    return concatenate(linear_map(lambda x: x * w_a, a), linear_map(lambda x: x * w_b, b))
-
-
-def unit(w: Tensor) -> Tensor:
-    """Each row w[i] over (eps + its root mean square): mean square 1. w: (E, ...), float32."""
-    mean = torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True) / math.sqrt(w[0].numel())
-    return w / (mean + EPS)
+def channels_last(x: Tensor) -> Tensor:
+    """The same numbers (B, C, H, W), channels-last in memory."""
+    return x if transforms.active() else x.contiguous(memory_format=torch.channels_last)  # vmap knows no layouts
 
 
 class MPLayer(nn.Module):
@@ -69,13 +55,13 @@ class MPLayer(nn.Module):
     def __init__(self, d_in: int, d_out: int, kernel: int = 0) -> None:
         super().__init__()
         shape = (d_out, d_in, kernel, kernel) if kernel else (d_out, d_in)
-        self.weight = nn.Parameter(unit(torch.randn(shape)))
+        self.weight = nn.Parameter(unit_weight(torch.randn(shape), eps=EPS))
         self.folded = False
 
     @torch.no_grad()
     def constrain(self) -> None:
         """Put the stored weight back to unit magnitude, in place; what an engine does after an optimizer step."""
-        self.weight.copy_(unit(self.weight))
+        self.weight.copy_(unit_weight(self.weight, eps=EPS))
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -85,8 +71,13 @@ class MPLayer(nn.Module):
             self.folded = True
 
     def scaled(self) -> Tensor:
-        """What multiplies x: rows of length 1."""
-        return self.weight if self.folded else unit(self.weight) * (1 / math.sqrt(self.weight[0].numel()))
+        """What multiplies x: rows of length 1, of a convolution channels-last and in the dtype that autocast would cast to."""
+        w = self.weight
+        if self.folded:
+            return w
+        low = w.ndim == 4 and not w.is_meta and w.dtype == torch.float32 and torch.is_autocast_enabled(w.device.type)
+        dtype = torch.get_autocast_dtype(w.device.type) if low else None
+        return unit_weight(w, 1 / math.sqrt(w[0].numel()), w.ndim == 4, dtype, EPS)
 
     def forward(self, x: Tensor | Dual) -> Tensor | Dual:
         w = self.scaled()
@@ -145,19 +136,19 @@ class Block(nn.Module):
         x = resample(x, self.resample)
         if self.encodes:
             x = pixel_norm(x if self.skip is None else self.skip(x), 1, EPS)
-        y = self.conv1(mp_silu(x))
-        scale = linear_map(lambda c: (c * self.gain)[:, :, None, None], self.emb(emb))
-        y = mp_silu(multiply(y, add(linear_map(lambda c: c.to(value(y).dtype), scale), value(y).new_ones(()))))
+        y, x = mp_silu(x, also_x=True)
+        y = self.conv1(y)
+        y = mp_silu(y, linear_map(lambda c: (c * self.gain).to(value(y).dtype), self.emb(emb)))
         if seeds is not None and self.p:
             y = dropout(y, seeds, self.p)
         y = self.conv2(y)
         if not self.encodes and self.skip is not None:
             x = self.skip(x)
-        x = mp_sum(x, y, BALANCE)
+        x = mp_sum(x, y, BALANCE, None if self.heads else LIMIT)
         if self.heads:
             qkv = pixel_norm(pack_heads(self.qkv(x), self.heads), -1, EPS)
-            x = mp_sum(x, self.proj(unpack_heads(attention(qkv), value(x).shape[2])), BALANCE)
-        return clip(x, LIMIT)
+            x = mp_sum(x, self.proj(unpack_heads(attention(qkv), value(x).shape[2])), BALANCE, LIMIT)
+        return x
 
 
 class Edm2(nn.Module):
@@ -219,7 +210,8 @@ class Edm2(nn.Module):
     ) -> Tensor | Dual:
         emb = self._embed(t, r, labels, drop)
         x = concatenate(x, torch.ones_like(value(x)[:, :1]))  # the channel of ones stands in for biases
-        x = walk(self.conv(x), emb, self.encoder, self.decoder, mp_cat, seeds, self.checkpoint_activations)
+        x = self.conv(linear_map(channels_last, x))
+        x = walk(x, emb, self.encoder, self.decoder, mp_cat, seeds, self.checkpoint_activations)
         return linear_map(lambda y: y * self.out_gain, self.out(x))
 
     def _embed(

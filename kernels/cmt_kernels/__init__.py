@@ -22,6 +22,9 @@ from cmt_kernels.linear import linear
 from cmt_kernels.meanflow_loss import meanflow_loss
 from cmt_kernels.modulated_norm import modulated_norm
 from cmt_kernels.modulated_rms_norm import modulated_rms_norm
+from cmt_kernels.mp_cat import mp_cat
+from cmt_kernels.mp_silu import mp_silu
+from cmt_kernels.mp_sum import mp_sum
 from cmt_kernels.path_point import path_point
 from cmt_kernels.pixel_norm import pixel_norm
 from cmt_kernels.qk_norm import qk_norm
@@ -29,6 +32,7 @@ from cmt_kernels.random_bits import random_bits
 from cmt_kernels.silu import silu
 from cmt_kernels.solver_step import solver_step
 from cmt_kernels.time_embedding import time_embedding
+from cmt_kernels.unit_weight import unit_weight
 from cmt_kernels.weight_gradient import weight_gradient
 
 __version__ = "0.1.0"
@@ -51,6 +55,9 @@ __all__ = [
     "meanflow_loss",
     "modulated_norm",
     "modulated_rms_norm",
+    "mp_cat",
+    "mp_silu",
+    "mp_sum",
     "path_point",
     "pixel_norm",
     "proofs",
@@ -61,6 +68,7 @@ __all__ = [
     "table",
     "through",
     "time_embedding",
+    "unit_weight",
     "use",
     "weight_gradient",
     "without_native",

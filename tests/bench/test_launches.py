@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.__main__ import main
-from bench.training import launches, runs
+from bench.training import launches, runs, unet_launches, unets
 from bench.training.launch_trace import Sizes, Trace, stored_bytes
 from cmt_fast.models import dit
 from cmt_fast.models.layers import Linear
@@ -163,3 +163,20 @@ def test_the_command_writes_counts_and_compares_them(tmp_path, capsys, monkeypat
 def planted(x: Dual) -> Dual:
     """A stream whose value goes to bfloat16 and back before every block."""
     return Dual(x.value.bfloat16().float(), x.tangent)
+
+
+def test_an_edm2_s_step_is_counted_with_kernels_and_without():
+    """The products are the same; between them kernels read and write less, in fewer launches."""
+    for objective, part in (("CMT-CM", "forward"), ("ECD", "teacher")):
+        m = unets.unet("dry", 2)
+        torch_s, ours = (unet_launches.result(objective, m, card, plain) for plain in (unet_launches.PLAIN, ()))
+        assert torch_s["products_ms"] == ours["products_ms"] > 0 and ours["parts_ms"][part] > 0
+        assert ours["launches"] < 0.75 * torch_s["launches"] and ours["bytes"] < torch_s["bytes"]
+        kinds = {row["kind"] for row in ours["rows"]}
+        assert {*unet_launches.PLAIN, "convolution", "attention"} <= kinds
+        assert ours["ratio"] == pytest.approx(ours["predicted_gpu_ms"] / ours["products_ms"])
+
+
+def test_products_in_tf32_are_predicted_at_its_rate():
+    launch = launches.Launch("forward", "convolution", "convolution", "activations", "float32->float32", 1, 0, 10**12)
+    assert launches.predicted_ms(launch, card, "tf32") == pytest.approx(1e15 / card.matmul["tf32"])

@@ -87,12 +87,16 @@ PLANS = {
     "meanflow_loss": Plan({"B": 4, "shape": (3, 8), "k": 4}, ("u", "v")),
     "modulated_norm": Plan(dict(ROWS), ("x", "shift"), ("scale",)),
     "modulated_rms_norm": Plan(dict(ROWS), ("x", "shift"), ("weight", "scale")),
+    "mp_cat": Plan({"B": 4, "T": 3, "D": 20, "E": 12, "k": 4}, (), ("a", "b")),
+    "mp_silu": Plan(ROWS | {"T": 1}, (), ("x", "scale")),
+    "mp_sum": Plan({"B": 4, "shape": (3, 20), "limit": 50.0, "k": 4}, ("a", "b")),
     "path_point": Plan({"B": 4, "shape": (3, 8)}, ("x_0",), ("sigma",)),
     "pixel_norm": Plan({"B": 4, "shape": (6, 3, 3), "k": 4}, ("x",)),
     "qk_norm": Plan({"B": 4, "T": 3, "H": 2, "d": 8, "k": 4}, ("qkv.0", "qkv.2"), ("q_weight",)),
     "silu": Plan({"B": 4, "D": 24, "k": 4}, ("x",)),
     "solver_step": Plan({"B": 4, "shape": (3, 8), "order": 2}, (), ("x", "f", "m1", "coefficients")),
     "weight_gradient": Plan({"B": 4, "T": 3, "D": 24, "E": 16}, ("g",), ("dy", "x")),
+    "unit_weight": Plan({"E": 4, "D": 5, "n": 3, "last": True}, ("weight",)),
     "time_embedding": Plan({"B": 4, "dim": 8, "k": 4}, ("t",)),
 }  # fmt: skip
 

@@ -128,6 +128,27 @@ def modulated_rms_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, 
     return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * (1 + scale[:, None]) + shift[:, None]
 
 
+def mp_silu(x: Tensor, scale: Tensor | None) -> Tensor:
+    s = x if scale is None else x * (1 + scale).reshape(*scale.shape, *[1] * (x.ndim - 2))
+    return s / (1 + torch.exp(-s)) / 0.596
+
+
+def mp_sum(a: Tensor, b: Tensor, share: float, limit: float | None) -> Tensor:
+    s = ((1 - share) * a + share * b) / math.sqrt((1 - share) ** 2 + share**2)
+    return s if limit is None else clip(s, limit)
+
+
+def mp_cat(a: Tensor, b: Tensor) -> Tensor:
+    whole = a.shape[1] + b.shape[1]
+    parts = [x / math.sqrt(x.shape[1]) * math.sqrt(whole / 2) for x in (a, b)]
+    return torch.cat([x[:, i : i + 1] for x in parts for i in range(x.shape[1])], dim=1)
+
+
+def unit_weight(weight: Tensor, gain: float, channels_last: bool, eps: float = 1e-4) -> Tensor:
+    rows = [row / (eps + torch.sqrt((row * row).sum() / row.numel())) for row in weight]
+    return gain * torch.stack(rows)
+
+
 def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
     """Philox4x32-10 as the paper writes it, in Python integers."""
     c0, c1, c2, c3 = counter

@@ -28,7 +28,7 @@ BACKENDS = [
     for name in backends_on(op, device)
 ]
 INTERPRETED = ("adamw_ema", "attention", "consistency_loss", "gated_residual", "gelu", "meanflow_loss", "modulated_norm",
-               "path_point", "qk_norm", "solver_step")  # fmt: skip
+               "mp_silu", "mp_sum", "path_point", "pixel_norm", "qk_norm", "solver_step")  # fmt: skip
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
 
@@ -65,7 +65,8 @@ def test_cuda_sources_emulated() -> None:
     assert "0 differences in finiteness, 0 errors" in said and all(f"{op} native" in said for op in NATIVE), said
 
 
-NATIVE = ("gated_residual", "gelu", "modulated_norm", "qk_norm")
+NATIVE = ("gated_residual", "gelu", "modulated_norm", "mp_cat", "mp_silu", "mp_sum", "pixel_norm", "qk_norm",
+          "unit_weight")  # fmt: skip
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

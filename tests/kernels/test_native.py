@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.fixtures import forked
 
-OPS = ("gated_residual", "gelu", "modulated_norm", "qk_norm")
+OPS = ("gated_residual", "gelu", "modulated_norm", "mp_cat", "mp_silu", "mp_sum", "pixel_norm", "qk_norm")
 built = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason=str(_native.unavailable("cpu")))
 each_op = pytest.mark.parametrize("op", OPS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -26,7 +26,13 @@ def big(op: str, dtype: torch.dtype, k: int | None = 2) -> dict[str, Any]:
     """Enough rows that two threads and several chunks of a column sum have work."""
     module = cases_of(op)
     sizes = {"B": 3, "T": 300, "k": k}
-    case = module.Case(**sizes, H=2, d=64) if op == "qk_norm" else module.Case(**sizes, D=200)
+    shaped = {"shape": (200, 300, 1)}
+    case = {
+        "qk_norm": lambda: module.Case(**sizes, H=2, d=64),
+        "mp_cat": lambda: module.Case(**sizes, D=200, E=40),
+        "mp_sum": lambda: module.Case(B=3, **shaped, limit=1.5, k=k),
+        "pixel_norm": lambda: module.Case(B=3, **shaped, k=k),
+    }.get(op, lambda: module.Case(**sizes, D=200))()
     return module.inputs(case, dtype)
 
 
@@ -58,6 +64,10 @@ def arguments(op: str, requires_grad: bool) -> tuple:
         "gelu": (draw(3, 5, 20), draw(20), tangent(2, 5, 20)),
         "modulated_norm": (draw(3, 5, 20), draw(3, 20), draw(3, 20), tangent(2, 5, 20), None, tangent(2, 20), 1e-6),
         "gated_residual": (draw(3, 5, 20), draw(3, 5, 20), draw(3, 20), draw(20), None, tangent(2, 5, 20), None),
+        "mp_cat": (draw(3, 5, 20), draw(3, 5, 12), None, tangent(2, 5, 12), 0.8, 1.2),
+        "mp_silu": (draw(3, 5, 20), draw(3, 20), tangent(2, 5, 20), None),
+        "mp_sum": (draw(3, 5, 20), draw(3, 5, 20), None, tangent(2, 5, 20), 0.9, 0.4, 1.0),
+        "pixel_norm": (draw(3, 5, 20), tangent(2, 5, 20), 1e-4),
         "qk_norm": (draw(3, 5, 3, 2, 6), draw(6), draw(6), tangent(5, 3), tangent(5, 3), tangent(1, 5, 3, 2, 6), 1e-6),
     }[op]
 
@@ -78,6 +88,10 @@ def test_opcheck_of_the_backward(op: str) -> None:
         "gelu": lambda: (x[0], x[1]),
         "modulated_norm": lambda: (x[0], x[2], rest[-1], x[0]),
         "gated_residual": lambda: (x[1], x[2], x[3]),
+        "mp_cat": lambda: (20, *x[4:]),
+        "mp_silu": lambda: (x[0], x[1], x[0]),
+        "mp_sum": lambda: (y, *x[4:]),
+        "pixel_norm": lambda: (y, rest[-1]),
         "qk_norm": lambda: (*x[:5], x[6]),
     }[op]()
     torch.library.opcheck(getattr(torch.ops.cmt, f"{op}_backward").default, (torch.randn_like(y), *saved))
@@ -120,7 +134,7 @@ from functools import partial
 import torch
 from cmt_kernels.accuracy import limits
 from cmt_kernels.cases import cases_of, implementation, outputs, error, wide
-for op in ("gated_residual", "gelu", "modulated_norm", "qk_norm"):
+for op in ("gated_residual", "gelu", "modulated_norm", "mp_cat", "mp_silu", "mp_sum", "pixel_norm", "qk_norm"):
     module = cases_of(op)
     for case in module.CASES:
         for dtype in module.DTYPES:
@@ -197,7 +211,9 @@ def test_a_device_without_kernels_raises(op: str) -> None:
 
 
 @built
-@pytest.mark.parametrize("op, more", [*((op, {}) for op in OPS), ("modulated_norm", {"also_x": True})])
+@pytest.mark.parametrize(
+    "op, more", [*((op, {}) for op in OPS), *((op, {"also_x": True}) for op in ("modulated_norm", "mp_silu"))]
+)
 def test_second_derivative_raises(op: str, more: dict[str, bool]) -> None:
     inputs, leaves = leaves_of(op, big(op, torch.float32, None))
     y = implementation(op, "native")(**inputs, **more)
@@ -216,6 +232,10 @@ def test_shapes_are_checked() -> None:
         (lambda: native.modulated_norm(x, v, v[:1], None, None, None, 1e-6), "scale"),
         (lambda: native.modulated_norm(x, v, v.bfloat16(), None, None, None, 1e-6), "scale"),
         (lambda: native.gated_residual(x, x[:, :2], v, None, None, None, None), "branch"),
+        (lambda: native.mp_cat(x, x[:, :2], None, None, 1.0, 1.0), "b has the wrong shape"),
+        (lambda: native.mp_silu(x, v[:1], None, None), "scale"),
+        (lambda: native.mp_sum(x, x.bfloat16(), None, None, 1.0, 1.0, 1.0), "b has another dtype"),
+        (lambda: native.pixel_norm(x[0], None, 1e-4), "x must be"),
         (lambda: native.qk_norm(torch.ones(2, 3, 3, 1, 8), v[0], None, None, None, None, 1e-6), "q_weight"),
     ):
         with pytest.raises(RuntimeError, match=culprit):
@@ -249,7 +269,8 @@ def test_no_memory_is_torch_s_own_error() -> None:
 @built
 @each_op
 def test_nothing_to_do(op: str) -> None:
-    inputs = map_tensors(lambda x: x[:, :0] if x.ndim >= 3 else x, big(op, torch.float32))
+    cut = lambda x: x[:, :, :0] if x.ndim == 4 else x[:, :0] if x.ndim > 4 or x.ndim == 3 else x
+    inputs = map_tensors(cut, big(op, torch.float32))
     if op == "qk_norm":
         inputs |= {"cos": inputs["cos"][:0], "sin": inputs["sin"][:0]}
     *_, last = run(op, inputs)

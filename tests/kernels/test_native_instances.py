@@ -54,6 +54,18 @@ def instances() -> list[tuple[str, Any]]:
     found += [("gelu", gelu.Case(2, tokens(D), D, bias, 1)) for D in (13, 264) for bias in (False, True)]
     # sums of more partials, or images, than a column has threads
     found += [("gelu", gelu.Case(4, 300, 13, True, 1)), ("gated_residual", gate.Case(20, 3, 40, True, 1))]
+    cat, silu, total, pixel = (cases_of(op) for op in ("mp_cat", "mp_silu", "mp_sum", "pixel_norm"))
+    found += [("mp_cat", cat.Case(3, 17, D, E, k)) for D, E in ((13, 300), (264, 8)) for k in (None, 1)]
+    found += [("mp_silu", silu.Case(2, tokens(D), D, scaled, 1)) for D in (13, 264) for scaled in (False, True)]
+    found += [("mp_silu", silu.Case(2, 1200, 13, True, 1))]  # more partial sums than a column has threads
+    found += [
+        ("mp_sum", total.Case(3, shape, 0.3, limit, 1)) for shape in ((7, 151), (8, 128)) for limit in (None, 1.5)
+    ]
+    found += [("pixel_norm", pixel.Case(5, (D, tokens(D)), 1, k)) for D in (13, 64, 72, 264, 1000) for k in (None, 2)]
+    unit = cases_of("unit_weight")
+    found += [
+        ("unit_weight", unit.Case(3, 600, n, last)) for n in (1, 3) for last in (False, True)
+    ]  # several tiles a row
     found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, True, k)) for d in HEADS for k in (None, 1)]
     found += [("qk_norm", qk.Case(2, tokens(9 * d), 3, d, True, False, 1)) for d in ODD_HEADS]
     return found
@@ -86,6 +98,25 @@ def test_instance(op: str, case: Any, device: str) -> None:
             assert_accurate(ours, plain_grads, exact_grads, most(op, case, dtype, device, gradients_of_reference))
 
 
+def unit_weight_in_bf16(inside: bool, device: str = "cpu") -> list[torch.Tensor]:
+    """A weight as autocast reads it, channels-last, and its gradient by one in bf16; not `inside`: cast outside of the op."""
+    module = cases_of("unit_weight")
+    inputs = module.inputs(module.Case(5, 300, 3, True), torch.float32, device)
+    w = inputs["weight"].requires_grad_()
+    dtype = torch.bfloat16 if inside else None
+    y = implementation("unit_weight", "native")(**inputs, dtype=dtype)
+    direction = torch.cos(torch.arange(y.numel(), device=device)).view(y.shape).bfloat16()
+    (gradient,) = torch.autograd.grad(y, w, direction.to(y.dtype))
+    return [y.detach().bfloat16(), gradient]
+
+
+@each_device
+def test_unit_weight_in_bf16_native(device: str) -> None:
+    """The cast inside changes no bit."""
+    ours, theirs = unit_weight_in_bf16(True, device), unit_weight_in_bf16(False, device)
+    assert all(map(torch.equal, ours, theirs)) and ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
 @each_device
 def test_what_the_cuda_kernels_do_not_take_raises(device: str) -> None:
     if device == "cpu" and not emulated:
@@ -105,6 +136,8 @@ def digest() -> str:
     for case in bits.CASES:
         for y in outputs("random_bits", implementation("random_bits", "native"), bits.inputs(case)):
             total.update(y.numpy().tobytes())
+    for y in unit_weight_in_bf16(True):
+        total.update(y.float().numpy().tobytes())
     for op, case in instances():
         call = partial(outputs, op, implementation(op, "native"))
         for dtype in cases_of(op).DTYPES:

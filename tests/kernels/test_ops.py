@@ -269,6 +269,19 @@ def test_what_goes_through_the_norm_is_added_in_its_backward(
     assert all(map(torch.equal, ours, gradients_through_norm(name, False, dtype, stream)))
 
 
+@pytest.mark.parametrize("name", backends_on("mp_silu", "cpu"))
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_goes_through_mp_silu_is_added_in_its_backward(name: str, scaled: bool) -> None:
+    module, grads = cases_of("mp_silu"), []
+    for also_x in (False, True):
+        inputs, leaves = with_leaves("mp_silu", module.inputs(module.Case(3, 5, 24, scaled, 2)))
+        y, x = implementation("mp_silu", name)(**inputs, also_x=True) if also_x else (
+            implementation("mp_silu", name)(**inputs), inputs["x"])  # fmt: skip
+        assert torch.equal(x.tangent, inputs["x"].tangent)
+        grads.append(torch.autograd.grad(y.value.sin().sum() + x.value.cos().sum(), leaves))
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("op", ["modulated_norm", "gated_residual"])
 @pytest.mark.parametrize("k", [None, 2])
 def test_a_stream_in_float32_beside_bfloat16_has_the_bits_of_casts(op: str, k: int | None) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tests.fixtures import forked
 from tests.kernels import interpreter
 
-OPS = ("modulated_norm", "gated_residual", "gelu", "qk_norm")
+OPS = ("modulated_norm", "gated_residual", "gelu", "qk_norm", "mp_silu", "mp_sum", "pixel_norm")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKS = ("forward", "gradient", "value", "saved", "mixtures", "strided", "compiled", "opcheck", "float64")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -37,6 +37,10 @@ def cases(op: str) -> list[Any]:
     if op == "qk_norm":
         sizes = ((2, 2, 2, 8, True, True, 1), (1, 17, 6, 7, True, False, 1), (1, 2, 1, 72, False, True, 0))
         return [Case(*size) for size in sizes]
+    if op == "mp_sum":
+        return [Case(2, (24, 7, 5), 0.3, 1.5, 1), Case(1, (1100, 2), 0.5, None, None)]
+    if op == "pixel_norm":
+        return [Case(2, (24, 7, 3), 1, 1), Case(1, (17, 77), -1, 1), Case(1, (1152, 3), 1)]
     # T = 7: of too few elements the largest error of either side is luck (T = 3, 300 seeds: ratio 0.75 in the median, 1.54
     # at the 99th percentile, and seed 0 above 2)
     sizes = ((2, 7, 24, 1), (1, 17, 77, 1), (1, 1, 1152, None))

@@ -132,6 +132,7 @@ PARTS = {
         BENCH("step-b256", 230, command=step("B256", "FM", "CMT-MF", "MF"), sitting=False),
         BENCH("step-b1024", 230, command=step("B1024", "FM", "CMT-MF", "MF"), sitting=False),
         BENCH("step-l256", 230, command=step("L256", "FM", "CMT-MF", "MF"), sitting=False),
+        BENCH("unet", 120, command=bench("unet", "--turns", "10"), sitting=False),
         BENCH("step-ve", 230, command=step("B256", "CMT-CM", "ECT", "ECD"), sitting=False),
     )
 }  # fmt: skip
