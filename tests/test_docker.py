@@ -169,6 +169,37 @@ def test_a_rehearsal_follows_the_file_and_sees_what_fails(tmp_path, capsys):
     assert "'gpus' is no stage; the stages are cpu, build, gpu" in capsys.readouterr().err
 
 
+def test_the_path_is_the_page_made_small_by_its_own_table(tmp_path):
+    """What `python docker/rehearse.py run` runs: every full command, none of it left at full size."""
+    path = rehearse.path_module()
+    page = path.PAGE.read_text("utf-8")
+    found = path.commands(page)
+    full = [line for section in ("Data", "Train", "Evaluate", "Use") for line in path._lines(page, section)]
+    assert [c.text.split()[0] for c in found if c.why] == ["sbatch", "torchrun"] and len(found) == len(full) + 6
+    for text in [c.text for c in found if not c.why]:
+        assert not re.search(r"imagenet|50000|data/|node 8|\b512\b", text), text
+        arguments = cmt(text)
+        if arguments:
+            args, rest = cli.parser(arguments[0]).parse_known_args(arguments)
+            assert all("=" in r for r in rest)
+            if getattr(args, "recipe", None):
+                loading.load(str(ROOT / args.recipe), [*getattr(args, "overrides", []), *rest])
+    for row in path.scaled(page):
+        less = page.replace(f"| `{row[0]}` |", "| `no such thing` |")
+        assert less != page and path.commands(less) != found, f"{row[0]} is in no command"
+
+
+def test_a_promise_that_is_not_kept_is_counted(tmp_path, capsys):
+    path = rehearse.path_module()
+    work = path.Rehearsal(tmp_path)
+    work.promise("stages", work.stages)
+    (tmp_path / "img512-two-step").mkdir()
+    (tmp_path / "img512-two-step" / "README.md").write_text("license: mit")
+    work.promise("card", work.card)
+    work.step("false", ["false"])
+    assert work.failed == 3 and capsys.readouterr().out.count("FAILED") == 3
+
+
 # ------------------------------------------------------------------------------------------------ what is installed
 
 
@@ -337,5 +368,8 @@ def test_a_step_is_what_torchrun_and_we_understand(tmp_path):
     assert cmt(" ".join(words)) == ["train", "digits", "--out", "run", "engine=zero"]
     environment = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines())
     assert environment["OMP_NUM_THREADS"] == "5" and environment["NCCL_DEBUG"] == "WARN", "the operator's, else ours"
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1", (
+        "without it a restart on several nodes never connects"
+    )
     signalled = int(re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", SBATCH.read_text(), flags=re.M)[1])
     assert 30 < int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < signalled
