@@ -136,7 +136,7 @@ class Rehearsal:
         """One of those below: what it found, good or not."""
         try:
             good, text = call()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, IndexError) as error:
             good, text = False, f"{type(error).__name__}: {error}"
         self.say(f"{name}: {text}", good)
 

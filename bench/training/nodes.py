@@ -1,10 +1,10 @@
 """Two machines on one: docker/slurm/train.sbatch as it is, with an `srun` that starts one torchrun a "node" on localhost.
 
-One small run on a store of latents is trained by two nodes of two CPU processes, again and again: never stopped; with a rank killed
-(torchrun starts the group again); with a node killed, agent and ranks at once (the job ends as on NODE_FAIL, and is run again as
-SLURM's --requeue does); and asked to stop as its time is up (SIGUSR1), then gone on with by one node, by two nodes of four
-processes, and by the first two. Of each: jobs, restarts, the steps at which it went on, and how far its weights are from those of the
-run that was never stopped. Each node has its own CMT_STORE_CACHE: who copied, and what was read of the shared store.
+One small run on a store of latents is trained by two nodes of two CPU processes, again and again: never stopped; with a rank
+killed (torchrun starts the group again); with a node killed, agent and ranks at once (the job ends as on NODE_FAIL, and is run
+again as SLURM's --requeue does); and asked to stop as its time is up (SIGUSR1), then gone on with by as many, or by one node and
+then by two nodes of four processes. Of each: its jobs, the steps at which it went on, and how far its weights are from those of
+the run that was never stopped. Each node has a CMT_STORE_CACHE of its own.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SCONTROL = '#!/bin/sh\n[ "$1" = requeue ] && echo "$2" >> requeued\necho localho
 
 
 class Job(NamedTuple):
-    """A submission: nodes, processes of each, and what happens once SEEN more steps are on disk: nothing, `rank`, `node`, `time`."""
+    """A submission: nodes, processes of each, and what happens after SEEN more steps: nothing, `rank`, `node`, `time`."""
 
     nodes: int
     each: int

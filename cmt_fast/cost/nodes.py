@@ -1,9 +1,9 @@
 """What many ranks on many machines read, send and write: bytes by formula, so that 64 ranks are counted before they are rented.
 
-N ranks on M machines, P parameters, T EMA tracks, a store of n rows in B bytes. Everything that a rank holds in fp32 travels as fp32.
+N ranks on M machines, P parameters, T EMA tracks, a store of n rows in B bytes. Weights travel as fp32.
 
     small files of the store     S = index + 8 n labels + 8 n checksums    read N times, or once and sent to N - 1 ranks
-    rows of the store            B                                         read by M machines once (CMT_STORE_CACHE), or each epoch
+    rows of the store            B                                         read by M machines once, or each epoch
     gradients and weights        step_time.sent_bytes                      sent by each rank, each step
     a checkpoint                 (4 + 8 + 4 T) P                           written once; read N times, or once and sent
 """
@@ -78,12 +78,8 @@ def traffic(recipe: str, stage: str, ranks: int, per_machine: int, card: str = "
 
 def table(recipe: str = "imagenet512-ecd", stage: str = "mid", ranks: int = 64, per_machine: int = 8) -> str:
     """The rows as a table of a page, in GB."""
-    lines = [
-        f"| `{recipe}`, `{stage}`, {ranks} ranks on {-(-ranks // per_machine)} machines | each for itself, GB | as it is, GB | bytes |",
-        "|---|---:|---:|---|",
-    ]
-    lines += [
-        f"| {t.what} | {t.alone / 1e9:,.4g} | {t.ours / 1e9:,.4g} | {t.formula} |"
-        for t in traffic(recipe, stage, ranks, per_machine)
-    ]
+    where = f"`{recipe}`, `{stage}`, {ranks} ranks on {-(-ranks // per_machine)} machines"
+    lines = [f"| {where} | each for itself, GB | as it is, GB | bytes |", "|---|---:|---:|---|"]
+    for t in traffic(recipe, stage, ranks, per_machine):
+        lines.append(f"| {t.what} | {t.alone / 1e9:,.4g} | {t.ours / 1e9:,.4g} | {t.formula} |")
     return "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ def lives(results: Path) -> str:
     """Each life of the run of `python -m bench nodes`, beside the one that was never stopped."""
     data = json.loads((results / "nodes.json").read_text())
     lines = [
-        "| a run of two nodes | ranks of its jobs | went on at step | largest difference of a weight |",
+        "| a run of two nodes | ranks of its jobs | went on at step | largest difference |",
         "|---|---|---|---:|",
     ]
     for row in data["rows"]:
@@ -20,8 +20,9 @@ def lives(results: Path) -> str:
         steps, off = ", ".join(map(str, row["resumed_at"])) or "-", row["relative_difference"]
         lines.append(f"| {row['life']} | {ranks} | {steps} | {f'{off:.1e}' if off else '0, all bits'} |")
     lines.append(
-        f"\n{data['steps']} steps of the stage `pre` of docker/mini.yaml, batch {data['batch']}, `engine=local` on gloo; relative to the "
-        f"largest weight of a tensor; {data['device']}, torch {data['torch']}; commit {data['commit']}, {data['date'][:10]}.\n"
+        f"\n{data['steps']} steps of the stage `pre` of docker/mini.yaml, batch {data['batch']}, `engine=local` on gloo; a difference "
+        f"of a weight, relative to the largest of its tensor; {data['device']}, torch {data['torch']}; commit {data['commit']}, "
+        f"{data['date'][:10]}.\n"
     )
     return "\n".join(lines) + "\n"
 
