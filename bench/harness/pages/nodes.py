@@ -20,8 +20,8 @@ def lives(results: Path) -> str:
         steps, off = ", ".join(map(str, row["resumed_at"])) or "-", row["relative_difference"]
         lines.append(f"| {row['life']} | {ranks} | {steps} | {f'{off:.1e}' if off else '0, all bits'} |")
     lines.append(
-        f"\n{data['steps']} steps of the stage `pre` of docker/mini.yaml, batch {data['batch']}, `engine=local` on gloo; a difference "
-        f"of a weight, relative to the largest of its tensor; {data['device']}, torch {data['torch']}; commit {data['commit']}, "
+        f"\n{data['steps']} steps of the stage `pre` of docker/mini.yaml, batch {data['batch']}, `engine=local` on gloo, "
+        f"differences of weights over the largest of a tensor; {data['device']}, torch {data['torch']}; commit {data['commit']}, "
         f"{data['date'][:10]}.\n"
     )
     return "\n".join(lines) + "\n"
