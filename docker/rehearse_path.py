@@ -93,7 +93,8 @@ class Rehearsal:
         self.folder, self.failed = folder, 0
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         here = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-        self.environment = os.environ | {"PATH": path, "PYTHONPATH": here}
+        # a thread each, as torchrun gives its ranks: more of them wait for one another where the cores are shared
+        self.environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PATH": path, "PYTHONPATH": here}
         (folder / "docker").symlink_to(ROOT / "docker")
 
     def run(self) -> None:
