@@ -37,6 +37,10 @@ BENCHES = {
         "experiments.modes",
         "mid-training from trajectories in paper mode, in a pool and from a cache, over several seeds",
     ),
+    "nodes": (
+        "training.nodes",
+        "a run on two nodes that lose ranks, nodes and time, by the SLURM file itself on one machine",
+    ),
     "ops": ("kernels.ops", "times of every op, backend and case"),
     "pipeline": ("training.pipeline", "what the trainer loses around its steps"),
     "plan": ("training.plans", "`cmt plan` on three kinds of machine, and its count of activations beside a card's"),

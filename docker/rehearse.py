@@ -1,4 +1,5 @@
 """The build of the images as far as a machine without a Docker engine can go: `python docker/rehearse.py [cpu build gpu]`.
+`python docker/rehearse.py run` follows the page's own commands at 1/1000 instead (rehearse_path.py).
 
 Each stage of the Dockerfile is followed instruction by instruction in a folder that stands for the image's root. COPY copies
 what .dockerignore lets through. RUN runs, command by command, in an environment of its own over this Python's packages, with the
@@ -13,6 +14,7 @@ A stage without a compiler (python:slim has none) is rehearsed without one. The 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 import venv
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,13 +167,33 @@ def starts(stage: Stage) -> Iterator[tuple[str, str]]:
             yield word, f"{command} --dry-run" if " train " in command else command
 
 
+def path_module() -> types.ModuleType:
+    """rehearse_path.py, which lies beside this file and in no package."""
+    found = importlib.util.spec_from_file_location("rehearse_path", Path(__file__).with_name("rehearse_path.py"))
+    assert found and found.loader
+    module = importlib.util.module_from_spec(found)
+    sys.modules["rehearse_path"] = module
+    found.loader.exec_module(module)
+    return module
+
+
+def _path(folder: Path | None) -> int:
+    """Follow the page. 1 where a command failed or a promise was not kept."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = (folder or Path(temporary)).resolve()
+        place.mkdir(parents=True, exist_ok=True)
+        rehearsal = path_module().Rehearsal(place)
+        rehearsal.run()
+    return int(rehearsal.failed > 0)
+
+
 def _bases() -> dict[str, str]:
     return dict(re.findall(r"^ARG (\w+_BASE)=(\S+)$", (ROOT / "docker/Dockerfile").read_text("utf-8"), flags=re.M))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Rehearse the stages that are named. 1 where a command failed."""
-    p = argparse.ArgumentParser(description="Follow the Dockerfile without an engine.")
+    p = argparse.ArgumentParser(description="Follow the Dockerfile without an engine, or by `run` the page at 1/1000.")
     known = stages((ROOT / "docker/Dockerfile").read_text("utf-8"))
     names = [stage.name for stage in known]
     p.add_argument("stages", nargs="*", default=names, metavar="STAGE", help=f"of {', '.join(names)} (default: all)")
@@ -178,6 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--network", action="store_true", help="let pip resolve the pinned set, in a dry run")
     p.add_argument("--folder", type=Path, help="the root; it is kept (default: a temporary one, which is not)")
     args = p.parse_args(arguments)
+    if args.stages == ["run"]:
+        return _path(args.folder)
     if unknown := [name for name in args.stages if name not in names]:
         p.error(f"{unknown[0]!r} is no stage; the stages are {', '.join(names)}")
     given = dict(pair.split("=", 1) for pair in args.arg)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,37 @@ def test_a_rehearsal_follows_the_file_and_sees_what_fails(tmp_path, capsys):
     assert "'gpus' is no stage; the stages are cpu, build, gpu" in capsys.readouterr().err
 
 
+def test_the_path_is_the_page_made_small_by_its_own_table(tmp_path):
+    """What `python docker/rehearse.py run` runs: every full command, none of it left at full size."""
+    path = rehearse.path_module()
+    page = path.PAGE.read_text("utf-8")
+    found = path.commands(page)
+    full = [line for section in ("Data", "Train", "Evaluate", "Use") for line in path._lines(page, section)]
+    assert [c.text.split()[0] for c in found if c.why] == ["sbatch", "torchrun"] and len(found) == len(full) + 6
+    for text in [c.text for c in found if not c.why]:
+        assert not re.search(r"imagenet|50000|data/|node 8|\b512\b", text), text
+        arguments = cmt(text)
+        if arguments:
+            args, rest = cli.parser(arguments[0]).parse_known_args(arguments)
+            assert all("=" in r for r in rest)
+            if getattr(args, "recipe", None):
+                loading.load(str(ROOT / args.recipe), [*getattr(args, "overrides", []), *rest])
+    for row in path.scaled(page):
+        less = page.replace(f"| `{row[0]}` |", "| `no such thing` |")
+        assert less != page and path.commands(less) != found, f"{row[0]} is in no command"
+
+
+def test_a_promise_that_is_not_kept_is_counted(tmp_path, capsys):
+    path = rehearse.path_module()
+    work = path.Rehearsal(tmp_path)
+    work.promise("stages", work.stages)
+    (tmp_path / "img512-two-step").mkdir()
+    (tmp_path / "img512-two-step" / "README.md").write_text("license: mit")
+    work.promise("card", work.card)
+    work.step("false", ["false"])
+    assert work.failed == 3 and capsys.readouterr().out.count("FAILED") == 3
+
+
 # ------------------------------------------------------------------------------------------------ what is installed
 
 
@@ -276,3 +308,68 @@ def test_the_commands_of_a_service_parse(service):
     if not s["healthcheck"].get("disable"):
         out = default(" ".join(s["command"])).split("--out ")[1].split()[0]
         assert out in default(" ".join(s["healthcheck"]["test"])), "the health check looks at the run that is trained"
+
+
+# ------------------------------------------------------------------------------------------------ SLURM
+
+SBATCH = DOCKER / "slurm" / "train.sbatch"
+SRUN = """#!/bin/bash
+echo "$@" > step; env | grep -E '^(NCCL|TORCH|OMP)_' > environment
+trap 'echo saved; sleep 0.2; exit 143' TERM
+touch ready
+{}
+"""
+
+
+def submitted(folder: Path, step: str, signal: str = "", gpus: str = "h100:8") -> tuple[int, str, list[str]]:
+    """The batch script as SLURM runs it, `step` in the place of the ranks: exit code, what was printed, calls of scontrol."""
+    commands = folder / "bin"
+    commands.mkdir()
+    (commands / "srun").write_text(SRUN.format(step))
+    (commands / "scontrol").write_text('#!/bin/bash\necho "$@" >> scontrol.log; printf "one\\ntwo\\n"\n')
+    for path in commands.iterdir():
+        path.chmod(0o755)
+    environment = {
+        "PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_RESTART_COUNT": "3",
+        "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_PER_NODE": gpus, "OMP_NUM_THREADS": "5",
+    }  # fmt: skip
+    command = ["bash", str(SBATCH), "digits", "--out", "run", "engine=zero"]
+    job = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    while signal and not (folder / "ready").exists():
+        time.sleep(0.01)
+    if signal:
+        subprocess.run(["kill", f"-{signal}", str(job.pid)], check=True)
+    said = job.communicate(timeout=30)[0]
+    return job.returncode, said, (folder / "scontrol.log").read_text().splitlines()
+
+
+def test_a_job_whose_time_is_up_saves_and_is_queued_again(tmp_path):
+    code, said, asked = submitted(tmp_path, "while true; do sleep 0.05; done", "USR1")
+    assert (code, asked) == (0, ["show hostnames n[1-2]", "requeue 7"]) and said.startswith("saved")
+
+
+@pytest.mark.parametrize("code", [0, 9])
+def test_a_job_that_ends_by_itself_is_not_queued_again(tmp_path, code):
+    assert submitted(tmp_path, f"exit {code}")[::2] == (code, ["show hostnames n[1-2]"])
+
+
+def test_a_job_that_finishes_while_it_is_stopped_is_not_queued_again(tmp_path):
+    code, _, asked = submitted(tmp_path, "trap '' TERM; touch ready; sleep 0.3; exit 0", "USR1")
+    assert (code, asked) == (0, ["show hostnames n[1-2]"])
+
+
+def test_a_step_is_what_torchrun_and_we_understand(tmp_path):
+    from torch.distributed.run import get_args_parser
+
+    submitted(tmp_path, "exit 0")
+    words = (tmp_path / "step").read_text().split()
+    found = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
+    assert (found.nnodes, found.nproc_per_node, found.rdzv_endpoint, found.rdzv_id) == ("2", "8", "one:29500", "7-3")
+    assert cmt(" ".join(words)) == ["train", "digits", "--out", "run", "engine=zero"]
+    environment = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines())
+    assert environment["OMP_NUM_THREADS"] == "5" and environment["NCCL_DEBUG"] == "WARN", "the operator's, else ours"
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1", (
+        "without it a restart on several nodes never connects"
+    )
+    signalled = int(re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", SBATCH.read_text(), flags=re.M)[1])
+    assert 30 < int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < signalled

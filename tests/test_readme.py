@@ -71,6 +71,7 @@ def test_tables_are_generated_not_typed():
             "inputs",
             "keys",
             "promises",
+            "ranks",
             "published",
             "recipes",
             "sources",

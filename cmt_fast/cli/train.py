@@ -16,7 +16,7 @@ from cmt_fast.config import errors, fingerprint, loading, paths, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
 from cmt_fast.cost import disk, estimate, flops, hardware
-from cmt_fast.data import classes
+from cmt_fast.data import classes, start
 from cmt_fast.data.loaders import check_loader
 from cmt_fast.engine import ShardingPlan
 from cmt_fast.evaluation import judges
@@ -107,7 +107,7 @@ def train(args: argparse.Namespace) -> None:
         raise needs.error(lacking)
     distributed.start(machine.device(run.device), run.timeout_s)
     # no heart beats before the run is locked: until then it may be another's
-    with progress.phase("reading the data"):
+    with progress.phase("reading the data"), start.together(copy=not args.dry_run):
         work = workspace.Workspace(run, out, parents, absent.rows(run) if args.dry_run else None)
     with progress.phase("reading what the stages build on"):
         _check(work, names, not lacking)

@@ -8,7 +8,7 @@ from pathlib import Path
 from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.data import datasets
+from cmt_fast.data import datasets, start
 from cmt_fast.perceptual import classifier
 from cmt_fast.runtime import distributed, machine
 
@@ -26,7 +26,8 @@ def train_features(args: argparse.Namespace) -> None:
     device = machine.device(run.device)
     distributed.start(device)
     try:
-        data = datasets.load(run.data)
+        with start.together(copy=True):
+            data = datasets.load(run.data)
     except ConfigError:
         raise
     except ValueError as error:

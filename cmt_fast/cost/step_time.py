@@ -141,7 +141,11 @@ def communication_us(zero: int | None, parameters: int, sharded: int, card: Card
     """
     if processes == 1:
         return 0.0
-    gathered = 8 * passes if zero == 3 else 4
-    sent = (4 + gathered) * parameters + 4 * sharded
     wire = card.link if processes <= card.per_machine else min(card.link, card.per_machine * card.network)
-    return 1e6 * sent * (processes - 1) / processes / wire
+    return 1e6 * sent_bytes(zero, parameters, sharded, processes, passes) / wire
+
+
+def sent_bytes(zero: int | None, parameters: int, sharded: int, processes: int, passes: int) -> float:
+    """Bytes a step that one process sends, as `communication_us` has them."""
+    gathered = 8 * passes if zero == 3 else 4
+    return ((4 + gathered) * parameters + 4 * sharded) * (processes - 1) / processes

@@ -16,7 +16,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -126,16 +126,34 @@ class Statistics(NamedTuple):
     high: float
 
 
+class Read(Protocol):
+    """How a small file of a store is read: its bytes, at most `most`. Raises DatasetError, with `absent` where there is none."""
+
+    def __call__(self, path: Path, most: int, absent: str) -> bytes: ...
+
+
+def small(path: Path, most: int, absent: str) -> bytes:
+    """As Read, by this process."""
+    if not path.is_file():
+        raise DatasetError(f"{path.parent if path.name == INDEX else path}: {absent}")
+    if path.stat().st_size > most:
+        raise DatasetError(f"{path}: has {path.stat().st_size:,} bytes, that is too many")
+    return path.read_bytes()
+
+
 class Store:
     """Rows of a folder written by `cmt data encode` or `cmt data import`; as data.Stored. Raises DatasetError."""
 
-    def __init__(self, folder: Path, flip: bool = False, normalisation: Normalisation | None = None) -> None:
+    def __init__(
+        self, folder: Path, flip: bool = False, normalisation: Normalisation | None = None, read: Read = small
+    ) -> None:
         """flip: mirror images are rows too, those of the store or, of 8-bit images, made when read.
 
         normalisation: in place of the store's own, which brings each channel to mean 0 and standard deviation 0.5.
+        read: of the small files; data/start.py has one by which a single rank reads them for all.
         """
-        self.folder, self.index = folder, read_index(folder)
-        index = self.index
+        self.folder, self._read = folder, read
+        self.index = index = read_index(folder, read)
         if sys.byteorder != "little":
             raise DatasetError(f"{folder}: stores are little endian, this machine is not")
         self._base = index.rows // 2 if index.flips else index.rows
@@ -164,7 +182,7 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         """To other processes goes where the rows are, not the rows."""
-        return {**self.__dict__, "_maps": None}
+        return {**self.__dict__, "_maps": None, "_read": small}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -185,9 +203,7 @@ class Store:
 
     def _numbers(self, name: str, dtype: str) -> np.ndarray:
         path = self.folder / name
-        if not path.is_file() or path.stat().st_size > 8 * self.index.rows + 12_000:
-            raise DatasetError(f"{path}: {'has too many bytes' if path.is_file() else 'is missing'}")
-        data = path.read_bytes()
+        data = self._read(path, 8 * self.index.rows + 12_000, "is missing")
         if xxhash.xxh3_128_hexdigest(data) != self.index.files.get(name):
             raise DatasetError(f"{path}: is damaged, its checksum is another")
         found = array(data, str(path))
@@ -202,8 +218,8 @@ class Store:
     @functools.cached_property
     def facts(self) -> dict[str, int | str]:
         """As data.Rows: the index names every row's checksum through the file that holds them."""
-        index = files_.checksum(self.folder / INDEX)
-        return {"rows": self.n, "shards": len(self.index.shards), "xxh3_128": index}
+        index = self._read(self.folder / INDEX, INDEX_BYTES, "is missing")
+        return {"rows": self.n, "shards": len(self.index.shards), "xxh3_128": xxhash.xxh3_128_hexdigest(index)}
 
     def place(self, row: int) -> tuple[int, int]:
         """Shard and row in it of a stored row."""
@@ -246,15 +262,27 @@ class Store:
         labels = None if self.labels is None else self.labels[index.cpu()].to(index.device)
         return self.finish(stored, index, draw, seed), labels
 
+    def read_alone(self) -> None:
+        """From now on this process reads small files for itself."""
+        self._read = small
+
+    def damaged(self, shard: int, folder: Path | None = None) -> list[str]:
+        """A line for each row of a shard that is not what its checksum says; folder: of a copy of the shard."""
+        there = object.__new__(type(self))
+        there.__dict__.update(self.__dict__, folder=folder or self.folder)
+        name, first = self.index.shards[shard], int(self._starts[shard])
+        return [
+            f"{there.folder / name.file}: row {i} (row {first + i} of the store) is damaged"
+            for i, row in enumerate(there._map(name))
+            if xxhash.xxh3_64_intdigest(row) != self._checksums[first + i]
+        ]
+
     def verify(self, tell=lambda rows: None) -> list[str]:
         """Every row against its checksum: one line for each damaged one, empty when all is sound. tell(rows done)."""
         bad = []
-        for s, (shard, rows) in enumerate(zip(self.index.shards, self._maps)):
-            for i in range(len(rows)):
-                row = int(self._starts[s]) + i
-                if xxhash.xxh3_64_intdigest(rows[i]) != self._checksums[row]:
-                    bad.append(f"{self.folder / shard.file}: row {i} (row {row} of the store) is damaged")
-            tell(len(rows))
+        for s, shard in enumerate(self.index.shards):
+            bad += self.damaged(s)
+            tell(shard.rows)
         return bad
 
     def statistics(self, tell=lambda rows: None) -> Statistics:
@@ -292,15 +320,11 @@ def moments(sums: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(second / count - mean**2, 0)).tolist())
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path, read: Read = small) -> Index:
     """The index of a store, its numbers checked against each other. Raises DatasetError."""
     path = folder / INDEX
-    if not path.is_file():
-        begun = folder.with_name(folder.name + ".part").is_dir()
-        raise DatasetError(f"{folder}: is no store, it has no {INDEX}{' (encoding it has not ended)' if begun else ''}")
-    if path.stat().st_size > INDEX_BYTES:
-        raise DatasetError(f"{path}: has {path.stat().st_size:,} bytes, that is too many")
-    body = parse(path.read_bytes(), str(path))
+    begun = " (encoding it has not ended)" if folder.with_name(folder.name + ".part").is_dir() else ""
+    body = parse(read(path, INDEX_BYTES, f"is no store, it has no {INDEX}{begun}"), str(path))
     if not isinstance(body, dict) or body.pop("xxh3_128", "") != xxhash.xxh3_128_hexdigest(checkpoint.canonical(body)):
         raise DatasetError(f"{path}: is damaged, its checksum is another")
     try:

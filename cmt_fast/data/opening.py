@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from cmt_fast.config.schema import Latents
-from cmt_fast.data import classes, values
+from cmt_fast.data import classes, start, values
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.autoencoder import Normalisation
 from cmt_fast.data.latents import Store, read_index
@@ -17,13 +17,14 @@ CENTRE = 3.0  # of a channel, as networks see it
 
 def opened(folder: Path, flip: bool = False, normalisation: Normalisation | None = None) -> Store:
     """The store in a folder, its rows in plain files or in WebDataset shards. Raises DatasetError as Store does."""
-    if read_index(folder).shards[0].file.endswith(".tar"):
-        return Shards(folder, flip, normalisation)
-    return Store(folder, flip, normalisation)
+    read = start.reader()
+    if read_index(folder, read).shards[0].file.endswith(".tar"):
+        return Shards(folder, flip, normalisation, read)
+    return Store(folder, flip, normalisation, read)
 
 
 def load(config: Latents) -> Store:
-    """The store a recipe names. Raises DatasetError naming the key or file."""
+    """The store a recipe names, or its copy on this machine (data/start.py). Raises DatasetError naming the key or file."""
     if (config.mean is None) != (config.std is None):
         raise DatasetError(f"data.{'mean' if config.mean is None else 'std'}: is missing, mean and std go together")
     if not Path(config.path).is_dir():
@@ -54,7 +55,13 @@ def load(config: Latents) -> Store:
         store.normalisation = store.normalisation._replace(scale=config.scale)
     if not config.unchecked:
         _check(store, given=config.mean is not None)
-    return store
+
+    def reopen(folder: Path) -> Store:
+        near = opened(folder, config.flip, store.normalisation)
+        near.relabel(own)
+        return near
+
+    return start.nearby(store, reopen)
 
 
 def _check(store: Store, given: bool) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from torch import Tensor
 
 _timeout: timedelta | None = None  # of this process's group, once it has one
 _side: dist.ProcessGroup | None = None
+_met = 0  # calls of `meet` so far, the same on all ranks
+T = TypeVar("T")
 
 
 def start(device: torch.device, timeout_s: float = 1800.0) -> None:
@@ -202,6 +206,62 @@ def agreed(call: Callable[[], object], kind: type[Exception] = OSError, text: st
         refused = error
     if largest(int(refused is not None)):
         raise refused or kind(text)
+
+
+def from_first(call: Callable[[], bytes], kind: type[Exception] = OSError) -> bytes:
+    """What the first rank's `call` returns, on every rank: one reads, and the others are sent it.
+
+    Where it raises `kind` there, all ranks raise it with the same text.
+    """
+    if size() == 1:
+        return call()
+    body, refused = b"", None
+    if rank() == 0:
+        try:
+            body = call()
+        except kind as error:
+            body, refused = str(error).encode(), error
+    place = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    head = torch.tensor([int(refused is not None), len(body)], device=place)
+    dist.broadcast(head, 0)
+    failed, length = head.tolist()
+    sent = torch.empty(length, dtype=torch.uint8, device=place)
+    if rank() == 0 and body:
+        sent.copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
+    if length:
+        dist.broadcast(sent, 0)
+    body = sent.cpu().numpy().tobytes()
+    if failed:
+        raise refused or kind(body.decode())
+    return body
+
+
+def meet(call: Callable[[], T], kind: type[Exception] = OSError, every_s: float = 0.2) -> T:
+    """Call it on every rank, each as long as it takes; return when all have. Where one raises `kind`, all do, with its text.
+
+    Ranks wait by the launcher's store and not by a collective call, whose timeout would have to be that of the slowest
+    disk: copying a store to the disk of each machine may take an hour on one of them.
+    """
+    if size() == 1:
+        return call()
+    global _met
+    _met += 1
+    store, key, refused, result = dist.distributed_c10d._get_default_store(), f"cmt/meet/{_met}", None, None
+    try:
+        result = call()
+    except kind as error:
+        refused = error
+        store.set(f"{key}/refused", str(error))
+    store.add(f"{key}/here", 1)
+    while store.add(f"{key}/here", 0) < size():
+        time.sleep(every_s)
+    text = store.get(f"{key}/refused").decode() if store.check([f"{key}/refused"]) else None
+    store.add(f"{key}/seen", 1)
+    while rank() == 0 and store.add(f"{key}/seen", 0) < size():  # the store may be this process's, and ends with it
+        time.sleep(every_s / 10)
+    if text is not None:
+        raise refused or kind(text)
+    return result  # type: ignore[return-value]  # nothing was refused, so there is one
 
 
 def barrier() -> None:
