@@ -29,6 +29,10 @@ BENCHES = {
         "kernels that a training step launches on a GPU, counted without one: kinds, bytes, predicted times",
     ),
     "loader": ("training.loader", "rows a second of every loader, against what a training step takes"),
+    "metrics": (
+        "training.metrics",
+        "what a long metrics.jsonl costs: a report, the start of a stage, `cmt watch`, `cmt runs`; CPU seconds and memory",
+    ),
     "modes": (
         "experiments.modes",
         "mid-training from trajectories in paper mode, in a pool and from a cache, over several seeds",
