@@ -103,7 +103,7 @@ def _stage(resolved: ResolvedStage, rows: Rows, at: Card, gpus: int, price: floa
         "flops": bill.flops_image * bill.images,
         "precision": stage.precision,
         "batch": stage.batch,
-        "mfu_datasheet": bill.flops_image / at.peak[stage.products] / (bill.step_us / stage.batch * gpus) * 1e6,
+        "mfu_datasheet": bill.flops_image / at.peak["bf16" if stage.half else stage.products] / (bill.step_us / stage.batch * gpus) * 1e6,
         "engine": choice.lines(known["student"].parameters, gpus),
         "memory_bytes": memory,
         "activations_bytes": kept,

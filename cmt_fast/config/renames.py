@@ -17,6 +17,7 @@ ADDED: dict[str, Any] = {
     "data.range": None,
     "eval.labels": "data",
     "model.dropout_max_side": None,
+    "stage.rounding_limit": 0.1,
 }
 FIRST = {place: {now: before for before, now in keys.items()} for place, keys in RENAMED.items()}
 

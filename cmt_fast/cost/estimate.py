@@ -225,7 +225,7 @@ def stage_bill(
     known, _ = networks(resolved, rows)
     choice = sharding_plan(resolved, known, card, processes)
     passes = resolved.grad_accum_steps(processes)
-    way = Way(stage.products, ideas.how, len(stage.ema), choice.stage, passes, choice.teacher_sharded)
+    way = Way("bf16" if stage.half else stage.products, ideas.how, len(stage.ema), choice.stage, passes, choice.teacher_sharded)
     bill = reckon(flops_.terms(resolved, ideas), known, stage.images_nimg, stage.batch, card, processes, way)
     return bill, choice, known
 
@@ -236,7 +236,7 @@ def sharding_plan(resolved: ResolvedStage, known: dict[str, Network], card: Card
     named = {key: text for key, text in stage.networks().items() if key != "start"}
     by_key = {"teacher": "teacher", "autoguidance.network": "guide"}
     held = sum({text: known[by_key[key]].parameters for key, text in named.items()}.values())
-    size = StageSize(known["student"].parameters, held, len(stage.ema), stage.products == "bf16")
+    size = StageSize(known["student"].parameters, held, len(stage.ema), stage.half)
     return choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, int(card.memory))
 
 
@@ -246,7 +246,7 @@ def activation_bytes(resolved: ResolvedStage, net: Network, processes: int) -> f
     if not net.depth:
         return None
     images = stage.batch / processes / resolved.grad_accum_steps(processes)
-    u = net.tokens * net.width * (2 if stage.products == "bf16" else 4)
+    u = net.tokens * net.width * (2 if stage.half else 4)
     return images * u * (net.depth + SAVED_U if run.model.checkpoint_activations else SAVED_U * net.depth)
 
 

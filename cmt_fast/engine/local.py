@@ -6,9 +6,11 @@ of them: one kernel call updates all, one call sums over ranks, and a checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import cmt_kernels
 import torch
 from cmt_kernels import adamw_ema
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from cmt_fast.config.schema import Stage
 from cmt_fast.engine import ema, optimizer
 from cmt_fast.engine.buffers import bind, constrain, constrained, flat, load_named, named, narrow_stream, parts
 from cmt_fast.engine.compile import compile_network
+from cmt_fast.engine.scaling import LossScale
 from cmt_fast.runtime import distributed
 
 
@@ -49,6 +52,7 @@ class LocalEngine:
         self.half = self.p.bfloat16() if wanted and stage.products == "bf16" and not stage.compile else None
         if self.half is not None:
             self._lend(self.half)
+        self.scale = LossScale(device) if stage.products == "fp16" else None
         self.forward = compile_network(net) if stage.compile else net
 
     def _lend(self, half: Tensor) -> None:
@@ -75,27 +79,54 @@ class LocalEngine:
         with self._autocast():
             return self.forward(*args)
 
+    def wide(self, *args):
+        """The module's forward in fp32."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.forward(*args)
+
     def eager(self, *args):
         """The same forward, never compiled."""
         with self._autocast():
             return self.net(*args)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.products == "bf16")
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        dtype = torch.float16 if self.scale else torch.bfloat16
+        with torch.autocast(self.device.type, dtype, enabled=self.stage.half), self._ops():
+            yield
+
+    def _ops(self) -> contextlib.AbstractContextManager[None]:
+        """fp16 takes the reference of every op: the kernels know fp32 and bf16."""
+        return cmt_kernels.use("reference") if self.scale else contextlib.nullcontext()
+
+    def scaling(self) -> dict[str, float]:
+        """The loss's scale and the steps that were skipped; nothing outside of fp16."""
+        return self.scale.told() if self.scale else {}
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""
-        (loss if self.grad_accum_steps == 1 else loss / self.grad_accum_steps).backward()
+        loss = self.scale.scaled(loss) if self.scale else loss
+        with self._ops():  # activations may be recomputed here
+            (loss if self.grad_accum_steps == 1 else loss / self.grad_accum_steps).backward()
 
     def step(self, lr: float) -> Tensor:
-        """Clip, AdamW or RAdam, EMAs, constraints; gradients are averaged over ranks. Returns their norm before clipping."""
+        """Clip, AdamW or RAdam, EMAs, constraints; gradients are averaged over ranks. Returns their norm before clipping.
+
+        In fp16 a step whose gradient is not finite changes nothing but the loss's scale, and its norm is 0.
+        """
         distributed.mean_(self.g)
         s = self.stage
         self.step_count += 1
-        betas = [ema.beta(profile, self.step_count) for profile in s.ema]
-        lr, eps, decay = optimizer.settings(s, self.step_count, lr)
+        n = self.step_count
+        if self.scale:
+            if not self.scale.unscale(self.g):
+                self.g.zero_()
+                return self.g.new_zeros(())
+            n -= self.scale.skipped  # the optimizer and the EMA tracks know nothing of them
+        betas = [ema.beta(profile, n) for profile in s.ema]
+        lr, eps, decay = optimizer.settings(s, n, lr)
         norm = adamw_ema(
-            *(self.p, self.g, self.m, self.v, self.emas, betas, self.step_count, lr, s.betas, eps, decay),
+            *(self.p, self.g, self.m, self.v, self.emas, betas, n, lr, s.betas, eps, decay),
             *(s.grad_clip_norm, self.half),
         )
         self.g.zero_()
@@ -133,6 +164,8 @@ class LocalEngine:
         """Everything a restart needs, file name -> named tensors; the optimizer's are `m.NAME` and `v.NAME`."""
         tracks = {f"ema-{i}": named(self.net, e) for i, e in enumerate(self.emas)}
         moments = {f"{k}.{n}": x for k in "mv" for n, x in parts(self.net, getattr(self, k)).items()}
+        if self.scale:
+            moments["loss_scale"] = self.scale.state()
         return {"model": named(self.net, self.p), **tracks, "optimizer": moments}
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
@@ -145,4 +178,6 @@ class LocalEngine:
         for kind, buffer in (("m", self.m), ("v", self.v)):
             for name, part in parts(self.net, buffer).items():
                 part.copy_(state["optimizer"][f"{kind}.{name}"])
+        if self.scale:
+            self.scale.load(state["optimizer"]["loss_scale"])
         self.step_count = step

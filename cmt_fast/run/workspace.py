@@ -217,7 +217,7 @@ class Workspace:
         run, config = self.run, stage.config
         held = {name for key, name in stage.called.items() if key != "start"}  # teacher and guide, of any size
         teacher = sum(self._parameters(stored_run(self.other(n))) if "/" in n else self.parameters for n in held)
-        size = sharding.StageSize(self.parameters, teacher, len(config.ema), config.products == "bf16")
+        size = sharding.StageSize(self.parameters, teacher, len(config.ema), config.half)
         memory, processes = sharding.memory_bytes(self.device), distributed.size()
         choice = engine.choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, memory)
         engine.check(run, stage.name, config, choice, self.device)
