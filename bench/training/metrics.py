@@ -4,7 +4,7 @@ A stage of `--rows` rows of metrics, as a trainer on GPUs with known energy writ
 Each reader is a process of its own: the page of `cmt report --no-judge`, the start of a stage that goes on from a checkpoint
 1,000 rows before the end, the first look of `cmt watch` and one after 10 more rows, and `cmt runs ls`. CPU time and not wall time,
 so that a busy machine says the same. `--before TREE` measures another working tree of this repository beside this one, by the
-same calls, on a file that its own code wrote.
+same calls, on a file that its own code wrote; without it what was measured of that before is kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure every reader in this tree and in the other, print the rows, write the JSON."""
+    kept = json.loads(args.json.read_text("utf-8")) if args.json.is_file() and args.before is None else {}
     results = Results("metrics", "cpu", args.json, metric_rows=args.rows)
+    if kept.get("metric_rows") == args.rows:
+        results.add(*(row for row in kept["rows"] if row["tree"] == "before"))
     for name, tree in {"before": args.before, "after": ROOT}.items():
         if tree is None:
             continue

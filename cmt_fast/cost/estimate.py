@@ -225,7 +225,14 @@ def stage_bill(
     known, _ = networks(resolved, rows)
     choice = sharding_plan(resolved, known, card, processes)
     passes = resolved.grad_accum_steps(processes)
-    way = Way("bf16" if stage.half else stage.products, ideas.how, len(stage.ema), choice.stage, passes, choice.teacher_sharded)
+    way = Way(
+        "bf16" if stage.half else stage.products,
+        ideas.how,
+        len(stage.ema),
+        choice.stage,
+        passes,
+        choice.teacher_sharded,
+    )
     bill = reckon(flops_.terms(resolved, ideas), known, stage.images_nimg, stage.batch, card, processes, way)
     return bill, choice, known
 

@@ -106,9 +106,7 @@ def split(narrow: Net, whole: Net, wide: int) -> Net:
 
 
 @torch.no_grad()
-def measure(
-    narrow: Net, whole: Net, batch: Batch, random: rng.Random, config: Ect, stage: StageContext
-) -> list[Part]:
+def measure(narrow: Net, whole: Net, batch: Batch, random: rng.Random, config: Ect, stage: StageContext) -> list[Part]:
     """The parts of a schedule. narrow, whole: the network in the stage's precision and in fp32; batch: rows of data, each of which
     is looked at under every time with noise of its own.
     """

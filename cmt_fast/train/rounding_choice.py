@@ -9,7 +9,7 @@ from cmt_fast.config.schema import Ect, Stage
 from cmt_fast.diffusion import rng
 from cmt_fast.engine import Engine
 from cmt_fast.objectives import Batch, rounding
-from cmt_fast.objectives.rounding import BINS, Part, Rounding
+from cmt_fast.objectives.rounding import Part, Rounding
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint
@@ -50,7 +50,9 @@ def settle(
 def _rows(source: BatchProvider) -> Batch:
     """The first rows of the data, none without its label; a smaller data set has fewer."""
     index = torch.arange(min(ROWS, source.data.n))
-    x_0, labels = (x if x is None else x.to(source.device) for x in source.data.rows(index, torch.zeros_like(index))[:2])
+    x_0, labels = (
+        x if x is None else x.to(source.device) for x in source.data.rows(index, torch.zeros_like(index))[:2]
+    )
     drop = None if labels is None else torch.zeros(len(index), dtype=torch.bool, device=source.device)
     return Batch(x_0, labels, index.to(source.device), drop)
 
@@ -73,11 +75,10 @@ def lines(stage: Stage, found: Rounding, rows: int) -> list[str]:
 
 def _why(stage: Stage, found: Rounding) -> str:
     assert isinstance(stage.objective, Ect)
-    least = min(min(part.ratio) for part in found.parts)
-    part = found.parts[0]
-    middle = BINS // 2
+    at = lambda pick: pick((ratio, t, span) for p in found.parts for ratio, t, span in zip(p.ratio, p.t, p.span))
+    (best, t, span), (worst, *_) = at(min), at(max)
     return (
-        f"{stage.precision!r} rounds off {part.ratio[middle]:.2g} of f(x_t) - f(x_r) at t = {part.t[middle]:.2g}, t - r = "
-        f"{part.span[middle]:.2g}, and {least:.2g} where it is best; rounding_limit is {found.limit:g}; take 'tf32' or 'fp32', or "
-        f"wider steps (objective.q is {stage.objective.q:g})"
+        f"{stage.precision!r} rounds off {best:.2g} of f(x_t) - f(x_r) where it is best, at t = {t:.2g}, t - r = {span:.2g}, and "
+        f"{worst:.2g} where it is worst; rounding_limit is {found.limit:g}; take 'tf32' or 'fp32', or wider steps (objective.q is "
+        f"{stage.objective.q:g})"
     )
