@@ -1,10 +1,10 @@
 """`python -m bench metrics`: what a long metrics.jsonl costs who writes and who reads it, in CPU seconds and peak memory.
 
-A stage of `--rows` rows of metrics, as a trainer on GPUs with known energy writes them, and an evaluation every `--rows` / 100.
-Each reader is a process of its own: the page of `cmt report --no-judge`, the start of a stage that goes on from a checkpoint
-1,000 rows before the end, the first look of `cmt watch` and one after 10 more rows, and `cmt runs ls`. CPU time and not wall time,
-so that a busy machine says the same. `--before TREE` measures another working tree of this repository beside this one, by the
-same calls, on a file that its own code wrote; without it what was measured of that before is kept.
+A stage of `--rows` rows of metrics, as GPUs with known energy give them, and 100 evaluations between them. Each reader is a
+process of its own: the page of `cmt report --no-judge`, the start of a stage that goes on from a checkpoint 1,000 rows before the end,
+the first look of `cmt watch` and one after 10 more rows, and `cmt runs ls`. CPU time and not wall time, so that a busy machine says
+the same. `--before TREE` measures another working tree of this repository beside this one, by the same calls, on a file that its
+own code wrote; without it what was measured of that before is kept.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.harness.results_file import ROOT, Results
-
 STAGE, BATCH, LOST, EVALUATIONS = "mid", 2048, 1000, 100
 PHASES = ("startup", "train", "teacher", "evaluation", "checkpoint", "stalled")
 KINDS = ("write", "report", "start", "watch", "runs")
+ROOT = Path(__file__).parents[2]
 FILE = Path("bench/results/cpu/metrics.json")
 
 
@@ -36,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure every reader in this tree and in the other, print the rows, write the JSON."""
+    from bench.harness.results_file import Results  # with torch, which the readers are measured without
+
     kept = json.loads(args.json.read_text("utf-8")) if args.json.is_file() and args.before is None else {}
     results = Results("metrics", "cpu", args.json, metric_rows=args.rows)
     if kept.get("metric_rows") == args.rows:

@@ -7,7 +7,6 @@ has left the stages that it came to.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys

@@ -97,13 +97,14 @@ def _stage(resolved: ResolvedStage, rows: Rows, at: Card, gpus: int, price: floa
     if memory > at.memory:
         notes.append(f"{name}: {gb(int(memory))} a process are more than the {gb(int(at.memory))} of a card")
     work = flops.terms(resolved)
+    peak = at.peak["bf16" if stage.half else stage.products]
     return {
         "networks": {of: n._asdict() for of, n in known.items()},
         **bill._asdict(),
         "flops": bill.flops_image * bill.images,
         "precision": stage.precision,
         "batch": stage.batch,
-        "mfu_datasheet": bill.flops_image / at.peak["bf16" if stage.half else stage.products] / (bill.step_us / stage.batch * gpus) * 1e6,
+        "mfu_datasheet": bill.flops_image / peak / (bill.step_us / stage.batch * gpus) * 1e6,
         "engine": choice.lines(known["student"].parameters, gpus),
         "memory_bytes": memory,
         "activations_bytes": kept,

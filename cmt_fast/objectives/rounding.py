@@ -7,10 +7,12 @@ law, the difference is computed both ways on the same rows, and
 
     ratio(t) = rms[ (f16(x_t) - f16(x_r)) - (f32(x_t) - f32(x_r)) ] / rms[ f32(x_t) - f32(x_r) ].
 
-At a ratio of 0.1, the limit unless the stage sets another, rounding is 1 % of the squared loss. Times beyond it are computed in
-fp32. How many rows of a batch these are differs from step to step, and a step's shapes must not, for a CUDA graph of it: a batch
-is sorted, worst ratio first, and its first `wide` rows are computed in fp32: enough for all but one step in 10^9, in quarters of
-the batch. A schedule whose steps get smaller (`doublings`) has a count for each of its parts.
+At a ratio of 0.1, the limit unless the stage sets another, rounding is 1 % of the squared loss. There also ends the law by
+which half the step doubles the ratio: nearer points are often rounded to one number, an error that no mean over rows takes
+away. Times beyond the limit are computed in fp32. How many rows of a batch these are differs from step to step, and a step's
+shapes must not, for a CUDA graph of it: a batch is sorted, worst ratio first, and its first `wide` rows are computed in fp32,
+enough for all but one step in 10^9, in quarters of the batch. A schedule whose steps get smaller (`doublings`) has a count for
+each of its parts.
 
 Measured once, when a stage begins, and kept in its checkpoints: a run that goes on computes the same rows in the same way.
 """
@@ -107,8 +109,8 @@ def split(narrow: Net, whole: Net, wide: int) -> Net:
 
 @torch.no_grad()
 def measure(narrow: Net, whole: Net, batch: Batch, random: rng.Random, config: Ect, stage: StageContext) -> list[Part]:
-    """The parts of a schedule. narrow, whole: the network in the stage's precision and in fp32; batch: rows of data, each of which
-    is looked at under every time with noise of its own.
+    """The parts of a schedule. narrow, whole: the network in the stage's precision and in fp32; batch: rows of data, each
+    looked at under every time with noise of its own.
     """
     n, device = len(batch.sample), batch.x_0.device
     place = (torch.arange(BINS, dtype=torch.float64, device=device) + 0.5) / BINS
@@ -125,7 +127,8 @@ def measure(narrow: Net, whole: Net, batch: Batch, random: rng.Random, config: E
                 x_t, eps = stage.path.point(own.x_0, t, key, own.sample + i * n)
                 drawn = Drawn(x_t, eps, t, earlier, own.labels, own.drop, None)
                 x_r = earlier_point(drawn, config, stage)
-                low, high = (torch.sub(*outputs(net, drawn, x_r)).double() for net in (narrow, whole))
+                pairs = (outputs(net, drawn, x_r) for net in (narrow, whole))
+                low, high = (f.double() - target.double() for f, target in pairs)
                 sums[:, i] += torch.stack([(low - high).square().sum(), high.square().sum()])
         noise, signal = (sums / (n * batch.x_0[0].numel())).sqrt()
         ratio = torch.where(noise == 0, 0.0, noise / signal)

@@ -104,8 +104,8 @@ def training(stands: dict[str, Standing]) -> Section:
         rows.append([s.name, s.objective, f"{last['nimg']:,}", f"{s.stage.batch:,}", *losses, *times])
         loss, lr = (list(zip(*thin.extremes(record.nimg, column))) for column in (record.loss, record.lr))
         title = f"{s.name}: loss, and learning rate (dotted)."
-        if len(loss) < len(record.nimg):
-            title += f" {len(record.nimg):,} rows, drawn as the lowest and the highest of each {len(record.nimg) / thin.BINS:,.0f}."
+        if (n := len(record.nimg)) > len(loss):
+            title += f" {n:,} rows, drawn as the lowest and the highest of each {n / thin.BINS:,.0f}."
         if len(loss) > 1:  # half-way there may be one, which is no line
             figures.append(Picture(title, f"loss-{s.name}.svg", plots.loss(s.name, loss, lr)))
     columns = ["stage", "objective", "images", "batch", "first loss", "last loss", "learning rate"]

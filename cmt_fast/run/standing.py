@@ -28,8 +28,8 @@ AHEAD_S = 60.0  # by which clocks of two machines may differ
 
 class Standing(NamedTuple):
     """How far a stage is. folder: where it is, own: in this run, not in the one that it was taken from; record: its
-    metrics.jsonl, None where it was not read; manifest: of its newest sound checkpoint; wrong: what is wrong with a newer one; bill: None where nobody
-    counted.
+    metrics.jsonl, None where it was not read; manifest: of its newest sound checkpoint; wrong: what is wrong with a newer one;
+    bill: None where nobody counted.
     """
 
     name: str

@@ -15,9 +15,10 @@ from typing import Any
 
 Bill = dict[str, Any]  # as usage/bills.py stores it
 SCALE = 1000
+Parts = dict[tuple[str, str], tuple[int, int | None, int]]
 
 
-def _parts(bill: Bill) -> dict[tuple[str, str], tuple[int, int | None, int]]:
+def _parts(bill: Bill) -> Parts:
     """(unit, phase) -> seconds, joules and seconds of unknown energy, in thousandths."""
     out = {}
     for unit, phases in bill["amounts"].items():
@@ -37,13 +38,15 @@ class Writer:
 
     def __init__(self) -> None:
         self.last: Bill | None = None
+        self.parts: Parts = {}
 
     def short(self, bill: Bill) -> dict[str, Any]:
         """What stands for it in a row: {"bill": ...} or {"bill_more": ...}."""
         last, self.last = self.last, bill
+        before, now = self.parts, _parts(bill)
+        self.parts = now
         if last is None or _rest(last) != _rest(bill):
             return {"bill": bill}
-        before, now = _parts(last), _parts(bill)
         more: dict[str, Any] = {
             "until": (round(SCALE * bill.get("until", 0.0)) - round(SCALE * last.get("until", 0.0))) / SCALE
         }
@@ -71,7 +74,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.until, self.rest = 0, dict[str, Any]()
-        self.parts: dict[tuple[str, str], tuple[int, int | None, int]] | None = None
+        self.parts: Parts | None = None
 
     def lost(self) -> None:
         """A row could not be read: bills are unknown until a whole one comes."""
@@ -94,7 +97,7 @@ class Reader:
                 continue
             unit, phase = name.split(" ")
             s, j, u = self.parts.get((unit, phase), (0, None, 0))
-            seconds, joules, unknown = [*grown, *((None, grown[0]) if len(grown) == 1 else (0,) * (3 - len(grown)))]
+            seconds, joules, unknown = (grown[0], None, grown[0]) if len(grown) == 1 else (*grown, 0.0)[:3]
             energy = j if joules is None else (j or 0) + round(SCALE * joules)
             self.parts[unit, phase] = s + round(SCALE * seconds), energy, u + round(SCALE * unknown)
         return {**wall, "bill": self._bill()}

@@ -131,8 +131,9 @@ class Log:
 
 
 def _cut(path: Path, step: int) -> tuple[int, int]:
-    """Drop what comes after the last row of at most `step` steps. Returns the bytes that are left, and up to which image rows were
-    there before.
+    """Drop what comes after the last row of at most `step` steps.
+
+    Returns the bytes that are left, and up to which image rows were there before.
     """
     if not path.is_file():
         return 0, 0
