@@ -46,6 +46,10 @@ BENCHES = {
     ),
     "proofs": ("kernels.proofs", "what attention's proof at first use costs, of the recipes' networks"),
     "report": ("harness.tables", "write the README's tables from bench/results"),
+    "rounding": (
+        "experiments.rounding",
+        "consistency post-training in 16 bits by the measured rule: ratios, gradients, figures beside fp32",
+    ),
     "seeds": ("experiments.seeds", "a recipe over several seeds"),
     "sweep": ("kernels.sweep", "attention over tokens and head dims beside float64, crash by crash"),
     "step": ("training.step", "whole training steps, eager and compiled, beside the published codes' way"),

@@ -1,10 +1,10 @@
 """`python -m bench metrics`: what a long metrics.jsonl costs who writes and who reads it, in CPU seconds and peak memory.
 
 A stage of `--rows` rows of metrics, as GPUs with known energy give them, and 100 evaluations between them. Each reader is a
-process of its own: the page of `cmt report --no-judge`, the start of a stage that goes on from a checkpoint 1,000 rows before the end,
-the first look of `cmt watch` and one after 10 more rows, and `cmt runs ls`. CPU time and not wall time, so that a busy machine says
-the same. `--before TREE` measures another working tree of this repository beside this one, by the same calls, on a file that its
-own code wrote; without it what was measured of that before is kept.
+process of its own: the page of `cmt report --no-judge`, the start of a stage that goes on from a checkpoint 1,000 rows
+before the end, the first look of `cmt watch` and one after 10 more rows, and `cmt runs ls`. CPU time and not wall time, so
+that a busy machine says the same. `--before TREE` measures another working tree of this repository beside this one, by the
+same calls, on a file that its own code wrote; without it what was measured of that before is kept.
 """
 
 from __future__ import annotations

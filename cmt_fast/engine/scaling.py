@@ -1,11 +1,11 @@
 """The loss scale of fp16: gradients times a power of two, so that small ones are not rounded to zero.
 
-As of Micikevicius et al. 2018, arXiv 1710.03740. fp16 ends at 65,504 and begins at 6e-8. The loss is multiplied by the scale before
-the backward pass, and gradients are divided by it in fp32 after it, which is exact, as the scale is a power of two. Where a
-gradient is not finite on any rank, no rank takes the step: parameters, moments and EMA tracks stay, the step counts as skipped,
-and the scale is halved; after GROWTH steps without one it is doubled. Scale, steps since it changed and skipped steps are part of
-the checkpoint, so a run that goes on ends bit-equal. A loss that itself is not finite is no matter of the scale: it ends the run,
-as in every precision.
+As of Micikevicius et al. 2018, arXiv 1710.03740. fp16 ends at 65,504 and begins at 6e-8. The loss is multiplied by the scale
+before the backward pass, and gradients are divided by it in fp32 after it, which is exact, as the scale is a power of two.
+Where a gradient is not finite on any rank, no rank takes the step: parameters, moments and EMA tracks stay, the step counts
+as skipped, and the scale is halved; after GROWTH steps without one it is doubled. Scale, steps since it changed and skipped
+steps are part of the checkpoint, so a run that goes on ends bit-equal. A loss that itself is not finite is no matter of the
+scale: it ends the run, as in every precision.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which rows of a stage are computed in fp32 although it is in bf16 or fp16: measured when it begins, then kept (objectives/rounding.py)."""
+"""Which rows of a stage in bf16 or fp16 are computed in fp32: measured when it begins, then kept (objectives/rounding.py)."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def lines(stage: Stage, found: Rounding, rows: int) -> list[str]:
         spans = [s / t for p in parts for s, t in zip(p.span, p.t)]
         of = "no row" if not wide else "every row" if wide == rows else f"{wide} of {rows} rows"
         out.append(
-            f"{stage.precision} rounds {low:.2g} to {high:.2g} of f(x_t) - f(x_r) at steps of {min(spans):.2g} to {max(spans):.2g} t; "
-            f"beyond {found.limit:g} it is fp32: {of}"
+            f"{stage.precision} rounds {low:.2g} to {high:.2g} of f(x_t) - f(x_r) at steps of {min(spans):.2g} to "
+            f"{max(spans):.2g} t; beyond {found.limit:g} it is fp32: {of}"
         )
     return out
 
@@ -79,6 +79,6 @@ def _why(stage: Stage, found: Rounding) -> str:
     (best, t, span), (worst, *_) = at(min), at(max)
     return (
         f"{stage.precision!r} rounds off {best:.2g} of f(x_t) - f(x_r) where it is best, at t = {t:.2g}, t - r = {span:.2g}, and "
-        f"{worst:.2g} where it is worst; rounding_limit is {found.limit:g}; take 'tf32' or 'fp32', or wider steps (objective.q is "
-        f"{stage.objective.q:g})"
+        f"{worst:.2g} where it is worst; rounding_limit is {found.limit:g}; take 'tf32' or 'fp32', or "
+        f"wider steps (objective.q is {stage.objective.q:g})"
     )

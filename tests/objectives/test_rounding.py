@@ -49,7 +49,7 @@ def ratios(dtype: torch.dtype, doublings: int) -> Tensor:
 
 
 def test_rounding_grows_as_steps_shrink_and_is_of_the_precision():
-    """Below the limit noise stays and the difference falls with t - r: half the step, twice the ratio; three bits more, an eighth.
+    """Below the limit noise stays and the difference falls with t - r: half the step, twice the ratio; 3 bits more, an eighth.
 
     Above it both outputs are often rounded to one number, which is no noise that averages out: there the law ends.
     """

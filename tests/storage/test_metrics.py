@@ -174,6 +174,7 @@ def test_a_long_file_is_read_in_little_time_and_memory(stage):
         kept = call()
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
+        del kept
         return took, held
 
     (slow, much), (fast, little) = cost(lambda: metrics_log.read(file)), cost(lambda: Record.of(file))

@@ -48,7 +48,7 @@ def test_a_resumed_stage_computes_the_same_rows_in_fp32(parents, tmp_path, monke
     kept = checkpoint.latest(tmp_path / "whole" / "post").manifest["rounding"]
     found = rounding.Rounding.of(json.loads(json.dumps(kept)))
     wide = [found.wide(k, 8) for k in (0, 1)]
-    assert 0 < max(wide) and calls[-1] == wide[1]  # some rows are beyond it, so there is something to keep
+    assert max(wide) > 0 and calls[-1] == wide[1]  # some rows are beyond it, so there is something to keep
     stop_after_a_checkpoint(work("run"), "post")
     monkeypatch.setattr(rounding, "measure", None)
     loop.train(work("run"), ["post"])
