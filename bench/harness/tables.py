@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.harness import gpu_tables
 from bench.harness.pages import (
+    at_size,
     gallery,
     inputs,
     keys,
@@ -27,12 +28,14 @@ PAGES = (
     Path("README.md"),
     Path("bench/README.md"),
     Path("docs/gallery.md"),
+    Path("docs/ideas.md"),
     Path("docs/inputs.md"),
     Path("docs/keys.md"),
     Path("docs/performance.md"),
     Path("docs/promises.md"),
     Path("docs/published-settings.md"),
     Path("docs/results.md"),
+    Path("docs/watching.md"),
 )
 RESULTS = Path("bench/results/cpu")
 
@@ -330,7 +333,9 @@ TABLES = {
     "sources": published.table,
     "recipes": recipe_tables.settings,
     "stages": lambda recipe: seed_tables.short(RESULTS, recipe),
+    "metrics": lambda _: at_size.metrics(RESULTS),
     "modes": modes,
+    "rounding": lambda _: at_size.rounding(RESULTS),
     "tune": tune,
     "seeds": lambda recipe: seed_tables.full(RESULTS, recipe),
     "search": search,
