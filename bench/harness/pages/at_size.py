@@ -77,8 +77,11 @@ def rounding(results: Path) -> str:
 def _training(rows: list[dict[str, Any]]) -> list[str]:
     """Fréchet distances of post-training, all seeds of a cell."""
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    has = lambda row: {r["precision"] for r in rows if (r["recipe"], r["seed"]) == (row["recipe"], row["seed"])}
+    every = set().union(*map(has, rows))
     for row in rows:
-        cells.setdefault((row["recipe"], row["precision"]), []).append(row)
+        if has(row) == every:  # a bench that was stopped has seeds in some precisions alone
+            cells.setdefault((row["recipe"], row["precision"]), []).append(row)
     lines = [
         "| post-training | precision | last loss | Fréchet, 1 step | Fréchet, 2 steps | skipped |",
         "|---|---|---|---|---|---|",
