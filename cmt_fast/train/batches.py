@@ -41,14 +41,15 @@ from cmt_fast.usage.meters import Meter
 class Drawn(NamedTuple):
     """One part of a step, as tensors: what the objective drew, its rows' seeds of dropout, and the same of the anchor.
 
-    wide: how many of the objective's rows, the first ones, are computed in fp32 whatever the stage's precision is.
+    wide: how many of the objective's rows, the first ones, are computed in fp32 whatever the stage's precision is; as a name,
+    which is what graphs of the step are told apart by.
     """
 
     own: Any
     seeds: Tensor | None
     anchored: Any = None
     anchored_seeds: Tensor | None = None
-    wide: int = 0
+    wide: str = "0"
 
 
 class BatchProvider:
@@ -166,16 +167,16 @@ class BatchProvider:
         seeds = self._seeds(random, rows)
         anchor = self.stage.anchor
         if anchor is None:
-            return Drawn(own, seeds, wide=wide)
+            return Drawn(own, seeds, wide=str(wide))
         rows = self.mine(part, self.anchored)
         points = self._points(random, step, rows, rows + self.own)
         anchored = OBJECTIVES[anchor.objective.kind].draw(points, anchor.objective, world)
-        return Drawn(own, seeds, anchored, self._seeds(random, rows + self.own), wide)
+        return Drawn(own, seeds, anchored, self._seeds(random, rows + self.own), str(wide))
 
     def loss_of(self, engine: Engine, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of what was drawn, as of `loss`: the same work at every step."""
         world = self.context
-        own, net = self.stage.objective, _dropping(split(engine, engine.wide, drawn.wide), drawn.seeds)
+        own, net = self.stage.objective, _dropping(split(engine, engine.wide, int(drawn.wide)), drawn.seeds)
         loss, scalars = OBJECTIVES[own.kind].loss(net, drawn.own, own, world)
         scalars = {k: v.mean() for k, v in scalars.items()}
         anchor = self.stage.anchor
