@@ -33,6 +33,10 @@ BENCHES = {
         "kernels that a training step launches on a GPU, counted without one: kinds, bytes, predicted times",
     ),
     "loader": ("training.loader", "rows a second of every loader, against what a training step takes"),
+    "metrics": (
+        "training.metrics",
+        "what a long metrics.jsonl costs: a report, the start of a stage, `cmt watch`, `cmt runs`; CPU seconds and memory",
+    ),
     "modes": (
         "experiments.modes",
         "mid-training from trajectories in paper mode, in a pool and from a cache, over several seeds",
@@ -58,6 +62,10 @@ BENCHES = {
     "restart": (
         "training.restart",
         "bytes and processor seconds of a restart, and the stall of a save, on CPU processes; counted up to an XXL",
+    ),
+    "rounding": (
+        "experiments.rounding",
+        "consistency post-training in 16 bits by the measured rule: ratios, gradients, figures beside fp32",
     ),
     "seeds": ("experiments.seeds", "a recipe over several seeds"),
     "sweep": ("kernels.sweep", "attention over tokens and head dims beside float64, crash by crash"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.harness import gpu_tables
 from bench.harness.pages import (
+    at_size,
     gallery,
     inputs,
     judging,
@@ -31,6 +32,7 @@ PAGES = (
     Path("README.md"),
     Path("bench/README.md"),
     Path("docs/gallery.md"),
+    Path("docs/ideas.md"),
     Path("docs/inputs.md"),
     Path("docs/keys.md"),
     Path("docs/multi-node.md"),
@@ -38,6 +40,7 @@ PAGES = (
     Path("docs/promises.md"),
     Path("docs/published-settings.md"),
     Path("docs/results.md"),
+    Path("docs/watching.md"),
 )
 RESULTS = Path("bench/results/cpu")
 
@@ -339,7 +342,9 @@ TABLES = {
     "sources": published.table,
     "recipes": recipe_tables.settings,
     "stages": lambda recipe: seed_tables.short(RESULTS, recipe),
+    "metrics": lambda _: at_size.metrics(RESULTS),
     "modes": modes,
+    "rounding": lambda _: at_size.rounding(RESULTS),
     "tune": tune,
     "seeds": lambda recipe: seed_tables.full(RESULTS, recipe),
     "restart": lambda _: restarts.table(RESULTS, footer),

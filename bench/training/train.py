@@ -7,7 +7,6 @@ has left the stages that it came to.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 from bench.harness.results_file import Results
 from bench.harness.timing import Deadline
 from bench.harness.worker import environment, signal_name
+from cmt_fast.storage import metrics_log
 
 RECIPES = ("digits", "digits-mf")
 SHORT = [
@@ -58,13 +58,7 @@ class Training:
         """How far it is: the last row of each kind that each stage logged, its distances by steps, the page."""
         stages: dict[str, Any] = {}
         for file in sorted(self.folder.glob("*/metrics.jsonl"), key=lambda f: f.stat().st_ctime):
-            rows = []
-            for text in file.read_text("utf-8").splitlines():
-                try:
-                    rows.append(json.loads(text))
-                except ValueError:  # a line that is being written
-                    break
-            stages[file.parent.name] = {row["kind"]: row for row in rows}
+            stages[file.parent.name] = {row["kind"]: row for row in metrics_log.rows(file)}
         figures = {
             name: {k: {key: f.get(key) for key in ("frechet", "accuracy")} for k, f in last["eval"]["steps"].items()}
             for name, last in stages.items()

@@ -103,13 +103,14 @@ def _stage(resolved: ResolvedStage, rows: Rows, at: Card, gpus: int, price: floa
         )
     stored, judged = disk.cache(resolved, shape), disk.judging(resolved)
     work = flops.terms(resolved)
+    peak = at.peak["bf16" if stage.half else stage.products]
     return {
         "networks": {of: {k: v for k, v in n._asdict().items() if k != "model"} for of, n in known.items()},
         **bill._asdict(),
         "flops": bill.flops_image * bill.images,
         "precision": stage.precision,
         "batch": stage.batch,
-        "mfu_datasheet": bill.flops_image / at.peak[stage.products] / (bill.step_us / stage.batch * gpus) * 1e6,
+        "mfu_datasheet": bill.flops_image / peak / (bill.step_us / stage.batch * gpus) * 1e6,
         "engine": choice.lines(known["student"].parameters, gpus),
         "memory": {"bytes": on_card.most, "limit": on_card.limit, "fits": on_card.fits, "line": on_card.line(),
                    "parts": [part._asdict() for part in on_card.parts]},

@@ -268,6 +268,6 @@ def _bill(work: workspace.Workspace, stage: ResolvedStage, choice: ShardingPlan 
         text = f"{text}; {bill.hours:,.3g} h on {n} x {at.name} ({bill.mark})"
         choice = choice or sized
     card = at or hardware.bare(work.device)
-    choice = choice or estimate.sharding_plan(stage, known, card, n)
+    choice = choice or estimate.sharding_plan(stage, rows, known, card, n)
     held = estimate.held(stage, rows, known, choice, card._replace(memory=choice.memory_bytes), n)
     return [text, held.line(), disk.line(stage, tuple(rows.shape), known["student"].parameters, work.folder)]

@@ -18,6 +18,7 @@ ADDED: dict[str, Any] = {
     "eval.labels": "data",
     "model.dropout_max_side": None,
     "saves": "background",
+    "stage.rounding_limit": 0.1,
 }
 FIRST = {place: {now: before for before, now in keys.items()} for place, keys in RENAMED.items()}
 

@@ -19,7 +19,8 @@ OTHERS = {
     "n_iters num_iterations lr_anneal_steps max_iter",
     "STAGE.images_nimg (epochs x rows)": "epochs max_epochs num_epochs n_epochs num_train_epochs",
     "STAGE.images_nimg (1000 a kimg)": "kimg total_kimg duration duration_nimg total_nimg",
-    "STAGE.precision=bf16": "fp16 use_fp16 half amp use_amp mixed_precision bf16 dtype autocast float16 bfloat16 allow_tf32 tf32",
+    "STAGE.precision=fp16": "fp16 use_fp16 loss_scaling loss_scale float16",
+    "STAGE.precision=bf16": "half amp use_amp mixed_precision bf16 dtype autocast bfloat16 allow_tf32 tf32",
     "STAGE.ema=[{kind: constant, beta: 0.999}]": "ema_decay ema_rate ema_beta ema_halflife ema_halflife_kimg ema_halflife_nimg "
     "use_ema model_ema_decay ema",
     "STAGE.betas": "beta1 beta2 adam_beta1 adam_beta2 adam_betas",

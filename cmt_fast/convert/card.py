@@ -21,7 +21,9 @@ from cmt_fast.render import templates
 from cmt_fast.render.templates import Group, Section, Table
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.safe_pickle.opcodes import shown
-from cmt_fast.storage import checkpoint, metrics_log
+from cmt_fast.storage import checkpoint
+from cmt_fast.storage.metrics_log import METRICS
+from cmt_fast.storage.record import Record
 from cmt_fast.usage import bills
 
 HOW = """import torch
@@ -276,8 +278,7 @@ def _real(work: Workspace, found: dict[str, Any] | None) -> tuple[dict[str, Any]
 
 
 def _evaluated(work: Workspace, stage: str) -> dict[str, Any] | None:
-    rows = metrics_log.read(Path(work.stage_dir(stage)) / metrics_log.METRICS)
-    return next((row for row in reversed(rows) if row.get("kind") == "eval"), None)
+    return next(reversed(Record.newest(Path(work.stage_dir(stage)) / METRICS).kind("eval")), None)
 
 
 def _entries(found: dict[str, Any] | None, last: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:

@@ -19,7 +19,7 @@ from cmt_fast.cost.hardware import Card
 from cmt_fast.cost.published import step_work
 from cmt_fast.data import classes as in_data
 from cmt_fast.data import datasets
-from cmt_fast.engine import ShardingPlan, StageSize, choose
+from cmt_fast.engine import ShardingPlan, choose
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import folder as folder_
 from cmt_fast.run.resolved import ResolvedStage
@@ -240,23 +240,34 @@ def bill_of(
 ) -> tuple[StageCost, ShardingPlan]:
     """The same of networks that are known already."""
     stage = resolved.config
-    choice = sharding_plan(resolved, known, card, processes)
+    choice = sharding_plan(resolved, rows, known, card, processes)
     passes, waits = resolved.grad_accum_steps(processes), 0.0
     if ideas.host and not host.captured(stage, choice.stage, card):
         busy = host.of_stage(resolved, known, (tuple(rows.shape), rows.classes), card, passes)
         waits = busy.us if busy else 0.0
-    way = Way(stage.products, ideas.how, len(stage.ema), choice.stage, passes, choice.teacher_sharded, waits)
+    way = Way(
+        "bf16" if stage.half else stage.products,
+        ideas.how,
+        len(stage.ema),
+        choice.stage,
+        passes,
+        choice.teacher_sharded,
+        waits,
+    )
     bill = reckon(flops_.terms(resolved, ideas), known, stage.images_nimg, stage.batch, card, processes, way)
     return bill, choice
 
 
-def sharding_plan(resolved: ResolvedStage, known: dict[str, Network], card: Card, processes: int) -> ShardingPlan:
+def sharding_plan(
+    resolved: ResolvedStage, rows: Rows, known: dict[str, Network], card: Card, processes: int
+) -> ShardingPlan:
     """The engine's ZeRO stage by the memory of the card."""
     run, stage = resolved.run, resolved.config
     named = {key: text for key, text in resolved.called.items() if key != "start"}
     by_key = {"teacher": "teacher", "autoguidance.network": "guide"}
     held = sum({text: known[by_key[key]].parameters for key, text in named.items()}.values())
-    size = StageSize(known["student"].parameters, held, len(stage.ema), stage.products == "bf16")
+    own = flops_.size(run.model, run.path, tuple(rows.shape), rows.classes)
+    size = own._replace(teacher_parameters=held, tracks=len(stage.ema), bf16=stage.half)
     return choose(run.engine, run.zero_stage, run.zero_teacher, size, processes, int(card.memory))
 
 

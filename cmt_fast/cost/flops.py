@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmt_fast import models
 from cmt_fast.config.schema import Dit, Model
+from cmt_fast.engine.sharding import StageSize, measure
 from cmt_fast.models import dit
 from cmt_fast.models.shapes import LightMode
 from cmt_fast.models.vgg import LatentVgg, PixelVgg
@@ -102,6 +103,13 @@ def _network(model: Model, path: str, shape: tuple[int, ...], classes: int, name
     tokens, features = (shape[1] // model.patch) ** 2, 256 if model.embeddings == "dit" else 64
     work = dit_forward(width, depth, tokens, path == "linear", shape[0] * model.patch**2, features)
     return Network(name or f"DiT-{model.size}/{model.patch}", count, *work, width, depth, tokens, heads, model)
+
+
+@functools.lru_cache(maxsize=64)
+def size(model: Model, path: str, shape: tuple[int, ...], classes: int) -> StageSize:
+    """The same network as an engine's sizing counts it."""
+    with weightless():
+        return measure(models.build(model, path, 0.5, shape, classes))
 
 
 def dit_network(width: int, depth: int, tokens: int) -> Network:

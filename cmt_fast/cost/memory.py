@@ -23,13 +23,11 @@ from cmt_fast.teacher import pool
 USABLE = (
     0.93  # of a card's memory: its context, fragments of the allocator and buffers of libraries take the rest; assumed
 )
-BUCKET = (
-    500_000_000  # elements of DeepSpeed's buckets as it comes: one of gradients, and at stage 3 one of gathered weights
-)
 ROLLING = (
     6  # states that a rollout holds beside the network's: the row, its last predictions, what is being made of them
 )
-COUNTED, ARITHMETIC, ASSUMED = "counted", "arithmetic", "assumed"
+COUNTED, ARITHMETIC = "counted", "arithmetic"
+RULE = "sizing"  # of engine/sharding.py, which bench/training/ranks.py measures
 
 
 class Part(NamedTuple):
@@ -76,17 +74,22 @@ def of_stage(
 ) -> Memory:  # fmt: skip
     """The memory of a stage on one of `processes` cards. Raises ConfigError where rows do not divide over them."""
     run, stage = resolved.run, resolved.config
-    bf16, p = stage.products == "bf16", known["student"].parameters
+    bf16, p = stage.half, known["student"].parameters
+    size = flops_.size(run.model, run.path, shape, classes)
     rows = stage.batch // processes // resolved.grad_accum_steps(processes)
     kept = activations.of_model(run.model, run.path, shape, classes, bf16)
     ratio, source = saved_ratio(known["student"], card, stage.products)
-    casts = 2 * p if bf16 and choice.stage != 3 else 0  # which the engine's states have already
+    made = 4 * size.remade + (
+        2 * p if bf16 and choice.stage != 3 else 0
+    )  # of weights, which the engine's step has already
+    own = choice.peaks.rest + choice.teacher_bytes
     live = activations.working(run.model, run.path, shape, classes, bf16)
     parts = [
-        Part("weights, gradients, optimizer and EMA", choice.state_bytes, ARITHMETIC),
-        Part("buckets of ZeRO", bucket_bytes(choice.stage, p), ASSUMED),
+        Part("weights, gradients, optimizer and EMA", choice.peaks.rest, RULE),
+        Part("buckets, casts and what else a step makes of weights", choice.peaks.step - own, RULE, "step"),
+        Part("the averaged network", choice.peaks.evaluation - own, RULE, "evaluation"),
         Part("teacher and guide", choice.teacher_bytes, ARITHMETIC),
-        Part(f"activations of {rows} rows", ratio * (rows * kept.row + max(0.0, kept.fixed - casts)), source, "step"),
+        Part(f"activations of {rows} rows", ratio * (rows * kept.row + max(0.0, kept.fixed - made)), source, "step"),
         Part("forwards without gradient", rows * live, COUNTED, "step"),
         Part(f"samples, {run.eval.batch} at once", run.eval.batch * live, COUNTED, "evaluation"),
         *_teacher(resolved, shape, classes, known, choice, card, processes),
@@ -97,13 +100,6 @@ def of_stage(
         parts.append(Part("feature network", 4 * known["features"].parameters, COUNTED))
         parts.append(Part("features of both images", 2 * of_image.bytes(rows), COUNTED, "step"))
     return Memory(tuple(p for p in parts if p.bytes), USABLE * card.memory)
-
-
-def bucket_bytes(stage: int | None, parameters: int) -> int:
-    """What ZeRO's collectives hold beside the states."""
-    if stage is None:
-        return 0
-    return 4 * min(BUCKET, parameters) + (4 * min(2 * BUCKET, parameters) if stage == 3 else 0)
 
 
 def _teacher(

@@ -39,6 +39,12 @@ class Engine(Protocol):
     def eager(self, *args: Any) -> Any:
         """The same forward, never compiled."""
 
+    def wide(self, *args: Any) -> Any:
+        """The module's forward in fp32, whatever the stage's precision is."""
+
+    def scaling(self) -> dict[str, float]:
+        """What rows of metrics say of the loss's scale; nothing where there is none."""
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one of the step's `grad_accum_steps` losses; their mean is differentiated."""
 
@@ -82,6 +88,10 @@ def check(run: Run, name: str, stage: Stage, choice: ShardingPlan, device: torch
         raise ConfigError(f"the step cannot be a CUDA graph: {why}", f"{name}.cuda_graph")
     if run.engine == "local":
         return
+    if stage.products == "fp16":
+        raise ConfigError(
+            "'fp16' scales its loss, which only the engine 'local' does; with 'zero' take 'bf16'", f"{name}.precision"
+        )
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("'zero' needs DeepSpeed; pip install 'cmt-fast[zero]'", "engine")
     if stage.compile and choice.stage == 3:

@@ -6,10 +6,12 @@ of them: one kernel call updates all, one call sums over ranks, and a checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
+import cmt_kernels
 import torch
 from cmt_kernels import adamw_ema
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from cmt_fast.config.schema import Stage
 from cmt_fast.engine import buffers, ema, optimizer
 from cmt_fast.engine.buffers import Unread, bind, constrain, constrained, flat, load_named, named, narrow_stream, parts
 from cmt_fast.engine.compile import compile_network
+from cmt_fast.engine.scaling import LossScale
 from cmt_fast.engine.snapshot import Place, Snapshot
 from cmt_fast.runtime import distributed
 from cmt_fast.storage.checkpoint import Tensors
@@ -64,6 +67,7 @@ class LocalEngine:
         self.half = self.p.bfloat16() if wanted and stage.products == "bf16" and not stage.compile else None
         if self.half is not None:
             self._lend(self.half)
+        self.scale = LossScale(device) if stage.products == "fp16" else None
         self.forward = compile_network(net) if stage.compile else net
 
     def _lend(self, half: Tensor) -> None:
@@ -90,27 +94,54 @@ class LocalEngine:
         with self._autocast():
             return self.forward(*args)
 
+    def wide(self, *args):
+        """The module's forward in fp32."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.forward(*args)
+
     def eager(self, *args):
         """The same forward, never compiled."""
         with self._autocast():
             return self.net(*args)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.products == "bf16")
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        dtype = torch.float16 if self.scale else torch.bfloat16
+        with torch.autocast(self.device.type, dtype, enabled=self.stage.half), self._ops():
+            yield
+
+    def _ops(self) -> contextlib.AbstractContextManager[None]:
+        """fp16 takes the reference of every op: the kernels know fp32 and bf16."""
+        return cmt_kernels.use("reference") if self.scale else contextlib.nullcontext()
+
+    def scaling(self) -> dict[str, float]:
+        """The loss's scale and the steps that were skipped; nothing outside of fp16."""
+        return self.scale.told() if self.scale else {}
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""
-        (loss if self.grad_accum_steps == 1 else loss / self.grad_accum_steps).backward()
+        loss = self.scale.scaled(loss) if self.scale else loss
+        with self._ops():  # activations may be recomputed here
+            (loss if self.grad_accum_steps == 1 else loss / self.grad_accum_steps).backward()
 
     def step(self, lr: float) -> Tensor:
-        """Clip, AdamW or RAdam, EMAs, constraints; gradients are averaged over ranks. Returns their norm before clipping."""
+        """Clip, AdamW or RAdam, EMAs, constraints; gradients are averaged over ranks. Returns their norm before clipping.
+
+        In fp16 a step whose gradient is not finite changes nothing but the loss's scale, and its norm is 0.
+        """
         distributed.mean_(self.g)
         s = self.stage
         self.step_count += 1
-        betas = [ema.beta(profile, self.step_count) for profile in s.ema]
-        lr, eps, decay = optimizer.settings(s, self.step_count, lr)
+        n = self.step_count
+        if self.scale:
+            if not self.scale.unscale(self.g):
+                self.g.zero_()
+                return self.g.new_zeros(())
+            n -= self.scale.skipped  # the optimizer and the EMA tracks know nothing of them
+        betas = [ema.beta(profile, n) for profile in s.ema]
+        lr, eps, decay = optimizer.settings(s, n, lr)
         norm = adamw_ema(
-            *(self.p, self.g, self.m, self.v, self.emas, betas, self.step_count, lr, s.betas, eps, decay),
+            *(self.p, self.g, self.m, self.v, self.emas, betas, n, lr, s.betas, eps, decay),
             *(s.grad_clip_norm, self.half),
         )
         self.g.zero_()
@@ -147,7 +178,7 @@ class LocalEngine:
         They are views, each fetched when it is written: on a GPU the host holds one at a time.
         """
         tracks = {f"ema-{i}": named(self.net, e) for i, e in enumerate(self.emas)}
-        files = {"model": named(self.net, self.p), **tracks, "optimizer": self._moments()}
+        files = {"model": named(self.net, self.p), **tracks, "optimizer": self._moments() | self._extra()}
         return {file: _viewed(tensors) for file, tensors in files.items()}
 
     def snapshot_bytes(self) -> int:
@@ -163,7 +194,7 @@ class LocalEngine:
         shapes = {name: tuple(p.shape) for name, p in self.net.named_parameters()}
         flats = {"p": self.p, "m": self.m, "v": self.v} | {f"ema-{i}": e for i, e in enumerate(self.emas)}
         held = {key: [flat] if writes else [] for key, flat in flats.items()}
-        return Snapshot(shapes, places, held, buffers.constants(self.net), files, added=False)
+        return Snapshot(shapes, places, held, buffers.constants(self.net), files, False, self._extra())
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Restore what `state` gave after `step` steps."""
@@ -171,12 +202,19 @@ class LocalEngine:
         self._changed()
         for i, e in enumerate(self.emas):
             buffers.take(parts(self.net, e), state[f"ema-{i}"])
-        buffers.take(self._moments(), state["optimizer"])
+        extra = self._extra()
+        buffers.take(self._moments() | extra, state["optimizer"])
+        if self.scale:
+            self.scale.load(extra["loss_scale"])
         self.step_count = step
 
     def _moments(self) -> dict[str, Tensor]:
         """Of the optimizer, as views by name."""
         return {f"{k}.{n}": x for k in "mv" for n, x in parts(self.net, getattr(self, k)).items()}
+
+    def _extra(self) -> dict[str, Tensor]:
+        """What is kept beside the moments."""
+        return {"loss_scale": self.scale.state()} if self.scale else {}
 
 
 def _viewed(tensors: dict[str, Tensor]) -> Tensors:

@@ -28,13 +28,14 @@ class Peaks(NamedTuple):
     """The most bytes that one process holds at each phase, its teacher's part too, activations apart.
 
     start: until the first step; step: a whole optimizer step; save: while a checkpoint is written; evaluation: with the
-    averaged network that is judged.
+    averaged network that is judged; rest: what stays between them, without the teacher.
     """
 
     start: int
     step: int
     save: int
     evaluation: int
+    rest: int
 
 
 class Buckets(NamedTuple):
@@ -62,7 +63,7 @@ class ShardingPlan(NamedTuple):
     teacher_bytes: int
     memory_bytes: int
     why: str
-    peaks: Peaks = Peaks(0, 0, 0, 0)
+    peaks: Peaks = Peaks(0, 0, 0, 0, 0)
     buckets: Buckets | None = None
 
     def lines(self, parameters: int, processes: int) -> list[str]:
@@ -79,7 +80,7 @@ class ShardingPlan(NamedTuple):
 
     def peak_line(self) -> str:
         """The most that a process holds at each phase, and what DeepSpeed moves at once."""
-        each = ", ".join(f"{phase} {gb(n)}" for phase, n in self.peaks._asdict().items())
+        each = ", ".join(f"{phase} {gb(n)}" for phase, n in zip(self.peaks._fields[:4], self.peaks))
         cut = self.buckets
         moved = f"; buckets of {cut.bucket:,} numbers, {cut.live:,} live" if cut and self.stage else ""
         return f"peak: {each} a process without activations{moved}"
@@ -161,7 +162,7 @@ def peaks(stage: int | None, size: StageSize, processes: int, sharded: bool = Fa
     held = size.teacher_parameters / (n if sharded else 1)
     cast = p / 2 if size.bf16 and stage != 3 else 0
     numbers = (start, rest + step + cast + size.remade, rest + largest, rest + averaged)
-    return Peaks(*(int(4 * (x + held)) for x in numbers))
+    return Peaks(*(int(4 * (x + held)) for x in numbers), int(4 * rest))
 
 
 def choose(engine: str, stage: int | str, teacher: str, size: StageSize, processes: int, memory: int) -> ShardingPlan:

@@ -57,11 +57,12 @@ class Snapshot:
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], places: dict[str, Place], held: Mapping[str, Sequence[Tensor]],
         constants: Mapping[str, Tensor], files: Collection[str] | None, added: bool,
+        extra: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """shapes: of the parameters; places: of this rank's parts; held: this rank's partitions of p, m, v and each track.
 
         files: those that are wanted, None for all. added: parts of several ranks are summed where the same are gathered by
-        `state`, so that a negative zero is written as it writes it.
+        `state`, so that a negative zero is written as it writes it. extra: small tensors that are kept beside the moments.
         """
         self.names = ["model", *(k for k in held if k.startswith("ema-")), "optimizer"]
         self.names = [name for name in self.names if files is None or name in files]
@@ -69,6 +70,7 @@ class Snapshot:
         self.shapes, self.places = dict(shapes), places
         self.added = added and distributed.size() > 1
         self.copies = {key: [Host(flat) for flat in flats] for key, flats in held.items() if key in keys}
+        self.extra = {name: x.detach().cpu().clone() for name, x in (extra or {}).items()}
         self.constants = {name: x.detach().cpu().clone() for name, x in constants.items()}
         if any(flat.is_cuda for flats in held.values() for flat in flats):
             torch.cuda.synchronize()
@@ -86,6 +88,7 @@ class Snapshot:
         for file in self.names:
             if file == "optimizer":
                 shapes = {f"{key}.{name}": shape for key in "mv" for name, shape in self.shapes.items()}
+                shapes |= {name: tuple(x.shape) for name, x in self.extra.items()}
             else:
                 shapes = self.shapes | {name: tuple(x.shape) for name, x in self.constants.items()}
             fetch = functools.partial(self._fetch, file, group)
@@ -93,6 +96,8 @@ class Snapshot:
         return out
 
     def _fetch(self, file: str, group: dist.ProcessGroup | None, name: str) -> Tensor:
+        if file == "optimizer" and name in self.extra:
+            return self.extra[name]
         if file == "optimizer":
             return self._full(name[2:], name[0], group)
         return self.constants[name] if name in self.constants else self._full(name, _keys(file)[0], group)

@@ -135,6 +135,18 @@ class ZeroEngine:
         """The module's forward in the stage's precision."""
         return self.forward(*args)
 
+    def wide(self, *args: Any) -> Any:
+        """The module's forward in fp32."""
+        own, self.outer.bf16 = self.outer.bf16, False
+        try:
+            return self.forward(*args)
+        finally:
+            self.outer.bf16 = own
+
+    def scaling(self) -> dict[str, float]:
+        """There is no scale."""
+        return {}
+
     def eager(self, *args: Any) -> Any:
         """The same forward, never compiled."""
         calls, self.outer.calls = self.outer.calls, (self.net,)

@@ -52,7 +52,7 @@ class Roots:
             if file and found is None:
                 with files.unless_refused():
                     _write(file, covariance, root)
-        return distributed.from_first(root)
+        return distributed.tensor_of_first(root)
 
     def _kept(self, covariance: Tensor) -> bool:
         return self.folder is not None and self.folder.parent.is_dir() and len(covariance) >= WORTH

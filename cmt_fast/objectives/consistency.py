@@ -52,25 +52,36 @@ def draw(batch: Batch, config: Ect | Ecd, context: LossContext) -> Drawn:
 
 def loss_ect(net, drawn: Drawn, config: Ect, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
     """w(t, r) d(f(x_t, t), sg f(x_r, r)) with the same eps in x_t and x_r; f(x_0, 0) = x_0. Returns (B,)."""
-    x_r = drawn.x_t + column(drawn.r - drawn.t, drawn.x_t) * drawn.eps
-    return _loss(net, drawn, config, stage, x_r)
+    return _loss(net, drawn, config, stage, earlier_point(drawn, config, stage))
 
 
 def loss_ecd(net, drawn: Drawn, config: Ecd, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
     """ECT with x_r one Euler or Heun step of the (guided) teacher's ODE from x_t. Returns (B,)."""
+    return _loss(net, drawn, config, stage, earlier_point(drawn, config, stage))
+
+
+def earlier_point(drawn: Drawn, config: Ect | Ecd, stage: StageContext) -> Tensor:
+    """x_r: (B, ...), the point at time r that x_t is compared with: under the same noise, or one step of the teacher away."""
+    if not isinstance(config, Ecd):
+        return drawn.x_t + column(drawn.r - drawn.t, drawn.x_t) * drawn.eps
     assert stage.teacher is not None
-    x_r = ve_step(stage.teacher, drawn.x_t, drawn.t, drawn.r, drawn.labels, config.step)
-    return _loss(net, drawn, config, stage, x_r)
+    return ve_step(stage.teacher, drawn.x_t, drawn.t, drawn.r, drawn.labels, config.step)
 
 
-def _loss(net, drawn: Drawn, config: Ect | Ecd, stage: StageContext, x_r: Tensor):
-    x_t, _, t, r, labels, drop, changed = drawn
+def outputs(net, drawn: Drawn, x_r: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x_t, t) and, without a gradient, f(x_r, r), which is x_r itself at r = 0. (B, ...) each."""
+    x_t, _, t, r, labels, drop, _ = drawn
     with torch.no_grad():
         zero = r <= 0
         target = net(x_r, torch.where(zero, t, r), None, labels, drop)
         target = torch.where(column(zero, x_r).bool(), x_r, target)
-    f = net(x_t, t, None, labels, drop)
-    loss = distance(f, target, config.distance, config.c, stage, changed) * _weight(config.weight, t, r, stage)
+    return net(x_t, t, None, labels, drop), target
+
+
+def _loss(net, drawn: Drawn, config: Ect | Ecd, stage: StageContext, x_r: Tensor):
+    f, target = outputs(net, drawn, x_r)
+    loss = distance(f, target, config.distance, config.c, stage, drawn.augmentation)
+    loss = loss * _weight(config.weight, drawn.t, drawn.r, stage)
     return loss, {"mse": (f.detach() - target).square().flatten(1).mean(1)}
 
 

@@ -198,7 +198,7 @@ def points(stands: dict[str, Standing], name: str, k: int) -> Curve:
         manifest = stands[parent].manifest
         before += manifest["nimg"] if manifest else 0
         parent = stands[parent].stage.start
-    rows = ((before + row["nimg"], row["steps"].get(str(k))) for row in stands[name].kind("eval"))
+    rows = ((before + row["nimg"], row["steps"].get(str(k))) for row in stands[name].evaluations)
     return [(nimg, figures["frechet"]) for nimg, figures in rows if figures and name != "pre"]
 
 

@@ -17,6 +17,7 @@ from cmt_fast.run import folder as folder_
 from cmt_fast.run import standing
 from cmt_fast.run.standing import Life, Standing
 from cmt_fast.storage import heartbeat, metrics_log, pruning
+from cmt_fast.storage.record import Record
 
 DEPTH = 3  # folders in which runs are looked for
 
@@ -82,7 +83,7 @@ def read(folder: Path) -> Known:
         about, parents = folder_.about_run(folder), folder_.parents_of(folder)
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"RUN: {folder / folder_.RUN_FILE} cannot be read ({error})") from None
-    stages = {name: standing.of(run, folder, parents, name) for name in run.stages}
+    stages = {name: standing.of(run, folder, parents, name, Record.newest) for name in run.stages}
     figures = {name: f for name, s in stages.items() if (f := _figures(run, folder, s))}
     found, watched = list(pruning.walk(folder)), ("manifest.json", heartbeat.HEARTBEAT, metrics_log.METRICS)
     times = [stat.st_mtime for path, stat in found if path.name in (*watched, folder_.RUN_FILE, FIGURES)]
@@ -97,7 +98,7 @@ def _figures(run: Run, folder: Path, s: Standing) -> Newest | None:
         if found and s.ema and found[0].get("ema") == s.ema:
             key, judged = found
             return Newest(_plain(judged.few), int(key["eval"]["n"]), True, key, judged.left_out.get("few", {}))
-    for row in reversed(s.kind("eval")):
+    for row in reversed(s.evaluations):
         return Newest(_plain(row["steps"]), run.eval.n_during, False, {}, {})
     return None
 

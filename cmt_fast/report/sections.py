@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from cmt_fast.config import loading
-from cmt_fast.render import plots
+from cmt_fast.render import plots, thin
 from cmt_fast.render.templates import Group, Picture, Section, Table, png
 from cmt_fast.report.figures import Curve, Judged
 from cmt_fast.report.text import TEXT
@@ -94,16 +94,18 @@ def training(stands: dict[str, Standing]) -> Section:
     """Losses, images, seconds of every stage that has begun."""
     rows, figures = [], []
     for s in stands.values():
-        train, m = s.kind("train"), s.manifest
-        if not train:
+        record, m = s.record, s.manifest
+        if not (record and record.nimg):
             continue
-        first, last = train[0], train[-1]
+        first, last = record.first, record.recent[-1]
         wall = m["wall"] if m and m["step"] == last["step"] else last["wall"]  # a manifest's holds the last judging
         losses = [number(first["loss"]), number(last["loss"]), f"{first['lr']:.3g} to {last['lr']:.3g}"]
         times = [f"{wall['train_s']:,.1f}", f"{wall['eval_s']:,.1f}", f"{last['wall']['images_per_s']:,.0f}"]
         rows.append([s.name, s.objective, f"{last['nimg']:,}", f"{s.stage.batch:,}", *losses, *times])
-        loss, lr = ([(row["nimg"], row[key]) for row in train] for key in ("loss", "lr"))
+        loss, lr = (list(zip(*thin.extremes(record.nimg, column))) for column in (record.loss, record.lr))
         title = f"{s.name}: loss, and learning rate (dotted)."
+        if (n := len(record.nimg)) > len(loss):
+            title += f" {n:,} rows, drawn as the lowest and the highest of each {n / thin.BINS:,.0f}."
         if len(loss) > 1:  # half-way there may be one, which is no line
             figures.append(Picture(title, f"loss-{s.name}.svg", plots.loss(s.name, loss, lr)))
     columns = ["stage", "objective", "images", "batch", "first loss", "last loss", "learning rate"]

@@ -18,26 +18,25 @@ from cmt_fast.config.schema import Run, Stage
 from cmt_fast.runtime import words
 from cmt_fast.storage import checkpoint, metrics_log
 from cmt_fast.storage.heartbeat import DEAD_S, HEARTBEAT, QUIET_S
+from cmt_fast.storage.record import Record
 from cmt_fast.usage import bills
 from cmt_fast.usage.bills import Usage
 
 PULSE_S = 60.0  # after which a process that writes bill.alive every 5 s is gone
 AHEAD_S = 60.0  # by which clocks of two machines may differ
 
-Rows = list[dict[str, Any]]
-
 
 class Standing(NamedTuple):
-    """How far a stage is. folder: where it is, own: in this run, not in the one that it was taken from; rows: of
-    metrics.jsonl; manifest: of its newest sound checkpoint; wrong: what is wrong with a newer one; bill: None where nobody
-    counted.
+    """How far a stage is. folder: where it is, own: in this run, not in the one that it was taken from; record: its
+    metrics.jsonl, None where it was not read; manifest: of its newest sound checkpoint; wrong: what is wrong with a newer one;
+    bill: None where nobody counted.
     """
 
     name: str
     stage: Stage
     folder: Path
     own: bool = True
-    rows: Rows = []
+    record: Record | None = None
     manifest: dict[str, Any] | None = None
     wrong: str = ""
     bill: Usage | None = None
@@ -50,7 +49,7 @@ class Standing(NamedTuple):
     @property
     def nimg(self) -> int:
         """Images that it has seen, those since its newest checkpoint too."""
-        return max(self.rows[-1]["nimg"] if self.rows else 0, self.manifest["nimg"] if self.manifest else 0)
+        return max(self.record.last_nimg if self.record else 0, self.manifest["nimg"] if self.manifest else 0)
 
     @property
     def share(self) -> float:
@@ -72,7 +71,7 @@ class Standing(NamedTuple):
         if self.manifest is None and self.wrong:
             return f"damaged: none of its checkpoints is whole ({self.wrong})"
         if self.manifest is None:
-            return f"begun: {self.nimg:,} of {whole}, no checkpoint yet" if self.rows else "not trained"
+            return f"begun: {self.nimg:,} of {whole}, no checkpoint yet" if self.record else "not trained"
         if not self.done:
             text = f"unfinished: {self.manifest['nimg']:,} of {whole}"
         else:
@@ -114,9 +113,10 @@ class Standing(NamedTuple):
         """Device-hours that it took, by unit (gpu, core)."""
         return {unit: self.bill.total(unit).hours for unit in self.bill.amounts} if self.bill else {}
 
-    def kind(self, kind: str) -> Rows:
-        """Its rows of one kind."""
-        return [row for row in self.rows if row["kind"] == kind]
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Its rows of evaluations in training."""
+        return self.record.kind("eval") if self.record else []
 
 
 def moment(folder: Path, manifest: dict[str, Any]) -> float:
@@ -132,10 +132,10 @@ def place(folder: Path, parents: Path | None, name: str) -> Path:
 
 
 def of(
-    run: Run, folder: Path, parents: Path | None, name: str, rows: Callable[[Path], Rows] = metrics_log.read,
+    run: Run, folder: Path, parents: Path | None, name: str, record: Callable[[Path], Record] = Record.of,
     sound: Callable[[Path], checkpoint.Checkpoint] = checkpoint.sized,
 ) -> Standing:  # fmt: skip
-    """One stage. rows: reads metrics.jsonl; sound: reads a checkpoint, CheckpointError for one that is passed over."""
+    """One stage. record: reads metrics.jsonl; sound: reads a checkpoint, CheckpointError for one that is passed over."""
     home = place(folder, parents, name)
     manifest, wrong = None, ""
     for step in reversed(checkpoint.steps(home)):
@@ -144,7 +144,7 @@ def of(
             break
         except checkpoint.CheckpointError as error:
             wrong = wrong or str(error).removeprefix(f"{home / 'checkpoints'}/")
-    found = rows(home / metrics_log.METRICS)
+    found = record(home / metrics_log.METRICS)
     bill = bills.of_stage(home, manifest)
     return Standing(name, run.stages[name], home, home.parent == folder, found, manifest, wrong, bill)
 

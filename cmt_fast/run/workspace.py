@@ -244,7 +244,7 @@ class Workspace:
         held = {name for key, name in stage.called.items() if key != "start"}  # teacher and guide, of any size
         sizes = [self._parameters(stored_run(self.other(n))) if "/" in n else self.parameters for n in held]
         teacher = sum(sizes) if teacher_parameters is None else teacher_parameters
-        size = self.size._replace(teacher_parameters=teacher, tracks=len(config.ema), bf16=config.products == "bf16")
+        size = self.size._replace(teacher_parameters=teacher, tracks=len(config.ema), bf16=config.half)
         given = size, distributed.size(), sharding.memory_bytes(self.device)
         choice = engine.choose(run.engine, run.zero_stage, run.zero_teacher, *given)
         engine.check(run, stage.name, config, choice, self.device)

@@ -167,7 +167,7 @@ def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def from_first(x: Tensor) -> Tensor:
+def tensor_of_first(x: Tensor) -> Tensor:
     """x (...) of the first rank, on all, where x is; every rank gives one of the same shape and type."""
     if size() == 1:
         return x
@@ -178,13 +178,7 @@ def from_first(x: Tensor) -> Tensor:
 
 def text_of_first(text: str) -> str:
     """The first rank's text, on all."""
-    if size() == 1:
-        return text
-    data = text.encode() if rank() == 0 else b""
-    there = torch.zeros(largest(len(data)), dtype=torch.uint8)
-    if data:
-        there[:] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return from_first(there).numpy().tobytes().decode()
+    return from_first(text.encode).decode()
 
 
 def share_rows(x: Tensor) -> None:

@@ -71,6 +71,8 @@ class Teacher:
         """
         wanted, limit = self.config.precision, self.config.precision_limit
         precision = self.stage.products if wanted == "stage" else wanted
+        if precision == "fp16":  # a student's format, whose gradients are scaled; rollouts have none
+            precision = "fp32"
         if precision != "auto":
             self._check(precision)
         if precision == "fp32" or (precision == "tf32" and self.device.type == "cpu"):  # there it is fp32

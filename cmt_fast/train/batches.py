@@ -25,6 +25,7 @@ from cmt_fast.diffusion.guidance import Autoguided, guided
 from cmt_fast.engine import Engine, Unread
 from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, StageContext
 from cmt_fast.objectives.distance import PERCEPTUAL
+from cmt_fast.objectives.rounding import Rounding, split
 from cmt_fast.perceptual import distance
 from cmt_fast.run.networks import rows_of
 from cmt_fast.run.resolved import ResolvedStage
@@ -38,12 +39,17 @@ from cmt_fast.usage.meters import Meter
 
 
 class Drawn(NamedTuple):
-    """One part of a step, as tensors: what the objective drew, its rows' seeds of dropout, and the same of the anchor."""
+    """One part of a step, as tensors: what the objective drew, its rows' seeds of dropout, and the same of the anchor.
+
+    wide: how many of the objective's rows, the first ones, are computed in fp32 whatever the stage's precision is; as a name,
+    which is what graphs of the step are told apart by.
+    """
 
     own: Any
     seeds: Tensor | None
     anchored: Any = None
     anchored_seeds: Tensor | None = None
+    wide: str = "0"
 
 
 class BatchProvider:
@@ -73,6 +79,7 @@ class BatchProvider:
         self._within = meter.within if meter else lambda phase: contextlib.nullcontext()
         self.own, self.anchored = stage.rows
         self._net = engine.net
+        self.rounding: Rounding | None = None  # which rows are in fp32, where the stage's precision is lower
         self.total, self.grad_accum_steps = stage.schedule.total, engine.grad_accum_steps
         config, run = stage.config, stage.run
         needs = OBJECTIVES[config.objective.kind]
@@ -158,23 +165,25 @@ class BatchProvider:
         random = rng.Random(self.seed, self.index, step)
         nimg = step * self.stage.batch
         world = LossContext(self.path, random, self.teacher, step / self.total, self.features, nimg, self.perceptual)
-        mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * self.grad_accum_steps)
-        rows = torch.arange(self.own, device=self.device)[mine]
+        rows, wide = self.mine(part), 0
         given = self._data(random, step, rows, part) if self.draws_data else self._points(random, step, rows, rows)
+        if self.rounding:
+            given, wide = self.rounding.sorted(given, random, world.progress)
+            rows = given.sample
         own = OBJECTIVES[self.stage.objective.kind].draw(given, self.stage.objective, world)
         seeds = self._seeds(random, rows)
         anchor = self.stage.anchor
         if anchor is None:
-            return Drawn(own, seeds)
-        rows = torch.arange(self.anchored, device=self.device)[mine]
+            return Drawn(own, seeds, wide=str(wide))
+        rows = self.mine(part, self.anchored)
         points = self._points(random, step, rows, rows + self.own)
         anchored = OBJECTIVES[anchor.objective.kind].draw(points, anchor.objective, world)
-        return Drawn(own, seeds, anchored, self._seeds(random, rows + self.own))
+        return Drawn(own, seeds, anchored, self._seeds(random, rows + self.own), str(wide))
 
     def loss_of(self, engine: Engine, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of what was drawn, as of `loss`: the same work at every step."""
-        world = StageContext(self.path, self.teacher, self.features, self.perceptual)
-        own, net = self.stage.objective, _dropping(engine, drawn.seeds)
+        world = self.context
+        own, net = self.stage.objective, _dropping(split(engine, engine.wide, int(drawn.wide)), drawn.seeds)
         loss, scalars = OBJECTIVES[own.kind].loss(net, drawn.own, own, world)
         scalars = {k: v.mean() for k, v in scalars.items()}
         anchor = self.stage.anchor
@@ -185,6 +194,16 @@ class BatchProvider:
         scalars |= {"post_loss": loss.detach().mean(), "anchor_loss": held.detach().mean()}
         share = self.anchored / self.stage.batch
         return (1 - share) * anchor.post_weight * loss.mean() + share * held.mean(), scalars
+
+    @property
+    def context(self) -> StageContext:
+        """What a loss reads besides what was drawn."""
+        return StageContext(self.path, self.teacher, self.features, self.perceptual)
+
+    def mine(self, part: int, of: int | None = None) -> Tensor:
+        """Which rows of a step, of `of` or all that the objective has, this process takes in pass `part`. (B,) int64."""
+        mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * self.grad_accum_steps)
+        return torch.arange(self.own if of is None else of, device=self.device)[mine]
 
     def _data(self, random: rng.Random, step: int, rows: Tensor, part: int) -> Batch:
         """This pass's rows: those of the whole step are asked for at once, as loaders read ahead step by step."""
@@ -230,7 +249,7 @@ def provider(
     return BatchProvider(stage, engine, data, work.device, network, lambda: work.judging.space, meter, found)
 
 
-def _dropping(engine: Engine, seeds: Tensor | None) -> Callable:
+def _dropping(engine: Callable, seeds: Tensor | None) -> Callable:
     """The engine; with seeds (B, dropouts, 2) of these rows for its dropout: every call of a step drops the same."""
     if seeds is None:
         return engine

@@ -30,7 +30,7 @@ from cmt_fast.runtime.signals import Stopped, noted
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.loggers import Opening
 from cmt_fast.storage.metrics_log import Log
-from cmt_fast.train import attention_choice, batches, monitor, solver_choice, starting
+from cmt_fast.train import attention_choice, batches, monitor, rounding_choice, solver_choice, starting
 from cmt_fast.train.half_way import HalfWay, check_loggers
 from cmt_fast.train.profiler import Profile
 from cmt_fast.train.saving import REFUSED, Saver
@@ -108,7 +108,9 @@ def train_stage(
         ending.callback(source.close)
         if found is None and source.trajectories.get("errors"):
             log.row("trajectories", 1, config.batch, source.trajectories)
-        chosen = {"trajectories": source.trajectories, "attention": attention}
+        source.rounding = rounding_choice.settle(stage, engine, source, found)
+        rounding = source.rounding.stored() if source.rounding else None
+        chosen = {"trajectories": source.trajectories, "attention": attention, "rounding": rounding}
         always = _identity(run, name, lineage, others, choice, chosen)
         if config.compile:
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
@@ -235,7 +237,7 @@ class Steps(NamedTuple):
         self.saver.told()
         written = {"written_s": self.saver.write_s} if self.saver.write_s else {}  # beside the steps, by this process
         spent = {**self.wall, **written, "images_per_s": speed, "bill": self.account.add()}
-        self.log.row("train", n, nimg, {**means, "lr": lr}, spent)
+        self.log.row("train", n, nimg, {**means, "lr": lr, **self.engine.scaling()}, spent)
         self.shown.saw(means["loss"])
         self.shown.spent(self.account.bill.total(self.meter.unit).hours, self.account.held)
 

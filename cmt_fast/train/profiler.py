@@ -160,7 +160,7 @@ def roof(device: torch.device, precision: str) -> dict[str, float] | None:
     """
     cuda = device.type == "cuda"
     n, size = (8192, 2**27) if cuda else (768, 2**24)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     wait = torch.cuda.synchronize if cuda else lambda: None
 
     def best(call: Callable[[], Any]) -> float:

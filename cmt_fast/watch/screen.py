@@ -93,7 +93,7 @@ def line(state: RunState) -> str:
 
 def sparkline(values: Sequence[float], points: int = POINTS) -> str:
     """A curve in one line, on a log scale where all values allow it; values that are not finite are left out."""
-    sound = [v for v in values if math.isfinite(v)]
+    sound = values if all(map(math.isfinite, values)) else [v for v in values if math.isfinite(v)]
     if len(sound) < 2:
         return ""
     n = min(points, len(sound))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,8 @@ from cmt_fast.run.folder import RUN_FILE, is_run, meant, parents_of, stored_run
 from cmt_fast.run.standing import Life, Standing
 from cmt_fast.storage import pruning
 from cmt_fast.storage.metrics_log import METRICS
-from cmt_fast.watch.tail import Tail
+from cmt_fast.storage.record import Record
 
-RECENT = 10  # rows of metrics over which speed is taken
 SIZE_S = 60.0  # between two counts of the folder's bytes
 
 
@@ -29,7 +29,7 @@ class StageState(NamedTuple):
     speed: float | None = None
     left_s: float | None = None
     spent_s: float = 0.0
-    losses: list[float] = []
+    losses: Sequence[float] = ()
     evaluations: dict[str, list[tuple[int, float]]] = {}
 
     @property
@@ -75,7 +75,7 @@ class Watched:
     def __init__(self, folder: Path) -> None:
         self.folder, self.run = folder, stored_run(folder)
         self.parents = parents_of(folder)
-        self.tails: dict[Path, Tail] = {}
+        self.records: dict[Path, Record] = {}
         self._bytes, self._counted = 0, float("-inf")
 
     def look(self, clock: float | None = None) -> RunState:
@@ -89,20 +89,19 @@ class Watched:
         life, changed = standing.life(self.folder, at, now), max(map(_changed, at))
         return RunState(run.name, self.folder, stages, steps, distance, life, teacher, self._size(now), changed)
 
-    def _rows(self, file: Path) -> list[dict[str, Any]]:
-        return self.tails.setdefault(file, Tail(file)).read()
+    def _record(self, file: Path) -> Record:
+        return self.records.setdefault(file, Record(file)).update()
 
     def _stage(self, name: str) -> StageState:
-        at = standing.of(self.run, self.folder, self.parents, name, self._rows)
-        train, begun = at.kind("train"), not at.done and at.folder.is_dir()
-        if not train:
+        at = standing.of(self.run, self.folder, self.parents, name, self._record)
+        record, begun = at.record, not at.done and at.folder.is_dir()
+        if not (record and record.nimg):
             return StageState(at, begun)
-        speed, left = _pace(train, at.rows[-1], at.stage.images_nimg)
-        wall = train[-1]["wall"]
-        losses = [row["loss"] for row in train]
-        return StageState(
-            at, begun, speed, left, wall["train_s"] + wall["eval_s"], losses, _evaluations(at.kind("eval"))
-        )
+        recent = record.recent
+        speed, left = _pace(recent, at.stage.images_nimg)
+        wall = recent[-1]["wall"]
+        evaluations = _evaluations(at.evaluations)
+        return StageState(at, begun, speed, left, wall["train_s"] + wall["eval_s"], record.loss, evaluations)
 
     def _teacher(self, steps: int) -> tuple[int, float] | None:
         """The teacher as it was judged beside evaluations in training; None before a report has judged it."""
@@ -134,9 +133,8 @@ def _changed(at: Standing) -> float:
     return max(at.saved, *(standing.written(f) for f in (at.folder / METRICS, at.folder / "grids", at.folder)))
 
 
-def _pace(train: list[dict], last: dict, total: int) -> tuple[float | None, float | None]:
+def _pace(recent: list[dict], total: int) -> tuple[float | None, float | None]:
     """Images/s of training over the last rows, and seconds to the end of the stage, with evaluations as often as so far."""
-    recent = train[-RECENT - 1 :]
     first, end = (recent[0], recent[-1]) if len(recent) > 1 else (None, recent[-1])
     nimg, seconds = end["nimg"], end["wall"]["train_s"]
     if first:

@@ -28,7 +28,7 @@ from cmt_fast.config.schema import STAGES
         ("kimg=200", "did you mean post.images_nimg (1000 a kimg)?"),
         ("learning_rate=1e-3", "did you mean post.lr?"),
         ("num_classes=10", "did you mean data.expects.classes?"),
-        ("fp16=true", "did you mean post.precision=bf16?"),
+        ("fp16=true", "did you mean post.precision=fp16?"),
         ("amp=true", "did you mean post.precision=bf16?"),
         ("mid.ema_decay=0.999", "did you mean mid.ema=[{kind: constant, beta: 0.999}]?"),
         ("resume=runs/mine", "here it is --out RUN with the same command again"),  # facebookresearch/DiT#35

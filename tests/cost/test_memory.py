@@ -99,7 +99,7 @@ def held(name: str, stage: str, gpus: int, *overrides: str, of: str = "h100") ->
     run = loading.load(name, overrides)
     rows, resolved = estimate.rows_of(run), resolve(run, stage)
     known, _ = estimate.networks(resolved, rows)
-    choice = estimate.sharding_plan(resolved, known, CARDS[of], gpus)
+    choice = estimate.sharding_plan(resolved, rows, known, CARDS[of], gpus)
     return estimate.held(resolved, rows, known, choice, CARDS[of], gpus)
 
 

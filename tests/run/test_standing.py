@@ -15,6 +15,7 @@ from cmt_fast.run import removing, standing
 from cmt_fast.run.standing import Standing
 from cmt_fast.storage import checkpoint, heartbeat
 from cmt_fast.storage.metrics_log import METRICS
+from cmt_fast.storage.record import Record
 from cmt_fast.usage import bills
 from cmt_fast.usage.bills import Amount, Usage
 from cmt_fast.watch import screen
@@ -79,7 +80,9 @@ def known(tmp_path: Path, figures: dict[str, Newest], **own: bool) -> Known:
     """A run whose stages have 8 images and half an hour each, of its own or not."""
     bill = Usage({"core": {"train": Amount(1800.0)}})
     stages = {
-        name: Standing(name, RUN.stages[name], tmp_path / name, mine, [{"kind": "train", "nimg": 8}], None, "", bill)
+        name: Standing(
+            name, RUN.stages[name], tmp_path / name, mine, Record.of(rows(tmp_path, name, 8) / METRICS), None, "", bill
+        )
         for name, mine in own.items()
     }
     life = standing.life(tmp_path, stages.values(), NOW)

@@ -20,7 +20,7 @@ from cmt_fast.run.judging import Judging
 from cmt_fast.run.standing import Standing
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, metrics_log
 from cmt_fast.train import loop
 from cmt_fast.usage import bills, ledger, meters
 from cmt_fast.usage.bills import Amount, Usage
@@ -254,8 +254,9 @@ def test_a_killed_and_resumed_run_bills_each_stage_once(tmp_path, paced, monkeyp
     with monkeypatch.context() as patch:  # a stage of which the first images were trained before anyone counted
         patch.setattr(card, "_bill", lambda _, node: mid._replace(from_nimg=8 * (node["stage"] == "pre")))
         assert card._spent(work, export.about)["core_hours"] is None
+    log = metrics_log.read(stands["pre"].folder / metrics_log.METRICS)
     # rows add up as the run goes, and a third start finds both stages done and bills nothing
-    rows = [row["wall"]["bill"]["amounts"]["core"]["train"]["seconds"] for row in stands["pre"].kind("train")]
+    rows = [row["wall"]["bill"]["amounts"]["core"]["train"]["seconds"] for row in log if row["kind"] == "train"]
     assert rows == sorted(rows) and rows[-1] == 40 * STEP_S
     before = {p: p.read_bytes() for p in tmp_path.rglob("bill.*")}
     loop.train(work, ["pre", "mid"])

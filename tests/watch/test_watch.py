@@ -22,7 +22,6 @@ from cmt_fast.runtime import words
 from cmt_fast.storage import checkpoint
 from cmt_fast.watch import screen, serve
 from cmt_fast.watch.state import Watched, runs_in
-from cmt_fast.watch.tail import Tail
 from tests.fixtures.tiny import tiny
 
 NOW = 1_800_000_000.0
@@ -155,24 +154,6 @@ def test_lines_where_there_is_no_terminal(run, monkeypatch, capsys):
     assert cli.main(["watch", str(run)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "384/640" in said[0] and "416/640" in said[1]
-
-
-def test_only_what_is_new_is_read_and_a_file_begun_anew_is_read_again(tmp_path, monkeypatch):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"n": 1}\n{"n": 2}\n{"n"')
-    tail, parsed = Tail(file), []
-    loads = json.loads
-    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
-    assert [r["n"] for r in tail.read()] == [1, 2]
-    with open(file, "a", encoding="utf-8") as f:
-        f.write(": 3}\n")
-    assert [r["n"] for r in tail.read()] == [1, 2, 3] and len(parsed) == 3
-    new = tmp_path / "new"
-    new.write_text('{"n": 1}\n{"n": 5}\n{"n": 6}\n{"n": 7}\n')  # longer than what was read: the file is another one
-    os.replace(new, file)
-    assert [r["n"] for r in tail.read()] == [1, 5, 6, 7]
-    file.unlink()
-    assert len(tail.read()) == 4
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ class Stage:
     """One stage of training, as data. Lengths are in student images.
 
     precision: fp32 is strict, tf32 lets a GPU round the factors of products to 10 bits, bf16 is autocast, bf16-stream is
-    that with the residual stream of a transformer in bf16 as well, `products` is what its products are in.
+    that with the residual stream of a transformer in bf16 as well, fp16 is autocast with a scaled loss, `products` is what
+    its products are in. rounding_limit: of f(x_t) - f(x_r), beyond which rows of ect and ecd are in fp32 all the same.
     `start` names an earlier stage, `teacher` an earlier stage or one of another run as RUN/STAGE, of any size.
     lr_schedule: "linear" to zero at the end, "inverse_sqrt" constant up to lr_knee_nimg and falling as 1/sqrt from there.
     `cuda_graph`: forward, loss and backward of a step recorded once and replayed on a GPU: auto where it can be, true (or an
@@ -134,7 +135,8 @@ class Stage:
     weight_decay: NotNegative = 0.0
     grad_clip_norm: NotNegative = 1.0
     ema: Annotated[tuple[Ema, ...], Field(min_length=1)] = (ConstantEma(),)
-    precision: Literal["fp32", "tf32", "bf16", "bf16-stream"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "bf16-stream", "fp16"] = "fp32"
+    rounding_limit: Positive = 0.1
     cuda_graph: Literal["auto"] | bool = "auto"  # the same numbers, so no fact of a stage
     compile: bool = False  # torch.compile of the network; rounds differently, so it belongs to the facts of a stage
     checkpoint_every_nimg: Count | None = None
@@ -144,8 +146,13 @@ class Stage:
 
     @property
     def products(self) -> str:
-        """The precision of its matrix products: fp32, tf32 or bf16."""
+        """The precision of its matrix products: fp32, tf32, bf16 or fp16."""
         return self.precision.removesuffix("-stream")
+
+    @property
+    def half(self) -> bool:
+        """Whether its products are in 16 bits; GPUs multiply bf16 and fp16 at the same rate."""
+        return self.products in ("bf16", "fp16")
 
     def networks(self) -> dict[str, str]:
         """Key -> the stage whose network it names, as typed; of another run where there is a slash in it."""

@@ -33,6 +33,9 @@ IDS = "loggers.json"  # STAGE/loggers.json: logger -> the id under which it know
 DRAIN_S = 60.0  # what the end of a stage waits for a logger that lags behind
 
 
+Rows = Callable[[], Iterable[dict[str, Any]]]  # rows of metrics, read one by one each time that it is called
+
+
 class Opening(NamedTuple):
     """The stage that is logged. run: the run's name; folder: RUN/STAGE; settings: the run's keys, nested. In images:
 
@@ -109,7 +112,7 @@ def keep_id(folder: Path, name: str, value: str) -> None:
 class Loggers:
     """The loggers of one stage. Every call returns at once; what fails is one line on stderr and ends that logger alone."""
 
-    def __init__(self, names: Sequence[str], about: Opening, rows: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, names: Sequence[str], about: Opening, rows: Rows = lambda: ()) -> None:
         """rows: of metrics.jsonl up to the checkpoint; a logger to which the stage is new gets them first."""
         self.about, self.last_nimg = about, about.nimg
         self.workers = [w for name in names if (w := _Worker.opened(name, about))]
@@ -139,23 +142,36 @@ class Loggers:
         if found:
             worker.put(lambda logger: logger.scalars(at, found, when))
 
-    def _catch_up(self, worker: _Worker, rows: Sequence[dict[str, Any]]) -> None:
-        """What is on disk already: rows, then pictures of steps that are on the record."""
-        nimg_of = {}
-        for row in rows:
-            rest = {k: v for k, v in row.items() if k not in ("kind", "step", "nimg", "wall")}
-            when = (row["wall"].get("bill") or {}).get("until") or time.time()
-            self._send(worker, row["kind"], row["nimg"], rest, row["wall"], when)
-            nimg_of[row["step"]] = row["nimg"]
-        for path in sorted((self.about.folder / "grids").glob("[0-9]*.png")):
-            nimg = nimg_of.get(int(path.stem))
-            if nimg is not None:
-                self._show(worker, "samples", nimg, path, path.stat().st_mtime)
+    def _catch_up(self, worker: _Worker, rows: Rows) -> None:
+        """What is on disk already: rows, then pictures of steps that are on the record. One by one, in the worker's thread."""
+        grids = sorted((self.about.folder / "grids").glob("[0-9]*.png"))
+
+        def send(logger: Logger) -> None:
+            nimg_of: dict[int, int | None] = {int(path.stem): None for path in grids}
+            for row in rows():
+                if row["step"] in nimg_of:
+                    nimg_of[row["step"]] = row["nimg"]
+                rest = {k: v for k, v in row.items() if k not in ("kind", "step", "nimg", "wall")}
+                when = (row["wall"].get("bill") or {}).get("until") or time.time()
+                if found := flat(row["kind"], rest, row["wall"]):
+                    logger.scalars(self.about.before_nimg + row["nimg"], found, when)
+            for path in grids:
+                nimg = nimg_of[int(path.stem)]
+                if nimg is not None:
+                    logger.picture(*self._picture("samples", nimg, path), path.stat().st_mtime)
+
+        worker.put(send)
 
     def _show(self, worker: _Worker, name: str, nimg: int, path: Path, when: float) -> None:
-        at, stage = self.about.before_nimg + nimg, self.about.stage
-        caption = f"{stage} at {nimg:,} images; each column one noise and one class, each row a number of steps"
-        worker.put(lambda logger: logger.picture(at, name, path, caption, when))
+        shown = self._picture(name, nimg, path)
+        worker.put(lambda logger: logger.picture(*shown, when))
+
+    def _picture(self, name: str, nimg: int, path: Path) -> tuple[int, str, Path, str]:
+        """What a logger is told of a picture."""
+        caption = (
+            f"{self.about.stage} at {nimg:,} images; each column one noise and one class, each row a number of steps"
+        )
+        return self.about.before_nimg + nimg, name, path, caption
 
 
 class _Worker:
