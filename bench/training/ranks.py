@@ -59,7 +59,7 @@ def measured(overrides: list[str], teacher: bool, file: Path) -> Callable[[], No
             most = {phase: max(row[i] for row in seen) for i, phase in enumerate(PHASES)}
             about = {
                 "bytes": most,
-                "sizing": dict(zip(sharding.Peaks._fields[:4], plan.peaks)),
+                "sizing": plan.peaks.phases(),
                 "parameters": space.parameters,
                 "sums": sums,
             }
@@ -210,7 +210,7 @@ def counted(recipe: str, model: list[str]) -> dict[str, Any]:
     size = sharding.measure(shapes_of(run, shape, 1000))._replace(tracks=1)
     rows = {
         f"{'local' if stage is None else f'zero{stage}'}-{n}": {
-            phase: round(x / 1e9, 1) for phase, x in zip(sharding.Peaks._fields[:4], sharding.peaks(stage, size, n))
+            phase: round(x / 1e9, 1) for phase, x in sharding.peaks(stage, size, n).phases().items()
         }
         for stage in (None, 0, 1, 2, 3)
         for n in (1, 2, 4, 8)

@@ -37,6 +37,10 @@ class Peaks(NamedTuple):
     evaluation: int
     rest: int
 
+    def phases(self) -> dict[str, int]:
+        """The peak of each phase, by name."""
+        return dict(zip(("start", "step", "save", "evaluation"), self))
+
 
 class Buckets(NamedTuple):
     """What DeepSpeed moves at once, in numbers; from the size of the network alone.
@@ -80,7 +84,7 @@ class ShardingPlan(NamedTuple):
 
     def peak_line(self) -> str:
         """The most that a process holds at each phase, and what DeepSpeed moves at once."""
-        each = ", ".join(f"{phase} {gb(n)}" for phase, n in zip(self.peaks._fields[:4], self.peaks))
+        each = ", ".join(f"{phase} {gb(n)}" for phase, n in self.peaks.phases().items())
         cut = self.buckets
         moved = f"; buckets of {cut.bucket:,} numbers, {cut.live:,} live" if cut and self.stage else ""
         return f"peak: {each} a process without activations{moved}"
@@ -161,8 +165,9 @@ def peaks(stage: int | None, size: StageSize, processes: int, sharded: bool = Fa
     start = max(rest, 2 * p) if stage in (1, 2) else rest
     held = size.teacher_parameters / (n if sharded else 1)
     cast = p / 2 if size.bf16 and stage != 3 else 0
-    numbers = (start, rest + step + cast + size.remade, rest + largest, rest + averaged)
-    return Peaks(*(int(4 * (x + held)) for x in numbers), int(4 * rest))
+    whole = lambda numbers: int(4 * (numbers + held))
+    step += cast + size.remade
+    return Peaks(whole(start), whole(rest + step), whole(rest + largest), whole(rest + averaged), int(4 * rest))
 
 
 def choose(engine: str, stage: int | str, teacher: str, size: StageSize, processes: int, memory: int) -> ShardingPlan:
