@@ -35,7 +35,7 @@ from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine
 from cmt_fast.storage import checkpoint
 
-PHASES = sharding.Peaks._fields
+PHASES = sharding.PHASES
 STEPS = 2
 # a network of about 60 MB whose rows are 4 tokens
 MODEL = ["model.width=512", "model.depth=3", "model.heads=8", "model.patch=4"]

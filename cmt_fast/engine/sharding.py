@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+PHASES = "start", "step", "save", "evaluation"
 SHARE = 0.6  # of a process's memory that states may take; activations and buckets get the rest
 
 
@@ -39,7 +40,7 @@ class Peaks(NamedTuple):
 
     def phases(self) -> dict[str, int]:
         """The peak of each phase, by name."""
-        return dict(zip(("start", "step", "save", "evaluation"), self))
+        return dict(zip(PHASES, self))
 
 
 class Buckets(NamedTuple):
