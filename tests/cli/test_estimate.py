@@ -180,9 +180,12 @@ def test_what_is_paid_beside_hours_is_named(figures):
         == parts["teacher and guide"]
         == 4 * mid["networks"]["student"]["parameters"]
     )
-    assert {"buckets of ZeRO", "activations of 16 rows", "rollouts, 16 at once", "pool of 128 trajectories"} <= set(
-        parts
-    )
+    assert {
+        "buckets, casts and what else a step makes of weights",
+        "activations of 16 rows",
+        "rollouts, 16 at once",
+        "pool of 128 trajectories",
+    } <= set(parts)
     assert mid["cache"]["trajectories"] == 800_000 and "445.7 GB" in mid["disk_line"] and post["cache"] is None
     printed = "\n".join(command.text(figures("imagenet512-ecd")))
     assert "a process: " in printed and "fits in the 74.4 GB that are usable (predicted)" in printed

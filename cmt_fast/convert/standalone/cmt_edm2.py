@@ -192,7 +192,9 @@ class MPLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        return F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+        if w.ndim == 2:
+            return F.linear(x, w)
+        return F.conv2d(x, w.contiguous(memory_format=torch.channels_last), padding=w.shape[-1] // 2)
 
 
 class ExactMPLayer(InFloat32, MPLayer):
@@ -291,6 +293,7 @@ class CmtEdm2(Network):
         emb = self._embed(t, r, labels, drop).to(self.dtype)
         x = x.to(self.dtype)
         x = torch.cat((x, torch.ones_like(x[:, :1])), dim=1)  # the channel of ones stands in for biases
+        x = x.contiguous(memory_format=torch.channels_last)  # what fast convolutions take, and the trainer's bits
         return self.out(walk(self.conv(x), emb, self.encoder, self.decoder, mp_cat)) * self.out_gain
 
     def _embed(self, t: Tensor, r: Tensor | None, labels: Tensor | None, drop: Tensor | None) -> Tensor:
