@@ -20,6 +20,7 @@ from cmt_fast.config.schema import Run
 from cmt_fast.storage import checkpoint
 
 RUN_FILE = "run.json"
+JUDGING = "judging"  # what evaluations have done before they end (unfinished.py)
 
 
 def about_run(folder: Path) -> dict:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES
 from cmt_fast.run import folder as folder_
-from cmt_fast.run import unfinished
+from cmt_fast.run.folder import JUDGING
 from cmt_fast.storage import checkpoint, heartbeat, pruning
 
 DEPTH = 3  # folders in which other runs are looked for
@@ -75,7 +75,7 @@ def plan(folder: Path, keep: str, force: bool = False) -> Plan:
     said = [f"{user} uses its weights" for user in users]
     if keep == "nothing":
         return Plan(keep, folder, [folder], {}, said)
-    paths, pruned = [p for p in (folder / unfinished.FOLDER,) if p.exists()], dict[Path, list[Path]]()
+    paths, pruned = [p for p in (folder / JUDGING,) if p.exists()], dict[Path, list[Path]]()
     for name in STAGES:
         stage = folder / name
         if stage.is_symlink() or (stage / "checkpoints").is_symlink():

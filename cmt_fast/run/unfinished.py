@@ -28,10 +28,11 @@ from torch import Tensor
 
 from cmt_fast.evaluation.ledgers import Ledger
 from cmt_fast.evaluation.tallies import Seen
+from cmt_fast.run.folder import JUDGING
 from cmt_fast.runtime import distributed
 from cmt_fast.storage import files
 
-FOLDER, ABOUT, FIGURES = "judging", "about.json", "figures.json"
+ABOUT, FIGURES = "about.json", "figures.json"
 WORD = 32  # of a block, before its tensors: their checksum
 
 
@@ -84,7 +85,7 @@ def opened(run: Path, name: str, key: dict[str, Any]) -> Iterator[Unfinished]:
     """
     text = json.dumps(key, sort_keys=True, indent=1)
     digest = xxhash.xxh3_64(text.encode()).hexdigest()
-    folder, handle = run / FOLDER / f"{name}-{digest}", None
+    folder, handle = run / JUDGING / f"{name}-{digest}", None
     if distributed.rank() == 0:
         handle = _claimed(run, folder, text)
     try:
