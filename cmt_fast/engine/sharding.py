@@ -163,12 +163,12 @@ def peaks(stage: int | None, size: StageSize, processes: int, sharded: bool = Fa
         rest, step, averaged = p + (3 + tracks) * p / n, max(p + (bucket if stage == 1 else 0), 2 * p / n), p
     else:
         rest, step, averaged = (5 + tracks) * p / n + bucket, max(p / n, 3 * largest + 2 * bucket), p
-    start = max(rest, 2 * p) if stage in (1, 2) else rest
     held = size.teacher_parameters / (n if sharded else 1)
     cast = p / 2 if size.bf16 and stage != 3 else 0
     whole = lambda numbers: int(4 * (numbers + held))
     step += cast + size.remade
-    return Peaks(whole(start), whole(rest + step), whole(rest + largest), whole(rest + averaged), int(4 * rest))
+    start = max(whole(rest), 8 * p if stage in (1, 2) else 0)  # weights are joined before a teacher is read
+    return Peaks(start, whole(rest + step), whole(rest + largest), whole(rest + averaged), int(4 * rest))
 
 
 def choose(engine: str, stage: int | str, teacher: str, size: StageSize, processes: int, memory: int) -> ShardingPlan:
