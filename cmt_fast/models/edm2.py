@@ -30,6 +30,7 @@ from cmt_kernels import (
     pixel_norm,
     transforms,
     unit_weight,
+    use,
 )
 from cmt_kernels.dual import add, concatenate, linear_map, value
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ class MPLayer(nn.Module):
     def __init__(self, d_in: int, d_out: int, kernel: int = 0) -> None:
         super().__init__()
         shape = (d_out, d_in, kernel, kernel) if kernel else (d_out, d_in)
-        self.weight = nn.Parameter(unit_weight(torch.randn(shape), eps=EPS))
+        with use("reference"):  # the same first weights whatever kernels a machine has, and drawn late (deferred.py)
+            self.weight = nn.Parameter(unit_weight(torch.randn(shape), eps=EPS))
         self.folded = False
 
     @torch.no_grad()
