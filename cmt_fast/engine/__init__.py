@@ -75,6 +75,9 @@ class Engine(Protocol):
     def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Restore what `state` of any engine on any number of processes gave after `step` steps."""
 
+    def close(self) -> None:
+        """Let go of all memory, that of tracks which `average` gave apart: no step comes after it, another engine may."""
+
 
 def check(run: Run, name: str, stage: Stage, choice: ShardingPlan, device: torch.device) -> None:
     """Raises ConfigError where the engine of a run cannot be had, or cannot do what a stage asks for on this device."""

@@ -208,6 +208,9 @@ class LocalEngine:
             self.scale.load(extra["loss_scale"])
         self.step_count = step
 
+    def close(self) -> None:
+        """Nothing: the memory is free with the last reference to the engine."""
+
     def _moments(self) -> dict[str, Tensor]:
         """Of the optimizer, as views by name."""
         return {f"{k}.{n}": x for k in "mv" for n, x in parts(self.net, getattr(self, k)).items()}

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from cmt_fast.runtime import distributed
+
 PHASES = "start", "step", "save", "evaluation"
 SHARE = 0.6  # of a process's memory that states may take; activations and buckets get the rest
 
@@ -210,8 +212,7 @@ def memory_bytes(device: torch.device) -> int:
     """Memory of one process: its GPU's, or this machine's shared among the processes on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // distributed.local_size()
 
 
 def gb(n: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from cmt_fast.runtime import distributed
 from cmt_fast.storage.tensor_file import Tensors
 
 PIECE = 1 << 26  # elements of a piece of pinned memory, 256 MiB: torch keeps such memory in powers of two
+_pinned = _most_pinned = 0  # bytes of such memory in copies that this process has, and the most that it ever had
 
 
 class Place(NamedTuple):
@@ -39,6 +41,9 @@ class Host:
         for part in flat.detach().split(PIECE):
             piece = torch.empty(part.shape, dtype=torch.float32, pin_memory=flat.is_cuda)
             self.pieces.append(piece.copy_(part, non_blocking=True))
+        if flat.is_cuda:
+            _count(4 * flat.numel())
+            weakref.finalize(self, _count, -4 * flat.numel())
 
     def read(self, start: int, stop: int) -> Tensor:
         """Elements start to stop."""
@@ -49,6 +54,17 @@ class Host:
             out.append(self.pieces[piece][at:end])
             start += end - at
         return out[0] if len(out) == 1 else torch.cat(out) if out else torch.empty(0)
+
+
+def _count(pinned: int) -> None:
+    global _pinned, _most_pinned
+    _pinned += pinned
+    _most_pinned = max(_pinned, _most_pinned)
+
+
+def kept_bytes() -> int:
+    """Of pinned memory that earlier copies had: torch keeps it for the next, and the system knows of no free memory there."""
+    return _most_pinned - _pinned
 
 
 class Snapshot:

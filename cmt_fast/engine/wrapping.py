@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cmt_fast.engine.sharding import Buckets
 
@@ -41,6 +43,30 @@ class Sharded:
             return self.engine(*arguments)
         finally:
             self.outer.bf16 = False
+
+
+def release(engine: Any, lent: Iterable[Tensor] = ()) -> None:
+    """Free what a DeepSpeed engine holds, buffers of modules and what is lent apart. Its hooks and caches keep it for as long
+    as the process lives, and with it every stage's weights, moments and gradients, if it is only forgotten.
+    """
+    with contextlib.suppress(RuntimeError):  # it waits for the device, which may have failed
+        engine.destroy()
+    stays = {x.untyped_storage()._cdata for x in lent}
+    owners = [engine.optimizer, getattr(engine.optimizer, "optimizer", None), *engine.module.parameters()]
+    for owner in [x for x in owners if x is not None]:
+        for x in _tensors([owner, getattr(owner, "grad", None), vars(owner)]):
+            memory = x.untyped_storage()
+            if memory._cdata not in stays and memory.resizable():
+                memory.resize_(0)
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """All in nested lists, tuples and dictionaries."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple, dict)):
+        for y in x.values() if isinstance(x, dict) else x:
+            yield from _tensors(y)
 
 
 def no_scalars(net: nn.Module, recurse: bool = True) -> None:

@@ -32,7 +32,7 @@ from cmt_fast.engine.buffers import Unread
 from cmt_fast.engine.compile import compile_network
 from cmt_fast.engine.sharding import ShardingPlan, buckets
 from cmt_fast.engine.snapshot import Place, Snapshot
-from cmt_fast.engine.wrapping import Autocast, Sharded, largest, no_scalars, section_of
+from cmt_fast.engine.wrapping import Autocast, Sharded, largest, no_scalars, release, section_of
 from cmt_fast.runtime import distributed
 from cmt_fast.storage.checkpoint import Tensors
 
@@ -82,7 +82,7 @@ class ZeroEngine:
         self.partitions = self._partitions()
         for p in self.partitions:
             self.optimizer.allocate(p)
-        self.forward = self.ds
+        self.forward, self.sharded = self.ds, list[Any]()
         if stage.compile:
             self.outer.calls = (compile_network(net),)
 
@@ -212,6 +212,7 @@ class ZeroEngine:
         outer = Autocast(own, self.device, False)
         sharded, *_ = deepspeed.initialize(model=outer, config=config)
         sharded.module.eval()
+        self.sharded.append(sharded)
         return Sharded(sharded, outer)
 
     def state(self) -> dict[str, Mapping[str, Tensor]]:
@@ -249,6 +250,13 @@ class ZeroEngine:
         partitions = self.partitions if places else []
         held = {key: [self._of(flat, key) for flat in partitions] for key in ("p", *self.keys)}
         return Snapshot(self.shapes, places, held, self.constants, files, added=self.level > 0)
+
+    def close(self) -> None:
+        """Let go of all memory, of sharded teachers too; at stage 0 `average` has lent the tracks."""
+        lent = [] if self.level else [self._of(self.whole, key) for key in self.keys[2:]]
+        for held in (*self.sharded, self.ds):
+            release(held, lent)
+        self.optimizer.state.clear()
 
     def _tensors(self, key: str) -> Tensors:
         shapes = self.shapes | {name: tuple(x.shape) for name, x in self.constants.items()}

@@ -39,6 +39,7 @@ class Tape(TorchFunctionMode):
         self.tensors: list[Tensor] = []  # by number
         self._by_id: dict[int, int] = {}
         self._by_storage: dict[int, int] = {}
+        self._by_view: dict[tuple, int] = {}
         self._alive: list[Tensor] = []  # so that no id is given twice
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,12 +60,12 @@ class Tape(TorchFunctionMode):
         """Of a tensor; a new one for a tensor that is not known."""
         if id(x) not in self._by_id:
             self._alive.append(x)
-            root = self._by_storage.get(_storage(x))
-            if root is None or (x.shape, x.stride()) != (self.tensors[root].shape, self.tensors[root].stride()):
-                self._by_storage.setdefault(_storage(x), len(self.tensors))
-                root = len(self.tensors)
+            self._by_storage.setdefault(_storage(x), len(self.tensors))
+            same = _storage(x), x.storage_offset(), x.shape, x.stride()
+            if same not in self._by_view:
+                self._by_view[same] = len(self.tensors)
                 self.tensors.append(x)
-            self._by_id[id(x)] = root
+            self._by_id[id(x)] = self._by_view[same]
         return self._by_id[id(x)]
 
     def again(self, call: Call, values: dict[int, Tensor]) -> None:
@@ -121,6 +122,10 @@ def deferred(build: Callable[[], nn.Module], seed: int) -> Deferred:
     with torch.random.fork_rng(devices=[]), tape, Shapes(), torch.device("meta"):
         net = build()
     named = {name: tape.number(x) for name, x in net.state_dict(keep_vars=True).items() if x.is_meta}
+    made = {tape.number(x) for call in tape.calls for x in call.made}
+    for name, number in named.items():
+        assert number in made, f"{name}: a tensor that no call of the constructor gave"
+    assert len(set(named.values())) == len(named), "two parameters that are one"
     _compute_buffers(net, tape)
     return Deferred(net, tape, named, seed)
 

@@ -56,7 +56,7 @@ class MPLayer(nn.Module):
     def __init__(self, d_in: int, d_out: int, kernel: int = 0) -> None:
         super().__init__()
         shape = (d_out, d_in, kernel, kernel) if kernel else (d_out, d_in)
-        with use("reference"):  # a network begins with the same bits on every machine
+        with use("reference"):  # the same first weights whatever kernels a machine has, and drawn late (deferred.py)
             self.weight = nn.Parameter(unit_weight(torch.randn(shape), eps=EPS))
         self.folded = False
 

@@ -100,6 +100,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_size() -> int:
+    """Ranks on this machine; torchrun and the deepspeed launcher have a name each for it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+
+
 def mean_(x: Tensor) -> Tensor:
     """x averaged over ranks, in place."""
     if size() > 1:
@@ -231,7 +236,8 @@ def from_first(call: Callable[[], bytes], kind: type[Exception] = OSError) -> by
 
 
 def meet(call: Callable[[], T], kind: type[Exception] = OSError, every_s: float = 0.2) -> T:
-    """Call it on every rank, each as long as it takes; return when all have. Where one raises `kind`, all do, with its text.
+    """Call it on every rank, each as long as it takes; return when all have. Where one raises `kind`, all do, with its text;
+    of another error it alone raises that one.
 
     Ranks wait by the launcher's store and not by a collective call, whose timeout would have to be that of the slowest
     disk: copying a store to the disk of each machine may take an hour on one of them.
@@ -246,6 +252,11 @@ def meet(call: Callable[[], T], kind: type[Exception] = OSError, every_s: float 
     except kind as error:
         refused = error
         store.set(f"{key}/refused", str(error))
+    except BaseException as error:  # the others know of no timeout: they would wait for this rank for ever
+        store.set(f"{key}/refused", f"{type(error).__name__}: {error}")
+        store.add(f"{key}/here", 1)
+        store.add(f"{key}/seen", 1)
+        raise
     store.add(f"{key}/here", 1)
     while store.add(f"{key}/here", 0) < size():
         time.sleep(every_s)

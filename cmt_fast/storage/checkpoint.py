@@ -125,7 +125,8 @@ def _save(
         sync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in steps(stage_dir)[:-keep]:
+    # those of later steps were passed over as damaged: they count for none of the newest
+    for old in [n for n in steps(stage_dir) if n <= step][:-keep]:
         shutil.rmtree(folder_of(stage_dir, old), ignore_errors=True)
     return final
 
@@ -208,9 +209,18 @@ def latest(stage_dir: Path, sound: Callable[[Path], Checkpoint] = verify) -> Che
     return None
 
 
+def clear(stage_dir: Path) -> None:
+    """Take away what a process left that was killed as it wrote a checkpoint: for who holds the run's lock."""
+    for left in (stage_dir / "checkpoints").glob(".tmp-step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def set_aside(folder: Path) -> None:
     """Take a damaged checkpoint out of its stage, whose next run finds the one before it without reading this one. Its files are
-    left, under a name that `cmt runs rm` clears away."""
+    left, under a name that `cmt runs rm` clears away. The only one of a stage stays: without it the stage would begin anew.
+    """
+    if len(steps(folder.parents[1])) < 2:
+        return
     aside = folder.with_name(f".tmp-damaged-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)
@@ -245,6 +255,6 @@ def canonical(body: dict[str, Any]) -> bytes:
 
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "Damaged", "Tensors", "canonical", "complete", "ema_sum", "folder_of", "latest", "newest",
-    "read_manifest", "removed", "save", "set_aside", "signed", "sized", "steps", "verify",
+    "Checkpoint", "CheckpointError", "Damaged", "Tensors", "canonical", "clear", "complete", "ema_sum", "folder_of", "latest",
+    "newest", "read_manifest", "removed", "save", "set_aside", "signed", "sized", "steps", "verify",
 ]  # fmt: skip

@@ -2,7 +2,8 @@
 
 Who reads a file in its own order reads it once: the checksum is known when the last tensor has come, and one that is wrong is
 raised then, as `Damaged`. What was asked for in another order is hashed to its end first. A file that this process has hashed
-is not hashed again while it stays the same file, by path, inode, size and time of its last change.
+is not hashed again while it stays the same file, by path, inode, size and times of its last change, from before it was read
+to the verdict.
 """
 
 from __future__ import annotations
@@ -104,13 +105,15 @@ def identity(path: Path) -> tuple[Any, ...] | None:
         known = os.stat(path)
     except OSError:
         return None
-    return os.path.abspath(path), known.st_ino, known.st_size, known.st_mtime_ns
+    # the second time cannot be set: it tells of a change that kept the first, as a copy does
+    return os.path.abspath(path), known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns, known.st_ctime_ns
 
 
-def remember(path: Path, digest: str, lately: bool = False) -> None:
-    """The checksum of a file's bytes, unless it changed so lately that it may change unseen; `lately` says it all the same."""
+def remember(path: Path, digest: str, was: tuple[Any, ...] | None) -> None:
+    """The checksum of a file's bytes. was: its identity before they were read; nothing is remembered of a file that is another
+    one by now, or that changed so lately that it may change unseen."""
     key = identity(path)
-    if key and (lately or time.time_ns() - key[3] > RACY_NS):
+    if key and key == was and time.time_ns() - max(key[4:]) > RACY_NS:
         _hashed[key] = digest
 
 
@@ -120,9 +123,12 @@ def remembered(path: Path) -> str | None:
     return _hashed.get(key) if key else None
 
 
-def condemn(path: Path) -> None:
-    """Remember a file as damaged, on ranks too that have not read it."""
-    remember(path, "damaged", lately=True)
+def condemn(path: Path, was: tuple[Any, ...] | None = None) -> None:
+    """Remember a file as damaged, on ranks too that have not read it, however lately it changed. was: its identity before it
+    was read, if this process has: one that took its place meanwhile is another file."""
+    key = identity(path)
+    if key and was in (None, key):
+        _hashed[key] = "damaged"
 
 
 def checksum(path: Path) -> str:
@@ -130,6 +136,7 @@ def checksum(path: Path) -> str:
     known = remembered(path)
     if known is not None:
         return known
+    was = identity(path)
     handle = os.open(path, os.O_RDONLY)
     try:
         state, at, block = xxhash.xxh3_128(), 0, bytearray(BLOCK)
@@ -138,7 +145,7 @@ def checksum(path: Path) -> str:
             at += got
     finally:
         os.close(handle)
-    remember(path, state.hexdigest())
+    remember(path, state.hexdigest(), was)
     return state.hexdigest()
 
 
@@ -180,6 +187,7 @@ class Reader:
     def __init__(self, path: Path, want: Mapping[str, Any]) -> None:
         """want: {"bytes", "xxh3_128"}, as the manifest has them."""
         self.path, self.want, self._next, self._state = path, want, 0, xxhash.xxh3_128()
+        self._was = identity(path)
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -280,11 +288,11 @@ class Reader:
         found = self._state.hexdigest()
         if found != self.want["xxh3_128"]:
             raise self._damaged("does not match its checksum")
-        remember(self.path, found)
+        remember(self.path, found, self._was)
         self.sound = True
 
     def _damaged(self, why: str) -> Damaged:
-        condemn(self.path)
+        condemn(self.path, self._was)
         return Damaged(self.path, why)
 
 

@@ -89,6 +89,8 @@ def train_stage(
         for line in choice.lines(work.parameters, distributed.size()):
             say(f"{name:>8} {line}")
     folder.mkdir(parents=True, exist_ok=True)
+    if first:
+        checkpoint.clear(folder)
     with contextlib.ExitStack() as ending:
         account = ledger.Account(folder, meter, found.manifest if found else None, first)
         ending.callback(account.close)
@@ -96,6 +98,7 @@ def train_stage(
         machine.allow_tf32(config.precision == "tf32")
         ending.callback(machine.allow_tf32, False)
         engine = work.engine_of(stage, grad_accum_steps, choice, found is not None)
+        ending.callback(engine.close)
         lineage = starting.parent(work, config, engine, found is None)
         wall = {"train_s": 0.0, "eval_s": 0.0, "save_s": 0.0}  # of the steps that count; the bill has the lost ones too
         if found:

@@ -8,7 +8,6 @@ host has no room for the copy, or the run says so (`saves: waiting`), the state 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cmt_fast.engine import Engine, Snapshot
+from cmt_fast.engine import Engine, Snapshot, snapshot
 from cmt_fast.engine.sharding import gb
 from cmt_fast.runtime import distributed, memory
 from cmt_fast.runtime.progress import say
@@ -59,17 +58,17 @@ class Saver:
             named = state if files is None else {name: state[file] for file, name in files.items()}
             first = distributed.rank() == 0
             return distributed.agreed(lambda: checkpoint.save(folder, step, named, dict(about), keep=keep, write=first))
-        snapshot = self.engine.snapshot(files)
-        job = self._thread.submit(self._write, snapshot, folder, step, dict(about), files, keep)
+        copy = self.engine.snapshot(files)
+        job = self._thread.submit(self._write, copy, folder, step, dict(about), files, keep)
         self._pending.append(job)
-        self._copies.append((job, snapshot))  # pinned memory is given back by this thread: the other may not touch CUDA
+        self._copies.append((job, copy))  # pinned memory is given back by this thread: the other may not touch CUDA
 
     def _write(
-        self, snapshot: Snapshot, folder: Path, step: int, about: dict, files: Mapping[str, str] | None, keep: int
+        self, copy: Snapshot, folder: Path, step: int, about: dict, files: Mapping[str, str] | None, keep: int
     ) -> None:
         """The thread's work, on every rank."""
         begun = time.perf_counter()
-        state = snapshot.state(self.group)
+        state = copy.state(self.group)
         named = {(files or {}).get(file, file): tensors for file, tensors in state.items()}
         checkpoint.save(folder, step, named, about, keep=keep, write=distributed.rank() == 0)
         self.write_s += time.perf_counter() - begun
@@ -121,10 +120,11 @@ class Saver:
 
     def _fits(self) -> bool:
         """Whether every host has room for the copies of its ranks, the same on all; says so where it has not."""
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        needs = [int(n) for (n,) in distributed.every_rank([float(self.engine.snapshot_bytes())])]
+        here = distributed.local_size()
         first = distributed.rank() - distributed.rank() % here
-        need, room = sum(needs[first : first + here]), memory.room()
+        mine = [float(self.engine.snapshot_bytes()), float(snapshot.kept_bytes())]
+        needs, kept = zip(*distributed.every_rank(mine)[first : first + here])
+        need, room = int(sum(needs)), memory.room() + int(sum(kept))
         fits = not distributed.largest(int(need > SHARE * room))
         if not fits and not self._said and distributed.rank() == 0:
             say(f"{self.name:>8} saves are waited for: a copy takes {gb(need)} of {gb(room)} of free host memory")

@@ -202,7 +202,9 @@ def pilot(work: Workspace, stage: ResolvedStage, steps: int) -> Callable:
             engine.step(plan.lr(small.config, step))
     finally:
         source.close()
-    return engine.average()
+    net = engine.average()
+    engine.close()
+    return net
 
 
 @torch.no_grad()

@@ -39,7 +39,10 @@ class Account:
         self.folder, self.meter, self.write = folder, meter, write
         journal = bills.journal(folder)
         # from here on this process counts, and not the time in which there was none
-        self.bill = _resumed(manifest, journal, bills.alive(folder))._replace(until=meter.until)
+        alive = bills.alive(folder)
+        if alive is not None:  # what this process has spent, as on a start from a damaged file, is its meter's to count
+            alive = min(alive, meter.begun)
+        self.bill = _resumed(manifest, journal, alive)._replace(until=meter.until)
         self.held = meter.held * distributed.size()  # until all ranks have said what they hold
         self.settled = {"step": manifest["step"] if manifest else 0, "bill": self.bill.stored()}
         self._ended, self._pulse = threading.Event(), None

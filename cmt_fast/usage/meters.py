@@ -110,7 +110,7 @@ class Clock:
 
 
 class Meter:
-    """What one process spends, stretch by stretch. held: GPUs, or cores, of this process."""
+    """What one process spends, stretch by stretch, from `begun` (Unix time) on. held: GPUs, or cores, of this process."""
 
     def __init__(
         self, unit: str, held: int, counter: Any, clock: Callable[[], float] | None = None,
@@ -124,6 +124,7 @@ class Meter:
         self._parts: list[tuple[str, Any, Any, int]] = []
         self._open: list[int] = []
         self._start, self._energy, self.until = self.clock(), self.counter.read(), self.now()
+        self.begun = self.until
 
     @classmethod
     def of(cls, device: torch.device) -> Meter:

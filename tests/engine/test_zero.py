@@ -97,6 +97,13 @@ def test_edm2_trains_under_every_stage_as_locally(figures, level):
     assert row["names"] and row["error"] < 1e-4
 
 
+def test_a_closed_engine_holds_nothing_for_the_next_stage(figures):
+    """Of its network's bytes, its sharded teacher's among them: DeepSpeed's caches keep engines as long as a process lives."""
+    for level in (1, 3):
+        assert figures["constrained"][f"edm2-{level}"]["left"] < 0.1, level
+    assert figures["constrained"]["0"]["lent"]
+
+
 def test_a_rank_holds_what_the_sizing_says(figures):
     """Above what it held before, on a CPU; activations of one row are small beside these weights."""
     for name, row in figures["held"].items():

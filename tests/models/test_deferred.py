@@ -50,3 +50,31 @@ def test_few_parameters_have_memory_at_once():
         del value
         most = max(most, len(alive))
     assert len(late.named) > 20 and most <= 3
+
+
+def test_a_parameter_that_is_a_part_of_what_was_drawn_is_drawn():
+    class Parts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            first, second = torch.randn(4, 3).chunk(2)
+            self.first, self.second = torch.nn.Parameter(first), torch.nn.Parameter(second)
+            self.turned = torch.nn.Parameter(torch.rand(2, 5).t())
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        want = Parts().state_dict()
+    got = dict(deferred(Parts, 3).numbers())
+    assert sorted(got) == sorted(want) and all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_a_parameter_that_no_call_gives_is_refused():
+    """Silently it would begin at zero."""
+
+    class Given(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(made)
+
+    made = torch.ones(3, device="meta")
+    with pytest.raises(AssertionError, match="w: a tensor that no call"):
+        deferred(Given, 0)

@@ -55,6 +55,19 @@ def test_every_flipped_bit_is_found_and_the_one_before_is_used(stage, capsys):
     assert "passed over" in capsys.readouterr().err
 
 
+def test_damaged_checkpoints_of_later_steps_do_not_push_out_the_new_ones(tmp_path):
+    """A run that passed over two goes on from the third; what it then writes is what the next one needs."""
+    files = {"model": {"w": torch.ones(3)}}
+    for step in (100, 200, 300):
+        checkpoint.save(tmp_path, step, files, {"nimg": step}, keep=3)
+    for step in (200, 300):
+        (checkpoint.folder_of(tmp_path, step) / "model.safetensors").write_bytes(b"cut")
+    for step, left in ((150, [100, 150]), (180, [150, 180])):
+        checkpoint.save(tmp_path, step, files, {"nimg": step})
+        assert checkpoint.steps(tmp_path) == [*left, 200, 300]
+        assert checkpoint.newest(tmp_path).manifest["step"] == step
+
+
 def _same_json(a: bytes, b: bytearray) -> bool:
     """A flip in a manifest's white space changes nothing that is read."""
     try:

@@ -21,14 +21,13 @@ def streamed(tensors: dict[str, torch.Tensor]) -> Tensors:
 
 
 @pytest.fixture
-def found(tmp_path):
+def found(tmp_path, monkeypatch):
     """A checkpoint of two files, written long ago."""
     torch.manual_seed(0)
     tensors = {name: torch.randn(shape) for name, shape in NAMED.items()}
     files = {"model": streamed(tensors), "ema-0": streamed({name: x * 2 for name, x in tensors.items()})}
     folder = checkpoint.save(tmp_path, 1, files, {"done": True, "nimg": 1})
-    for file in folder.glob("*.safetensors"):
-        os.utime(file, (1e9, 1e9))
+    monkeypatch.setattr(tensor_file, "RACY_NS", -1)
     return checkpoint.sized(folder)
 
 
@@ -119,7 +118,8 @@ def test_no_flipped_bit_comes_through_a_whole_pass(found):
             checkpoint.newest(stage)
 
 
-def test_what_changes_within_a_tick_of_the_clock_is_not_remembered(found):
+def test_what_changes_within_a_tick_of_the_clock_is_not_remembered(found, monkeypatch):
+    monkeypatch.undo()
     path = found.folder / "ema-0.safetensors"
     os.utime(path)
     now = path.stat().st_mtime_ns
@@ -128,3 +128,37 @@ def test_what_changes_within_a_tick_of_the_clock_is_not_remembered(found):
     os.utime(path, ns=(now, now))  # the same path, inode, size and time
     with pytest.raises(Damaged):
         checkpoint.verify(found.folder)
+
+
+def test_a_change_that_keeps_a_files_time_is_seen(found):
+    path, old = found.folder / "ema-0.safetensors", os.stat(found.folder / "ema-0.safetensors")
+    checkpoint.verify(found.folder)
+    flipped(path, 200)
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    with pytest.raises(Damaged):
+        checkpoint.verify(found.folder)
+
+
+def test_what_changes_while_it_is_read_is_not_remembered(found, monkeypatch):
+    """Neither as sound, nor, where a whole file took its place, as damaged."""
+    path = found.folder / "ema-0.safetensors"
+    real, size = tensor_file._read, path.stat().st_size
+
+    def changing(handle, into, at):
+        got = real(handle, into, at)
+        if got and at + got == size:
+            flipped(path, size - 1)
+            os.utime(path)
+        return got
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_file, "_read", changing)
+        assert tensor_file.checksum(path) == found.manifest["files"][path.name]["xxh3_128"]
+    assert tensor_file.remembered(path) is None
+    stream, whole = found.stream("ema-0"), path.with_name("whole")
+    whole.write_bytes(path.read_bytes())
+    flipped(whole, size - 1)
+    os.replace(whole, path)
+    with pytest.raises(Damaged):
+        stream.check()
+    assert len(found.tensors("ema-0")) == len(NAMED)

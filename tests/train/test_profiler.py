@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmt_fast import cli, schedule
-from cmt_fast.engine import LocalEngine
+from cmt_fast import engine as engines
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.schedule import Schedule
 from cmt_fast.train import loop
@@ -91,7 +91,7 @@ def test_flops_are_those_that_torch_counts(run):
     """Of linears and attention, forward and backward, against torch's own counter of matmuls on the same step."""
     stage = run.run.mid
     source = source_of(run, "mid", stage)
-    engine = LocalEngine(run.build(), stage, run.device)
+    engine = engines.LocalEngine(run.build(), stage, run.device)
     with cmt_kernels.use("reference"), sdpa_kernel(SDPBackend.MATH):  # the counter does not know fused attention
         source.loss(engine, 0)  # the rollout of the first round is not the student's
         with FlopCounterMode(display=False) as forward:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from cmt_fast import engine as engines
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.engine import LocalEngine
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import memory
+from cmt_fast.runtime import distributed, memory
 from cmt_fast.storage import checkpoint, tensor_file
-from cmt_fast.train import loop
+from cmt_fast.train import loop, saving
+from cmt_fast.train.saving import Saver
 from tests.fixtures.tiny import metrics, tiny
 from tests.train.test_resume import assert_equal_stage
 
@@ -39,14 +40,14 @@ def waited(tmp_path_factory) -> Path:
 
 def steps_of(monkeypatch, at, call) -> None:
     """Call it when a local engine is about to take step `at`."""
-    real = LocalEngine.step
+    real = engines.LocalEngine.step
 
     def step(engine, lr):
         if engine.step_count + 1 == at:
             call()
         return real(engine, lr)
 
-    monkeypatch.setattr(LocalEngine, "step", step)
+    monkeypatch.setattr(engines.LocalEngine, "step", step)
 
 
 def test_steps_go_on_while_a_checkpoint_of_their_past_is_written(waited, tmp_path, monkeypatch):
@@ -86,10 +87,23 @@ def test_a_disk_that_refuses_beside_the_steps_ends_the_run_and_leaves_the_old_on
 
 def test_without_room_for_a_copy_the_steps_wait_and_the_run_says_so(waited, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "room", lambda: 10_000)
-    monkeypatch.setattr(LocalEngine, "snapshot", lambda *_: pytest.fail("there is no room"))
+    monkeypatch.setattr(engines.LocalEngine, "snapshot", lambda *_: pytest.fail("there is no room"))
     loop.train(work(tmp_path / "run", *EMA), ["pre"])
     assert capsys.readouterr().out.count("saves are waited for: a copy takes") == 1
     assert_equal_stage(tmp_path / "run" / "pre", waited / "pre")
+
+
+def test_pinned_memory_that_torch_keeps_is_room_for_the_next_copy(tmp_path, monkeypatch):
+    """The system counts it as taken: without it every save but the first would be waited for."""
+    loop.train(run := work(tmp_path), ["pre"])
+    stage = run.stage("pre")
+    saver = Saver(run.engine_of(stage, 1, run.sharding_plan(stage)), "pre")
+    monkeypatch.setattr(memory, "room", lambda: 10_000)
+    assert not saver._fits()
+    monkeypatch.setattr(saving.snapshot, "kept_bytes", lambda: saver.engine.snapshot_bytes() * 2)
+    assert saver._fits()
+    monkeypatch.setenv("LOCAL_SIZE", "8")  # as the deepspeed launcher says how many share a host
+    assert distributed.local_size() == 8
 
 
 def test_rows_are_on_disk_before_the_checkpoint_that_vouches_for_them(tmp_path, monkeypatch):
@@ -153,6 +167,31 @@ def test_a_parent_that_is_damaged_is_trained_to_its_end_again(waited, tmp_path, 
         assert_equal_stage(out / stage, waited / stage)
 
 
+def test_the_only_checkpoint_of_a_stage_is_not_set_aside(waited, tmp_path):
+    """Its stage would begin anew from nothing, and cut its record of metrics."""
+    out = tmp_path / "run"
+    shutil.copytree(waited / "pre", out / "pre")
+    shutil.rmtree(checkpoint.folder_of(out / "pre", 6))
+    broken(checkpoint.folder_of(out / "pre", 8) / "ema-0.safetensors")
+    rows = metrics(out / "pre")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="none of its 1 checkpoints is whole"):
+            loop.train(work(out, *EMA), ["mid"])
+        with pytest.raises(checkpoint.CheckpointError, match="none of its 1 checkpoints is whole"):
+            loop.train(work(out, *EMA), ["pre", "mid"])
+    assert metrics(out / "pre") == rows and checkpoint.steps(out / "pre") == [8]
+
+
+def test_what_a_killed_save_left_goes_when_the_stage_goes_on(waited, tmp_path):
+    shutil.copytree(waited / "pre", tmp_path / "pre")
+    shutil.rmtree(checkpoint.folder_of(tmp_path / "pre", 8))
+    left = tmp_path / "pre" / "checkpoints" / ".tmp-step-00000008-1"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    loop.train(work(tmp_path, *EMA), ["pre"])
+    assert not left.exists() and checkpoint.steps(tmp_path / "pre") == [6, 8]
+
+
 def test_a_start_reads_what_it_needs_once(waited, tmp_path):
     """A stage that begins reads its parent's EMA, as weights and as teacher; what is finished is not read at all."""
     for file in waited.rglob("*.safetensors"):
@@ -164,9 +203,7 @@ def test_a_start_reads_what_it_needs_once(waited, tmp_path):
     shutil.copytree(waited / "pre", tmp_path / "pre")
     loop.train(work(tmp_path, *EMA, "mid.images_nimg=32", "mid.grid_every_nimg=null"), ["mid"])
     size = (folder / "ema-0.safetensors").stat().st_size
-    assert (
-        tensor_file.read_bytes - before == 2 * size
-    )  # start and teacher; the grid at the end takes the teacher that is there
+    assert tensor_file.read_bytes - before == 2 * size  # start and teacher, which draws the grid at the end too
 
 
 def test_the_room_of_a_host_is_that_of_its_control_group(tmp_path, monkeypatch):

@@ -12,12 +12,11 @@ import types
 import pytest
 import yaml
 
+from cmt_fast import engine as engines
 from cmt_fast.convert import card, diffusers_folder, exporting
-from cmt_fast.engine import LocalEngine
 from cmt_fast.render import templates
 from cmt_fast.report import page as report
 from cmt_fast.report import sections
-from cmt_fast.run import workspace
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.standing import Standing
 from cmt_fast.run.workspace import Workspace
@@ -30,6 +29,21 @@ from tests.fixtures.metered import World, account, amounts, manifest
 from tests.fixtures.tiny import tiny
 
 # --------------------------------------------------------------------------------------------------------- an account
+
+
+def test_a_process_that_begins_a_stage_twice_bills_its_seconds_once(tmp_path):
+    """What it read first was damaged: nothing was killed, and its meter has what that took."""
+    folder, world = tmp_path / "pre", World()
+    meter = world.meter()
+    world.spend(3)
+    books = account(folder, meter)
+    world.spend(5)
+    books.close()
+    books = account(folder, meter)
+    world.spend(2)
+    meter.lap("startup")
+    books.add()
+    assert {phase: amount.seconds for phase, amount in books.bill.amounts["gpu"].items()} == {"startup": 10}
 
 
 def test_restarts_bill_each_second_once(tmp_path):
@@ -197,11 +211,11 @@ def paced(monkeypatch):
 
         monkeypatch.setattr(owner, name, slow)
 
-    takes(STEP_S, LocalEngine, "step", lambda: world.steps.append(world.t))
+    takes(STEP_S, engines.LocalEngine, "step", lambda: world.steps.append(world.t))
     takes(FILL_S, sys.modules["cmt_fast.teacher.pool"].Pool, "_fill")
     takes(LOOK_S, Judging, "evaluate")
-    takes(SAVE_S, LocalEngine, "snapshot")  # the copy: what is written beside the steps is no time of theirs
-    takes(BUILD_S, workspace.engine, "build")
+    takes(SAVE_S, engines.LocalEngine, "snapshot")  # the copy: what is written beside the steps is no time of theirs
+    takes(BUILD_S, engines, "build")
     monkeypatch.setattr(meters, "time", types.SimpleNamespace(perf_counter=world.now, time=world.now))
     monkeypatch.setattr(ledger, "PULSE_S", 0)
     return world
@@ -214,7 +228,7 @@ def test_a_killed_and_resumed_run_bills_each_stage_once(tmp_path, paced, monkeyp
     class Killed(BaseException):
         pass
 
-    real, alive = LocalEngine.step, []
+    real, alive = engines.LocalEngine.step, []
 
     def die(engine, lr):
         if engine.step_count == 20:
@@ -222,7 +236,7 @@ def test_a_killed_and_resumed_run_bills_each_stage_once(tmp_path, paced, monkeyp
         return real(engine, lr)
 
     with monkeypatch.context() as once:
-        once.setattr(LocalEngine, "step", die)
+        once.setattr(engines.LocalEngine, "step", die)
         with pytest.raises(Killed):
             loop.train(work, ["pre", "mid"])
     alive.append(paced.t - begun)
@@ -279,7 +293,7 @@ def test_a_stop_by_signal_loses_nothing(tmp_path, paced, monkeypatch):
 def test_a_real_sigkill_is_billed_to_within_the_pulse(tmp_path, monkeypatch):
     """A child is killed outright; what it left and what the next process adds is the time that both lived."""
     monkeypatch.setattr(ledger, "PULSE_S", 0.05)
-    work, before = Workspace(tiny("digits", *RUN), tmp_path), LocalEngine.step
+    work, before = Workspace(tiny("digits", *RUN), tmp_path), engines.LocalEngine.step
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -291,7 +305,7 @@ def test_a_real_sigkill_is_billed_to_within_the_pulse(tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGKILL)
             return before(engine, lr)
 
-        LocalEngine.step = step
+        engines.LocalEngine.step = step
         os.write(writing, f"{time.time()!r} ".encode())
         try:
             loop.train(work, ["pre"])
