@@ -22,6 +22,7 @@ from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.schema import Run
 from cmt_fast.engine import Engine, ShardingPlan, compile
 from cmt_fast.engine.graph import StepGraph
+from cmt_fast.objectives.rounding import KINDS
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine, progress
@@ -113,6 +114,7 @@ def train_stage(
         chosen = {"trajectories": source.trajectories, "attention": attention, "rounding": rounding}
         always = _identity(run, name, lineage, others, choice, chosen)
         if config.compile:
+            ending.enter_context(compile.more_kinds(KINDS if rounding else 0))
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         gradient = _gradient(engine, source, name, profile)
         meter.lap("startup")
