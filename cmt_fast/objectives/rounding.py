@@ -34,7 +34,9 @@ from cmt_fast.objectives.consistency import Drawn, earlier_point, earlier_time, 
 BINS = 16
 SIGMAS = 6  # of the binomial number of rows beyond the limit, that `wide` leaves room for
 SHARES = 4  # parts of a batch that `wide` counts in
-KINDS = 4 * (SHARES + 1)  # of calls of the network over all parts of a schedule: each count's two parts, with gradients or not
+KINDS = 4 * (
+    SHARES + 1
+)  # of calls of the network over all parts of a schedule: each count's two parts, with gradients or not
 TOGETHER = 64  # rows of one forward of the measurement
 
 Net = Callable[..., Tensor]

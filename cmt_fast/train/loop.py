@@ -102,7 +102,8 @@ def train_stage(
         if found:
             starting.load(engine, found, stage)
             wall |= found.manifest["wall"]
-        log = _log(run, stage, engine.step_count, lineage, first)
+        unseen = bool(found and found.manifest.get("unseen"))
+        log = _log(run, stage, engine.step_count, lineage, first, unseen)
         ending.callback(log.close)
         ending.enter_context(small.using(attention := attention_choice.settle(work, config, found)))
         source = batches.provider(work, stage, engine, meter, found)
@@ -124,7 +125,7 @@ def train_stage(
         taken = Steps(
             work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page, saver
         )
-        if found and found.manifest.get("unseen"):
+        if unseen:
             taken.observe(engine.step_count, last=False)
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
@@ -262,14 +263,14 @@ class Steps(NamedTuple):
         self.saver.when_written(lambda: self.account.stands(n, bill))
 
 
-def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write: bool) -> Log:
+def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write: bool, unseen: bool) -> Log:
     """The stage's record after `step`, and its loggers on an axis that begins with the images of the stages before it."""
     before, parent = 0, lineage
     while parent and "nimg" in parent:  # an imported file has none
         before, parent = before + parent["nimg"], parent.get("parent")
     batch, total = stage.config.batch, stage.schedule.total
     about = Opening(run.name, stage.folder, total * batch, before, step * batch, settings=loading.dump(run))
-    return Log(stage.folder, step, write, run.logging, about)
+    return Log(stage.folder, step, write, run.logging, about, unseen)
 
 
 def _gradient(engine: Engine, source: batches.BatchProvider, name: str, profile: Profile | None) -> StepGraph:

@@ -180,7 +180,13 @@ def _rank(folder: Path, near: Path) -> None:
         said = str(error)
     os.environ[start.VARIABLE] = str(near / "a") if distributed.rank() < 2 else ""  # set on one of the machines alone
     where = opened(folder / "store").folder.parent.name
-    about = {"where": where, "read": sorted(read), "copied": len(copied), "rows": [hash(str(s)) for s in seen[1:]], "said": said}
+    about = {
+        "where": where,
+        "read": sorted(read),
+        "copied": len(copied),
+        "rows": [hash(str(s)) for s in seen[1:]],
+        "said": said,
+    }
     (folder / f"rank-{distributed.rank()}.json").write_text(json.dumps(about))
 
 
