@@ -20,6 +20,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,16 +80,19 @@ def nearby(store: Store, reopen: Callable[[Path], Store]) -> Store:
     _ = store.facts  # all ranks are here; a later one that asks alone would wait for the others
     store.read_alone()
     place = os.environ.get(VARIABLE, "")
-    if not place:
+    if not distributed.largest(int(bool(place))):
         return store
     if not _inside.copy:
-        if distributed.rank() == 0:
+        if place and distributed.rank() == 0:
             total = sum(_sizes(store).values())
             progress.say(
                 f"{VARIABLE}: training copies {total / 1e9:,.3f} GB of {store.folder} to {place} on each machine"
             )
         return store
-    folder = distributed.meet(lambda: copied(store, Path(place)), DatasetError)
+    # a machine on which nothing is named reads the store itself, and waits for the others
+    folder = distributed.meet(lambda: copied(store, Path(place)) if place else store.folder, DatasetError)
+    if not place:
+        return store
     # the copy's small files are the store's, byte for byte, and have been read
     _inside.files.update({folder / path.name: b for path, b in _inside.files.items() if path.parent == store.folder})
     near = reopen(folder)
@@ -103,8 +107,10 @@ def copied(store: Store, place: Path) -> Path:
         raise DatasetError(
             f"{VARIABLE}: {str(place)!r} is not a folder; make it on a disk of each machine, or unset it"
         )
-    target = place / f"{store.folder.resolve().name}-{str(store.facts['xxh3_128'])[:16]}"
+    target = place / _name(store)
     sizes = _sizes(store)
+    if _whole(target, sizes):  # who may not write here, as another user, may read it
+        return target
     try:
         with _locked(target, sum(sizes.values())):
             if not _whole(target, sizes):
@@ -112,6 +118,11 @@ def copied(store: Store, place: Path) -> Path:
     except OSError as error:
         raise _refused(place, error) from None
     return target
+
+
+def _name(store: Store) -> str:
+    """Of its copy: another version of the store has another."""
+    return f"{store.folder.resolve().name}-{str(store.facts['xxh3_128'])[:16]}"
 
 
 def _sizes(store: Store) -> dict[str, int]:
@@ -130,7 +141,21 @@ def _whole(folder: Path, sizes: dict[str, int]) -> bool:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
+    """Of a file, in bytes; -1 where there is none, or no more: who waits looks while another one renames."""
+    try:
+        about = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
+    return about.st_size if stat.S_ISREG(about.st_mode) else -1
+
+
+def _bytes_in(part: Path) -> int:
+    """Of all files of a copy that another process is making, as far as they can be seen."""
+    found = 0
+    with contextlib.suppress(FileNotFoundError):  # a folder went between two looks
+        for path in part.glob("**/*"):
+            found += max(0, _size(path))
+    return found
 
 
 @contextlib.contextmanager
@@ -142,7 +167,7 @@ def _locked(target: Path, total: int) -> Iterator[None]:
             with progress.phase("another process copies the store to this machine, MB", total // MB) as tell:
                 while not _taken(lock.fileno()):
                     time.sleep(POLL_S)
-                    now = sum(_size(p) for p in part.glob("**/*") if p.is_file()) // MB
+                    now = _bytes_in(part) // MB
                     tell(max(0, now - seen))
                     seen = max(seen, now)
         yield  # the lock ends with the file
@@ -209,7 +234,7 @@ def _check(store: Store, shard: int | None, folder: Path, name: str) -> None:
 
 
 def _full(place: Path, free: int, wanted: int, store: Store) -> DatasetError:
-    others = [p for p in place.iterdir() if p.is_dir() and not p.name.startswith(store.folder.resolve().name)]
+    others = [p for p in place.iterdir() if p.is_dir() and not p.name.startswith(_name(store))]
     kept = f"; {len(others)} other folders are in it" if others else ""
     return DatasetError(
         f"{VARIABLE}: {str(place)!r} has {free / 1e9:,.3f} GB free, and the copy of {store.folder} takes {wanted / 1e9:,.3f} GB "

@@ -36,8 +36,8 @@ class Engine(Protocol):
     def __call__(self, *args: Any) -> Any:
         """The module's forward in the stage's precision."""
 
-    def eager(self, *args: Any) -> Any:
-        """The same forward, never compiled."""
+    def eager(self, *args: Any, wide: bool = False) -> Any:
+        """The same forward, never compiled; wide: in fp32."""
 
     def wide(self, *args: Any) -> Any:
         """The module's forward in fp32, whatever the stage's precision is."""

@@ -9,6 +9,7 @@ gives.
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,11 @@ def compile_network(net: nn.Module, backend: str | Callable = "inductor") -> Cal
             del vars(owner)[name]
 
     return forward
+
+
+def more_kinds(n: int) -> contextlib.AbstractContextManager[Any]:
+    """Inside, torch's limit of kinds of calls is n higher: for a stage that is known to make more of them as it goes on."""
+    return torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + n)
 
 
 def _with_own_code(f: Callable) -> Callable:

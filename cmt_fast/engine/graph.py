@@ -89,6 +89,7 @@ class StepGraph:
         key = _Key.of(drawn)
         shape = next((s for s in self.shapes if s.key == key), None)
         if shape is None:
+            self._pass_over(key)
             if len(self.shapes) == MOST:
                 self._refuse(f"its batches have more than {MOST} shapes")
             else:
@@ -99,11 +100,20 @@ class StepGraph:
 
     def release(self) -> None:
         """Give the memory of the activations back to the device; the next pass records anew."""
-        held = any(shape.replay for shape in self.shapes)
-        for shape in self.shapes:
+        self._drop(self.shapes)
+
+    def _drop(self, shapes: list[_Shape]) -> None:
+        held = any(shape.replay for shape in shapes)
+        for shape in shapes:
             shape.drop()
         if held and self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _pass_over(self, key: _Key) -> None:
+        """Let go what differs from this one by names alone: they change with the part of a schedule, which does not return."""
+        gone = [s for s in self.shapes if (s.key.tree, s.key.tensors) == (key.tree, key.tensors)]
+        self.shapes = [s for s in self.shapes if s not in gone]
+        self._drop(gone)
 
     def _ready(self, shape: _Shape, drawn: Any) -> None:
         """Record the graph where there is none, and prove it where that is due. The gradient is left as it was."""

@@ -96,18 +96,19 @@ class LocalEngine:
 
     def wide(self, *args):
         """The module's forward in fp32."""
-        with torch.autocast(self.device.type, enabled=False):
+        with self._autocast(wide=True):
             return self.forward(*args)
 
-    def eager(self, *args):
-        """The same forward, never compiled."""
-        with self._autocast():
+    def eager(self, *args, wide: bool = False):
+        """The same forward, never compiled; wide: in fp32."""
+        with self._autocast(wide):
             return self.net(*args)
 
     @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def _autocast(self, wide: bool = False) -> Iterator[None]:
+        """wide: rows in fp32 take the ops that the others take: what is computed again in the backward pass must be the same."""
         dtype = torch.float16 if self.scale else torch.bfloat16
-        with torch.autocast(self.device.type, dtype, enabled=self.stage.half), self._ops():
+        with torch.autocast(self.device.type, dtype, enabled=self.stage.half and not wide), self._ops():
             yield
 
     def _ops(self) -> contextlib.AbstractContextManager[None]:

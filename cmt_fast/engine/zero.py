@@ -147,13 +147,15 @@ class ZeroEngine:
         """There is no scale."""
         return {}
 
-    def eager(self, *args: Any) -> Any:
-        """The same forward, never compiled."""
-        calls, self.outer.calls = self.outer.calls, (self.net,)
+    def eager(self, *args: Any, wide: bool = False) -> Any:
+        """The same forward, never compiled; wide: in fp32."""
+        outer = self.outer
+        before = outer.calls, outer.bf16
+        outer.calls, outer.bf16 = (self.net,), outer.bf16 and not wide
         try:
             return self.ds(*args)
         finally:
-            self.outer.calls = calls
+            outer.calls, outer.bf16 = before
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""

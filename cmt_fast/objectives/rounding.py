@@ -11,8 +11,8 @@ At a ratio of 0.1, the limit unless the stage sets another, rounding is 1 % of t
 which half the step doubles the ratio: nearer points are often rounded to one number, an error that no mean over rows takes
 away. Times beyond the limit are computed in fp32. How many rows of a batch these are differs from step to step, and a step's
 shapes must not, for a CUDA graph of it: a batch is sorted, worst ratio first, and its first `wide` rows are computed in fp32,
-enough for all but one step in 10^9, in quarters of the batch. A schedule whose steps get smaller (`doublings`) has a count for
-each of its parts.
+in quarters of the batch. That is enough for all but one step in millions; there the rows that are left to 16 bits are those
+least beyond the limit. A schedule whose steps get smaller (`doublings`) has a count for each of its parts.
 
 Measured once, when a stage begins, and kept in its checkpoints: a run that goes on computes the same rows in the same way.
 """
@@ -34,6 +34,9 @@ from cmt_fast.objectives.consistency import Drawn, earlier_point, earlier_time, 
 BINS = 16
 SIGMAS = 6  # of the binomial number of rows beyond the limit, that `wide` leaves room for
 SHARES = 4  # parts of a batch that `wide` counts in
+KINDS = 4 * (
+    SHARES + 1
+)  # of calls of the network over all parts of a schedule: each count's two parts, with gradients or not
 TOGETHER = 64  # rows of one forward of the measurement
 
 Net = Callable[..., Tensor]

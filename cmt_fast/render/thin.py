@@ -15,13 +15,19 @@ BINS = 600
 
 
 def extremes(x: Sequence[float], y: Sequence[float], bins: int = BINS) -> tuple[list[float], list[float]]:
-    """The rows to draw of a curve, (x, y) as lists. A row that is no finite number counts as an extreme: it leaves a gap."""
+    """The rows to draw of a curve, (x, y) as lists. Of rows that are no finite numbers each part keeps its first, for the gap
+    that it leaves, beside the extremes of the others.
+    """
     if len(y) <= 2 * bins:
         return list(x), list(y)
     values = np.asarray(y, dtype=np.float64)
     edges = np.linspace(0, len(values), bins + 1).astype(int)
     chosen = {0, len(values) - 1}
-    for a, b in zip(edges[:-1], edges[1:]):  # of a part with a NaN both are its place
-        chosen |= {a + int(np.argmin(values[a:b])), a + int(np.argmax(values[a:b]))}
+    known = np.isfinite(values)
+    for a, b in zip(edges[:-1], edges[1:]):
+        low, high = (np.where(known[a:b], values[a:b], none) for none in (np.inf, -np.inf))
+        chosen |= {a + int(np.argmin(low)), a + int(np.argmax(high))}
+        if not known[a:b].all():
+            chosen.add(a + int(np.argmin(known[a:b])))
     kept = sorted(chosen)
     return [x[i] for i in kept], [y[i] for i in kept]

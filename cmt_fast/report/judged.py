@@ -40,10 +40,11 @@ def judge(work: Workspace, s: Standing, home: Path) -> Judged:
     home: the folder that STAGE/figures.json is written to, the run's own or that of the page.
     """
     run, file, key = work.run, home / s.name / FIGURES, _key(work, s)
-    for place in _places(work, s.name, home):
-        found = stored(place / FIGURES)
-        if found and found[0] == key:
-            return found[1]
+    every = (stored(place / FIGURES) for place in _places(work, s.name, home))
+    there = next((found[1] for found in every if found and found[0] == key), None)
+    everywhere = distributed.smallest(int(there is not None))  # a shared disk may show them to some ranks alone
+    if there is not None and everywhere:
+        return there
     if distributed.rank() == 0:
         progress.say(f"judging {s.name}: {run.eval.n:,} samples at {', '.join(map(str, run.eval.steps))} steps")
     assert s.manifest is not None

@@ -19,6 +19,7 @@ import xxhash
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.runtime import distributed
 
+LATER = ("sampler",)  # what samples did not say before
 WORDS = 60_000  # bytes of a zip's comment, which may have 65,535
 
 
@@ -58,8 +59,9 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def differing(stored: dict[str, Any], about: dict[str, Any], what: Path) -> None:
-    """Raises ConfigError where stored samples are not those that `about` would draw."""
-    differs = [f"{k}: {stored.get(k)}, not {v}" for k, v in about.items() if stored.get(k) != v]
+    """Raises ConfigError where stored samples are not those that `about` would draw. Those of before may not say LATER."""
+    known = {k: v for k, v in about.items() if k in stored or k not in LATER}
+    differs = [f"{k}: {stored.get(k)}, not {v}" for k, v in known.items() if stored.get(k) != v]
     if differs:
         raise ConfigError(f"--out: {what} holds other samples ({'; '.join(differs[:3])}); choose another name")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from cmt_fast.evaluation.tallies import Tally
 from cmt_fast.run import unfinished
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.run.unfinished import Unfinished
-from cmt_fast.runtime import distributed, progress
+from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.storage import checkpoint, files
 
 Tallies = dict[int, Tally | None]  # of each number of steps; None: its samples are not finite
@@ -87,7 +88,9 @@ class Judging:
 
     def _keep(self, judge: judges.Judge) -> kept.Kept:
         found = judge.kept
-        distributed.barrier()  # no rank finds the files before all have looked for them
+        # all have looked before one writes, and a shared disk may show the files to some of them alone
+        if not distributed.smallest(int(found is not None)):
+            found = None
         if found is None:
             try:
                 found = keeping.take(judge, self._key(judge))
@@ -95,6 +98,8 @@ class Judging:
                 wrong = kept.wrong(self.folder)
                 raise ConfigError(f"{error}; {wrong}, which would do in their place" if wrong else str(error)) from None
             self._write(found)
+        if distributed.size() > 1:  # the floor may have come onto it between two looks
+            found.about["floor"] = json.loads(distributed.text_of_first(json.dumps(found.about["floor"])))
         judge.kept = found
         return found
 
@@ -307,7 +312,7 @@ class Judging:
             "law": sums([self.setting.law.counts]),
             "vae": [self.run.eval.vae, *latents[:2]] if latents else None,
             "batch": self.run.eval.batch,
-            "device": [self.setting.device.type, torch.__version__],
+            "device": machine.rounds(self.setting.device),
         }
 
 

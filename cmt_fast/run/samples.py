@@ -171,11 +171,20 @@ class Drawing:
             "steps": r.steps,
             "solver": self.setting.config.solver if r.solver else None,
             "guidance": self.setting.config.guidance if r.solver else None,
+            "sampler": self._grid(),
             "labels": self.setting.law.text(),
             "classes": self.setting.law.present.tolist(),
             "decoded_by": self.codec.digest if self.codec else None,
             "batch": r.batch,
         }
+
+    def _grid(self) -> dict[str, Any]:
+        """Where the network is called, which the recipe says and a trained stage does not depend on."""
+        c, r = self.setting.config, self.request
+        if r.solver:
+            return {"t_max": c.t_max, "t_min": c.t_min, "order": c.order}
+        ve = self.setting.path.name == "ve"
+        return {"t_max": c.t_max, "mid_times": list(self.setting.mid_times(r.steps))} if ve else {}
 
 
 class _Place(Protocol):
@@ -213,7 +222,8 @@ def save(drawing: Drawing, to: str | Path, kind: str | None = None, quiet: bool 
     law = drawing.setting.law.text()
     said = f"{out}: {r.n:,} samples of {drawing.work.folder / drawing.stage} ({what}), {drawing.how}; labels {law}"
     folder = out if kind == "png" else out.with_name(f"{out.name}.part")
-    if kind != "png" and claiming.finished(out, about, r.n):
+    there = distributed.from_first(lambda: bytes([kind != "png" and claiming.finished(out, about, r.n)]), ConfigError)
+    if there[0]:
         if distributed.rank() == 0 and (folder / ABOUT).is_file():
             shutil.rmtree(folder)  # who was killed after the file was whole left its blocks
         return f"{said}; they were there"

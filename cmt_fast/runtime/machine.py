@@ -56,6 +56,13 @@ def other_kernels() -> str | None:
     )
 
 
+def rounds(device: torch.device) -> list[str]:
+    """What two machines must have in common to compute the same bits, or nearly: kind and name, versions, the ops' backends."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    ops = cmt_kernels.table(device.type)
+    return [device.type, name, torch.__version__, __version__, *sorted(f"{op} {of}" for op, of in ops.items())]
+
+
 def environment() -> dict[str, str | int]:
     """What a figure depends on besides the recipe."""
     gpu = torch.cuda.is_available()

@@ -83,9 +83,11 @@ class Log:
     """One stage's record. Rows: {"kind", "step", "nimg", ..., "wall": {...}}; only "wall" differs between equal runs."""
 
     def __init__(
-        self, folder: Path, step: int, write: bool, loggers: Sequence[str] = (), about: Opening | None = None
-    ) -> None:
-        """Opens the file for appending after `step`: rows past it belong to work that was lost and is done again.
+        self, folder: Path, step: int, write: bool, loggers: Sequence[str] = (), about: Opening | None = None,
+        unseen: bool = False,
+    ) -> None:  # fmt: skip
+        """Opens the file for appending after `step`: rows past it belong to work that was lost and is done again. unseen: so
+        does the evaluation of that very step, which its checkpoint came before.
 
         write: whether this process keeps it; another takes rows and leaves them. loggers: those that get what is logged too,
         of the stage that `about` describes.
@@ -94,7 +96,7 @@ class Log:
         self.loggers = Loggers((), about or Opening("", folder))
         if write:
             path = folder / METRICS
-            kept, seen = _cut(path, step)
+            kept, seen = _cut(path, step, unseen)
             self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
             beat(self.run)
             if loggers and about:
@@ -130,8 +132,8 @@ class Log:
         self.loggers.close()
 
 
-def _cut(path: Path, step: int) -> tuple[int, int]:
-    """Drop what comes after the last row of at most `step` steps.
+def _cut(path: Path, step: int, unseen: bool) -> tuple[int, int]:
+    """Drop what comes after the last row of at most `step` steps; unseen: and the evaluation of `step` itself.
 
     Returns the bytes that are left, and up to which image rows were there before.
     """
@@ -141,10 +143,11 @@ def _cut(path: Path, step: int) -> tuple[int, int]:
     with open(path, "r+b") as file:
         for end, line in backwards(file):
             row = parsed(line)
-            if row is None:
+            if row is None or not {"step", "nimg"} <= row.keys():
                 continue
             seen = row["nimg"] if seen is None else seen
-            if row["step"] <= step:
+            again = unseen and row["step"] == step and row.get("kind") == "eval"
+            if row["step"] <= step and not again:
                 kept = end
                 break
         file.truncate(kept)

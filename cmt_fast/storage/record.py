@@ -8,6 +8,7 @@ meanwhile, as by a stage that goes on from a checkpoint, is read again from its 
 
 from __future__ import annotations
 
+import os
 import re
 from array import array
 from collections import deque
@@ -21,7 +22,7 @@ RECENT = 11  # rows of training that are kept whole: ten spans of time
 # a row as metrics_log.py writes it, with and without spaces; names and numbers between loss and lr are those of the objective
 ROW = re.compile(
     rb'\{"kind": ?"train", ?"step": ?\d+, ?"nimg": ?(\d+)(?:, ?"\w+": ?[-+.\w]+)*?, ?"loss": ?([-+.\w]+)'
-    rb'(?:, ?"\w+": ?[-+.\w]+)*?, ?"lr": ?([-+.\w]+), ?"wall": ?\{.*\}\}'
+    rb'(?:, ?"\w+": ?[-+.\w]+)*?, ?"lr": ?([-+.\w]+)(?:, ?"\w+": ?[-+.\w]+)*?, ?"wall": ?\{.*\}\}'
 )
 
 
@@ -94,7 +95,7 @@ class Record:
         """
         try:
             with open(self.path, "rb") as file:
-                about = self.path.stat()
+                about = os.fstat(file.fileno())  # of this very file: the path may be another's by now
                 if (about.st_dev, about.st_ino) != self._file or not self._stands(file, about.st_size):
                     self._begin((about.st_dev, about.st_ino))
                 file.seek(self._offset)

@@ -22,6 +22,7 @@ from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.schema import Run
 from cmt_fast.engine import Engine, ShardingPlan, compile
 from cmt_fast.engine.graph import StepGraph
+from cmt_fast.objectives.rounding import KINDS
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine, progress
@@ -104,7 +105,8 @@ def train_stage(
         if found:
             starting.load(engine, found, stage)
             wall |= found.manifest["wall"]
-        log = _log(run, stage, engine.step_count, lineage, first)
+        unseen = bool(found and found.manifest.get("unseen"))
+        log = _log(run, stage, engine.step_count, lineage, first, unseen)
         ending.callback(log.close)
         ending.enter_context(small.using(attention := attention_choice.settle(work, config, found)))
         source = batches.provider(work, stage, engine, meter, found)
@@ -116,6 +118,7 @@ def train_stage(
         chosen = {"trajectories": source.trajectories, "attention": attention, "rounding": rounding}
         always = _identity(run, name, lineage, others, choice, chosen)
         if config.compile:
+            ending.enter_context(compile.more_kinds(KINDS if rounding else 0))
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
         gradient = _gradient(engine, source, name, profile)
         meter.lap("startup")
@@ -125,7 +128,7 @@ def train_stage(
         taken = Steps(
             work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page, saver
         )
-        if found and found.manifest.get("unseen"):
+        if unseen:
             taken.observe(engine.step_count, last=False)
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
@@ -263,14 +266,14 @@ class Steps(NamedTuple):
         self.saver.when_written(lambda: self.account.stands(n, bill))
 
 
-def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write: bool) -> Log:
+def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write: bool, unseen: bool) -> Log:
     """The stage's record after `step`, and its loggers on an axis that begins with the images of the stages before it."""
     before, parent = 0, lineage
     while parent and "nimg" in parent:  # an imported file has none
         before, parent = before + parent["nimg"], parent.get("parent")
     batch, total = stage.config.batch, stage.schedule.total
     about = Opening(run.name, stage.folder, total * batch, before, step * batch, settings=loading.dump(run))
-    return Log(stage.folder, step, write, run.logging, about)
+    return Log(stage.folder, step, write, run.logging, about, unseen)
 
 
 def _gradient(engine: Engine, source: batches.BatchProvider, name: str, profile: Profile | None) -> StepGraph:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from cmt_fast.config.errors import ConfigError
@@ -34,8 +36,9 @@ def settle(
         kept = found.manifest.get("rounding")
         return Rounding.of(kept) if kept else None
     of_all = lambda part: Part(*(distributed.every_rank(values)[0] for values in part))  # as rank 0 measured it
+    whole = functools.partial(engine.eager, wide=True)  # no other kind of call is compiled for it
     parts = rounding.measure(
-        engine, engine.wide, _rows(source), rng.Random(source.seed, source.index, 0), stage.objective,
+        engine.eager, whole, _rows(source), rng.Random(source.seed, source.index, 0), stage.objective,
         source.context,
     )  # fmt: skip
     out = Rounding(stage.rounding_limit, [of_all(part) for part in parts])

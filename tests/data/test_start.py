@@ -105,14 +105,32 @@ def test_who_waits_shows_the_copy_of_another_and_takes_it(store, tmp_path, monke
     first.start()
     assert held.wait(20)
     titles = []
+
+    def vanishing(folder, pattern):
+        """As where the other process renames a file and takes its folder away between two looks."""
+        yield folder / "copying" / "gone"
+        raise FileNotFoundError(str(folder / "copying"))
+
     phase = start.progress.phase
     monkeypatch.setattr(start.progress, "phase", lambda title, *a: titles.append(title) or go.set() or phase(title, *a))
-    found.append(start.copied(store, tmp_path / "near"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", vanishing)
+        found.append(start.copied(store, tmp_path / "near"))
     first.join()
     assert found[0] == found[1] and titles == ["another process copies the store to this machine, MB"]
 
 
 Usage = namedtuple("Usage", "total used free")
+
+
+def test_who_may_only_read_the_folder_takes_the_copy_of_another_user(store, tmp_path, monkeypatch):
+    near = opened(store.folder).folder
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(start, "_locked", refused)
+    assert opened(store.folder).folder == near
 
 
 def test_a_disk_that_is_full_or_no_folder_is_said(store, tmp_path, monkeypatch):
@@ -160,7 +178,15 @@ def _rank(folder: Path, near: Path) -> None:
         opened(folder / "store")
     except DatasetError as error:
         said = str(error)
-    about = {"read": sorted(read), "copied": len(copied), "rows": [hash(str(s)) for s in seen[1:]], "said": said}
+    os.environ[start.VARIABLE] = str(near / "a") if distributed.rank() < 2 else ""  # set on one of the machines alone
+    where = opened(folder / "store").folder.parent.name
+    about = {
+        "where": where,
+        "read": sorted(read),
+        "copied": len(copied),
+        "rows": [hash(str(s)) for s in seen[1:]],
+        "said": said,
+    }
     (folder / f"rank-{distributed.rank()}.json").write_text(json.dumps(about))
 
 
@@ -176,8 +202,9 @@ def test_one_rank_reads_and_one_of_a_machine_copies(store, tmp_path):
     launch(3, work, tmp_path)
     ranks = [json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(3)]
     small = [latents.CHECKSUMS, latents.INDEX, latents.LABELS]
-    assert ranks[0]["read"] == sorted(small * 2), "once for each time that the store was opened, and none of the copy's"
+    assert ranks[0]["read"] == sorted(small * 3), "once for each time that the store was opened, and none of the copy's"
     assert ranks[1]["read"] == ranks[2]["read"] == []
     assert ranks[0]["copied"] + ranks[1]["copied"] == 1 and ranks[2]["copied"] == 1
     assert len({json.dumps(r["rows"]) for r in ranks}) == 1
+    assert [r["where"] for r in ranks] == ["a", "a", tmp_path.name]
     assert all("none' is not a folder" in r["said"] for r in ranks), ranks

@@ -134,6 +134,8 @@ def test_a_kind_beyond_the_limit_raises_and_networks_do_not_share_it():
             e(*dual_arguments(k))
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             e(*dual_arguments(4))
+        with compile.more_kinds(1):
+            e(*dual_arguments(4))
 
 
 def test_a_network_without_blocks_alike_is_one_graph():

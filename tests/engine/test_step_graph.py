@@ -289,6 +289,18 @@ def test_batches_of_other_shapes_have_graphs_of_their_own_up_to_a_limit(tape: Ta
     )
 
 
+def test_a_part_of_the_schedule_with_other_rows_in_fp32_takes_the_place_of_the_one_before(tape: Tape) -> None:
+    """Five counts of rows in fp32 are more than there may be shapes, and each graph would hold its activations."""
+    ours, plain = Training("ect", None, "post.precision=bf16"), Training("ect", None, "post.precision=bf16")
+    step = ours.graph()
+    for wide in map(str, (0, 2, 4, 6, 8)):
+        for i in range(3):
+            step(ours.source.draw(i)._replace(wide=wide)), plain.eager(plain.source.draw(i)._replace(wide=wide))
+            assert torch.equal(ours.engine.g, plain.engine.g)
+        assert [s.key.others[-1] for s in step.shapes] == [wide] and step.shapes[0].replay
+    assert tape.captures == 5 and ours.lines == 5 * [f"    post {PROVEN}"]
+
+
 def test_memory_is_given_back_and_the_next_pass_records_anew(tape: Tape) -> None:
     ours, plain = Training("ect, anchor"), Training("ect, anchor")
     step = ours.graph()

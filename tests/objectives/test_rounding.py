@@ -94,6 +94,14 @@ def test_every_row_beyond_the_limit_is_among_the_first():
     assert least > 3 / BINS * rows  # some step had more than the mean
 
 
+def test_more_rows_than_there_is_room_for_come_once_in_millions_of_steps():
+    for rows in (8, 16, 32, 64, 256):
+        for beyond in range(1, BINS):
+            p, wide = beyond / BINS, found(beyond).wide(1, rows)
+            more = range(wide + 1, rows + 1)
+            assert sum(math.comb(rows, k) * p**k * (1 - p) ** (rows - k) for k in more) < 3e-7
+
+
 def test_a_split_network_computes_the_first_rows_as_a_whole_one_would():
     x, t = torch.randn(8, 3), torch.rand(8)
     narrow, whole = (lambda x, t, *_: x.bfloat16() * 3 * t[:, None]), (lambda x, t, *_: x * 3 * t[:, None])

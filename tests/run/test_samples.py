@@ -17,6 +17,7 @@ from PIL import Image
 
 from cmt_fast import api
 from cmt_fast.cli import main
+from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.render import grids
 from cmt_fast.run import claiming, pictures, samples
 from cmt_fast.storage import npz_blocks
@@ -166,7 +167,7 @@ def test_a_folder_goes_on_only_with_its_own_samples(run, tmp_path, capsys):
     for more, said in (
         (["12", "--seed", "1"], "holds other samples (seed: 0, not 1)"),
         (["12", "--class", "3"], "holds other samples (labels: data"),
-        (["12", "--steps", "2"], "holds other samples (steps: 1, not 2)"),
+        (["12", "--steps", "2"], "holds other samples (steps: 1, not 2; sampler: "),
         (["11"], "holds 12 samples, more than --n 11"),
     ):
         assert main([*command, *more]) == 2
@@ -179,6 +180,21 @@ def test_a_folder_goes_on_only_with_its_own_samples(run, tmp_path, capsys):
     with claiming.alone(out):
         assert main([*command, "22"]) == 2 and "is being written by another process" in capsys.readouterr().err
     assert main([*command, "22"]) == 0 and contents(out) == after
+
+
+def test_samples_of_other_times_are_other_samples(run, tmp_path, monkeypatch, capsys):
+    """A trained stage does not depend on them, so a run may have others today; what was drawn before they were told goes on."""
+    command = ["sample", f"{run}/post", "--steps", "2", "--n", "4", "--out"]
+    places = [str(tmp_path / name) for name in ("out", "x.npz")]
+    assert [main([*command, place]) for place in places] == [0, 0]
+    capsys.readouterr()
+    monkeypatch.setattr(Sampler, "mid_times", lambda self, steps: (0.5,))
+    for place in places:
+        assert main([*command, place]) == 2
+        assert "(sampler: {'t_max': 80.0, 'mid_times': [1.2]}, not" in capsys.readouterr().err
+    about = json.loads((tmp_path / "out" / samples.ABOUT).read_text())
+    (tmp_path / "out" / samples.ABOUT).write_text(json.dumps({k: v for k, v in about.items() if k != "sampler"}))
+    assert main([*command, places[0]]) == 0
 
 
 def test_an_npz_is_not_written_over(run, tmp_path, capsys, monkeypatch):

@@ -8,18 +8,20 @@ import os
 import signal
 from pathlib import Path
 
+import cmt_kernels
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from cmt_fast.cli import main
 from cmt_fast.diffusion.sampling import Sampler
-from cmt_fast.evaluation import neighbours
+from cmt_fast.evaluation import keeping, neighbours
 from cmt_fast.evaluation.distances import Against
 from cmt_fast.evaluation.features import Classifier
 from cmt_fast.evaluation.tallies import Seen, Tally
 from cmt_fast.run import unfinished
 from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import distributed, machine
 from cmt_fast.storage import files
 from tests.fixtures.tiny import tiny
 from tests.run.test_guidance import weights
@@ -133,3 +135,33 @@ def test_a_second_command_keeps_nothing_and_a_disk_that_takes_nothing_stops_noth
 
     monkeypatch.setattr(unfinished.files, "write_bytes", full)
     assert judged(run, capsys) == want and files.write_bytes is full
+
+
+def test_what_another_machine_or_version_took_is_not_mixed_in(run, capsys, monkeypatch):
+    killed(run, Sampler, "draw_each", 3)
+    before = kept(run)
+    for where, what, other in (
+        (machine, "__version__", "0.0.9"),
+        (cmt_kernels, "table", lambda _: {"attention": "other"}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, other)
+            drawn = counted(patch, Sampler, "draw_each")
+            judged(run, capsys)
+            assert len(drawn) == 7 and kept(run) == before
+    drawn = counted(monkeypatch, Sampler, "draw_each")
+    judged(run, capsys)
+    assert len(drawn) == 5
+
+
+def test_what_a_shared_disk_shows_to_some_ranks_alone_is_taken_by_all(run, monkeypatch):
+    """What is taken needs every rank: one that has found the files must not leave the others waiting."""
+    keep = lambda: Workspace(tiny("digits"), run).judging.keep()
+    keep()
+    taken, real = [], keeping.take
+    monkeypatch.setattr(keeping, "take", lambda *a: taken.append(1) or real(*a))
+    keep()
+    assert not taken
+    monkeypatch.setattr(distributed, "smallest", lambda n: 0)  # of another rank, which has found nothing
+    keep()
+    assert taken

@@ -87,6 +87,20 @@ def test_a_start_cuts_the_file_where_its_checkpoint_ends_and_touches_nothing_bef
     assert file.read_bytes() == b""
 
 
+def test_an_evaluation_that_the_checkpoint_came_before_is_not_there_twice(stage):
+    """Made up for by a process that was killed before its own checkpoint: the next one makes up for it again."""
+    file = write(stage, range(1, 11))
+    with open(file, "a", encoding="utf-8") as f:
+        f.write('{"of": "another tool"}\n')
+    log = Log(stage, 10, write=True, unseen=True)
+    assert [r["kind"] for r in metrics_log.read(file)[-2:]] == ["train", "train"]
+    log.row("eval", 10, 640, {"steps": {"1": {"frechet": 0.1}}})
+    log.close()
+    assert [r["step"] for r in Record.of(file).kind("eval")] == [5, 10]
+    Log(stage, 10, write=True).close()
+    assert [r["step"] for r in Record.of(file).kind("eval")] == [5, 10]
+
+
 def test_a_file_of_an_earlier_version_is_read_and_gone_on_with(stage):
     old = [{"kind": "train", "step": n, "nimg": 64 * n, "loss": 1 / n, "lr": 1e-4,
             "wall": {"train_s": n / 3, "eval_s": 0.0, "images_per_s": 192.0, "bill": bill(n)}} for n in range(1, 9)]  # fmt: skip
@@ -158,6 +172,36 @@ def test_who_watches_reads_what_is_new_and_all_of_a_file_that_was_cut_meanwhile(
     assert len(watched.update()) == 100
 
 
+def test_rows_of_fp16_are_columns_as_others_are(stage, monkeypatch):
+    log = Log(stage, 0, write=True)
+    values = {"loss": 0.5, "lr": 1e-4, "loss_scale": 65536.0, "skipped_steps": 3}
+    log.row("train", 1, 64, values, {"train_s": 1.0, "bill": bill(1)})
+    log.close()
+    monkeypatch.setattr(Record, "_other", None)
+    found = Record.of(stage / METRICS)
+    assert (list(found.nimg), list(found.loss), list(found.lr)) == ([64], [0.5], [1e-4])
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_read_again(stage, monkeypatch):
+    """Its first bytes are those of the file before: only which file was read tells them apart."""
+    file = write(stage, range(1, 5))
+    other, real = stage / "other", Path.stat
+    other.write_bytes(file.read_bytes().replace(b'"step":2', b'"step":7').replace(b'"nimg":128', b'"nimg":129'))
+
+    def replaced(path, **how):
+        if other.exists() and path == file:
+            other.replace(file)
+        return real(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda p: os.path.exists(p))
+        patch.setattr(Path, "stat", replaced)
+        watched = Record(file).update()
+    if other.exists():
+        other.replace(file)
+    assert list(watched.update().nimg) == [64, 129, 192, 256]
+
+
 def test_a_long_file_is_read_in_little_time_and_memory(stage):
     """Ratios in one process: against parsing every row, which is what a report did."""
     import tracemalloc
@@ -191,5 +235,7 @@ def test_a_thinned_curve_keeps_every_spike_and_both_ends():
     assert all(value in ys for value in spikes.values()) and all(y[x] == v for x, v in zip(xs, ys))
     short = list(range(2 * thin.BINS))
     assert thin.extremes(short, short) == (short, short)
-    y[50_000] = np.nan
-    assert any(np.isnan(v) for v in thin.extremes(range(100_000), y)[1])
+    for bad in (np.nan, np.inf, -np.inf):  # beside a spike, which stays
+        y[77_700] = bad
+        shown = thin.extremes(range(100_000), y)[1]
+        assert any(v == bad or (v != v and bad != bad) for v in shown) and {9.5, -9.0} <= set(shown)
