@@ -12,7 +12,7 @@ from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.schema import Run
-from cmt_fast.cost import disk, estimate, gap, host, plan, savings, step_time
+from cmt_fast.cost import disk, estimate, gap, host, plan, rounded, savings, step_time
 from cmt_fast.cost.hardware import CARDS, NAMES, RESULTS, Card, card
 from cmt_fast.cost.plan import Machine, Plan, StagePlan
 from cmt_fast.engine.sharding import gb
@@ -120,7 +120,7 @@ def figures(
         "published": _published(run, names, at, gpus, made),
         "levers": [line._asdict() for line in levers],
         "store": {"bytes": rows.store_bytes, "note": rows.note},
-        "sources": _sources(at, made),
+        "sources": _sources(at, made, gpus),
     }
 
 
@@ -181,7 +181,7 @@ def _published(run: Run, names: list[str], at: Card, gpus: int, made: Plan) -> l
     return found
 
 
-def _sources(at: Card, made: Plan) -> list[dict[str, str]]:
+def _sources(at: Card, made: Plan, gpus: int) -> list[dict[str, str]]:
     """Every figure that a plan stands on, and where it is from."""
     sheet = f"{at.datasheet}" if at.datasheet else "assumed"
     rows = [{"what": f"matmul {p}", "value": f"{rate / 1e12:.4g} TFLOP/s",
@@ -202,6 +202,12 @@ def _sources(at: Card, made: Plan) -> list[dict[str, str]]:
             how = f"calls counted, {each.us:,.3g} us each as measured: {each.source}" if each else "counted"
             rows.append({"what": f"{s.name}: its host is busy for", "value": value, "source": how})
         kept = next(p for p in s.memory.parts if p.what.startswith("activations"))
+        part = rounded.share(resolve(made.layout.run, s.name), gpus)
+        if part:
+            how = f"predicted by {rounded.SOURCE}; measured when the stage begins"
+            rows.append(
+                {"what": f"{s.name}: its rows in fp32 beyond rounding_limit", "value": f"{part:.0%}", "source": how}
+            )
         rows.append({"what": f"{s.name}: {kept.what}", "value": gb(int(kept.bytes)), "source": kept.source})
     share = ", ".join(f"{p} {v}" for p, v in step_time.SHARE.items())
     rows.append({"what": "networks other than a DiT", "value": f"{share} of the datasheet's rate", "source": "assumed"})
@@ -253,7 +259,7 @@ def _launcher(gpu: str, gpus: int) -> str:
     if gpus <= here or gpu not in CARDS:
         return f"torchrun --standalone --nproc-per-node {gpus} -m cmt_fast"
     nodes = next(n for n in range(-(-gpus // here), gpus + 1) if gpus % n == 0)
-    meet = "--rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    meet = "--rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id RUN_ID"  # as docs/multi-node.md has it
     return f"torchrun --nnodes {nodes} --nproc-per-node {gpus // nodes} {meet} -m cmt_fast"
 
 

@@ -92,6 +92,14 @@ def test_several_machines_are_started_by_torchrun(capsys, tmp_path, monkeypatch)
     started = lambda n: told(capsys, "plan", "digits", *TINY, "--gpus", str(n), "--hours", "9")["commands"]["train"]
     assert started(4).startswith("torchrun --standalone --nproc-per-node 4 -m cmt_fast train digits")
     assert started(16).startswith("torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d")
+    assert "--rdzv-id RUN_ID" in started(16)
+
+
+def test_rows_that_16_bits_leave_to_fp32_are_among_the_sources(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = told(capsys, "plan", "digits", *TINY, "post.precision=bf16", "post.objective.q=1024", "--hours", "9")
+    (row,) = [row for row in found["sources"] if "rows in fp32" in row["what"]]
+    assert row["what"].startswith("post: ") and row["value"] == "100%" and "rounding.json" in row["source"]
 
 
 @pytest.mark.parametrize(
