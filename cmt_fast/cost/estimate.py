@@ -63,7 +63,8 @@ class Way(NamedTuple):
     """How a network is trained: precision, kernels (as step_time has them), EMA tracks, and what an engine adds.
 
     zero, sharded: ZeRO's stage and whether the teacher is sharded, as ShardingPlan has them; passes: of a step; host_us: what
-    a step keeps its host busy for, which it cannot be shorter than; 0 where it is a CUDA graph, or not known.
+    a step keeps its host busy for, which it cannot be shorter than; 0 where it is a CUDA graph, or not known; networks: the
+    kernels of networks alone, where the optimizer has others.
     """
 
     precision: str
@@ -73,6 +74,7 @@ class Way(NamedTuple):
     passes: int = 1
     sharded: bool = False
     host_us: float = 0.0
+    networks: str = ""
 
 
 def rows_of(run: Run) -> Rows:
@@ -143,9 +145,9 @@ def reckon(
     total, lines = 0.0, []
     for term in work:
         rounds = ("tf32" if precision == "tf32" else "fp32") if term.of == "features" else precision
-        us, text = step_time.microseconds(term.kind, known[term.of], card, how, rounds)
+        us, text = step_time.microseconds(term.kind, known[term.of], card, way.networks or how, rounds)
         if term.wide:
-            slow, _ = step_time.microseconds(term.kind, known[term.of], card, how, "fp32")
+            slow, _ = step_time.microseconds(term.kind, known[term.of], card, way.networks or how, "fp32")
             part = term.wide / term.times
             us, text = us + part * (slow - us), f"{text}, {part:.0%} of it in fp32: {slow:,.1f} us"
         small, more = step_time.call_us(term, known[term.of], us, card, rounds, processes)
@@ -250,15 +252,16 @@ def bill_of(
         busy = host.of_stage(resolved, known, (tuple(rows.shape), rows.classes), card, passes)
         waits = busy.us if busy else 0.0
     # fp16 takes the reference of every op: the kernels know fp32 and bf16
-    how = "eager" if stage.products == "fp16" and ideas.how == "fused" and not stage.compile else ideas.how
+    plain = "eager" if stage.products == "fp16" and ideas.how == "fused" and not stage.compile else ""
     way = Way(
         hardware.rate_of(stage),
-        how,
+        ideas.how,
         len(stage.ema),
         choice.stage,
         passes,
         choice.teacher_sharded,
         waits,
+        plain,
     )
     work = rounded.split(flops_.terms(resolved, ideas), resolved, processes)
     bill = reckon(work, known, stage.images_nimg, stage.batch, card, processes, way)

@@ -76,5 +76,6 @@ def test_fp16_is_planned_at_the_rate_of_bf16_and_without_the_kernels_that_do_not
     assert made.layout.hours > 0 and gap.lines(made, machine)
     bf16 = [text.replace("fp16", "bf16") for text in low]
     assert cost(*TINY, *low)[0].work_us > cost(*TINY, *bf16)[0].work_us
+    assert cost(*TINY, *low)[0].optimizer_us == cost(*TINY, *bf16)[0].optimizer_us  # its numbers are fp32
     compiled = ["post.compile=true"]
     assert cost(*TINY, *low, *compiled)[0].work_us == pytest.approx(cost(*TINY, *bf16, *compiled)[0].work_us)
