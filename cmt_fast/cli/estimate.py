@@ -11,9 +11,9 @@ from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
-from cmt_fast.cost import disk, estimate, flops, savings
+from cmt_fast.cost import disk, estimate, flops, rounded, savings
 from cmt_fast.cost.estimate import Rows
-from cmt_fast.cost.hardware import NAMES, RESULTS, Card, card
+from cmt_fast.cost.hardware import NAMES, RESULTS, Card, card, rate_of
 from cmt_fast.engine.sharding import gb
 from cmt_fast.run import validation
 from cmt_fast.run.resolved import ResolvedStage, resolve
@@ -41,6 +41,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run_estimate(args: argparse.Namespace) -> None:
     if args.gpus < 1:
         raise ConfigError(f"--gpus: {args.gpus} is not valid; it is 1 or more")
+    if args.price is not None and not 0 <= args.price < float("inf"):
+        raise ConfigError(f"--price: {args.price} is not valid; it is 0 or more")
     if args.results and not args.results.is_dir():
         raise ConfigError(f"--results: {str(args.results)!r} is not a folder")
     run = loading.load(args.recipe, args.overrides)
@@ -95,6 +97,7 @@ def _stage(resolved: ResolvedStage, rows: Rows, at: Card, gpus: int, price: floa
     t = stage.trajectories
     if t and t.nfe == "auto":
         notes.append(f"{name}: nfe auto is counted as {t.calls} until `cmt tune-teacher` has chosen it")
+    notes += filter(None, [rounded.note(resolved, gpus)])
     on_card, shape = estimate.held(resolved, rows, known, choice, at, gpus), tuple(rows.shape)
     if not on_card.fits:
         most, usable = gb(int(on_card.most)), gb(int(on_card.limit))
@@ -103,7 +106,7 @@ def _stage(resolved: ResolvedStage, rows: Rows, at: Card, gpus: int, price: floa
         )
     stored, judged = disk.cache(resolved, shape), disk.judging(resolved)
     work = flops.terms(resolved)
-    peak = at.peak["bf16" if stage.half else stage.products]
+    peak = at.peak[rate_of(stage)]
     return {
         "networks": {of: {k: v for k, v in n._asdict().items() if k != "model"} for of, n in known.items()},
         **bill._asdict(),

@@ -12,11 +12,12 @@ from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.schema import Run
-from cmt_fast.cost import disk, estimate, gap, host, plan, savings, step_time
+from cmt_fast.cost import disk, estimate, gap, host, plan, rounded, savings, step_time
 from cmt_fast.cost.hardware import CARDS, NAMES, RESULTS, Card, card
 from cmt_fast.cost.plan import Machine, Plan, StagePlan
 from cmt_fast.engine.sharding import gb
 from cmt_fast.run import validation
+from cmt_fast.run.resolved import resolve
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -77,7 +78,12 @@ def _hours(args: argparse.Namespace) -> float:
         return args.gpu_hours / args.gpus
     if not args.price:
         raise ConfigError("--price: is missing; --dollars needs what a GPU-hour costs")
-    return args.dollars / args.price / args.gpus
+    hours = args.dollars / args.price / args.gpus
+    if not 0 < hours < float("inf"):
+        raise ConfigError(
+            f"--dollars: {args.dollars} at a price of {args.price} are {hours:g} hours, which is no budget"
+        )
+    return hours
 
 
 def figures(
@@ -114,7 +120,7 @@ def figures(
         "published": _published(run, names, at, gpus, made),
         "levers": [line._asdict() for line in levers],
         "store": {"bytes": rows.store_bytes, "note": rows.note},
-        "sources": _sources(at, made),
+        "sources": _sources(at, made, gpus),
     }
 
 
@@ -175,7 +181,7 @@ def _published(run: Run, names: list[str], at: Card, gpus: int, made: Plan) -> l
     return found
 
 
-def _sources(at: Card, made: Plan) -> list[dict[str, str]]:
+def _sources(at: Card, made: Plan, gpus: int) -> list[dict[str, str]]:
     """Every figure that a plan stands on, and where it is from."""
     sheet = f"{at.datasheet}" if at.datasheet else "assumed"
     rows = [{"what": f"matmul {p}", "value": f"{rate / 1e12:.4g} TFLOP/s",
@@ -195,8 +201,14 @@ def _sources(at: Card, made: Plan) -> list[dict[str, str]]:
             value = f"{s.cost.host_us / 1e3:,.4g} of {s.cost.step_us / 1e3:,.4g} ms a step"
             how = f"calls counted, {each.us:,.3g} us each as measured: {each.source}" if each else "counted"
             rows.append({"what": f"{s.name}: its host is busy for", "value": value, "source": how})
-        kept = next((p.source for p in s.memory.parts if p.what.startswith("activations")), "counted")
-        rows.append({"what": f"{s.name}: activations", "value": gb(int(s.memory.at("step"))), "source": kept})
+        kept = next(p for p in s.memory.parts if p.what.startswith("activations"))
+        part = rounded.share(resolve(made.layout.run, s.name), gpus)
+        if part:
+            how = f"predicted by {rounded.SOURCE}; measured when the stage begins"
+            rows.append(
+                {"what": f"{s.name}: its rows in fp32 beyond rounding_limit", "value": f"{part:.0%}", "source": how}
+            )
+        rows.append({"what": f"{s.name}: {kept.what}", "value": gb(int(kept.bytes)), "source": kept.source})
     share = ", ".join(f"{p} {v}" for p, v in step_time.SHARE.items())
     rows.append({"what": "networks other than a DiT", "value": f"{share} of the datasheet's rate", "source": "assumed"})
     rows.append(
@@ -216,7 +228,7 @@ def commands(args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
     """The lines that carry the plan out: caches to be written, the training, and the estimate of the same."""
     given, changes = [args.recipe, *args.overrides], found["changes"]
     settings = shlex.join([*given, *(c["override"] for c in changes)])
-    apart = "pre" in loading.load(args.recipe, args.overrides).stages and "pre" not in found["stages"]
+    apart = _apart(loading.load(args.recipe, args.overrides), list(found["stages"]))
     teacher = " --from RUN" if apart else ""
     start, rolled = _launcher(args.gpu, args.gpus), []
     for name, s in found["stages"].items():
@@ -226,10 +238,17 @@ def commands(args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
             rolled.append(f"{start} trajectories {shlex.join(given)} --stage {name}{teacher} -n {n} --cache {where}")
     return {
         "overrides": [c["override"] for c in changes],
+        "of_run": apart,
         "trajectories": rolled,
         "train": f"{start} train {settings} --stages {','.join(found['stages'])}{teacher}",
         "estimate": f"cmt estimate {settings} --gpu {args.gpu} --gpus {args.gpus}",
     }
+
+
+def _apart(run: Run, names: list[str]) -> list[str]:
+    """Stages of this recipe that the planned ones begin with or are taught by, and that the plan does not train."""
+    used = {of for name in names for of in resolve(run, name).called.values() if "/" not in of}
+    return [name for name in run.stages if name in used and name not in names]
 
 
 def _launcher(gpu: str, gpus: int) -> str:
@@ -240,14 +259,14 @@ def _launcher(gpu: str, gpus: int) -> str:
     if gpus <= here or gpu not in CARDS:
         return f"torchrun --standalone --nproc-per-node {gpus} -m cmt_fast"
     nodes = next(n for n in range(-(-gpus // here), gpus + 1) if gpus % n == 0)
-    meet = "--rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    meet = "--rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id RUN_ID"  # as docs/multi-node.md has it
     return f"torchrun --nnodes {nodes} --nproc-per-node {gpus // nodes} {meet} -m cmt_fast"
 
 
 def text(found: dict[str, Any]) -> list[str]:
     """The tables."""
     cards, needs, all_stages = f"{found['gpus']} x {found['gpu']}", found["needs"], " + ".join(found["stages"])
-    paid = f", {found['price']:,.4g} in money" if found["price"] is not None else ""
+    paid = f", price {found['price']:,.4g}" if found["price"] is not None else ""
     power = f", {found['kwh']:,.3g} kWh" if found["kwh"] is not None else ""
     budget = f"{found['budget_hours']:,.4g} h, {found['gpus'] * found['budget_hours']:,.4g} GPU-hours"
     head = f"{'stage':8} {'images':>8} {'of':>8} {'rows of a step':>22} {'engine':>14} {'ms/step':>9} {'hours':>8} "
@@ -270,8 +289,9 @@ def text(found: dict[str, Any]) -> list[str]:
     out += ["", *_memory(found), "", *_differs(found), "", *_budget(found), "", "each figure's source"]
     out += [f"  {row['what']:44} {row['value']}; {row['source']}" for row in found["sources"]]
     lines = found["commands"]
-    need = "RUN: the run that has the teacher `pre`, trained or imported by `cmt ckpt import`"
-    out += ["", "to train it" + (f" ({need})" if "--from RUN" in lines["train"] else "")]
+    held = " and ".join(f"`{name}`" for name in lines["of_run"])
+    need = f"RUN: the run that has {held}, trained or imported by `cmt ckpt import`"
+    out += ["", "to train it" + (f" ({need})" if held else "")]
     return [*out, *lines["trajectories"], lines["train"], lines["estimate"]]
 
 

@@ -15,7 +15,7 @@ from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import errors, fingerprint, loading, paths, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
-from cmt_fast.cost import disk, estimate, flops, hardware
+from cmt_fast.cost import disk, estimate, flops, hardware, rounded
 from cmt_fast.data import classes, start
 from cmt_fast.data.loaders import check_loader
 from cmt_fast.engine import ShardingPlan
@@ -270,4 +270,5 @@ def _bill(work: workspace.Workspace, stage: ResolvedStage, choice: ShardingPlan 
     card = at or hardware.bare(work.device)
     choice = choice or estimate.sharding_plan(stage, rows, known, card, n)
     held = estimate.held(stage, rows, known, choice, card._replace(memory=choice.memory_bytes), n)
-    return [text, held.line(), disk.line(stage, tuple(rows.shape), known["student"].parameters, work.folder)]
+    notes = filter(None, [rounded.note(stage, n)])
+    return [text, *notes, held.line(), disk.line(stage, tuple(rows.shape), known["student"].parameters, work.folder)]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cmt_fast.config import errors, loading, recipes
 from cmt_fast.config.schema import Model, Run
-from cmt_fast.cost import disk, host, memory, published, step_time
+from cmt_fast.cost import disk, hardware, host, memory, published, rounded, step_time
 from cmt_fast.cost import flops as flops_
 from cmt_fast.cost.flops import OURS, Ideas, Network, Term
 from cmt_fast.cost.hardware import Card
@@ -63,7 +63,8 @@ class Way(NamedTuple):
     """How a network is trained: precision, kernels (as step_time has them), EMA tracks, and what an engine adds.
 
     zero, sharded: ZeRO's stage and whether the teacher is sharded, as ShardingPlan has them; passes: of a step; host_us: what
-    a step keeps its host busy for, which it cannot be shorter than; 0 where it is a CUDA graph, or not known.
+    a step keeps its host busy for, which it cannot be shorter than; 0 where it is a CUDA graph, or not known; networks: the
+    kernels of networks alone, where the optimizer has others.
     """
 
     precision: str
@@ -73,6 +74,7 @@ class Way(NamedTuple):
     passes: int = 1
     sharded: bool = False
     host_us: float = 0.0
+    networks: str = ""
 
 
 def rows_of(run: Run) -> Rows:
@@ -143,7 +145,11 @@ def reckon(
     total, lines = 0.0, []
     for term in work:
         rounds = ("tf32" if precision == "tf32" else "fp32") if term.of == "features" else precision
-        us, text = step_time.microseconds(term.kind, known[term.of], card, how, rounds)
+        us, text = step_time.microseconds(term.kind, known[term.of], card, way.networks or how, rounds)
+        if term.wide:
+            slow, _ = step_time.microseconds(term.kind, known[term.of], card, way.networks or how, "fp32")
+            part = term.wide / term.times
+            us, text = us + part * (slow - us), f"{text}, {part:.0%} of it in fp32: {slow:,.1f} us"
         small, more = step_time.call_us(term, known[term.of], us, card, rounds, processes)
         total += term.times * us + small
         what = f"{term.times:.4g} x {term.of} {term.kind} ({known[term.of].name}; {term.why})"
@@ -245,16 +251,20 @@ def bill_of(
     if ideas.host and not host.captured(stage, choice.stage, card):
         busy = host.of_stage(resolved, known, (tuple(rows.shape), rows.classes), card, passes)
         waits = busy.us if busy else 0.0
+    # fp16 takes the reference of every op: the kernels know fp32 and bf16
+    plain = "eager" if stage.products == "fp16" and ideas.how == "fused" and not stage.compile else ""
     way = Way(
-        "bf16" if stage.half else stage.products,
+        hardware.rate_of(stage),
         ideas.how,
         len(stage.ema),
         choice.stage,
         passes,
         choice.teacher_sharded,
         waits,
+        plain,
     )
-    bill = reckon(flops_.terms(resolved, ideas), known, stage.images_nimg, stage.batch, card, processes, way)
+    work = rounded.split(flops_.terms(resolved, ideas), resolved, processes)
+    bill = reckon(work, known, stage.images_nimg, stage.batch, card, processes, way)
     return bill, choice
 
 
@@ -295,7 +305,8 @@ def rolling_hours(resolved: ResolvedStage, known: dict[str, Network], card: Card
     t = resolved.config.trajectories
     if t is None:
         return 0.0
-    rolled, precision = resolved.replaced(trajectories=dataclasses.replace(t, cache=None)), resolved.config.products
+    rolled = resolved.replaced(trajectories=dataclasses.replace(t, cache=None))
+    precision = hardware.rate_of(resolved.config)
     us = 0.0
     for term in flops_.terms(rolled):
         if term.rows:

@@ -46,7 +46,7 @@ class Term(NamedTuple):
     """Work for one student image: `times` of a kind (forward, backward, tangent, input_gradient, recompute) of a network.
 
     of: student, teacher, guide or features; rows: of one call over all processes, where calls are small, and no more than
-    at_once on each of them; why: a phrase.
+    at_once on each of them; why: a phrase; wide: of `times`, those in fp32 whatever the stage's precision is.
     """
 
     of: str
@@ -55,6 +55,7 @@ class Term(NamedTuple):
     why: str
     rows: int | None = None
     at_once: int | None = None
+    wide: float = 0.0
 
 
 class Ideas(NamedTuple):

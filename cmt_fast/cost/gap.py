@@ -1,6 +1,6 @@
 """From a recipe as it is written to a budget, lever by lever: what each would leave of the hours, and what is missing then.
 
-Each line stands on those before it. Some levers are in the plan, some need what is not built, some are not allowed; the
+Each line stands on those before it. Some levers are in the plan, some need what is not built, some save nothing; the
 last says how much faster the networks' own work would have to run. All of it is predicted.
 """
 
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cmt_fast.cost import estimate, flops, levers, step_time
+from cmt_fast.config.schema import CmtCm, CmtMf, Ect
+from cmt_fast.cost import estimate, flops, levers, rounded, step_time
 from cmt_fast.cost.flops import Term
+from cmt_fast.cost.hardware import rate_of
 from cmt_fast.cost.plan import Machine, Plan
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run.resolved import ResolvedStage, resolve
 
-TAKEN, OPEN, UNBUILT, REFUSED, LACKING = "in the plan", "possible", "not built", "not allowed", "missing"
+TAKEN, OPEN, UNBUILT, REFUSED, LACKING = "in the plan", "possible", "not built", "not measured", "missing"
+USELESS = "no gain"
 
 
 class Line(NamedTuple):
@@ -63,11 +66,14 @@ def lines(plan: Plan, machine: Machine) -> list[Line]:
     stages = [resolve(run, name) for name in names]
     ways, at = _Ways(), Hours(0, plan.full.hours)
     for step in _steps(stages, machine):
-        before, ways = at, ways._replace(**{step[0]: True})
-        at = _hours(plan, stages, machine, ways)
-        if at.all < before.all * 0.999:
-            out.append(Line(step[1], gpus * at.all, step[2], step[3]))
-    return [*out, *_missing(plan, stages, machine)]
+        tried = ways._replace(**{step[0]: True})
+        after = _hours(plan, stages, machine, tried)
+        if after.all < at.all * 0.999:
+            out.append(Line(step[1], gpus * after.all, step[2], step[3]))
+            ways, at = tried, after
+        elif step[0] == "rounded":  # the one that may cost more than it saves, and is often asked for
+            out.append(Line(step[1], None, USELESS, step[3]))
+    return [*out, *_missing(plan, stages, machine, ways)]
 
 
 def _steps(stages: list[ResolvedStage], machine: Machine) -> list[tuple[str, str, str, str]]:
@@ -88,11 +94,19 @@ def _steps(stages: list[ResolvedStage], machine: Machine) -> list[tuple[str, str
     slow = [s for s in stages if s.config.products != "bf16" and levers.gains(s.config, machine.card)]
     if slow:
         of = " and ".join(s.name for s in slow)
-        why = "they need no gradient; how far bf16 moves their targets is to be measured first"
-        found.append(("frozen", f"{of}: teacher, guide and target in bf16", UNBUILT, why))
-        why = next(filter(None, (levers.refusal(s.config) for s in slow)), "")
-        found.append(("rounded", f"{of}: the student in bf16 too", REFUSED if why else OPEN, why))
+        why = "they need no gradient; how far bf16 moves their step is to be measured first"
+        found.append(("frozen", f"{of}: teacher and guide in bf16", UNBUILT, why))
+        found.append(("rounded", f"{of}: the student in bf16 too", *_of_student(slow, machine.gpus)))
     return found
+
+
+def _of_student(slow: list[ResolvedStage], gpus: int) -> tuple[str, str]:
+    """(state, why) of 16 bits for the student: targets that are fixed, or the rule of objectives/rounding.py."""
+    if not all(isinstance(s.config.objective, (CmtCm, CmtMf, Ect)) for s in slow):
+        return REFUSED, "its recipe says otherwise, and no measurement here says that bf16 serves it"
+    shares = [(s.name, rounded.share(s, gpus, "bf16")) for s in slow if isinstance(s.config.objective, Ect)]
+    kept = ", ".join(f"about {share:.0%} of {name}'s rows" for name, share in shares)
+    return OPEN, f"its rounding_limit leaves {kept} to fp32 (by {rounded.SOURCE})" if kept else "its targets are fixed"
 
 
 def _hours(plan: Plan, stages: list[ResolvedStage], machine: Machine, ways: _Ways) -> Hours:
@@ -101,7 +115,9 @@ def _hours(plan: Plan, stages: list[ResolvedStage], machine: Machine, ways: _Way
     for stage, planned in zip(stages, plan.full.stages):
         known, _ = estimate.networks(stage, machine.rows)
         ideas = flops.Ideas(cached=ways.cached)
-        us = planned.cost.scale * sum(_us(t, known, stage, machine, ways) for t in flops.terms(stage, ideas))
+        low = "bf16" if ways.rounded and levers.gains(stage.config, machine.card) else None
+        terms = rounded.split(flops.terms(stage, ideas), stage, machine.gpus, low)
+        us = planned.cost.scale * sum(_us(t, known, stage, machine, ways) for t in terms)
         sent = 0.0 if ways.hidden else planned.cost.communication_us
         step, others = stage.config.batch / machine.gpus * us, planned.cost.optimizer_us + sent
         waits = 0.0 if ways.graph else max(0.0, planned.cost.host_us - step - others)
@@ -113,23 +129,20 @@ def _hours(plan: Plan, stages: list[ResolvedStage], machine: Machine, ways: _Way
 
 def _us(term: Term, known: dict, stage: ResolvedStage, machine: Machine, ways: _Ways) -> float:
     """Microseconds a student image of one term, as estimate.reckon has them."""
-    frozen = term.of in ("teacher", "guide") or term.why == "target"
-    low = ways.rounded or (ways.frozen and frozen)
-    precision = "bf16" if low and levers.gains(stage.config, machine.card) else stage.config.products
+    low = ways.rounded or (ways.frozen and term.of in ("teacher", "guide"))
+    precision = "bf16" if low and levers.gains(stage.config, machine.card) else rate_of(stage.config)
     if term.of == "features":
         precision = "tf32" if ways.features or stage.config.products == "tf32" else "fp32"
     us, _ = step_time.microseconds(term.kind, known[term.of], machine.card, "fused", precision)
+    if term.wide:
+        slow, _ = step_time.microseconds(term.kind, known[term.of], machine.card, "fused", "fp32")
+        us += term.wide / term.times * (slow - us)
     return term.times * us + step_time.call_us(term, known[term.of], us, machine.card, precision, machine.gpus)[0]
 
 
-def _missing(plan: Plan, stages: list[ResolvedStage], machine: Machine) -> list[Line]:
+def _missing(plan: Plan, stages: list[ResolvedStage], machine: Machine, every: _Ways) -> list[Line]:
     """How much faster the networks would have to run for the budget to hold all images: as planned, and with the levers."""
-    every = _Ways(*[True] * len(_Ways._fields))
-    cases = {
-        "as planned": _Ways(),
-        "with every lever that is allowed": every._replace(rounded=False),
-        "with every lever above": every,
-    }
+    cases = {"as planned": _Ways(), "with every lever above": every}
     return [
         _lacks(what, _hours(plan, stages, machine, ways), ways, plan, stages, machine) for what, ways in cases.items()
     ]
@@ -161,6 +174,6 @@ def _share(stages: list[ResolvedStage], machine: Machine, times: float, ways: _W
     known, _ = estimate.networks(stages[-1], machine.rows)
     if known["student"].depth:
         return ""
-    precision = "bf16" if ways.rounded else stages[-1].config.products
+    precision = "bf16" if ways.rounded else rate_of(stages[-1].config)
     share = step_time.SHARE[precision]
     return f": at {share * times:.2f} of the datasheet's rate, and {share} is assumed here (no step of this network was measured)"

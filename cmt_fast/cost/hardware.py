@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.config.schema import Stage
 from cmt_fast.engine.sharding import memory_bytes
 
 
@@ -56,6 +57,11 @@ class Card(NamedTuple):
     per_machine: int = 8
     gemm: tuple[tuple[int, float], ...] = ((0, 0.0), (768, 0.70), (1024, 0.78), (1152, 0.82))
     datasheet: str = ""
+
+
+def rate_of(stage: Stage) -> str:
+    """The precision at whose rate a stage's products run: fp16's is bf16's on a GPU."""
+    return "bf16" if stage.half else stage.products
 
 
 BEFORE = "on one card of the kind, before this project"

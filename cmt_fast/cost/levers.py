@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from cmt_fast.config.schema import CmtCm, CmtMf, Ecd, Ect, Run, Stage
-from cmt_fast.cost.hardware import Card
+from cmt_fast.config.schema import CmtCm, CmtMf, Run, Stage
+from cmt_fast.cost.hardware import Card, rate_of
 from cmt_fast.run.resolved import resolve
 
 FASTER = 1.2  # times as fast as its own precision bf16 products must be on a card to be worth a change
@@ -96,7 +96,7 @@ def of_method(run: Run, names: list[str], card: Card, gpus: int) -> Iterator[Cha
     """Changes of what is computed that save time, from the mildest: precision, rounds of the pool, points of a trajectory."""
     for name in names:
         stage = run.stages[name]
-        if stage.products != "bf16" and gains(stage, card) and refusal(stage) is None:
+        if stage.products != "bf16" and gains(stage, card) and isinstance(stage.objective, (CmtCm, CmtMf)):
             why = "its targets are fixed, and products in bf16 are faster on this card"
             yield Change(f"{name}.precision", "bf16", stage.precision, why, True)
     for name in names:
@@ -112,16 +112,6 @@ def of_method(run: Run, names: list[str], card: Card, gpus: int) -> Iterator[Cha
             yield Change(f"{name}.trajectories.per_trajectory", points, t.per_trajectory, why, True)
 
 
-def refusal(stage: Stage) -> str | None:
-    """Why a stage must not compute in bf16, None where it may: distances of neighbouring times below its resolution."""
-    o = stage.objective
-    if isinstance(o, (CmtCm, CmtMf)):
-        return None
-    if isinstance(o, (Ect, Ecd)):
-        return f"its steps come down to 1/{o.q:g} of a time, and bf16 resolves 1/256; published in fp32 or TF32"
-    return "its recipe says otherwise, and no measurement here says that bf16 serves it"
-
-
 def gains(stage: Stage, card: Card) -> bool:
     """Whether bf16 products are worth a change for a stage on a card."""
-    return card.matmul["bf16"] >= FASTER * card.matmul[stage.products]
+    return card.matmul["bf16"] >= FASTER * card.matmul[rate_of(stage)]

@@ -9,10 +9,10 @@ import math
 from typing import NamedTuple
 
 from cmt_fast.config.schema import Model
-from cmt_fast.cost import activations
+from cmt_fast.cost import activations, rounded
 from cmt_fast.cost import flops as flops_
 from cmt_fast.cost.flops import Network
-from cmt_fast.cost.hardware import Card
+from cmt_fast.cost.hardware import Card, rate_of
 from cmt_fast.engine import ShardingPlan
 from cmt_fast.engine.sharding import gb
 from cmt_fast.objectives import OBJECTIVES
@@ -74,11 +74,16 @@ def of_stage(
 ) -> Memory:  # fmt: skip
     """The memory of a stage on one of `processes` cards. Raises ConfigError where rows do not divide over them."""
     run, stage = resolved.run, resolved.config
-    bf16, p = stage.half, known["student"].parameters
+    bf16, p, rate = stage.half, known["student"].parameters, rate_of(stage)
     size = flops_.size(run.model, run.path, shape, classes)
     rows = stage.batch // processes // resolved.grad_accum_steps(processes)
     kept = activations.of_model(run.model, run.path, shape, classes, bf16)
-    ratio, source = saved_ratio(known["student"], card, stage.products)
+    ratio, source = saved_ratio(known["student"], card, rate)
+    wide = (
+        rows * rounded.share(resolved, processes) * resolved.rows[0] / stage.batch
+    )  # in fp32 whatever the precision is
+    twice = activations.of_model(run.model, run.path, shape, classes, False).row - kept.row if wide else 0.0
+    saved = rows * kept.row + wide * max(0.0, twice)
     made = 4 * size.remade + (
         2 * p if bf16 and choice.stage != 3 else 0
     )  # of weights, which the engine's step has already
@@ -89,7 +94,7 @@ def of_stage(
         Part("buckets, casts and what else a step makes of weights", choice.peaks.step - own, RULE, "step"),
         Part("the averaged network", choice.peaks.evaluation - own, RULE, "evaluation"),
         Part("teacher and guide", choice.teacher_bytes, ARITHMETIC),
-        Part(f"activations of {rows} rows", ratio * (rows * kept.row + max(0.0, kept.fixed - made)), source, "step"),
+        Part(f"activations of {rows} rows", ratio * (saved + max(0.0, kept.fixed - made)), source, "step"),
         Part("forwards without gradient", rows * live, COUNTED, "step"),
         Part(f"samples, {run.eval.batch} at once", run.eval.batch * live, COUNTED, "evaluation"),
         *_teacher(resolved, shape, classes, known, choice, card, processes),
@@ -114,7 +119,7 @@ def _teacher(
     named = ["teacher", *["guide"] * bool(guide and guide.trajectories)] if rolls else []
     if OBJECTIVES[stage.objective.kind].teacher:
         named += [of for of in ("teacher", "guide") if of in known and of not in named]
-    low = precision_of_teacher(resolved, card) if rolls else stage.products
+    low = precision_of_teacher(resolved, card) if rolls else rate_of(stage)
     each = {"bf16": 2, "fp8": 1}.get(low, 0) if not choice.teacher_sharded else 0
     parts = [Part(f"teacher's copies in {low}", each * sum(known[of].parameters for of in named), ARITHMETIC)]
     if not pooled or t is None:
@@ -150,7 +155,7 @@ def precision_of_teacher(resolved: ResolvedStage, card: Card) -> str:
     named, gpu = resolved.trajectories.precision, card.watts is not None
     if named == "auto":
         return "bf16" if gpu else "fp32"
-    return resolved.config.products if named == "stage" else named
+    return rate_of(resolved.config) if named == "stage" else named
 
 
 def rollout_bytes(

@@ -40,7 +40,7 @@ def savings(run: Run, rows: Rows, card: Card, processes: int) -> list[dict[str, 
     worst = _precision(paper, mine)
     out.append(total("without all of these (slow CMT aside)", worst, Ideas(False, False, "compile"), mine))
     out.append(total("with trajectories from a cache on disk", run, Ideas(cached=True), mine))
-    if run.mid.products != "bf16":
+    if not run.mid.half:
         half = dataclasses.replace(run, mid=dataclasses.replace(run.mid, precision="bf16"))
         out.append(total("with bf16 in mid-training, where targets are fixed", half, OURS, mine))
     if getattr(run.model, "checkpoint_activations", False):

@@ -77,9 +77,7 @@ class Rounding(NamedTuple):
 
     def wide(self, k: int, rows: int) -> int:
         """Rows of a batch of `rows` that are computed in fp32 in part k."""
-        p = self.beyond(k)
-        most = min(rows, math.ceil(rows * p + SIGMAS * math.sqrt(rows * p * (1 - p))))
-        return min(rows, -(-most * SHARES // rows) * -(-rows // SHARES)) if most else 0
+        return wide_rows(self.beyond(k), rows)
 
     def sorted(self, batch: Batch, random: rng.Random, progress: float) -> tuple[Batch, int]:
         """The rows of a step with those that are to be in fp32 first, and how many these are."""
@@ -92,6 +90,12 @@ class Rounding(NamedTuple):
         score = ratio[(place * BINS).long().clamp_(0, BINS - 1)].nan_to_num(nan=torch.inf)
         order = torch.argsort(score, descending=True, stable=True)
         return Batch(*(x if x is None else x[order.to(x.device)] for x in batch)), wide
+
+
+def wide_rows(beyond: float, rows: int) -> int:
+    """Rows of a batch of `rows` that are computed in fp32 where this share of times is beyond the limit."""
+    most = min(rows, math.ceil(rows * beyond + SIGMAS * math.sqrt(rows * beyond * (1 - beyond))))
+    return min(rows, -(-most * SHARES // rows) * -(-rows // SHARES)) if most else 0
 
 
 def split(narrow: Net, whole: Net, wide: int) -> Net:

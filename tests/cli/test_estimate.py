@@ -143,6 +143,7 @@ def test_a_dry_run_names_work_and_hours(capsys, tmp_path, monkeypatch):
     "arguments, error",
     [(["gmm", "--gpu", "h20"], "--gpu: 'h20' is not valid.*did you mean h200"), (["gmm", "--gpus", "0"], "--gpus: 0"),
      (["gmm", "--results", "nowhere"], "--results: 'nowhere' is not a folder"), (["gm"], "did you mean gmm"),
+     (["gmm", "--price", "nan"], "--price: nan is not valid"), (["gmm", "--price", "-3"], "--price: -3.0 is not valid"),
      (["gmm", "--gpus", "7"], "batch: 512 does not divide over 7")],
 )  # fmt: skip
 def test_wrong_input(arguments, error, capsys, tmp_path, monkeypatch):
@@ -182,6 +183,7 @@ def test_what_is_paid_beside_hours_is_named(figures):
     )
     assert {
         "buckets, casts and what else a step makes of weights",
+        "the averaged network",
         "activations of 16 rows",
         "rollouts, 16 at once",
         "pool of 128 trajectories",

@@ -42,6 +42,17 @@ def test_what_it_prints_is_taken_by_train_and_costs_in_estimate_what_it_said(cap
     assert f"{found['stages']['mid']['images']:,} images" in capsys.readouterr().out
 
 
+def test_a_plan_names_every_stage_that_another_run_must_have(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "digits", *TINY, "--stages", "post", "--hours", "9"]) == 0
+    said = capsys.readouterr().out
+    assert "RUN: the run that has `pre` and `mid`" in said and "--stages post --from RUN" in said
+    of = lambda *names: told(capsys, "plan", "digits", *TINY, "--stages", ",".join(names), "--hours", "9")["commands"]
+    assert of("mid", "post")["of_run"] == ["pre"]
+    whole = of("pre", "mid", "post")
+    assert whole["of_run"] == [] and "--from" not in whole["train"]
+
+
 def test_money_hours_and_gpu_hours_are_one_dial(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     of = lambda *dial: told(capsys, "plan", "gmm", "--gpus", "2", *dial)
@@ -66,6 +77,8 @@ def test_the_tables_name_every_figures_source(capsys, tmp_path, monkeypatch):
         "networks other than a DiT",
     ):
         assert re.search(rf"^  {what} .*; .*(datasheet|whitepaper|assumed|measured|counted)", printed, re.M), what
+    held = re.search(r"^ +(\S+ \S+) (activations of .* rows) ", printed, re.M)
+    assert re.search(rf"  pre: {held[2]} +{held[1]}; ", printed)  # one part of a step, not all of it
     assert "cmt train digits" in printed and "--from RUN" not in printed  # `pre` is planned, and needs no other run
     assert main([*given, "--gpu", "laptop", "--results", str(ROOT / RESULTS)]) == 0
     printed = capsys.readouterr().out
@@ -79,6 +92,14 @@ def test_several_machines_are_started_by_torchrun(capsys, tmp_path, monkeypatch)
     started = lambda n: told(capsys, "plan", "digits", *TINY, "--gpus", str(n), "--hours", "9")["commands"]["train"]
     assert started(4).startswith("torchrun --standalone --nproc-per-node 4 -m cmt_fast train digits")
     assert started(16).startswith("torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d")
+    assert "--rdzv-id RUN_ID" in started(16)
+
+
+def test_rows_that_16_bits_leave_to_fp32_are_among_the_sources(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = told(capsys, "plan", "digits", *TINY, "post.precision=bf16", "post.objective.q=1024", "--hours", "9")
+    (row,) = [row for row in found["sources"] if "rows in fp32" in row["what"]]
+    assert row["what"].startswith("post: ") and row["value"] == "100%" and "rounding.json" in row["source"]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +108,7 @@ def test_several_machines_are_started_by_torchrun(capsys, tmp_path, monkeypatch)
      (["--hours", "0"], "--hours: 0.0 is not valid"), (["--hours", "nan"], "--hours: nan is not valid"),
      (["--dollars", "5"], "--price: is missing; --dollars needs what a GPU-hour costs"),
      (["--hours", "1", "--dollars", "5"], "not allowed with"),
+     (["--dollars", "1", "--price", "1e-320"], "--dollars: 1.0 at a price of .* are inf hours"),
      ([], "one of the arguments --hours --gpu-hours --dollars is required"),
      (["--hours", "1", "--stages", "mdi"], "--stages: 'mdi' is not valid.*did you mean mid"),
      (["--hours", "1", "--gpus", "0"], "--gpus: 0 is not valid"),

@@ -139,9 +139,8 @@ def test_a_budget_below_the_least_says_what_the_least_takes():
     assert planned(whole() * 2 * LEAST).fraction >= LEAST
 
 
-def test_bf16_is_for_fixed_targets_and_published_steps_below_its_resolution_are_refused():
-    run = loading.load("digits", ["post.objective.q=1024"])
-    assert levers.refusal(run.mid) is None and "1/1024" in levers.refusal(run.post)
+def test_a_plan_takes_bf16_where_targets_are_fixed():
+    run = loading.load("digits")
     found = [c.key for c in levers.of_method(run, STAGES, CARDS["h100"], 1)]
     assert "mid.precision" in found and "post.precision" not in found
     same = CARDS["h100"]._replace(matmul=dict.fromkeys(("bf16", "tf32", "fp32"), 1e12))
@@ -162,6 +161,17 @@ def test_the_way_from_the_recipe_to_the_budget_falls_line_by_line_and_ends_with_
     assert (
         f"{4 * (made.full.hours - made.budget):,.4g} GPU-hours" in lacking[0].what and "times as fast" in lacking[0].why
     )
+    of_post = next(line for line in lines if line.what.endswith("the student in bf16 too"))
+    assert (
+        of_post.state == gap.OPEN and "of post's rows to fp32" in of_post.why
+    )  # its anchor's are in bf16 all the same
+    fine = planned(
+        whole(4) * 0.3, 4, "digits", 80e9, "post.objective.q=1024", "post.precision=tf32", "post.anchor.fraction=0.25"
+    )
+    fine_lines = gap.lines(fine, machine(fine.full.run, gpus=4))
+    of_post = next(line for line in fine_lines if line.what.endswith("the student in bf16 too"))
+    assert of_post.state == gap.USELESS and of_post.gpu_hours is None and "100% of post's rows" in of_post.why
+    assert fine_lines[-1].what.startswith("with every lever above")  # of which this one is none
     enough = gap.lines(planned(whole(4) * 2, 4), at)
     assert all(line.what.endswith(": nothing") for line in enough if line.state == gap.LACKING)
 

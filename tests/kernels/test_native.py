@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cmt_kernels import Dual, _native, use
+from cmt_kernels import Dual, _native, unit_weight, use
 from cmt_kernels._op import backend
 from cmt_kernels.cases import cases_of, implementation, map_tensors, outputs, without_tangents
 from torch import Tensor
@@ -324,3 +324,29 @@ def test_random_bits_refuse_what_is_no_row_of_ids() -> None:
     for sample in (torch.ones(3), torch.ones(2, 2, dtype=torch.int64)):
         with pytest.raises(RuntimeError, match="random_bits: sample must be"):
             torch.ops.cmt.random_bits(sample, 3, 1, 2, 3, 4)
+
+
+@built
+@pytest.mark.parametrize("shape", [(6, 5, 3, 3), (6, 5)])
+def test_a_weight_is_kept_as_the_parameter_that_it_is(shape: tuple[int, ...]) -> None:
+    """ZeRO 3 releases a parameter after its forward and gathers it for its backward: no view may hold what it released."""
+    weight, kept = torch.nn.Parameter(torch.randn(shape)), []
+    with (
+        use("unit_weight:native"),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+    ):
+        y = unit_weight(weight, 0.3, True)
+    assert [x is weight for x in kept if x.numel() >= weight.numel()] == [True]
+    with use("unit_weight:reference"):
+        (expected,) = torch.autograd.grad(unit_weight(weight, 0.3, True).square().sum(), weight)
+    with use("unit_weight:native"):
+        y = unit_weight(weight, 0.3, True)
+    whole = weight.data.clone()
+    weight.data = torch.empty(0)
+    weight.data = whole
+    y.square().sum().backward()
+    torch.testing.assert_close(weight.grad, expected)
+    with use("unit_weight:native"):
+        (g,) = torch.autograd.grad(unit_weight(weight).square().sum(), weight, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(g.sum(), weight)
