@@ -46,12 +46,8 @@ class LocalEngine:
         (models/products.py); by default on a GPU, in bf16, not compiled.
         """
         bare = buffers.without_memory(net)
-        self.net, self.stage, self.device, self.grad_accum_steps = (
-            buffers.to(net, device),
-            stage,
-            device,
-            grad_accum_steps,
-        )
+        self.net, self.stage, self.device = buffers.to(net, device), stage, device
+        self.grad_accum_steps = grad_accum_steps
         self.step_count = 0
         narrow_stream(net, stage.precision)
         self.p = torch.zeros(buffers.count(net), device=device) if bare else flat(net)

@@ -150,7 +150,8 @@ def peaks(stage: int | None, size: StageSize, processes: int, sharded: bool = Fa
         3            (5 + T) P/N + b             + max(P/N, 3 l + 2 b)                 + P
 
     The start of stages 1 and 2 is at least 2 P, while DeepSpeed joins the weights; a save holds one whole tensor. Weights
-    that a forward makes anew count in the step, and so does autocast's copy. bench/training/ranks.py measures all of it.
+    that a forward makes anew and keeps count where they and a gradient are more, and so does autocast's copy.
+    bench/training/ranks.py measures all of it.
     sharded: whether the frozen teachers are sharded over processes.
     """
     p, n, tracks, largest = size.parameters, processes, size.tracks, size.largest
@@ -168,7 +169,7 @@ def peaks(stage: int | None, size: StageSize, processes: int, sharded: bool = Fa
     held = size.teacher_parameters / (n if sharded else 1)
     cast = p / 2 if size.bf16 and stage != 3 else 0
     whole = lambda numbers: int(4 * (numbers + held))
-    step += cast + size.remade
+    step = max(step, size.remade + largest if size.remade else 0) + cast  # a backward ends before the optimizer begins
     start = max(whole(rest), 8 * p if stage in (1, 2) else 0)  # weights are joined before a teacher is read
     return Peaks(start, whole(rest + step), whole(rest + largest), whole(rest + averaged), int(4 * rest))
 

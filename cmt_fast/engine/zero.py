@@ -53,12 +53,8 @@ class ZeroEngine:
         assert choice.stage is not None
         self.level, self.choice = choice.stage, choice
         bare, self.buckets = buffers.without_memory(net), choice.buckets or buckets(buffers.count(net), largest(net))
-        self.net, self.stage, self.device, self.grad_accum_steps = (
-            buffers.to(net, device),
-            stage,
-            device,
-            grad_accum_steps,
-        )
+        self.net, self.stage, self.device = buffers.to(net, device), stage, device
+        self.grad_accum_steps = grad_accum_steps
         self.step_count = 0
         self.shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
         self.keys = ["m", "v", *(f"ema-{i}" for i in range(len(stage.ema)))]
