@@ -26,6 +26,7 @@ from bench.harness.pages import (
     recipe_tables,
     restarts,
     seed_tables,
+    sizing,
 )
 
 PAGES = (
@@ -347,6 +348,7 @@ TABLES = {
     "rounding": lambda _: at_size.rounding(RESULTS),
     "tune": tune,
     "seeds": lambda recipe: seed_tables.full(RESULTS, recipe),
+    "sizing": lambda _: sizing.table(RESULTS),
     "restart": lambda _: restarts.table(RESULTS, footer),
     "search": search,
     "dual": dual,

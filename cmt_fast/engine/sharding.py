@@ -169,7 +169,8 @@ def peaks(stage: int | None, size: StageSize, processes: int, sharded: bool = Fa
     held = size.teacher_parameters / (n if sharded else 1)
     cast = p / 2 if size.bf16 and stage != 3 else 0
     whole = lambda numbers: int(4 * (numbers + held))
-    step = max(step, size.remade + largest if size.remade else 0) + cast  # a backward ends before the optimizer begins
+    gathered = 3 * largest + 2 * bucket if stage == 3 else largest
+    step = max(step, size.remade + gathered if size.remade else 0) + cast  # a backward ends before the optimizer begins
     start = max(whole(rest), 8 * p if stage in (1, 2) else 0)  # weights are joined before a teacher is read
     return Peaks(start, whole(rest + step), whole(rest + largest), whole(rest + averaged), int(4 * rest))
 
