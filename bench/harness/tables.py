@@ -61,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def filled(text: str) -> str:
-    """A page with every table made anew."""
+    """A page with every table made anew. Raises ValueError for a mark without an end: what follows would be taken for its table."""
+    marks = re.findall(r"<!-- (table|end)\b", text)
+    if marks != ["table", "end"] * (len(marks) // 2):
+        raise ValueError("each <!-- table: NAME --> needs an <!-- end --> before the next one")
     for name in re.findall(r"<!-- table: ([\w-]+) -->", text):
         kind, _, recipe = name.partition("-")
         on_card = kind in gpu_tables.CARDS

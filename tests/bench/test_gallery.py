@@ -85,6 +85,8 @@ def test_seeds_side_by_side_share_the_threads_and_all_are_tried(codes, status, s
 def test_the_gallery_says_of_a_run_what_its_own_records_say(short, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.filled("<!-- table: gallery-digits -->\n<!-- end -->").splitlines()[1].startswith("Not measured yet")
+    with pytest.raises(ValueError, match="needs an <!-- end -->"):
+        tables.filled("<!-- table: modes -->\nand a section\n<!-- table: tune -->\n<!-- end -->")
     (tmp_path / "gallery.md").write_text("# Gallery\n<!-- table: gallery-short -->\n<!-- end -->\n")
     args = types.SimpleNamespace(recipe=[str(short / "short.yaml")], runs=short, docs=tmp_path)
     before = {p: p.stat().st_mtime_ns for p in short.glob("short-3/*/metrics.jsonl")}
