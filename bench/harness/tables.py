@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def filled(text: str) -> str:
-    """A page with every table made anew. Raises ValueError for a mark without an end: what follows would be taken for its table."""
+    """A page with every table made anew. Raises ValueError for a mark without an end: it would take what follows."""
     marks = re.findall(r"<!-- (table|end)\b", text)
     if marks != ["table", "end"] * (len(marks) // 2):
         raise ValueError("each <!-- table: NAME --> needs an <!-- end --> before the next one")
