@@ -33,9 +33,10 @@ def test_the_shares_are_those_that_were_measured():
     found: dict[str, dict[float, float]] = {"bf16": {}, "fp16": {}}
     for row in rows:
         if row["part"] == "gradients":
-            found[row["precision"]][row["q"]] = 1.0 if "refused" in row else row["beyond"]
-            if "wide" in row:  # of the 128 rows of `gmm`'s batch
-                batch = loading.load("gmm").post.batch
+            if row["recipe"] == "gmm":
+                found[row["precision"]][row["q"]] = 1.0 if "refused" in row else row["beyond"]
+            if "wide" in row:
+                batch = loading.load(row["recipe"]).post.batch
                 assert wide_rows(row["beyond"], batch) / batch == row["wide"]
     assert {p: dict(known) for p, known in rounded.BEYOND.items()} == found
     assert rounded.beyond("bf16", 1) == 0 and rounded.beyond("bf16", 1e6) == 1
