@@ -9,6 +9,7 @@ model card, and a pipeline that draws in a process in which nothing of ours can 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ("diffusers",)  # of the extra `latents`: the made-up autoencoder, and the pipeline
 PAGE = ROOT / "docker" / "README.md"
 SMALL = "The same on a CPU"  # its block has what stands in for what is downloaded
 SCALE = "At 1/1000"
@@ -99,6 +101,11 @@ class Rehearsal:
 
     def run(self) -> None:
         """All of the page, then what it promised."""
+        lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+        if lacking:
+            sys.exit(
+                f"{', '.join(lacking)}: not installed; pip install -e '.[demo,latents]' brings what the page needs"
+            )
         began, section = time.monotonic(), None
         for command in commands(PAGE.read_text("utf-8")):
             if command.section != section:
