@@ -17,6 +17,10 @@ BENCHES = {
     ),
     "coverage": ("harness.coverage", "lines of every room of cmt_fast that the tests ran"),
     "dual": ("training.dual", "what a tangent costs, beside the plain forward and torch.func.jvp"),
+    "fuzz": (
+        "safety.fuzz",
+        "readers of foreign files fuzzed: declared errors only, and nothing executed, written, connected to",
+    ),
     "gallery": (
         "experiments.gallery",
         "docs/gallery.md: runs of the small recipes, their minutes, figures and pictures",

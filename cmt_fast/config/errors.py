@@ -6,6 +6,17 @@ import difflib
 from collections.abc import Iterable
 
 
+def one_line(text: str, most: int = 0) -> str:
+    """Foreign text for a line that a terminal, a log or a page shows: white space is a blank, and what is not printable (control
+    characters, escapes to a terminal, marks that turn the direction of text, bytes that are no Unicode) is written out.
+
+    most: characters after which it is cut, 0 for all.
+    """
+    text = " ".join(text.split())
+    text = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text[:most] + "..." if 0 < most < len(text) else text
+
+
 class ConfigError(ValueError):
     """What a user typed is wrong: one line that names the key, what it was and what is valid.
 
@@ -15,7 +26,7 @@ class ConfigError(ValueError):
 
     def __init__(self, text: str, key: str | None = None) -> None:
         """text: the reason where `key` is given, else `KEY: reason`."""
-        text = " ".join(text.split())
+        text = one_line(text)
         if key is None:
             head, colon, rest = text.partition(": ")
             key, text = (head, rest) if colon and " " not in head else ("", text)

@@ -98,7 +98,10 @@ def _plain(hint: Any) -> Any:
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     loc, kind, given = first["loc"], first["type"], first.get("input")
-    words = [e["loc"][-1] for e in error.errors() if str(e["loc"][-1]).startswith("literal[")]  # a number or a word
+    if not loc:  # pydantic names no place where a key itself is no Unicode
+        return f"recipe: {ascii(given)} is not valid; {first['msg'][0].lower()}{first['msg'][1:]}"
+    ends = [e["loc"][-1] for e in error.errors() if e["loc"]]
+    words = [end for end in ends if str(end).startswith("literal[")]  # a number or a word
     if words:
         loc = loc[:-1]
     key = _key(loc)

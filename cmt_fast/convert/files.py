@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.data.arrays import is_zip
 from cmt_fast.safe_pickle import sandbox
 from cmt_fast.safe_pickle.opcodes import OPCODES, Refused, scan, shown
 
@@ -181,7 +182,7 @@ class _Inert:
 
 
 def _torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    zipped = zipfile.is_zipfile(path)
+    zipped = is_zip(path)
     if zipped:
         _archive(path)
     elif (protocol := _protocol(path)) > 3:

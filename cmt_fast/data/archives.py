@@ -14,13 +14,13 @@ import stat
 import struct
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 
-from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.errors import ConfigError, one_line
+from cmt_fast.data.arrays import is_zip
 
 MEMBER_BYTES = 64 << 20  # of one array or image
 JSON_BYTES = 256  # of a .json file for each file in the archive, beside a first MiB; EDM2's has 45
@@ -43,7 +43,7 @@ class Archive:
             self._folder()
         elif not path.is_file():
             raise DatasetError(f"{path}: is no file and no folder")
-        elif zipfile.is_zipfile(path):
+        elif is_zip(path):
             self._open_zip()
         else:
             self._open_tar()
@@ -61,20 +61,20 @@ class Archive:
     def _open_zip(self) -> None:
         try:
             self._zip = zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-            raise DatasetError(f"{self.path}: is no sound zip archive ({error})") from None
+        except Exception as error:  # zipfile raises nearly every kind for a damaged file
+            raise DatasetError(f"{self.path}: is no sound zip archive ({one_line(str(error), 160)})") from None
         size = self.path.stat().st_size
         places: list[tuple[int, int, str]] = []
         for m in self._zip.infolist():
             kind = stat.S_IFMT(m.external_attr >> 16)
-            self._name(m.orig_filename if "\0" in m.orig_filename else m.filename, m.is_dir())
+            self._name(m.orig_filename if "\0" in m.orig_filename else m.filename, m.filename.endswith("/"))
             if kind and not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
                 raise DatasetError(f"{self.path}: {m.filename!r} is a link or a device")
             if m.flag_bits & 0x1:
                 raise DatasetError(f"{self.path}: {m.filename!r} is encrypted")
             if m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise DatasetError(f"{self.path}: {m.filename!r} is neither stored nor deflated")
-            if m.is_dir():
+            if m.filename.endswith("/"):
                 continue
             if m.compress_type == zipfile.ZIP_STORED and m.compress_size != m.file_size:
                 raise DatasetError(
@@ -101,10 +101,11 @@ class Archive:
                 if m.offset_data + m.size > self.path.stat().st_size:
                     raise DatasetError(f"{self.path}: {m.name!r} is longer than the archive")
                 self._add(m.name, m.size)
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-            if isinstance(error, DatasetError):
-                raise
-            raise DatasetError(f"{self.path}: is no zip and no uncompressed tar archive ({error})") from None
+        except DatasetError:
+            raise
+        except Exception as error:  # as above
+            why = one_line(str(error), 160)
+            raise DatasetError(f"{self.path}: is no zip and no uncompressed tar archive ({why})") from None
 
     def _name(self, name: str, folder: bool) -> None:
         parts = name.removesuffix("/").split("/") if folder else name.split("/")
@@ -132,10 +133,8 @@ class Archive:
         try:
             with self._stream(name) as stream:
                 out = stream.read(declared + 1)
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
-            raise DatasetError(f"{self.path}: {name!r} cannot be read ({error})") from None
-        except NotImplementedError as error:
-            raise DatasetError(f"{self.path}: {name!r} cannot be read ({error})") from None
+        except Exception as error:  # as above
+            raise DatasetError(f"{self.path}: {name!r} cannot be read ({one_line(str(error), 160)})") from None
         if len(out) != declared:
             raise DatasetError(f"{self.path}: {name!r} has not the {declared:,} bytes that it declares")
         return out

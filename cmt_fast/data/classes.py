@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.data import arrays
 from cmt_fast.data.archives import DatasetError, array
 from cmt_fast.data.rows import Rows
 from cmt_fast.diffusion.labels import Law, Some
@@ -260,9 +261,9 @@ def _file(path: Path, classes: int) -> Tensor:
         if path.suffix == ".npy":
             name, found = "labels", array(path.read_bytes(), str(path))
         else:
-            with np.load(path, allow_pickle=False) as file:
-                name = next((k for k in ("counts", "labels") if k in file), "")
-                found = file[name] if name else None
+            held = arrays.read(path, dict.fromkeys(("counts", "labels"), FILE_BYTES))
+            name = next(iter(held), "")
+            found = held.get(name)
     except (OSError, ValueError) as error:
         raise say(f"cannot be read ({error})") from None
     if found is None:

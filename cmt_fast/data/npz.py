@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Npz
-from cmt_fast.data import classes, values
+from cmt_fast.data import arrays, classes, values
 from cmt_fast.data.classes import MOST, Classes
 from cmt_fast.data.rows import Dataset
 from cmt_fast.storage import files
 
 
 def load(config: Npz, table: int | None = None) -> Dataset:
-    """x: (N, C, H, W) float32; uint8 is scaled to [-1, 1]. Raises ValueError naming the key and what is wrong.
+    """x: (N, C, H, W) float32; uint8 is scaled to [-1, 1]. Raises ConfigError naming the key and what is wrong.
 
     Numbers that cannot be meant as they are, by the rules of data/values.py, are refused unless data.unchecked. table: as of
     datasets.load. Labels that reach to its last class stay as they are, as a run begun with them has them.
     """
     try:
-        with np.load(config.path, allow_pickle=False) as file:
-            images, labels = file["images"], file["labels"] if "labels" in file else None
+        found = arrays.read(Path(config.path), ("images", "labels"))
+        images, labels = found["images"], found.get("labels")
     except FileNotFoundError:
-        raise ValueError(f"data.path: {config.path!r} does not exist") from None
+        raise ConfigError(f"data.path: {config.path!r} does not exist") from None
     except KeyError:
-        raise ValueError(f"data.path: {config.path!r} has no array called 'images'") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"data.path: {config.path!r} is no .npz file without pickles ({error})") from None
+        raise ConfigError(f"data.path: {config.path!r} has no array called 'images'") from None
+    except (OSError, arrays.NoArrays) as error:
+        raise ConfigError(f"data.path: {config.path!r} is no .npz file without pickles ({error})") from None
     images = _shaped(images, config)
     if images.dtype not in (np.uint8, np.float32):
-        raise ValueError(
+        raise ConfigError(
             f"data.path: images of {config.path!r} are {images.dtype}, not uint8 or float32 (images.astype(np.float32))"
         )
     if not np.isfinite(images).all():
-        raise ValueError(f"data.path: images of {config.path!r} are not all finite")
+        raise ConfigError(f"data.path: images of {config.path!r} are not all finite")
     x = _scaled(images, config)
     if not config.unchecked:
         _check(images, x, config)
@@ -46,7 +46,7 @@ def load(config: Npz, table: int | None = None) -> Dataset:
     if labels is not None:
         wrong = _wrong(labels, len(images))
         if wrong:
-            raise ValueError(f"data.path: labels of {config.path!r} {wrong}")
+            raise ConfigError(f"data.path: labels of {config.path!r} {wrong}")
         numbers = labels.astype(np.int64).tolist()
         as_they_are = table == max(numbers) + 1 and config.class_ids is None
         kept, ids = (numbers, ()) if as_they_are else classes.dense(numbers)
@@ -73,39 +73,39 @@ def _wrong(labels: np.ndarray, n: int) -> str:
 
 
 def _shaped(images: np.ndarray, config: Npz) -> np.ndarray:
-    """(N, C, H, W) of what the file holds. Raises ValueError naming the key."""
+    """(N, C, H, W) of what the file holds. Raises ConfigError naming the key."""
     shape, what = images.shape, f"images of {config.path!r} have the shape {images.shape}"
     if images.ndim == 3:
-        raise ValueError(f"data.path: {what}, not (N, C, H, W); of grey images it is images[:, None]")
+        raise ConfigError(f"data.path: {what}, not (N, C, H, W); of grey images it is images[:, None]")
     if images.ndim != 4 or not images.size:
-        raise ValueError(f"data.path: {what}, not (N, C, H, W)")
+        raise ConfigError(f"data.path: {what}, not (N, C, H, W)")
     if config.layout == "hwc":
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     if values.last_axis(shape[1:]) and not config.unchecked:
-        raise ValueError(f"data.layout: {what}, that is (N, H, W, C), channels last; data.layout=hwc reads them so")
+        raise ConfigError(f"data.layout: {what}, that is (N, H, W, C), channels last; data.layout=hwc reads them so")
     return images
 
 
 def _scaled(images: np.ndarray, config: Npz) -> Tensor:
-    """float32 with data.range, or 0 and 255 of uint8, brought to -1 and 1. Raises ValueError naming the key."""
+    """float32 with data.range, or 0 and 255 of uint8, brought to -1 and 1. Raises ConfigError naming the key."""
     x = torch.from_numpy(images).float()
     low, high = config.range or (0.0, 255.0)
     if not low < high:
-        raise ValueError(f"data.range: {low:g} is not below {high:g}")
+        raise ConfigError(f"data.range: {low:g} is not below {high:g}")
     if config.range:
         return (x - low) * (2 / (high - low)) - 1
     return x / 127.5 - 1 if images.dtype == np.uint8 else x
 
 
 def _check(images: np.ndarray, x: Tensor, config: Npz) -> None:
-    """Raises ValueError naming the key that would mend numbers which cannot be meant as they are."""
+    """Raises ConfigError naming the key that would mend numbers which cannot be meant as they are."""
     parts = lambda rows: (rows[i : i + 1024] for i in range(0, len(rows), 1024))
     stored, scaled = values.spread(parts(images)), values.spread(parts(x.numpy()))
     what = f"images of {config.path!r} have {stored.text()}"
     kept = "data.unchecked=true takes them as they are"
     if wrong := values.flat(scaled):
         tip = "data.range=[0, 1] if that is black and white; " if (stored.low, stored.high) == (0, 1) else ""
-        raise ValueError(f"data.{'range' if tip else 'unchecked'}: {what}: {wrong}; {tip}{kept}")
+        raise ConfigError(f"data.{'range' if tip else 'unchecked'}: {what}: {wrong}; {tip}{kept}")
     wrong, (low, high) = (found := values.seen(scaled))[0], found[1] or (0.0, 0.0)
     if wrong:
         tip = f"data.range=[{low:.5g}, {high:.5g}] brings these two to -1 and 1"
@@ -114,4 +114,4 @@ def _check(images: np.ndarray, x: Tensor, config: Npz) -> None:
                 f"{what}, and {scaled.text()} after data.range={list(config.range)}",
                 "give the range that they have",
             )
-        raise ValueError(f"data.range: {what}: {wrong}; {tip}; {kept}")
+        raise ConfigError(f"data.range: {what}: {wrong}; {tip}; {kept}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.data import arrays
 from cmt_fast.evaluation.distances import Moments
 from cmt_fast.storage.files import save_tensors
 
@@ -65,18 +65,18 @@ def read(path: Path, metric: str, rows: bool = False) -> Reference:
 
 def write(path: Path, reference: Reference) -> None:
     """Our file: .npz or .safetensors. Raises ConfigError for another ending."""
-    arrays = {"mu": reference.moments.mean.cpu(), "sigma": reference.moments.covariance.cpu()}
+    held = {"mu": reference.moments.mean.cpu(), "sigma": reference.moments.covariance.cpu()}
     if reference.features is not None:
-        arrays["features"] = reference.features.float().cpu()
+        held["features"] = reference.features.float().cpu()
     temporary = path.with_name(f".tmp-{path.name}")
     if path.suffix == ".npz":
         about = {"num_images": np.int64(reference.n), "extractor": np.array(reference.extractor)}
         about["labels"] = np.array(reference.labels)
         with open(temporary, "wb") as file:
-            np.savez(file, **{k: v.numpy() for k, v in arrays.items()}, **about)
+            np.savez(file, **{k: v.numpy() for k, v in held.items()}, **about)
     elif path.suffix == ".safetensors":
         about = {"num_images": str(reference.n), "extractor": reference.extractor, "labels": reference.labels}
-        save_tensors(temporary, arrays, about)
+        save_tensors(temporary, held, about)
     else:
         raise ConfigError(f"--make-reference: {str(path)!r} is none of .npz, .safetensors")
     temporary.replace(path)
@@ -86,11 +86,9 @@ def _npz(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], dict[str,
     wanted = {"mu": WIDEST * 8, "sigma": WIDEST**2 * 8, "num_images": 64, "extractor": 4096, "labels": 4096}
     wanted |= {"features": LARGEST, "arr_0": LARGEST} if rows else {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            found = {name: _member(archive, name, cap) for name, cap in wanted.items()}
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        found = arrays.read(path, wanted)
+    except (OSError, arrays.NoArrays) as error:
         raise ConfigError(f"eval.reference: {str(path)!r} is no sound .npz file ({error})") from None
-    found = {k: v for k, v in found.items() if v is not None}
     for key in ("mu", "sigma"):
         if key not in found:
             raise ConfigError(f"eval.reference: {str(path)!r} has no array called {key!r}")
@@ -105,24 +103,6 @@ def _npz(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], dict[str,
             f"eval.reference: arr_0 of {str(path)!r} is {images.dtype} {images.shape}, not bytes (M, H, W, 3)"
         )
     return {**found, "images": images}, facts
-
-
-def _member(archive: zipfile.ZipFile, name: str, cap: int) -> np.ndarray | None:
-    """An array of the archive, None if it is not there; its header must promise exactly the bytes that are there."""
-    known = [info for info in archive.infolist() if info.filename == f"{name}.npy"]
-    if not known:
-        return None
-    if len(known) > 1 or known[0].file_size > cap + 4096:
-        raise ValueError(f"{name} is there twice or has {known[0].file_size} bytes, at most {cap} are read")
-    with archive.open(known[0]) as file:
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = header(file)
-        promised = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject or promised + file.tell() != known[0].file_size:
-            raise ValueError(f"{name} promises {promised} bytes of {dtype}, and others are there")
-    with archive.open(known[0]) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _safetensors(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -23,7 +23,12 @@ TEXT = {"BINUNICODE", "BINUNICODE8", "BINSTRING", "GLOBAL", "LONG4"}
 
 
 class Refused(ValueError):
-    """The file holds what a checkpoint of this kind does not: one line that says what."""
+    """The file holds what a checkpoint of this kind does not: one line that says what, with nothing that is not printable."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(
+            text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        )
 
 
 def shown(value: Any, most: int = 80) -> str:

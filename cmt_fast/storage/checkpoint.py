@@ -158,7 +158,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: was changed after it was written")
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: has format {manifest['format']}, this version reads {FORMAT}")
-        manifest["files"].items()
+        if not all(type(w["bytes"]) is int and isinstance(w["xxh3_128"], str) for w in manifest["files"].values()):
+            raise CheckpointError(f"{path}: does not say the bytes and the checksum of each of its files")
         return manifest
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: is no checkpoint, it has no manifest.json") from None
