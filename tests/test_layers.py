@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "cmt_kernels": set(),
     "cmt_fast": set(),  # the version
     "config": set(),
-    "storage": set(),
+    "storage": {"config"},
     "runtime": {"cmt_fast", "config", "storage"},
     "render": {"runtime"},
     "safe_pickle": set(),

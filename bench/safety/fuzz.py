@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             "fuzz: atheris is not installed; pip install atheris==3.0.0 (Linux, Python 3.11 to 3.13)", file=sys.stderr
         )
         return 2
-    before = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {"rows": [], "faults": []}
+    before = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {"rows": [], "cases": []}
     seed = arguments.seed or 1 + sum(row["calls"] for row in before["rows"])
     seconds = max(1, round(arguments.minutes * 60 / len(arguments.targets)))
     with tempfile.TemporaryDirectory(prefix="cmt-fuzz-") as folder, ThreadPoolExecutor(arguments.processes) as pool:
@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     rows = {row["target"]: row for row in before["rows"]}
     for name, state in found.items():
         rows[name] = added(rows.get(name, {}), name, state, header)
-    write(arguments.out, header, list(rows.values()), before["faults"] + faults)
+    cases = before["cases"] + [{**fault, "commit": header["commit"]} for fault in faults]
+    write(arguments.out, header, list(rows.values()), cases)
     for fault in faults:
         print(f"FAULT {fault['target']}: {fault['what']}: {fault['said']} (case {fault['case']})")
     return 1 if faults else 0
@@ -83,10 +84,10 @@ def _one(name: str, seconds: int, folder: Path, seed: int) -> dict[str, Any]:
             child.kill()
             code = child.wait()
     state = json.loads((folder / "state.json").read_text("utf-8")) if (folder / "state.json").is_file() else {}
-    state = {"executions": 0, "read": 0, "refused": 0, "seconds": 0.0, "faults": {}, **state}
+    state = {"executions": 0, "read": 0, "refused": 0, "seconds": 0.0, "cpu_seconds": 0.0, "faults": {}, **state}
     if code or not state["executions"]:
         tail = (folder / "log").read_text("utf-8", "replace").splitlines()[-3:]
-        left = next(iter(sorted(ROOT.glob("crash-*")) + sorted(ROOT.glob("timeout-*"))), None)
+        left = next(iter(sorted(folder.glob("crash-*")) + sorted(folder.glob("timeout-*"))), None)
         state["faults"][f"the process ended with {code}"] = {
             "case": left.name if left else "",
             "said": " ".join(tail)[:300],
@@ -112,7 +113,7 @@ def _faults(name: str, state: dict[str, Any], folder: Path, out: Path) -> list[d
 
 def added(row: dict[str, Any], name: str, state: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
     """A target's row with what one more call did."""
-    numbers = {key: row.get(key, 0) + state[key] for key in ("executions", "read", "refused")}
+    numbers = {key: row.get(key, 0) + state[key] for key in ("executions", "read", "refused", "cpu_seconds")}
     numbers["seconds"] = round(row.get("seconds", 0.0) + state["seconds"], 1)
     commits = {**row.get("commits", {})}
     commits[str(header["commit"])] = commits.get(str(header["commit"]), 0) + state["executions"]
@@ -120,25 +121,23 @@ def added(row: dict[str, Any], name: str, state: dict[str, Any], header: dict[st
     return {"target": name, **numbers, "faults": faults, "calls": row.get("calls", 0) + 1, "commits": commits}
 
 
-def write(path: Path, header: dict[str, Any], rows: list[dict[str, Any]], faults: list[dict[str, str]]) -> None:
-    """The result file with its totals, which docs/safety/hostile.yaml fills its sentences from."""
-    total = {key: sum(row[key] for row in rows) for key in ("executions", "read", "refused", "seconds")}
-    newest = sum(row["commits"].get(str(header["commit"]), 0) for row in rows)
+def write(path: Path, header: dict[str, Any], rows: list[dict[str, Any]], cases: list[dict[str, str]]) -> None:
+    """The result file with its totals as text, which docs/safety/hostile.yaml fills its sentences from.
+
+    cases: every fault that was ever found, with the commit in which it was.
+    """
+    total = {key: sum(row[key] for row in rows) for key in ("executions", "read", "refused", "seconds", "cpu_seconds")}
+    now = str(header["commit"])
     words = {
-        "executions": f"{total['executions']:,}", "minutes": f"{total['seconds'] / 60:.0f}", "targets": str(len(rows)),
-        "executions_of_this_commit": f"{newest:,}", "faults": str(len(faults)),
-    }  # fmt: skip
-    write_json(
-        path,
-        {
-            **header,
-            **words,
-            "total": total,
-            "rows": sorted(rows, key=lambda r: r["target"]),
-            "all_faults": faults,
-            "faults": faults,
-        },
-    )
+        "executions": f"{total['executions']:,}",
+        "minutes": f"{total['seconds'] / 60:.0f}",
+        "targets": str(len(rows)),
+        "faults": str(len(cases)),
+        "executions_of_this_commit": f"{sum(row['commits'].get(now, 0) for row in rows):,}",
+        "faults_of_this_commit": str(sum(case["commit"] == now for case in cases)),
+    }
+    rows = sorted(rows, key=lambda row: row["target"])
+    write_json(path, {**header, **words, "total": total, "rows": rows, "cases": cases})
     print(
-        f"{words['executions']} executions in {words['minutes']} minutes over {words['targets']} targets, {len(faults)} faults"
+        f"{words['executions']} executions in {words['minutes']} minutes over {words['targets']} targets, {words['faults']} faults"
     )

@@ -20,7 +20,48 @@ from typing import Any
 
 INSTRUMENTED = ["cmt_fast", "zipfile", "tarfile", "pickletools", "yaml", "numpy.lib"]
 ROOM = 2 << 30  # bytes of address space beside what the imports took: what asks for more gets a MemoryError
-SLOWEST_S = 20.0
+SLOWEST_S = 20.0  # of processor time
+EVERY_S = 5.0
+
+
+class Record:
+    """What was done so far, and the cases that found a fault."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.begun, self.written = folder, time.monotonic(), 0.0
+        self.state: dict[str, Any] = {
+            "executions": 0,
+            "read": 0,
+            "refused": 0,
+            "seconds": 0.0,
+            "cpu_seconds": 0.0,
+            "faults": {},
+        }
+        (folder / "faults").mkdir(parents=True, exist_ok=True)
+
+    def fault(self, kind: str, error: BaseException | None, data: bytes) -> None:
+        """Keep the first case of each kind and place."""
+        trace = traceback.extract_tb(error.__traceback__)[-3:] if error else []
+        what = f"{kind} at {' < '.join(f'{Path(f.filename).name}:{f.lineno}' for f in reversed(trace))}"
+        if what not in self.state["faults"]:
+            name = hashlib.sha256(what.encode()).hexdigest()[:12]
+            (self.folder / "faults" / name).write_bytes(data)
+            self.state["faults"][what] = {"case": name, "said": f"{error}"[:300]}
+
+    def done(self, outcome: str) -> None:
+        """One more execution; now and then all of it goes to the disk."""
+        self.state["executions"] += 1
+        if outcome:
+            self.state[outcome] += 1
+        if time.monotonic() - self.written > EVERY_S:
+            self.write()
+
+    def write(self) -> None:
+        """state.json, whole or not at all."""
+        self.written = time.monotonic()
+        self.state |= {"seconds": self.written - self.begun, "cpu_seconds": time.process_time()}
+        (self.folder / ".state").write_text(json.dumps(self.state), "utf-8")
+        (self.folder / ".state").replace(self.folder / "state.json")
 
 
 def main() -> None:
@@ -31,63 +72,38 @@ def main() -> None:
         from bench.safety import guard, seeds, targets
         from cmt_fast.safe_pickle import sandbox
     sandbox.read = targets.in_process
-    scratch, corpus = folder / "scratch", folder / "corpus"
-    for made in (scratch, corpus, folder / "faults"):
+    scratch, corpus, record = folder / "scratch", folder / "corpus", Record(folder)
+    for made in (scratch, corpus):
         made.mkdir(parents=True, exist_ok=True)
     tempfile.tempdir = str(scratch)
-    state: dict[str, Any] = {"executions": 0, "read": 0, "refused": 0, "faults": {}, "seconds": 0.0}
-    begun = written = time.monotonic()
-
-    def fault(kind: str, error: BaseException | None, data: bytes) -> None:
-        last = (
-            [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)][-3:]
-            if error
-            else []
-        )
-        what = f"{kind} at {' < '.join(reversed(last))}"
-        if what not in state["faults"]:
-            name = hashlib.sha256(what.encode()).hexdigest()[:12]
-            (folder / "faults" / name).write_bytes(data)
-            state["faults"][what] = {"case": name, "said": f"{error}"[:300]}
 
     def one(data: bytes) -> None:
-        nonlocal written
-        start = time.monotonic()
+        start, outcome = time.process_time(), ""
         try:
-            state["refused" if targets.check(target, scratch, data) else "read"] += 1
+            outcome = "refused" if targets.check(target, scratch, data) else "read"
         except (Exception, guard.Forbidden) as error:
-            fault(type(error).__name__, error, data)
-        state["executions"] += 1
-        now = time.monotonic()
-        if now - start > SLOWEST_S:
-            fault(f"{now - start:.0f} s", None, data)
-        if now - written > 5:
-            written, state["seconds"] = now, now - begun
-            (folder / ".state").write_text(json.dumps(state), "utf-8")
-            (folder / ".state").replace(folder / "state.json")
+            record.fault(type(error).__name__, error, data)
+        if time.process_time() - start > SLOWEST_S:
+            record.fault(f"more than {SLOWEST_S:.0f} s", None, data)
+        record.done(outcome)
 
-    begin = [*targets.TARGETS[target].begin(), *seeds.kept(target).values()]
-    for data in begin:  # outside the limit, and with everything imported that is imported late
-        (corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)
+    known = targets.TARGETS[target]
+    for data in [*known.begin(), *seeds.kept(target).values()]:  # with everything imported that is imported late
+        (corpus / hashlib.sha256(data).hexdigest()).write_bytes(data)
         one(data)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + ROOM
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     options = [
         f"-max_total_time={seconds}",
         f"-seed={seed}",
-        "-rss_limit_mb=0",
-        "-timeout=120",
-        "-max_len=8192",
-        "-verbosity=0",
+        f"-max_len={known.longest}",
+        f"-artifact_prefix={folder}/",
     ]
-    written = 0.0
-    atheris.Setup([sys.argv[0], *options, str(corpus)], one)
+    atheris.Setup([sys.argv[0], *options, "-rss_limit_mb=0", "-timeout=120", "-verbosity=0", str(corpus)], one)
     try:
         atheris.Fuzz()
     finally:
-        state["seconds"] = time.monotonic() - begun
-        (folder / "state.json").write_text(json.dumps(state), "utf-8")
+        record.write()
 
 
 if __name__ == "__main__":

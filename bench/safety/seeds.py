@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from safetensors.torch import save
 
 from bench.safety.guard import CANARY
+from bench.safety.packing import packed, tarred, zipped
 from cmt_fast.config import recipes
 from cmt_fast.storage import checkpoint
 from tests.fixtures import archives as hostile_archives
@@ -49,8 +51,6 @@ def store() -> dict[str, bytes]:
 
 
 def _packed(*parts: tuple[str, bytes]) -> bytes:
-    from bench.safety.targets import packed
-
     return packed(list(parts))
 
 
@@ -68,7 +68,7 @@ def words() -> list[bytes]:
 
 
 def manifests() -> list[bytes]:
-    entry = {"bytes": len(SAFETENSORS), "xxh3_128": "0" * 32}
+    entry = {"bytes": len(SAFETENSORS), "xxh3_128": xxhash.xxh3_128_hexdigest(SAFETENSORS)}
     body = {"format": 1, "step": 1, "stage": "mid", "nimg": 8, "done": True, "config": "x", "recipe": "digits"}
     body |= {"files": {"ema-0.safetensors": entry}, "pruned": {"model.safetensors": entry}, "wall": {"train_s": 0.0}}
     odd = [{**body, "files": files} for files in ([], {"a": []}, {"../x": entry}, {"ema-0.safetensors": {}})]
@@ -118,9 +118,7 @@ def archives() -> list[bytes]:
         _packed(("a/0.npy", row), ("b/1.npy", row)),
         _packed(("a/0.png", picture), ("a/1.png", picture)),
     ]
-    from bench.safety.targets import _tar, _zip
-
-    whole = [b"\0" + made(s) for s in sets for made in (_zip, _tar)]
+    whole = [b"\0" + made(s) for s in sets for made in (zipped, tarred)]
     return whole + [how + s for s in sets for how in (b"\1", b"\2", b"\3")]
 
 
@@ -147,9 +145,7 @@ def statistics() -> list[bytes]:
     edm2 = pickle.dumps(
         {"num_images": 5, "fid": {"mu": mu, "sigma": sigma}, "fd_dinov2": {"mu": mu, "sigma": sigma}}, 4
     )
-    from bench.safety.targets import _zip
-
-    return [b"\0" + _zip(sets[0]), *(b"\1" + s for s in sets), b"\2" + plain, b"\3" + edm2]
+    return [b"\0" + zipped(sets[0]), *(b"\1" + s for s in sets), b"\2" + plain, b"\3" + edm2]
 
 
 def npzs() -> list[bytes]:
@@ -158,16 +154,12 @@ def npzs() -> list[bytes]:
         ("images.npy", npy(dice.integers(255, size=(4, 1, 4, 4)).astype("uint8"))), ("labels.npy", npy(np.arange(4)))
     )
     hot = _packed(("images.npy", npy(dice.normal(size=(4, 3, 4, 4)).astype("f4"))), ("labels.npy", npy(np.eye(4))))
-    from bench.safety.targets import _zip
-
-    return [b"\0" + _zip(sound), b"\1" + sound, b"\1" + hot]
+    return [b"\0" + zipped(sound), b"\1" + sound, b"\1" + hot]
 
 
 def labels() -> list[bytes]:
-    from bench.safety.targets import _zip
-
     counts, numbers = _packed(("counts.npy", npy(np.arange(10)))), npy(np.arange(10))
-    return [b"\0" + _zip(counts), b"\1" + counts, b"\1" + _packed(("labels.npy", numbers)), b"\2" + numbers]
+    return [b"\0" + zipped(counts), b"\1" + counts, b"\1" + _packed(("labels.npy", numbers)), b"\2" + numbers]
 
 
 @functools.cache

@@ -11,9 +11,8 @@ from __future__ import annotations
 import io
 import json
 import struct
-import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import torch
 import xxhash
 
 from bench.safety import guard, seeds
+from bench.safety.packing import tarred, zipped
 from cmt_fast.config import loading, scalars
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Npz
@@ -35,7 +35,7 @@ from cmt_fast.safe_pickle import pickles, sandbox
 from cmt_fast.safe_pickle.opcodes import Refused
 from cmt_fast.storage import checkpoint, tensor_file
 
-LONGEST = 600  # characters of an error that a person is to read
+LONGEST = 3_200  # characters of an error that a person is to read
 
 
 class Target(NamedTuple):
@@ -44,6 +44,7 @@ class Target(NamedTuple):
     one: Callable[[Path, bytes], None]
     declared: tuple[type[Exception], ...]
     begin: Callable[[], list[bytes]]
+    longest: int = 8192  # bytes of a case
 
 
 class Undeclared(Exception):
@@ -155,49 +156,10 @@ def _header(folder: Path, data: bytes) -> None:
         found.statistics()
 
 
-NAMES = (
-    "dataset.json", "00000/img00000000.npy", "00000/img00000001.npy", "a/0.npy", "b/1.npy", "x_features/0.npy", "x_labels/0.npy",
-    "a/0.png", "a/1.png", "mu.npy", "sigma.npy", "features.npy", "extractor.npy", "num_images.npy", "labels.npy", "arr_0.npy",
-    "images.npy", "counts.npy",
-)  # fmt: skip
-
-
-def members(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """The members of an archive to be: of each a byte for its name, two for its length, its bytes."""
-    at = 0
-    while at + 3 <= len(data) and at < 1 << 16:
-        size = int.from_bytes(data[at + 1 : at + 3], "little")
-        yield NAMES[data[at] % len(NAMES)], data[at + 3 : at + 3 + size]
-        at += 3 + size
-
-
-def packed(parts: list[tuple[str, bytes]]) -> bytes:
-    """The reverse of `members`."""
-    return b"".join(bytes([NAMES.index(name)]) + struct.pack("<H", len(body)) + body for name, body in parts)
-
-
-def _zip(data: bytes, how: int = zipfile.ZIP_STORED) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", how) as archive:
-        for name, body in dict(members(data)).items():
-            archive.writestr(zipfile.ZipInfo(name), body, how)
-    return out.getvalue()
-
-
-def _tar(data: bytes) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, body in members(data):
-            about = tarfile.TarInfo(name)
-            about.size = len(body)
-            archive.addfile(about, io.BytesIO(body))
-    return out.getvalue()
-
-
 def _archives(folder: Path, data: bytes) -> None:
     """0: the archive as it is; 1: a zip, 2: a deflated one, 3: a tar, of members that the case has."""
     how, body = (data[0] % 4 if data else 0), data[1:]
-    made = (lambda b: b, _zip, lambda b: _zip(b, zipfile.ZIP_DEFLATED), _tar)[how](body)
+    made = (lambda b: b, zipped, lambda b: zipped(b, zipfile.ZIP_DEFLATED), tarred)[how](body)
     path = _written(folder / "case", made)
     for format in ("edm2", "edm", "npy"):
         with guard.watched(folder):
@@ -228,7 +190,7 @@ def _safetensors_folder(folder: Path, data: bytes) -> None:
 def _statistics(folder: Path, data: bytes) -> None:
     """0: .npz as it is; 1: .npz of members; 2: safetensors; 3: EDM2's pickle."""
     how, body = (data[0] % 4 if data else 0), data[1:]
-    body = _zip(body) if how == 1 else body
+    body = zipped(body) if how == 1 else body
     path = _written(folder / ("case" + (".npz", ".npz", ".safetensors", ".pkl")[how]), body)
     with guard.watched(folder):
         references.read(path, "fid", rows=True)
@@ -251,7 +213,7 @@ def _import(folder: Path, data: bytes) -> None:
 
 def _npz(folder: Path, data: bytes) -> None:
     """Even: images and labels in a .npz as it is; odd: of members."""
-    body = _zip(data[1:]) if data[:1] and data[0] % 2 else data[1:]
+    body = zipped(data[1:]) if data[:1] and data[0] % 2 else data[1:]
     path = _written(folder / "case.npz", body)
     with guard.watched(folder):
         npz.load(Npz(str(path)))
@@ -260,7 +222,7 @@ def _npz(folder: Path, data: bytes) -> None:
 def _labels(folder: Path, data: bytes) -> None:
     """A file of labels or counts. 0: .npz as it is; 1: of members; 2: .npy."""
     how, body = (data[0] % 3 if data else 0), data[1:]
-    path = _written(folder / ("case.npy" if how == 2 else "case.npz"), _zip(body) if how == 1 else body)
+    path = _written(folder / ("case.npy" if how == 2 else "case.npz"), zipped(body) if how == 1 else body)
     with guard.watched(folder):
         classes._file(path, 10)
 
@@ -282,7 +244,7 @@ def in_process(path: Path, out: Path, seconds: int | None = None) -> dict[str, A
 
 TARGETS = {
     "archives": Target(_archives, (DatasetError,), seeds.archives),
-    "config": Target(_config, (ConfigError,), seeds.configs),
+    "config": Target(_config, (ConfigError,), seeds.configs, 1024),
     "header": Target(_header, (DatasetError,), seeds.headers),
     "images": Target(_images, (grids.BrokenImage,), seeds.images),
     "import": Target(_import, (ConfigError,), seeds.imports),
@@ -293,6 +255,6 @@ TARGETS = {
     "shards": Target(_safetensors_folder, (DatasetError,), seeds.shards),
     "statistics": Target(_statistics, (ConfigError,), seeds.statistics),
     "tensors": Target(_tensors, (checkpoint.CheckpointError,), seeds.tensors),
-    "words": Target(_words, (ConfigError,), seeds.words),
+    "words": Target(_words, (ConfigError,), seeds.words, 512),
 }
 assert np.lib.format  # its readers are imported before the guard looks

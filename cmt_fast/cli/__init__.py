@@ -14,11 +14,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from cmt_fast import __version__
 from cmt_fast.cli.parser import Parser
-from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.runtime import once
+from cmt_fast.config.errors import ConfigError, nearest, one_line, printable
+from cmt_fast.config.secrets import hidden
+from cmt_fast.runtime import once, streams
 from cmt_fast.runtime.signals import Stopped
 
 STDOUT = 1
@@ -81,6 +83,7 @@ def complete_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n. Of several ranks one tells what failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    streams.ready()
     try:
         with once.voice():
             _call(_own(arguments))
@@ -98,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         code = _told(error)
         if code is None:
+            sys.excepthook = _traceback
             raise
         return code
     finally:
@@ -170,16 +174,22 @@ def _told(error: Exception) -> int | None:
     if not once.tell():
         return 0
     if text is not None:
+        text = printable(hidden(text))
         print(f"cmt: {once.named(text)}", file=sys.stderr, flush=True)
         once.leave(f"cmt: {once.named(text)}")
         return code
-    last = " ".join(f"{type(error).__name__}: {error}".split())
+    last = one_line(hidden(f"{type(error).__name__}: {error}"))
     once.leave(f"cmt: {once.named(last)} (its traceback is above)")
     if once.rank() == 0:
         return None
-    traceback.print_exception(error)
+    _traceback(type(error), error, error.__traceback__)
     print(f"cmt: {once.named(last)}", file=sys.stderr, flush=True)
     return 1
+
+
+def _traceback(kind: Any, error: Any, trace: Any) -> None:
+    """As Python shows it, without keys and passwords."""
+    print(hidden("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
 
 
 def _of_system(error: OSError) -> str:

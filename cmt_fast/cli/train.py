@@ -98,7 +98,7 @@ def train(args: argparse.Namespace) -> None:
     _as_trained(out, run, done)
     if done == names:
         page.write(out, training=True)  # for which no data need be here
-        return print(f"nothing is left to train: {', '.join(names)} of {out} are finished")
+        return progress.say(f"nothing is left to train: {', '.join(names)} of {out} are finished")
     names = [name for name in names if name not in done]  # what a finished stage read need not be here
     lacking = needs.missing(run, out, parents, names)
     if lacking and not args.dry_run:
@@ -126,7 +126,7 @@ def train(args: argparse.Namespace) -> None:
     loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
     page.write(out, training=True)
     if distributed.rank() == 0:
-        print(_done(work, asked, time.monotonic() - begun))
+        progress.say(_done(work, asked, time.monotonic() - begun))
 
 
 def _finished(stage: Path) -> bool:
@@ -193,16 +193,16 @@ def _ops(device: str) -> None:
     for op, name in cmt_kernels.table(device).items():
         by_name.setdefault(name, []).append(op)
     for name, ops in sorted(by_name.items()):
-        print(f"ops: {name:9} {' '.join(ops)}")
+        progress.say(f"ops: {name:9} {' '.join(ops)}")
     for line in filter(None, (cmt_kernels.without_native(device), machine.other_kernels())):
-        print(f"note: {line}")
+        progress.say(f"note: {line}")
 
 
 def _classes(work: workspace.Workspace) -> None:
-    print(classes.line(work.data))
+    progress.say(classes.line(work.data))
     note = classes.gaps(work.data)
     if note and work.run.data.class_ids is None:
-        print(f"note: {note}")
+        progress.say(f"note: {note}")
 
 
 def _done(work: workspace.Workspace, names: list[str], seconds: float) -> str:

@@ -6,15 +6,22 @@ import difflib
 from collections.abc import Iterable
 
 
-def one_line(text: str, most: int = 0) -> str:
-    """Foreign text for a line that a terminal, a log or a page shows: white space is a blank, and what is not printable (control
+def printable(text: str) -> str:
+    """Foreign text as a terminal, a log, a page or a picture may show it, its lines as they are: what is not printable (control
     characters, escapes to a terminal, marks that turn the direction of text, bytes that are no Unicode) is written out.
-
-    most: characters after which it is cut, 0 for all.
     """
-    text = " ".join(text.split())
-    text = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t\xa0" else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str, most: int = 0) -> str:
+    """The same in one line, where white space is a blank. most: characters after which it is cut, 0 for all."""
+    text = printable(" ".join(text.split()))
     return text[:most] + "..." if 0 < most < len(text) else text
+
+
+LONGEST = 3_000  # characters of an error; none is as long that does not repeat what was typed
 
 
 class ConfigError(ValueError):
@@ -26,7 +33,7 @@ class ConfigError(ValueError):
 
     def __init__(self, text: str, key: str | None = None) -> None:
         """text: the reason where `key` is given, else `KEY: reason`."""
-        text = one_line(text)
+        text = one_line(text, LONGEST)
         if key is None:
             head, colon, rest = text.partition(": ")
             key, text = (head, rest) if colon and " " not in head else ("", text)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from cmt_fast.config import scalars, synonyms
+from cmt_fast.config import scalars, secrets, synonyms
 from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.overrides import apply as override
 from cmt_fast.config.recipes import recipe_text
@@ -32,10 +32,13 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     tree = scalars.parse(recipe_text(recipe), recipe)
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe: {recipe!r} holds no mapping at its top level")
-    if {"run", "digest"} <= set(tree):  # a run's run.json: the recipe as it was resolved
+    ours = {"run", "digest"} <= set(tree)  # a run's run.json: the recipe as it was resolved
+    if ours:
         tree = tree["run"]
     tree, notes = renamed(tree)
     notes += override(tree, overrides)
+    if not ours or overrides:
+        secrets.refuse(tree)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return build(tree)

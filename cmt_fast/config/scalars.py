@@ -28,6 +28,10 @@ BASED = re.compile(r"[-+]?0[xob][0-9a-f]+", re.IGNORECASE)
 SEXAGESIMAL = re.compile(r"[-+]?\d+(:[0-5]?\d)+(\.\d*)?", re.ASCII)
 SHORT = re.compile(r"(\d+(?:\.\d+)?)([kM])", re.ASCII)
 INFINITE = re.compile(r"([-+]?)\.?(inf|nan)", re.IGNORECASE)
+MOST_VALUES, DEEPEST = (
+    200_000,
+    60,
+)  # of a recipe, its aliases written out; one with ImageNet's 21,841 class numbers has those
 LARGEST_EXPONENT = 18  # of a whole number; 1e400 would be written out digit by digit
 
 
@@ -64,7 +68,9 @@ Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 def parse(text: str, source: str) -> Any:
     """YAML to mappings, lists and Words. Raises ConfigError naming `source` and the line."""
     try:
-        return yaml.load(text, Loader)
+        tree = yaml.load(text, Loader)
+        _bounded(tree, [MOST_VALUES])
+        return tree
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -73,6 +79,16 @@ def parse(text: str, source: str) -> Any:
         if mark and mark.line < len(lines := text.splitlines()) and "\t" in lines[mark.line][: mark.column + 1]:
             why += "; a tab stands where YAML takes spaces"
         raise ConfigError(f"{source}:{where} is not valid YAML ({why})") from None
+
+
+def _bounded(tree: Any, left: list[int], depth: int = 0) -> None:
+    """Raises ConfigError where aliases (*name) make a tree endless or vast, which no reader after this one expects."""
+    left[0] -= 1
+    if left[0] < 0 or depth > DEEPEST:
+        what = f"more than {MOST_VALUES:,} values" if left[0] < 0 else f"more than {DEEPEST} levels"
+        raise ConfigError(f"it has {what}, or its aliases refer to each other without end", "")
+    for inner in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        _bounded(inner, left, depth + 1)
 
 
 def value(text: str, key: str) -> Any:

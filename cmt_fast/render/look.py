@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from cmt_fast.render import plots
+from cmt_fast.runtime.words import one_line
 
 COLUMNS = 8
 BINS = 120
@@ -38,7 +39,12 @@ def draw(look: Look, path: Path) -> None:
 
 
 def _draw(look: Look, figure: Any) -> None:
-    figure.suptitle("\n".join([look.title, *textwrap.wrap("; ".join(look.lines), 150)]), fontsize=9, x=0.01, ha="left")
+    look = look._replace(
+        title=one_line(look.title), names=[*map(one_line, look.names)], counts=[(one_line(n), k) for n, k in look.counts],
+        lines=[*map(one_line, look.lines)],
+    )  # fmt: skip
+    words = "\n".join([look.title, *textwrap.wrap("; ".join(look.lines), 150)])
+    figure.suptitle(words, fontsize=9, x=0.01, ha="left", parse_math=False)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.5, 1))
     if look.samples.ndim == 2:
         _points(look, top.subplots())
@@ -65,12 +71,17 @@ def _tiles(look: Look, figure: Any) -> None:
 def _points(look: Look, axes: Any) -> None:
     """Points by class, the axes alike."""
     names = list(dict.fromkeys(look.names))
+    drawn = []
     for k, name in enumerate(names):
         chosen = look.samples[[n == name for n in look.names]].cpu()
-        axes.scatter(chosen[:, 0], chosen[:, 1], s=6, color=plots.CYCLE[k % len(plots.CYCLE)], label=name or None)
+        drawn.append(axes.scatter(chosen[:, 0], chosen[:, 1], s=6, color=plots.CYCLE[k % len(plots.CYCLE)]))
     axes.set_aspect("equal")
     if any(names):
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        # given one by one: of itself matplotlib leaves out what begins with _, and sets what stands between $ as mathematics
+        known = [(points, name) for points, name in zip(drawn, names) if name]
+        legend = axes.legend(*zip(*known), loc="center left", bbox_to_anchor=(1, 0.5))
+        for text in legend.get_texts():
+            text.set_parse_math(False)
 
 
 def _values(values: Tensor, axes: Any) -> None:
@@ -90,7 +101,10 @@ def _counts(counts: list[tuple[str, int]], axes: Any) -> None:
     shown = counts if len(counts) <= MOST_CLASSES else sorted(counts, key=lambda pair: -pair[1])[:MOST_CLASSES]
     axes.bar(range(len(shown)), [n for _, n in shown], color=plots.BLUE)
     axes.set_xticks(
-        range(len(shown)), [textwrap.shorten(name, 16, placeholder="...") for name, _ in shown], rotation=90
+        range(len(shown)),
+        [textwrap.shorten(name, 16, placeholder="...") for name, _ in shown],
+        rotation=90,
+        parse_math=False,
     )
     axes.tick_params(axis="x", labelsize=7)
     of = f"the {MOST_CLASSES} largest of {len(counts):,} classes" if len(counts) > MOST_CLASSES else "each class"

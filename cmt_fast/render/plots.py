@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmt_fast.runtime.words import printable
+
 Points = Sequence[tuple[float, float]]
 
 # Okabe & Ito
@@ -54,7 +56,7 @@ def svg(title: str, draw: Callable[[Any], None], width: float = 4.6, height: flo
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         draw(axes)
-        axes.set_title(title, loc="left", parse_math=False)
+        axes.set_title(printable(title), loc="left", parse_math=False)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return _slim(out.getvalue(), title)
@@ -82,7 +84,7 @@ def _slim(text: str, title: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r'<g id="[\w.]+_\d+">', "<g>", text)
     text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)
-    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    label = printable(title).replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     return re.sub(r">\s+<", "><", text).strip() + "\n"
 

@@ -29,7 +29,8 @@ from rich.live import Live
 from rich.text import Text
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.runtime import once, pace, words
+from cmt_fast.runtime import once, pace, streams, words
+from cmt_fast.runtime.words import printable
 from cmt_fast.storage.heartbeat import beat
 
 EVERY_S, VARIABLE = 60.0, "CMT_LOG_SECONDS"
@@ -73,7 +74,7 @@ def first() -> bool:
 
 def say(text: str) -> None:
     """A line for the person at the terminal, above what is drawn there."""
-    print(text, file=sys.stdout, flush=True)
+    streams.put(printable(text), sys.stdout)
 
 
 def told(title: str, *parts: str) -> None:
@@ -307,7 +308,7 @@ class Display:
         else:
             text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
         with self._lock:
-            print(text, file=stream, flush=True)
+            streams.put(printable(text), stream)
 
     def _watch(self) -> None:
         """Tell of phases that last, and beat the heart of a run whose phase is at work."""

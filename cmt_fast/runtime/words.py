@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from cmt_fast.config.errors import one_line, printable
+
 DASH = "–"
 UNITS = {"gpu": "GPU", "core": "core"}  # of a bill
 
@@ -65,3 +67,8 @@ def device_hours(spent: Mapping[str, float]) -> str:
 def speed(per_s: float) -> str:
     """Images or steps a second, as 0.42, 9.3, 976, 12,345."""
     return f"{per_s:.2f}" if per_s < 1 else f"{per_s:.1f}" if per_s < 10 else f"{per_s:,.0f}"
+
+
+__all__ = [
+    "DASH", "UNITS", "about", "device_hours", "duration", "hours", "number", "one_line", "printable", "size", "speed", "steps",
+]  # fmt: skip

@@ -12,7 +12,11 @@ from pathlib import Path
 
 def path(name: str) -> Path:
     """The file of this name, in XDG_CACHE_HOME where that is set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmt_fast" / name
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without HOME whom the system does not know, as in a container
+        cache = Path(os.devnull)  # which holds no file and takes none
+    return cache / "cmt_fast" / name
 
 
 def read(file: Path, machine: str) -> dict[str, dict]:

@@ -19,6 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from cmt_fast.runtime.progress import say
+from cmt_fast.runtime.words import one_line, printable
 
 
 class Table(NamedTuple):
@@ -102,11 +103,25 @@ def pictures(sections: list[Section]) -> dict[str, bytes]:
 
 def _render(template: str, title: str, sections: list[Section], banner: str, refresh_s: int | None = None) -> str:
     environment = jinja2.Environment(
-        autoescape=template.endswith(".html.j2"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=template.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters["md"], environment.filters["code"] = escape_markdown, code
     text = (resources.files(__name__) / template).read_text("utf-8")
     return environment.from_string(text).render(title=title, sections=sections, banner=banner, refresh_s=refresh_s)
+
+
+def _cell(text: str) -> str:
+    """A cell's text as it is, without what is not printable."""
+    return printable(text) if "\n" not in text else one_line(text)
+
+
+def _shown(value: object) -> object:
+    """Whatever a page says, without what is not printable; what is escaped stays so."""
+    return type(value)(printable(value)) if isinstance(value, str) else value
 
 
 def code(text: str) -> Markup:
@@ -120,7 +135,10 @@ def escape_markdown(text: str) -> str:
 
 
 def show(table: Table) -> None:
-    """A table on the terminal: drawn by rich, or as aligned plain text where there is none."""
+    """A table on the terminal: drawn by rich, or as aligned plain text where there is none. What a cell holds is one line."""
+    table = table._replace(
+        title=one_line(table.title), head=[*map(one_line, table.head)], rows=[[*map(_cell, row)] for row in table.rows]
+    )
     console = Console()
     if console.is_terminal:
         drawn = RichTable(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from cmt_fast.config.errors import one_line
+from cmt_fast.config.secrets import hidden
 from cmt_fast.storage import files
 
 EXTRAS = {
@@ -219,7 +221,7 @@ class _Worker:
 
 def _told(name: str, stage: str, error: Exception) -> None:
     """The one line of a logger that failed."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(hidden(str(error))) or type(error).__name__
     where = f" of {stage}" if stage else " from here on"
     line = f"cmt: {name}: {text[:600]}; it gets nothing{where}, metrics.jsonl has every row"
     print(line, file=sys.stderr, flush=True)

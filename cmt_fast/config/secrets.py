@@ -1,0 +1,66 @@
+"""Keys and passwords, known by their looks and from the surroundings: they are taken in no recipe, and hidden in what is printed.
+
+A recipe goes into run.json, the report, figures and loggers, so one that holds a key is refused before anything is written; keys
+come from the environment, where the libraries look for them. Error lines of others, as of a hub that was asked with a token in
+its address, are shown without it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from cmt_fast.config.errors import ConfigError
+
+HIDDEN = "***"
+NAMED = re.compile(r"(?i)(api_?key|access_?key|secret|token|passw(or)?d|credential)")
+SHORTEST = 8  # of a value that is looked for: a shorter one would be found in words
+# what keys look like: Hugging Face, AWS, GitHub, GitLab, OpenAI and Anthropic, Google, Slack
+LOOKS = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"|sk-[\w-]{20,}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,})"
+)
+IN_URL = re.compile(r"(?<=:/)/?(?:[^/\s:@]*:[^/\s@]+|[^/\s:@]{16,})(?=@)")  # a path has one slash of the two
+ASSIGNED = re.compile(
+    r"(?i)((?:api_?key|access_?key(?:_id)?|secret(?:_access_key)?|auth_?token|access_?token|token|password|passwd|signature|x-amz-\w+)"
+    r"[\"']?\s*[=:]\s*[\"']?)([^\s&\"',;}\]]{6,})"
+)
+QUERY = re.compile(r"(?i)[?&][\w-]*(token|key|secret|password|signature|credential)[\w-]*=[^\s&\"']{6,}")
+
+
+def _values() -> list[str]:
+    """What variables of the surroundings hold that are named as keys are, the longest first."""
+    found = {v for name, v in os.environ.items() if NAMED.search(name) and len(v) >= SHORTEST and not os.path.exists(v)}
+    return sorted(found, key=len, reverse=True)
+
+
+def hidden(text: str) -> str:
+    """A text with *** for every key and password in it that is known by its looks, its place or from the surroundings."""
+    for value in _values():
+        text = text.replace(value, HIDDEN)
+    text = IN_URL.sub(HIDDEN, LOOKS.sub(HIDDEN, text))
+    text = QUERY.sub(lambda m: m[0].partition("=")[0] + "=" + HIDDEN, text)
+    return ASSIGNED.sub(lambda m: m[1] + HIDDEN, text)
+
+
+def within(text: str) -> bool:
+    """Whether a value of a recipe holds a key or a password, by what leaves no doubt."""
+    return bool(LOOKS.search(text) or IN_URL.search(text) or QUERY.search(text) or any(v in text for v in _values()))
+
+
+def refuse(tree: Any, key: str = "") -> None:
+    """Raises ConfigError for the first value, or name, of a recipe's tree that holds one; it is not repeated."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            refuse(str(name), key or "recipe")
+            refuse(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            refuse(value, key)
+    elif isinstance(tree, str) and within(tree):
+        raise ConfigError(
+            "holds a key or a password, which would be written into run.json, the report and logs; leave it out and set the "
+            "variable of the library that needs it, as HF_TOKEN or WANDB_API_KEY",
+            key,
+        )
