@@ -138,6 +138,7 @@ def write(path: Path, header: dict[str, Any], rows: list[dict[str, Any]], cases:
     }
     rows = sorted(rows, key=lambda row: row["target"])
     write_json(path, {**header, **words, "total": total, "rows": rows, "cases": cases})
+    took = f"{words['executions']} executions in {words['minutes']} minutes"
     print(
-        f"{words['executions']} executions in {words['minutes']} minutes over {words['targets']} targets, {words['faults']} faults"
+        f"{took} over {words['targets']} targets, {words['faults']} faults, {words['faults_of_this_commit']} of this commit"
     )

@@ -110,7 +110,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def watched(scratch: Path) -> Iterator[None]:
-    """Inside: only files in `scratch` may be written or changed, and nothing may run. Raises Forbidden, at the end at the latest."""
+    """Inside: only files in `scratch` may be written or changed, and nothing may run. Raises Forbidden, at its end at last."""
     if not _Watch.installed:
         sys.addaudithook(_hook)  # for the life of the process; it does nothing outside
         _Watch.installed = True

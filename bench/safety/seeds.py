@@ -178,10 +178,10 @@ def pickled() -> list[bytes]:
 def imports() -> list[bytes]:
     sound = [hostile_archives.saved(hostile_archives.SOUND), SAFETENSORS]
     sound += [hostile_archives.saved(hostile_archives.SOUND["ema"], _use_new_zipfile_serialization=False)]
-    ours = {
-        "cmt-fast": json.dumps({"run": {"path": "ve", "model": {"kind": f"{CANARY}.Net"}}, "lineage": {"stage": "pre"}})
-    }
-    sound += [save({"a": torch.ones(2)}, ours)]
+    digits = loading.dump(loading.load("digits"))
+    for model in ({"kind": f"{CANARY}.Net"}, digits["model"]):
+        about = {"run": {**digits, "model": model}, "lineage": {"stage": "pre", "step": 1}}
+        sound.insert(0, save({"net.a": torch.ones(2)}, {"cmt-fast": json.dumps(about)}))
     hostile = hostile_archives.cases(f"{CANARY}.txt").values()
     return [*sound, *_pickles()[:2], *(b for b in hostile if len(b) < 4096)]
 
