@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 2
     before = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {"rows": [], "cases": []}
+    header = about("cpu")  # the commit that runs, whatever is committed meanwhile
     seed = arguments.seed or 1 + sum(row["calls"] for row in before["rows"])
     seconds = max(1, round(arguments.minutes * 60 / len(arguments.targets)))
     with tempfile.TemporaryDirectory(prefix="cmt-fuzz-") as folder, ThreadPoolExecutor(arguments.processes) as pool:
@@ -59,7 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
         jobs = [pool.submit(_one, name, seconds, base / name, seed + i) for i, name in enumerate(arguments.targets)]
         found = {name: job.result() for name, job in zip(arguments.targets, jobs)}
         faults = [fault for name, state in found.items() for fault in _faults(name, state, base / name, arguments.out)]
-    header = about("cpu")
     rows = {row["target"]: row for row in before["rows"]}
     for name, state in found.items():
         rows[name] = added(rows.get(name, {}), name, state, header)

@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from bench.safety.guard import CANARY
 from bench.safety.packing import packed, tarred, zipped
-from cmt_fast.config import recipes
+from cmt_fast.config import loading, recipes
 from cmt_fast.storage import checkpoint
 from tests.fixtures import archives as hostile_archives
 from tests.fixtures import hostile_pickles, stores, synthetic
