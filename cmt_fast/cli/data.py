@@ -160,7 +160,7 @@ def encode(args: argparse.Namespace) -> None:
     if index:
         _about(args.out, index)
         if found.told():
-            print(f"{args.source}: {found.told()}")
+            progress.say(f"{args.source}: {found.told()}")
 
 
 def _pixels_or_latents(args: argparse.Namespace) -> None:
@@ -190,7 +190,7 @@ def convert(args: argparse.Namespace) -> None:
         )
     _about(args.out, index)
     for note in notes:
-        print(f"{args.source}: {note}")
+        progress.say(f"{args.source}: {note}")
 
 
 def shards(args: argparse.Namespace) -> None:
@@ -203,20 +203,24 @@ def shards(args: argparse.Namespace) -> None:
 
 def _about(out: Path, index: latents.Index) -> None:
     size = index.rows * index.stride
-    print(
+    progress.say(
         f"{out}: {index.rows:,} rows of {index.kind} {index.dtype} {' x '.join(map(str, index.shape))}, "
         f"{index.classes} class{'es' * (index.classes != 1)}, {len(index.shards)} shard{'s' * (len(index.shards) > 1)}, "
         f"{size / 1e6:,.1f} MB"
     )
     if index.class_ids:
         ids = ", ".join(map(str, index.class_ids[:8])) + " ..." * (index.classes > 8)
-        print(f"{out}: the source's labels {ids} are the classes 0 to {index.classes - 1}; their numbers are kept")
+        progress.say(
+            f"{out}: the source's labels {ids} are the classes 0 to {index.classes - 1}; their numbers are kept"
+        )
     if index.rows == 1:
-        print(f"{out}: one row is no data set to be judged by; to learn one image by heart, store two copies of it")
+        progress.say(
+            f"{out}: one row is no data set to be judged by; to learn one image by heart, store two copies of it"
+        )
     broken = out / "broken.tsv"
     if broken.is_file():
         lines = broken.read_text("utf-8").splitlines()
-        print(
+        progress.say(
             f"{broken}: {len(lines)} image{'s' * (len(lines) > 1)} left out, the first: {lines[0].replace(chr(9), ': ')}"
         )
 
@@ -235,27 +239,29 @@ def verify(args: argparse.Namespace) -> None:
         print(f"cmt: {line}", file=sys.stderr)
     if bad:
         raise ConfigError(f"{args.store}: {len(bad)} of {store.index.rows:,} rows are damaged")
-    print(f"{args.store}: sound, {store.index.rows:,} rows in {len(store.index.shards)} shards")
+    progress.say(f"{args.store}: sound, {store.index.rows:,} rows in {len(store.index.shards)} shards")
 
 
 def stats(args: argparse.Namespace) -> None:
     store = opening.opened(args.store)
     index, found = store.index, store.statistics()
     _about(args.store, index)
-    print(
+    progress.say(
         f"source {index.source or 'unknown'}; crop {index.crop or 'unknown'}; mirror images {'yes' if index.flips else 'no'}"
     )
     if index.kind != "pixels":
-        print(f"autoencoder {index.vae or 'unknown'} {index.vae_xxh3_128[:12]}")
-    print(f"smallest {found.low:.4g}, largest {found.high:.4g}")
+        progress.say(f"autoencoder {index.vae or 'unknown'} {index.vae_xxh3_128[:12]}")
+    progress.say(f"smallest {found.low:.4g}, largest {found.high:.4g}")
     for c, (mean, std) in enumerate(zip(found.mean, found.std)):
-        print(f"channel {c}: mean {mean:.4f} (index {index.mean[c]:.4f}), std {std:.4f} (index {index.std[c]:.4f})")
-    print(classes.line(store))
+        progress.say(
+            f"channel {c}: mean {mean:.4f} (index {index.mean[c]:.4f}), std {std:.4f} (index {index.std[c]:.4f})"
+        )
+    progress.say(classes.line(store))
     if note := classes.gaps(store):
-        print(f"note: {note}")
+        progress.say(f"note: {note}")
     if found.counts:
         counts = found.counts
         for k, (name, n) in enumerate(zip(classes.names(store)[:20], counts)):
-            print(f"  {k:>4} {'' if name == str(k) else name} {n:,}")
+            progress.say(f"  {k:>4} {'' if name == str(k) else name} {n:,}")
         if len(counts) > 20:
-            print(f"  and {len(counts) - 20} more")
+            progress.say(f"  and {len(counts) - 20} more")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.errors import ConfigError, one_line
 from cmt_fast.data import arrays
 from cmt_fast.data.archives import DatasetError, array
 from cmt_fast.data.rows import Rows
@@ -280,7 +280,8 @@ def _file(path: Path, classes: int) -> Tensor:
 
 def _called(own: Classes, chosen: list[int]) -> list[str]:
     """What classes are called: by name, by the source's number, by the network's."""
-    return [own.names[k] if own.names else str(own.ids[k]) if own.ids else str(k) for k in chosen]
+    shown = lambda name: name if name.isprintable() else one_line(name)
+    return [shown(own.names[k]) if own.names else str(own.ids[k]) if own.ids else str(k) for k in chosen]
 
 
 def _numbered(own: Classes) -> bool:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
+from cmt_fast.runtime.words import one_line
+
 if TYPE_CHECKING:  # tables of pictures on disk are made without torch
     from torch import Tensor
 
@@ -93,6 +95,7 @@ def beside(columns: tuple[str, ...], rows: list[tuple[str, list[tuple[Path, str]
     Raises BrokenImage naming a file that cannot be read.
     """
     gap, line = 12, 18
+    columns = tuple(map(one_line, columns))
     font = ImageFont.load_default(12)
     cells = [[_opened(cell) for cell in row] for _, row in rows]
     least = int(max(map(font.getlength, columns))) + 8

@@ -7,6 +7,7 @@ the next file that is opened, a checkpoint say, into which every print of a libr
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
 import io
 import os
@@ -31,7 +32,10 @@ def ready() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  as long as the process
         elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace"):
-            stream.reconfigure(errors="backslashreplace" if _unicode(stream.encoding) else PLAIN)
+            how = "backslashreplace" if _unicode(stream.encoding) else PLAIN
+            with contextlib.suppress(OSError):  # of a full disk, for one: it flushes
+                if stream.errors != how:
+                    stream.reconfigure(errors=how)
 
 
 def put(text: str, stream: Any) -> None:

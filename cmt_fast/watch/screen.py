@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cmt_fast.runtime import words
-from cmt_fast.runtime.words import DASH, number
+from cmt_fast.runtime.words import DASH, number, printable
 from cmt_fast.watch.state import RunState, StageState
 
 MOODS = {
@@ -29,7 +29,7 @@ NARROW = 80  # below which bars, speeds and what is best so far are left out
 
 def page(state: RunState, width: int = WIDE) -> RenderableType:
     """One run, all of it. width: of the terminal, in characters."""
-    title = Text.assemble((state.name, "bold"), ("  " + str(state.folder), "dim"))
+    title = Text.assemble((printable(state.name), "bold"), ("  " + printable(str(state.folder)), "dim"))
     parts: list[RenderableType] = [
         title,
         Text(state.life.text, MOODS[state.life.word]),
@@ -63,7 +63,8 @@ def overview(states: Sequence[RunState], width: int = WIDE) -> RenderableType:
         left = Text(words.duration(stage.left_s) if running and stage.left_s is not None else DASH)
         table.add_row(
             Text(
-                state.folder.name or state.name, "bold" if roomy else f"bold {MOODS[life.word].removeprefix('bold ')}"
+                printable(state.folder.name or state.name),
+                "bold" if roomy else f"bold {MOODS[life.word].removeprefix('bold ')}",
             ),
             Text("done" if state.finished else stage.name),
             Text(f"{100 * _share(state):.0f} %"),
@@ -78,7 +79,7 @@ def line(state: RunState) -> str:
     """One run in one line."""
     stage = state.now or _last(state)
     parts = [
-        f"{state.name}: {stage.name} {100 * stage.at.share:.0f} %",
+        f"{printable(state.name)}: {stage.name} {100 * stage.at.share:.0f} %",
         f"{stage.at.nimg:,}/{stage.at.stage.images_nimg:,} images",
     ]
     if state.now and stage.speed:
