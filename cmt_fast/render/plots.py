@@ -51,12 +51,13 @@ def svg(title: str, draw: Callable[[Any], None], width: float = 4.6, height: flo
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
+    title = printable(title)
     with rc_context({**_STYLE, "svg.hashsalt": title}):  # ids of two figures on one page stay apart
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         draw(axes)
-        axes.set_title(printable(title), loc="left", parse_math=False)
+        axes.set_title(title, loc="left", parse_math=False)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return _slim(out.getvalue(), title)
@@ -84,7 +85,7 @@ def _slim(text: str, title: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r'<g id="[\w.]+_\d+">', "<g>", text)
     text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)
-    label = printable(title).replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     return re.sub(r">\s+<", "><", text).strip() + "\n"
 

@@ -20,6 +20,11 @@ def beat(run: Path) -> None:
 
 
 def age(folder: Path) -> float | None:
-    """Seconds since a run in `folder`, or in a folder of it, last was alive; None if none ever was."""
+    """Seconds since a run in `folder`, or in a folder of it, last was alive; None if none ever was.
+
+    A beat ahead of this clock, which was put back since or is another machine's, counts as old as it is ahead: a run that lives
+    beats again by the new clock, and one that died must not pass for alive until the clock has caught up.
+    """
     times = [f.stat().st_mtime for f in (folder / HEARTBEAT, *folder.glob(f"*/{HEARTBEAT}")) if f.is_file()]
-    return max(0.0, time.time() - max(times)) if times else None
+    now = time.time()
+    return min(abs(now - t) for t in times) if times else None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bench.safety import fuzz, guard, seeds, targets
 from cmt_fast.safe_pickle import sandbox
 
-SLOW = {"config": 15, "words": 15, "header": 15}  # a recipe takes 10 ms to be read
+SLOW = {"config": 10, "words": 10, "header": 10}  # a recipe takes 10 ms to be read
 DAMAGE = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 4), st.integers(0, 255)), max_size=4)
 
 
@@ -40,7 +40,7 @@ def damaged(data: bytes, how: list[tuple[int, int, int]]) -> bytes:
 @pytest.mark.parametrize("name", sorted(targets.TARGETS))
 def test_a_damaged_file_is_read_or_refused_in_one_line_and_does_nothing(name, tmp_path):
     begin = targets.TARGETS[name].begin()
-    count = SLOW.get(name, 60)
+    count = SLOW.get(name, 40)
 
     @settings(
         max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

@@ -23,7 +23,7 @@ from cmt_fast.storage import checkpoint
 from cmt_fast.train import loop
 from tests.fixtures.tiny import tiny
 
-HOSTILE = "<script>alert(1)</script> | `$x$` \"'&"
+HOSTILE = "<script>alert(1)</script> | `$x$` \"'& \x1b[31m\u202e\u200b"
 WATCHED = [f"{s}.eval_every_nimg=320" for s in ("mid", "post", "control")] + ["mid.grid_every_nimg=160"]
 SHORT = ["pre.images_nimg=64", "mid.images_nimg=64", "post.images_nimg=64", "control.images_nimg=64", "eval.n=20"]
 
@@ -47,6 +47,7 @@ def run(tmp_path_factory):
 def test_the_page_holds_both_tables_and_every_section(run, capsys):
     folder, _ = run
     for text in ((folder / "report.html").read_text(), (folder / "report.md").read_text()):
+        assert {c for c in text if not c.isprintable()} <= {"\n"} and "x1b" in text
         for title in (
             "1 step",
             "2 steps",
