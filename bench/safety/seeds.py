@@ -186,6 +186,10 @@ def imports() -> list[bytes]:
     return [*sound, *_pickles()[:2], *(b for b in hostile if len(b) < 4096)]
 
 
+def weights() -> list[bytes]:
+    return [b"\1" + SAFETENSORS, *(b"\0" + case for case in imports())]
+
+
 def images() -> list[bytes]:
     pixels = np.random.default_rng(0).integers(255, size=(8, 8, 3)).astype("uint8")
     made = [synthetic.encoded(pixels, mode, k)[0] for mode in ("RGB", "L") for k in range(4)]

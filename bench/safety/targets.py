@@ -29,7 +29,8 @@ from cmt_fast.convert import files, telling
 from cmt_fast.data import classes, importing, npz
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.opening import opened
-from cmt_fast.evaluation import references
+from cmt_fast.evaluation import references, weights
+from cmt_fast.perceptual import distance
 from cmt_fast.render import grids
 from cmt_fast.safe_pickle import pickles, sandbox
 from cmt_fast.safe_pickle.opcodes import Refused
@@ -211,6 +212,15 @@ def _import(folder: Path, data: bytes) -> None:
         telling.find(source).asks(source)
 
 
+def _weights(folder: Path, data: bytes) -> None:
+    """Weights of a judge, and of the distance in features. 0: .pt; 1: safetensors."""
+    how, body = (data[0] % 2 if data else 0), data[1:]
+    path = _written(folder / ("case.pt", "case.safetensors")[how], body)
+    with guard.watched(folder):
+        distance._tensors("weights", str(path))
+        weights.read(path, "a judge", "nowhere")
+
+
 def _npz(folder: Path, data: bytes) -> None:
     """Even: images and labels in a .npz as it is; odd: of members."""
     body = zipped(data[1:]) if data[:1] and data[0] % 2 else data[1:]
@@ -255,6 +265,7 @@ TARGETS = {
     "shards": Target(_safetensors_folder, (DatasetError,), seeds.shards),
     "statistics": Target(_statistics, (ConfigError,), seeds.statistics),
     "tensors": Target(_tensors, (checkpoint.CheckpointError,), seeds.tensors),
+    "weights": Target(_weights, (ConfigError,), seeds.weights),
     "words": Target(_words, (ConfigError,), seeds.words, 512),
 }
 assert np.lib.format  # its readers are imported before the guard looks

@@ -11,7 +11,6 @@ train-features`. They run in fp32 outside the stage's autocast.
 from __future__ import annotations
 
 import json
-import pickle
 import warnings
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.errors import ConfigError, one_line
 from cmt_fast.config.schema import Perceptual
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.models.vgg import CONVOLUTIONS, LatentVgg, PixelVgg, Vgg
@@ -193,7 +192,7 @@ def _tensors(key: str, file: str) -> dict[str, Tensor]:
         with warnings.catch_warnings():  # of what is refused in the next line anyway
             warnings.simplefilter("ignore")
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # torch raises nearly every kind for a damaged file
         raise ConfigError(f"perceptual.{key}: {file} cannot be read ({_first_line(error)})") from None
     if not isinstance(found, dict):
         raise ConfigError(f"perceptual.{key}: {file} holds no named tensors")
@@ -201,4 +200,4 @@ def _tensors(key: str, file: str) -> dict[str, Tensor]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return one_line(str(error).partition("\n")[0], 200) or type(error).__name__
