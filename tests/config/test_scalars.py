@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import reduce
 from typing import Literal
 
@@ -167,3 +168,17 @@ def test_a_run_s_own_file_is_a_recipe(tmp_path):
     run = loading.load("digits", ["seed=3", "eval.steps=1"])
     (tmp_path / "run.json").write_text(json.dumps({"digest": "", "run": loading.dump(run), "rows": {}}))
     assert loading.load(str(tmp_path / "run.json")) == run
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{c}: &{c} [{', '.join(['*' + p] * 8)}]\n" for p, c in zip("abcdefgh", "bcdefghi")
+)
+
+
+@pytest.mark.parametrize("text", [LAUGHS, "a: " + "[" * 80 + "]" * 80, "a: &a [*a]", "[" * 5000])
+def test_aliases_that_make_a_recipe_vast_are_refused_at_once(text):
+    before = time.process_time()
+    with pytest.raises(ConfigError, match="without end|recursive|recursion"):
+        scalars.parse(text, "x.yaml")
+    assert time.process_time() - before < 2
+    assert scalars.parse("a: &a [1, 2]\nb: [*a, *a]", "x.yaml")["b"] == [["1", "2"]] * 2
