@@ -287,3 +287,44 @@ def test_the_api_imports_nothing_heavy():
 def test_importing_the_trainer_is_light():
     heavy = ("diffusers", "sklearn", "matplotlib", "triton", "deepspeed", "nvidia.dali", "torchvision", "tensorboard")
     assert loaded("import cmt_fast.cli.train, cmt_fast.cli.ckpt, cmt_fast.cli.data", heavy) == []
+
+
+# the modules that import others by a name which they put together: from tables and from the schema's words, never from a file
+BY_NAME = {
+    "cmt_fast/cli/__init__.py", "cmt_fast/evaluation/inception.py", "cmt_fast/storage/loggers/__init__.py",
+    "kernels/cmt_kernels/_op.py", "kernels/cmt_kernels/attention/primal.py", "kernels/cmt_kernels/cases.py",
+}  # fmt: skip
+RUNS = {
+    "eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "marshal.load", "marshal.loads", "yaml.unsafe_load",
+    "yaml.full_load", "yaml.load_all", "runpy.run_path", "runpy.run_module", "shelve.open", "torch.jit.load", "torch.hub.load",
+    "pydoc.locate", "importlib.import_module",
+}  # fmt: skip
+
+
+def runs(source: str) -> list[str]:
+    """Calls of a file that would run what another file says, or import what it names."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+        unsafe = called == "torch.load" and given.get("weights_only") != "True"
+        unsafe |= called == "yaml.load" and [ast.unparse(a) for a in node.args[1:]] != ["Loader"]
+        unsafe |= given.get("allow_pickle", "False") != "False"
+        found += [called] if called in RUNS or unsafe else []
+    return found
+
+
+def test_no_file_that_is_read_is_run_or_names_what_is_imported():
+    found = {str(path): runs((ROOT / path).read_text("utf-8")) for path in OURS}
+    assert {path: set(calls) for path, calls in found.items() if calls} == {
+        p: {"importlib.import_module"} for p in BY_NAME
+    }
+    planted = (
+        "eval(x)",
+        "torch.load(f)",
+        "yaml.load(f, yaml.Loader)",
+        "np.load(f, allow_pickle=True)",
+        "pickle.loads(b)",
+    )
+    assert all(len(runs(text)) == 1 for text in planted) and not runs("re.compile(x)\ntorch.load(f, weights_only=True)")
