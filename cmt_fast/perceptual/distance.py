@@ -187,6 +187,8 @@ def _take(key: str, file: str, tensors: dict[str, Tensor], names: tuple[str, ...
 def _tensors(key: str, file: str) -> dict[str, Tensor]:
     """The named tensors of a .safetensors or .pt file; nothing in it is run."""
     try:
+        if not Path(file).is_file():  # a pipe would be waited for without end
+            raise ValueError("it is no file")
         if file.endswith(".safetensors"):
             return load_file(file)
         with warnings.catch_warnings():  # of what is refused in the next line anyway

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import save, save_file
 
+from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.convert import files
+from cmt_fast.data import archives as archives_
+from cmt_fast.data import arrays
+from cmt_fast.perceptual import distance
 from tests.fixtures import archives, pickled
 
 
@@ -47,6 +52,23 @@ def test_the_ema_of_a_training_script_is_taken_and_its_arguments_are_kept(tmp_pa
     assert same(found.tensors, state(1)) and "'module.'" in found.notes[0]
     with pytest.raises(ConfigError, match="--ema: 'emo' is not in the file; it has model, ema; did you mean ema"):
         files.read(path, "emo")
+
+
+@pytest.mark.parametrize("made", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_waited_for_by_nobody(tmp_path, made):
+    for name in ("x.pt", "x.npz", "x.safetensors"):
+        made(tmp_path / name)
+    with pytest.raises(ConfigError, match="is no file"):
+        files.read(tmp_path / "x.pt")
+    for name in ("x.pt", "x.safetensors"):
+        with pytest.raises(ConfigError, match="is no file"):
+            distance._tensors("weights", str(tmp_path / name))
+    with pytest.raises(arrays.NoArrays, match="is no file"):
+        arrays.read(tmp_path / "x.npz", ("a",))
+    with pytest.raises(ConfigError):
+        loading.load(str(tmp_path / "x.npz"))
+    with pytest.raises(ConfigError):
+        archives_.Archive(tmp_path / "x.npz")
 
 
 def test_bare_state_dicts_and_safetensors(tmp_path):

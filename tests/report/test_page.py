@@ -92,7 +92,7 @@ def test_the_page_loads_nothing_and_names_no_fid(run):
 
 def test_a_hostile_name_is_text(run):
     html, markdown = ((run[0] / f"report.{kind}").read_text() for kind in ("html", "md"))
-    assert "<h1>&lt;script&gt;alert(1)&lt;/script&gt; | `$x$` &#34;&#39;&amp;</h1>" in html
+    assert "<h1>&lt;script&gt;alert(1)&lt;/script&gt; | `$x$` &#34;&#39;&amp; \\x1b[31m\\u202e\\u200b</h1>" in html
     assert "<script" not in html and "# \\<script\\>alert(1)" in markdown
 
 
