@@ -140,7 +140,8 @@ def write(path: Path, header: dict[str, Any], rows: list[dict[str, Any]], cases:
     now = str(header["commit"])
     words = {
         "executions": f"{total['executions']:,}",
-        "minutes": f"{total['cpu_seconds'] / 60:.0f}",
+        "minutes": f"{total['seconds'] / 60:.0f}",
+        "cpu_minutes": f"{total['cpu_seconds'] / 60:.0f}",
         "targets": str(len(rows)),
         "faults": str(len(cases)),
         "executions_of_this_commit": f"{sum(row['commits'].get(now, 0) for row in rows):,}",

@@ -47,7 +47,10 @@ class Record:
         if what not in self.state["faults"]:
             name = hashlib.sha256(what.encode()).hexdigest()[:12]
             (self.folder / "faults" / name).write_bytes(data)
-            self.state["faults"][what] = {"case": name, "said": f"{error}"[:300]}
+            self.state["faults"][what] = {
+                "case": name,
+                "said": f"{error}".replace(tempfile.gettempdir(), "FOLDER")[:300],
+            }
 
     def done(self, outcome: str) -> None:
         """One more execution; now and then all of it goes to the disk."""
