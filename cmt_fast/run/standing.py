@@ -126,7 +126,13 @@ def moment(folder: Path, manifest: dict[str, Any]) -> float:
 
 def place(folder: Path, parents: Path | None, name: str) -> Path:
     """Where a stage is: in the run, or where its parents are while it has begun there and not here."""
-    begun = lambda stage: (stage / metrics_log.METRICS).is_file() or bool(checkpoint.steps(stage))
+
+    def begun(stage: Path) -> bool:
+        try:
+            return (stage / metrics_log.METRICS).is_file() or bool(checkpoint.steps(stage))
+        except (OSError, checkpoint.CheckpointError):
+            return True  # what is there cannot be seen
+
     own = folder / name
     return parents / name if parents and not begun(own) and begun(parents / name) else own
 
@@ -138,7 +144,12 @@ def of(
     """One stage. record: reads metrics.jsonl; sound: reads a checkpoint, CheckpointError for one that is passed over."""
     home = place(folder, parents, name)
     manifest, wrong = None, ""
-    for step in reversed(checkpoint.steps(home)):
+    try:
+        steps = checkpoint.steps(home)
+        wrong = next((f"{path.name} was renamed" for path in checkpoint.strays(home)), "")
+    except checkpoint.CheckpointError as error:
+        steps, wrong = [], str(error)
+    for step in reversed(steps):
         try:
             manifest = sound(checkpoint.folder_of(home, step)).manifest
             break

@@ -15,8 +15,8 @@ import errno
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 

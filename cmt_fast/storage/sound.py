@@ -87,7 +87,8 @@ def read(path: Path, most: int = MOST, signs: bool = False, key: str = SUM) -> d
 
 def signed(body: Mapping[str, Any], key: str = SUM) -> str:
     """The text of a file for `read`: the body with its checksum."""
-    return json.dumps({**body, key: digest(json.loads(json.dumps(body)))}, indent=1)
+    plain = {k: v for k, v in json.loads(json.dumps(body)).items() if k != key}
+    return json.dumps({**plain, key: digest(plain)}, indent=1)
 
 
 def digest(body: Mapping[str, Any]) -> str:

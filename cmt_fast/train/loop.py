@@ -29,7 +29,7 @@ from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.runtime.progress import say
 from cmt_fast.runtime.signals import Stopped, noted
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, leftovers
 from cmt_fast.storage.loggers import Opening
 from cmt_fast.storage.metrics_log import Log
 from cmt_fast.train import attention_choice, batches, monitor, rounding_choice, solver_choice, starting
@@ -54,6 +54,8 @@ def train(
     meter = meters.Meter.of(work.device)
     with work.lock(), noted() as asked:
         work.claim(names)
+        if distributed.rank() == 0:
+            leftovers.clear(work.folder)
         left = list(names)
         while left:
             try:
