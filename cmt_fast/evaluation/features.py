@@ -139,6 +139,20 @@ def extractor(data: Rows, cache: Path) -> Extractor:
     return net
 
 
+def checked(file: Path) -> None:
+    """Raises FileNotFoundError, and Unsound where the classifier that is kept is not what was written."""
+    raw = sound.data(file)
+    try:
+        body = {name: tuple(t.shape) for name, t in load(raw).items()}
+        net = Classifier(body["body.0.weight"][1], body["head.bias"][0])
+    except (ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
+        raise Unsound(file, f"cannot be read ({' '.join(str(error).split())[:200]})") from None
+    known = _known(file.parent)
+    if known and _name(_load(net, file)) not in known:
+        raise Unsound(file, f"is not what figures of this run are of ({', '.join(sorted(known))})")
+    _load(net, file)
+
+
 def _load(net: Classifier, file: Path) -> str:
     """The weights that are kept, and their checksum. Raises FileNotFoundError, Unsound."""
     raw = sound.data(file)

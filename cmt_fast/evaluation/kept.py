@@ -87,6 +87,11 @@ def wrong(folder: Path) -> str:
     return ""
 
 
+def checked(file: Path) -> None:
+    """Raises ValueError, a phrase, where what is kept under this name is not what was written."""
+    _data(file, _about(file))
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted((folder / FOLDER).glob("*.json"))
 

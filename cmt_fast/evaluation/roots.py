@@ -80,6 +80,17 @@ def _read(file: Path, covariance: Tensor) -> Tensor | None:
     return root if same else None
 
 
+def checked(file: Path) -> None:
+    """Raises FileNotFoundError, and ValueError where the root that is kept is not what was written."""
+    data = sound.data(file, 1 << 34)
+    try:
+        wrong = _about(data)["xxh3_128"] != _checksum(load(data)["root"])
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError):
+        wrong = True
+    if wrong:
+        raise sound.Unsound(file, "does not match its checksum")
+
+
 def _about(data: bytes) -> dict[str, str]:
     """The metadata of a safetensors file: its header is JSON after eight bytes of its length."""
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import sys
 import warnings
 import zlib
@@ -25,14 +26,14 @@ TURNS = {
 }  # fmt: skip
 
 
-def whole(path: Path) -> bool:
-    """Whether a PNG file is as it was written, by the checksums of its parts; says on stderr of one that is not."""
+def wrong(path: Path) -> str:
+    """What is wrong with a PNG file, by the checksums of its parts; empty where it is as it was written."""
     try:
-        if not path.is_file():
-            return False
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return "is no file"
         data = path.read_bytes()
-    except OSError:
-        data = b""
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     at, ended = len(MAGIC), False
     while data.startswith(MAGIC) and not ended and at + 12 <= len(data):
         size = int.from_bytes(data[at : at + 4], "big")
@@ -40,10 +41,17 @@ def whole(path: Path) -> bool:
         if zlib.crc32(part).to_bytes(4, "big") != check:
             break
         at, ended = at + 12 + size, part[:4] == b"IEND"
-    if ended and at == len(data):
-        return True
-    print(f"{path}: is damaged; the picture is left out", file=sys.stderr)
-    return False
+    return "" if ended and at == len(data) else "is damaged"
+
+
+def whole(path: Path) -> bool:
+    """Whether a PNG file is there as it was written; says on stderr of one that is not."""
+    if not os.path.lexists(path):
+        return False
+    why = wrong(path)
+    if why:
+        print(f"{path}: {why}; the picture is left out", file=sys.stderr)
+    return not why
 
 
 def grid(rows: list[tuple[str, Tensor]], path: Path, zoom: int | None = None) -> None:

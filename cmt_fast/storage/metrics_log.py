@@ -193,7 +193,7 @@ def _cut(path: Path, step: int, unseen: bool) -> tuple[int, int]:
         return 0, 0
     kept, seen, lost = 0, None, list[bytes]()
     with open(opened, "r+b") as file:
-        lost += _tail(file)
+        lost += tail(file)
         for end, line in backwards(file):
             row = parsed(line)
             if row is None:
@@ -212,7 +212,7 @@ def _cut(path: Path, step: int, unseen: bool) -> tuple[int, int]:
     return kept, seen or 0
 
 
-def _tail(file: BinaryIO) -> list[bytes]:
+def tail(file: BinaryIO) -> list[bytes]:
     """What follows the last newline, if anything does: a row that a kill tore, or whose newline is another byte now."""
     at, rest = file.seek(0, os.SEEK_END), b""
     while at and b"\n" not in rest:
@@ -220,7 +220,8 @@ def _tail(file: BinaryIO) -> list[bytes]:
         at -= size
         file.seek(at)
         rest = file.read(size) + rest
-    return [tail] if (tail := rest.rpartition(b"\n")[2]) else []
+    left = rest.rpartition(b"\n")[2]
+    return [left] if left else []
 
 
 def _keep_lost(path: Path, lines: list[bytes]) -> None:

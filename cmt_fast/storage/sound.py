@@ -56,12 +56,13 @@ def data(path: Path, most: int = MOST) -> bytes:
     """All bytes of a small file. Raises FileNotFoundError where nothing is there, else Unsound."""
     try:
         with open(handle(path), "rb") as file:
-            found = file.read(most + 1)
+            long = os.fstat(file.fileno()).st_size > most
+            found = b"" if long else file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(2, os.strerror(2), str(path)) from None
     except OSError as error:
         raise Unsound(path, f"cannot be read ({error.strerror})") from None
-    if len(found) > most:
+    if long:
         raise Unsound(path, f"has more than the {most:,} bytes that such a file has")
     return found
 
