@@ -1,8 +1,8 @@
 """What damage to a run's folder does: bits that flip in every kind of its files, cuts, swaps, edits, pipes, folders and links.
 
-A tiny run is trained to its end, and another one half-way. Each damage is done to a copy, and everything that reads a run looks at
 A tiny run is trained to its end, and another one half-way. Each damage is done to a copy, and everything that reads a run looks
-that goes on and the `cmt report`. A damage counts as seen where `verify` names the file, or is of no file that anything reads.
+at it: `cmt ckpt verify`, `cmt runs`, `cmt watch`, and of the parts of the damages that --resume and --report say the `cmt train`
+that goes on and the `cmt report`. A damage is seen where `verify` names the file, or where all readers give what they gave.
 A reader holds where it says what is wrong, in one line, or gives what it gives of the sound folder. Anything else is a
 line and the exit status 1: a traceback, a wait of more than 60 s, another result without a word.
 

@@ -85,9 +85,8 @@ def _checkpoints(track: Path) -> Iterator[Proof]:
         try:
             found = checkpoint.verify(folder).manifest
             gone = ", ".join(name.removesuffix(".safetensors") for name in found.get("pruned", {}))
-            yield Proof(
-                folder, said=f"sound, {found['nimg']} images" + f"; {gone} removed by `cmt runs rm`" * bool(gone)
-            )
+            images = f"{found['nimg']} images" if "nimg" in found else f"step {step}"
+            yield Proof(folder, said=f"sound, {images}" + f"; {gone} removed by `cmt runs rm`" * bool(gone))
         except (checkpoint.CheckpointError, OSError) as error:
             yield Proof(folder, _why(error, folder))
 
