@@ -212,6 +212,7 @@ def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="damage-") as home:
         place = Path(home)
         worlds = made(place)
+        print(f"two runs are trained, {time.process_time() - begun:.0f} CPU seconds", flush=True)
         resume = {"resume": resumed(worlds.half, worlds.ends)}
         known: dict[str, Any] = {name: _plain(call, worlds.done, place) for name, call in READERS.items()}
         known |= {"resume": (0, worlds.ends), "report": None}
@@ -221,6 +222,8 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.report and i % arguments.report == 0:
                 readers["report"] = _reported
             seen = look(case, worlds.done, known, readers, place / "scratch")
+            for line in seen.wrong:
+                print(line, flush=True)
             kind = "flips" if case.name == "flip" else "others"
             counts[kind] += 1
             detected = _detected(case, seen)
@@ -234,11 +237,11 @@ def run(arguments: argparse.Namespace) -> int:
         random.Random(arguments.seed).shuffle(half)
         for case in half[:: arguments.resume] if arguments.resume else ():
             seen = look(case, worlds.half, known, resume, place / "scratch")
+            for line in seen.wrong:
+                print(line, flush=True)
             wrong += seen.wrong
             _count(counts, seen)
     cpu_s = time.process_time() - begun
-    for line in wrong[:50]:
-        print(line)
     for name, number in sorted(counts.items()):
         print(f"{number:6,}  {name}")
     print(f"{len(wrong)} of them are not held, {cpu_s:.0f} CPU seconds")

@@ -79,7 +79,7 @@ def read(path: Path, most: int = MOST, signs: bool = False, key: str = SUM) -> d
             raise
         raise Unsound(path, f"cannot be read ({_line(error)})") from None
     if not isinstance(found, dict):
-        raise Unsound(path, "holds no object of JSON")
+        raise Unsound(path, "cannot be read (it holds no object of JSON)")
     want = found.pop(key, None)
     if (signs or want is not None) and want != digest(found):
         raise Unsound(path, "was changed after it was written")

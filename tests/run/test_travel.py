@@ -210,7 +210,11 @@ def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatc
         (tmp_path / "old" / name / folder.RUN_FILE).write_text(sound.signed(about))
         step = checkpoint.folder_of(tmp_path / "old" / name / "pre", 1)
         step.mkdir(parents=True)
-        body = {"format": checkpoint.FORMAT, "files": {"ema-0.safetensors": {"xxh3_128": "ab" * 16}}}
+        body = {
+            "format": checkpoint.FORMAT,
+            "step": 1,
+            "files": {"ema-0.safetensors": {"bytes": 8, "xxh3_128": "ab" * 16}},
+        }
         (step / "manifest.json").write_text(checkpoint.signed(body))
     monkeypatch.chdir(tmp_path)
     assert folder.located("old/a", Path("old/b")) == tmp_path / "old/a"
@@ -222,7 +226,9 @@ def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatc
     assert folder.located("other/a", tmp_path / "new/b") == Path("other/a")
     assert folder.located("gone/b", tmp_path / "new/b") == tmp_path / "gone/b"
     manifest = checkpoint.folder_of(tmp_path / "new/a/pre", 1) / "manifest.json"
-    manifest.write_text(checkpoint.signed({**body, "files": {"ema-0.safetensors": {"xxh3_128": "ef" * 16}}}))
+    manifest.write_text(
+        checkpoint.signed({**body, "files": {"ema-0.safetensors": {"bytes": 8, "xxh3_128": "ef" * 16}}})
+    )
     assert folder.located("old/a", tmp_path / "new/b") == tmp_path / "old/a"
     about = {**about, "root": "/nowhere", "roots": [str(tmp_path)]}
     (tmp_path / "new/b" / folder.RUN_FILE).write_text(sound.signed(about))
