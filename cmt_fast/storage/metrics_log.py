@@ -96,6 +96,17 @@ def rows(path: Path, end: int | None = None) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def wrong(path: Path) -> str:
+    """Why a metrics file cannot be read at all; empty where it can, and where there is none."""
+    try:
+        os.close(sound.handle(path))
+    except FileNotFoundError:
+        return ""
+    except (OSError, sound.Unsound) as error:
+        return getattr(error, "why", None) or "cannot be read"
+    return ""
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """All of them; a file of 500,000 rows is a gigabyte so: `record.Record` holds what is asked of one in 12 MB."""
     return list(rows(path))

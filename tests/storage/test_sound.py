@@ -267,4 +267,4 @@ def test_a_crash_in_a_save_leaves_the_old_checkpoint_or_the_new(tmp_path, monkey
     assert crashes.run(arguments) == 0
     assert json.loads(arguments.json.read_text())["states"] >= 60
     monkeypatch.setattr(checkpoint, "sync", lambda path: None)
-    assert crashes.run(argparse.Namespace(n=200, seed=1, json=tmp_path / "crashes.json")) == 1
+    assert crashes.run(argparse.Namespace(n=150, seed=1, json=tmp_path / "crashes.json")) == 1
