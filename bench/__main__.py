@@ -16,6 +16,14 @@ BENCHES = {
         "what this machine does at its best: ceilings, linears, attention, norms, optimizers",
     ),
     "coverage": ("harness.coverage", "lines of every room of cmt_fast that the tests ran"),
+    "crashes": (
+        "safety.crashes",
+        "every state in which a crash can leave a save: writes lost or torn before they are synced, and what is loaded then",
+    ),
+    "damage": (
+        "safety.damage",
+        "bits that flip in every file of a run, cuts, swaps, edits, pipes, folders: what sees them, and what goes on",
+    ),
     "dual": ("training.dual", "what a tangent costs, beside the plain forward and torch.func.jvp"),
     "fuzz": (
         "safety.fuzz",

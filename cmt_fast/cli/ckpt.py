@@ -14,7 +14,6 @@ from cmt_fast.convert import card
 from cmt_fast.engine import posthoc_ema
 from cmt_fast.run import folder as folder_
 from cmt_fast.run import workspace
-from cmt_fast.storage import checkpoint
 
 PLAIN = ("edm2", "dit", "sit", "meanflow")  # the names of those projects
 LICENCES = dict(zip(card.OPTIONS, ("these weights", "the data", "the teacher")))
@@ -29,8 +28,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         inner.set_defaults(call=call)
         return inner
 
-    for name, text in (("ls", "list a run's checkpoints"), ("verify", "check them against their checksums")):
-        action(name, list_, text).add_argument(
+    for name, call, text in (
+        ("ls", list_, "list a run's checkpoints"),
+        ("verify", verify, "check them, and every other file that a run reads, against their checksums"),
+    ):
+        action(name, call, text).add_argument(
             "run", type=Path, metavar="RUN", help="a run's folder, such as runs/digits"
         )
 
@@ -81,22 +83,27 @@ def reconstruct(args: argparse.Namespace) -> None:
 
 def list_(args: argparse.Namespace) -> None:
     folder_.stored_run(args.run)
-    bad = 0
     for folder in sorted(args.run.glob("*/checkpoints/step-*")):
-        if args.action == "ls":
-            size = sum(f.stat().st_size for f in folder.iterdir())
-            print(f"{folder.relative_to(args.run)}  {size / 1e6:.1f} MB")
-            continue
-        try:
-            found = checkpoint.verify(folder)
-            gone = ", ".join(name.removesuffix(".safetensors") for name in found.manifest.get("pruned", {}))
-            without = f"; {gone} removed by `cmt runs rm`" if gone else ""
-            print(f"{folder.relative_to(args.run)}: sound, {found.manifest['nimg']} images{without}")
-        except checkpoint.CheckpointError as error:
+        size = sum(f.lstat().st_size for f in folder.iterdir()) if folder.is_dir() else 0
+        print(f"{folder.relative_to(args.run)}  {size / 1e6:.1f} MB")
+
+
+def verify(args: argparse.Namespace) -> None:
+    from cmt_fast.report import proving
+
+    bad, other = 0, 0
+    for found in proving.run(args.run):
+        name = found.path.relative_to(args.run)
+        if found.wrong:
             bad += 1
-            print(f"cmt: {error}", file=sys.stderr)
+            print(f"cmt: {found.path}: {found.wrong}", file=sys.stderr)
+        elif found.path.name.startswith("step-"):
+            print(f"{name}: {found.said}")
+        else:
+            other += 1
+    print(f"{other} other files are sound")
     if bad:
-        raise ConfigError(f"{args.run}: {bad} damaged checkpoints")
+        raise ConfigError(f"{args.run}: {bad} damaged")
 
 
 def import_(args: argparse.Namespace) -> None:

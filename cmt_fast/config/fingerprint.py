@@ -75,6 +75,11 @@ def stage_digest(run: Run, name: str, others: dict | None = None) -> str:
     return _sha(stage_facts(run, name) | ({"others": others} if others else {}))
 
 
+def content_digest(run: Run, name: str) -> str:
+    """sha256 of `content`: the same where a run and what it reads were moved."""
+    return _sha(content(run, name))
+
+
 def _dumped(run: Run) -> dict:
     """The run as plain data, its data without what is only asked of them."""
     tree = dump(run)

@@ -5,6 +5,8 @@ Inception (FID) and DINOv2 (FD-DINOv2) have files of their own beside this one.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 from pathlib import Path
@@ -14,14 +16,17 @@ import torch
 import torch.nn.functional as F
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data.datasets import in_memory
 from cmt_fast.data.rows import Rows
+from cmt_fast.storage import sound
 from cmt_fast.storage.files import save_tensors, unless_refused
+from cmt_fast.storage.sound import Unsound
 
+FILE = "extractor.safetensors"
 GRID = 8  # fields along a side
 WHOLE = 2048  # numbers of a row that are features one by one, as many as Inception has
 
@@ -120,24 +125,90 @@ def extractor(data: Rows, cache: Path) -> Extractor:
     """
     if not data.classes or len(data.shape) == 1:
         return Pooled() if len(data.shape) == 3 and math.prod(data.shape) > WHOLE else Identity()
-    file = cache / "extractor.safetensors"
+    file = cache / FILE
     net = Classifier(math.prod(data.shape), data.classes)
-    if file.is_file():
-        try:
-            net.load_state_dict(load_file(file))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            why = " ".join(str(error).split())[:200]
-            raise ConfigError(f"RUN: {file} cannot be read ({why}); figures of this run are in its features") from None
-        net.eval().requires_grad_(False)
-    else:
-        net = train_classifier(data)
-        with unless_refused():
-            cache.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(f".tmp-{os.getpid()}")  # every rank may be at it
-            save_tensors(temporary, net.state_dict())
-            temporary.replace(file)
+    known = _known(cache)
+    try:
+        digest = _load(net, file)
+        if known and _name(digest) not in known:
+            raise Unsound(file, f"is not what figures of this run are of ({', '.join(sorted(known))})")
+    except (FileNotFoundError, Unsound) as error:
+        digest = _again(data, net, file, known, error if isinstance(error, Unsound) else None)
+    net.eval().requires_grad_(False)
+    net.name = _name(digest)
+    return net
+
+
+def checked(file: Path) -> None:
+    """Raises FileNotFoundError, and Unsound where the classifier that is kept is not what was written."""
+    raw = sound.data(file)
+    try:
+        body = {name: tuple(t.shape) for name, t in load(raw).items()}
+        net = Classifier(body["body.0.weight"][1], body["head.bias"][0])
+    except (ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
+        raise Unsound(file, f"cannot be read ({' '.join(str(error).split())[:200]})") from None
+    known = _known(file.parent)
+    if known and _name(_load(net, file)) not in known:
+        raise Unsound(file, f"is not what figures of this run are of ({', '.join(sorted(known))})")
+    _load(net, file)
+
+
+def _load(net: Classifier, file: Path) -> str:
+    """The weights that are kept, and their checksum. Raises FileNotFoundError, Unsound."""
+    raw = sound.data(file)
+    try:
+        net.load_state_dict(load(raw))
+        about = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__") or {}
+    except (ValueError, RuntimeError, SafetensorError, AttributeError, RecursionError) as error:
+        raise Unsound(file, f"cannot be read ({' '.join(str(error).split())[:200]})") from None
+    digest = _digest(net)
+    if about.get(sound.SUM, digest) != digest:
+        raise Unsound(file, "does not match its checksum")
+    return digest
+
+
+def _again(data: Rows, net: Classifier, file: Path, known: set[str], wrong: Unsound | None) -> str:
+    """The weights trained anew, and kept; of a damaged file if they are those that it had. Returns their checksum.
+
+    Raises ConfigError where they cannot be had: figures of other features mean something else.
+    """
+    what = f"RUN: {file} {wrong.why if wrong else ''}; figures of this run are in its features"
+    try:
+        net.load_state_dict(train_classifier(data).state_dict())
+    except ConfigError as error:
+        if wrong is None:
+            raise
+        raise ConfigError(f"{what}, and it cannot be trained again here ({error})") from None
+    digest = _digest(net)
+    if wrong and known and _name(digest) not in known:
+        raise ConfigError(
+            f"{what}, and this machine trains another, {_name(digest)}: judge it on the machine that began it"
+        )
+    with unless_refused():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if wrong:
+            sound.aside(file, f"{wrong.why}, it is trained again")
+        temporary = file.with_suffix(f".tmp-{os.getpid()}")  # every rank may be at it
+        save_tensors(temporary, net.state_dict(), {sound.SUM: digest})
+        temporary.replace(file)
+    return digest
+
+
+def _digest(net: Classifier) -> str:
     digest = xxhash.xxh3_128()
     for tensor in net.state_dict().values():
         digest.update(tensor.numpy().tobytes())
-    net.name = f"classifier-64-32@{digest.hexdigest()[:12]}"
-    return net
+    return digest.hexdigest()
+
+
+def _name(digest: str) -> str:
+    return f"classifier-64-32@{digest[:12]}"
+
+
+def _known(cache: Path) -> set[str]:
+    """The classifiers that what is kept of the run's real data says its figures are of."""
+    names = set()
+    for file in (cache / "reference").glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            names.add(str(sound.read(file, key="own_xxh3_128")["key"]["extractor"]))
+    return {name for name in names if name.startswith("classifier-64-32@")}

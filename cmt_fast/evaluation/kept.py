@@ -22,9 +22,11 @@ from torch import Tensor
 from cmt_fast.evaluation import sharpness
 from cmt_fast.evaluation.distances import Moments
 from cmt_fast.evaluation.second import Second
-from cmt_fast.storage import files
+from cmt_fast.storage import files, sound
 
 FOLDER, FORMAT = "reference", 1
+OWN = "own_xxh3_128"  # of the JSON itself, whose xxh3_128 is that of the tensors beside it
+MOST = 1 << 36  # bytes of tensors
 ROWS = 10_000  # whose features are kept, at most
 SHOWN, POINTS = 10, 1500  # real rows for the picture: images, points
 
@@ -85,6 +87,11 @@ def wrong(folder: Path) -> str:
     return ""
 
 
+def checked(file: Path) -> None:
+    """Raises ValueError, a phrase, where what is kept under this name is not what was written."""
+    _data(file, _about(file))
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted((folder / FOLDER).glob("*.json"))
 
@@ -92,8 +99,11 @@ def _files(folder: Path) -> list[Path]:
 def _about(file: Path) -> dict[str, Any]:
     """What a file says of the tensors beside it. Raises ValueError, a phrase, where it cannot be read."""
     try:
-        about = json.loads(file.read_text("utf-8"))
-        form, _, _ = about["format"], about["key"], about["xxh3_128"]
+        about = sound.read(file, key=OWN)
+        form, key, _ = about["format"], about["key"], about["xxh3_128"]
+        whole = isinstance(key, dict) and isinstance(about["floor"], dict)
+        if not whole or not all(f is None or isinstance(f, dict) for f in about["floor"].values()):
+            raise TypeError(key)
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{file.with_suffix('')} is damaged") from None
     if form != FORMAT:
@@ -104,8 +114,8 @@ def _about(file: Path) -> dict[str, Any]:
 def _data(file: Path, about: dict[str, Any]) -> bytes:
     """The tensors, as they were written. Raises ValueError, a phrase."""
     try:
-        data = file.with_suffix(".safetensors").read_bytes()
-    except OSError:
+        data = sound.data(file.with_suffix(".safetensors"), MOST)
+    except (OSError, sound.Unsound):
         data = b""
     if xxhash.xxh3_128(data).hexdigest() != about["xxh3_128"]:
         raise ValueError(f"{file.with_suffix('')} is damaged")
@@ -124,5 +134,5 @@ def write(folder: Path, kept: Kept) -> None:
     name = xxhash.xxh3_64(json.dumps(kept.about["key"], sort_keys=True).encode()).hexdigest()
     data = save({k: v.contiguous() for k, v in kept.tensors.items()})
     kept.about["xxh3_128"] = xxhash.xxh3_128(data).hexdigest()
-    for ending, content in (("safetensors", data), ("json", json.dumps(kept.about, indent=1).encode())):
+    for ending, content in (("safetensors", data), ("json", sound.signed(kept.about, OWN).encode())):
         files.write_bytes(folder / FOLDER / f"{name}.{ending}", content)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_fast.runtime import distributed, progress
-from cmt_fast.storage import files
+from cmt_fast.storage import files, sound
 
 
 class Ledger:
@@ -29,7 +29,7 @@ class Ledger:
         text = ""
         if distributed.rank() == 0:
             with contextlib.suppress(OSError, ValueError):
-                text = file.read_text("utf-8")
+                text = json.dumps(sound.read(file))
         try:
             found = json.loads(distributed.text_of_first(text) or "{}")
         except ValueError:
@@ -58,7 +58,7 @@ class Ledger:
         self.own[figure] = copy.deepcopy(value)
         if self.file is not None and distributed.rank() == 0:
             try:
-                files.write_bytes(self.file, json.dumps(self._all, indent=1).encode())
+                files.write_bytes(self.file, sound.signed(self._all).encode())
             except OSError:
                 self.file = None
         return value

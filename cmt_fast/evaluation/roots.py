@@ -19,7 +19,7 @@ from torch import Tensor
 from cmt_fast.evaluation import distances
 from cmt_fast.evaluation.distances import Against, Moments
 from cmt_fast.runtime import distributed
-from cmt_fast.storage import files
+from cmt_fast.storage import files, sound
 
 WORTH = 256  # features, from which on a root is kept as a file: of fewer it is taken in a blink
 HELD = 4  # in memory
@@ -71,13 +71,24 @@ def _write(file: Path, covariance: Tensor, root: Tensor) -> None:
 def _read(file: Path, covariance: Tensor) -> Tensor | None:
     """The root that was kept for this covariance; None where there is none, or it is damaged."""
     try:
-        data = file.read_bytes()
+        data = sound.data(file, 1 << 34)
         root = load(data)["root"].clone()
         about = _about(data)
-    except (OSError, ValueError, KeyError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         return None
-    sound = about == {"of": _checksum(covariance), "xxh3_128": _checksum(root)} and root.shape == covariance.shape
-    return root if sound else None
+    same = about == {"of": _checksum(covariance), "xxh3_128": _checksum(root)} and root.shape == covariance.shape
+    return root if same else None
+
+
+def checked(file: Path) -> None:
+    """Raises FileNotFoundError, and ValueError where the root that is kept is not what was written."""
+    data = sound.data(file, 1 << 34)
+    try:
+        wrong = _about(data)["xxh3_128"] != _checksum(load(data)["root"])
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError):
+        wrong = True
+    if wrong:
+        raise sound.Unsound(file, "does not match its checksum")
 
 
 def _about(data: bytes) -> dict[str, str]:

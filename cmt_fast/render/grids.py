@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import stat
+import sys
 import warnings
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +19,41 @@ from cmt_fast.runtime.words import one_line
 if TYPE_CHECKING:  # tables of pictures on disk are made without torch
     from torch import Tensor
 
+MAGIC = b"\x89PNG\r\n\x1a\n"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # the EXIF orientation tag -> what brings the picture upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+
+
+def wrong(path: Path) -> str:
+    """What is wrong with a PNG file, by the checksums of its parts; empty where it is as it was written."""
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return "is no file"
+        data = path.read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    at, ended = len(MAGIC), False
+    while data.startswith(MAGIC) and not ended and at + 12 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        part, check = data[at + 4 : at + 8 + size], data[at + 8 + size : at + 12 + size]
+        if zlib.crc32(part).to_bytes(4, "big") != check:
+            break
+        at, ended = at + 12 + size, part[:4] == b"IEND"
+    return "" if ended and at == len(data) else "is damaged"
+
+
+def whole(path: Path) -> bool:
+    """Whether a PNG file is there as it was written; says on stderr of one that is not."""
+    if not os.path.lexists(path):
+        return False
+    why = wrong(path)
+    if why:
+        print(f"{path}: {why}; the picture is left out", file=sys.stderr)
+    return not why
 
 
 def grid(rows: list[tuple[str, Tensor]], path: Path, zoom: int | None = None) -> None:

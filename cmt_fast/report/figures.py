@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from cmt_fast.storage import sound
 
 FIGURES = "figures.json"
 Figures = dict[str, Any]  # of one network in so many steps, as evaluation/measures.py names them
@@ -44,10 +45,27 @@ def plain(row: Figures) -> dict[str, float]:
 
 
 def stored(file: Path) -> tuple[dict[str, Any], Judged] | None:
-    """The key and the figures of a figures.json; None where there is none that can be read."""
+    """The key and the figures of a figures.json; None where there is none, or it is not what was written."""
     try:
-        found = json.loads(file.read_text("utf-8"))
-        judged = Judged(found["few"], found["solver"], found["during"], found.get("left_out", {}))
-        return (found["key"], judged) if isinstance(found["key"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return checked(file)
+    except (OSError, sound.Unsound):
         return None
+
+
+def checked(file: Path) -> tuple[dict[str, Any], Judged]:
+    """The same. Raises FileNotFoundError, Unsound."""
+    found = sound.read(file)
+    key, left_out = found.get("key"), found.get("left_out", {})
+    judged = Judged(*(found.get(how) for how in ("few", "solver", "during")), left_out)  # type: ignore[arg-type]
+    whole = isinstance(key, dict) and isinstance(key.get("eval", {"n": 0}), dict)
+    for of in judged:
+        whole = whole and isinstance(of, dict) and all(isinstance(v, dict | None) for v in of.values())
+    for of in judged[:3] if whole else ():
+        whole = whole and all(f is None or _number(f.get("frechet")) for f in of.values())
+    if not whole or not isinstance(key["eval"].get("n") if "eval" in key else 0, int):  # type: ignore[index,operator]
+        raise sound.Unsound(file, "holds no figures as a report writes them")
+    return key, judged  # type: ignore[return-value]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -23,12 +23,12 @@ from cmt_fast.config import loading
 from cmt_fast.evaluation import kept
 from cmt_fast.render import grids
 from cmt_fast.render.templates import Picture, png
-from cmt_fast.report.figures import FIGURES, Judged, stored
+from cmt_fast.report.figures import FIGURES, Judged, checked, stored
 from cmt_fast.report.quality import TITLES, Quality
 from cmt_fast.run.standing import Standing
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress, words
-from cmt_fast.storage import files
+from cmt_fast.storage import files, sound
 
 MEASURES = 2  # version of what is measured
 SHOWN, REAL = "shown", "shown.png"
@@ -41,6 +41,8 @@ def judge(work: Workspace, s: Standing, home: Path) -> Judged:
     """
     run, file, key = work.run, home / s.name / FIGURES, _key(work, s)
     every = (stored(place / FIGURES) for place in _places(work, s.name, home))
+    if distributed.rank() == 0:
+        _put_aside(work, s.name, home)
     there = next((found[1] for found in every if found and found[0] == key), None)
     everywhere = distributed.smallest(int(there is not None))  # a shared disk may show them to some ranks alone
     if there is not None and everywhere:
@@ -54,8 +56,19 @@ def judge(work: Workspace, s: Standing, home: Path) -> Judged:
         if distributed.rank() == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
             _draw(work, net, s.name, file.parent)
-            files.write_text(file, json.dumps({"key": key, **judged._asdict()}, indent=1))
+            files.write_text(file, sound.signed({"key": key, **judged._asdict()}))
     return judged
+
+
+def _put_aside(work: Workspace, name: str, home: Path) -> None:
+    """Damaged figures of this run get another name: they are made anew."""
+    for place in {home / name, work.folder / name}:
+        try:
+            checked(place / FIGURES)
+        except sound.Unsound as error:
+            sound.aside(error.file, f"{error.why}, its figures are made anew")
+        except OSError:
+            pass
 
 
 def _figures(work: Workspace, s: Standing) -> tuple[Judged, Any]:
@@ -136,7 +149,7 @@ def draw_real(work: Workspace, home: Path) -> None:
 def _real(work: Workspace, home: Path) -> Path | None:
     """The picture of real rows, where there is one."""
     places = (folder / kept.FOLDER / REAL for folder in (home, work.folder, work.parents))
-    return next((file for file in places if file.is_file()), None)
+    return next((file for file in places if grids.whole(file)), None)
 
 
 def _limit(work: Workspace) -> float:
@@ -169,7 +182,7 @@ def pictures(work: Workspace, stands: dict[str, Standing], quality: Quality, hom
     for name, title, steps, how in asked:
         judged = quality.judged.get(name)
         file = f"{SHOWN}-{'solver' if how == 'solver' else steps}.png"
-        found = [f for w in _places(work, name, home) if (f := w / file).is_file()]
+        found = [f for w in _places(work, name, home) if grids.whole(f := w / file)]
         if judged is None or not found:
             continue
         figures = judged.figures(steps, how)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from cmt_fast.config import loading
-from cmt_fast.render import plots, thin
+from cmt_fast.render import grids, plots, thin
 from cmt_fast.render.templates import Group, Picture, Section, Table, png
 from cmt_fast.report.figures import Curve, Judged
 from cmt_fast.report.text import TEXT
@@ -16,9 +16,11 @@ from cmt_fast.run.standing import Standing
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import words
 from cmt_fast.runtime.words import DASH, number
+from cmt_fast.storage.record import Record
 from cmt_fast.teacher import solver_record
 from cmt_fast.usage.bills import PHASES, Amount
 
+NO_WALL = {"train_s": 0.0, "eval_s": 0.0, "images_per_s": 0.0}  # of a row that does not say it
 DATA = {
     "digits": "8 x 8 handwritten digits",
     "photos": "32 x 32 windows of six photographs",
@@ -90,6 +92,12 @@ def curves(
     return Section("Quality by images", [text], groups)
 
 
+def lost(record: Record) -> str:
+    """What is said of rows that are not what was written."""
+    many = record.lost > 1
+    return f"{record.lost} row{'s' * many} of metrics.jsonl {'are' if many else 'is'} damaged and left out"
+
+
 def training(stands: dict[str, Standing]) -> Section:
     """Losses, images, seconds of every stage that has begun."""
     rows, figures = [], []
@@ -98,9 +106,11 @@ def training(stands: dict[str, Standing]) -> Section:
         if not (record and record.nimg):
             continue
         first, last = record.first, record.recent[-1]
-        wall = m["wall"] if m and m["step"] == last["step"] else last["wall"]  # a manifest's holds the last judging
-        losses = [number(first["loss"]), number(last["loss"]), f"{first['lr']:.3g} to {last['lr']:.3g}"]
-        times = [f"{wall['train_s']:,.1f}", f"{wall['eval_s']:,.1f}", f"{last['wall']['images_per_s']:,.0f}"]
+        said = NO_WALL | last.get("wall", {})
+        wall = NO_WALL | m.get("wall", {}) if m and m["step"] == last.get("step") else said  # it holds the last judging
+        rate = [row.get("lr") or 0.0 for row in (first, last)]
+        losses = [number(row.get("loss") or 0.0) for row in (first, last)] + [f"{rate[0]:.3g} to {rate[1]:.3g}"]
+        times = [f"{wall['train_s']:,.1f}", f"{wall['eval_s']:,.1f}", f"{said['images_per_s']:,.0f}"]
         rows.append([s.name, s.objective, f"{last['nimg']:,}", f"{s.stage.batch:,}", *losses, *times])
         loss, lr = (list(zip(*thin.extremes(record.nimg, column))) for column in (record.loss, record.lr))
         title = f"{s.name}: loss, and learning rate (dotted)."
@@ -114,6 +124,8 @@ def training(stands: dict[str, Standing]) -> Section:
         "First and last loss are means over about a fiftieth of the stage. Losses of different objectives cannot be compared. "
         "Seconds of training include the teacher's rollouts; images/s count training alone."
     )
+    damaged = [f"{s.name}: {lost(s.record)}." for s in stands.values() if s.record and s.record.lost]
+    note = " ".join([note, *damaged])
     own = [Group([Table("", columns, rows, note, left=2)], wide=True), Group(figures)] if rows else []
     return Section("Stages", [], [Group([lineage(stands)], wide=True), *own])
 
@@ -183,12 +195,13 @@ def samples(stands: dict[str, Standing]) -> Section:
     def picture(s: Standing, path: Path, which: str = "") -> Picture:
         return png(f"{s.name} at {int(path.stem) * s.stage.batch:,} images.", f"grid-{s.name}{which}.png", path)
 
-    last: list[Table | Picture] = [picture(s, s.grids[-1]) for s in stands.values() if s.grids]
+    drawn = {name: [path for path in s.grids if grids.whole(path)] for name, s in stands.items()}
+    last: list[Table | Picture] = [picture(s, drawn[name][-1]) for name, s in stands.items() if drawn[name]]
     groups, text = [Group(last)] if last else [], "Same noise and labels everywhere."
-    story = next((stands[n] for n in ("mid", "post", "control") if n in stands and len(stands[n].grids) > 2), None)
+    story = next((stands[n] for n in ("mid", "post", "control") if n in stands and len(drawn[n]) > 2), None)
     if story:
-        count, have = min(4, len(story.grids)), len(story.grids)
-        chosen = [story.grids[i * (have - 1) // (count - 1)] for i in range(count)]
+        count, have = min(4, len(drawn[story.name])), len(drawn[story.name])
+        chosen = [drawn[story.name][i * (have - 1) // (count - 1)] for i in range(count)]
         groups.append(Group([picture(story, path, f"-{i + 1}") for i, path in enumerate(chosen)]))
         text += f" First every stage at its end, then {story.name} during its training."
     return Section("Samples", [text], groups)

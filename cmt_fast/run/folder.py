@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -17,29 +16,44 @@ from pathlib import Path
 from cmt_fast.config import loading, paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, sound
 
 RUN_FILE = "run.json"
+KINDS = {
+    "run": dict, "rows": dict, "data": dict, "remembered": dict, "environment": dict, "networks": dict, "contents": dict,
+    "parents": str, "root": str, "roots": list,
+}  # fmt: skip
 JUDGING = "judging"  # what evaluations have done before they end (unfinished.py)
 
 
 def about_run(folder: Path) -> dict:
-    """run.json of a run."""
-    return json.loads((folder / RUN_FILE).read_text("utf-8"))
+    """run.json of a run. Raises FileNotFoundError where there is none, Unsound where it is not what was written."""
+    about = sound.read(folder / RUN_FILE)
+    for key, of in KINDS.items():
+        if not isinstance(about.get(key), (of, type(None))):
+            raise sound.Unsound(folder / RUN_FILE, f"cannot be read ({key} is of type {type(about[key]).__name__})")
+    shape, classes = ((about.get("rows") or {}).get(k) for k in ("shape", "classes"))
+    if not isinstance(shape, (list, type(None))) or not isinstance(classes, (int, type(None))):
+        raise sound.Unsound(folder / RUN_FILE, "cannot be read (rows have neither a shape nor a number of classes)")
+    texts = [*(about.get("roots") or ()), *(about.get("networks") or {}).values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise sound.Unsound(folder / RUN_FILE, "cannot be read (what is no text stands for the name of a place)")
+    return about
 
 
 def stored_run(folder: Path) -> Run:
     """The resolved run of a folder. Raises ConfigError naming the folder."""
     file = folder / RUN_FILE
     try:
-        return loading.build(json.loads(file.read_text("utf-8"))["run"])
+        return loading.build(about_run(folder)["run"])
     except FileNotFoundError:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"RUN: {str(folder)!r} is no folder") from None
         raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {RUN_FILE}{meant(folder)}") from None
-    except NotADirectoryError:
-        raise ConfigError(f"RUN: {str(folder)!r} is no folder") from None
-    except OSError as error:
-        raise ConfigError(f"RUN: {file} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except sound.Unsound as error:
+        again = "`cmt train` with its recipe and the same --out writes it anew"
+        raise ConfigError(f"RUN: {file} {error.why}; {again}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"RUN: {file} cannot be read ({error})") from None
 
 
@@ -109,9 +123,10 @@ def _has(other: Path, known: dict[str, str]) -> bool:
 
 def _ema(stage: Path) -> str:
     """Checksum of the weights of a stage, by its manifests alone; empty where there are none."""
-    for step in reversed(checkpoint.steps(stage)):
-        with contextlib.suppress(checkpoint.CheckpointError):
-            return checkpoint.ema_sum(checkpoint.read_manifest(checkpoint.folder_of(stage, step)))
+    with contextlib.suppress(checkpoint.CheckpointError):
+        for step in reversed(checkpoint.steps(stage)):
+            with contextlib.suppress(checkpoint.CheckpointError):
+                return checkpoint.ema_sum(checkpoint.read_manifest(checkpoint.folder_of(stage, step)))
     return ""
 
 

@@ -13,7 +13,6 @@ Where a stage has begun, what its own folder says counts, not the recipe that is
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from cmt_fast.config.schema import DIFFUSION, Autoguidance, Run, Stage
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.run.folder import RUN_FILE, located, parents_of, stored_run
 from cmt_fast.run.resolved import resolve
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, sound
 
 
 class Place(NamedTuple):
@@ -173,9 +172,8 @@ def _imported(place: Place, name: str) -> dict | None:
     if not found:
         return None
     try:
-        text = (checkpoint.folder_of(folder, found[-1]) / "manifest.json").read_text("utf-8")
-        parent = json.loads(text).get("parent")
-    except (OSError, ValueError, AttributeError):
+        parent = sound.read(checkpoint.folder_of(folder, found[-1]) / "manifest.json").get("parent")
+    except (OSError, ValueError):
         return None  # whoever reads the weights says what is wrong with it
     return parent if isinstance(parent, dict) and parent.get("stage") == "import" else None
 

@@ -11,7 +11,7 @@ A file that is not known to be one of these stays. Nothing is deleted before the
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +83,8 @@ def plan(folder: Path, keep: str, force: bool = False) -> Plan:
                 f"{stage} is a link out of the run, or holds one in the place of its checkpoints: left as it is"
             )
             continue
-        paths += [p for p in (stage / "snapshots", *(stage / "checkpoints").glob(".tmp-*")) if p.exists()]
+        left = [*(stage / "checkpoints").glob(".tmp-*"), *stage.glob("*.damaged*")]
+        paths += [p for p in (stage / "snapshots", *left) if os.path.lexists(p)]
         last = _last(stage, keep)
         if last is None:
             continue
@@ -141,7 +142,7 @@ def dependents(folder: Path) -> list[str]:
         if other.resolve() == mine:
             continue
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
-            about = json.loads((other / folder_.RUN_FILE).read_text("utf-8"))
+            about = folder_.about_run(other)
             named = [about.get("parents"), *(str(Path(text).parent) for text in _stages(about["run"]))]
             if any(name and folder_.located(name, other).resolve() == mine for name in named):
                 out.append(str(other))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from cmt_fast.config.schema import Run, Stage
 from cmt_fast.runtime import words
-from cmt_fast.storage import checkpoint, metrics_log
+from cmt_fast.storage import checkpoint, metrics_log, sound
 from cmt_fast.storage.heartbeat import DEAD_S, HEARTBEAT, QUIET_S
 from cmt_fast.storage.record import Record
 from cmt_fast.usage import bills
@@ -29,7 +29,7 @@ AHEAD_S = 60.0  # by which clocks of two machines may differ
 class Standing(NamedTuple):
     """How far a stage is. folder: where it is, own: in this run, not in the one that it was taken from; record: its
     metrics.jsonl, None where it was not read; manifest: of its newest sound checkpoint; wrong: what is wrong with a newer one;
-    bill: None where nobody counted.
+    bill: None where nobody counted; spoilt: which of its other files are damaged.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Standing(NamedTuple):
     manifest: dict[str, Any] | None = None
     wrong: str = ""
     bill: Usage | None = None
+    spoilt: str = ""
 
     @property
     def done(self) -> bool:
@@ -60,9 +61,9 @@ class Standing(NamedTuple):
     def state(self) -> str:
         """`finished`, `40%` or `not begun`, and what is damaged."""
         text = "finished" if self.done else f"{self.share:.0%}" if self.nimg else "not begun"
-        if not self.wrong:
-            return text
-        return f"{text}; damaged: {self.wrong}" if self.manifest else f"damaged: {self.wrong}"
+        if self.wrong and not self.manifest:
+            return f"damaged: {self.wrong}"
+        return "; damaged: ".join(filter(None, (text, self.wrong, self.spoilt)))
 
     @property
     def told(self) -> str:
@@ -76,7 +77,7 @@ class Standing(NamedTuple):
             text = f"unfinished: {self.manifest['nimg']:,} of {whole}"
         else:
             text = f"finished {datetime.datetime.fromtimestamp(self.saved, datetime.timezone.utc):%Y-%m-%d %H:%M} UTC"
-        return f"{text}; damaged: {self.wrong}" if self.wrong else text
+        return "; damaged: ".join(filter(None, (text, self.wrong, self.spoilt)))
 
     @property
     def saved(self) -> float:
@@ -126,7 +127,13 @@ def moment(folder: Path, manifest: dict[str, Any]) -> float:
 
 def place(folder: Path, parents: Path | None, name: str) -> Path:
     """Where a stage is: in the run, or where its parents are while it has begun there and not here."""
-    begun = lambda stage: (stage / metrics_log.METRICS).is_file() or bool(checkpoint.steps(stage))
+
+    def begun(stage: Path) -> bool:
+        try:
+            return (stage / metrics_log.METRICS).is_file() or bool(checkpoint.steps(stage))
+        except (OSError, checkpoint.CheckpointError):
+            return True  # what is there cannot be seen
+
     own = folder / name
     return parents / name if parents and not begun(own) and begun(parents / name) else own
 
@@ -138,7 +145,12 @@ def of(
     """One stage. record: reads metrics.jsonl; sound: reads a checkpoint, CheckpointError for one that is passed over."""
     home = place(folder, parents, name)
     manifest, wrong = None, ""
-    for step in reversed(checkpoint.steps(home)):
+    try:
+        steps = checkpoint.steps(home)
+        wrong = next((f"{path.name} was renamed" for path in checkpoint.strays(home)), "")
+    except checkpoint.CheckpointError as error:
+        steps, wrong = [], str(error)
+    for step in reversed(steps):
         try:
             manifest = sound(checkpoint.folder_of(home, step)).manifest
             break
@@ -146,7 +158,23 @@ def of(
             wrong = wrong or str(error).removeprefix(f"{home / 'checkpoints'}/")
     found = record(home / metrics_log.METRICS)
     bill = bills.of_stage(home, manifest)
-    return Standing(name, run.stages[name], home, home.parent == folder, found, manifest, wrong, bill)
+    spoilt = _spoilt(home, found)
+    return Standing(name, run.stages[name], home, home.parent == folder, found, manifest, wrong, bill, spoilt)
+
+
+def _spoilt(home: Path, record: Record) -> str:
+    """Which files of a stage, beside its checkpoints, are not what was written."""
+    out = [f"{record.lost} row{'s' * (record.lost > 1)} of metrics.jsonl"] if record.lost else []
+    if metrics_log.wrong(home / metrics_log.METRICS):
+        out.append(metrics_log.METRICS)
+    for name in (bills.FILE, "figures.json", "solver.json"):
+        try:
+            bills.checked(home) if name == bills.FILE else sound.read(home / name)
+        except sound.Unsound:
+            out.append(name)
+        except OSError:
+            continue
+    return ", ".join(out)
 
 
 class Life(NamedTuple):

@@ -30,7 +30,7 @@ from cmt_fast.evaluation.ledgers import Ledger
 from cmt_fast.evaluation.tallies import Seen
 from cmt_fast.run.folder import JUDGING
 from cmt_fast.runtime import distributed
-from cmt_fast.storage import files
+from cmt_fast.storage import files, sound
 
 ABOUT, FIGURES = "about.json", "figures.json"
 WORD = 32  # of a block, before its tensors: their checksum
@@ -49,11 +49,11 @@ class Unfinished:
     def block(self, name: str, index: Tensor) -> Seen | None:
         """What was taken of samples `index`, which follow each other; None where that is not here, whole."""
         try:
-            data = self._file(name, index).read_bytes() if self.folder else b""
+            data = sound.data(self._file(name, index), 1 << 34) if self.folder else b""
             if not data or xxhash.xxh3_128(data[WORD:]).hexdigest().encode() != data[:WORD]:
                 return None
             return Seen(**{key: tensor.clone() for key, tensor in load(data[WORD:]).items()})
-        except (OSError, SafetensorError, TypeError):
+        except (OSError, sound.Unsound, SafetensorError, TypeError):
             return None
 
     def put(self, name: str, seen: Seen) -> None:
@@ -138,7 +138,7 @@ def _clear(folder: Path, about: str) -> None:
     mine = json.loads(about).get("weights")
     for other in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            if other == folder or json.loads((other / ABOUT).read_text("utf-8")).get("weights") == mine:
+            if other == folder or sound.read(other / ABOUT).get("weights") == mine:
                 continue
             handle = _locked(other)
             if handle is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import sharding
 from cmt_fast.engine.buffers import Unread, check_fits, read
 from cmt_fast.perceptual import distance
-from cmt_fast.run import absent, guidance, networks
+from cmt_fast.run import absent, guidance, networks, recorded
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.run.folder import (
     RUN_FILE,
@@ -50,7 +49,7 @@ from cmt_fast.run.judging import Judging
 from cmt_fast.run.networks import check, deferred_network, fits, fresh_network, parameters, rows_of
 from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.runtime import distributed, machine, shared
-from cmt_fast.storage import checkpoint, files
+from cmt_fast.storage import checkpoint, files, sound
 
 
 class Workspace:
@@ -269,7 +268,7 @@ class Workspace:
         Raises ConfigError when a stage that has begun was trained with other settings, its own or its ancestors', or on
         other rows.
         """
-        if not (self.folder / RUN_FILE).is_file():
+        if not os.path.lexists(self.folder / RUN_FILE) or recorded.lost(self.run, self.folder):
             return None
         stored = stored_run(self.folder)
         # where its rows are on record they say whether the data are the same, not the path
@@ -317,10 +316,18 @@ class Workspace:
         Raises ConfigError as `compare` does.
         """
         stored = self.compare()
+        if not stored and distributed.rank() == 0:
+            recorded.put_aside(self.run, self.folder)
         before = about_run(self.folder) if stored else {}
+        contents = recorded.contents_now(self.run, before)
         networks = self._networks(before.get("networks") or {}, names)
         same = stored and loading.dump(stored) == loading.dump(self.run) and before.get("data") == self.data.facts
-        if same and "remembered" in before and before.get("networks") == networks:
+        if (
+            same
+            and "remembered" in before
+            and before.get("networks") == networks
+            and before.get("contents") == contents
+        ):
             return
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -330,6 +337,7 @@ class Workspace:
                 "rows": self.rows(),
                 "data": self.data.facts,
                 "networks": networks,
+                "contents": contents,
                 "remembered": absent.memory(self.data, self.setting.law, self.run.eval.labels, self.decoding.latents),
                 "environment": machine.environment(),
                 "ops": cmt_kernels.table(self.device.type),
@@ -338,7 +346,7 @@ class Workspace:
                 "root": str(Path.cwd()),
                 "roots": self._roots(before),
             }
-            files.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))
+            files.write_text(self.folder / RUN_FILE, sound.signed(about))
 
     def _networks(self, before: dict[str, str], names: Sequence[str]) -> dict[str, str]:
         """As `folder.seen`, the networks of other runs that this one takes: those that are here, else as they were known.

@@ -89,8 +89,15 @@ class Reader:
             return wall
         wall = dict(wall)
         more = wall.pop("bill_more")
-        if self.parts is None:
+        try:
+            return wall if self.parts is None else {**wall, "bill": self._grown(more)}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # no bill, whatever it is
+            self.lost()
             return wall
+
+    def _grown(self, more: dict[str, Any]) -> Bill:
+        """The bill with what came onto it."""
+        assert self.parts is not None
         self.until += round(SCALE * more["until"])
         for name, grown in more.items():
             if name == "until":
@@ -100,13 +107,13 @@ class Reader:
             seconds, joules, unknown = (grown[0], None, grown[0]) if len(grown) == 1 else (*grown, 0.0)[:3]
             energy = j if joules is None else (j or 0) + round(SCALE * joules)
             self.parts[unit, phase] = s + round(SCALE * seconds), energy, u + round(SCALE * unknown)
-        return {**wall, "bill": self._bill()}
+        return self._bill()
 
     def _start(self, bill: Bill) -> None:
         try:
             self.until, self.parts = round(SCALE * bill.get("until", 0.0)), _parts(bill)
             self.rest = _rest(bill)
-        except (KeyError, TypeError):  # of another version
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError):  # of another version, or none
             self.parts = None
 
     def _bill(self) -> Bill:

@@ -3,31 +3,37 @@
     STAGE/checkpoints/step-00001200/  manifest.json  model.safetensors  ema-0.safetensors  optimizer.safetensors
 
 Written to a temporary folder, every file synced, then renamed: a folder with its final name is whole, or
-its checksums say that it is not, and the one before it is used. Files hold full tensors by name whatever engine and
+its checksums say that it is not, and the one before it is used. It is believed only where it lies: a manifest of another
+step than its folder's name, or of another stage, is passed over. Files hold full tensors by name whatever engine and
 number of processes wrote them, and are written and read tensor by tensor, hashed on the way (tensor_file.py). Who needs the
 manifest alone looks at sizes; a file is hashed when its tensors are read, once a process.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import xxhash
-
-from cmt_fast.storage import tensor_file
+from cmt_fast.storage import sound, tensor_file
 from cmt_fast.storage.files import save_tensors, sync, write_text
-from cmt_fast.storage.tensor_file import CheckpointError, Damaged, Reader, Tensors, checksum
+from cmt_fast.storage.sound import CheckpointError, Unsound, canonical, signed
+from cmt_fast.storage.tensor_file import Damaged, Reader, Tensors, checksum
 
 if TYPE_CHECKING:  # torch comes with the first tensor: who lists runs reads manifests alone
     from torch import Tensor
 
 FORMAT = 1
+STAGES = (
+    "pre",
+    "mid",
+    "post",
+    "control",
+)  # the folders of a run's stages: each holds checkpoints of its own stage alone
 GOES_ON = "training cannot go on from it, what is finished can be sampled and judged"
 NO_WEIGHTS = "nothing can be sampled or trained from it"
 CONSEQUENCES = {"model": GOES_ON, "optimizer": GOES_ON}
@@ -132,9 +138,32 @@ def _save(
 
 
 def steps(stage_dir: Path) -> list[int]:
-    """Steps of the checkpoints that stand under their final names, oldest first."""
-    names = (p.name for p in (stage_dir / "checkpoints").glob("step-*"))
-    return sorted(int(n[5:]) for n in names if n[5:].isdigit())
+    """Steps of the checkpoints that stand under their final names, oldest first.
+
+    Raises Unsound where they cannot be listed: a stage whose checkpoints cannot be seen has not none.
+    """
+    names = _names(stage_dir)
+    return sorted(int(n[5:]) for n in names if n[5:].isascii() and n[5:].isdigit() and n == f"step-{int(n[5:]):08d}")
+
+
+def strays(stage_dir: Path) -> list[Path]:
+    """What is called like a checkpoint, and not as this version calls one: it was renamed, and is not read."""
+    known = {folder_of(stage_dir, step).name for step in steps(stage_dir)}
+    return [stage_dir / "checkpoints" / n for n in sorted(_names(stage_dir)) if n not in known]
+
+
+def _names(stage_dir: Path) -> list[str]:
+    folder = stage_dir / "checkpoints"
+    try:
+        return [name for name in os.listdir(folder) if name.startswith("step-")]
+    except FileNotFoundError:
+        if os.path.lexists(folder):
+            raise Unsound(folder, "is a link to nothing, not the folder of the checkpoints") from None
+        return []
+    except OSError as error:
+        if isinstance(error, NotADirectoryError) and not os.path.lexists(folder):
+            return []  # the stage is a file: it says so itself
+        raise Unsound(folder, f"cannot be listed ({error.strerror}); its checkpoints are not known") from None
 
 
 def removed(name: str) -> str:
@@ -152,31 +181,57 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, by its own checksum; the files that it names are not looked at. Raises CheckpointError."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-        body = {k: v for k, v in manifest.items() if k != "xxh3_128"}
-        if manifest["xxh3_128"] != xxhash.xxh3_128_hexdigest(canonical(body)):
-            raise CheckpointError(f"{path}: was changed after it was written")
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path}: has format {manifest['format']}, this version reads {FORMAT}")
-        if not all(type(w["bytes"]) is int and isinstance(w["xxh3_128"], str) for w in manifest["files"].values()):
-            raise CheckpointError(f"{path}: does not say the bytes and the checksum of each of its files")
-        return manifest
+        manifest = sound.read(path, signs=True)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: is no checkpoint, it has no manifest.json") from None
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: has format {manifest.get('format')}, this version reads {FORMAT}")
+    if not _whole(manifest):
+        raise Unsound(path, "is no manifest: it does not say its step, or its files by name, size and checksum")
+    return manifest
+
+
+def _whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether it says what every reader relies on."""
+    number = lambda n: isinstance(n, int) and not isinstance(n, bool) and n >= 0
+    named = [manifest.get("files"), manifest.get("pruned", {})]
+    if (
+        not number(manifest.get("step"))
+        or not number(manifest.get("nimg", 0))
+        or not all(isinstance(n, dict) for n in named)
+    ):
+        return False
+    return all(
+        "/" not in name and name not in ("", ".", "..") and isinstance(about, dict) and number(about.get("bytes"))
+        and isinstance(about.get("xxh3_128"), str)
+        for files in named for name, about in files.items()
+    )  # fmt: skip
+
+
+def placed(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises Unsound for a manifest of another step or stage than those of the place where it lies."""
+    path, stage = folder / "manifest.json", folder.absolute().parents[1].name
+    if folder.name.startswith("step-") and folder.name != folder_of(folder, manifest["step"]).name:
+        raise Unsound(path, f"is of step {manifest['step']}, its folder was renamed or copied")
+    if stage in STAGES and manifest.get("stage", stage) != stage:
+        raise Unsound(path, f"is of stage {manifest['stage']}, not of {stage}: it was copied from there")
 
 
 def sized(folder: Path) -> Checkpoint:
-    """A checkpoint whose files are there with their sizes, and of which this process has found none damaged: for who needs the
-    manifest, or reads tensors, which are verified then. Raises CheckpointError naming the file.
+    """A checkpoint that lies where it belongs, whose files are there with their sizes, and of which this process has found none
+    damaged: for who needs the manifest, or reads tensors, which are verified then. Raises CheckpointError naming the file.
     """
     manifest = read_manifest(folder)
+    placed(folder, manifest)
     for name, want in manifest["files"].items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != want["bytes"]:
+        try:
+            about = os.lstat(file)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+            about = None
+        if about is None or not stat.S_ISREG(about.st_mode) or about.st_size != want["bytes"]:
             raise CheckpointError(f"{file}: is missing or has not the {want['bytes']} bytes of the manifest")
         if tensor_file.remembered(file) not in (None, want["xxh3_128"]):
             raise Damaged(file, "does not match its checksum")
@@ -189,20 +244,26 @@ def verify(folder: Path) -> Checkpoint:
     """
     found = sized(folder)
     for name, want in found.manifest["files"].items():
-        if checksum(folder / name) != want["xxh3_128"]:
+        try:
+            same = checksum(folder / name) == want["xxh3_128"]
+        except OSError as error:
+            raise Damaged(folder / name, f"cannot be read ({error.strerror})") from None
+        if not same:
             raise Damaged(folder / name, "does not match its checksum")
     return found
 
 
-def latest(stage_dir: Path, sound: Callable[[Path], Checkpoint] = verify) -> Checkpoint | None:
+def latest(stage_dir: Path, reads: Callable[[Path], Checkpoint] = verify) -> Checkpoint | None:
     """The newest checkpoint that is whole, None if there is none at all; says on stderr which ones it passed over.
 
-    sound: `verify`, or `sized` for who looks at the manifest, or reads tensors and comes back where they raise Damaged.
+    reads: `verify`, or `sized` for who looks at the manifest, or reads tensors and comes back where they raise Damaged.
     """
     found = steps(stage_dir)
+    for path in strays(stage_dir):
+        print(f"checkpoint passed over: {path}: is not the name of a checkpoint, it was renamed", file=sys.stderr)
     for step in reversed(found):
         try:
-            return sound(folder_of(stage_dir, step))
+            return reads(folder_of(stage_dir, step))
         except CheckpointError as error:
             print(f"checkpoint passed over: {error}", file=sys.stderr)
     if found:
@@ -246,16 +307,7 @@ def complete(stage_dir: Path) -> Checkpoint:
     return found
 
 
-def signed(body: Mapping[str, Any]) -> str:
-    """A manifest's text: the body with its checksum."""
-    return json.dumps({**body, "xxh3_128": xxhash.xxh3_128_hexdigest(canonical(dict(body)))}, indent=1)
-
-
-def canonical(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, sort_keys=True).encode()
-
-
 __all__ = [
     "Checkpoint", "CheckpointError", "Damaged", "Tensors", "canonical", "clear", "complete", "ema_sum", "folder_of", "latest",
-    "newest", "read_manifest", "removed", "save", "set_aside", "signed", "sized", "steps", "verify",
+    "newest", "placed", "read_manifest", "removed", "save", "set_aside", "signed", "sized", "steps", "strays", "verify",
 ]  # fmt: skip

@@ -4,41 +4,85 @@ The file is only ever appended to. A stage that goes on from a checkpoint looks 
 from the file's end, cuts the file there and reads nothing else, so a start costs what was lost and not what was done. Rows are
 flat objects that any tool for JSON lines reads; the bill in them is what came onto it (bill_deltas.py). `rows` gives them back
 whole, of this and of every earlier version; who wants curves and the newest figures reads record.py, in a few bytes a row.
+
+Each row ends with a checksum of what stands before it in its line, so a row that was damaged is left out, and not believed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+
+from cmt_fast.storage import sound
 from cmt_fast.storage.bill_deltas import Reader, Writer
 from cmt_fast.storage.heartbeat import beat
 from cmt_fast.storage.loggers import Loggers, Opening
 
 METRICS = "metrics.jsonl"
 BLOCK = 1 << 16  # bytes that are read at once from the end
+MARK = b',"xxh32":"'  # before a row's checksum
 DIGITS = 4  # after the point, of what differs between equal runs anyway
 
 
+def sealed(row: str) -> str:
+    """A row's text with the checksum of what stands before that."""
+    return f'{row[:-1]}{MARK.decode()}{xxhash.xxh32_hexdigest(row[:-1].encode())}"}}'
+
+
+def unsealed(line: bytes) -> bytes | None:
+    """A row's text without its checksum, as it is of a version that wrote none; None where it is not what was written."""
+    body, mark, seal = line.rstrip(b"\n").rpartition(MARK)
+    if not mark:
+        return seal
+    return body + b"}" if seal == xxhash.xxh32_hexdigest(body).encode() + b'"}' else None
+
+
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """A row, None for what is none: what a kill tore, or a disk that lost power."""
+    """A row, None for what is none: what a kill tore, a disk that lost power, or a bit that fell over."""
+    text = unsealed(line)
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(text) if text else None
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    return row if isinstance(row, dict) and _is_row(row) else None
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether what it says is of the kinds that readers rely on, as far as it says it: rows of other versions say less."""
+    counts = (row.get("step", 0), row.get("nimg", 0))
+    if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62 for v in counts):
+        return False
+    if not isinstance(row.get("kind", ""), str) or not isinstance(wall := row.get("wall", {}), dict):
+        return False
+    if not all(_number(v) for v in (row.get("loss"), row.get("lr"), wall.get("train_s"), wall.get("eval_s"))):
+        return False
+    steps = row.get("steps", {}) if row.get("kind") == "eval" else {}
+    if not isinstance(steps, dict) or ("wall" in row and list(row)[-1] != "wall"):
+        return False  # what follows the last key was a checksum once
+    return all(f is None or (isinstance(f, dict) and _number(f.get("frechet", 0))) for f in steps.values())
+
+
+def _number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def rows(path: Path, end: int | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a metrics file one by one, each with its bill. A line that is none is left out. end: in bytes."""
-    if not path.is_file():
+    try:
+        opened = sound.handle(path)
+    except (FileNotFoundError, NotADirectoryError, sound.Unsound):
         return
     bills, at = Reader(), 0
-    with open(path, "rb") as file:
+    with open(opened, "rb") as file:
         for line in file:
             at += len(line)
             if end is not None and at > end:
@@ -50,6 +94,17 @@ def rows(path: Path, end: int | None = None) -> Iterator[dict[str, Any]]:
             if "wall" in row:
                 row["wall"] = bills.whole(row["wall"])
             yield row
+
+
+def wrong(path: Path) -> str:
+    """Why a metrics file cannot be read at all; empty where it can, and where there is none."""
+    try:
+        os.close(sound.handle(path))
+    except FileNotFoundError:
+        return ""
+    except (OSError, sound.Unsound) as error:
+        return getattr(error, "why", None) or "cannot be read"
+    return ""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -108,7 +163,7 @@ class Log:
         if self.file:
             beat(self.run)
             row = {"kind": kind, "step": step, "nimg": nimg, **values, "wall": self._short(wall or {})}
-            self.file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            self.file.write(sealed(json.dumps(row, separators=(",", ":"))) + "\n")
             self.file.flush()
         self.loggers.row(kind, nimg, values, wall or {})
 
@@ -135,14 +190,25 @@ class Log:
 def _cut(path: Path, step: int, unseen: bool) -> tuple[int, int]:
     """Drop what comes after the last row of at most `step` steps; unseen: and the evaluation of `step` itself.
 
-    Returns the bytes that are left, and up to which image rows were there before.
+    Lines that are no rows and may have stood for work that is not done again are kept in a file beside it, and named. What is
+    no file, or cannot be read, is put aside. Returns the bytes that are left, and up to which image rows were there before.
     """
-    if not path.is_file():
+    try:
+        opened = sound.handle(path, os.O_RDWR)
+    except (FileNotFoundError, NotADirectoryError):
         return 0, 0
-    kept, seen = 0, None
-    with open(path, "r+b") as file:
+    except (OSError, sound.Unsound) as error:
+        if isinstance(error, OSError) and error.errno != errno.EIO:
+            raise
+        sound.aside(path, f"{getattr(error, 'why', None) or 'cannot be read'}: the rows before are lost")
+        return 0, 0
+    kept, seen, lost = 0, None, list[bytes]()
+    with open(opened, "r+b") as file:
+        lost += tail(file)
         for end, line in backwards(file):
             row = parsed(line)
+            if row is None:
+                lost.append(line)
             if row is None or not {"step", "nimg"} <= row.keys():
                 continue
             seen = row["nimg"] if seen is None else seen
@@ -150,5 +216,29 @@ def _cut(path: Path, step: int, unseen: bool) -> tuple[int, int]:
             if row["step"] <= step and not again:
                 kept = end
                 break
+            lost.clear()  # of work that is done again
+        if lost:
+            _keep_lost(path, lost)
         file.truncate(kept)
     return kept, seen or 0
+
+
+def tail(file: BinaryIO) -> list[bytes]:
+    """What follows the last newline, if anything does: a row that a kill tore, or whose newline is another byte now."""
+    at, rest = file.seek(0, os.SEEK_END), b""
+    while at and b"\n" not in rest:
+        size = min(BLOCK, at)
+        at -= size
+        file.seek(at)
+        rest = file.read(size) + rest
+    left = rest.rpartition(b"\n")[2]
+    return [left] if left else []
+
+
+def _keep_lost(path: Path, lines: list[bytes]) -> None:
+    """Put lines that are no rows aside; the last one comes first."""
+    place = path.with_name(f"{path.name}.damaged")
+    print(f"{path}: {len(lines)} damaged row{'s' * (len(lines) > 1)}, put aside in {place.name}", file=sys.stderr)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    with contextlib.suppress(OSError, sound.Unsound), open(sound.handle(place, flags), "ab") as file:
+        file.write(b"\n".join([*reversed(lines), b""]))

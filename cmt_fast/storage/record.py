@@ -13,9 +13,10 @@ import re
 from array import array
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from cmt_fast.storage.metrics_log import backwards, parsed
+from cmt_fast.storage import sound
+from cmt_fast.storage.metrics_log import backwards, parsed, unsealed
 
 BLOCK = 1 << 22  # bytes that are read at once
 RECENT = 11  # rows of training that are kept whole: ten spans of time
@@ -28,7 +29,7 @@ ROW = re.compile(
 
 class Record:
     """The rows of one file. In images: nimg, of every row of training; loss, lr: of the same rows; others: rows of other kinds;
-    last_nimg: of the last row of any kind.
+    last_nimg: of the last row of any kind; lost: lines that are no rows, and so are left out.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +39,7 @@ class Record:
     def _begin(self, file: tuple[int, int]) -> None:
         self.nimg, self.loss, self.lr = array("q"), array("d"), array("d")
         self.others: list[dict[str, Any]] = []
-        self.last_nimg, self._rows = 0, 0
+        self.last_nimg, self.lost, self._rows = 0, 0, 0
         self._file, self._offset, self._last = file, 0, b""
         self._first, self._recent = b"", deque[bytes](maxlen=RECENT)
 
@@ -51,20 +52,28 @@ class Record:
     def newest(cls, path: Path) -> Record:
         """Its last row and its newest evaluation alone, found from the end: for lists of many runs."""
         out = cls(path)
-        if path.is_file():
-            with open(path, "rb") as file:
-                for _, line in backwards(file):
-                    if out._rows and b'"eval"' not in line:
-                        continue
-                    row = parsed(line)
-                    if row is None:
-                        continue
-                    if not out._rows:
-                        out._rows, out.last_nimg = 1, row["nimg"]
-                    if row.get("kind") == "eval":
-                        out.others.append(row)
-                        break
+        try:
+            with open(sound.handle(path), "rb") as file:
+                out._newest(file)
+        except FileNotFoundError:
+            pass
+        except (OSError, sound.Unsound):
+            out.lost = 1
         return out
+
+    def _newest(self, file: BinaryIO) -> None:
+        for _, line in backwards(file):
+            if self._rows and b'"eval"' not in line:
+                continue
+            row = parsed(line)
+            self.lost += row is None
+            if row is None or "nimg" not in row:
+                continue
+            if not self._rows:
+                self._rows, self.last_nimg = 1, row["nimg"]
+            if row.get("kind") == "eval" and "steps" in row:
+                self.others.append(row)
+                break
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -76,7 +85,7 @@ class Record:
     def kind(self, kind: str) -> list[dict[str, Any]]:
         """Its rows of a kind that is not "train"."""
         assert kind != "train", "rows of training are columns"
-        return [row for row in self.others if row["kind"] == kind]
+        return [row for row in self.others if row.get("kind") == kind]
 
     @property
     def first(self) -> dict[str, Any]:
@@ -91,10 +100,10 @@ class Record:
     def update(self) -> Record:
         """Read what is new; a line that is not whole yet is left for the next time, one that is none is left out.
 
-        A file that cannot be read now leaves what was known of it.
+        A file that cannot be read now, or is none, leaves what was known of it.
         """
         try:
-            with open(self.path, "rb") as file:
+            with open(sound.handle(self.path), "rb") as file:
                 about = os.fstat(file.fileno())  # of this very file: the path may be another's by now
                 if (about.st_dev, about.st_ino) != self._file or not self._stands(file, about.st_size):
                     self._begin((about.st_dev, about.st_ino))
@@ -103,11 +112,11 @@ class Record:
                     block += file.readline()
                     whole = block.rfind(b"\n") + 1
                     if whole:
-                        self._take(block[:whole].splitlines())
+                        self._take(block[: whole - 1].split(b"\n"))
                         self._offset += whole
                     if whole < len(block):
                         break
-        except OSError:
+        except (OSError, sound.Unsound):
             pass
         return self
 
@@ -122,11 +131,14 @@ class Record:
         """Whole lines, after those before."""
         match, nimg, loss, lr = ROW.fullmatch, self.nimg, self.loss, self.lr
         for line in lines:
-            found = match(line)
+            text = unsealed(line)
+            found = match(text) if text else None
             if found:
                 try:
                     n, a, b = found.groups()
                     values = int(n), float(a), float(b)
+                    if values[0] >= 1 << 62:
+                        raise ValueError(values)
                 except ValueError:
                     self._other(line)
                     continue
@@ -143,7 +155,8 @@ class Record:
 
     def _other(self, line: bytes) -> None:
         row = parsed(line)
-        if row is None:
+        if row is None or (row.get("kind") in ("train", "eval") and "nimg" not in row):
+            self.lost += 1
             return
         self._rows += 1
         self.last_nimg = row.get("nimg", self.last_nimg)

@@ -19,6 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import xxhash
 
+from cmt_fast.storage import sound
+from cmt_fast.storage.sound import CheckpointError as CheckpointError
+from cmt_fast.storage.sound import Unsound
+
 if TYPE_CHECKING:  # torch comes with the first tensor: who lists runs reads manifests alone
     from torch import Tensor
 
@@ -34,16 +38,8 @@ _hashed: dict[tuple[Any, ...], str] = {}  # identity of a file -> checksum of it
 read_bytes = 0  # of all files, by this process, for who measures a start
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another kind: one line that says which and why."""
-
-
-class Damaged(CheckpointError):
-    """The bytes of a file are not those that its manifest vouches for. It is remembered: nobody reads that file again."""
-
-    def __init__(self, file: Path, why: str) -> None:
-        super().__init__(f"{file}: {why}")
-        self.file, self.why = file, why
+class Damaged(Unsound):
+    """The bytes of a file cannot be had as its manifest vouches for them. It is remembered: nobody reads that file again."""
 
 
 class Tensors(Mapping[str, "Tensor"]):
@@ -132,12 +128,13 @@ def condemn(path: Path, was: tuple[Any, ...] | None = None) -> None:
 
 
 def checksum(path: Path) -> str:
-    """xxh3_128 of a file's bytes, hashed once a process while the file stays the same."""
+    """xxh3_128 of a file's bytes, hashed once a process while the file stays the same. Raises OSError, and Unsound for what is
+    no file."""
     known = remembered(path)
     if known is not None:
         return known
     was = identity(path)
-    handle = os.open(path, os.O_RDONLY)
+    handle = sound.handle(path)
     try:
         state, at, block = xxhash.xxh3_128(), 0, bytearray(BLOCK)
         while got := _read(handle, memoryview(block), at):
@@ -181,7 +178,7 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[T
 class Reader:
     """A file whose size and checksum are known, read in one pass by who asks for its tensors in its order.
 
-    Raises Damaged where size, header or checksum are not as they should be, CheckpointError where the system does not read it.
+    Raises Damaged where size, header or checksum are not as they should be, and where the system does not read it.
     """
 
     def __init__(self, path: Path, want: Mapping[str, Any]) -> None:
@@ -189,9 +186,11 @@ class Reader:
         self.path, self.want, self._next, self._state = path, want, 0, xxhash.xxh3_128()
         self._was = identity(path)
         try:
-            self._file = os.open(path, os.O_RDONLY)
+            self._file = sound.handle(path)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+            raise self._damaged(f"cannot be read ({error.strerror})") from None
+        except Unsound as error:
+            raise self._damaged(error.why) from None
         weakref.finalize(self, os.close, self._file)
         if os.fstat(self._file).st_size != want["bytes"]:
             raise self._damaged(f"is missing or has not the {want['bytes']} bytes of the manifest")
@@ -201,6 +200,8 @@ class Reader:
         self.sound = known is not None
         try:
             self.spans = self._header()
+        except Damaged:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._damaged("does not match its checksum") from None
         self.order = list(self.spans)
@@ -276,7 +277,7 @@ class Reader:
             try:
                 got = _read(self._file, block[done:], at + done)
             except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from None
+                raise self._damaged(f"cannot be read ({error.strerror})") from None
             if not got:
                 raise self._damaged("was cut while it was read")
             done += got

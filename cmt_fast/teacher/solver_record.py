@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Trajectories
+from cmt_fast.storage import sound
 from cmt_fast.teacher.solver_error import Estimate, Solver
 
 FILE = "solver.json"
@@ -39,11 +39,17 @@ class Kept(NamedTuple):
 def read(folder: Path) -> Kept | None:
     """What was settled for the stage in `folder`, if it was. Raises ConfigError for a file that cannot be read."""
     try:
-        return Kept(**json.loads((folder / FILE).read_text("utf-8")))
+        kept = Kept(**sound.read(folder / FILE))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except sound.Unsound as error:
+        raise ConfigError(f"{error}; remove it to measure again") from None
+    except TypeError as error:
         raise ConfigError(f"{folder / FILE}: cannot be read ({error}); remove it to measure again") from None
+    kinds = (dict, bool, float | int, dict, dict, int, int, list)
+    if not all(isinstance(v, of) for v, of in zip(kept, kinds)) or not all(isinstance(r, dict) for r in kept.rows):
+        raise ConfigError(f"{folder / FILE}: cannot be read (it is no record of a choice); remove it to measure again")
+    return kept
 
 
 def settled(folder: Path, config: Trajectories) -> Trajectories:

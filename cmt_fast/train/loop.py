@@ -23,12 +23,13 @@ from cmt_fast.config.schema import Run
 from cmt_fast.engine import Engine, ShardingPlan, compile
 from cmt_fast.engine.graph import StepGraph
 from cmt_fast.objectives.rounding import KINDS
+from cmt_fast.run import recorded
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.runtime.progress import say
 from cmt_fast.runtime.signals import Stopped, noted
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, leftovers
 from cmt_fast.storage.loggers import Opening
 from cmt_fast.storage.metrics_log import Log
 from cmt_fast.train import attention_choice, batches, monitor, rounding_choice, solver_choice, starting
@@ -53,6 +54,8 @@ def train(
     meter = meters.Meter.of(work.device)
     with work.lock(), noted() as asked:
         work.claim(names)
+        if distributed.rank() == 0:
+            leftovers.clear(work.folder)
         left = list(names)
         while left:
             try:
@@ -78,7 +81,7 @@ def train_stage(
     """
     run, name, folder, config, plan = work.run, stage.name, stage.folder, stage.config, stage.schedule
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
-    found = starting.newest(folder)
+    found = starting.newest(folder, recorded.contents(work.folder, name))
     if found and found.manifest.get("done"):
         return say(f"{name:>8} done ({found.manifest['nimg']} images)") if distributed.rank() == 0 else None
     others = work.external_inputs(stage) | solver_choice.settle(work, stage)
@@ -305,6 +308,7 @@ def _identity(
         "stage": name,
         "recipe": run.name,
         "config": fingerprint.stage_digest(run, name, others),
+        "content": fingerprint.content_digest(run, name),
         "parent": lineage,
         "others": others,
         "engine": {"kind": run.engine, "stage": choice.stage, "processes": distributed.size()},

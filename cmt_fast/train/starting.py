@@ -7,6 +7,7 @@ then all ranks raise Damaged, nothing of what was read is trained from, and the 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from cmt_fast.config.schema import Stage
@@ -39,9 +40,23 @@ def load(engine: Engine, found: checkpoint.Checkpoint, stage: ResolvedStage) -> 
 
 
 @progress.phase("checking the checkpoints")
-def newest(folder: Path) -> checkpoint.Checkpoint | None:
-    """The newest whose files have their sizes; their checksums are known when they have been read."""
-    return checkpoint.newest(folder)
+def newest(folder: Path, contents: Collection[str] | None = None) -> checkpoint.Checkpoint | None:
+    """The newest whose files have their sizes; their checksums are known when they have been read.
+
+    contents: digests of the settings that the run has had for this stage; a checkpoint of others was copied here, and is passed
+    over. None, and a checkpoint of a version that wrote none: not compared.
+    """
+
+    def own(place: Path) -> checkpoint.Checkpoint:
+        found = checkpoint.sized(place)
+        content = found.manifest.get("content")
+        if contents is not None and content is not None and content not in contents:
+            raise checkpoint.CheckpointError(
+                f"{place}: was trained with settings that this run never had: it was copied here"
+            )
+        return found
+
+    return checkpoint.latest(folder, own)
 
 
 @progress.phase("reading the weights to start from", quiet=True)

@@ -5,10 +5,14 @@ Files alone are read here, and no torch is needed: lists of runs, and who watche
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import xxhash
+
+from cmt_fast.storage import sound
 
 FILE, ALIVE = "bill.json", "bill.alive"
 PHASES = ("startup", "train", "teacher", "evaluation", "checkpoint", "stalled")
@@ -59,9 +63,21 @@ class Usage(NamedTuple):
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Usage:
-        """From what `stored` gave. Raises KeyError, TypeError or ValueError for something else."""
-        amounts = {u: {p: Amount(**a) for p, a in phases.items()} for u, phases in stored["amounts"].items()}
-        return cls(amounts, float(stored["until"]), int(stored["from_nimg"]), str(stored["reason"]))
+        """From what `stored` gave. Raises ValueError for something else."""
+        try:
+            amounts = {u: {p: Amount(**a) for p, a in phases.items()} for u, phases in stored["amounts"].items()}
+            found = cls(amounts, float(stored["until"]), int(stored["from_nimg"]), str(stored["reason"]))
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"no bill ({error})") from None
+        numbers = [
+            n
+            for phases in amounts.values()
+            for a in phases.values()
+            for n in (a.seconds, a.joules or 0.0, a.unmeasured_s)
+        ]
+        if not all(isinstance(n, int | float) and abs(n) < float("inf") for n in (found.until, *numbers)):
+            raise ValueError("no bill (what is no number stands for one)")
+        return found
 
     def stored(self) -> dict[str, Any]:
         """As JSON types."""
@@ -104,26 +120,52 @@ def total(bills: Iterable[Usage], unit: str) -> Amount:
 def of_stage(folder: Path, manifest: Mapping[str, Any] | None) -> Usage | None:
     """The bill of a stage as far as it is known: its newest, of a checkpoint's manifest or of bill.json; None for none."""
     kept, found = journal(folder), []
-    if manifest and manifest.get("bill"):
-        found.append(Usage.of(manifest["bill"]))
+    if of_manifest := billed(manifest):
+        found.append(of_manifest)
     if kept:
         found.append(kept[0])
     return max(found, key=lambda bill: bill.until, default=None)
 
 
-def journal(folder: Path) -> tuple[Usage, int, Usage, dict[str, int]] | None:
-    """bill.json: the newest bill, the step of its last checkpoint, the bill then, unit -> devices held."""
+def billed(manifest: Mapping[str, Any] | None) -> Usage | None:
+    """The bill of a checkpoint's manifest, None for none."""
     try:
-        body = json.loads((folder / FILE).read_text("utf-8"))
-        settled = body["settled"]
-        return Usage.of(body["bill"]), int(settled["step"]), Usage.of(settled["bill"]), dict(body["held"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Usage.of(manifest["bill"]) if manifest and manifest.get("bill") else None
+    except ValueError:
         return None
+
+
+def journal(folder: Path) -> tuple[Usage, int, Usage, dict[str, int]] | None:
+    """bill.json: the newest bill, the step of its last checkpoint, the bill then, unit -> devices held. None where it is not
+    there, or is not what was written."""
+    try:
+        return checked(folder)
+    except (OSError, sound.Unsound):
+        return None
+
+
+def checked(folder: Path) -> tuple[Usage, int, Usage, dict[str, int]]:
+    """The same. Raises FileNotFoundError, Unsound."""
+    body = sound.read(folder / FILE)
+    try:
+        settled, held = body["settled"], {str(unit): int(n) for unit, n in body["held"].items()}
+        return Usage.of(body["bill"]), int(settled["step"]), Usage.of(settled["bill"]), held
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise sound.Unsound(folder / FILE, f"holds no bill ({error})") from None
+
+
+def pulse(now: float) -> bytes:
+    """What bill.alive holds: a time of fixed width and its checksum, so that it can be written over the one before."""
+    text = f"{now:017.6f}"
+    return f"{text} {xxhash.xxh32_hexdigest(text.encode())}".encode()
 
 
 def alive(folder: Path) -> float | None:
-    """When a process that did not end its account is last known to have lived."""
+    """When a process that did not end its account is last known to have lived; None where that is not said, or damaged."""
     try:
-        return float((folder / ALIVE).read_text("ascii"))
+        text = sound.data(folder / ALIVE, 100).decode("ascii")
     except (OSError, ValueError):
         return None
+    found = re.fullmatch(r"(\d{10}\.\d{6})(?: ([0-9a-f]{8}))?", text)
+    sums = found and found[2] in (None, xxhash.xxh32_hexdigest(found[1].encode()))
+    return float(found[1]) if found and sums else None

@@ -13,7 +13,6 @@ A process is billed from `loop.train` on, from stage to stage without a gap, to 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_fast.runtime import distributed
-from cmt_fast.storage import files
+from cmt_fast.storage import files, sound
 from cmt_fast.usage import bills
 from cmt_fast.usage.bills import ALIVE, FILE, Amount, Usage
 from cmt_fast.usage.meters import Meter
@@ -37,9 +36,11 @@ class Account:
     ) -> None:
         """manifest: of the checkpoint that is gone on from. pulse_s: 0 writes bill.alive only when the bill is."""
         self.folder, self.meter, self.write = folder, meter, write
-        journal = bills.journal(folder)
+        journal = _journal(folder, write)
         # from here on this process counts, and not the time in which there was none
         alive = bills.alive(folder)
+        if alive is None and write and os.path.lexists(folder / ALIVE):
+            sound.aside(folder / ALIVE, "is damaged, the time before the last kill is not billed")
         if alive is not None:  # what this process has spent, as on a start from a damaged file, is its meter's to count
             alive = min(alive, meter.begun)
         self.bill = _resumed(manifest, journal, alive)._replace(until=meter.until)
@@ -93,10 +94,10 @@ class Account:
     def _touch(self) -> None:
         """A time of fixed width, written over the one before: a kill leaves one or the other."""
         if self.write:
-            with contextlib.suppress(OSError):
-                handle = os.open(self.folder / ALIVE, os.O_CREAT | os.O_WRONLY, 0o644)
+            with contextlib.suppress(OSError, sound.Unsound):
+                handle = sound.handle(self.folder / ALIVE, os.O_CREAT | os.O_WRONLY)
                 try:
-                    os.write(handle, f"{self.meter.now():017.6f}".encode())
+                    os.write(handle, bills.pulse(self.meter.now()))
                 finally:
                     os.close(handle)
 
@@ -106,9 +107,21 @@ class Account:
             return
         body = {"bill": self.bill.stored(), "settled": self.settled, "held": {self.meter.unit: self.held}}
         with contextlib.suppress(OSError):
-            files.write_bytes(self.folder / FILE, json.dumps(body).encode())
+            files.write_bytes(self.folder / FILE, sound.signed(body).encode())
         if not self._ended.is_set():
             self._touch()
+
+
+def _journal(folder: Path, write: bool) -> tuple[Usage, int, Usage, dict[str, int]] | None:
+    """What bill.json says; a damaged one is put aside: the bill of the checkpoint's manifest stands for it."""
+    try:
+        return bills.checked(folder)
+    except sound.Unsound as error:
+        if write:
+            sound.aside(error.file, f"{error.why}, the bill of the last checkpoint counts")
+    except OSError:
+        pass
+    return None
 
 
 def _resumed(
@@ -117,8 +130,7 @@ def _resumed(
     """The bill to go on with: what the checkpoint stands for, and as stalled what was spent after it until the kill."""
     step = manifest["step"] if manifest else 0
     kept = Usage({}, from_nimg=manifest["nimg"] if manifest else 0)
-    if manifest and manifest.get("bill"):
-        kept = Usage.of(manifest["bill"])
+    kept = bills.billed(manifest) or kept
     if journal is None:
         return kept
     last, settled_step, settled, held = journal

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.run import standing
 from cmt_fast.run.folder import RUN_FILE, is_run, meant, parents_of, stored_run
 from cmt_fast.run.standing import Life, Standing
-from cmt_fast.storage import pruning
+from cmt_fast.storage import pruning, sound
 from cmt_fast.storage.metrics_log import METRICS
 from cmt_fast.storage.record import Record
 
@@ -99,16 +98,16 @@ class Watched:
             return StageState(at, begun)
         recent = record.recent
         speed, left = _pace(recent, at.stage.images_nimg)
-        wall = recent[-1]["wall"]
+        wall = {"train_s": 0.0, "eval_s": 0.0} | recent[-1].get("wall", {})
         evaluations = _evaluations(at.evaluations)
         return StageState(at, begun, speed, left, wall["train_s"] + wall["eval_s"], record.loss, evaluations)
 
     def _teacher(self, steps: int) -> tuple[int, float] | None:
         """The teacher as it was judged beside evaluations in training; None before a report has judged it."""
-        figures = (_json(standing.place(self.folder, self.parents, "pre") / "figures.json").get("during") or {}).get(
-            str(steps)
-        )
-        return (steps, figures["frechet"]) if figures else None
+        during = _json(standing.place(self.folder, self.parents, "pre") / "figures.json").get("during")
+        figures = during.get(str(steps)) if isinstance(during, dict) else None
+        found = figures.get("frechet") if isinstance(figures, dict) else None
+        return (steps, found) if isinstance(found, int | float) else None
 
     def _size(self, now: float) -> int:
         """Bytes of the folder, counted again after SIZE_S."""
@@ -136,13 +135,14 @@ def _changed(at: Standing) -> float:
 def _pace(recent: list[dict], total: int) -> tuple[float | None, float | None]:
     """Images/s of training over the last rows, and seconds to the end of the stage, with evaluations as often as so far."""
     first, end = (recent[0], recent[-1]) if len(recent) > 1 else (None, recent[-1])
-    nimg, seconds = end["nimg"], end["wall"]["train_s"]
+    spent = lambda row, key: row.get("wall", {}).get(key) or 0.0  # a row of another version may not say it
+    nimg, seconds = end["nimg"], spent(end, "train_s")
     if first:
-        nimg, seconds = nimg - first["nimg"], seconds - first["wall"]["train_s"]
+        nimg, seconds = nimg - first["nimg"], seconds - spent(first, "train_s")
     if seconds <= 0 or nimg <= 0:
         return None, None
-    whole = end["wall"]["train_s"]
-    slower = (whole + end["wall"]["eval_s"]) / whole if whole else 1.0
+    whole = spent(end, "train_s")
+    slower = (whole + spent(end, "eval_s")) / whole if whole else 1.0
     return nimg / seconds, (total - end["nimg"]) * seconds / nimg * slower
 
 
@@ -150,14 +150,13 @@ def _evaluations(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
     out: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for k, figures in row["steps"].items():
-            if figures:
+            if figures and "frechet" in figures:
                 out.setdefault(k, []).append((row["nimg"], figures["frechet"]))
     return out
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        return sound.read(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}

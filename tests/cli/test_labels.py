@@ -18,6 +18,7 @@ from cmt_fast.evaluation.references import Reference
 from cmt_fast.models import layers
 from cmt_fast.run import folder
 from cmt_fast.run.workspace import Workspace, stored_run
+from cmt_fast.storage import sound
 from cmt_fast.train import loop
 from tests.fixtures import small, stores
 from tests.fixtures.tiny import metrics
@@ -158,7 +159,7 @@ def test_public_statistics_do_not_say_their_law_and_recipes_draw_as_published(wo
     about["run"]["data"]["path"] = "many.npz"
     del about["data"], about["remembered"]  # of other rows
     (world / "skewed").mkdir(exist_ok=True)
-    (world / "skewed" / "run.json").write_text(json.dumps(about | {"parents": "wide"}))
+    (world / "skewed" / "run.json").write_text(sound.signed(about | {"parents": "wide"}))
     public = Reference(
         Moments(torch.zeros(32).double(), torch.eye(32).double()), "mu and sigma as ADM and EDM publish them"
     )
@@ -200,7 +201,7 @@ def test_a_run_that_began_with_a_gapped_table_goes_on_with_it(tmp_path, monkeypa
     file.parent.mkdir()
     about = folder.about_run(tmp_path / "new")
     about["rows"] = {"shape": [4, 8, 8], "classes": 9, "normalisation": None}
-    file.write_text(json.dumps(about))
+    file.write_text(sound.signed(about))
     work = Workspace(stored_run(tmp_path / "old"), tmp_path / "old")
     assert work.data.classes == 9 and work.data.labels.tolist() == [1, 4, 8, 8]
     loop.train(work, ["pre"])

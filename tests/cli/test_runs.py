@@ -20,7 +20,7 @@ from cmt_fast.report import runs as runs_
 from cmt_fast.run import folder as folder_
 from cmt_fast.run import removing
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.storage import checkpoint, heartbeat, pruning
+from cmt_fast.storage import checkpoint, heartbeat, pruning, sound
 from tests.fixtures import small
 from tests.fixtures.tiny import tiny
 
@@ -57,9 +57,9 @@ def run(trained, tmp_path, monkeypatch):
 
 
 def edit(file: Path, change) -> None:
-    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree = sound.read(file)
     change(tree)
-    file.write_text(json.dumps(tree), encoding="utf-8")
+    file.write_text(sound.signed(tree), encoding="utf-8")
 
 
 def unfinish(run: Path, stage: str) -> Path:

@@ -19,7 +19,7 @@ from cmt_fast.run import absent, standing
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import machine
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, sound
 from cmt_fast.train import loop
 from tests.fixtures.tiny import tiny
 
@@ -274,7 +274,7 @@ def test_a_mixture_gets_its_theory_once(tmp_path, monkeypatch):
     train(tmp_path, ["pre"], *SHORT, "data={kind: gmm, n: 200}", "model={kind: mlp, width: 8, depth: 1}")
     page.write(tmp_path)
     html = page.write(tmp_path)["html"].read_text()
-    assert calls == [1] and json.loads((tmp_path / "theory.json").read_text()) == figures
+    assert calls == [1] and sound.read(tmp_path / "theory.json") == figures
     assert "Fréchet, identity" in html and "accuracy" not in html
     for text in ("order 2: slope 2.00", "&lt;b&gt;D", "gradient", "MSE of the target"):
         assert text in html

@@ -16,7 +16,7 @@ from cmt_fast.config import fingerprint, loading, paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import classes
 from cmt_fast.run import absent, folder, workspace
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, sound
 from cmt_fast.storage.files import checksum
 from tests.fixtures import small
 from tests.fixtures.stores import make_store
@@ -207,10 +207,14 @@ def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatc
     for name in ("a", "b"):
         (tmp_path / "old" / name).mkdir(parents=True)
         about = {"root": str(tmp_path), "networks": {"old/a/pre": "ab" * 16, "gone/b/pre": "cd" * 16}}
-        (tmp_path / "old" / name / folder.RUN_FILE).write_text(json.dumps(about))
+        (tmp_path / "old" / name / folder.RUN_FILE).write_text(sound.signed(about))
         step = checkpoint.folder_of(tmp_path / "old" / name / "pre", 1)
         step.mkdir(parents=True)
-        body = {"format": checkpoint.FORMAT, "files": {"ema-0.safetensors": {"xxh3_128": "ab" * 16}}}
+        body = {
+            "format": checkpoint.FORMAT,
+            "step": 1,
+            "files": {"ema-0.safetensors": {"bytes": 8, "xxh3_128": "ab" * 16}},
+        }
         (step / "manifest.json").write_text(checkpoint.signed(body))
     monkeypatch.chdir(tmp_path)
     assert folder.located("old/a", Path("old/b")) == tmp_path / "old/a"
@@ -222,13 +226,15 @@ def test_a_teacher_that_moved_along_is_found_beside_the_run(tmp_path, monkeypatc
     assert folder.located("other/a", tmp_path / "new/b") == Path("other/a")
     assert folder.located("gone/b", tmp_path / "new/b") == tmp_path / "gone/b"
     manifest = checkpoint.folder_of(tmp_path / "new/a/pre", 1) / "manifest.json"
-    manifest.write_text(checkpoint.signed({**body, "files": {"ema-0.safetensors": {"xxh3_128": "ef" * 16}}}))
+    manifest.write_text(
+        checkpoint.signed({**body, "files": {"ema-0.safetensors": {"bytes": 8, "xxh3_128": "ef" * 16}}})
+    )
     assert folder.located("old/a", tmp_path / "new/b") == tmp_path / "old/a"
     about = {**about, "root": "/nowhere", "roots": [str(tmp_path)]}
-    (tmp_path / "new/b" / folder.RUN_FILE).write_text(json.dumps(about))
+    (tmp_path / "new/b" / folder.RUN_FILE).write_text(sound.signed(about))
     assert folder.located("new/a", tmp_path / "new/b") == tmp_path / "new/a"
     about = {**about, "root": str(tmp_path), "roots": []}
-    (tmp_path / "new/b" / folder.RUN_FILE).write_text(json.dumps(about))
+    (tmp_path / "new/b" / folder.RUN_FILE).write_text(sound.signed(about))
     shutil.copytree(tmp_path / "new", tmp_path / "here/old")
     monkeypatch.chdir(tmp_path / "here")
     assert folder.located("old/a", tmp_path / "new/b") == tmp_path / "old/a"
@@ -315,7 +321,7 @@ def test_a_run_of_before_this_record_samples_in_the_proportions_of_its_data(worl
     del about["remembered"], about["root"]
     about["run"]["data"]["path"], about["run"]["eval"]["labels"] = "data.npz.tmp.npz", "data"
     about["data"]["xxh3_128"] = checksum(Path("data.npz.tmp.npz"))
-    (tmp_path / "run" / folder.RUN_FILE).write_text(json.dumps(about))
+    (tmp_path / "run" / folder.RUN_FILE).write_text(sound.signed(about))
     counts = lambda: np.bincount(workspace.open_run(tmp_path / "run").setting.labels(torch.arange(12)))
     assert counts().tolist() == [8, 2, 2] and not capsys.readouterr().err
     Path("data.npz.tmp.npz").unlink()

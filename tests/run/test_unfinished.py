@@ -22,7 +22,7 @@ from cmt_fast.evaluation.tallies import Seen, Tally
 from cmt_fast.run import unfinished
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine
-from cmt_fast.storage import files
+from cmt_fast.storage import files, sound
 from tests.fixtures.tiny import tiny
 from tests.run.test_guidance import weights
 
@@ -85,7 +85,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(run, capsys, monkeypatc
     block.write_bytes(block.read_bytes()[:-1])  # the disk lost its end
     (block.parent / ".tmp-left").write_bytes(b"torn")
     killed(run, neighbours._Tiles, "rows", 1)  # the distances have ended, of one step
-    figures = json.loads((block.parent / "figures.json").read_text())
+    figures = sound.read(block.parent / "figures.json")
     assert [list(row) for row in figures.values() if row] == [["frechet", "frechet_2"]] and len(kept(run)) == 14
     with monkeypatch.context() as patch:
         drawn, distances = counted(patch, Sampler, "draw_each"), counted(patch, Against, "each")

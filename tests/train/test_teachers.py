@@ -16,7 +16,7 @@ from cmt_fast.cost import flops
 from cmt_fast.run.folder import RUN_FILE
 from cmt_fast.run.resolved import resolve
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, sound
 from cmt_fast.teacher.pool import Pool
 from cmt_fast.train import loop
 from tests.fixtures.tiny import NO_EVAL, SMALL, source_of, tiny
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_one_line(world: Path, tmp_path: Path, capsys, over
             about["run"]["data"] = {"kind": "npz", "path": "x.npz"}
             if name == "old":
                 del about["rows"]
-            (world / name / RUN_FILE).write_text(json.dumps(about))
+            (world / name / RUN_FILE).write_text(sound.signed(about))
     overrides = [o.replace("{w}", str(world)) for o in overrides]
     shrunk = [*SMALL, *NO_EVAL, *overrides]
     assert main(["train", "digits", *shrunk, "--out", str(tmp_path / "out")]) == 2

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import json
 import os
 import queue
 import sys
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 from cmt_fast.config.errors import one_line
 from cmt_fast.config.secrets import hidden
-from cmt_fast.storage import files
+from cmt_fast.storage import files, sound
 
 EXTRAS = {
     "tensorboard": "log",
@@ -98,17 +97,18 @@ def _number(value: Any) -> bool:
 def known_id(folder: Path, name: str) -> str | None:
     """The id under which a logger knows a stage, None where it does not yet."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / IDS).read_text("utf-8")).get(name)
+        found = sound.read(folder / IDS).get(name)
+        return found if isinstance(found, str) else None
     return None
 
 
 def keep_id(folder: Path, name: str, value: str) -> None:
     """Write it down, for a process that goes on with the stage."""
     try:
-        ids = json.loads((folder / IDS).read_text("utf-8"))
+        ids = sound.read(folder / IDS)
     except (OSError, ValueError):
         ids = {}
-    files.write_text(folder / IDS, json.dumps({**ids, name: value}, indent=1) + "\n")
+    files.write_text(folder / IDS, sound.signed({**ids, name: value}) + "\n")
 
 
 class Loggers:

@@ -1,0 +1,63 @@
+"""What run.json says of the settings that its stages had, and whether it can be written anew where it is damaged.
+
+A checkpoint's manifest carries a digest of the settings that its weights depend on, and run.json the digests that the run has
+had for each stage. So a checkpoint that was copied in from another run is not trained on, and a run.json that was damaged can be
+written again from the same recipe: what the manifests say proves that it is the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cmt_fast.config import fingerprint, loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import STAGES, Run
+from cmt_fast.run.folder import RUN_FILE, about_run
+from cmt_fast.storage import checkpoint, sound
+
+
+def lost(run: Run, folder: Path) -> str:
+    """What is wrong with run.json, where it can be written anew: all stages that have begun were trained with these settings.
+    Empty where nothing is. Raises ConfigError where other settings were theirs, or nobody knows.
+    """
+    try:
+        loading.build(about_run(folder)["run"])
+        return ""
+    except (FileNotFoundError, ConfigError):  # whole, and of another version: it says what is not valid
+        return ""
+    except sound.Unsound as error:
+        why = error.why
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        why = f"cannot be read ({' '.join(str(error).split())[:200]})"
+    for name in STAGES:
+        found = checkpoint.newest(folder / name)
+        mine = fingerprint.content_digest(run, name) if name in run.stages else None
+        if found and (mine is None or found.manifest.get("content") != mine):
+            raise ConfigError(
+                f"--out: {folder / RUN_FILE} {why}, and {name} was not trained with these settings; "
+                "with those that it was begun with it is written anew"
+            )
+    return why
+
+
+def put_aside(run: Run, folder: Path) -> None:
+    """Give a damaged run.json another name, and say so. Raises ConfigError as `lost`."""
+    if why := lost(run, folder):
+        sound.aside(folder / RUN_FILE, f"{why}, it is written anew")
+
+
+def contents(folder: Path, name: str) -> list[str] | None:
+    """Digests of the settings that a run has had for a stage, None where it does not say."""
+    try:
+        found = (about_run(folder).get("contents") or {}).get(name)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, list) else None
+
+
+def contents_now(run: Run, before: dict[str, Any]) -> dict[str, list[str]]:
+    """The same of all stages with the settings of now. before: run.json as it is."""
+    was = before.get("contents") or {}
+    now = {name: fingerprint.content_digest(run, name) for name in run.stages}
+    return {name: list(dict.fromkeys([*(was.get(name) or ()), digest])) for name, digest in now.items()}

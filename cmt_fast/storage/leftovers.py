@@ -1,0 +1,52 @@
+"""What processes that died left half written in a run's folder: cleared away when the next one begins.
+
+Everything is written under a name with `.tmp` in it and then renamed. Who holds the run's lock is alone in writing checkpoints,
+snapshots, bills and run.json, so what is left of those goes at once; other files are written by commands without the lock, and
+count as left when nobody has touched them for a while. Damaged checkpoints that were put aside stay for `cmt runs rm`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+from cmt_fast.storage.heartbeat import DEAD_S
+
+LEFT = re.compile(r"\.tmp-(?P<of>.+?)(-\d+)?|(?P<early>.+)\.tmp-\d+")  # the second: what ends in .tmp-PID
+LOCKED = ("run.json", "bill.json", "step-")  # how the names of what is written under the lock begin
+KEPT = "damaged-"
+
+
+def clear(run: Path) -> list[Path]:
+    """Take them away, for who holds the run's lock; what cannot be removed stays. Returns what went."""
+    gone, now = [], time.time()
+    for folder in (run, *_folders(run)):
+        for path in _left(folder):
+            name = next(filter(None, LEFT.fullmatch(path.name).group("of", "early")))  # type: ignore[union-attr]
+            with contextlib.suppress(OSError):
+                if name.startswith(KEPT) or not (name.startswith(LOCKED) or now - os.lstat(path).st_mtime > DEAD_S):
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+                gone.append(path)
+    return gone
+
+
+def _folders(run: Path) -> list[Path]:
+    """Where a run's files are written."""
+    depths = ("*", "*/checkpoints", "*/grids", "*/snapshots/*/checkpoints", "judging/*")
+    with contextlib.suppress(OSError):
+        return [p for depth in depths for p in run.glob(depth) if p.is_dir() and not p.is_symlink()]
+    return []
+
+
+def _left(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return [folder / name for name in os.listdir(folder) if LEFT.fullmatch(name)]
+    return []
