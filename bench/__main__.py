@@ -16,6 +16,10 @@ BENCHES = {
         "what this machine does at its best: ceilings, linears, attention, norms, optimizers",
     ),
     "coverage": ("harness.coverage", "lines of every room of cmt_fast that the tests ran"),
+    "diskfull": (
+        "safety.diskfull",
+        "a run on a full disk at 200 sizes, and on file systems that refuse flock, syncs, renames or links",
+    ),
     "dual": ("training.dual", "what a tangent costs, beside the plain forward and torch.func.jvp"),
     "gallery": (
         "experiments.gallery",

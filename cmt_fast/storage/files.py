@@ -32,6 +32,8 @@ PATIENCE_S = 1.0  # for who reads a file that is to be replaced, as a page is dr
 OLD = ".tmp-old-"  # before the name of a file that is being replaced where that takes two renames
 MOVING = ".tmp-moving"  # in a folder whose files still come
 
+_refuses: set[int] = set()  # devices that do not rename over a file, whoever waits
+
 
 class DiskFull(OSError):
     """What is to be written does not fit. needed: bytes of all of it; free: bytes that may be written there."""
@@ -81,19 +83,20 @@ def sync(path: Path) -> None:
 def replace(source: Path, target: Path) -> None:
     """Rename a file over another one, or to a new name. Where that is refused while somebody has the other one open: again
     for PATIENCE_S, then the other one first takes a name from which `restore` brings it back after a kill."""
-    end = time.monotonic() + PATIENCE_S
+    end, device = time.monotonic() + PATIENCE_S, source.stat().st_dev
     while True:
         try:
             return os.replace(source, target)
         except OSError as error:
             if error.errno not in IN_USE or not target.is_file():
                 raise
-            if time.monotonic() > end:
+            if device in _refuses or time.monotonic() > end:
                 break
         time.sleep(PATIENCE_S / 10)
     old = target.with_name(OLD + target.name)
     os.replace(target, old)
     os.replace(source, target)
+    _refuses.add(device)
     with contextlib.suppress(OSError):
         old.unlink()
 
