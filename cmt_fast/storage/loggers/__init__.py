@@ -188,8 +188,8 @@ class _Worker:
     up to which it is; late: those that wait for room.
     """
 
-    def __init__(self, name: str, logger: Logger, reopen: Callable[[int], Logger] | None = None) -> None:
-        """reopen: makes it anew for what comes after so many images."""
+    def __init__(self, name: str, logger: Logger, reopen: Callable[[int | None], Logger] | None = None) -> None:
+        """reopen: makes it anew for what comes after so many images, or after what it had as the stage began."""
         self.name, self.logger, self.failed, self.reopen = name, logger, False, reopen
         self.sent, self.late, self.broken, self.tried = list[Job](), list[Job](), False, 0.0
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -201,7 +201,9 @@ class _Worker:
         """None, and a line, where it cannot be opened: a run that was started again at night goes on without it."""
         try:
             module = importlib.import_module(f"cmt_fast.storage.loggers.to_{name}")
-            again = lambda nimg: module.open_logger(about._replace(nimg=nimg, seen_nimg=nimg))
+            again = lambda nimg: module.open_logger(
+                about if nimg is None else about._replace(nimg=nimg, seen_nimg=nimg)
+            )
             return cls(name, module.open_logger(about), again)
         except Exception as error:
             _told(name, about.stage, error)
@@ -237,7 +239,7 @@ class _Worker:
         self.tried = time.monotonic()
         try:
             if self.broken and self.reopen:
-                since = self.sent[0][1] if self.sent else 0
+                since = self.sent[0][1] if self.sent else None
                 self.logger, self.late = self.reopen(since), self.sent[1:] + self.late
                 self.sent, self.broken = self.sent[:1], False
             while self.late:
