@@ -32,6 +32,7 @@ from bench.harness.results_file import ROOT, Results
 SOURCE = Path(__file__).with_name("refusing.c")
 INSIDE = "CMT_REFUSING"  # set in the process that the library is preloaded into
 STAGE, NAME = "pre", "diskfull"
+TAKERS = 8  # of a stale lease at once
 SETTINGS = [
     "model.width=16", "model.depth=1", "model.heads=2", "eval.n=50", "eval.n_during=50", "pre.batch=32",
     "pre.images_nimg=256", "pre.warmup_nimg=64", "pre.checkpoint_every_nimg=64", "pre.grid_every_nimg=null",
@@ -159,7 +160,7 @@ def full(disk: Disk, place: Path, arguments: argparse.Namespace, base: dict, mos
     from cmt_fast.train import saving
 
     dice, row = random.Random(arguments.seed), {"case": "sizes", "n": arguments.n, "most_bytes": most, "faults": []}
-    ended = {"full": 0, "small file": 0, "done": 0, "waited": 0}
+    ended = {"full": 0, "small_file": 0, "done": 0, "waited": 0}
     for i in range(arguments.n):
         size, folder = int(most * (i + dice.random()) / arguments.n), place / f"full-{i}"
         disk.at(folder)
@@ -175,7 +176,7 @@ def full(disk: Disk, place: Path, arguments: argparse.Namespace, base: dict, mos
         else:
             error = trained(folder)
         row["faults"] += [f"{size} bytes: {fault}" for fault in faults_of(folder, error)]
-        kind = "waited" if given and error is None else "done" if error is None else "small file"
+        kind = "waited" if given and error is None else "done" if error is None else "small_file"
         ended["full" if isinstance(error, files.DiskFull) else kind] += 1
         disk.quota(None)
         again = trained(folder)
@@ -316,17 +317,17 @@ def leases(disk: Disk, place: Path) -> dict[str, Any]:
         except locks.Taken:
             won.append("taken")
 
-    threads = [threading.Thread(target=want) for _ in range(8)]
+    threads = [threading.Thread(target=want) for _ in range(TAKERS)]
     for thread in threads:
         thread.start()
     end = time.monotonic() + 5
-    while len(won) < 8 and time.monotonic() < end:
+    while len(won) < TAKERS and time.monotonic() < end:
         time.sleep(0.05)
     go.set()
     for thread in threads:
         thread.join()
     if won.count("had") != 1:
-        row["faults"].append(f"a stale lease was taken over by {won.count('had')} of 8 at once")
+        row["faults"].append(f"a stale lease was taken over by {won.count('had')} of {TAKERS} at once")
     held = locks.take(folder)
     leave(host="elsewhere", token="other")
     try:
@@ -380,8 +381,24 @@ def inside(arguments: argparse.Namespace) -> int:
         rows[0]["faults"].append("nothing was said of the room that it waits for")
     results = Results(NAME, "cpu", arguments.json, n=arguments.n, seed=arguments.seed)
     results.add(*rows)
+    for key, found in summed(rows).items():
+        results[key] = found
     results["cpu_s"] = round(time.process_time(), 1)
     return _told(rows)
+
+
+def summed(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """For a table of promises: of the sizes, of all refusals together, of leases."""
+    sizes, *refused, leases_ = rows
+    count = lambda found: sum(len(row["faults"]) for row in found)
+    return {
+        "sizes": {**sizes["ended"], "n": sizes["n"], "most_bytes": sizes["most_bytes"], "faults": count([sizes])},
+        "refused": {
+            "kinds": len(refused), "errors": sum(len(row["errors"]) for row in refused),
+            "calls": sum(row["calls"] for row in refused), "faults": count(refused),
+        },
+        "leases": {"faults": count([leases_]), "takers": TAKERS},
+    }  # fmt: skip
 
 
 def _told(rows: list[dict[str, Any]]) -> int:

@@ -25,7 +25,7 @@ from cmt_fast.report import page
 from cmt_fast.run import absent, folder, needs, workspace
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.runtime import distributed, machine, memory, output, progress, words
-from cmt_fast.storage import checkpoint, filesystem
+from cmt_fast.storage import checkpoint, files, filesystem
 from cmt_fast.teacher import precision, solver_record
 from cmt_fast.train import loop, profiler, saving
 from cmt_fast.usage import bills
@@ -127,7 +127,9 @@ def train(args: argparse.Namespace) -> None:
             progress.say(f"{name:>8} done")
         _ops(work.device.type)
         _classes(work)
-    distributed.agreed(lambda: None if distributed.rank() else _disk(work, names))
+    distributed.agreed(
+        lambda: None if distributed.rank() else _disk(work, [n for n in names if not _finished(out / n)])
+    )
     if work.device.type == "cpu":
         memory.keep_freed()
     draw = functools.partial(page.write, out, judge=False, refresh_s=REFRESH_S)
@@ -216,10 +218,11 @@ def _classes(work: workspace.Workspace) -> None:
 
 def _disk(work: workspace.Workspace, names: list[str]) -> None:
     """What the run's disk does and has, in a line, before anything depends on it. Raises DiskFull."""
-    work.folder.mkdir(parents=True, exist_ok=True)
-    found = filesystem.probe(work.folder)
-    filesystem.adapt(found)
-    print(filesystem.line(work.folder, found))
+    there = next(f for f in (work.folder.absolute(), *work.folder.absolute().parents) if f.is_dir())
+    with files.unless_refused():  # the lock says that nothing can be written
+        found = filesystem.probe(there)
+        filesystem.adapt(found)
+        print(filesystem.line(work.folder, found))
     note = disk.check([work.stage(name) for name in names], work.parameters, work.folder)
     if note:
         print(f"note: {note}")
