@@ -111,32 +111,38 @@ class Saver:
     def _until_there_is_room(self, put: Callable[[], None], folder: Path, group: dist.ProcessGroup | None) -> None:
         """Call it, again while the disk is full and the time to wait is not over, on all ranks alike. Raises OSError on all:
         DiskFull where there was no room. group: of the collective calls, None for that of the training."""
-        end, told = time.monotonic() + _wait_s, False
+        end, told, needed, free = time.monotonic() + _wait_s, False, 0, 0
+        refused: OSError | None = None
         while True:
-            refused: OSError | None = None
-            try:
-                put()
-            except OSError as error:
-                refused = error
-            full = refused if isinstance(refused, files.DiskFull) else None
-            code = FULL if full else int(refused is not None)
-            code, needed, free = _most([code, full.needed if full else 0, full.free if full else 0], group)
-            if not code:
-                if told and distributed.rank() == 0:
-                    say(f"{self.name:>8} there is room again: the checkpoint is written")
-                return
-            over = _most([int(bool(self.asked) or time.monotonic() >= end)], group)[0]
-            if code == FULL and not over:
-                if not told and distributed.rank() == 0:
-                    room = f"it needs {needed:,} bytes, {free:,} are free"
-                    how = f"tried again every {AGAIN_S:g} s for {words.duration(_wait_s)}"
-                    print(f"cmt: {self.name}: a checkpoint does not fit into {folder}: {room}; {how}", file=sys.stderr)
-                told = True
-                self._pause(end)
-                continue
-            if refused:
-                raise refused
-            raise files.DiskFull(folder, needed, free) if code == FULL else OSError(distributed.WRITER)
+            if not told or self._may_fit(folder, needed, group):
+                refused = None
+                try:
+                    put()
+                except OSError as error:
+                    refused = error
+                full = refused if isinstance(refused, files.DiskFull) else None
+                mine = [FULL, full.needed, full.free] if full else [int(refused is not None), 0, 0]
+                code, needed, free = _most(mine, group)
+                if code == 0:
+                    if told and distributed.rank() == 0:
+                        say(f"{self.name:>8} there is room again: the checkpoint is written")
+                    return
+                if code != FULL:
+                    raise refused or OSError(distributed.WRITER)
+            if _most([int(bool(self.asked) or time.monotonic() >= end)], group)[0]:
+                raise refused or files.DiskFull(folder, needed, free)
+            if not told and distributed.rank() == 0:
+                room = f"it needs {needed:,} bytes, {free:,} are free"
+                how = f"tried again every {AGAIN_S:g} s for {words.duration(_wait_s)}"
+                print(f"cmt: {self.name}: a checkpoint does not fit into {folder}: {room}; {how}", file=sys.stderr)
+            told = True
+            self._pause(end)
+
+    @staticmethod
+    def _may_fit(folder: Path, needed: int, group: dist.ProcessGroup | None) -> bool:
+        """Whether the first rank's disk has room, as far as it says: else no state is gathered for nothing."""
+        room = files.free(folder) if distributed.rank() == 0 else None
+        return not _most([int(room is not None and room < needed)], group)[0]
 
     def _pause(self, end: float) -> None:
         """Until the next look; a signal ends it."""
