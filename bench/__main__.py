@@ -24,6 +24,10 @@ BENCHES = {
         "safety.damage",
         "bits that flip in every file of a run, cuts, swaps, edits, pipes, folders: what sees them, and what goes on",
     ),
+    "diskfull": (
+        "safety.diskfull",
+        "a run on a full disk at 200 sizes, and on file systems that refuse flock, syncs, renames or links",
+    ),
     "dual": ("training.dual", "what a tangent costs, beside the plain forward and torch.func.jvp"),
     "fuzz": (
         "safety.fuzz",

@@ -7,6 +7,7 @@ for is imported: `cmt --help` needs neither torch nor the schema.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import select
@@ -20,10 +21,11 @@ from cmt_fast import __version__
 from cmt_fast.cli.parser import Parser
 from cmt_fast.config.errors import ConfigError, nearest, one_line, printable
 from cmt_fast.config.secrets import hidden
-from cmt_fast.runtime import once, streams
+from cmt_fast.runtime import exits, once, streams
 from cmt_fast.runtime.signals import Stopped
 
 STDOUT = 1
+FULL = (errno.ENOSPC, errno.EDQUOT)
 ALL = "*"
 # command: its module, what it is for
 COMMANDS = {
@@ -166,7 +168,7 @@ def _told(error: Exception) -> int | None:
     if isinstance(error, ConfigError):
         text, code = str(error), 2
     elif isinstance(error, OSError):
-        text, code = _of_system(error), 1
+        text, code = _of_system(error), exits.DISK_FULL if error.errno in FULL else 1
     elif isinstance(error, FloatingPointError):
         text, code = str(error), 1
     else:

@@ -24,10 +24,10 @@ from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
 from cmt_fast.run import absent, folder, needs, workspace
 from cmt_fast.run.resolved import ResolvedStage
-from cmt_fast.runtime import distributed, machine, memory, progress, words
-from cmt_fast.storage import checkpoint
+from cmt_fast.runtime import distributed, machine, memory, output, progress, words
+from cmt_fast.storage import checkpoint, files, filesystem
 from cmt_fast.teacher import precision, solver_record
-from cmt_fast.train import loop, profiler
+from cmt_fast.train import loop, profiler, saving
 from cmt_fast.usage import bills
 
 REFRESH_S = 30  # seconds after which the page of a run that trains loads itself anew
@@ -72,6 +72,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"seconds between lines where the output is no terminal (default: {progress.EVERY_S:.0f})",
     )
+    p.add_argument(
+        "--disk-wait",
+        default="10m",
+        metavar="TIME",
+        help="how long a save waits for room on a full disk, as 90s, 10m, 2h; 0 does not (default: 10m)",
+    )
     p.add_argument("--profile-steps", type=int, default=4, metavar="N", help="steps to profile (default: 4)")
 
 
@@ -82,6 +88,7 @@ def train(args: argparse.Namespace) -> None:
         print("\n".join(recipes.listed()))
         raise ConfigError("cmt train: which recipe? name one of these, or a YAML file (`cmt recipes new` writes one)")
     progress.set_every_s(args.log_every_s)
+    saving.set_wait_s(args.disk_wait)
     begun = time.monotonic()
     run, out, parents = _asked(args)
     have = list(run.stages)
@@ -120,10 +127,14 @@ def train(args: argparse.Namespace) -> None:
             progress.say(f"{name:>8} done")
         _ops(work.device.type)
         _classes(work)
+    distributed.agreed(
+        lambda: None if distributed.rank() else _disk(work, [n for n in names if not _finished(out / n)])
+    )
     if work.device.type == "cpu":
         memory.keep_freed()
     draw = functools.partial(page.write, out, judge=False, refresh_s=REFRESH_S)
-    loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
+    with output.unless_full():
+        loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
     page.write(out, training=True)
     if distributed.rank() == 0:
         progress.say(_done(work, asked, time.monotonic() - begun))
@@ -203,6 +214,18 @@ def _classes(work: workspace.Workspace) -> None:
     note = classes.gaps(work.data)
     if note and work.run.data.class_ids is None:
         progress.say(f"note: {note}")
+
+
+def _disk(work: workspace.Workspace, names: list[str]) -> None:
+    """What the run's disk does and has, in a line, before anything depends on it. Raises DiskFull."""
+    there = next(f for f in (work.folder.absolute(), *work.folder.absolute().parents) if f.is_dir())
+    with files.unless_refused():  # the lock says that nothing can be written
+        found = filesystem.probe(there)
+        filesystem.adapt(found)
+        print(filesystem.line(work.folder, found))
+    note = disk.check([work.stage(name) for name in names], work.parameters, work.folder)
+    if note:
+        print(f"note: {note}")
 
 
 def _done(work: workspace.Workspace, names: list[str], seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from cmt_fast.cost.memory import trajectories
 from cmt_fast.data.trajectory_store import DTYPES
 from cmt_fast.engine.sharding import gb
 from cmt_fast.run.resolved import ResolvedStage
+from cmt_fast.storage import files, pruning
 
 CHECKPOINTS = 3  # the last two, and the one that is being written
 ITEM = {"float16": 2, "float32": 4}
@@ -54,10 +56,44 @@ def row_bytes(nodes: int, shape: tuple[int, ...], dtype: str) -> int:
 
 def checkpoints(resolved: ResolvedStage, parameters: int) -> int:
     """Of weights, moments and tracks in fp32, and of the snapshots of power-function averages."""
+    return CHECKPOINTS * checkpoint(resolved, parameters) + snapshots(resolved, parameters)
+
+
+def checkpoint(resolved: ResolvedStage, parameters: int) -> int:
+    """One of them."""
+    return parameters * (12 + 4 * len(resolved.config.ema))
+
+
+def snapshots(resolved: ResolvedStage, parameters: int) -> int:
+    """Of power-function averages, all of a stage's."""
     stage, plan = resolved.config, resolved.schedule
     profiles = sum(isinstance(e, PowerEma) for e in stage.ema)
     kept = plan.total // plan.snapshot_every if plan.snapshot_every else 0
-    return CHECKPOINTS * parameters * (12 + 4 * len(stage.ema)) + 4 * parameters * kept * profiles
+    return 4 * parameters * kept * profiles
+
+
+def needs(stages: Sequence[ResolvedStage], parameters: int) -> list[int]:
+    """Bytes that must be free for each stage to end when those before it have. What is on disk of them already counts, but
+    for a checkpoint more, which is whole before an old one goes."""
+    out, before = [], 0
+    for stage in stages:
+        one, most = checkpoint(stage, parameters), checkpoints(stage, parameters)
+        there = sum(pruning.size(stage.folder / name) for name in ("checkpoints", "snapshots"))
+        out.append(before + max(one, most - there))
+        before += max(0, most - one - there)
+    return out
+
+
+def check(stages: Sequence[ResolvedStage], parameters: int, folder: Path) -> str | None:
+    """Before the first step. Raises DiskFull where what the first stage writes does not fit; returns a line where only a later
+    one's does not."""
+    room, needed = files.free(folder), needs(stages, parameters)
+    if room is None or not needed or max(needed) <= room:
+        return None
+    if needed[0] > room:
+        raise files.DiskFull(f"{folder}, checkpoints of {stages[0].name}", needed[0], room)
+    late = next(i for i, count in enumerate(needed) if count > room)
+    return f"{folder} has {gb(room)} free, and up to the end of {stages[late].name} checkpoints take {gb(needed[late])} more"
 
 
 def line(resolved: ResolvedStage, shape: tuple[int, ...], parameters: int, folder: Path | None = None) -> str:

@@ -7,7 +7,6 @@ record has the same key is not made again, so the same command goes on after a k
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -21,8 +20,9 @@ import xxhash
 
 from cmt_fast.data import classes, latents
 from cmt_fast.data.archives import DatasetError
-from cmt_fast.runtime import distributed
+from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import files as files_
+from cmt_fast.storage import locks
 
 BROKEN = "broken.tsv"
 ROWS = 1024  # of a shard: 134 MB of 512-pixel latents in fp16, seconds of work on a GPU
@@ -52,15 +52,13 @@ class Writer:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One process (group) at a time; the system frees the lock of a dead one."""
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        """One process (group) at a time (storage/locks.py)."""
+        with contextlib.ExitStack() as ending:
+            try:
+                ending.enter_context(locks.holding(self.folder, remove=True, tell=progress.say))
+            except locks.Taken as taken:
+                raise DatasetError(f"{self.out}: is being written by {taken.by}") from None
             yield
-        except BlockingIOError:
-            raise DatasetError(f"{self.out}: is being written by another process") from None
-        finally:
-            os.close(handle)
 
     @contextlib.contextmanager
     def lock_together(self) -> Iterator[None]:
@@ -154,6 +152,8 @@ class Writer:
             if path.name not in known:
                 path.unlink()
         files_.sync(self.folder)
+        for name in (locks.LOCK, locks.LEASE):  # of a store that is whole nobody needs it
+            (self.folder / name).unlink(missing_ok=True)
         os.rename(self.folder, self.out)
         files_.sync(self.out.parent)
         return latents.read_index(self.out)

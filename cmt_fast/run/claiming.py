@@ -6,9 +6,7 @@ A finished .npz says in the comment of its zip what drew it, as the samples.json
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import Any
 import xxhash
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.runtime import distributed
+from cmt_fast.runtime import distributed, progress
+from cmt_fast.storage import locks
 
 LATER = ("sampler",)  # what samples did not say before
 WORDS = 60_000  # bytes of a zip's comment, which may have 65,535
@@ -25,37 +24,29 @@ WORDS = 60_000  # bytes of a zip's comment, which may have 65,535
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Inside, no other command writes into this folder, which is there. The system frees the lock of a dead one.
+    """Inside, no other command writes into this folder, which is there (storage/locks.py).
 
-    Raises ConfigError where another one does; what the system refuses inside as OSError that names the folder. A file system
-    that has no locks has none here.
+    Raises ConfigError where another one does; what the system refuses inside as OSError that names the folder.
     """
-    handle: int | None = None
+    with contextlib.ExitStack() as ending:
 
-    def lock() -> None:
-        nonlocal handle
-        if distributed.rank() or (folder.exists() and not folder.is_dir()):
-            return
-        folder.mkdir(exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        def lock() -> None:
+            if distributed.rank() or (folder.exists() and not folder.is_dir()):
+                return
+            folder.mkdir(exist_ok=True)
+            try:
+                ending.enter_context(locks.holding(folder, remove=True, tell=progress.say))
+            except locks.Taken as taken:
+                raise ConfigError(f"--out: {folder} is being written by {taken.by}") from None
+
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"--out: {folder} is being written by another process") from None
-        except OSError:
-            pass
-
-    try:
-        distributed.agreed(lock, ConfigError, "the folder of the samples is being written by another process")
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        text = f"{error.strerror}; what is there counts, rerun the same command to go on"
-        raise OSError(error.errno, text, str(folder)) from None
-    finally:
-        if handle is not None:
-            os.close(handle)
+            distributed.agreed(lock, ConfigError, "the folder of the samples is being written by another process")
+            yield
+        except OSError as error:
+            if error.errno is None:
+                raise
+            text = f"{error.strerror}; what is there counts, rerun the same command to go on"
+            raise OSError(error.errno, text, str(folder)) from None
 
 
 def differing(stored: dict[str, Any], about: dict[str, Any], what: Path) -> None:

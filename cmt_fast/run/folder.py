@@ -7,7 +7,6 @@ RUN/<stage>/      metrics.jsonl, checkpoints/, snapshots/, grids/
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,8 @@ from pathlib import Path
 from cmt_fast.config import loading, paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
-from cmt_fast.storage import checkpoint, sound
+from cmt_fast.runtime import progress
+from cmt_fast.storage import checkpoint, files, locks, sound
 
 RUN_FILE = "run.json"
 KINDS = {
@@ -145,16 +145,18 @@ def parents_of(folder: Path) -> Path | None:
 
 @contextlib.contextmanager
 def locked(folder: Path, key: str) -> Iterator[None]:
-    """Inside, no other process trains or prunes the run. The system frees the lock of a dead one. Raises ConfigError of `key`."""
-    try:
-        handle = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115  closed below
-    except OSError as error:
-        raise ConfigError(f"{key}: {folder} cannot be written to ({error.strerror})") from None
-    with handle:
+    """Inside, no other process trains or prunes the run (storage/locks.py). Raises ConfigError of `key`."""
+    with contextlib.ExitStack() as ending:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{key}: {folder} is in use by another process") from None
+            ending.enter_context(locks.holding(folder, tell=progress.say))
+        except locks.Taken as taken:
+            raise ConfigError(f"{key}: {folder} is in use by {taken.by}") from None
+        except OSError as error:
+            if files.is_full(error):
+                raise
+            raise ConfigError(f"{key}: {folder} cannot be written to ({error.strerror})") from None
+        with contextlib.suppress(OSError):
+            files.restore(folder / RUN_FILE)
         yield
 
 

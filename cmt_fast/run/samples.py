@@ -34,7 +34,7 @@ from cmt_fast.render import grids
 from cmt_fast.run import claiming, guidance
 from cmt_fast.run.workspace import Workspace, open_stage
 from cmt_fast.runtime import distributed, progress, signals, words
-from cmt_fast.storage import files, npz_blocks
+from cmt_fast.storage import files, locks, npz_blocks
 
 ABOUT = "samples.json"
 FORMATS = ("png", "arrays", "adm")
@@ -284,7 +284,7 @@ def _claimed(drawing: Drawing, folder: Path, about: dict[str, Any]) -> None:
             claiming.differing(stored, about, folder)
             if stored.get("n", 0) > r.n:
                 raise ConfigError(f"--out: {folder} holds {stored['n']:,} samples, more than --n {r.n:,}")
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(f.name not in locks.NAMES for f in folder.iterdir())):
             raise ConfigError(f"--out: {folder} holds other files; choose a new folder")
 
     distributed.agreed(claim, ConfigError, "the folder of the samples cannot be used")

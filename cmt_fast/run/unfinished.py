@@ -13,9 +13,7 @@ same keeps nothing. Where nothing can be written, or the disk is full, nothing i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +28,7 @@ from cmt_fast.evaluation.ledgers import Ledger
 from cmt_fast.evaluation.tallies import Seen
 from cmt_fast.run.folder import JUDGING
 from cmt_fast.runtime import distributed
-from cmt_fast.storage import files, sound
+from cmt_fast.storage import files, locks, sound
 
 ABOUT, FIGURES = "about.json", "figures.json"
 WORD = 32  # of a block, before its tensors: their checksum
@@ -101,10 +99,10 @@ def opened(run: Path, name: str, key: dict[str, Any]) -> Iterator[Unfinished]:
             folder.parent.rmdir()
     finally:
         if handle is not None:
-            os.close(handle)
+            handle.close(remove=True)
 
 
-def _claimed(run: Path, folder: Path, about: str) -> int | None:
+def _claimed(run: Path, folder: Path, about: str) -> locks.Held | None:
     """The lock of the folder, which then is there and says what it is of; None where another has it, or nothing is written."""
     if not run.is_dir():
         return None
@@ -121,16 +119,11 @@ def _claimed(run: Path, folder: Path, about: str) -> int | None:
     return handle
 
 
-def _locked(folder: Path) -> int | None:
-    handle = os.open(folder, os.O_RDONLY)
+def _locked(folder: Path) -> locks.Held | None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
+        return locks.take(folder)
+    except locks.Taken:
         return None
-    except OSError:  # a file system without locks
-        pass
-    return handle
 
 
 def _clear(folder: Path, about: str) -> None:
@@ -143,4 +136,4 @@ def _clear(folder: Path, about: str) -> None:
             handle = _locked(other)
             if handle is not None:
                 shutil.rmtree(other, ignore_errors=True)
-                os.close(handle)
+                handle.close()

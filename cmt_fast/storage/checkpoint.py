@@ -11,6 +11,8 @@ manifest alone looks at sizes; a file is hashed when its tensors are read, once 
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import shutil
 import stat
@@ -19,8 +21,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cmt_fast.storage import sound, tensor_file
-from cmt_fast.storage.files import save_tensors, sync, write_text
+from cmt_fast.storage import locks, sound, tensor_file
+from cmt_fast.storage.files import (
+    MOVING,
+    DiskFull,
+    free,
+    is_full,
+    move_folder,
+    save_tensors,
+    sync,
+    write_text,
+)  # fmt: skip
 from cmt_fast.storage.sound import CheckpointError, Unsound, canonical, signed
 from cmt_fast.storage.tensor_file import Damaged, Reader, Tensors, checksum
 
@@ -34,6 +45,7 @@ STAGES = (
     "post",
     "control",
 )  # the folders of a run's stages: each holds checkpoints of its own stage alone
+HEAD, ENTRY = 4096, 96  # bytes of a file beside its tensors, with its line in the manifest; of a tensor in its header
 GOES_ON = "training cannot go on from it, what is finished can be sampled and judged"
 NO_WEIGHTS = "nothing can be sampled or trained from it"
 CONSEQUENCES = {"model": GOES_ON, "optimizer": GOES_ON}
@@ -81,7 +93,8 @@ def save(
     keep: int = 2,
     write: bool = True,
 ) -> Path:
-    """Write one checkpoint and prune all but the newest `keep`. Returns its folder; raises OSError when the disk refuses.
+    """Write one checkpoint and prune all but the newest `keep` that are whole. Returns its folder; raises DiskFull where it
+    does not fit, OSError where the disk refuses otherwise: then what was there is there, and nothing else.
 
     On several ranks all call it, one of them with `write`: the others only take part in fetching sharded tensors.
     """
@@ -100,6 +113,17 @@ def _pull(files: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Tensor]:
             yield from (tensors[name] for name in sorted(tensors))
 
 
+def size(files: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Bytes that a checkpoint of these takes: of its tensors, and about those of headers and manifest."""
+    out = len(files) * HEAD
+    for tensors in files.values():
+        if isinstance(tensors, Tensors):
+            out += sum(4 * math.prod(shape) + ENTRY + len(name) for name, shape in tensors.shapes.items())
+        else:
+            out += sum(t.numel() * t.element_size() + ENTRY + len(name) for name, t in tensors.items())
+    return out
+
+
 def _save(
     stage_dir: Path,
     step: int,
@@ -111,8 +135,12 @@ def _save(
     final = folder_of(stage_dir, step)
     temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    needed = size(files)
+    room = free(final.parent)
+    if room is not None and room < needed:
+        raise DiskFull(final, needed, room)
     try:
+        temporary.mkdir(parents=True)
         sums = {}
         for name, tensors in files.items():
             path = temporary / f"{name}.safetensors"
@@ -125,16 +153,40 @@ def _save(
         body = {"format": FORMAT, "step": step, **about, "files": sums}
         write_text(temporary / "manifest.json", signed(body))
         sync(temporary)
+        locks.check(stage_dir)
         if final.exists():
             shutil.rmtree(final)
-        os.replace(temporary, final)
+        move_folder(temporary, final, "manifest.json")
         sync(final.parent)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)  # before what is free is counted
+        raise DiskFull(error.filename or final, needed, free(final.parent) or 0, error.errno or 0) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    # those of later steps were passed over as damaged: they count for none of the newest
-    for old in [n for n in steps(stage_dir) if n <= step][:-keep]:
-        shutil.rmtree(folder_of(stage_dir, old), ignore_errors=True)
+    _retain(stage_dir, step, keep)
     return final
+
+
+def _retain(stage_dir: Path, step: int, keep: int) -> None:
+    """Delete what is older than the newest `keep` that are whole by their sizes. Raises OSError where the one of `step`, just
+    written, is not: then nothing is deleted."""
+    found = [n for n in steps(stage_dir) if n <= step]  # those of later steps were passed over as damaged
+    if len(found) <= keep:
+        return
+    whole = 0
+    for i, old in enumerate(reversed(found)):
+        try:
+            sized(folder_of(stage_dir, old))
+            whole += 1
+        except CheckpointError as error:
+            if old == step:
+                raise OSError(errno.EIO, f"what was written is not there ({error})", str(error)) from None
+        if whole == keep:
+            for n in found[: len(found) - 1 - i]:
+                shutil.rmtree(folder_of(stage_dir, n), ignore_errors=True)
+            return
 
 
 def steps(stage_dir: Path) -> list[int]:
@@ -275,6 +327,12 @@ def clear(stage_dir: Path) -> None:
     """Take away what a process left that was killed as it wrote a checkpoint: for who holds the run's lock."""
     for left in (stage_dir / "checkpoints").glob(".tmp-step-*"):
         shutil.rmtree(left, ignore_errors=True)
+    for mark in (stage_dir / "checkpoints").glob(f"step-*/{MOVING}"):  # where folders are not renamed
+        try:
+            sized(mark.parent)
+            mark.unlink()
+        except (CheckpointError, OSError):
+            shutil.rmtree(mark.parent, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> None:
@@ -309,5 +367,5 @@ def complete(stage_dir: Path) -> Checkpoint:
 
 __all__ = [
     "Checkpoint", "CheckpointError", "Damaged", "Tensors", "canonical", "clear", "complete", "ema_sum", "folder_of", "latest",
-    "newest", "placed", "read_manifest", "removed", "save", "set_aside", "signed", "sized", "steps", "strays", "verify",
+    "newest", "placed", "read_manifest", "removed", "save", "set_aside", "signed", "size", "sized", "steps", "strays", "verify",
 ]  # fmt: skip

@@ -1,4 +1,9 @@
-"""Small files that are whole or not there, and checksums of large ones."""
+"""Small files that are whole or not there, checksums of large ones, and what a file system may refuse.
+
+Some refuse to sync a folder (CIFS, FUSE), to rename over a file that somebody reads (CIFS), or to rename a folder (object
+stores): what is whole without it goes on, by the way round that is said at each function. No hard link is ever made. A full
+disk is `DiskFull`, whoever wrote.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,10 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +22,40 @@ import xxhash
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no room, or none for this user
+FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR)
+IN_USE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EEXIST, errno.ETXTBSY)
+NO_RENAME = (errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EINVAL)
+PATIENCE_S = 1.0  # for who reads a file that is to be replaced, as a page is drawn
+OLD = ".tmp-old-"  # before the name of a file that is being replaced where that takes two renames
+MOVING = ".tmp-moving"  # in a folder whose files still come
+
+_refuses: set[int] = set()  # devices that do not rename over a file, whoever waits
+
+
+class DiskFull(OSError):
+    """What is to be written does not fit. needed: bytes of all of it; free: bytes that may be written there."""
+
+    def __init__(self, what: Path | str, needed: int, free: int, number: int = errno.ENOSPC) -> None:
+        super().__init__(number, f"{os.strerror(number)}: it needs {needed:,} bytes and {free:,} are free", str(what))
+        self.needed, self.free = needed, free
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def free(folder: Path) -> int | None:
+    """Bytes that may still be written where a folder is, or will be; None where the file system does not say."""
+    above = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.is_dir())
+    try:
+        total, _, left = shutil.disk_usage(above)
+    except OSError:
+        return None
+    return left if total else None
 
 
 def checksum(path: Path) -> str:
@@ -27,19 +68,81 @@ def checksum(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
+    """fsync a file, or a folder where the file system does that: one that refuses has its own order of renames."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in FOLDER_SYNC or not path.is_dir():
+            raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file over another one, or to a new name. Where that is refused while somebody has the other one open: again
+    for PATIENCE_S, then the other one first takes a name from which `restore` brings it back after a kill."""
+    end, device = time.monotonic() + PATIENCE_S, source.stat().st_dev
+    while True:
+        try:
+            return os.replace(source, target)
+        except OSError as error:
+            if error.errno not in IN_USE or not target.is_file():
+                raise
+            if device in _refuses or time.monotonic() > end:
+                break
+        time.sleep(PATIENCE_S / 10)
+    old = target.with_name(OLD + target.name)
+    os.replace(target, old)
+    os.replace(source, target)
+    _refuses.add(device)
+    with contextlib.suppress(OSError):
+        old.unlink()
+
+
+def restore(target: Path) -> None:
+    """Bring back a file that a kill inside `replace` left under its other name."""
+    old = target.with_name(OLD + target.name)
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+
+
+def move_folder(source: Path, target: Path, last: str) -> None:
+    """Rename a folder to a new name; where folders are not renamed, its files one by one, the one named `last` as the last.
+    Until then it holds a file MOVING."""
+    try:
+        return os.replace(source, target)
+    except OSError as error:
+        if error.errno not in NO_RENAME:
+            raise
+    target.mkdir()
+    try:
+        (target / MOVING).touch()
+        for file in sorted(source.iterdir(), key=lambda f: f.name == last):
+            os.replace(file, target / file.name)
+        sync(target)
+    except OSError:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    (target / MOVING).unlink()
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    """A file by rename; nothing is left of one that could not be written."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        write(temporary)
+        replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole, by rename, of what can be made again: nothing waits for the disk."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    _whole(path, lambda temporary: temporary.write_bytes(data))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
@@ -75,7 +178,9 @@ def unless_refused() -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write and sync a small file whole, by rename."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    temporary.write_text(text, "utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, "utf-8")
+        sync(temporary)
+
+    _whole(path, write)

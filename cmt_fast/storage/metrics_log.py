@@ -16,7 +16,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -139,32 +139,35 @@ class Log:
 
     def __init__(
         self, folder: Path, step: int, write: bool, loggers: Sequence[str] = (), about: Opening | None = None,
-        unseen: bool = False,
+        unseen: bool = False, unwritten: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Opens the file for appending after `step`: rows past it belong to work that was lost and is done again. unseen: so
         does the evaluation of that very step, which its checkpoint came before.
+
+        unwritten: rows that the checkpoint vouches for and no disk had room for (`commit`).
 
         write: whether this process keeps it; another takes rows and leaves them. loggers: those that get what is logged too,
         of the stage that `about` describes.
         """
         self.file, self.run, self.bills = None, folder.parent, Writer()
-        self.loggers = Loggers((), about or Opening("", folder))
+        self.loggers, self.late = Loggers((), about or Opening("", folder)), Late()
         if write:
             path = folder / METRICS
             kept, seen = _cut(path, step, unseen)
-            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115  closed in close()
+            self.late = Late(self.file, str(path), _absent(path, unwritten))
+            self.late.write()
             beat(self.run)
             if loggers and about:
                 known = functools.partial(rows, path, kept)
                 self.loggers = Loggers(loggers, about._replace(seen_nimg=seen), known)
 
     def row(self, kind: str, step: int, nimg: int, values: dict[str, Any], wall: dict[str, Any] | None = None) -> None:
-        """Append one row and flush it to the system."""
+        """Append one row. Where it cannot be written it waits in memory for the next row, or commit: no row is lost by that."""
         if self.file:
             beat(self.run)
             row = {"kind": kind, "step": step, "nimg": nimg, **values, "wall": self._short(wall or {})}
-            self.file.write(sealed(json.dumps(row, separators=(",", ":"))) + "\n")
-            self.file.flush()
+            self.late.add(sealed(json.dumps(row, separators=(",", ":"))) + "\n")
         self.loggers.row(kind, nimg, values, wall or {})
 
     def _short(self, wall: dict[str, Any]) -> dict[str, Any]:
@@ -176,15 +179,87 @@ class Log:
         """Give a picture that is on disk to the loggers."""
         self.loggers.picture(name, nimg, path)
 
-    def commit(self) -> None:
-        """Force rows to disk, before a checkpoint that vouches for them."""
-        if self.file:
-            os.fsync(self.file.fileno())
+    def commit(self) -> list[str]:
+        """Force rows to disk, before a checkpoint that vouches for them. Returns those for which there is no room, which that
+        checkpoint keeps."""
+        return self.late.sync()
 
     def close(self) -> None:
+        self.late.close()
+        self.loggers.close()
+
+
+class Late:
+    """Lines on their way into a file. What it does not take waits, in order, from the byte on that it did not take; said once
+    until it takes all again."""
+
+    def __init__(self, file: Any = None, name: str = "", lines: Sequence[str] = ()) -> None:
+        """file: unbuffered; None: it takes nothing, and nothing waits."""
+        self.file, self.name, self._said = file, name, False
+        self.lines = [line.encode() for line in lines]
+        self.taken = 0  # bytes of the first of them that are in the file
+
+    def add(self, line: str) -> None:
+        self.lines.append(line.encode())
+        self.write()
+
+    def write(self) -> None:
+        """What waits, as far as there is room. Raises nothing: a record is worth less than what it is of."""
+        try:
+            while self.file and self.lines:
+                self.taken += self.file.write(self.lines[0][self.taken :])
+                if self.taken == len(self.lines[0]):
+                    self.lines.pop(0)
+                    self.taken = 0
+            if self._said:
+                print(f"cmt: {self.name}: can be written again, no row is lost", file=sys.stderr)
+            self._said = False
+        except OSError as error:
+            self._tell(error)
+
+    def sync(self) -> list[str]:
+        """Write and fsync. Returns the lines that are not in the file, whole."""
+        self.write()
+        try:
+            if self.file:
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            self._tell(error)
+        return [line.decode() for line in self.lines]
+
+    def close(self) -> None:
+        """Try once more; what is left is said, and in the last checkpoint as far as that vouches for it."""
+        self.write()
         if self.file:
             self.file.close()
-        self.loggers.close()
+        if self.lines:
+            count = f"{len(self.lines):,} row{'s' * (len(self.lines) > 1)}"
+            print(f"cmt: {self.name}: {count} could not be written; rerun the same command", file=sys.stderr)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._said:
+            print(f"cmt: {self.name}: {error.strerror}; rows wait in memory until it can be written", file=sys.stderr)
+        self._said = True
+
+
+def settle(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the rows that a checkpoint of a finished stage kept, if they are not in its file. Raises nothing."""
+    if not manifest.get("unwritten"):
+        return
+    path = folder / METRICS
+    with contextlib.suppress(OSError):
+        _cut(path, manifest["step"], False)
+        with open(path, "ab", buffering=0) as file:
+            Late(file, str(path), _absent(path, manifest["unwritten"])).close()
+
+
+def _absent(path: Path, lines: Sequence[str]) -> list[str]:
+    """Those of the last rows of a file that are not in it."""
+    if not lines or not path.is_file():
+        return list(lines)
+    with open(path, "rb") as file:
+        have = {line + b"\n" for line, _ in zip((line for _, line in backwards(file)), lines)}
+    return [line for line in lines if line.encode() not in have]
 
 
 def _cut(path: Path, step: int, unseen: bool) -> tuple[int, int]:

@@ -34,6 +34,7 @@ DTYPES = {
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 
+_late_ns = 0  # more, where a file system's clock is coarse or late
 _hashed: dict[tuple[Any, ...], str] = {}  # identity of a file -> checksum of its bytes
 read_bytes = 0  # of all files, by this process, for who measures a start
 
@@ -109,8 +110,15 @@ def remember(path: Path, digest: str, was: tuple[Any, ...] | None) -> None:
     """The checksum of a file's bytes. was: its identity before they were read; nothing is remembered of a file that is another
     one by now, or that changed so lately that it may change unseen."""
     key = identity(path)
-    if key and key == was and time.time_ns() - max(key[4:]) > RACY_NS:
+    if key and key == was and time.time_ns() - max(key[4:]) > RACY_NS + _late_ns:
         _hashed[key] = digest
+
+
+def racy(late_ns: int) -> None:
+    """How much longer than RACY_NS a file must have stayed the same to be remembered: by how much the times of a file system
+    are coarse, or late."""
+    global _late_ns
+    _late_ns = max(0, late_ns)
 
 
 def remembered(path: Path) -> str | None:

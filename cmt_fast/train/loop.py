@@ -29,7 +29,7 @@ from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.runtime.progress import say
 from cmt_fast.runtime.signals import Stopped, noted
-from cmt_fast.storage import checkpoint, leftovers
+from cmt_fast.storage import checkpoint, leftovers, metrics_log
 from cmt_fast.storage.loggers import Opening
 from cmt_fast.storage.metrics_log import Log
 from cmt_fast.train import attention_choice, batches, monitor, rounding_choice, solver_choice, starting
@@ -83,6 +83,8 @@ def train_stage(
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
     found = starting.newest(folder, recorded.contents(work.folder, name))
     if found and found.manifest.get("done"):
+        if distributed.rank() == 0:
+            metrics_log.settle(folder, found.manifest)
         return say(f"{name:>8} done ({found.manifest['nimg']} images)") if distributed.rank() == 0 else None
     others = work.external_inputs(stage) | solver_choice.settle(work, stage)
     if found:
@@ -109,7 +111,7 @@ def train_stage(
             starting.load(engine, found, stage)
             wall |= found.manifest["wall"]
         unseen = bool(found and found.manifest.get("unseen"))
-        log = _log(run, stage, engine.step_count, lineage, first, unseen)
+        log = _log(run, stage, engine.step_count, lineage, first, found.manifest if found else {})
         ending.callback(log.close)
         ending.enter_context(small.using(attention := attention_choice.settle(work, config, found)))
         source = batches.provider(work, stage, engine, meter, found)
@@ -126,7 +128,7 @@ def train_stage(
         gradient = _gradient(engine, source, name, profile)
         meter.lap("startup")
         sums, page = Sums(found), page or HalfWay(None)
-        saver = Saver(engine, name, run.saves == "waiting")
+        saver = Saver(engine, name, run.saves == "waiting", asked)
         ending.callback(saver.close)
         taken = Steps(
             work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page, saver
@@ -254,10 +256,11 @@ class Steps(NamedTuple):
         """A checkpoint after n steps. unseen: it has a row of metrics whose evaluation is still to be made; end: no step comes
         after it, so it is waited for.
         """
-        self.log.commit()
+        unwritten = self.log.commit()
         nimg = n * self.stage.config.batch
         now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": dict(self.wall), "bill": self.account.add()}
         now["proofs"] = dict(cmt_kernels.proofs())
+        now |= {"unwritten": unwritten} if unwritten else {}
         with progress.phase("writing a checkpoint"):
             _save(self.stage.folder, n, self.saver, self.always | now, self.sums)
             if end:
@@ -269,14 +272,16 @@ class Steps(NamedTuple):
         self.saver.when_written(lambda: self.account.stands(n, bill))
 
 
-def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write: bool, unseen: bool) -> Log:
-    """The stage's record after `step`, and its loggers on an axis that begins with the images of the stages before it."""
+def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write: bool, manifest: dict) -> Log:
+    """The stage's record after `step`, of whose checkpoint the manifest is. Loggers are on an axis that begins with the images of
+    the stages before it."""
     before, parent = 0, lineage
     while parent and "nimg" in parent:  # an imported file has none
         before, parent = before + parent["nimg"], parent.get("parent")
     batch, total = stage.config.batch, stage.schedule.total
     about = Opening(run.name, stage.folder, total * batch, before, step * batch, settings=loading.dump(run))
-    return Log(stage.folder, step, write, run.logging, about, unseen)
+    unseen, unwritten = bool(manifest.get("unseen")), manifest.get("unwritten", ())
+    return Log(stage.folder, step, write, run.logging, about, unseen, unwritten)
 
 
 def _gradient(engine: Engine, source: batches.BatchProvider, name: str, profile: Profile | None) -> StepGraph:

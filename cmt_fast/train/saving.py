@@ -15,14 +15,41 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.engine import Engine, Snapshot, snapshot
 from cmt_fast.engine.sharding import gb
-from cmt_fast.runtime import distributed, memory
+from cmt_fast.runtime import distributed, memory, words
 from cmt_fast.runtime.progress import say
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, files
 
 SHARE = 0.8  # of the host's free memory that a copy of the state may take
+FULL = 2  # of the ways in which a save ends: done, refused, full
 REFUSED = 1 << 16  # above any signal's number: a save has failed
+AGAIN_S = 5.0  # between looks whether there is room
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+_wait_s = 0.0  # for room on a full disk
+
+
+def set_wait_s(given: str) -> None:
+    """How long saves of this process wait for room: seconds, or a number with s, m, h or d. Raises ConfigError."""
+    global _wait_s
+    number, unit = (given[:-1], UNITS[given[-1]]) if given[-1:] in UNITS else (given, 1)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ConfigError(f"--disk-wait: {given!r} is no time; say seconds, or 90s, 10m, 2h, 1d; 0 does not wait")
+    _wait_s = seconds
+
+
+def wait_s() -> float:
+    """Seconds that a save waits for room."""
+    return _wait_s
 
 
 class Saver:
@@ -31,8 +58,10 @@ class Saver:
     write_s: seconds that this process has written in the background.
     """
 
-    def __init__(self, engine: Engine, name: str, waiting: bool = False) -> None:
-        """name: of the stage, for what is said; waiting: nothing is written in the background."""
+    def __init__(self, engine: Engine, name: str, waiting: bool = False, asked: list[int] | None = None) -> None:
+        """name: of the stage, for what is said; waiting: nothing is written in the background; asked: signals, none of which
+        waits for room on a disk."""
+        self.asked = [] if asked is None else asked
         self.engine, self.name, self.waiting = engine, name, waiting
         self.group = None if waiting else distributed.side_group()
         self.write_s, self._step, self._said = 0.0, -1, False
@@ -54,10 +83,9 @@ class Saver:
         self._step = step
         if self.waiting or not self._fits():
             self.finish()
-            state = self.engine.state()
-            named = state if files is None else {name: state[file] for file, name in files.items()}
-            first = distributed.rank() == 0
-            return distributed.agreed(lambda: checkpoint.save(folder, step, named, dict(about), keep=keep, write=first))
+            return self._until_there_is_room(
+                lambda: self._put(self.engine.state(), folder, step, about, files, keep), folder, None
+            )
         copy = self.engine.snapshot(files)
         job = self._thread.submit(self._write, copy, folder, step, dict(about), files, keep)
         self._pending.append(job)
@@ -68,10 +96,59 @@ class Saver:
     ) -> None:
         """The thread's work, on every rank."""
         begun = time.perf_counter()
-        state = copy.state(self.group)
-        named = {(files or {}).get(file, file): tensors for file, tensors in state.items()}
-        checkpoint.save(folder, step, named, about, keep=keep, write=distributed.rank() == 0)
+        put = lambda: self._put(copy.state(self.group), folder, step, about, files, keep)
+        self._until_there_is_room(put, folder, self.group)
         self.write_s += time.perf_counter() - begun
+
+    @staticmethod
+    def _put(
+        state: Mapping[str, Any], folder: Path, step: int, about: Mapping[str, Any], files: Mapping[str, str] | None,
+        keep: int,
+    ) -> None:  # fmt: skip
+        named = {(files or {}).get(file, file): state[file] for file in (files or state)}
+        checkpoint.save(folder, step, named, dict(about), keep=keep, write=distributed.rank() == 0)
+
+    def _until_there_is_room(self, put: Callable[[], None], folder: Path, group: dist.ProcessGroup | None) -> None:
+        """Call it, again while the disk is full and the time to wait is not over, on all ranks alike. Raises OSError on all:
+        DiskFull where there was no room. group: of the collective calls, None for that of the training."""
+        end, told, needed, free = time.monotonic() + _wait_s, False, 0, 0
+        refused: OSError | None = None
+        while True:
+            if not told or self._may_fit(folder, needed, group):
+                refused = None
+                try:
+                    put()
+                except OSError as error:
+                    refused = error
+                full = refused if isinstance(refused, files.DiskFull) else None
+                mine = [FULL, full.needed, full.free] if full else [int(refused is not None), 0, 0]
+                code, needed, free = _most(mine, group)
+                if code == 0:
+                    if told and distributed.rank() == 0:
+                        say(f"{self.name:>8} there is room again: the checkpoint is written")
+                    return
+                if code != FULL:
+                    raise refused or OSError(distributed.WRITER)
+            if _most([int(bool(self.asked) or time.monotonic() >= end)], group)[0]:
+                raise refused or files.DiskFull(folder, needed, free)
+            if not told and distributed.rank() == 0:
+                room = f"it needs {needed:,} bytes, {free:,} are free"
+                how = f"tried again every {AGAIN_S:g} s for {words.duration(_wait_s)}"
+                print(f"cmt: {self.name}: a checkpoint does not fit into {folder}: {room}; {how}", file=sys.stderr)
+            told = True
+            self._pause(end)
+
+    @staticmethod
+    def _may_fit(folder: Path, needed: int, group: dist.ProcessGroup | None) -> bool:
+        """Whether the first rank's disk has room, as far as it says: else no state is gathered for nothing."""
+        room = files.free(folder) if distributed.rank() == 0 else None
+        return not _most([int(room is not None and room < needed)], group)[0]
+
+    def _pause(self, end: float) -> None:
+        """Until the next look; a signal ends it."""
+        until = min(end, time.monotonic() + AGAIN_S)
+        while not self.asked and time.monotonic() < until:
+            time.sleep(min(0.1, AGAIN_S / 10))
 
     def when_written(self, call: Callable[[], None]) -> None:
         """Call it, from `told` or `finish`, once all that was saved so far is on disk."""
@@ -130,3 +207,14 @@ class Saver:
             say(f"{self.name:>8} saves are waited for: a copy takes {gb(need)} of {gb(room)} of free host memory")
         self._said = self._said or not fits
         return fits
+
+
+def _most(numbers: list[int], group: dist.ProcessGroup | None) -> list[int]:
+    """The largest of each of all ranks; group: as of `_until_there_is_room`."""
+    if distributed.size() == 1:
+        return numbers
+    if group is None:
+        return [distributed.largest(n) for n in numbers]
+    x = torch.tensor(numbers)
+    dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+    return x.tolist()

@@ -132,6 +132,17 @@ def test_one_rank_reads_a_checkpoint_and_what_it_finds_damaged_all_pass_over(fig
     assert first["read"] == [1.0, 1.0] and second["read"] == [0.0, 0.0]
 
 
+def test_a_full_disk_of_the_first_rank_is_every_ranks(figures):
+    """The first save of the killed run waited for room, on both; where there is none, both give up, with the same words."""
+    assert figures["killed"]["left"] == [2]
+    first, second = (said["full"] for said in figures["killed"]["damaged"])
+    assert (
+        first == second
+        and len(first) == 2
+        and all(needed > 10_000 and free and not left for needed, free, left in first)
+    )
+
+
 def test_a_signal_on_one_rank_stops_all_within_a_row_and_the_row_goes_on(figures):
     stopped = figures["stopped"]
     assert set(stopped["codes"].values()) == {128 + 10} and stopped["step"] == 3

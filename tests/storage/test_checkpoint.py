@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -116,6 +117,59 @@ def test_a_failing_write_keeps_the_old_one(stage):
     own = [f for f in room.rglob("*.py") if re.search(r"from safetensors.*save_file", f.read_text("utf-8"))]
     assert own == [Path(files.__file__)]  # all write by the one whose errors are the system's
     assert checkpoint.steps(stage) == [1, 2] and not list((stage / "checkpoints").glob(".tmp*"))
+
+
+def test_what_does_not_fit_is_refused_before_it_is_written(stage, monkeypatch):
+    """By what the file system says is free; one that says nothing is written to."""
+    tensors = {"model": {"w": torch.zeros(5000)}}
+    monkeypatch.setattr(checkpoint, "free", lambda folder: 20_000)
+    monkeypatch.setattr(checkpoint, "save_tensors", lambda *_: pytest.fail("is written"))
+    with pytest.raises(files.DiskFull, match="it needs 2[0-9],[0-9]{3} bytes and 20,000 are free"):
+        checkpoint.save(stage, 3, tensors, {"done": False})
+    assert checkpoint.steps(stage) == [1, 2] and not list((stage / "checkpoints").glob(".tmp*"))
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: (0, 0, 0))
+    checkpoint.save(stage, 3, tensors, {"done": False})
+
+
+def test_retention_keeps_the_newest_that_are_whole(stage):
+    """A cut one counts for none of those that are kept; where the one just written is not whole nothing goes."""
+    for step in (3, 4):
+        checkpoint.save(stage, step, {"model": {"w": torch.zeros(2)}}, {"done": False}, keep=4)
+    (checkpoint.folder_of(stage, 4) / "model.safetensors").write_bytes(b"cut")
+    checkpoint.save(stage, 5, {"model": {"w": torch.zeros(2)}}, {"done": False})
+    assert checkpoint.steps(stage) == [3, 4, 5]
+    (checkpoint.folder_of(stage, 5) / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(OSError, match="what was written is not there"):
+        checkpoint._retain(stage, 5, 1)
+    assert checkpoint.steps(stage) == [3, 4, 5]
+
+
+def test_where_folders_are_not_renamed_the_manifest_comes_last(stage, monkeypatch):
+    """A kill in between leaves what the next start clears away; one after it a checkpoint."""
+    real, at = os.replace, [99]
+
+    def refuses(source, target):
+        if os.path.isdir(source):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        if Path(target).parent.name == "step-00000003":
+            at[0] -= 1
+            if at[0] == 0:
+                raise KeyboardInterrupt
+        return real(source, target)
+
+    monkeypatch.setattr(os, "replace", refuses)
+    for killed in (1, 2, 3):
+        at[0] = killed
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(stage, 3, {n: {"w": torch.zeros(2)} for n in ("model", "ema-0")}, {"done": False})
+        assert checkpoint.steps(stage) == [1, 2, 3] and checkpoint.newest(stage).manifest["step"] == 2
+        checkpoint.clear(stage)
+        assert checkpoint.steps(stage) == [1, 2]
+    at[0] = 99
+    checkpoint.save(stage, 3, {"model": {"w": torch.zeros(2)}}, {"done": False})
+    assert checkpoint.steps(stage) == [2, 3] and checkpoint.latest(stage).manifest["step"] == 3
+    assert sorted(p.name for p in checkpoint.folder_of(stage, 3).iterdir()) == ["manifest.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -301,3 +303,51 @@ def test_a_package_that_is_missing_is_said_before_training(tmp_path, monkeypatch
 def test_the_older_key_names_one_of_them():
     assert tiny("digits", "tensorboard=true", "loggers=[mlflow,tensorboard]").logging == ("tensorboard", "mlflow")
     assert tiny().logging == ()
+
+
+def test_a_logger_whose_disk_was_full_gets_what_it_missed(tmp_path, monkeypatch, capsys):
+    """As TensorBoard's does, whose thread tells of it a row later: every row comes, and those that may have been lost twice."""
+    opened, room = [], threading.Event()
+
+    class Board:
+        fresh = True
+
+        def __init__(self, about):
+            opened.append((about.nimg, rows := []))
+            self.rows, self.broken = rows, False
+
+        def scalars(self, at, values, when):
+            if self.broken:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.broken = at >= 4 * BATCH and not room.is_set()
+            self.rows += [at] * (not self.broken)
+
+        def close(self, whole):
+            pass
+
+    monkeypatch.setitem(
+        sys.modules, "cmt_fast.storage.loggers.to_tensorboard", types.SimpleNamespace(open_logger=Board)
+    )
+    monkeypatch.setattr(loggers, "AGAIN_S", 0.0)
+    (tmp_path / "pre").mkdir()
+    log = Log(tmp_path / "pre", 0, True, ["tensorboard"], Opening("run", tmp_path / "pre", 10 * BATCH))
+    for n in range(1, 9):
+        if n == 7:
+            _idle(log)
+            room.set()
+        log.row("train", n, n * BATCH, {"loss": 1.0})
+    log.close()
+    got = sorted({at for _, rows in opened for at in rows})
+    assert got == [n * BATCH for n in range(1, 9)] and len(opened) > 1
+    assert opened[1][0] <= 3 * BATCH  # before the first row that may be lost
+    said = capsys.readouterr().err
+    assert "tensorboard: No space left on device; what it is to get waits" in said and "found no room" not in said
+
+
+def _idle(log: Log) -> None:
+    """Until its logger has done what it can."""
+    worker = log.loggers.workers[0]
+    for _ in range(200):
+        if worker.jobs.empty() and worker.broken:
+            return
+        time.sleep(0.01)

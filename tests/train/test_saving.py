@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -14,7 +16,7 @@ from cmt_fast import engine as engines
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, memory
-from cmt_fast.storage import checkpoint, tensor_file
+from cmt_fast.storage import checkpoint, files, metrics_log, tensor_file
 from cmt_fast.train import loop, saving
 from cmt_fast.train.saving import Saver
 from tests.fixtures.tiny import metrics, tiny
@@ -83,6 +85,95 @@ def test_a_disk_that_refuses_beside_the_steps_ends_the_run_and_leaves_the_old_on
         loop.train(work(tmp_path), ["pre"])
     assert str(raised.value.filename).endswith("model.safetensors")
     assert checkpoint.steps(tmp_path / "pre") == [2] and not list((tmp_path / "pre/checkpoints").glob(".tmp*"))
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk that has no room for a checkpoint of step 4, until `room` is set; and the files that it refused."""
+    room, looks, real = threading.Event(), [], tensor_file.write
+
+    def write(path, *rest):
+        if "step-00000004" in str(path) and path.parents[2].name == "pre" and not room.is_set():
+            looks.append(path)
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, *rest)
+
+    monkeypatch.setattr(tensor_file, "write", write)
+    monkeypatch.setattr(saving, "AGAIN_S", 0.02)
+    monkeypatch.setattr(saving, "_wait_s", 60.0)
+    return room, looks
+
+
+@pytest.mark.parametrize("saves", ["beside", "waiting"])
+def test_a_save_that_does_not_fit_waits_for_room_and_the_run_ends_as_it_would(
+    waited, tmp_path, full, saves, capsys, monkeypatch
+):
+    room, looks = full
+    real = Saver._pause
+    monkeypatch.setattr(Saver, "_pause", lambda *given: (real(*given), len(looks) > 2 and room.set()))
+    loop.train(work(tmp_path / "run", *EMA, *(["saves=waiting"] if saves == "waiting" else [])), ["pre"])
+    assert_equal_stage(tmp_path / "run" / "pre", waited / "pre")
+    said = capsys.readouterr()
+    assert len(looks) == 3 and said.err.count("does not fit") == 1 and "there is room again" in said.out
+    needed = re.search(r"it needs ([\d,]+) bytes, ([\d,]+) are free; tried again every 0.02 s for 1 min 00 s", said.err)
+    folder = checkpoint.folder_of(waited / "pre", 8)
+    assert needed and int(needed[1].replace(",", "")) == pytest.approx(_bytes(folder), rel=0.25)
+    assert int(needed[1].replace(",", "")) > _bytes(folder)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def test_who_is_asked_to_stop_does_not_wait_for_room(tmp_path, full, monkeypatch):
+    room, looks = full
+    monkeypatch.setattr(loop, "noted", lambda: contextlib.nullcontext(asked))
+    asked, real = [], Saver._pause
+    monkeypatch.setattr(Saver, "_pause", lambda *given: (asked.append(15), real(*given)))
+    with pytest.raises(files.DiskFull) as raised:
+        loop.train(work(tmp_path), ["pre"])
+    assert len(looks) == 2 and raised.value.needed > 10_000 and raised.value.free > 0
+    assert checkpoint.steps(tmp_path / "pre") == [2] and not list(tmp_path.rglob(".tmp*"))
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("0", 0), ("90", 90), ("1.5s", 1.5), ("10m", 600), ("2h", 7200), ("1d", 86400)]
+)
+def test_the_time_to_wait_for_room(text, seconds, monkeypatch):
+    monkeypatch.setattr(saving, "_wait_s", 0.0)
+    saving.set_wait_s(text)
+    assert saving.wait_s() == seconds
+    for wrong in ("", "m", "-1", "1w", "inf", "nan"):
+        with pytest.raises(ConfigError, match="--disk-wait: .* is no time"):
+            saving.set_wait_s(wrong)
+
+
+def test_rows_that_found_no_room_are_in_the_checkpoint_and_come_back(waited, tmp_path, monkeypatch, capsys):
+    """The log's disk is full from step 3 on, and the process is killed: who goes on, with room, has every row once."""
+
+    class Killed(BaseException):
+        pass
+
+    def die():
+        raise Killed
+
+    real, out = metrics_log.Late.write, tmp_path / "run"
+
+    def write(late):
+        if late.file and len(late.name) and b'"step":4' in b"".join(late.lines) and not late.file.closed:
+            return late._tell(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        return real(late)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(metrics_log.Late, "write", write)
+        steps_of(patch, 7, die)
+        loop.train(work(out, *EMA), ["pre"])
+    assert [row["step"] for row in metrics(out / "pre")][-1] < 4 and checkpoint.steps(out / "pre") == [4, 6]
+    assert len(checkpoint.latest(out / "pre").manifest["unwritten"]) >= 2
+    assert "rows wait in memory" in capsys.readouterr().err
+    loop.train(work(out, *EMA), ["pre"])
+    assert_equal_stage(out / "pre", waited / "pre")
 
 
 def test_without_room_for_a_copy_the_steps_wait_and_the_run_says_so(waited, tmp_path, monkeypatch, capsys):

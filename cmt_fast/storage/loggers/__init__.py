@@ -1,7 +1,8 @@
 """Loggers beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow, behind one door.
 
 metrics.jsonl is the record; a logger is a copy of it for people who look elsewhere. So a logger never decides anything: each
-works in a thread of its own, training does not wait for a network, and one that fails is said once and left. All stages are
+works in a thread of its own, training does not wait for a network, and one that fails is said once and left, but where a disk
+is full: then it is opened anew once there is room, and gets what it missed. All stages are
 on one axis, the images seen along the path pre -> mid -> post; a stage is a run of its own there, so the control's curve lies
 over that of mid- and post-training. Names of projects, addresses and keys come from the libraries' own variables
 (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...), and nothing of them is written down here.
@@ -10,6 +11,7 @@ over that of mid- and post-training. Names of projects, addresses and keys come 
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import importlib.util
 import os
@@ -32,6 +34,8 @@ EXTRAS = {
 }  # logger, and package of its name -> extra of ours
 IDS = "loggers.json"  # STAGE/loggers.json: logger -> the id under which it knows the stage
 DRAIN_S = 60.0  # what the end of a stage waits for a logger that lags behind
+AGAIN_S = 10.0  # between two tries to open a logger whose disk was full
+SURE = 3  # jobs after which one has come to the disk: TensorBoard's thread tells of a failure at the next, or the one after
 
 
 Rows = Callable[[], Iterable[dict[str, Any]]]  # rows of metrics, read one by one each time that it is called
@@ -111,6 +115,9 @@ def keep_id(folder: Path, name: str, value: str) -> None:
     files.write_text(folder / IDS, sound.signed({**ids, name: value}) + "\n")
 
 
+Job = tuple[Callable[[Logger], None], int]  # what is done with a logger, and the images up to which it is
+
+
 class Loggers:
     """The loggers of one stage. Every call returns at once; what fails is one line on stderr and ends that logger alone."""
 
@@ -142,7 +149,7 @@ class Loggers:
     def _send(self, worker: _Worker, kind: str, nimg: int, values: dict, wall: dict, when: float) -> None:
         at, found = self.about.before_nimg + nimg, flat(kind, values, wall)
         if found:
-            worker.put(lambda logger: logger.scalars(at, found, when))
+            worker.put(lambda logger: logger.scalars(at, found, when), nimg)
 
     def _catch_up(self, worker: _Worker, rows: Rows) -> None:
         """What is on disk already: rows, then pictures of steps that are on the record. One by one, in the worker's thread."""
@@ -162,11 +169,11 @@ class Loggers:
                 if nimg is not None:
                     logger.picture(*self._picture("samples", nimg, path), path.stat().st_mtime)
 
-        worker.put(send)
+        worker.put(send, self.about.nimg)
 
     def _show(self, worker: _Worker, name: str, nimg: int, path: Path, when: float) -> None:
         shown = self._picture(name, nimg, path)
-        worker.put(lambda logger: logger.picture(*shown, when))
+        worker.put(lambda logger: logger.picture(*shown, when), nimg)
 
     def _picture(self, name: str, nimg: int, path: Path) -> tuple[int, str, Path, str]:
         """What a logger is told of a picture."""
@@ -177,11 +184,17 @@ class Loggers:
 
 
 class _Worker:
-    """One logger and the thread that it works in, so that a slow network or disk costs no step."""
+    """One logger and the thread that it works in, so that a slow network or disk costs no step.
 
-    def __init__(self, name: str, logger: Logger) -> None:
-        self.name, self.logger, self.failed = name, logger, False
-        self.jobs: queue.SimpleQueue[Callable[[Logger], None] | None] = queue.SimpleQueue()
+    sent: the last jobs that it took, some of which may have come to nothing when a full disk is noticed, each with the images
+    up to which it is; late: those that wait for room.
+    """
+
+    def __init__(self, name: str, logger: Logger, reopen: Callable[[int | None], Logger] | None = None) -> None:
+        """reopen: makes it anew for what comes after so many images, or after what it had as the stage began."""
+        self.name, self.logger, self.failed, self.reopen = name, logger, False, reopen
+        self.sent, self.late, self.broken, self.tried = list[Job](), list[Job](), False, 0.0
+        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name=name, daemon=True)
         self.thread.start()
 
@@ -190,14 +203,18 @@ class _Worker:
         """None, and a line, where it cannot be opened: a run that was started again at night goes on without it."""
         try:
             module = importlib.import_module(f"cmt_fast.storage.loggers.to_{name}")
-            return cls(name, module.open_logger(about))
+            again = lambda nimg: module.open_logger(
+                about if nimg is None else about._replace(nimg=nimg, seen_nimg=nimg)
+            )
+            return cls(name, module.open_logger(about), again)
         except Exception as error:
             _told(name, about.stage, error)
             return None
 
-    def put(self, job: Callable[[Logger], None]) -> None:
+    def put(self, job: Callable[[Logger], None], nimg: int = 0) -> None:
+        """nimg: of the stage, up to which all is logged when the job is done."""
         if not self.failed:
-            self.jobs.put(job)
+            self.jobs.put((job, nimg))
 
     def close(self, whole: bool) -> None:
         self.put(lambda logger: logger.close(whole))
@@ -210,13 +227,36 @@ class _Worker:
         while job := self.jobs.get():
             if self.failed:
                 continue
-            try:
-                job(self.logger)
-            except Exception as error:
-                self.failed = True
+            self.late.append(job)
+            if not self.broken or time.monotonic() - self.tried > AGAIN_S:
+                self._deliver()
+        if self.broken and not self.failed:
+            self._deliver()
+        if self.late and not self.failed:
+            count = f"{len(self.late):,} of its last rows and pictures"
+            print(f"cmt: {self.name}: {count} found no room; metrics.jsonl has them", file=sys.stderr, flush=True)
+
+    def _deliver(self) -> None:
+        """What waits, in order, as far as there is room."""
+        self.tried = time.monotonic()
+        try:
+            if self.broken and self.reopen:
+                since = self.sent[0][1] if self.sent else None
+                self.logger, self.late = self.reopen(since), self.sent[1:] + self.late
+                self.sent, self.broken = self.sent[:1], False
+            while self.late:
+                self.late[0][0](self.logger)
+                self.sent = [*self.sent, self.late.pop(0)][-SURE:]
+        except Exception as error:
+            full = files.is_full(error) and self.reopen is not None
+            if full and not self.broken:
+                text = f"{os.strerror(errno.ENOSPC)}; what it is to get waits in memory until there is room"
+                print(f"cmt: {self.name}: {text}", file=sys.stderr, flush=True)
+            self.broken, self.failed = full, not full
+            if not full:
                 _told(self.name, "", error)
-                with contextlib.suppress(Exception):
-                    self.logger.close(False)
+            with contextlib.suppress(Exception):
+                self.logger.close(False)
 
 
 def _told(name: str, stage: str, error: Exception) -> None:

@@ -1,0 +1,193 @@
+"""One process in a folder, with flock and without: who is refused, who takes over, and what a file system refuses is seen."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from cmt_fast.storage import files, filesystem, locks
+from cmt_fast.storage.locks import LEASE, LOCK, Taken
+
+
+@pytest.fixture
+def refused(monkeypatch, tmp_path):
+    """A file system without flock; leases are quick."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(locks, "BEAT_S", 0.02)
+    monkeypatch.setattr(locks, "STALE_S", 0.2)
+    return tmp_path
+
+
+def leave(folder: Path, **other: object) -> Path:
+    """A lease of somebody else."""
+    (folder / LEASE).write_text(locks._body({**locks._me(), **other}))
+    return folder / LEASE
+
+
+def test_a_second_one_is_told_who_has_it(tmp_path):
+    with locks.holding(tmp_path) as held:
+        assert held.kind == "flock"
+        with pytest.raises(Taken, match=f"in use by another process .pid {os.getpid()} on "):
+            locks.take(tmp_path)
+    with locks.holding(tmp_path, remove=True):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_flock_a_lease_is_the_lock_and_shows_life(refused):
+    with locks.holding(refused) as held:
+        assert held.kind == "lease"
+        before = (refused / LEASE).read_bytes()
+        with pytest.raises(Taken, match=f"pid {os.getpid()}"):
+            locks.take(refused)
+        assert _changes(refused / LEASE, before)
+    assert not (refused / LEASE).exists()
+
+
+def _changes(file: Path, before: bytes) -> bool:
+    ended = threading.Event()
+    return any(file.read_bytes() != before or ended.wait(0.02) for _ in range(100))
+
+
+@pytest.mark.parametrize("other", [{"pid": 1 << 30}, {"started": "1"}, {"host": "elsewhere", "boot": "x"}])
+def test_a_stale_lease_is_taken_over(refused, other):
+    """Of a dead process here at once, also where its pid is another's now; of another machine once it was quiet."""
+    leave(refused, **other)
+    said = []
+    locks.take(refused, said.append).close()
+    assert len(said) == ("host" in other) and not list(refused.glob(f"{LEASE}*"))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"000000000000 []\n", b"\xff" * 50])
+def test_a_torn_lease_is_taken_over(refused, content):
+    (refused / LEASE).write_bytes(content)
+    locks.take(refused).close()
+
+
+def test_a_lease_that_shows_life_is_not_taken_over(refused, monkeypatch):
+    file, ended, beats = leave(refused, host="elsewhere", boot="x"), threading.Event(), iter(range(1, 10**6))
+    monkeypatch.setattr(locks, "STALE_S", 30.0)
+    thread = threading.Thread(target=lambda: [_write(file, next(beats)) for _ in iter(lambda: ended.wait(0.02), True)])
+    thread.start()
+    try:
+        with pytest.raises(Taken, match="elsewhere"):
+            locks.take(refused)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _write(file: Path, beat: int) -> None:
+    with open(file, "r+b") as opened:
+        opened.write(f"{beat:012}".encode())
+
+
+def test_one_of_many_takes_a_stale_lease_over(refused):
+    leave(refused, host="elsewhere", boot="x")
+    got, wait = [], threading.Barrier(6)
+
+    def want() -> None:
+        wait.wait()
+        try:
+            got.append(locks.take(refused))
+        except Taken:
+            got.append(None)
+
+    threads = [threading.Thread(target=want) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [held for held in got if held]
+    assert len(got) == 6 and len(winners) == 1
+    winners[0].close()
+
+
+def test_who_lost_its_lease_writes_no_checkpoint(refused):
+    with locks.holding(refused):
+        locks.check(refused / "pre")
+        leave(refused, host="elsewhere", token="other")
+        with pytest.raises(OSError, match="taken over by another process .* on .elsewhere"):
+            locks.check(refused / "pre")
+        locks.check(refused.parent / "another")
+    assert (refused / LEASE).exists()  # it is the other one's
+
+
+def test_a_fresh_lease_counts_where_flock_goes_too(tmp_path, monkeypatch):
+    """Two machines may mount one file system with and without flock."""
+    monkeypatch.setattr(locks, "STALE_S", 0.1)
+    leave(tmp_path)
+    with pytest.raises(Taken):
+        locks.take(tmp_path)
+    leave(tmp_path, pid=1 << 30)
+    with locks.holding(tmp_path) as held:
+        assert held.kind == "flock" and not (tmp_path / LEASE).exists()
+    assert (tmp_path / LOCK).exists()
+
+
+def test_what_a_file_system_refuses_is_one_line(refused, monkeypatch):
+    def replace(source, target):
+        if os.path.exists(target):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return real(source, target)
+
+    def fsync(handle):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    real = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "fsync", fsync)
+    found = filesystem.probe(refused)
+    assert not (found.flock or found.folder_sync or found.replaces_open) and found.renames_folders
+    line = filesystem.line(refused, found)
+    assert "no flock: a lease" in line and "no fsync of folders" in line and "in two steps" in line and "\n" not in line
+    assert not list(refused.iterdir())
+    files.sync(refused)  # a folder that cannot be synced is passed over, a file is not
+    (refused / "file").touch()
+    with pytest.raises(OSError, match="Invalid argument"):
+        files.sync(refused / "file")
+
+
+def test_a_file_is_replaced_where_it_cannot_be_renamed_over(tmp_path, monkeypatch):
+    def replace(source, target):
+        if os.path.exists(target):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        if killed and Path(target).name == "file":
+            raise KeyboardInterrupt
+        return real(source, target)
+
+    real, killed = os.replace, []
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(files, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(files, "_refuses", set())
+    for text in ("one", "two"):
+        files.write_bytes(tmp_path / "file", text.encode())
+    assert (tmp_path / "file").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
+    killed.append(1)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_bytes(tmp_path / "file", b"three")
+    assert not (tmp_path / "file").exists()
+    killed.clear()
+    files.restore(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "two"
+
+
+def test_a_file_that_does_not_fit_leaves_nothing(tmp_path, monkeypatch):
+    def full(path, data):
+        path.open("wb").close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_bytes(tmp_path / "file", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
