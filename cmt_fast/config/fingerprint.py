@@ -14,7 +14,7 @@ from cmt_fast.config.schema import Run
 # keys of a stage that say in what parts and how a step is computed
 HOW = ("micro_batch", "cuda_graph")
 # keys of a stage that change no weight, or its rounding alone as the number of processes does
-WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg", *HOW)
+WATCHING = ("checkpoint_every_nimg", "checkpoint_every_s", "eval_every_nimg", "grid_every_nimg", *HOW)
 # keys of the data that say what is asked of them, not what they are
 ASKED = ("unchecked",)
 # keys of a run that say where and how it is computed

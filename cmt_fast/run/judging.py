@@ -33,6 +33,7 @@ from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.storage import checkpoint, files
 
 Tallies = dict[int, Tally | None]  # of each number of steps; None: its samples are not finite
+ELSEWHERE = "another process could not judge, its output says why"
 ALL = "all"  # of a ledger: every figure of a set
 
 
@@ -92,12 +93,13 @@ class Judging:
         if not distributed.smallest(int(found is not None)):
             found = None
         if found is None:
+            taken: list[kept.Kept] = []
             try:
-                found = keeping.take(judge, self._key(judge))
+                distributed.agreed(lambda: taken.append(keeping.take(judge, self._key(judge))), Exception, ELSEWHERE)
             except ConfigError as error:
                 wrong = kept.wrong(self.folder)
                 raise ConfigError(f"{error}; {wrong}, which would do in their place" if wrong else str(error)) from None
-            self._write(found)
+            self._write(found := taken[0])
         if distributed.size() > 1:  # the floor may have come onto it between two looks
             found.about["floor"] = json.loads(distributed.text_of_first(json.dumps(found.about["floor"])))
         judge.kept = found
@@ -232,8 +234,18 @@ class Judging:
         named = lambda k, count: store.ledger(f"{k} steps, {count} of {judge.expected or n} samples")
         out = {k: {c: named(k, c).known(ALL) for c in counts if ALL in named(k, c).own} for k in steps}
         tallies: Tallies = {k: judge.tally() for k in steps if len(out[k]) < len(set(counts))}
+        failed: list[Exception] = []  # of this rank, which makes the calls that all make before it raises
 
         def take(tallies: Tallies, index: torch.Tensor) -> None:
+            """As `add`; an error of one rank of several is raised on all by `close`."""
+            if failed:
+                return
+            try:
+                add(tallies, index)
+            except Exception as error:
+                failed.append(error)
+
+        def add(tallies: Tallies, index: torch.Tensor) -> None:
             """What is taken of these samples is added up: as it was kept or, where it was not, as they are drawn."""
             sound = {k: tally for k, tally in tallies.items() if tally}
             known = {k: store.block(str(k), index) for k in sound}
@@ -251,6 +263,8 @@ class Judging:
 
         def close(tallies: Tallies, count: int) -> None:
             """The figures of `count` samples, None where any rank's were not finite; every rank must call it."""
+            if distributed.largest(int(bool(failed))):
+                raise failed[0] if failed else RuntimeError(ELSEWHERE)
             for k, tally in tallies.items():
                 ledger = named(k, count)
                 broken = distributed.largest(int(tally is None))
@@ -262,7 +276,7 @@ class Judging:
                 first, mine = int(index[0]), i % distributed.size() == distributed.rank()
                 for count in sorted(c for c in set(counts) if first <= c < first + len(index)):
                     cut = tallies
-                    if count > first and mine:
+                    if count > first and mine and not failed:
                         cut = {k: tally and tally.copy() for k, tally in tallies.items()}
                         take(cut, index[: count - first])
                     close(cut, count)

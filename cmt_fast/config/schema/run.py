@@ -50,6 +50,7 @@ class Eval:
     weights: str | None = None
     vae: str | None = None
     labels: str = "data"
+    on_error: Literal["continue", "stop"] = "continue"
 
 
 @schema

@@ -140,6 +140,7 @@ class Stage:
     cuda_graph: Literal["auto"] | bool = "auto"  # the same numbers, so no fact of a stage
     compile: bool = False  # torch.compile of the network; rounds differently, so it belongs to the facts of a stage
     checkpoint_every_nimg: Count | None = None
+    checkpoint_every_s: Positive | None = 1200.0
     snapshot_every_nimg: Count | None = None
     eval_every_nimg: Count | None = None
     grid_every_nimg: Count | None = None
