@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 from cmt_fast.config import paths
 from cmt_fast.config.errors import ConfigError
@@ -70,9 +71,11 @@ def check_inputs(name: str, had: dict, has: dict) -> None:
         raise ConfigError(f"{name}.{moved[0]}: has changed since this stage began; start it in a new folder")
 
 
-def stage_digest(run: Run, name: str, others: dict | None = None) -> str:
-    """sha256 of `stage_facts` and of what the stage reads outside its run: equal digests mean equal weights."""
-    return _sha(stage_facts(run, name) | ({"others": others} if others else {}))
+def stage_digest(run: Run, name: str, others: dict | None = None, changes: Sequence[dict] = ()) -> str:
+    """sha256 of `stage_facts`, of what the stage reads outside its run and of changes while it was under way: equal digests mean
+    equal weights."""
+    more = ({"others": others} if others else {}) | ({"changes": list(changes)} if changes else {})
+    return _sha(stage_facts(run, name) | more)
 
 
 def _dumped(run: Run) -> dict:

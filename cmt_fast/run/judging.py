@@ -23,7 +23,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
 from cmt_fast.data.rows import Rows, opened
 from cmt_fast.diffusion.sampling import Sampler
-from cmt_fast.evaluation import features, judges, keeping, kept, measures
+from cmt_fast.evaluation import features, judges, keeping, kept, measures, references
 from cmt_fast.evaluation.roots import Roots
 from cmt_fast.evaluation.tallies import Tally
 from cmt_fast.run import unfinished
@@ -77,6 +77,30 @@ class Judging:
             self._keep(judge)
             judge.expected = samples
         return judge
+
+    def rehearse(self) -> None:
+        """Open what judges samples and see that two of them pass: weights, statistics, decoder, widths. Of distances in the
+        run's own features nothing: they are of the data, which are open.
+
+        Raises ConfigError naming the key of `eval`. What is opened stays open for the first evaluation.
+        """
+        metric, file = self.run.eval.metric, self.run.eval.reference
+        if metric == "frechet":
+            if file is not None:
+                references.read(Path(file), metric, file.endswith(".safetensors"))
+            return
+        judge = self.judge
+        width = len(judge.reference.moments.mean)
+        x = torch.zeros(2, *self.data.shape, device=self.setting.device)
+        try:
+            found = judge.space.features(judge.look(x)).shape[1]
+        except (RuntimeError, ValueError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"eval.metric: {judge.metric} cannot look at samples of {tuple(x.shape[1:])} ({text})"
+            ) from None
+        if found != width:
+            raise ConfigError(f"eval.reference: has {width} features, and {judge.name} has {found}; make the file anew")
 
     # ------------------------------------------------------------------------------------------ what is kept of real data
 

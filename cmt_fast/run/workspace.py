@@ -31,7 +31,7 @@ from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import sharding
 from cmt_fast.engine.buffers import Unread, check_fits, read
 from cmt_fast.perceptual import distance
-from cmt_fast.run import absent, guidance, networks
+from cmt_fast.run import absent, changes, guidance, networks
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.run.folder import (
     RUN_FILE,
@@ -83,6 +83,8 @@ class Workspace:
         self.decoding = Decoding(self.data, self.device, run.eval.vae)
         self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
         self.judging.alive = None if reading else folder
+        self.changing: changes.Asked = {}  # what `--change` asks for
+        self.changes = changes.recorded(folder)  # of stages under way
         self.drawn_rows: dict[tuple, Tensor] = {}  # of grids, by what they show: a teacher's row does not change
 
     def _opened(self, reading: bool) -> Rows:
@@ -235,7 +237,16 @@ class Workspace:
 
     def stage(self, name: str) -> ResolvedStage:
         """A stage of this run, resolved. Raises ConfigError where the run has none of this name."""
-        return resolve(self.run, name, self.folder)
+        return resolve(self.run, name, self.folder).changed(self.changes.get(name, ()))
+
+    def going_on(self, name: str, found: checkpoint.Checkpoint | None) -> ResolvedStage:
+        """The same as it goes on from a checkpoint, with the changes that count from there; they are put on record. Every rank
+        must call it."""
+        entries = changes.placed(self.stage(name), found and found.manifest, self.changes.get(name, ()))
+        self.changes = {s: e for s, e in {**self.changes, name: list(entries)}.items() if e}
+        if distributed.rank() == 0:
+            changes.record(self.folder, self.changes)
+        return self.stage(name)
 
     def sharding_plan(self, stage: ResolvedStage, teacher_parameters: int | None = None) -> engine.ShardingPlan:
         """The engine's ZeRO stage for one stage of this run (teacher_parameters: in the place of its own), with the arithmetic.
@@ -272,17 +283,19 @@ class Workspace:
         if not (self.folder / RUN_FILE).is_file():
             return None
         stored = stored_run(self.folder)
+        meant = changes.onto(stored, self.changing)
         # where its rows are on record they say whether the data are the same, not the path
         facts = fingerprint.content if about_run(self.folder).get("data") else fingerprint.stage_facts
         for name in STAGES:
             if not checkpoint.steps(self.folder / name) or name not in stored.stages:
                 continue
             mine = facts(self.run, name) if name in self.run.stages else {name: None}
-            differs = fingerprint.changed(facts(stored, name), mine)
+            differs = fingerprint.changed(facts(meant, name), mine)
             if differs:
+                can = all(d.partition(":")[0] in {f"{name}.{key}" for key in changes.KEYS} for d in differs)
                 raise ConfigError(
                     f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
-                    "choose another folder"
+                    "choose another folder" + ", or ask for it by --change, as --change KEY=VALUE" * can
                 )
             rows = fingerprint.changed(about_run(self.folder).get("data") or self.data.facts, self.data.facts)
             if rows:
@@ -290,7 +303,7 @@ class Workspace:
                     f"data: these are not the rows that {self.folder / name} was trained on ({'; '.join(rows)})"
                 )
             if name in self.run.stages:
-                self._same_inputs(stored, name)
+                self._same_inputs(meant, name)
         return stored
 
     def _same_inputs(self, stored: Run, name: str) -> None:
@@ -318,6 +331,10 @@ class Workspace:
         """
         stored = self.compare()
         before = about_run(self.folder) if stored else {}
+        for name, keys in self.changing.items():  # where they count from `going_on` finds out
+            self.changes = {**self.changes, name: [*self.changes.get(name, ()), {"step": 0, "keys": keys}]}
+        self.changes = json.loads(distributed.text_of_first(json.dumps(self.changes)))
+        self.changing = {}
         networks = self._networks(before.get("networks") or {}, names)
         same = stored and loading.dump(stored) == loading.dump(self.run) and before.get("data") == self.data.facts
         if same and "remembered" in before and before.get("networks") == networks:
@@ -337,6 +354,7 @@ class Workspace:
                 "parents": str(self.parents) if self.parents != self.folder else None,
                 "root": str(Path.cwd()),
                 "roots": self._roots(before),
+                **({"changes": self.changes} if self.changes else {}),
             }
             files.write_text(self.folder / RUN_FILE, json.dumps(about, indent=1))
 

@@ -76,9 +76,11 @@ def train_stage(
     asked: signals that ask the process to stop; meter: what this process has spent and no stage was billed for yet; page:
     is drawn after evaluations. Long: it is the list of what is opened for a stage, in order.
     """
-    run, name, folder, config, plan = work.run, stage.name, stage.folder, stage.config, stage.schedule
+    run, name, folder, config = work.run, stage.name, stage.folder, stage.config
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
     found = starting.newest(folder)
+    stage = work.going_on(name, found) if work.changes else stage
+    plan = stage.schedule
     unseen = bool(found and looking.owed(stage, found.manifest))
     if found and found.manifest.get("done") and not unseen:
         return say(f"{name:>8} done ({found.manifest['nimg']} images)") if distributed.rank() == 0 else None
@@ -113,10 +115,10 @@ def train_stage(
         ending.callback(source.close)
         if found is None and source.trajectories.get("errors"):
             log.row("trajectories", 1, config.batch, source.trajectories)
-        source.rounding = rounding_choice.settle(stage, engine, source, found)
+        source.rounding = rounding_choice.settle(stage, engine, source, starting.measured(stage, found))
         rounding = source.rounding.stored() if source.rounding else None
         chosen = {"trajectories": source.trajectories, "attention": attention, "rounding": rounding}
-        always = _identity(run, name, lineage, others, choice, chosen)
+        always = _identity(stage, lineage, others, choice, chosen)
         if config.compile:
             ending.enter_context(compile.more_kinds(KINDS if rounding else 0))
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
@@ -143,7 +145,7 @@ def train_stage(
 def _shown(work: Workspace, stage: ResolvedStage, step: int, unit: str) -> progress.Stage:
     """What a person sees of a stage that has done `step` steps."""
     plan, left = stage.schedule, functools.partial(monitor.to_come, stage)
-    return progress.Stage(stage.name, step, plan.total, plan.batch, work.folder, pauses=left, unit=unit)
+    return progress.Stage(stage.name, step, plan.total, plan.batch, work.folder, pauses=left, unit=unit, nimg=plan.nimg)
 
 
 class Steps(NamedTuple):
@@ -304,16 +306,17 @@ def _waiting(profile: Profile | None) -> Callable[[], bool]:
 
 
 def _identity(
-    run: Run, name: str, lineage: dict | None, others: dict, choice: ShardingPlan, chosen: dict[str, Any]
+    stage: ResolvedStage, lineage: dict | None, others: dict, choice: ShardingPlan, chosen: dict[str, Any]
 ) -> dict[str, Any]:
     """What a stage is, what it comes from and how it is trained: what all its checkpoints say alike.
 
     chosen: by measurement when it began; what is empty is left out.
     """
+    run, name, chosen = stage.run, stage.name, {**chosen, "changes": list(stage.changes)}
     return {
         "stage": name,
         "recipe": run.name,
-        "config": fingerprint.stage_digest(run, name, others),
+        "config": fingerprint.stage_digest(run, name, others, stage.changes),
         "parent": lineage,
         "others": others,
         "engine": {"kind": run.engine, "stage": choice.stage, "processes": distributed.size()},
