@@ -110,6 +110,8 @@ def train(args: argparse.Namespace) -> None:
         return print(f"nothing is left to train: {', '.join(names)} of {out} are finished")
     names = [name for name in names if name not in done]  # what a finished stage read need not be here
     lacking = needs.missing(run, out, parents, names)
+    if _goes_on(run, out, names):  # `_judge` says what of it is not here
+        lacking = [need for need in lacking if not need.key.startswith("eval.")]
     if lacking and not args.dry_run:
         if getattr(run.data, "expects", None) or not {"data.path", "data.kind"} & {need.key for need in lacking}:
             workspace.Workspace(run, out, parents, absent.rows(run))  # what cannot be meant is said first
@@ -134,7 +136,7 @@ def train(args: argparse.Namespace) -> None:
         memory.keep_freed()
     draw = functools.partial(page.write, out, judge=False, refresh_s=REFRESH_S)
     loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
-    page.write(out, training=True)
+    _page(work, out)
     if distributed.rank() == 0:
         print(_done(work, asked, time.monotonic() - begun))
 
@@ -147,16 +149,20 @@ def _finished(stage: ResolvedStage) -> bool:
         return False
 
 
+def _goes_on(run: Run, out: Path, names: list[str]) -> bool:
+    """Whether a run that has begun goes on without what its evaluations need."""
+    return run.eval.on_error == "continue" and any(checkpoint.steps(out / name) for name in names)
+
+
 def _judge(work: workspace.Workspace, names: list[str]) -> None:
     """Raises ConfigError for what evaluations and pictures need and cannot have, before the first step. A run that has begun
     goes on without it where `eval.on_error` is continue, and says so."""
-    begun = any(checkpoint.steps(work.folder / name) for name in names)
     try:
         with progress.phase("checking what evaluation needs"):
             judges.check_files(work.run.eval)
             distributed.agreed(work.judging.rehearse, ConfigError, "another process cannot judge, its output says why")
     except ConfigError as error:
-        if not begun or work.run.eval.on_error == "stop":
+        if not _goes_on(work.run, work.folder, names):
             raise
         if distributed.rank() == 0:
             text = f"evaluations will fail ({error}); training goes on (eval.on_error: continue)"
@@ -216,6 +222,18 @@ def _check(work: workspace.Workspace, names: list[str], complete: bool) -> None:
     judges.check_rows(work.data.n, work.run.eval.reference)
     if complete and any(OBJECTIVES[work.stage(name).config.objective.kind].draws == "data" for name in names):
         check_loader(work.run.loader, work.data)
+
+
+def _page(work: workspace.Workspace, out: Path) -> None:
+    """The report of what was trained; where it cannot be made, that is said, and raised where `eval.on_error` is stop."""
+    try:
+        page.write(out, training=True)
+    except Exception as error:
+        if work.run.eval.on_error == "stop" or distributed.lost(error):
+            raise
+        if distributed.rank() == 0:
+            text = f"{looking.told(error)}; all is trained, `cmt report {out}` judges it again"
+            print(f"cmt: the report failed ({text})", file=sys.stderr, flush=True)
 
 
 def _ops(device: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cmt_fast.render.tables import Table
+from cmt_fast.render.templates import Table
+from cmt_fast.report.text import TEXT
 from cmt_fast.run import changes
 from cmt_fast.run.standing import Standing
 
@@ -23,7 +24,7 @@ def table(stands: dict[str, Standing]) -> Table | None:
     if not rows:
         return None
     note = f"{left_out} earlier failures are in metrics.jsonl." if left_out else ""
-    return Table("Events", ["stage", "after step", "images", "what", "how"], rows, note, left=(0, 3, 4))
+    return Table("Events", ["stage", "after step", "images", "what", "how"], rows, note, left=TEXT)
 
 
 def _words(entry: changes.Change) -> str:

@@ -10,6 +10,7 @@ import yaml
 from cmt_fast.config import loading
 from cmt_fast.render import plots, thin
 from cmt_fast.render.templates import Group, Picture, Section, Table, png
+from cmt_fast.report import events
 from cmt_fast.report.figures import Curve, Judged
 from cmt_fast.report.text import TEXT
 from cmt_fast.run.standing import Standing
@@ -98,9 +99,10 @@ def training(stands: dict[str, Standing]) -> Section:
         if not (record and record.nimg):
             continue
         first, last = record.first, record.recent[-1]
-        wall = m["wall"] if m and m["step"] == last["step"] else last["wall"]  # a manifest's holds the last judging
+        wall = m["wall"] if m and m["step"] == last["step"] else last["wall"]
         losses = [number(first["loss"]), number(last["loss"]), f"{first['lr']:.3g} to {last['lr']:.3g}"]
-        times = [f"{wall['train_s']:,.1f}", f"{wall['eval_s']:,.1f}", f"{last['wall']['images_per_s']:,.0f}"]
+        judged_s = max([wall["eval_s"], *(row["wall"].get("eval_s", 0.0) for row in s.evaluations)])
+        times = [f"{wall['train_s']:,.1f}", f"{judged_s:,.1f}", f"{last['wall']['images_per_s']:,.0f}"]
         rows.append([s.name, s.objective, f"{last['nimg']:,}", f"{s.stage.batch:,}", *losses, *times])
         loss, lr = (list(zip(*thin.extremes(record.nimg, column))) for column in (record.loss, record.lr))
         title = f"{s.name}: loss, and learning rate (dotted)."
@@ -115,7 +117,9 @@ def training(stands: dict[str, Standing]) -> Section:
         "Seconds of training include the teacher's rollouts; images/s count training alone."
     )
     own = [Group([Table("", columns, rows, note, left=2)], wide=True), Group(figures)] if rows else []
-    return Section("Stages", [], [Group([lineage(stands)], wide=True), *own])
+    told = events.table(stands)
+    more = [Group([told], wide=True)] if told else []
+    return Section("Stages", [], [Group([lineage(stands)], wide=True), *more, *own])
 
 
 def kwh(amount: Amount) -> str:
@@ -181,7 +185,7 @@ def samples(stands: dict[str, Standing]) -> Section:
     """The last grid of every stage, and one stage over its training."""
 
     def picture(s: Standing, path: Path, which: str = "") -> Picture:
-        return png(f"{s.name} at {int(path.stem) * s.stage.batch:,} images.", f"grid-{s.name}{which}.png", path)
+        return png(f"{s.name} at {s.images(int(path.stem)):,} images.", f"grid-{s.name}{which}.png", path)
 
     last: list[Table | Picture] = [picture(s, s.grids[-1]) for s in stands.values() if s.grids]
     groups, text = [Group(last)] if last else [], "Same noise and labels everywhere."

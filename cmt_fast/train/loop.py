@@ -211,7 +211,9 @@ class Steps(NamedTuple):
         """The look that is due after n steps, with the memory of the step's graph."""
         self.gradient.release()
         with self.shown.pause(monitor.title(self.work, self.stage, n, last)):
-            monitor.observe(self.work, self.stage, self.engine, n, last, self.log, self.source.held)
+            monitor.observe(
+                self.work, self.stage, self.engine, n, last, self.log, self.source.held, self.wall["eval_s"]
+            )
             looking.attempt("the page", self.page.draw, self.stage, n, self.log)
         self.wall["eval_s"] += self.meter.lap("evaluation")
         self.log.commit()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,17 +69,22 @@ def observe(
     last: bool,
     log: Log,
     held: Mapping[str, Any] | None = None,
+    judged_s: float = 0.0,
 ) -> None:
     """The evaluation and the grid that are due after step n. All ranks give the network and judge it together; rank 0 draws.
 
-    Each fails for itself, as `looking.attempt` says. held: frozen networks that the stage has in memory, by name.
+    Each fails for itself, as `looking.attempt` says. held: frozen networks that the stage has in memory, by name; judged_s:
+    seconds of looks before this one.
+
+    Many parameters: what a look is made of.
     """
-    plan, nets = stage.schedule, list[nn.Module]()
+    begun, plan, nets = time.monotonic(), stage.schedule, list[nn.Module]()
     attempt = lambda what, call: looking.attempt(what, call, stage, n, log)
     if not attempt("reading the EMA", lambda: nets.append(engine.average())):
         return
     if plan.evaluates(n, last):
-        attempt("the evaluation", lambda: _evaluate(work, stage, nets[0], n, log))
+        took = lambda: {"eval_s": judged_s + time.monotonic() - begun}  # the checkpoint before it cannot say
+        attempt("the evaluation", lambda: _evaluate(work, stage, nets[0], n, log, took))
     if plan.draws(n, last):
         file = stage.folder / "grids" / f"{n:08d}.png"
         if attempt("the grid", lambda: _grid(work, stage, nets[0], file, held or {})):
@@ -86,12 +92,12 @@ def observe(
     distributed.barrier()
 
 
-def _evaluate(work: Workspace, stage: ResolvedStage, net: Callable, n: int, log: Log) -> None:
+def _evaluate(work: Workspace, stage: ResolvedStage, net: Callable, n: int, log: Log, took: Callable) -> None:
     n_during, nimg = work.run.eval.n_during, stage.schedule.nimg(n)
     distributed.agreed(lambda: work.judging.judge, Exception, looking.ELSEWHERE)
     work.judging.keep()  # so that the run can be judged where its data are not
     figures = work.judging.evaluate(net, work.run.eval.steps, n_during, quiet=True)
-    log.row("eval", n, nimg, {"steps": figures, **work.judging.about(n_during)})
+    log.row("eval", n, nimg, {"steps": figures, **work.judging.about(n_during)}, took())
     distance = ", ".join(f"{row['frechet']:.4g} @{k}" for k, row in figures.items())
     progress.told(stage.name, f"after {nimg:,} images", f"{work.judging.judge.title(n_during)}: {distance}")
 
