@@ -94,7 +94,9 @@ def test_rows_of_data_go_on_where_they_were(half, tmp_path, monkeypatch):
 
     def drawn(self, random, step, mine, part):
         monkeypatch.setattr(
-            self.loader, "rows", lambda p, real=type(self.loader).rows: seen.extend(p.tolist()) or real(self.loader, p)
+            self.loader,
+            "rows",
+            lambda p, real=self.loader.__class__.rows: seen.extend(p.tolist()) or real(self.loader, p),
         )
         return rows(self, random, step, mine, part)
 
