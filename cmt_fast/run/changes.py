@@ -23,6 +23,7 @@ from cmt_fast.config.renames import today
 from cmt_fast.config.schema import Run
 from cmt_fast.run import folder as folders
 from cmt_fast.run.resolved import ResolvedStage
+from cmt_fast.runtime import distributed
 from cmt_fast.storage import checkpoint, files
 
 KEYS = (
@@ -160,6 +161,28 @@ def placed(stage: ResolvedStage, manifest: Mapping[str, Any] | None, entries: Se
     plan, step = had.schedule, manifest["step"]
     rows = plan.rows_before(step, had.rows[0])
     return (*known, {"step": step, "nimg": manifest["nimg"], "rows": rows, "log_every": plan.log_every, "keys": keys})
+
+
+def pending(had: dict[str, list[Change]], wanted: Asked) -> dict[str, list[Change]]:
+    """The changes of a run with those that are asked for; where they count from `counted` finds out. The same on all ranks, of
+    which one may see a file that another has written by now: every rank must call it.
+    """
+    more = {name: [*had.get(name, ()), {"step": 0, "keys": keys}] for name, keys in wanted.items()}
+    return json.loads(distributed.text_of_first(json.dumps(had | more)))
+
+
+def counted(
+    had: dict[str, list[Change]], stage: ResolvedStage, manifest: Mapping[str, Any] | None
+) -> dict[str, list[Change]]:
+    """The changes of a run, those of one stage `placed`."""
+    entries = list(placed(stage, manifest, had.get(stage.name, ())))
+    return {name: e for name, e in {**had, stage.name: entries}.items() if e}
+
+
+def hint(name: str, differs: Sequence[str]) -> str:
+    """What is said of differences of a stage, as `fingerprint.changed` has them, where all of them can be asked for."""
+    can = all(text.partition(":")[0] in {f"{name}.{key}" for key in KEYS} for text in differs)
+    return ", or ask for it by --change, as --change KEY=VALUE" * can
 
 
 def record(folder: Path, changes: dict[str, list[Change]]) -> None:

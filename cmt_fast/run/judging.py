@@ -246,7 +246,8 @@ class Judging:
         self, net: Callable, steps: tuple[int, ...], counts: tuple[int, ...], solver: bool = False,
         seed: int | None = None, judge: judges.Judge | None = None, quiet: bool = False,
     ) -> dict[int, dict[int, dict | None]]:  # fmt: skip
-        """{steps: {count: figures}}, each bit for bit what `evaluate` gives alone; None where samples are not finite.
+        """{steps: {count: figures}}, each bit for bit what `evaluate` gives alone; None where samples are not finite. Long: it
+        is what is done to every batch, in order.
 
         What is common is computed once: the first call of every consistency model's samples, and the batches that smaller
         counts share with the largest. A batch that a smaller count cuts is drawn for it again, as it is cut. One tally for
@@ -258,7 +259,7 @@ class Judging:
         named = lambda k, count: store.ledger(f"{k} steps, {count} of {judge.expected or n} samples")
         out = {k: {c: named(k, c).known(ALL) for c in counts if ALL in named(k, c).own} for k in steps}
         tallies: Tallies = {k: judge.tally() for k in steps if len(out[k]) < len(set(counts))}
-        failed: list[Exception] = []  # of this rank, which makes the calls that all make before it raises
+        failed: list[Exception] = []  # of this rank, which goes on making the calls that all make
 
         def take(tallies: Tallies, index: torch.Tensor) -> None:
             """As `add`; an error of one rank of several is raised on all by `close`."""

@@ -240,10 +240,8 @@ class Workspace:
         return resolve(self.run, name, self.folder).changed(self.changes.get(name, ()))
 
     def going_on(self, name: str, found: checkpoint.Checkpoint | None) -> ResolvedStage:
-        """The same as it goes on from a checkpoint, with the changes that count from there; they are put on record. Every rank
-        must call it."""
-        entries = changes.placed(self.stage(name), found and found.manifest, self.changes.get(name, ()))
-        self.changes = {s: e for s, e in {**self.changes, name: list(entries)}.items() if e}
+        """The same as it goes on from a checkpoint, with the changes that count from there, which are put on record."""
+        self.changes = changes.counted(self.changes, self.stage(name), found and found.manifest)
         if distributed.rank() == 0:
             changes.record(self.folder, self.changes)
         return self.stage(name)
@@ -292,10 +290,9 @@ class Workspace:
             mine = facts(self.run, name) if name in self.run.stages else {name: None}
             differs = fingerprint.changed(facts(meant, name), mine)
             if differs:
-                can = all(d.partition(":")[0] in {f"{name}.{key}" for key in changes.KEYS} for d in differs)
                 raise ConfigError(
                     f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
-                    "choose another folder" + ", or ask for it by --change, as --change KEY=VALUE" * can
+                    f"choose another folder{changes.hint(name, differs)}"
                 )
             rows = fingerprint.changed(about_run(self.folder).get("data") or self.data.facts, self.data.facts)
             if rows:
@@ -331,10 +328,7 @@ class Workspace:
         """
         stored = self.compare()
         before = about_run(self.folder) if stored else {}
-        for name, keys in self.changing.items():  # where they count from `going_on` finds out
-            self.changes = {**self.changes, name: [*self.changes.get(name, ()), {"step": 0, "keys": keys}]}
-        self.changes = json.loads(distributed.text_of_first(json.dumps(self.changes)))
-        self.changing = {}
+        self.changes, self.changing = changes.pending(self.changes, self.changing), {}
         networks = self._networks(before.get("networks") or {}, names)
         same = stored and loading.dump(stored) == loading.dump(self.run) and before.get("data") == self.data.facts
         if same and "remembered" in before and before.get("networks") == networks:

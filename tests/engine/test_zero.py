@@ -141,7 +141,7 @@ def test_a_signal_on_one_rank_stops_all_within_a_row_and_the_row_goes_on(figures
 
 def test_an_evaluation_that_fails_on_one_rank_is_left_by_both(figures):
     found = figures["one_fails"]
-    assert found["done"] and found["kinds"] == ["train", "failed"] * (len(found["kinds"]) // 2)
+    assert found["done"] and found["kinds"].count("failed") == 2 and found["kinds"].count("train") == 4
     assert set(found["said"]) == {"another process could not judge, its output says why"}
 
 
