@@ -246,8 +246,9 @@ class Judging:
         self, net: Callable, steps: tuple[int, ...], counts: tuple[int, ...], solver: bool = False,
         seed: int | None = None, judge: judges.Judge | None = None, quiet: bool = False,
     ) -> dict[int, dict[int, dict | None]]:  # fmt: skip
-        """{steps: {count: figures}}, each bit for bit what `evaluate` gives alone; None where samples are not finite. Long: it
-        is what is done to every batch, in order.
+        """{steps: {count: figures}}, each bit for bit what `evaluate` gives alone; None where samples are not finite.
+
+        Long: it holds what is done to every batch, in order.
 
         What is common is computed once: the first call of every consistency model's samples, and the batches that smaller
         counts share with the largest. A batch that a smaller count cuts is drawn for it again, as it is cut. One tally for

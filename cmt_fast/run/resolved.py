@@ -53,7 +53,10 @@ class ResolvedStage:
     @property
     def schedule(self) -> Schedule:
         """Its lengths in optimizer steps."""
-        last = self.changes[-1] if self.changes else None
+        counted = [
+            change for change in self.changes if "nimg" in change
+        ]  # others were asked for, and no step was taken since
+        last = counted[-1] if counted else None
         return schedule(self.config, Since(*(last[key] for key in Since._fields)) if last else None)
 
     @property

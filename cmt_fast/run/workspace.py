@@ -239,13 +239,6 @@ class Workspace:
         """A stage of this run, resolved. Raises ConfigError where the run has none of this name."""
         return resolve(self.run, name, self.folder).changed(self.changes.get(name, ()))
 
-    def going_on(self, name: str, found: checkpoint.Checkpoint | None) -> ResolvedStage:
-        """The same as it goes on from a checkpoint, with the changes that count from there, which are put on record."""
-        self.changes = changes.counted(self.changes, self.stage(name), found and found.manifest)
-        if distributed.rank() == 0:
-            changes.record(self.folder, self.changes)
-        return self.stage(name)
-
     def sharding_plan(self, stage: ResolvedStage, teacher_parameters: int | None = None) -> engine.ShardingPlan:
         """The engine's ZeRO stage for one stage of this run (teacher_parameters: in the place of its own), with the arithmetic.
         Raises ConfigError where the engine cannot be had as asked."""

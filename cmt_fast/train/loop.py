@@ -79,7 +79,7 @@ def train_stage(
     run, name, folder, config = work.run, stage.name, stage.folder, stage.config
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
     found = starting.newest(folder)
-    stage = work.going_on(name, found) if work.changes else stage
+    stage = starting.going_on(work, stage, found)
     plan = stage.schedule
     unseen = bool(found and looking.owed(stage, found.manifest))
     if found and found.manifest.get("done") and not unseen:

@@ -75,8 +75,6 @@ def observe(
 
     Each fails for itself, as `looking.attempt` says. held: frozen networks that the stage has in memory, by name; judged_s:
     seconds of looks before this one.
-
-    Many parameters: what a look is made of.
     """
     begun, plan, nets = time.monotonic(), stage.schedule, list[nn.Module]()
     attempt = lambda what, call: looking.attempt(what, call, stage, n, log)

@@ -73,6 +73,16 @@ def parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict |
     }
 
 
+def going_on(work: Workspace, stage: ResolvedStage, found: checkpoint.Checkpoint | None) -> ResolvedStage:
+    """A stage as it goes on from a checkpoint, with the changes of its keys that count from there, which are put on record."""
+    if not work.changes:
+        return stage
+    work.changes = changes.counted(work.changes, stage, found and found.manifest)
+    if distributed.rank() == 0:
+        changes.record(work.folder, work.changes)
+    return work.stage(stage.name)
+
+
 def measured(stage: ResolvedStage, found: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
     """The checkpoint whose measurements of rounding hold: none where the precision, or its limit, is another from there on."""
     last = stage.changes[-1] if found and stage.changes else None
