@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 import time
 from pathlib import Path
 
@@ -22,12 +23,12 @@ from cmt_fast.engine import ShardingPlan
 from cmt_fast.evaluation import judges
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
-from cmt_fast.run import absent, folder, needs, workspace
-from cmt_fast.run.resolved import ResolvedStage
-from cmt_fast.runtime import distributed, machine, memory, output, progress, words
+from cmt_fast.run import absent, changes, folder, needs, workspace
+from cmt_fast.run.resolved import ResolvedStage, resolve
+from cmt_fast.runtime import distributed, machine, memory, once, output, progress, words
 from cmt_fast.storage import checkpoint, files, filesystem
 from cmt_fast.teacher import precision, solver_record
-from cmt_fast.train import loop, profiler, saving
+from cmt_fast.train import looking, loop, profiler, saving
 from cmt_fast.usage import bills
 
 REFRESH_S = 30  # seconds after which the page of a run that trains loads itself anew
@@ -47,6 +48,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help=f"where relative paths of the recipe start (default: {paths.VARIABLE}, else the current folder)",
+    )
+    p.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="STAGE.KEY=VALUE",
+        help="go on with another lr, length, batch or precision, from the newest checkpoint on; may be given several times",
     )
     p.add_argument("--stages", help="comma-separated stages (default: all of the recipe)")
     p.add_argument(
@@ -91,6 +99,7 @@ def train(args: argparse.Namespace) -> None:
     saving.set_wait_s(args.disk_wait)
     begun = time.monotonic()
     run, out, parents = _asked(args)
+    run, changing = changes.asked(run, out, args.change)
     have = list(run.stages)
     names = args.stages.split(",") if args.stages else have
     for name in names:
@@ -101,13 +110,15 @@ def train(args: argparse.Namespace) -> None:
     if parents:
         folder.stored_run(parents)
     names = [name for name in have if name in names]
-    asked, done = names, [name for name in names if args.resume and _finished(out / name)]
+    asked, done = names, [name for name in names if args.resume and _finished(resolve(run, name, out))]
     _as_trained(out, run, done)
     if done == names:
         page.write(out, training=True)  # for which no data need be here
         return progress.say(f"nothing is left to train: {', '.join(names)} of {out} are finished")
     names = [name for name in names if name not in done]  # what a finished stage read need not be here
     lacking = needs.missing(run, out, parents, names)
+    if _goes_on(run, out, names):  # `_judge` says what of it is not here
+        lacking = [need for need in lacking if not need.key.startswith("eval.")]
     if lacking and not args.dry_run:
         if getattr(run.data, "expects", None) or not {"data.path", "data.kind"} & {need.key for need in lacking}:
             workspace.Workspace(run, out, parents, absent.rows(run))  # what cannot be meant is said first
@@ -117,11 +128,12 @@ def train(args: argparse.Namespace) -> None:
     with progress.phase("reading the data"), start.together(copy=not args.dry_run):
         work = workspace.Workspace(run, out, parents, absent.rows(run) if args.dry_run else None)
     with progress.phase("reading what the stages build on"):
+        work.changing = changing
         _check(work, names, not lacking)
     if args.dry_run:
         return _dry_run(work, names, lacking, out) if distributed.rank() == 0 else None
-    judges.check_files(run.eval)
     work.compare()
+    _judge(work, names)
     if distributed.rank() == 0:
         for name in done:
             progress.say(f"{name:>8} done")
@@ -135,16 +147,37 @@ def train(args: argparse.Namespace) -> None:
     draw = functools.partial(page.write, out, judge=False, refresh_s=REFRESH_S)
     with output.unless_full():
         loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
-    page.write(out, training=True)
+    _page(work, out)
     if distributed.rank() == 0:
         progress.say(_done(work, asked, time.monotonic() - begun))
 
 
-def _finished(stage: Path) -> bool:
+def _finished(stage: ResolvedStage) -> bool:
+    """Whether nothing of a stage is left to do, its last look too."""
     try:
-        return bool(checkpoint.complete(stage))
+        return not looking.owed(stage, checkpoint.complete(stage.folder).manifest)
     except checkpoint.CheckpointError:
         return False
+
+
+def _goes_on(run: Run, out: Path, names: list[str]) -> bool:
+    """Whether a run that has begun goes on without what its evaluations need."""
+    return run.eval.on_error == "continue" and any(checkpoint.steps(out / name) for name in names)
+
+
+def _judge(work: workspace.Workspace, names: list[str]) -> None:
+    """Raises ConfigError for what evaluations and pictures need and cannot have, before the first step. A run that has begun
+    goes on without it where `eval.on_error` is continue, and says so."""
+    try:
+        with progress.phase("checking what evaluation needs"):
+            judges.check_files(work.run.eval)
+            distributed.agreed(work.judging.rehearse, ConfigError, "another process cannot judge, its output says why")
+    except ConfigError as error:
+        if not _goes_on(work.run, work.folder, names):
+            raise
+        if distributed.rank() == 0:
+            text = f"evaluations will fail ({error}); training goes on (eval.on_error: continue)"
+            print(f"cmt: {text}", file=sys.stderr, flush=True)
 
 
 def _as_trained(out: Path, run: Run, done: list[str]) -> None:
@@ -164,7 +197,11 @@ def _asked(args: argparse.Namespace) -> tuple[Run, Path, Path | None]:
     root, again = paths.given(args.root), args.resume
     if again is None:
         run = loading.load(args.recipe, args.overrides)
-        return paths.rebased(run, root) if root else run, args.out or folder.default(run), args.parents
+        out = args.out or folder.default(run)
+        run, notes = changes.adopted(run, out)
+        for note in notes if once.rank() == 0 else ():
+            print(f"note: {note}", file=sys.stderr)
+        return paths.rebased(run, root) if root else run, out, args.parents
     if args.out and args.out.resolve() != again.resolve():
         raise ConfigError(f"--out: {again} goes on in its own folder; train a recipe to begin another")
     folder.stored_run(again)
@@ -196,6 +233,18 @@ def _check(work: workspace.Workspace, names: list[str], complete: bool) -> None:
     judges.check_rows(work.data.n, work.run.eval.reference)
     if complete and any(OBJECTIVES[work.stage(name).config.objective.kind].draws == "data" for name in names):
         check_loader(work.run.loader, work.data)
+
+
+def _page(work: workspace.Workspace, out: Path) -> None:
+    """The report of what was trained; where it cannot be made, that is said, and raised where `eval.on_error` is stop."""
+    try:
+        page.write(out, training=True)
+    except Exception as error:
+        if work.run.eval.on_error == "stop" or distributed.lost(error):
+            raise
+        if distributed.rank() == 0:
+            text = f"{looking.told(error)}; all is trained, `cmt report {out}` judges it again"
+            print(f"cmt: the report failed ({text})", file=sys.stderr, flush=True)
 
 
 def _ops(device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 from cmt_fast.config import paths
 from cmt_fast.config.errors import ConfigError
@@ -14,7 +15,7 @@ from cmt_fast.config.schema import Run
 # keys of a stage that say in what parts and how a step is computed
 HOW = ("micro_batch", "cuda_graph")
 # keys of a stage that change no weight, or its rounding alone as the number of processes does
-WATCHING = ("checkpoint_every_nimg", "eval_every_nimg", "grid_every_nimg", *HOW)
+WATCHING = ("checkpoint_every_nimg", "checkpoint_every_s", "eval_every_nimg", "grid_every_nimg", *HOW)
 # keys of the data that say what is asked of them, not what they are
 ASKED = ("unchecked",)
 # keys of a run that say where and how it is computed
@@ -70,9 +71,11 @@ def check_inputs(name: str, had: dict, has: dict) -> None:
         raise ConfigError(f"{name}.{moved[0]}: has changed since this stage began; start it in a new folder")
 
 
-def stage_digest(run: Run, name: str, others: dict | None = None) -> str:
-    """sha256 of `stage_facts` and of what the stage reads outside its run: equal digests mean equal weights."""
-    return _sha(stage_facts(run, name) | ({"others": others} if others else {}))
+def stage_digest(run: Run, name: str, others: dict | None = None, changes: Sequence[dict] = ()) -> str:
+    """sha256 of `stage_facts`, of what the stage reads outside its run and of changes while it was under way: equal digests mean
+    equal weights."""
+    more = ({"others": others} if others else {}) | ({"changes": list(changes)} if changes else {})
+    return _sha(stage_facts(run, name) | more)
 
 
 def content_digest(run: Run, name: str) -> str:

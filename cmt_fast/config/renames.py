@@ -16,8 +16,10 @@ ADDED: dict[str, Any] = {
     "data.layout": "chw",
     "data.range": None,
     "eval.labels": "data",
+    "eval.on_error": "continue",
     "model.dropout_max_side": None,
     "saves": "background",
+    "stage.checkpoint_every_s": 1200.0,
     "stage.rounding_limit": 0.1,
 }
 FIRST = {place: {now: before for before, now in keys.items()} for place, keys in RENAMED.items()}

@@ -306,4 +306,4 @@ def _grid(s: Standing | None) -> tuple[Path, str] | None:
     if s is None:
         return None
     found = s.grids[-1:]
-    return (found[0], f"{int(found[0].stem) * s.stage.batch:,} images") if found else None
+    return (found[0], f"{s.images(int(found[0].stem)):,} images") if found else None

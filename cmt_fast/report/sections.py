@@ -10,6 +10,7 @@ import yaml
 from cmt_fast.config import loading
 from cmt_fast.render import grids, plots, thin
 from cmt_fast.render.templates import Group, Picture, Section, Table, png
+from cmt_fast.report import events
 from cmt_fast.report.figures import Curve, Judged
 from cmt_fast.report.text import TEXT
 from cmt_fast.run.standing import Standing
@@ -110,7 +111,8 @@ def training(stands: dict[str, Standing]) -> Section:
         wall = NO_WALL | m.get("wall", {}) if m and m["step"] == last.get("step") else said  # it holds the last judging
         rate = [row.get("lr") or 0.0 for row in (first, last)]
         losses = [number(row.get("loss") or 0.0) for row in (first, last)] + [f"{rate[0]:.3g} to {rate[1]:.3g}"]
-        times = [f"{wall['train_s']:,.1f}", f"{wall['eval_s']:,.1f}", f"{said['images_per_s']:,.0f}"]
+        judged_s = max([wall["eval_s"], *((row.get("wall") or {}).get("eval_s") or 0.0 for row in s.evaluations)])
+        times = [f"{wall['train_s']:,.1f}", f"{judged_s:,.1f}", f"{said['images_per_s']:,.0f}"]
         rows.append([s.name, s.objective, f"{last['nimg']:,}", f"{s.stage.batch:,}", *losses, *times])
         loss, lr = (list(zip(*thin.extremes(record.nimg, column))) for column in (record.loss, record.lr))
         title = f"{s.name}: loss, and learning rate (dotted)."
@@ -127,7 +129,9 @@ def training(stands: dict[str, Standing]) -> Section:
     damaged = [f"{s.name}: {lost(s.record)}." for s in stands.values() if s.record and s.record.lost]
     note = " ".join([note, *damaged])
     own = [Group([Table("", columns, rows, note, left=2)], wide=True), Group(figures)] if rows else []
-    return Section("Stages", [], [Group([lineage(stands)], wide=True), *own])
+    told = events.table(stands)
+    more = [Group([told], wide=True)] if told else []
+    return Section("Stages", [], [Group([lineage(stands)], wide=True), *more, *own])
 
 
 def kwh(amount: Amount) -> str:
@@ -193,7 +197,7 @@ def samples(stands: dict[str, Standing]) -> Section:
     """The last grid of every stage, and one stage over its training."""
 
     def picture(s: Standing, path: Path, which: str = "") -> Picture:
-        return png(f"{s.name} at {int(path.stem) * s.stage.batch:,} images.", f"grid-{s.name}{which}.png", path)
+        return png(f"{s.name} at {s.images(int(path.stem)):,} images.", f"grid-{s.name}{which}.png", path)
 
     drawn = {name: [path for path in s.grids if grids.whole(path)] for name, s in stands.items()}
     last: list[Table | Picture] = [picture(s, drawn[name][-1]) for name, s in stands.items() if drawn[name]]

@@ -23,7 +23,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
 from cmt_fast.data.rows import Rows, opened
 from cmt_fast.diffusion.sampling import Sampler
-from cmt_fast.evaluation import features, judges, keeping, kept, measures
+from cmt_fast.evaluation import features, judges, keeping, kept, measures, references
 from cmt_fast.evaluation.roots import Roots
 from cmt_fast.evaluation.tallies import Tally
 from cmt_fast.run import unfinished
@@ -33,6 +33,7 @@ from cmt_fast.runtime import distributed, machine, progress
 from cmt_fast.storage import checkpoint, files
 
 Tallies = dict[int, Tally | None]  # of each number of steps; None: its samples are not finite
+ELSEWHERE = "another process could not judge, its output says why"
 ALL = "all"  # of a ledger: every figure of a set
 
 
@@ -77,6 +78,30 @@ class Judging:
             judge.expected = samples
         return judge
 
+    def rehearse(self) -> None:
+        """Open what judges samples and see that two of them pass: weights, statistics, decoder, widths. Of distances in the
+        run's own features nothing: they are of the data, which are open.
+
+        Raises ConfigError naming the key of `eval`. What is opened stays open for the first evaluation.
+        """
+        metric, file = self.run.eval.metric, self.run.eval.reference
+        if metric == "frechet":
+            if file is not None:
+                references.read(Path(file), metric, file.endswith(".safetensors"))
+            return
+        judge = self.judge
+        width = len(judge.reference.moments.mean)
+        x = torch.zeros(2, *self.data.shape, device=self.setting.device)
+        try:
+            found = judge.space.features(judge.look(x)).shape[1]
+        except (RuntimeError, ValueError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"eval.metric: {judge.metric} cannot look at samples of {tuple(x.shape[1:])} ({text})"
+            ) from None
+        if found != width:
+            raise ConfigError(f"eval.reference: has {width} features, and {judge.name} has {found}; make the file anew")
+
     # ------------------------------------------------------------------------------------------ what is kept of real data
 
     def keep(self) -> kept.Kept:
@@ -92,12 +117,13 @@ class Judging:
         if not distributed.smallest(int(found is not None)):
             found = None
         if found is None:
+            taken: list[kept.Kept] = []
             try:
-                found = keeping.take(judge, self._key(judge))
+                distributed.agreed(lambda: taken.append(keeping.take(judge, self._key(judge))), Exception, ELSEWHERE)
             except ConfigError as error:
                 wrong = kept.wrong(self.folder)
                 raise ConfigError(f"{error}; {wrong}, which would do in their place" if wrong else str(error)) from None
-            self._write(found)
+            self._write(found := taken[0])
         if distributed.size() > 1:  # the floor may have come onto it between two looks
             found.about["floor"] = json.loads(distributed.text_of_first(json.dumps(found.about["floor"])))
         judge.kept = found
@@ -222,6 +248,8 @@ class Judging:
     ) -> dict[int, dict[int, dict | None]]:  # fmt: skip
         """{steps: {count: figures}}, each bit for bit what `evaluate` gives alone; None where samples are not finite.
 
+        Long: it holds what is done to every batch, in order.
+
         What is common is computed once: the first call of every consistency model's samples, and the batches that smaller
         counts share with the largest. A batch that a smaller count cuts is drawn for it again, as it is cut. One tally for
         each number of steps is held at once. Every rank must call it.
@@ -232,8 +260,18 @@ class Judging:
         named = lambda k, count: store.ledger(f"{k} steps, {count} of {judge.expected or n} samples")
         out = {k: {c: named(k, c).known(ALL) for c in counts if ALL in named(k, c).own} for k in steps}
         tallies: Tallies = {k: judge.tally() for k in steps if len(out[k]) < len(set(counts))}
+        failed: list[Exception] = []  # of this rank, which goes on making the calls that all make
 
         def take(tallies: Tallies, index: torch.Tensor) -> None:
+            """As `add`; an error of one rank of several is raised on all by `close`."""
+            if failed:
+                return
+            try:
+                add(tallies, index)
+            except Exception as error:
+                failed.append(error)
+
+        def add(tallies: Tallies, index: torch.Tensor) -> None:
             """What is taken of these samples is added up: as it was kept or, where it was not, as they are drawn."""
             sound = {k: tally for k, tally in tallies.items() if tally}
             known = {k: store.block(str(k), index) for k in sound}
@@ -251,6 +289,8 @@ class Judging:
 
         def close(tallies: Tallies, count: int) -> None:
             """The figures of `count` samples, None where any rank's were not finite; every rank must call it."""
+            if distributed.largest(int(bool(failed))):
+                raise failed[0] if failed else RuntimeError(ELSEWHERE)
             for k, tally in tallies.items():
                 ledger = named(k, count)
                 broken = distributed.largest(int(tally is None))
@@ -262,7 +302,7 @@ class Judging:
                 first, mine = int(index[0]), i % distributed.size() == distributed.rank()
                 for count in sorted(c for c in set(counts) if first <= c < first + len(index)):
                     cut = tallies
-                    if count > first and mine:
+                    if count > first and mine and not failed:
                         cut = {k: tally and tally.copy() for k, tally in tallies.items()}
                         take(cut, index[: count - first])
                     close(cut, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from cmt_fast.config.schema import STAGES, Run, Stage, Trajectories
 from cmt_fast.diffusion.guidance import Net
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.objectives import OBJECTIVES
-from cmt_fast.schedule import Schedule, schedule
+from cmt_fast.schedule import Schedule, Since, schedule
 from cmt_fast.teacher import solver_error
 from cmt_fast.teacher.pool import Drawn, Pool, Prior
 
@@ -24,13 +25,15 @@ INDEX = {name: i for i, name in enumerate(STAGES)}  # enters every random key: n
 class ResolvedStage:
     """A stage of a run with everything that others ask of the pair (run, name), made once by `resolve`.
 
-    config: the stage's own keys; folder: RUN/STAGE, where it lives or will live.
+    config: the stage's own keys; folder: RUN/STAGE, where it lives or will live; changes: of its keys while it was under way, as
+    run/changes.py has them.
     """
 
     run: Run
     name: str
     config: Stage
     folder: Path
+    changes: tuple[dict[str, Any], ...] = ()
 
     @property
     def index(self) -> int:
@@ -50,7 +53,11 @@ class ResolvedStage:
     @property
     def schedule(self) -> Schedule:
         """Its lengths in optimizer steps."""
-        return schedule(self.config)
+        counted = [
+            change for change in self.changes if "nimg" in change
+        ]  # others were asked for, and no step was taken since
+        last = counted[-1] if counted else None
+        return schedule(self.config, Since(*(last[key] for key in Since._fields)) if last else None)
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -87,6 +94,10 @@ class ResolvedStage:
     def replaced(self, **keys: Any) -> ResolvedStage:
         """The same stage with other values of its own keys."""
         return dataclasses.replace(self, config=dataclasses.replace(cast(Any, self.config), **keys))
+
+    def changed(self, changes: Sequence[dict[str, Any]]) -> ResolvedStage:
+        """The same stage, its keys changed so while it was under way."""
+        return dataclasses.replace(self, changes=tuple(changes))
 
     def grad_accum_steps(self, processes: int) -> int:
         """Forwards and backwards of each process in one step. Raises ConfigError where rows do not divide evenly.

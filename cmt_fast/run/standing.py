@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmt_fast.config.schema import Run, Stage
+from cmt_fast.run import changes
 from cmt_fast.runtime import words
 from cmt_fast.storage import checkpoint, metrics_log, sound
 from cmt_fast.storage.heartbeat import DEAD_S, HEARTBEAT, QUIET_S
@@ -51,6 +52,10 @@ class Standing(NamedTuple):
     def nimg(self) -> int:
         """Images that it has seen, those since its newest checkpoint too."""
         return max(self.record.last_nimg if self.record else 0, self.manifest["nimg"] if self.manifest else 0)
+
+    def images(self, step: int) -> int:
+        """Images after so many steps, whatever its batch was meanwhile."""
+        return changes.images(step, self.stage.batch, (self.manifest or {}).get("changes") or ())
 
     @property
     def share(self) -> float:

@@ -30,7 +30,7 @@ from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.engine import sharding
 from cmt_fast.engine.buffers import Unread, check_fits, read
 from cmt_fast.perceptual import distance
-from cmt_fast.run import absent, guidance, networks, recorded
+from cmt_fast.run import absent, changes, guidance, networks, recorded
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.run.folder import (
     RUN_FILE,
@@ -82,6 +82,8 @@ class Workspace:
         self.decoding = Decoding(self.data, self.device, run.eval.vae)
         self.judging = Judging(run, self.data, self.setting, self.decoding, folder, self.parents)
         self.judging.alive = None if reading else folder
+        self.changing: changes.Asked = {}  # what `--change` asks for
+        self.changes = changes.recorded(folder)  # of stages under way
         self.drawn_rows: dict[tuple, Tensor] = {}  # of grids, by what they show: a teacher's row does not change
 
     def _opened(self, reading: bool) -> Rows:
@@ -234,7 +236,7 @@ class Workspace:
 
     def stage(self, name: str) -> ResolvedStage:
         """A stage of this run, resolved. Raises ConfigError where the run has none of this name."""
-        return resolve(self.run, name, self.folder)
+        return resolve(self.run, name, self.folder).changed(self.changes.get(name, ()))
 
     def sharding_plan(self, stage: ResolvedStage, teacher_parameters: int | None = None) -> engine.ShardingPlan:
         """The engine's ZeRO stage for one stage of this run (teacher_parameters: in the place of its own), with the arithmetic.
@@ -271,17 +273,18 @@ class Workspace:
         if not os.path.lexists(self.folder / RUN_FILE) or recorded.lost(self.run, self.folder):
             return None
         stored = stored_run(self.folder)
+        meant = changes.onto(stored, self.changing)
         # where its rows are on record they say whether the data are the same, not the path
         facts = fingerprint.content if about_run(self.folder).get("data") else fingerprint.stage_facts
         for name in STAGES:
             if not checkpoint.steps(self.folder / name) or name not in stored.stages:
                 continue
             mine = facts(self.run, name) if name in self.run.stages else {name: None}
-            differs = fingerprint.changed(facts(stored, name), mine)
+            differs = fingerprint.changed(facts(meant, name), mine)
             if differs:
                 raise ConfigError(
                     f"--out: {self.folder} holds {name} of another configuration ({'; '.join(differs[:3])}); "
-                    "choose another folder"
+                    f"choose another folder{changes.hint(name, differs)}"
                 )
             rows = fingerprint.changed(about_run(self.folder).get("data") or self.data.facts, self.data.facts)
             if rows:
@@ -289,7 +292,7 @@ class Workspace:
                     f"data: these are not the rows that {self.folder / name} was trained on ({'; '.join(rows)})"
                 )
             if name in self.run.stages:
-                self._same_inputs(stored, name)
+                self._same_inputs(meant, name)
         return stored
 
     def _same_inputs(self, stored: Run, name: str) -> None:
@@ -320,6 +323,7 @@ class Workspace:
             recorded.put_aside(self.run, self.folder)
         before = about_run(self.folder) if stored else {}
         contents = recorded.contents_now(self.run, before)
+        self.changes, self.changing = changes.pending(self.changes, self.changing), {}
         networks = self._networks(before.get("networks") or {}, names)
         same = stored and loading.dump(stored) == loading.dump(self.run) and before.get("data") == self.data.facts
         if (
@@ -345,6 +349,7 @@ class Workspace:
                 "parents": str(self.parents) if self.parents != self.folder else None,
                 "root": str(Path.cwd()),
                 "roots": self._roots(before),
+                **({"changes": self.changes} if self.changes else {}),
             }
             files.write_text(self.folder / RUN_FILE, sound.signed(about))
 

@@ -182,13 +182,16 @@ class Stage(Part):
     def __init__(
         self, title: str, step: int, total: int, batch: int, run: Path, *, pauses: Callable[[int], int] = lambda n: 0,
         unit: str = "core", quiet: bool = False, clock: Callable[[], float] = time.monotonic,
+        nimg: Callable[[int], int] | None = None,
     ) -> None:  # fmt: skip
-        """step: done before; batch: images a step; pauses: as of `Pace`; unit: of the bill, "gpu" or "core".
+        """step: done before; batch: images a step; pauses: as of `Pace`; unit: of the bill, "gpu" or "core"; nimg: images after n
+        steps, where earlier ones had another batch.
 
         Many parameters: what a line is made of.
         """
         super().__init__(title, total, run, done=step)
         self.batch, self.unit, self.quiet, self.clock = batch, unit, quiet or not first(), clock
+        self.nimg = nimg or (lambda n: n * batch)
         self.pace = pace.Pace(step, total, pauses, clock)
         self.loss: float | None = None
         self.begun = clock()
@@ -251,7 +254,7 @@ class Stage(Part):
         n, per_s, left = self.done, self.pace.per_s, self.pace.left_s
         width = len(f"{self.steps:,}")
         out = [f"step {n:>{width},}/{self.steps:,}", f"{100 * n // self.steps:>3} %"]
-        out.append(f"{n * self.batch:>{len(f'{self.steps * self.batch:,}')},} images")
+        out.append(f"{self.nimg(n):>{len(f'{self.nimg(self.steps):,}')},} images")
         if self.loss is not None:
             out.append(f"loss {self.loss:<7.4g}")
         if per_s:

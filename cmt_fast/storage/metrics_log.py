@@ -287,7 +287,7 @@ def _cut(path: Path, step: int, unseen: bool) -> tuple[int, int]:
             if row is None or not {"step", "nimg"} <= row.keys():
                 continue
             seen = row["nimg"] if seen is None else seen
-            again = unseen and row["step"] == step and row.get("kind") == "eval"
+            again = unseen and row["step"] == step and row.get("kind") in ("eval", "failed")
             if row["step"] <= step and not again:
                 kept = end
                 break

@@ -80,7 +80,7 @@ class BatchProvider:
         self.own, self.anchored = stage.rows
         self._net = engine.net
         self.rounding: Rounding | None = None  # which rows are in fp32, where the stage's precision is lower
-        self.total, self.grad_accum_steps = stage.schedule.total, engine.grad_accum_steps
+        self.plan, self.grad_accum_steps = stage.schedule, engine.grad_accum_steps
         config, run = stage.config, stage.run
         needs = OBJECTIVES[config.objective.kind]
         self.draws_data = needs.draws == "data"
@@ -163,8 +163,8 @@ class BatchProvider:
     def draw(self, step: int, part: int = 0) -> Drawn:
         """All of pass `part` of a step but its networks: this is where the step's number is read."""
         random = rng.Random(self.seed, self.index, step)
-        nimg = step * self.stage.batch
-        world = LossContext(self.path, random, self.teacher, step / self.total, self.features, nimg, self.perceptual)
+        progress, nimg = self.plan.progress(step), self.plan.nimg(step)
+        world = LossContext(self.path, random, self.teacher, progress, self.features, nimg, self.perceptual)
         rows, wide = self.mine(part), 0
         given = self._data(random, step, rows, part) if self.draws_data else self._points(random, step, rows, rows)
         if self.rounding:
@@ -211,7 +211,7 @@ class BatchProvider:
         if part == 0 or self._step != step:
             mine = torch.arange(self.own, device=self.loader.place)[distributed.rank() :: distributed.size()]
             with self._within("stalled"):
-                self._step, self._rows = step, self.loader.rows(mine + step * self.own)
+                self._step, self._rows = step, self.loader.rows(mine + self.plan.rows_before(step, self.own))
         x_0, labels = (x if x is None else x[part :: self.grad_accum_steps] for x in self._rows)
         drop = self._drop(random, labels, rows)
         if (

@@ -5,7 +5,6 @@ Drawing a page is the work of another room, which reads what runs left; it is ha
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 
@@ -27,19 +26,14 @@ class HalfWay:
     def draw(self) -> bool:
         """Whether it was drawn. It is left out while the last one took more than SHARE of the time since.
 
-        A page that cannot be drawn is one line on stderr, once, and never the end of a run.
+        A page that cannot be drawn is raised, once: it is not tried again while the run trains.
         """
-        begun = self.clock()
-        if self.page is None or self.took > SHARE * (begun - self.ended):
+        begun, page = self.clock(), self.page
+        if page is None or self.took > SHARE * (begun - self.ended):
             return False
-        try:
-            self.page()
-        except Exception as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            print(f"cmt: report.html is not drawn while the run trains ({text[:300]})", file=sys.stderr, flush=True)
-            self.page = None
-            return False
-        self.ended = self.clock()
+        self.page = None
+        page()
+        self.page, self.ended = page, self.clock()
         self.took = self.ended - begun
         return True
 

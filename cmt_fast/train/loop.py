@@ -19,7 +19,6 @@ from cmt_kernels.attention import small
 from torch import Tensor
 
 from cmt_fast.config import fingerprint, loading
-from cmt_fast.config.schema import Run
 from cmt_fast.engine import Engine, ShardingPlan, compile
 from cmt_fast.engine.graph import StepGraph
 from cmt_fast.objectives.rounding import KINDS
@@ -32,7 +31,7 @@ from cmt_fast.runtime.signals import Stopped, noted
 from cmt_fast.storage import checkpoint, leftovers, metrics_log
 from cmt_fast.storage.loggers import Opening
 from cmt_fast.storage.metrics_log import Log
-from cmt_fast.train import attention_choice, batches, monitor, rounding_choice, solver_choice, starting
+from cmt_fast.train import attention_choice, batches, looking, monitor, rounding_choice, solver_choice, starting
 from cmt_fast.train.half_way import HalfWay, check_loggers
 from cmt_fast.train.profiler import Profile
 from cmt_fast.train.saving import REFUSED, Saver
@@ -79,10 +78,13 @@ def train_stage(
     asked: signals that ask the process to stop; meter: what this process has spent and no stage was billed for yet; page:
     is drawn after evaluations. Long: it is the list of what is opened for a stage, in order.
     """
-    run, name, folder, config, plan = work.run, stage.name, stage.folder, stage.config, stage.schedule
+    run, name, folder, config = work.run, stage.name, stage.folder, stage.config
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
     found = starting.newest(folder, recorded.contents(work.folder, name))
-    if found and found.manifest.get("done"):
+    stage = starting.going_on(work, stage, found)
+    plan = stage.schedule
+    unseen = bool(found and looking.owed(stage, found.manifest))
+    if found and found.manifest.get("done") and not unseen:
         if distributed.rank() == 0:
             metrics_log.settle(folder, found.manifest)
         return say(f"{name:>8} done ({found.manifest['nimg']} images)") if distributed.rank() == 0 else None
@@ -110,18 +112,17 @@ def train_stage(
         if found:
             starting.load(engine, found, stage)
             wall |= found.manifest["wall"]
-        unseen = bool(found and found.manifest.get("unseen"))
-        log = _log(run, stage, engine.step_count, lineage, first, found.manifest if found else {})
+        log = _log(stage, engine.step_count, lineage, first, found.manifest if found else {}, unseen)
         ending.callback(log.close)
         ending.enter_context(small.using(attention := attention_choice.settle(work, config, found)))
         source = batches.provider(work, stage, engine, meter, found)
         ending.callback(source.close)
         if found is None and source.trajectories.get("errors"):
             log.row("trajectories", 1, config.batch, source.trajectories)
-        source.rounding = rounding_choice.settle(stage, engine, source, found)
+        source.rounding = rounding_choice.settle(stage, engine, source, starting.measured(stage, found))
         rounding = source.rounding.stored() if source.rounding else None
         chosen = {"trajectories": source.trajectories, "attention": attention, "rounding": rounding}
-        always = _identity(run, name, lineage, others, choice, chosen)
+        always = _identity(stage, lineage, others, choice, chosen)
         if config.compile:
             ending.enter_context(compile.more_kinds(KINDS if rounding else 0))
             compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
@@ -130,23 +131,25 @@ def train_stage(
         sums, page = Sums(found), page or HalfWay(None)
         saver = Saver(engine, name, run.saves == "waiting", asked)
         ending.callback(saver.close)
+        clock = looking.Clock(config.checkpoint_every_s)
         taken = Steps(
-            work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page, saver
+            work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page, saver, clock
         )
         if unseen:
-            taken.observe(engine.step_count, last=False)
+            taken.observe(engine.step_count, last=engine.step_count == plan.total)
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
             every = source.pool.steps if source.pool else 1
             kept = profile.over(steps, plan, every, work.device, config.products, config.compile, folder)
             steps = ending.enter_context(contextlib.closing(kept))
         taken.take(steps, asked)
+        account.settle(plan.total, end=True)
 
 
 def _shown(work: Workspace, stage: ResolvedStage, step: int, unit: str) -> progress.Stage:
     """What a person sees of a stage that has done `step` steps."""
     plan, left = stage.schedule, functools.partial(monitor.to_come, stage)
-    return progress.Stage(stage.name, step, plan.total, plan.batch, work.folder, pauses=left, unit=unit)
+    return progress.Stage(stage.name, step, plan.total, plan.batch, work.folder, pauses=left, unit=unit, nimg=plan.nimg)
 
 
 class Steps(NamedTuple):
@@ -170,9 +173,10 @@ class Steps(NamedTuple):
     always: dict[str, Any]
     page: HalfWay
     saver: Saver
+    clock: looking.Clock
 
     def take(self, steps: Iterable[int], asked: list[int]) -> None:
-        """Take them, each with the row of metrics, the evaluation and the checkpoint that are due after it.
+        """Take them, each with the row of metrics, the checkpoint and then the look that are due after it.
 
         Raises FloatingPointError when the loss is not finite, and Stopped where a signal asked for it, after a checkpoint.
         """
@@ -182,32 +186,41 @@ class Steps(NamedTuple):
             n, last = step + 1, step + 1 == plan.total
             row = n % plan.log_every == 0 or last
             # a look costs a collective call and waits for the device: every row, and every LOOK_S between
-            stop = distributed.largest(self.saver.asks(asked[0] if asked else 0)) if row or n % look_every == 0 else 0
-            if stop >= REFUSED:
-                self.saver.finish()
-            if row or stop:
+            stop, overdue = self._asked(asked) if row or n % look_every == 0 else (0, False)
+            if row or stop or overdue:
                 wall["train_s"] += self.meter.lap("train")
+            look = row and monitor.looks(self.stage, n, last)
             if row:
                 self._row(n, lr)
                 look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
-                # one who stops does not wait for an evaluation: it is made up for on resuming
-                if last or not stop:
-                    self.observe(n, last)
+                monitor.keep(self.stage, n, last, self.saver)
+            # before a look, which can cost no step then; one who stops leaves it to who goes on
+            if n % plan.checkpoint_every == 0 or last or stop or overdue or look:
+                self._checkpoint(n, last, unseen=look, end=last or bool(stop))
+            if look and (last or not stop):
+                self.observe(n, last)
             self.shown.step(n, lambda n=n: self.sums.loss(self._since(n)))
-            if n % plan.checkpoint_every == 0 or last or stop:
-                self._checkpoint(n, last, unseen=bool(row and stop and not last), end=last or bool(stop))
-                if stop and not last:
-                    raise Stopped(128 + stop)
+            if stop and not last:
+                raise Stopped(128 + stop)
+
+    def _asked(self, asked: list[int]) -> tuple[int, bool]:
+        """The signal that asks any rank to stop, 0 for none, and whether a checkpoint is due by time: one collective call."""
+        code = distributed.largest(2 * self.saver.asks(asked[0] if asked else 0) + self.clock.overdue())
+        stop, overdue = code // 2, bool(code % 2)
+        if stop >= REFUSED:
+            self.saver.finish()
+        return stop, overdue
 
     def observe(self, n: int, last: bool) -> None:
-        """The evaluation that is due after n steps, with the memory of the step's graph."""
-        if not monitor.due(self.stage, n, last):
-            return distributed.barrier()
+        """The look that is due after n steps, with the memory of the step's graph."""
         self.gradient.release()
         with self.shown.pause(monitor.title(self.work, self.stage, n, last)):
-            monitor.observe(self.work, self.stage, self.engine, n, last, self.log, self.saver, self.source.held)
-            self.page.draw()
+            monitor.observe(
+                self.work, self.stage, self.engine, n, last, self.log, self.source.held, self.wall["eval_s"]
+            )
+            looking.attempt("the page", self.page.draw, self.stage, n, self.log)
         self.wall["eval_s"] += self.meter.lap("evaluation")
+        self.log.commit()
 
     def _since(self, n: int) -> int:
         """Steps of the row of metrics that step n is in."""
@@ -238,7 +251,7 @@ class Steps(NamedTuple):
 
     def _row(self, n: int, lr: float) -> None:
         """A row of metrics after n steps: means since the row before."""
-        nimg = n * self.stage.config.batch
+        nimg = self.stage.schedule.nimg(n)
         means = self.sums.means(self._since(n))
         if not all(map(_finite, means.values())):
             raise FloatingPointError(
@@ -253,35 +266,33 @@ class Steps(NamedTuple):
         self.shown.spent(self.account.bill.total(self.meter.unit).hours, self.account.held)
 
     def _checkpoint(self, n: int, last: bool, unseen: bool, end: bool) -> None:
-        """A checkpoint after n steps. unseen: it has a row of metrics whose evaluation is still to be made; end: no step comes
-        after it, so it is waited for.
-        """
+        """A checkpoint after n steps. unseen: a look is due after it, for which it is waited for; end: no step comes after it."""
         unwritten = self.log.commit()
-        nimg = n * self.stage.config.batch
+        nimg = self.stage.schedule.nimg(n)
         now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": dict(self.wall), "bill": self.account.add()}
         now["proofs"] = dict(cmt_kernels.proofs())
         now |= {"unwritten": unwritten} if unwritten else {}
         with progress.phase("writing a checkpoint"):
             _save(self.stage.folder, n, self.saver, self.always | now, self.sums)
-            if end:
+            if end or unseen:
                 self.saver.finish()
         self.wall["save_s"] += self.meter.lap("checkpoint")
-        if end:
-            return self.account.settle(n, end=True)
+        self.clock.saved()
+        if end or unseen:
+            return self.account.settle(n, end=end and not last)
         bill = self.account.add()
         self.saver.when_written(lambda: self.account.stands(n, bill))
 
 
-def _log(run: Run, stage: ResolvedStage, step: int, lineage: dict | None, write: bool, manifest: dict) -> Log:
+def _log(stage: ResolvedStage, step: int, lineage: dict | None, write: bool, manifest: dict, unseen: bool) -> Log:
     """The stage's record after `step`, of whose checkpoint the manifest is. Loggers are on an axis that begins with the images of
     the stages before it."""
-    before, parent = 0, lineage
+    before, parent, run = 0, lineage, stage.run
     while parent and "nimg" in parent:  # an imported file has none
         before, parent = before + parent["nimg"], parent.get("parent")
-    batch, total = stage.config.batch, stage.schedule.total
-    about = Opening(run.name, stage.folder, total * batch, before, step * batch, settings=loading.dump(run))
-    unseen, unwritten = bool(manifest.get("unseen")), manifest.get("unwritten", ())
-    return Log(stage.folder, step, write, run.logging, about, unseen, unwritten)
+    plan = stage.schedule
+    about = Opening(run.name, stage.folder, plan.nimg(plan.total), before, plan.nimg(step), settings=loading.dump(run))
+    return Log(stage.folder, step, write, run.logging, about, unseen, manifest.get("unwritten", ()))
 
 
 def _gradient(engine: Engine, source: batches.BatchProvider, name: str, profile: Profile | None) -> StepGraph:
@@ -303,16 +314,17 @@ def _waiting(profile: Profile | None) -> Callable[[], bool]:
 
 
 def _identity(
-    run: Run, name: str, lineage: dict | None, others: dict, choice: ShardingPlan, chosen: dict[str, Any]
+    stage: ResolvedStage, lineage: dict | None, others: dict, choice: ShardingPlan, chosen: dict[str, Any]
 ) -> dict[str, Any]:
     """What a stage is, what it comes from and how it is trained: what all its checkpoints say alike.
 
     chosen: by measurement when it began; what is empty is left out.
     """
+    run, name, chosen = stage.run, stage.name, {**chosen, "changes": list(stage.changes)}
     return {
         "stage": name,
         "recipe": run.name,
-        "config": fingerprint.stage_digest(run, name, others),
+        "config": fingerprint.stage_digest(run, name, others, stage.changes),
         "content": fingerprint.content_digest(run, name),
         "parent": lineage,
         "others": others,

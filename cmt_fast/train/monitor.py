@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress, words
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
+from cmt_fast.train import looking
 from cmt_fast.train.saving import Saver
 
 
@@ -41,11 +43,22 @@ def to_come(stage: ResolvedStage, n: int) -> int:
 def title(work: Workspace, stage: ResolvedStage, n: int, last: bool) -> str:
     """What `observe` will do after step n."""
     plan, e = stage.schedule, work.run.eval
-    if plan.eval_every and (n % plan.eval_every == 0 or last):
+    if plan.evaluates(n, last):
         return f"evaluating, {e.n_during:,} samples at {' and '.join(map(str, e.steps))} step{'s' * (max(e.steps) > 1)}"
-    if last or (plan.grid_every and n % plan.grid_every == 0):
-        return "drawing samples"
-    return "keeping the EMA"
+    return "drawing samples"
+
+
+def looks(stage: ResolvedStage, n: int, last: bool) -> bool:
+    """Whether the network is judged or drawn after step n, before which a checkpoint is on disk."""
+    return stage.schedule.evaluates(n, last) or stage.schedule.draws(n, last)
+
+
+def keep(stage: ResolvedStage, n: int, last: bool, saver: Saver) -> None:
+    """The snapshots of the EMA that are due after step n, before the checkpoint of the same step."""
+    for i, profile in enumerate(stage.config.ema if stage.schedule.keeps(n, last) else ()):
+        if isinstance(profile, PowerEma):
+            about = {"stage": stage.name, "sigma_rel": profile.sigma_rel, "done": False}
+            saver.save(stage.folder / "snapshots" / f"ema-{i}", n, about, {f"ema-{i}": "ema"}, keep=1000)
 
 
 def observe(
@@ -55,39 +68,48 @@ def observe(
     n: int,
     last: bool,
     log: Log,
-    saver: Saver,
     held: Mapping[str, Any] | None = None,
-) -> bool:
-    """What is due after step n; whether anything was. All ranks give the network and judge it together; rank 0 draws.
+    judged_s: float = 0.0,
+) -> None:
+    """The evaluation and the grid that are due after step n. All ranks give the network and judge it together; rank 0 draws.
 
-    saver: writes snapshots of the EMA, before the checkpoint of the same step; held: frozen networks that the stage has in
-    memory, by name.
+    Each fails for itself, as `looking.attempt` says. held: frozen networks that the stage has in memory, by name; judged_s:
+    seconds of looks before this one.
     """
-    name, config, plan = stage.name, stage.config, stage.schedule
-    now = lambda every: every and (n % every == 0 or last)
-    first = distributed.rank() == 0
-    if now(plan.eval_every) or now(plan.grid_every) or last:
-        net = engine.average()
-        if now(plan.eval_every):
-            n_during = work.run.eval.n_during
-            work.judging.keep()  # so that the run can be judged where its data are not
-            figures = work.judging.evaluate(net, work.run.eval.steps, n_during, quiet=True)
-            log.row("eval", n, n * config.batch, {"steps": figures, **work.judging.about(n_during)})
-            distance = ", ".join(f"{row['frechet']:.4g} @{k}" for k, row in figures.items())
-            about = f"{work.judging.judge.title(n_during)}: {distance}"
-            progress.told(name, f"after {n * config.batch:,} images", about)
-        if now(plan.grid_every) or last:
-            file = stage.folder / "grids" / f"{n:08d}.png"
-            solved = _solved(work, net, stage, held or {})
-            distributed.agreed(lambda: draw_grid(work, net, stage, file, solved) if first else None)
-            log.picture("samples", n * config.batch, file)
-    if now(plan.snapshot_every):
-        for i, profile in enumerate(config.ema):
-            if isinstance(profile, PowerEma):
-                about = {"stage": name, "sigma_rel": profile.sigma_rel, "done": False}
-                saver.save(stage.folder / "snapshots" / f"ema-{i}", n, about, {f"ema-{i}": "ema"}, keep=1000)
+    begun, plan, nets = time.monotonic(), stage.schedule, list[nn.Module]()
+    attempt = lambda what, call: looking.attempt(what, call, stage, n, log)
+    if not attempt("reading the EMA", lambda: nets.append(engine.average())):
+        return
+    if plan.evaluates(n, last):
+        took = lambda: {"eval_s": judged_s + time.monotonic() - begun}  # the checkpoint before it cannot say
+        attempt("the evaluation", lambda: _evaluate(work, stage, nets[0], n, log, took))
+    if plan.draws(n, last):
+        file = stage.folder / "grids" / f"{n:08d}.png"
+        if attempt("the grid", lambda: _grid(work, stage, nets[0], file, held or {})):
+            log.picture("samples", plan.nimg(n), file)
     distributed.barrier()
-    return due(stage, n, last)
+
+
+def _evaluate(work: Workspace, stage: ResolvedStage, net: Callable, n: int, log: Log, took: Callable) -> None:
+    n_during, nimg = work.run.eval.n_during, stage.schedule.nimg(n)
+    distributed.agreed(lambda: work.judging.judge, Exception, looking.ELSEWHERE)
+    work.judging.keep()  # so that the run can be judged where its data are not
+    figures = work.judging.evaluate(net, work.run.eval.steps, n_during, quiet=True)
+    log.row("eval", n, nimg, {"steps": figures, **work.judging.about(n_during)}, took())
+    distance = ", ".join(f"{row['frechet']:.4g} @{k}" for k, row in figures.items())
+    progress.told(stage.name, f"after {nimg:,} images", f"{work.judging.judge.title(n_during)}: {distance}")
+
+
+def _grid(work: Workspace, stage: ResolvedStage, net: Callable, file: Path, held: Mapping[str, Any]) -> None:
+    """Rank 0 draws, and reads what it draws from, alone: where that fails all ranks raise. Sharded networks are called by all."""
+    together = any(not isinstance(other, nn.Module) for other in held.values())
+    solved = _solved(work, net, stage, held) if together else None
+
+    def draw() -> None:
+        if distributed.rank() == 0:
+            draw_grid(work, net, stage, file, solved if together else _solved(work, net, stage, held))
+
+    distributed.agreed(draw, Exception, looking.ELSEWHERE)
 
 
 def draw_grid(

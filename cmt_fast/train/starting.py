@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cmt_fast.config.schema import Stage
 from cmt_fast.engine import Engine
+from cmt_fast.run import changes
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress, shared
@@ -37,6 +38,8 @@ def load(engine: Engine, found: checkpoint.Checkpoint, stage: ResolvedStage) -> 
     if distributed.rank() == 0:
         step, images = engine.step_count, found.manifest["nimg"]
         say(f"{stage.name:>8} resumes at step {step:,} of {stage.schedule.total:,} ({images:,} images)")
+        for line in changes.lines(stage.changes):
+            say(f"{stage.name:>8} {line}")
 
 
 @progress.phase("checking the checkpoints")
@@ -81,7 +84,25 @@ def parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict |
         "config": manifest["config"],
         "ema": manifest["files"]["ema-0.safetensors"]["xxh3_128"],
         "parent": manifest["parent"],
+        **({"changes": manifest["changes"]} if manifest.get("changes") else {}),
     }
+
+
+def going_on(work: Workspace, stage: ResolvedStage, found: checkpoint.Checkpoint | None) -> ResolvedStage:
+    """A stage as it goes on from a checkpoint, with the changes of its keys that count from there, which are put on record."""
+    if not work.changes:
+        return stage
+    work.changes = changes.counted(work.changes, stage, found and found.manifest)
+    if distributed.rank() == 0:
+        changes.record(work.folder, work.changes)
+    return work.stage(stage.name)
+
+
+def measured(stage: ResolvedStage, found: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
+    """The checkpoint whose measurements of rounding hold: none where the precision, or its limit, is another from there on."""
+    last = stage.changes[-1] if found and stage.changes else None
+    anew = last and last["step"] == found.manifest["step"] and {"precision", "rounding_limit"} & last["keys"].keys()
+    return None if anew else found
 
 
 def set_aside(work: Workspace, damaged: checkpoint.Damaged) -> None:

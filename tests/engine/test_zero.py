@@ -150,6 +150,12 @@ def test_a_signal_on_one_rank_stops_all_within_a_row_and_the_row_goes_on(figures
     assert stopped["equal"] and stopped["losses"][0] == stopped["losses"][1]
 
 
+def test_an_evaluation_that_fails_on_one_rank_is_left_by_both(figures):
+    found = figures["one_fails"]
+    assert found["done"] and found["kinds"].count("failed") == 2 and found["kinds"].count("train") == 4
+    assert set(found["said"]) == {"another process could not judge, its output says why"}
+
+
 @pytest.mark.parametrize(
     "what, words", [("dead", "another process died"), ("hung", "another process is dead or hangs")]
 )

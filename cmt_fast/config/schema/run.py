@@ -38,6 +38,7 @@ class Eval:
     `weights`, a file of their network's, and `reference`, a file of statistics; `vae` decodes latents.
     Without `vae` that is the autoencoder that the store names. labels: of the samples, in the proportions of the "data", or
     "uniform" over the classes that have rows, as FID on ImageNet is published, or as a FILE of labels or counts has them.
+    on_error: whether training goes on where an evaluation, a grid or the page of the run fails.
     """
 
     steps: tuple[Count, ...] = (1, 2)
@@ -50,6 +51,7 @@ class Eval:
     weights: str | None = None
     vae: str | None = None
     labels: str = "data"
+    on_error: Literal["continue", "stop"] = "continue"
 
 
 @schema

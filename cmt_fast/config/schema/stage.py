@@ -110,6 +110,7 @@ class Stage:
     lr_schedule: "linear" to zero at the end, "inverse_sqrt" constant up to lr_knee_nimg and falling as 1/sqrt from there.
     `cuda_graph`: forward, loss and backward of a step recorded once and replayed on a GPU: auto where it can be, true (or an
     error says why not), false.
+    `checkpoint_every_s`: seconds after which a checkpoint is written, beside those by images.
     `micro_batch`: rows of one forward and backward of one process; a step makes as many as its batch needs (default: one).
     """
 
@@ -140,6 +141,7 @@ class Stage:
     cuda_graph: Literal["auto"] | bool = "auto"  # the same numbers, so no fact of a stage
     compile: bool = False  # torch.compile of the network; rounds differently, so it belongs to the facts of a stage
     checkpoint_every_nimg: Count | None = None
+    checkpoint_every_s: Positive | None = 1200.0
     snapshot_every_nimg: Count | None = None
     eval_every_nimg: Count | None = None
     grid_every_nimg: Count | None = None
