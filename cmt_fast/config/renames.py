@@ -17,7 +17,11 @@ ADDED: dict[str, Any] = {
     "data.range": None,
     "eval.labels": "data",
     "model.dropout_max_side": None,
+    "nonfinite_limit": 10,
+    "on_nonfinite": "stop",
     "saves": "background",
+    "stage.nonfinite_limit": None,
+    "stage.on_nonfinite": None,
     "stage.rounding_limit": 0.1,
 }
 FIRST = {place: {now: before for before, now in keys.items()} for place, keys in RENAMED.items()}

@@ -14,7 +14,7 @@ def clip_factor(norm: Tensor, size: Tensor, max_norm: float) -> Tensor:
 
 def told(norm: Tensor, size: Tensor) -> Tensor:
     """The norm of g from that of g size; NaN where g is not finite, infinite where its norm alone is beyond fp32."""
-    return torch.where(norm.isfinite(), norm / size, torch.nan)
+    return (norm / size).masked_fill_(~norm.isfinite(), torch.nan)
 
 
 def put(x: Tensor, new: Tensor, norm: Tensor) -> None:
