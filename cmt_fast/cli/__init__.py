@@ -43,7 +43,10 @@ COMMANDS = {
     ),
     "sample": ("sample", "samples of a trained stage as PNGs, as .npz and in pictures; rerun to resume"),
     "watch": ("watch", "how far a run is while it trains: stages, speed, figures, time left; also as a page (--serve)"),
-    "replay": ("replay", "take one step of a stage once more: its hashes beside those recorded, its layers beside plain torch"),
+    "replay": (
+        "replay",
+        "take one step of a stage once more: its hashes beside those recorded, its layers beside plain torch",
+    ),
     "report": ("report", "write RUN/report.html and RUN/report.md"),
     "theory": ("theory", "measure solver orders and gradient bias on a Gaussian mixture, against the paper's slopes"),
     "eval": ("eval", "Fréchet distance (FID, FD-DINOv2), accuracy, precision and recall of a trained stage"),

@@ -35,7 +35,9 @@ def _told(stage: str, r: replay.Replayed) -> None:
     say(f"step {r.step:,} of {stage}, from {f'the checkpoint of step {r.start:,}' if r.start else 'its start'}")
     lines = [line for line in r.recorded if line["processes"] == distributed.size()]
     for key in checks.KEYS:
-        beside = ", ".join(dict.fromkeys("equal" if line[key] == r.found[key] else f"recorded {line[key]}" for line in lines))
+        beside = ", ".join(
+            dict.fromkeys("equal" if line[key] == r.found[key] else f"recorded {line[key]}" for line in lines)
+        )
         if key == "parameters" and r.saved:
             beside += f"{', ' * bool(beside)}checkpoint {'equal' if r.saved == r.found[key] else r.saved}"
         say(f"{NAMES[key]:>20}  {r.found[key]}  {beside or 'not recorded'}")

@@ -169,7 +169,9 @@ class ZeroEngine:
         self.ds.step()
         norm = self.optimizer.norm if self.level == 0 else self.ds.get_global_grad_norm()
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
-        if self.level and (self.ds.optimizer.overflow or not 0 <= norm < torch.inf):  # DeepSpeed's -1 and inf are of no norm
+        if self.level and (
+            self.ds.optimizer.overflow or not 0 <= norm < torch.inf
+        ):  # DeepSpeed's -1 and inf are of no norm
             norm = torch.full_like(norm, torch.nan)
         if buffers.constrained(self.frame) and not norm.isnan():
             self._constrain()

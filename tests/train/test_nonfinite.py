@@ -9,6 +9,7 @@ import torch
 
 from bench.safety import planted
 from cmt_fast.cli import main
+from cmt_fast.run import resolved
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import exits
 from cmt_fast.storage import checkpoint
@@ -30,7 +31,9 @@ def spoilt(folder, when, kind="gradient", layer="net.blocks.0.fc1", stage="pre",
     return folder / stage
 
 
-@pytest.mark.parametrize("kind, begins", [("loss", "begins at net.blocks.0.fc1"), ("gradient", "backward pass at net.blocks.0.fc1")])
+@pytest.mark.parametrize(
+    "kind, begins", [("loss", "begins at net.blocks.0.fc1"), ("gradient", "backward pass at net.blocks.0.fc1")]
+)
 def test_a_step_that_is_not_finite_stops_the_run_and_is_told_with_the_way_on(kind, begins, tmp_path):
     with pytest.raises(nonfinite.NotFinite) as told:
         spoilt(tmp_path, lambda step: step == 1, kind)
@@ -45,12 +48,8 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_told_with_the_way_on(kin
         spoilt(tmp_path, lambda step: step == 6, kind)
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_a_skipped_step_is_none_for_the_optimizer_and_counted(at_once, tmp_path, monkeypatch):
-    """At the next look, as on a GPU, or at once; killed between or not: the same run."""
-    rows_apart = lambda s: s.__class__  # noqa: F841
-    if not at_once:
-        monkeypatch.setattr(nonfinite.Guard, "at_once", property(lambda _: False, lambda *_: None), raising=False)
+def test_a_skipped_step_is_none_for_the_optimizer_and_counted(tmp_path):
+    """Stopped between and gone on with, or not: the same run."""
     skip = "on_nonfinite=skip"
     bad = lambda step: step in (2, 5)
     whole = spoilt(tmp_path / "whole", bad, space=work(tmp_path / "whole", skip))
@@ -60,16 +59,33 @@ def test_a_skipped_step_is_none_for_the_optimizer_and_counted(at_once, tmp_path,
     manifest = checkpoint.latest(whole).manifest
     assert manifest["nonfinite"] == {"skipped": [3, 6]} and manifest["done"]
     with pytest.raises(nonfinite.NotFinite):
-        spoilt(tmp_path / "cut", lambda step: step == 5, space=work(tmp_path / "cut", "pre.on_nonfinite=stop"))
-    with pytest.raises(nonfinite.NotFinite):
         spoilt(tmp_path / "run", bad, space=work(tmp_path / "run"))
     spoilt(tmp_path / "run", bad, space=work(tmp_path / "run", skip))
     assert_equal_stage(whole, tmp_path / "run" / "pre")
 
 
+def test_who_looks_late_as_on_a_gpu_takes_the_same_steps_again(tmp_path, monkeypatch):
+    """Rows every four steps; what is not finite in between is seen there, and no step after it has changed anything."""
+    plan = resolved.schedule
+    monkeypatch.setattr(resolved, "schedule", lambda stage: plan(stage)._replace(log_every=4))
+    taken, one = [], loop.Steps._one
+    monkeypatch.setattr(loop.Steps, "_one", lambda self, step: (taken.append(step), one(self, step))[1])
+    bad = lambda step: step in (4, 5)
+    folders = [spoilt(tmp_path / "now", bad, space=work(tmp_path / "now", "on_nonfinite=skip"))]
+    assert taken == list(range(8))
+    taken.clear()
+    monkeypatch.setattr(nonfinite.Guard, "at_once", property(lambda _: False, lambda *_: None), raising=False)
+    folders.append(spoilt(tmp_path / "late", bad, space=work(tmp_path / "late", "on_nonfinite=skip")))
+    assert taken == [*range(8), 5, 6, 7, 6, 7]
+    assert_equal_stage(*folders)
+    assert [row["step"] for row in metrics(folders[1]) if row["kind"] == "train"] == [4, 8]
+
+
 def test_so_many_in_a_row_stop_the_run(tmp_path):
     settings = "on_nonfinite=skip", "pre.nonfinite_limit=2"
-    with pytest.raises(nonfinite.NotFinite, match=r"step 5 is not finite.* 2 steps before it were skipped \(nonfinite_limit\)"):
+    with pytest.raises(
+        nonfinite.NotFinite, match=r"step 5 is not finite.* 2 steps before it were skipped \(nonfinite_limit\)"
+    ):
         spoilt(tmp_path, lambda step: step >= 2, space=work(tmp_path, *settings))
 
 
@@ -105,7 +121,7 @@ def test_replay_gives_the_recorded_hashes_and_finds_what_is_not_as_it_was(tmp_pa
     assert main([*at, "4"]) == 0 and "checkpoint equal" in capsys.readouterr().out
     with planted.kernel("gelu", lambda y: y * 1.01):
         assert main([*at, "6"]) == exits.FAILED
-    assert "net.blocks.0.fc2 is 1.0e-02 from the same ops in plain torch" in capsys.readouterr().err
+    assert "net.blocks.0.fc1 is 1.0e-02 from the same ops in plain torch" in capsys.readouterr().err
     path = tmp_path / "pre" / checks.CHECKS
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines).replace(b'"step":6', b'"step":9'))  # a line whose checksum is another's is none
@@ -122,25 +138,28 @@ def test_a_bit_that_was_flipped_while_a_step_was_trained_is_found(tmp_path):
         done = False
 
     def flip(step):
-        if step == 5 and not Flip.done:
+        if step == 4 and not Flip.done:
             Flip.done = True
-            Flip.engine.p.view(torch.int32)[7] ^= 1 << 3
+            Flip.engine.p.data.view(torch.int32)[7] ^= 1 << 3
         return False
 
     build = loop.Workspace.engine_of
     with pytest.MonkeyPatch.context() as patch:
+
         def kept(*args, **more):
             Flip.engine = build(*args, **more)
             return Flip.engine
 
         patch.setattr(loop.Workspace, "engine_of", kept)
         spoilt(tmp_path, flip)
-    found = replay.replay(work(tmp_path), "pre", 6)
-    assert "gradient" in found.differs and "parameters" in found.differs and found.worst is None
-    assert not replay.replay(work(tmp_path), "pre", 5).differs
+    replayed = {step: replay.replay(work(tmp_path), "pre", step) for step in (4, 5, 6)}
+    assert replayed[4].sound and replayed[5].differs == ["parameters"] and replayed[5].worst is None
+    assert {"gradient", "parameters"} <= set(replayed[6].differs)
 
 
 def test_a_tangent_that_is_not_finite_is_named(tmp_path):
-    space = Workspace(tiny("digits-mf", "control.images_nimg=128", "control.warmup_nimg=0", "control.start=null"), tmp_path)
+    space = Workspace(
+        tiny("digits-mf", "control.images_nimg=128", "control.warmup_nimg=0", "control.start=null"), tmp_path
+    )
     with pytest.raises(nonfinite.NotFinite, match="begins at the tangent of net.blocks.0.fc2"):
         spoilt(tmp_path, lambda step: step == 1, "tangent", "net.blocks.0.fc2", "control", space)
