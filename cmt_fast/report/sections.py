@@ -38,7 +38,17 @@ def lineage(stands: dict[str, Standing]) -> Table:
             anew = p["stage"] in stands and stands[p["stage"]].ema != p["ema"]
             parent = f"{p['stage']} @ {p['nimg']:,}, {p['ema'][:12]}" + " (retrained since)" * anew
         digest = m.get("config", DASH)[:12]
-        rows.append([s.name, s.objective, parent, number(m.get("nimg"), ","), s.ema[:12] or DASH, digest, s.told + _nonfinite(m)])
+        rows.append(
+            [
+                s.name,
+                s.objective,
+                parent,
+                number(m.get("nimg"), ","),
+                s.ema[:12] or DASH,
+                digest,
+                s.told + _nonfinite(m),
+            ]
+        )
     columns = ["stage", "objective", "starts from (images, EMA)", "images", "EMA checksum", "config digest", "state"]
     return Table("Lineage", columns, rows, left=TEXT)
 
