@@ -61,6 +61,10 @@ BENCHES = {
         "training.nodes",
         "a run on two nodes that lose ranks, nodes and time, by the SLURM file itself on one machine",
     ),
+    "nonfinite": (
+        "safety.nonfinite",
+        "NaN in a loss, gradient or tangent of one rank of two: both decide alike, nothing changes, the layer is named",
+    ),
     "ops": ("kernels.ops", "times of every op, backend and case"),
     "pipeline": ("training.pipeline", "what the trainer loses around its steps"),
     "plan": ("training.plans", "`cmt plan` on three kinds of machine, and its count of activations beside a card's"),

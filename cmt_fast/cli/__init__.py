@@ -47,6 +47,10 @@ COMMANDS = {
     ),
     "sample": ("sample", "samples of a trained stage as PNGs, as .npz and in pictures; rerun to resume"),
     "watch": ("watch", "how far a run is while it trains: stages, speed, figures, time left; also as a page (--serve)"),
+    "replay": (
+        "replay",
+        "take one step of a stage once more: its hashes beside those recorded, its layers beside plain torch",
+    ),
     "report": ("report", "write RUN/report.html and RUN/report.md"),
     "theory": ("theory", "measure solver orders and gradient bias on a Gaussian mixture, against the paper's slopes"),
     "eval": ("eval", "Fréchet distance (FID, FD-DINOv2), accuracy, precision and recall of a trained stage"),
@@ -170,7 +174,7 @@ def _told(error: Exception) -> int | None:
     elif isinstance(error, OSError):
         text, code = _of_system(error), exits.DISK_FULL if error.errno in FULL else 1
     elif isinstance(error, FloatingPointError):
-        text, code = str(error), 1
+        text, code = str(error), getattr(error, "code", exits.FAILED)
     else:
         text, code = _of_torch(error)
     if not once.tell():

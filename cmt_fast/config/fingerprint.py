@@ -16,6 +16,8 @@ from cmt_fast.config.schema import Run
 HOW = ("micro_batch", "cuda_graph")
 # keys of a stage that change no weight, or its rounding alone as the number of processes does
 WATCHING = ("checkpoint_every_nimg", "checkpoint_every_s", "eval_every_nimg", "grid_every_nimg", *HOW)
+# keys of a stage and of a run that say what becomes of a step that is not finite: the run may go on under others
+FAILING = ("on_nonfinite", "nonfinite_limit")
 # keys of the data that say what is asked of them, not what they are
 ASKED = ("unchecked",)
 # keys of a run that say where and how it is computed
@@ -24,10 +26,10 @@ WHERE = ("device", "loader", "tensorboard", "loggers", "engine", "zero_stage", "
 
 def digest(run: Run) -> str:
     """sha256 of the resolved run, without what does not change its numbers: where and in what parts it is computed."""
-    tree = {k: v for k, v in _dumped(run).items() if k not in WHERE}
+    tree = {k: v for k, v in _dumped(run).items() if k not in (*WHERE, *FAILING)}
     for stage in tree.values():
         if isinstance(stage, dict):
-            for key in HOW:
+            for key in (*HOW, *FAILING):
                 stage.pop(key, None)
     return _sha(tree)
 
@@ -41,7 +43,7 @@ def stage_facts(run: Run, name: str) -> dict:
     tree = _dumped(run)
     facts = {k: tree[k] for k in ("data", "model", "path", "sigma_data", "seed")}
     for member in (name, *run.ancestors(name)):
-        facts[member] = {k: v for k, v in tree[member].items() if k not in WATCHING}
+        facts[member] = {k: v for k, v in tree[member].items() if k not in (*WATCHING, *FAILING)}
     return facts
 
 

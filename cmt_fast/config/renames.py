@@ -18,8 +18,12 @@ ADDED: dict[str, Any] = {
     "eval.labels": "data",
     "eval.on_error": "continue",
     "model.dropout_max_side": None,
+    "nonfinite_limit": 10,
+    "on_nonfinite": "stop",
     "saves": "background",
     "stage.checkpoint_every_s": 1200.0,
+    "stage.nonfinite_limit": None,
+    "stage.on_nonfinite": None,
     "stage.rounding_limit": 0.1,
 }
 FIRST = {place: {now: before for before, now in keys.items()} for place, keys in RENAMED.items()}

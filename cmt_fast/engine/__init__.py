@@ -32,6 +32,9 @@ class Engine(Protocol):
     stage: Stage
     step_count: int
     grad_accum_steps: int
+    skipped: int  # steps that were not finite: the optimizer's count is step_count without them
+    checking: bool  # whether the next steps leave in `checks` the checksums of gradient and parameters, as of sums.py
+    checks: dict[str, Tensor]
 
     def __call__(self, *args: Any) -> Any:
         """The module's forward in the stage's precision."""
@@ -49,7 +52,14 @@ class Engine(Protocol):
         """Accumulate the gradients of one of the step's `grad_accum_steps` losses; their mean is differentiated."""
 
     def step(self, lr: float) -> Tensor:
-        """Average over ranks, clip, AdamW, EMAs, weight constraints. Returns the gradient's norm before clipping, ()."""
+        """Average over ranks, clip, AdamW, EMAs, weight constraints. Returns the gradient's norm before clipping, ().
+
+        Where the gradient is not finite on any rank nothing changes on all of them, and the norm is NaN. Until `skip` no later
+        step needs to change anything either.
+        """
+
+    def skip(self, step: int) -> None:
+        """Go on after `step` steps, the last of which was not finite: for the optimizer it was none."""
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Take a parent's weights: student and every EMA track start there."""

@@ -48,9 +48,13 @@ def obstacle(engine: str, device: torch.device) -> str | None:
 
 
 def eager(engine: Any, loss: Loss, drawn: Any) -> dict[str, Tensor]:
-    """One part of a step, kernel by kernel: its gradient is added to the engine's. Returns {"loss": (), scalars...}."""
+    """One part of a step, kernel by kernel: its gradient is added to the engine's. Returns {"loss": (), scalars...}.
+
+    Where the loss or a scalar is not finite the gradient is NaN: it is the one thing that all ranks come to know.
+    """
     value, scalars = loss(drawn)
-    engine.backward(value)
+    sound = torch.stack([x.detach().isfinite() for x in (value, *scalars.values())]).all()
+    engine.backward(value * torch.ones_like(value).masked_fill_(~sound, torch.nan))
     return {"loss": value.detach(), **scalars}
 
 

@@ -17,7 +17,7 @@ from cmt_kernels import adamw_ema
 from torch import Tensor, nn
 
 from cmt_fast.config.schema import Stage
-from cmt_fast.engine import buffers, ema, optimizer
+from cmt_fast.engine import buffers, ema, optimizer, sums
 from cmt_fast.engine.buffers import Unread, bind, constrain, constrained, flat, load_named, named, narrow_stream, parts
 from cmt_fast.engine.compile import compile_network
 from cmt_fast.engine.scaling import LossScale
@@ -48,7 +48,9 @@ class LocalEngine:
         bare = buffers.without_memory(net)
         self.net, self.stage, self.device = buffers.to(net, device), stage, device
         self.grad_accum_steps = grad_accum_steps
-        self.step_count = 0
+        self.step_count = self.skipped = 0
+        self.checking, self.checks = False, dict[str, Tensor]()
+        self.stuck = torch.zeros((), dtype=torch.bool, device=device)
         narrow_stream(net, stage.precision)
         self.p = torch.zeros(buffers.count(net), device=device) if bare else flat(net)
         bind(net, self.p)  # from here on the weights are held once
@@ -117,35 +119,54 @@ class LocalEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""
-        loss = self.scale.scaled(loss) if self.scale else loss
+        loss = self.scale.scaled(loss) if self.scale else loss  # and it remembers a loss that is not finite
         with self._ops():  # activations may be recomputed here
             (loss if self.grad_accum_steps == 1 else loss / self.grad_accum_steps).backward()
 
     def step(self, lr: float) -> Tensor:
         """Clip, AdamW or RAdam, EMAs, constraints; gradients are averaged over ranks. Returns their norm before clipping.
 
-        In fp16 a step whose gradient is not finite changes nothing but the loss's scale, and its norm is 0.
+        A gradient that is not finite on any rank changes nothing on all of them: the norm is NaN, and no later step changes
+        anything until `skip`. The host does not wait to know. In fp16 the scale is to blame first: it is halved, the norm 0.
         """
         distributed.mean_(self.g)
         s = self.stage
         self.step_count += 1
-        n = self.step_count
+        n = self.step_count - self.skipped
         if self.scale:
-            if not self.scale.unscale(self.g):
+            taken = self.scale.unscale(self.g)
+            if taken == "skipped":
                 self.g.zero_()
                 return self.g.new_zeros(())
             n -= self.scale.skipped  # the optimizer and the EMA tracks know nothing of them
+        self.g[:1].masked_fill_(self.stuck, torch.nan)
+        if self.checking:
+            self.checks = {"gradient": sums.partial(self.g)}
         betas = [ema.beta(profile, n) for profile in s.ema]
         lr, eps, decay = optimizer.settings(s, n, lr)
         norm = adamw_ema(
             *(self.p, self.g, self.m, self.v, self.emas, betas, n, lr, s.betas, eps, decay),
             *(s.grad_clip_norm, self.half),
         )
-        self.g.zero_()
+        self.stuck |= norm.isnan()
         if constrained(self.net):
-            constrain(self.net)
-            self._changed()
+            self._constrain(norm)
+        self.g.zero_()
+        if self.checking:
+            self.checks["parameters"] = sums.partial(self.p)
         return norm
+
+    def _constrain(self, norm: Tensor) -> None:
+        """Weight constraints after a step, unless its norm is NaN; the gradient's memory holds what weights were."""
+        self.g.copy_(self.p)
+        constrain(self.net)
+        torch.where(norm.isnan(), self.g, self.p, out=self.p)
+        self._changed()
+
+    def skip(self, step: int) -> None:
+        """Go on after `step` steps, the last of which was not finite: for the optimizer it was none."""
+        self.step_count, self.skipped = step, self.skipped + 1
+        self.stuck.zero_()
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Take a parent's weights: student and every EMA track start there."""

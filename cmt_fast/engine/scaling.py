@@ -5,13 +5,17 @@ before the backward pass, and gradients are divided by it in fp32 after it, whic
 Where a gradient is not finite on any rank, no rank takes the step: parameters, moments and EMA tracks stay, the step counts
 as skipped, and the scale is halved; after GROWTH steps without one it is doubled. Scale, steps since it changed and skipped
 steps are part of the checkpoint, so a run that goes on ends bit-equal. A loss that itself is not finite is no matter of the
-scale: it ends the run, as in every precision.
+scale, nor is a gradient at a scale of 1: these are what `on_nonfinite` of a run is for, as in every precision.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from cmt_fast.runtime import distributed
 
 FIRST, LEAST, MOST = 2.0**16, 1.0, 2.0**24
 GROWTH = 2000  # steps
@@ -22,27 +26,28 @@ class LossScale:
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.full((), FIRST, device=device)
+        self.lost = torch.zeros((), dtype=torch.bool, device=device)  # a loss of this step was not finite
         self.since = self.skipped = 0
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to differentiate."""
+        self.lost |= ~loss.detach().isfinite()
         return loss * self.scale
 
-    def unscale(self, g: Tensor) -> bool:
-        """Divide gradients, summed over ranks, by the scale. Returns whether the step may be taken; waits for the device."""
+    def unscale(self, g: Tensor) -> Literal["taken", "skipped", "lost"]:
+        """Divide gradients, summed over ranks, by the scale. Returns whether the step is to be taken, or skipped with half the
+        scale, or is beyond help; waits for the device."""
         sound = bool(torch.isfinite(g.sum()) or torch.isfinite(g).all())  # a sum may overflow, its terms decide
         if sound:
             g.mul_(1.0 / self.scale)
+        elif distributed.largest(int(self.lost)) or float(self.scale) == LEAST:
+            self.lost.zero_()
+            return "lost"
         self._after(sound)
-        return sound
+        return "taken" if sound else "skipped"
 
     def _after(self, sound: bool) -> None:
         if not sound:
-            if float(self.scale) == LEAST:
-                raise FloatingPointError(
-                    f"gradients are not finite in fp16 at a loss scale of {LEAST:g} ({self.skipped} steps skipped before); "
-                    "the last checkpoint is sound; take precision bf16, tf32 or fp32"
-                )
             self.scale.div_(2)
             self.since, self.skipped = 0, self.skipped + 1
             return

@@ -19,17 +19,17 @@ import copy
 import itertools
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from cmt_kernels import adamw_ema
 from torch import Tensor, nn
 
 from cmt_fast.config.schema import Stage
-from cmt_fast.engine import buffers, ema, optimizer
+from cmt_fast.engine import buffers, sums
 from cmt_fast.engine.buffers import Unread
 from cmt_fast.engine.compile import compile_network
+from cmt_fast.engine.partitions import AdamWEma
 from cmt_fast.engine.sharding import ShardingPlan, buckets
 from cmt_fast.engine.snapshot import Place, Snapshot
 from cmt_fast.engine.wrapping import Autocast, Sharded, largest, no_scalars, release, section_of
@@ -55,7 +55,8 @@ class ZeroEngine:
         bare, self.buckets = buffers.without_memory(net), choice.buckets or buckets(buffers.count(net), largest(net))
         self.net, self.stage, self.device = buffers.to(net, device), stage, device
         self.grad_accum_steps = grad_accum_steps
-        self.step_count = 0
+        self.step_count = self.skipped = 0
+        self.checking, self.checks = False, dict[str, Tensor]()
         self.shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
         self.keys = ["m", "v", *(f"ema-{i}" for i in range(len(stage.ema)))]
         buffers.narrow_stream(net, stage.precision)
@@ -160,15 +161,38 @@ class ZeroEngine:
             self.ds.step()  # counts the pass; the optimizer is not called
 
     def step(self, lr: float) -> Tensor:
-        """Average over ranks, clip, AdamW, EMAs, constraints. Returns the norm before clipping, NaN where it is not finite."""
+        """Average over ranks, clip, AdamW, EMAs, constraints. Returns the norm before clipping, NaN where the gradient is not
+        finite on any rank: then nothing has changed on all of them."""
         self.step_count += 1
         self.optimizer.lr = lr
+        self.checks = {}
         self.ds.step()
         norm = self.optimizer.norm if self.level == 0 else self.ds.get_global_grad_norm()
-        if buffers.constrained(self.frame):
-            self._constrain()
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
-        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed's -1 is a norm that is not finite
+        if self.level and (
+            self.ds.optimizer.overflow or not 0 <= norm < torch.inf
+        ):  # DeepSpeed's -1 and inf are of no norm
+            norm = torch.full_like(norm, torch.nan)
+        if buffers.constrained(self.frame) and not norm.isnan():
+            self._constrain()
+        if self.checking:
+            self.checks |= {"parameters": self._sum(lambda flat: flat)}
+            self.checks = {k: distributed.sum_(x) if self.level else x for k, x in self.checks.items()}
+        return norm
+
+    def skip(self, step: int) -> None:
+        """Go on after `step` steps, the last of which was not finite: for the optimizer it was none."""
+        self.step_count, self.skipped = step, self.skipped + 1
+
+    def _sum(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The checksum of this rank's parts of something that is laid out as the partitions; at stage 0 of the whole."""
+        total, first = torch.zeros((), dtype=torch.int64, device=self.device), 0
+        for name, shape in self.shapes.items():
+            part = self._slices(name)
+            if part:
+                total += sums.partial(of(part[0])[part[1]], first + part[2].start)
+            first += torch.Size(shape).numel()
+        return total
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Take a parent's weights: student and every EMA track start there."""
@@ -336,38 +360,6 @@ class ZeroEngine:
             for name, p in whole.named_parameters():
                 for key in keys:
                     self._put(names[name], key, p)
-
-
-class AdamWEma(torch.optim.Optimizer):
-    """`adamw_ema` on whatever flat partitions DeepSpeed puts into its parameter groups."""
-
-    def __init__(self, parameters: Any, engine: ZeroEngine) -> None:
-        super().__init__(parameters, {})
-        self.engine, self.lr, self.norm = engine, 0.0, torch.zeros(())
-
-    def allocate(self, partition: Tensor) -> None:
-        """Moments at zero, EMA tracks at the weights; all live as long as the partition."""
-        flat = partition.detach()
-        zeros = {"m": torch.zeros_like(flat), "v": torch.zeros_like(flat)}
-        self.state[partition] = zeros | {f"ema-{i}": flat.clone() for i in range(len(self.engine.stage.ema))}
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """One step of every partition that has a gradient."""
-        if self.engine.level == 0:
-            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.engine.net.parameters()]
-            self.norm = self._update(
-                self.engine.whole, torch.cat([g.reshape(-1) for g in grads]), self.engine.stage.grad_clip_norm
-            )
-            return
-        for p in [p for group in self.param_groups for p in group["params"] if p.grad is not None]:
-            self._update(p, p.grad, 0.0)
-
-    def _update(self, p: Tensor, g: Tensor, clip: float) -> Tensor:
-        s, n, own = self.engine.stage, self.engine.step_count, self.state[p]
-        lr, eps, decay = optimizer.settings(s, n, self.lr)
-        tracks, decays = [own[f"ema-{i}"] for i in range(len(s.ema))], [ema.beta(profile, n) for profile in s.ema]
-        return adamw_ema(p.data, g, own["m"], own["v"], tracks, decays, n, lr, s.betas, eps, decay, clip)
 
 
 class _Cut:

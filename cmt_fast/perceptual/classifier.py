@@ -80,7 +80,7 @@ def train(run: Run, data, folder: Path, device: torch.device) -> Path:
                 mean, accuracy = (sums / (n - (n - 1) // every * every)).tolist()
                 sums.zero_()
                 if not abs(mean) < float("inf"):
-                    raise FloatingPointError(f"features: loss {mean} at step {n}; the last checkpoint is sound")
+                    raise FloatingPointError(f"features: loss {mean} at step {n}; take a smaller features.lr")
                 row = {"loss": mean, "accuracy": accuracy, "lr": sgd.param_groups[0]["lr"]}
                 log.row("train", n, n * f.batch, row, {"train_s": wall})
                 shown.saw(mean)

@@ -41,9 +41,27 @@ def lineage(stands: dict[str, Standing]) -> Table:
             anew = p["stage"] in stands and stands[p["stage"]].ema != p["ema"]
             parent = f"{p['stage']} @ {p['nimg']:,}, {p['ema'][:12]}" + " (retrained since)" * anew
         digest = m.get("config", DASH)[:12]
-        rows.append([s.name, s.objective, parent, number(m.get("nimg"), ","), s.ema[:12] or DASH, digest, s.told])
+        rows.append(
+            [
+                s.name,
+                s.objective,
+                parent,
+                number(m.get("nimg"), ","),
+                s.ema[:12] or DASH,
+                digest,
+                s.told + _nonfinite(m),
+            ]
+        )
     columns = ["stage", "objective", "starts from (images, EMA)", "images", "EMA checksum", "config digest", "state"]
     return Table("Lineage", columns, rows, left=TEXT)
+
+
+def _nonfinite(manifest: dict[str, Any]) -> str:
+    """What became of steps that were not finite, from the lineage."""
+    kept = manifest.get("nonfinite") or {}
+    skipped, back = len(kept.get("skipped", ())), kept.get("rollbacks", ())
+    text = f"; {skipped:,} step{'s' * (skipped > 1)} skipped, not finite" if skipped else ""
+    return text + "".join(f"; rolled back from step {b['step']:,} to {b['from']:,}, other noise" for b in back)
 
 
 def reach_table(reached: list[dict[str, Any]], n: int) -> Table:

@@ -46,6 +46,16 @@ class ResolvedStage:
         return self.run.seed
 
     @property
+    def on_nonfinite(self) -> str:
+        """What becomes of a step that is not finite: "stop", "skip" or "rollback"; the run's own word where it has none."""
+        return self.config.on_nonfinite or self.run.on_nonfinite
+
+    @property
+    def nonfinite_limit(self) -> int:
+        """Of such steps in a row."""
+        return self.config.nonfinite_limit or self.run.nonfinite_limit
+
+    @property
     def path(self) -> ProbabilityPath:
         """The run's path between data and noise."""
         return ProbabilityPath(self.run.path, self.run.sigma_data)

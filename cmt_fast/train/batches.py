@@ -86,6 +86,7 @@ class BatchProvider:
         self.draws_data = needs.draws == "data"
         self.loader = loader(run.loader, data, run.seed, device, self.own) if self.draws_data else None
         self._step, self._rows = -1, (torch.empty(0), None)
+        self.redraws: list[tuple[int, int]] = []  # (step, number): from that step on noise and times are drawn anew
         self.held: dict[str, Any] = {}  # frozen networks by the stage that they come from
 
         def held(name: str) -> Any:
@@ -162,7 +163,7 @@ class BatchProvider:
 
     def draw(self, step: int, part: int = 0) -> Drawn:
         """All of pass `part` of a step but its networks: this is where the step's number is read."""
-        random = rng.Random(self.seed, self.index, step)
+        random = rng.Random(self.seed, self.index + rng.REDRAWN * self.redraw(step), step)
         progress, nimg = self.plan.progress(step), self.plan.nimg(step)
         world = LossContext(self.path, random, self.teacher, progress, self.features, nimg, self.perceptual)
         rows, wide = self.mine(part), 0
@@ -179,6 +180,10 @@ class BatchProvider:
         points = self._points(random, step, rows, rows + self.own)
         anchored = OBJECTIVES[anchor.objective.kind].draw(points, anchor.objective, world)
         return Drawn(own, seeds, anchored, self._seeds(random, rows + self.own), str(wide))
+
+    def redraw(self, step: int) -> int:
+        """The number of the draw of noise that a step belongs to: 0 until a stage was rolled back."""
+        return next((number for first, number in reversed(self.redraws) if first <= step), 0)
 
     def loss_of(self, engine: Engine, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of what was drawn, as of `loss`: the same work at every step."""

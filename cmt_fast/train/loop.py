@@ -31,7 +31,16 @@ from cmt_fast.runtime.signals import Stopped, noted
 from cmt_fast.storage import checkpoint, leftovers, metrics_log
 from cmt_fast.storage.loggers import Opening
 from cmt_fast.storage.metrics_log import Log
-from cmt_fast.train import attention_choice, batches, looking, monitor, rounding_choice, solver_choice, starting
+from cmt_fast.train import (
+    attention_choice,
+    batches,
+    looking,
+    monitor,
+    nonfinite,
+    rounding_choice,
+    solver_choice,
+    starting,
+)
 from cmt_fast.train.half_way import HalfWay, check_loggers
 from cmt_fast.train.profiler import Profile
 from cmt_fast.train.saving import REFUSED, Saver
@@ -63,6 +72,8 @@ def train(
             except checkpoint.Damaged as error:  # on all ranks: the one before it is used
                 starting.set_aside(work, error)
                 left = list(names)
+            except nonfinite.RollBack as asked_back:  # on all ranks
+                nonfinite.roll_back(work, asked_back)
 
 
 def train_stage(
@@ -73,7 +84,7 @@ def train_stage(
     profile: Profile | None = None,
     page: HalfWay | None = None,
 ) -> None:
-    """One stage, from its start or its last checkpoint to its end. Raises FloatingPointError when the loss is not finite.
+    """One stage, from its start or its last checkpoint to its end. Raises NotFinite or RollBack where a step is not finite.
 
     asked: signals that ask the process to stop; meter: what this process has spent and no stage was billed for yet; page:
     is drawn after evaluations. Long: it is the list of what is opened for a stage, in order.
@@ -130,10 +141,26 @@ def train_stage(
         meter.lap("startup")
         sums, page = Sums(found), page or HalfWay(None)
         saver = Saver(engine, name, run.saves == "waiting", asked)
+        guard = nonfinite.Guard(stage, engine, source, found)
         ending.callback(saver.close)
         clock = looking.Clock(config.checkpoint_every_s)
         taken = Steps(
-            work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page, saver, clock
+            work,
+            stage,
+            engine,
+            source,
+            gradient,
+            log,
+            shown,
+            account,
+            meter,
+            sums,
+            wall,
+            always,
+            page,
+            saver,
+            clock,
+            guard,
         )
         if unseen:
             taken.observe(engine.step_count, last=engine.step_count == plan.total)
@@ -174,19 +201,21 @@ class Steps(NamedTuple):
     page: HalfWay
     saver: Saver
     clock: looking.Clock
+    guard: nonfinite.Guard
 
     def take(self, steps: Iterable[int], asked: list[int]) -> None:
         """Take them, each with the row of metrics, the checkpoint and then the look that are due after it.
 
-        Raises FloatingPointError when the loss is not finite, and Stopped where a signal asked for it, after a checkpoint.
+        Raises NotFinite or RollBack where a step is not finite, and Stopped where a signal asked for it, after a checkpoint.
         """
         plan, wall, look_every = self.stage.schedule, self.wall, 1
         for step in steps:
-            lr = self._one(step)
             n, last = step + 1, step + 1 == plan.total
+            # asking costs a collective call and waits for the device: every row, and every LOOK_S between
             row = n % plan.log_every == 0 or last
-            # a look costs a collective call and waits for the device: every row, and every LOOK_S between
-            stop, overdue = self._asked(asked) if row or n % look_every == 0 else (0, False)
+            asks = row or n % look_every == 0
+            lr = self.guard.take(step, self._one, row, asks or n % plan.checkpoint_every == 0)
+            stop, overdue = self._asked(asked) if asks else (0, False)
             if row or stop or overdue:
                 wall["train_s"] += self.meter.lap("train")
             look = row and monitor.looks(self.stage, n, last)
@@ -199,7 +228,7 @@ class Steps(NamedTuple):
                 self._checkpoint(n, last, unseen=look, end=last or bool(stop))
             if look and (last or not stop):
                 self.observe(n, last)
-            self.shown.step(n, lambda n=n: self.sums.loss(self._since(n)))
+            self.shown.step(n, lambda n=n: self.sums.loss(self._since(n) - self.guard.missing))
             if stop and not last:
                 raise Stopped(128 + stop)
 
@@ -229,11 +258,13 @@ class Steps(NamedTuple):
 
     def _one(self, step: int) -> float:
         """Gradients of every part of a step, and the optimizer's step. Returns its learning rate."""
-        parts = self.engine.grad_accum_steps
+        parts, before, losses = self.engine.grad_accum_steps, self.sums.kept(), []
         for part in range(parts):
-            self.sums.add(self.gradient(self._drawn(step, part)), parts)
+            self.sums.add(given := self.gradient(self._drawn(step, part)), parts)
+            losses.append(given["loss"].clone())
         lr = self.stage.schedule.lr(self.stage.config, step)
-        self.sums.add({"grad_norm": self.engine.step(lr)})
+        self.sums.add({"grad_norm": (norm := self.engine.step(lr))})
+        self.sums.only_where(self.guard.saw(step, losses, norm), before)
         return lr
 
     def _drawn(self, step: int, part: int) -> Any:
@@ -252,16 +283,14 @@ class Steps(NamedTuple):
     def _row(self, n: int, lr: float) -> None:
         """A row of metrics after n steps: means since the row before."""
         nimg = self.stage.schedule.nimg(n)
-        means = self.sums.means(self._since(n))
-        if not all(map(_finite, means.values())):
-            raise FloatingPointError(
-                f"{self.stage.name}: loss {means['loss']} at step {n}; the last checkpoint is sound"
-            )
+        means = self.sums.means(self._since(n) - self.guard.row)
+        if not means:  # every step since the last row was skipped
+            return
         speed = nimg / self.wall["train_s"]
         self.saver.told()
         written = {"written_s": self.saver.write_s} if self.saver.write_s else {}  # beside the steps, by this process
         spent = {**self.wall, **written, "images_per_s": speed, "bill": self.account.add()}
-        self.log.row("train", n, nimg, {**means, "lr": lr, **self.engine.scaling()}, spent)
+        self.log.row("train", n, nimg, {**means, "lr": lr, **self.engine.scaling(), **self.guard.told()}, spent)
         self.shown.saw(means["loss"])
         self.shown.spent(self.account.bill.total(self.meter.unit).hours, self.account.held)
 
@@ -270,10 +299,10 @@ class Steps(NamedTuple):
         unwritten = self.log.commit()
         nimg = self.stage.schedule.nimg(n)
         now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": dict(self.wall), "bill": self.account.add()}
-        now["proofs"] = dict(cmt_kernels.proofs())
+        now |= {"proofs": dict(cmt_kernels.proofs()), **self.guard.stored()}
         now |= {"unwritten": unwritten} if unwritten else {}
         with progress.phase("writing a checkpoint"):
-            _save(self.stage.folder, n, self.saver, self.always | now, self.sums)
+            _save(self.stage.folder, n, self.saver, self.always | now, self.sums, self.guard.missing)
             if end or unseen:
                 self.saver.finish()
         self.wall["save_s"] += self.meter.lap("checkpoint")
@@ -350,15 +379,24 @@ class Sums:
         for key, value in scalars.items():
             self.sums[key] = self.sums.get(key, 0.0) + value.double() / grad_accum_steps
 
+    def kept(self) -> dict[str, Tensor]:
+        """What is summed so far, for `only_where`."""
+        return dict(self.sums)
+
+    def only_where(self, sound: Tensor, before: dict[str, Tensor]) -> None:
+        """Leave out what came since `before` was kept, unless it is sound, (); nobody waits for the device to know."""
+        for key, value in self.sums.items():
+            self.sums[key] = torch.where(sound, value, before.get(key, torch.zeros_like(value)))
+
     def means(self, steps: int) -> dict[str, float]:
         """Over the steps of a row and all ranks; the next row begins."""
-        found = {k: float(distributed.mean_(v.clone()) / steps) for k, v in self.sums.items()}
+        found = {k: float(distributed.mean_(v.clone()) / steps) for k, v in self.sums.items()} if steps else {}
         self.sums = {}
         return found
 
     def loss(self, steps: int) -> float | None:
         """This rank's mean over the steps since the last row, None where there was none; waits for the device."""
-        return float(self.sums["loss"]) / steps if "loss" in self.sums else None
+        return float(self.sums["loss"]) / steps if "loss" in self.sums and steps else None
 
     def state(self) -> dict | None:
         """What a checkpoint in the middle of a row keeps: every rank's sums."""
@@ -366,18 +404,12 @@ class Sums:
         return {"keys": list(self.sums), "sums": ranks} if self.sums else None
 
 
-def _save(folder: Path, step: int, saver: Saver, about: dict, sums: Sums) -> None:
+def _save(folder: Path, step: int, saver: Saver, about: dict, sums: Sums, missing: int) -> None:
     """A checkpoint, written by rank 0; all ranks take part in gathering it. Raises OSError on all if the disk has refused.
 
-    A stop does not wait for the row that would have seen that the loss is not finite: that is seen here.
+    missing: steps of the row that it cuts in two that were skipped.
     """
     row = sums.state()
-    if row and not all(_finite(v) for values in row["sums"] for v in values):
-        raise FloatingPointError(
-            f"{about['stage']}: the loss is not finite at step {step}; the last checkpoint is sound"
-        )
+    if missing:
+        row = {**(row or {"keys": [], "sums": [[] for _ in range(distributed.size())]}), "missing": missing}
     saver.save(folder, step, {**about, "row": row})
-
-
-def _finite(x: float) -> bool:
-    return abs(x) < float("inf")

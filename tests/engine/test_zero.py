@@ -237,3 +237,8 @@ def test_memory_by_the_table_and_what_is_asked_for():
 def test_each_stage_is_given_only_where_it_fits():
     small = choose("zero", "auto", "auto", StageSize(10**9, 0, 1, False), 2, 10 * GB)
     assert small.stage == 3 and "more than the 6.0 GB" in small.why
+
+
+def test_nan_on_one_rank_of_two_is_one_decision_and_changes_nothing(figures):
+    """A sample of `python -m bench nonfinite`: the same words and exit code, the state of before, the layer by replay too."""
+    assert figures["nonfinite"]["faults"] == [] and figures["nonfinite"]["held"] == 2

@@ -137,3 +137,15 @@ def test_public_function_runs_the_forced_backend(op: str) -> None:
             public = getattr(cmt_kernels, op)(**module.inputs(module.CASES[-1]))
         direct = implementation(op, name)(**module.inputs(module.CASES[-1]))
         torch.testing.assert_close(public, direct, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", backends_on("adamw_ema", "cpu"))
+def test_a_gradient_that_is_not_finite_changes_nothing(name: str, value: float) -> None:
+    torch.manual_seed(0)
+    p, g, m, v, track = (torch.randn(1001).square() for _ in range(5))
+    half = p.bfloat16()
+    g[77] = value
+    before = [x.clone() for x in (p, m, v, track, half)]
+    norm = implementation("adamw_ema", name)(p, g, m, v, [track], [0.9], 3, 1e-2, (0.9, 0.99), 1e-8, 0.1, 5.0, half)
+    assert norm.isnan() and all(map(torch.equal, before, (p, m, v, track, half)))

@@ -104,6 +104,7 @@ class Run:
     `zero_stage`, `zero_teacher`: how far the engine `zero` shards student and teacher; auto: by memory, see --dry-run.
     `timeout_s`: of a collective call, after which a rank that does not answer is given up.
     `saves`: whether checkpoints are written while steps go on.
+    `on_nonfinite`: what becomes of a step whose loss or gradient is not finite; `nonfinite_limit`: in a row, before the run ends.
     """
 
     name: str
@@ -125,6 +126,8 @@ class Run:
     zero_teacher: Literal["auto", "whole", "sharded"] = "auto"
     timeout_s: Positive = 1800.0
     saves: Literal["background", "waiting"] = "background"
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    nonfinite_limit: Count = 10
     loader: Feed = Field(default_factory=Torch)
     tensorboard: bool = False
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()

@@ -144,6 +144,8 @@ class Stage:
     checkpoint_every_s: Positive | None = 1200.0
     snapshot_every_nimg: Count | None = None
     eval_every_nimg: Count | None = None
+    on_nonfinite: Literal["stop", "skip", "rollback"] | None = None
+    nonfinite_limit: Count | None = None
     grid_every_nimg: Count | None = None
 
     @property

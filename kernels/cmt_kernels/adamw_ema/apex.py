@@ -47,7 +47,9 @@ def adamw_ema(
     import amp_C
 
     norm = clipped(g, max_norm)
-    skip = torch.zeros(1, dtype=torch.int32, device=p.device)  # apex's overflow flag; 0: do not skip
+    if norm.isnan():  # waits for the device: apex's Adam does not heed its own flag
+        return norm
+    skip = torch.zeros(1, dtype=torch.int32, device=p.device)
     adamw, corrected = 1, 1
     amp_C.multi_tensor_adam(
         CHUNK, skip, [[g], [p], [m], [v]], lr, betas[0], betas[1], eps, step, adamw, corrected, weight_decay

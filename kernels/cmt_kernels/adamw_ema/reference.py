@@ -12,6 +12,16 @@ def clip_factor(norm: Tensor, size: Tensor, max_norm: float) -> Tensor:
     return torch.minimum(max_norm / (norm + 1e-6 * size), 1 / size)
 
 
+def told(norm: Tensor, size: Tensor) -> Tensor:
+    """The norm of g from that of g size; NaN where g is not finite, infinite where its norm alone is beyond fp32."""
+    return (norm / size).masked_fill_(~norm.isfinite(), torch.nan)
+
+
+def put(x: Tensor, new: Tensor, norm: Tensor) -> None:
+    """new into x, both (P,), unless the norm is NaN; nobody waits for the device."""
+    x.copy_(torch.where(norm.isnan(), x, new))
+
+
 @torch.no_grad()
 def adamw_ema(
     p: Tensor,
@@ -36,13 +46,13 @@ def adamw_ema(
     norm = torch.linalg.vector_norm(g * size)
     if max_norm > 0:
         g = g * size * clip_factor(norm, size, max_norm)
-    m.lerp_(g, 1 - betas[0])
-    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    p.mul_(1 - lr * weight_decay)
+    norm = told(norm, size)
+    put(m, m.lerp(g, 1 - betas[0]), norm)
+    put(v, v.mul(betas[1]).addcmul_(g, g, value=1 - betas[1]), norm)
     denominator = (v.sqrt() / (1 - betas[1] ** step) ** 0.5).add_(eps)
-    p.addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** step))
+    put(p, p.mul(1 - lr * weight_decay).addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** step)), norm)
     for e, beta in zip(emas, ema_betas, strict=True):
-        e.lerp_(p, 1 - beta)
+        put(e, e.lerp(p, 1 - beta), norm)
     if half is not None:
         half.copy_(p)
-    return norm / size
+    return norm

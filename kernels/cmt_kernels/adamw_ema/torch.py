@@ -5,12 +5,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from cmt_kernels import transforms
-from cmt_kernels.adamw_ema.reference import clip_factor
+from cmt_kernels.adamw_ema.reference import clip_factor, put, told
 from cmt_kernels.magnitude import size_of
 
 
 def clipped(g: Tensor, max_norm: float) -> Tensor:
-    """The norm of g, which is clipped in place; max_norm 0 leaves g as it is."""
+    """The norm of g, which is clipped in place; max_norm 0 leaves g as it is. NaN where g is not finite."""
     if g.is_cpu and (norm := torch.linalg.vector_norm(g)).isfinite():  # there the host has nothing to wait for
         if max_norm > 0:
             g.mul_(clip_factor(norm, torch.ones_like(norm), max_norm))
@@ -18,7 +18,7 @@ def clipped(g: Tensor, max_norm: float) -> Tensor:
     size = size_of(g)
     norm = torch.linalg.vector_norm(g.mul_(size))
     g.mul_(clip_factor(norm, size, max_norm) if max_norm > 0 else 1 / size)
-    return norm / size
+    return told(norm, size)
 
 
 @torch.no_grad()
@@ -39,6 +39,9 @@ def adamw_ema(
 ) -> Tensor:
     transforms.refuse("adamw_ema", "torch")
     norm = clipped(g, max_norm)
+    if g.is_cpu and norm.isnan():
+        return norm
+    unsound = None if g.is_cpu else norm.isnan().float()
     adamw(
         [p],
         [g],
@@ -55,9 +58,10 @@ def adamw_ema(
         weight_decay=weight_decay,
         eps=eps,
         maximize=False,
+        found_inf=unsound,
     )
     for e, beta in zip(emas, ema_betas, strict=True):
-        e.lerp_(p, 1 - beta)
+        e.lerp_(p, 1 - beta) if unsound is None else put(e, e.lerp(p, 1 - beta), norm)
     if half is not None:
         half.copy_(p)
     return norm

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmt_kernels import transforms
+from cmt_kernels.adamw_ema.reference import put
 from cmt_kernels.gate import Gate
 from cmt_kernels.launch import placed
 
@@ -81,13 +82,14 @@ def update_kernel(
     lane = tl.arange(0, PARTS)
     length = tl.sqrt(tl.sum(tl.load(partial + lane, mask=lane < parts, other=0.0), axis=0))
     if tl.program_id(0) == 0:
-        tl.store(norm, length.to(tl.float32))
+        tl.store(norm, tl.where(length < float("inf"), length, float("nan")).to(tl.float32))
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
+    sound = length < float("inf")  # else nothing is loaded or stored
+    inside = (i < n) & sound
     x = tl.load(g + i, mask=inside)
     if CLIP:
         ratio = max_norm / (length + 1e-6)
-        ratio = tl.where(ratio > 1.0, 1.0, ratio)  # a norm that is NaN stays NaN
+        ratio = tl.where(ratio > 1.0, 1.0, ratio)
         down = tl.where(length > FAR, 1.0 / FAR, 1.0)  # in two factors: neither leaves the numbers of fp32
         x = x * down.to(tl.float32) * (ratio * (1.0 / down)).to(tl.float32)
     first = tl.load(m + i, mask=inside)
@@ -162,7 +164,7 @@ def _launch(
         num_warps=8,
     )
     for e, beta in zip(emas[TRACKS:], ema_betas[TRACKS:]):
-        e.lerp_(p, 1 - beta)
+        put(e, e.lerp(p, 1 - beta), norm)
     return norm
 
 
