@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import cmt_kernels
 import torch
@@ -37,7 +37,7 @@ from cmt_fast.train.profiler import Profile
 from cmt_fast.train.saving import REFUSED, Saver
 from cmt_fast.usage import ledger, meters
 
-LOOK_S = 5.0  # seconds between looks for a signal: torchrun gives its processes 30 to save and end
+LOOK_S = 2.0  # seconds between looks for a signal: torchrun gives its processes 30 to save and end
 
 
 def train(
@@ -53,6 +53,7 @@ def train(
     meter = meters.Meter.of(work.device)
     with work.lock(), noted() as asked:
         work.claim(names)
+        distributed.at_work(work.folder)
         left = list(names)
         while left:
             try:
@@ -129,7 +130,7 @@ def train_stage(
             work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page, saver
         )
         if unseen:
-            taken.observe(engine.step_count, last=False)
+            taken.catch_up(engine.step_count)
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
             every = source.pool.steps if source.pool else 1
@@ -173,11 +174,15 @@ class Steps(NamedTuple):
         """
         plan, wall, look_every = self.stage.schedule, self.wall, 1
         for step in steps:
-            lr = self._one(step)
+            try:
+                lr = self._one(step)
+            except Stopped as within:  # a round of rollouts, before anything of this step counted
+                self._leave(step, within, unseen=False)
             n, last = step + 1, step + 1 == plan.total
             row = n % plan.log_every == 0 or last
             # a look costs a collective call and waits for the device: every row, and every LOOK_S between
             stop = distributed.largest(self.saver.asks(asked[0] if asked else 0)) if row or n % look_every == 0 else 0
+            distributed.beat(n)
             if stop >= REFUSED:
                 self.saver.finish()
             if row or stop:
@@ -187,12 +192,37 @@ class Steps(NamedTuple):
                 look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
                 # one who stops does not wait for an evaluation: it is made up for on resuming
                 if last or not stop:
-                    self.observe(n, last)
+                    try:
+                        self.observe(n, last)
+                    except Stopped as within:
+                        self._leave(n, within, unseen=True)
             self.shown.step(n, lambda n=n: self.sums.loss(self._since(n)))
             if n % plan.checkpoint_every == 0 or last or stop:
                 self._checkpoint(n, last, unseen=bool(row and stop and not last), end=last or bool(stop))
                 if stop and not last:
                     raise Stopped(128 + stop)
+
+    def _leave(self, n: int, stopped: Stopped, unseen: bool) -> NoReturn:
+        """A stop between two batches of what is no step: the checkpoint of the n steps that are done, unless it is there.
+
+        Raises Stopped. unseen: an evaluation after n steps is still to be made.
+        """
+        self.saver.finish()
+        there = distributed.rank() == 0 and checkpoint.steps(self.stage.folder)[-1:] == [n]
+        if n and not distributed.largest(int(there)):
+            self.wall["train_s"] += self.meter.lap("train")
+            self._checkpoint(n, False, unseen, end=True)
+        raise (Stopped(stopped.code) if n else stopped) from None
+
+    def catch_up(self, n: int) -> None:
+        """The evaluation that one who stopped owes after n steps, and the end of the stage where these were all."""
+        last = n == self.stage.schedule.total
+        try:
+            self.observe(n, last)
+        except Stopped as within:
+            self._leave(n, within, unseen=True)
+        if last:
+            self._checkpoint(n, last, unseen=False, end=True)
 
     def observe(self, n: int, last: bool) -> None:
         """The evaluation that is due after n steps, with the memory of the step's graph."""
