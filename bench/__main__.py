@@ -27,6 +27,10 @@ BENCHES = {
         "judging.judging",
         "moments, Fréchet distance, precision and recall of 50,000 x 2,048 features: CPU seconds and peak memory",
     ),
+    "kills": (
+        "safety.kills",
+        "SIGKILLs at random moments of training, on one rank and two: what is left, and whether the end is the same",
+    ),
     "kit": ("harness.kit", "a folder that a machine with torch and triton runs with no network"),
     "launches": (
         "training.counting",
