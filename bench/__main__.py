@@ -72,6 +72,10 @@ BENCHES = {
         "consistency post-training in 16 bits by the measured rule: ratios, gradients, figures beside fp32",
     ),
     "seeds": ("experiments.seeds", "a recipe over several seeds"),
+    "signals": (
+        "safety.signals",
+        "56 signals to commands at all kinds of moments: exit codes, seconds to the end, what is on disk",
+    ),
     "sweep": ("kernels.sweep", "attention over tokens and head dims beside float64, crash by crash"),
     "step": ("training.step", "whole training steps, eager and compiled, beside the published codes' way"),
     "trajectories": ("training.trajectories", "teacher rollouts, by how many run at once"),
