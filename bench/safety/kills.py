@@ -140,6 +140,12 @@ def killed(setting: Setting, stages: list[str], n: int, dice: random.Random, fol
             out = folder / f"{stage}-{row['lives']}"
             for parent in STAGES[: STAGES.index(stage)]:
                 shutil.copytree(whole / parent, out / parent)
+            if by_stage[
+                stage
+            ]:  # the first life of a stage begins with nothing: it is killed as it trains the extractor too
+                out.mkdir(exist_ok=True)
+                shutil.copy(whole / "extractor.safetensors", out)
+                shutil.copytree(whole / "reference", out / "reference")
             for _ in range(mine - by_stage[stage]):
                 group = Group(setting, out, stage)
                 what = group.killed(dice)

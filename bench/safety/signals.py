@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
+from safetensors.torch import save_file
 
 from bench.harness import results_file
 from bench.safety import kills
@@ -34,6 +35,7 @@ from bench.safety.kills import LOOK, ROLL, SAVE, STEP
 from cmt_fast import __main__ as command
 from cmt_fast.config import loading
 from cmt_fast.diffusion.sampling import Sampler
+from cmt_fast.evaluation.features import Classifier
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, exits, signals
@@ -139,6 +141,12 @@ class World:
     def __init__(self, folder: Path, more: set[int]) -> None:
         self.folder = folder
         for ranks in (1, *more):
+            self.whole(
+                ranks
+            ).mkdir()  # with features of an untrained classifier: to train one takes longer than the stages
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                save_file(Classifier(64, 10).state_dict(), self.whole(ranks) / "extractor.safetensors")
             for stage in ("pre", "mid"):
                 line = self._training(self.whole(ranks), stage)
                 codes, said = _ended(_started([line], folder, Case("train", "", (), ranks), False))
@@ -159,7 +167,7 @@ class World:
         out.mkdir()
         if case.what in ("train", "torchrun"):
             (out / "run").mkdir()
-            shutil.copy(whole / "extractor.safetensors", out / "run")  # which takes longer to train than the stages
+            shutil.copy(whole / "extractor.safetensors", out / "run")
             shutil.copytree(whole / "reference", out / "run" / "reference")
             if stage == "mid":
                 shutil.copytree(whole / "pre", out / "run" / "pre")
@@ -273,6 +281,8 @@ def _started(lines: list[list[str]], out: Path, case: Case, held: bool) -> Start
                 _hold(case, seen[rank])
             sys.argv = ["cmt", *line]
             code = command.main() if held else _trained(line)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
         except BaseException:
             import traceback
 
