@@ -3,13 +3,18 @@
 Signals are heard before anything else of ours is imported, and until the interpreter is gone.
 """
 
+import os
+import signal
 import sys
-
-from cmt_fast.runtime import signals
 
 
 def main() -> int:
     """The command that the process was started for; its exit code."""
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(kind) != signal.SIG_IGN:
+            signal.signal(kind, lambda number, _: os._exit(128 + number))
+    from cmt_fast.runtime import signals
+
     with signals.heard():
         with signals.starting():
             from cmt_fast import cli

@@ -268,6 +268,8 @@ def _started(lines: list[list[str]], out: Path, case: Case, held: bool) -> Start
             continue
         code = 1
         try:
+            if terminal is not None:
+                os.close(terminal)  # whose last holder closes it
             _onto(log, child_end)
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_WORLD_SIZE": case.ranks}
             for key, value in {**world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
@@ -412,7 +414,9 @@ def _sent(started: Started, case: Case) -> float:
     """Wait until the process is there, and send it its signals. The time of the first."""
     end = time.monotonic() + 60
     if case.what == "import":
-        time.sleep(0.05 + 0.5 * case.numbers[0] / HUP / 15)  # early, while it imports
+        while time.monotonic() < end and not _catches(started.pids[0], TERM):
+            time.sleep(0.001)  # the interpreter's own start is not ours
+        time.sleep(0.3 * case.numbers[0] / TERM)  # at one import or another
     elif case.what == "torchrun":
         while time.monotonic() < end and not checkpoint.steps(started.log.parent / "run" / "pre"):
             time.sleep(0.05)
@@ -431,6 +435,15 @@ def _sent(started: Started, case: Case) -> float:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(started.pids[rank], number)
     return first
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        mask = int(next(line for line in lines if line.startswith("SigCgt:")).split()[1], 16)
+        return bool(mask >> (number - 1) & 1)
+    return False
 
 
 def _ended(started: Started, since: float | None = None) -> tuple[list[int], str]:

@@ -127,7 +127,7 @@ def test_a_command_that_is_interrupted_as_it_starts_says_no_traceback(after_s):
     start = "import sys; sys.path.insert(0, ''); runpy.run_module('cmt_fast', run_name='__main__')"
     timer = f"threading.Timer({after_s}, lambda: os.kill(os.getpid(), {int(INT)})).start()\n"
     code, said, _ = ended(code + timer + start)
-    assert code == exits.SIGNAL + INT and said == "cmt: interrupted\n"
+    assert code == exits.SIGNAL + INT and said in ("", "cmt: interrupted\n")
 
 
 def test_signals_end_commands_as_they_should(tmp_path):
