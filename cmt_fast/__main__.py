@@ -15,11 +15,14 @@ def main() -> int:
             signal.signal(kind, lambda number, _: os._exit(128 + number))
     from cmt_fast.runtime import signals
 
-    with signals.heard():
-        with signals.starting():
-            from cmt_fast import cli
-        code = cli.main()
-        signals.last_words()
+    try:
+        with signals.heard():
+            with signals.starting():
+                from cmt_fast import cli
+            code = cli.main()
+            signals.last_words()
+    except KeyboardInterrupt as error:  # between two of these lines
+        code = signals.code_of(error)
     signals.last_words()  # leaving gave back the handlers of before
     return code
 

@@ -140,7 +140,7 @@ class _Hearing:
     """The handlers of a command, and the thread that hears of signals while the main thread is in a call."""
 
     def __init__(self) -> None:
-        self.first, self.at_once, self._ended = 0, False, threading.Event()
+        self.first, self.at_once, self._ended = 0, True, threading.Event()
         self._reads, self._writes = os.pipe()
         os.set_blocking(self._writes, False)
         self._wakeup = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
@@ -148,6 +148,7 @@ class _Hearing:
         self._before = {kind: signal.signal(kind, self._handle) for kind in kinds}
         self._hook, sys.unraisablehook = sys.unraisablehook, self._lost
         threading.Thread(target=self._hear, name="signals", daemon=True).start()
+        self.at_once = False  # an exception may be raised from here on
 
     def end(self) -> None:
         """Hear no more; the handlers are those of before."""
