@@ -321,7 +321,9 @@ touch ready
 """
 
 
-def submitted(folder: Path, step: str, signal: str = "", gpus: str = "h100:8", **more: str) -> tuple[int, str, list[str]]:
+def submitted(
+    folder: Path, step: str, signal: str = "", gpus: str = "h100:8", **more: str
+) -> tuple[int, str, list[str]]:
     """The batch script as SLURM runs it, `step` in the place of the ranks: exit code, what was printed, calls of scontrol."""
     commands = folder / "bin"
     commands.mkdir()
@@ -349,7 +351,7 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(tmp_path):
 
 
 def test_a_job_is_not_queued_again_for_ever(tmp_path):
-    code, _, asked = submitted(tmp_path, "while true; do sleep 0.05; done", "USR1", MAX_REQUEUES="3")  # it was, three times
+    code, _, asked = submitted(tmp_path, "while true; do sleep 0.05; done", "USR1", MAX_REQUEUES="3")
     assert (code, asked) == (143, ["show hostnames n[1-2]"])
 
 
