@@ -28,6 +28,7 @@ from cmt_fast.storage import checkpoint
 from cmt_fast.teacher.rollouts import Rolling
 from cmt_fast.train import loop
 from cmt_fast.train.batches import BatchProvider
+from cmt_fast.watch.state import Watched
 
 INT, TERM, USR1, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
 STOPS = (TERM, INT, USR1, HUP)
@@ -160,13 +161,14 @@ PLACES: dict[str, tuple[int, Any, str]] = {
     "evaluation": (LOOK, Sampler, "draw_each"),
     "sampling": (LOOK, Sampler, "draw"),
     "rollouts": (ROLL, Rolling, "_roll"),
+    "waiting": (LOOK, Watched, "look"),
 }
 READY = 8  # of the shared memory: the process is where its signals are to meet it
 
 
 def _hold(case: Case, seen: mmap.mmap) -> None:
     """From now on this process is slow where the case is about, and says that it is there."""
-    if case.at in ("start", "waiting"):
+    if case.at == "start":
         seen[READY] = 1
         return
     if "not return" in case.at or "finalizer" in case.at:
@@ -232,7 +234,7 @@ def sent(them: Started, case: Case) -> float:
     else:
         while time.monotonic() < end and not all(them.seen[r][READY] for r in case.to):
             time.sleep(0.002)
-        time.sleep(0.3 if case.at in ("start", "waiting") else 0.02)
+        time.sleep(0.3 if case.at == "start" else 0.02)
     first = time.monotonic()
     for i, number in enumerate(case.numbers):
         if i:

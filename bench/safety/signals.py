@@ -10,6 +10,7 @@ traceback fails every case. All 56 take about 2 minutes of a core.
 from __future__ import annotations
 
 import argparse
+import json
 import mmap
 import os
 import random
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--n", type=int, default=len(CASES), help=f"cases, drawn by the seed (default: all {len(CASES)})"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", metavar="TEXT", help="cases whose names have it")
+    parser.add_argument("--only", metavar="TEXT", help="cases whose names have it; the others keep their rows")
     parser.add_argument("--out", type=Path, default=TARGET, help="the JSON file of the results")
 
 
@@ -90,6 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
                 flush=True,
             )
     spent = sum(b - a for a, b in zip(began[:4], os.times()[:4]))
+    if arguments.only and arguments.out.is_file():  # the others keep the rows that the file has
+        again = {row["case"] for row in rows}
+        rows = [r for r in json.loads(arguments.out.read_text("utf-8"))["rows"] if r["case"] not in again] + rows
     wrong_ = [row for row in rows if row["wrong"]]
     training = [row["s"] for row in rows if row["what"] == "train" and "nohup" not in row["case"]]
     data = {**results_file.about("cpu"), "cases": len(rows), "wrong": len(wrong_), "rows": rows, "cpu_s": round(spent)}
