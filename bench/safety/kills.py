@@ -243,7 +243,7 @@ def _child(setting: Setting, out: Path, stage: str, seen: mmap.mmap, where: dict
         os.environ.update({key: str(value) for key, value in where.items()})
         _told(seen)
         run_ = loading.load("digits", setting.overrides)
-        distributed.start(torch.device("cpu"), PATIENCE_S)
+        distributed.start(torch.device("cpu"), PATIENCE_S / 2)  # of a rank that waits for one that died before they met
         loop.train(Workspace(run_, out), [stage])
         distributed.stop()
         code = exits.DONE
