@@ -43,6 +43,10 @@ BENCHES = {
         "judging.judging",
         "moments, Fréchet distance, precision and recall of 50,000 x 2,048 features: CPU seconds and peak memory",
     ),
+    "kills": (
+        "safety.kills",
+        "SIGKILLs at random moments of training, on one rank and two: what is left, and whether the end is the same",
+    ),
     "kit": ("harness.kit", "a folder that a machine with torch and triton runs with no network"),
     "launches": (
         "training.counting",
@@ -88,6 +92,10 @@ BENCHES = {
         "consistency post-training in 16 bits by the measured rule: ratios, gradients, figures beside fp32",
     ),
     "seeds": ("experiments.seeds", "a recipe over several seeds"),
+    "signals": (
+        "safety.signals",
+        "56 signals to commands at all kinds of moments: exit codes, seconds to the end, what is on disk",
+    ),
     "sweep": ("kernels.sweep", "attention over tokens and head dims beside float64, crash by crash"),
     "step": ("training.step", "whole training steps, eager and compiled, beside the published codes' way"),
     "trajectories": ("training.trajectories", "teacher rollouts, by how many run at once"),

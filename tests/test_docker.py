@@ -321,7 +321,9 @@ touch ready
 """
 
 
-def submitted(folder: Path, step: str, signal: str = "", gpus: str = "h100:8") -> tuple[int, str, list[str]]:
+def submitted(
+    folder: Path, step: str, signal: str = "", gpus: str = "h100:8", **more: str
+) -> tuple[int, str, list[str]]:
     """The batch script as SLURM runs it, `step` in the place of the ranks: exit code, what was printed, calls of scontrol."""
     commands = folder / "bin"
     commands.mkdir()
@@ -331,7 +333,7 @@ def submitted(folder: Path, step: str, signal: str = "", gpus: str = "h100:8") -
         path.chmod(0o755)
     environment = {
         "PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_RESTART_COUNT": "3",
-        "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_PER_NODE": gpus, "OMP_NUM_THREADS": "5",
+        "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_PER_NODE": gpus, "OMP_NUM_THREADS": "5", **more,
     }  # fmt: skip
     command = ["bash", str(SBATCH), "digits", "--out", "run", "engine=zero"]
     job = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
@@ -346,6 +348,11 @@ def submitted(folder: Path, step: str, signal: str = "", gpus: str = "h100:8") -
 def test_a_job_whose_time_is_up_saves_and_is_queued_again(tmp_path):
     code, said, asked = submitted(tmp_path, "while true; do sleep 0.05; done", "USR1")
     assert (code, asked) == (0, ["show hostnames n[1-2]", "requeue 7"]) and said.startswith("saved")
+
+
+def test_a_job_is_not_queued_again_for_ever(tmp_path):
+    code, _, asked = submitted(tmp_path, "while true; do sleep 0.05; done", "USR1", MAX_REQUEUES="3")
+    assert (code, asked) == (143, ["show hostnames n[1-2]"])
 
 
 @pytest.mark.parametrize("code", [0, 9])

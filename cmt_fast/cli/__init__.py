@@ -1,4 +1,4 @@
-"""The `cmt` command: parse, resolve, call. What a user got wrong is one line on stderr and exit code 2.
+"""The `cmt` command: parse, resolve, call. What a user got wrong is one line on stderr and exit code 2 (runtime/exits.py).
 
 A command is a module with `add_arguments(parser)`, which names what to call. Only the module of the command that is asked
 for is imported: `cmt --help` needs neither torch nor the schema.
@@ -21,7 +21,7 @@ from cmt_fast import __version__
 from cmt_fast.cli.parser import Parser
 from cmt_fast.config.errors import ConfigError, nearest, one_line, printable
 from cmt_fast.config.secrets import hidden
-from cmt_fast.runtime import exits, once, streams
+from cmt_fast.runtime import exits, once, signals, streams
 from cmt_fast.runtime.signals import Stopped
 
 STDOUT = 1
@@ -87,24 +87,32 @@ def complete_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n. Of several ranks one tells what failed."""
+    """Run a command; its exit code, one of `exits`. Of several ranks one tells what failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     streams.ready()
+    with signals.heard():
+        try:
+            return _main(arguments)
+        except KeyboardInterrupt as error:  # as the process group was left
+            return _interrupted(signals.code_of(error))
+
+
+def _main(arguments: list[str]) -> int:
     try:
         with once.voice():
             _call(_own(arguments))
-        return 0
+        return exits.DONE
     except Stopped as stopped:
         if once.rank() == 0:
-            print("cmt: stopped; a checkpoint is on disk, rerun the same command to resume", file=sys.stderr)
-        return int(stopped.code or 1)
-    except KeyboardInterrupt:
-        if once.rank() == 0:
-            print("cmt: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+            print(f"cmt: stopped; {stopped.left}, rerun the same command to resume", file=sys.stderr)
+        return int(stopped.code or exits.FAILED)
+    except KeyboardInterrupt as error:
+        return _interrupted(signals.code_of(error))
     except BrokenPipeError as error:
-        return 128 + signal.SIGPIPE if _nobody_reads() else _told(error) or 1
+        return exits.SIGNAL + signal.SIGPIPE if _nobody_reads() else _told(error) or exits.FAILED
     except Exception as error:
+        if number := signals.unanswered():  # of a library that made an error of its own of the interrupt
+            return _interrupted(exits.SIGNAL + number)
         code = _told(error)
         if code is None:
             sys.excepthook = _traceback
@@ -117,6 +125,13 @@ def main(arguments: list[str] | None = None) -> int:
             distributed.stop()
 
 
+def _interrupted(code: int) -> int:
+    """Say that a signal ended the command; its exit code."""
+    if once.rank() == 0:
+        print(f"cmt: {signals.words(code - exits.SIGNAL)}", file=sys.stderr, flush=True)
+    return code
+
+
 def _own(arguments: list[str]) -> list[str]:
     """The arguments without a `--` that torchrun was told to end its own by, and passed on."""
     launched = "TORCHELASTIC_RUN_ID" in os.environ
@@ -127,7 +142,8 @@ def _own(arguments: list[str]) -> list[str]:
 
 def _call(arguments: list[str]) -> None:
     """Parse and call."""
-    root = parser(next((a for a in arguments if a in COMMANDS), None))
+    with signals.starting():
+        root = parser(next((a for a in arguments if a in COMMANDS), None))
     args, rest = root.parse_known_args(arguments)
     if rest:
         if any(r.startswith("-") for r in rest) or not hasattr(args, "overrides"):
@@ -170,15 +186,15 @@ def _told(error: Exception) -> int | None:
     A rank whose error another one tells ends without a word, and with 0: torchrun lists only those that failed otherwise.
     """
     if isinstance(error, ConfigError):
-        text, code = str(error), 2
+        text, code = str(error), exits.WRONG_INPUT
     elif isinstance(error, OSError):
-        text, code = _of_system(error), exits.DISK_FULL if error.errno in FULL else 1
+        text, code = _of_system(error), exits.DISK_FULL if error.errno in FULL else exits.FAILED
     elif isinstance(error, FloatingPointError):
-        text, code = str(error), getattr(error, "code", exits.FAILED)
+        text, code = str(error), getattr(error, "code", exits.NOT_FINITE)
     else:
         text, code = _of_torch(error)
     if not once.tell():
-        return 0
+        return exits.DONE
     if text is not None:
         text = printable(hidden(text))
         print(f"cmt: {once.named(text)}", file=sys.stderr, flush=True)
@@ -190,7 +206,7 @@ def _told(error: Exception) -> int | None:
         return None
     _traceback(type(error), error, error.__traceback__)
     print(f"cmt: {once.named(last)}", file=sys.stderr, flush=True)
-    return 1
+    return exits.FAILED
 
 
 def _traceback(kind: Any, error: Any, trace: Any) -> None:
@@ -213,10 +229,11 @@ def _of_torch(error: Exception) -> tuple[str | None, int]:
     from cmt_fast.storage.checkpoint import CheckpointError
 
     if isinstance(error, CheckpointError):
-        return str(error), 2
+        return str(error), exits.WRONG_INPUT
     if isinstance(error, CompileError):
-        return str(error), 1
-    return distributed.lost(error) if isinstance(error, RuntimeError) else None, 1
+        return str(error), exits.FAILED
+    lost = distributed.lost(error) if isinstance(error, RuntimeError) else None
+    return lost, exits.FAILED if lost is None else exits.PEER_LOST
 
 
 def _subparsers(root: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

@@ -16,7 +16,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import autoencoder, classes, encoding, folders, importing, latents, opening
 from cmt_fast.data import shards as webdataset
 from cmt_fast.data.writing import ROWS
-from cmt_fast.runtime import distributed, machine, progress
+from cmt_fast.runtime import distributed, machine, progress, signals
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -126,10 +126,10 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
 def _stoppable() -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if distributed.rank() == 0:
             print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(signals.code_of(error)) from None
 
 
 def _positive(args: argparse.Namespace, *names: str) -> None:

@@ -12,7 +12,7 @@ from cmt_kernels import _native, assembler
 from cmt_fast.config import recipes
 from cmt_fast.data import dali
 from cmt_fast.run import needs
-from cmt_fast.runtime import machine
+from cmt_fast.runtime import machine, watchdog
 from cmt_fast.storage import heartbeat
 
 EXTRAS = {  # of pyproject.toml: what each brings, by the names that are imported
@@ -50,7 +50,9 @@ def doctor(args: argparse.Namespace) -> None:
         age = heartbeat.age(args.heartbeat)
         if age is None or age > args.older_than:
             ago = "has never been alive" if age is None else f"last gave a sign of life {age:.0f} s ago"
-            raise OSError(f"{args.heartbeat}: {ago}, at most {args.older_than:.0f} s are allowed")
+            late = "; ".join(watchdog.late(args.heartbeat))  # who hung, or died first
+            late = f" ({late})" if late else ""
+            raise OSError(f"{args.heartbeat}: {ago}, at most {args.older_than:.0f} s are allowed{late}")
         return print(f"{args.heartbeat}: alive {age:.0f} s ago")
     for key, value in machine.environment().items():
         print(f"{key:10s} {value}")

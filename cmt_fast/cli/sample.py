@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from cmt_fast.cli.parser import checked
@@ -80,11 +79,7 @@ def sample(args: argparse.Namespace) -> None:
     if not out and not any(getattr(args, key) for key in PICTURES):
         args.grid = Path(f"{drawing.work.run.name}-{drawing.stage}.png")
     if out:
-        try:
-            said = samples.save(drawing, out, args.format)
-        except SystemExit:
-            print("cmt: stopped; rerun the same command to resume", file=sys.stderr)
-            raise
+        said = samples.save(drawing, out, args.format)
         if distributed.rank() == 0:
             print(said)
     if distributed.rank() == 0:

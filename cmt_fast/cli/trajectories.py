@@ -23,7 +23,7 @@ from cmt_fast.data.writing import ROWS
 from cmt_fast.engine.sharding import gb, memory_bytes
 from cmt_fast.run import folder, workspace
 from cmt_fast.run.resolved import ResolvedStage, resolve
-from cmt_fast.runtime import distributed, machine, progress
+from cmt_fast.runtime import distributed, machine, progress, signals
 from cmt_fast.teacher.pool import Prior, roller
 from cmt_fast.teacher.precision import Teacher
 
@@ -66,10 +66,10 @@ def write(args: argparse.Namespace) -> None:
     work = workspace.Workspace(run, args.run or folder.default(run))
     try:
         index = checked(lambda: make(work, args.stage, args.cache, args.n, args.dtype, args.shard_rows))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if distributed.rank() == 0:
             print("cmt: stopped; rerun the same command to resume from the last whole shard", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(signals.code_of(error)) from None
     if index:
         size = index.rows * index.stride
         r = index.trajectories

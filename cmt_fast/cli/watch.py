@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -16,6 +17,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.runtime import exits, signals
 from cmt_fast.watch import screen, serve
 from cmt_fast.watch.state import RunState, Watched, runs_in
 
@@ -52,8 +54,9 @@ def watch(args: argparse.Namespace) -> None:
         if args.open:
             _open(watched[0].folder)
         _look(watched, args.every, args.once)
-    except KeyboardInterrupt:
-        return
+    except KeyboardInterrupt as error:  # how a person ends it
+        if signals.code_of(error) != exits.SIGNAL + signal.SIGINT:
+            raise
 
 
 def _look(watched: list[Watched], every: float, once: bool) -> None:
@@ -65,12 +68,14 @@ def _look(watched: list[Watched], every: float, once: bool) -> None:
     if not console.is_terminal:
         return _lines(watched, states, every)
     live = Live(_drawn(states, console.width), console=console, auto_refresh=False, screen=True)
-    with live, contextlib.suppress(KeyboardInterrupt):  # the last look stays on the terminal
-        while not all(s.finished for s in states):
-            time.sleep(every)
-            states = [w.look() for w in watched]
-            live.update(_drawn(states, console.width), refresh=True)
-    console.print(_drawn(states, console.width))
+    try:
+        with live:
+            while not all(s.finished for s in states):
+                time.sleep(every)
+                states = [w.look() for w in watched]
+                live.update(_drawn(states, console.width), refresh=True)
+    finally:  # the last look stays on the terminal
+        console.print(_drawn(states, console.width))
 
 
 def _lines(watched: list[Watched], states: list[RunState], every: float) -> None:

@@ -29,7 +29,7 @@ from cmt_fast.evaluation.tallies import Tally
 from cmt_fast.run import unfinished
 from cmt_fast.run.decoding import Decoding
 from cmt_fast.run.unfinished import Unfinished
-from cmt_fast.runtime import distributed, machine, progress
+from cmt_fast.runtime import distributed, machine, progress, signals
 from cmt_fast.storage import checkpoint, files
 
 Tallies = dict[int, Tally | None]  # of each number of steps; None: its samples are not finite
@@ -299,6 +299,8 @@ class Judging:
         title = f"judging at {' and '.join(map(str, steps))} step{'s' * (max(steps) > 1)}"
         with progress.counting(title, n, self.alive, quiet) as advance:
             for i, index in enumerate(torch.arange(n).split(self.run.eval.batch)) if tallies else ():
+                if i % distributed.size() == 0:  # every rank has had as many
+                    signals.look()
                 first, mine = int(index[0]), i % distributed.size() == distributed.rank()
                 for count in sorted(c for c in set(counts) if first <= c < first + len(index)):
                     cut = tallies

@@ -212,8 +212,8 @@ def save(drawing: Drawing, to: str | Path, kind: str | None = None, quiet: bool 
     kind: "png"; of an .npz "arrays": images (n, ...) float32 in data units, or uint8 where decoded, labels (n,) int64; or
     "adm": arr_0 (n, H, W, 3) uint8 and, with classes, arr_1 (n,), as ADM's evaluator reads it, grey in three channels.
     Returns what it wrote, one line. Raises ConfigError before anything is written: for samples that are no images, and for a
-    place with other samples in it, or where another process writes; OSError where nothing can be written; SystemExit where it
-    was asked to stop.
+    place with other samples in it, or where another process writes; OSError where nothing can be written; Stopped, on all
+    ranks, where one was asked to stop.
     """
     kind, out = kind_of(to, kind), Path(to)
     _check_images(drawing, kind)
@@ -235,6 +235,7 @@ def save(drawing: Drawing, to: str | Path, kind: str | None = None, quiet: bool 
         with signals.noted() as asked:
             mine = todo[distributed.rank() :: distributed.size()]
             distributed.agreed(lambda: _write(drawing, place, mine, asked, quiet))
+            signals.look()  # one who was asked has left its blocks, and so have the others
         if not all(place.has(rows) for rows in todo):
             raise OSError(f"{folder}: not all samples are there; do all processes write to one file system?")
         distributed.barrier()
@@ -307,15 +308,16 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(drawing: Drawing, place: _Place, mine: list[range], asked: list[int], quiet: bool) -> None:
-    """Draw these blocks. Raises SystemExit after a signal, between two pieces."""
-    with progress.counting("samples", sum(map(len, mine)), None, quiet) as advance:
+    """Draw these blocks; after a signal to any rank only up to the next piece."""
+    left = contextlib.suppress(signals.Stopped)  # a block that is cut is none
+    with progress.counting("samples", sum(map(len, mine)), None, quiet) as advance, left:
         for rows in mine:
             with place.block(rows) as put:
                 for start, images in drawing.block(rows):
                     put(start, images)
                     advance(len(images))
-                    if asked:
-                        raise SystemExit(128 + asked[0])
+                    if distributed.anyone(asked):
+                        raise signals.Stopped(0)
 
 
 class _Pngs:

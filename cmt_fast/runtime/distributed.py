@@ -1,35 +1,78 @@
 """The few collective calls, each the identity on one process.
 
 Ranks come from the environment, which torchrun and the deepspeed launcher set alike: RANK, LOCAL_RANK, WORLD_SIZE,
-MASTER_ADDR, MASTER_PORT. A rank that is dead or hangs ends every other one's next collective call, at once where
-its connection closed and after the process group's timeout otherwise.
+MASTER_ADDR, MASTER_PORT. A rank that is dead or hangs ends every other one's next collective call: at once where its
+connection closed, else when the watchdog gives it up (watchdog.py), or the process group's timeout is over.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cmt_fast.runtime.watchdog import Watchdog
+
 _timeout: timedelta | None = None  # of this process's group, once it has one
 _side: dist.ProcessGroup | None = None
 _met = 0  # calls of `meet` so far, the same on all ranks
+_watchdog: Watchdog | None = None  # where there are several
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def start(device: torch.device, timeout_s: float = 1800.0) -> None:
     """Join the launcher's process group, if this process was started by one. timeout_s: of a collective call."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        global _timeout
+        global _timeout, _watchdog
         _timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(_backend(device), timeout=_timeout)
+        _watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank(), size(), timeout_s)
+
+
+def _watched(call: Callable[P, T]) -> Callable[P, T]:
+    """The collective call, with the watchdog knowing that it waits."""
+
+    @functools.wraps(call)
+    def watched(*args: P.args, **more: P.kwargs) -> T:
+        if _watchdog is None:
+            return call(*args, **more)
+        with _watchdog.waiting():
+            return call(*args, **more)
+
+    return watched
+
+
+def at_work(run: Path) -> None:
+    """The run that ranks work on: its folder takes their stacks and the files of their hearts (watchdog.py)."""
+    if _watchdog:
+        _watchdog.place(run)
+
+
+def beat(step: int) -> None:
+    """This rank has done so many steps."""
+    if _watchdog:
+        _watchdog.beat(step)
+
+
+def anyone(asked: list[int]) -> bool:
+    """Whether this rank was asked to stop, or another that came by here was: no collective call, for ranks that are not in
+    step. The next collective call is where they meet."""
+    if size() == 1:
+        return bool(asked)
+    store = dist.distributed_c10d._get_default_store()
+    if asked:
+        store.set("cmt/asked", "1")
+    return bool(asked) or store.check(["cmt/asked"])
 
 
 def alone(device: torch.device) -> None:
@@ -66,7 +109,8 @@ def lost(error: BaseException) -> str | None:
         else "another process is dead or hangs: a collective call timed out (timeout_s)"
     )
     text = re.sub(r"^\[\S+\] *", "", text)  # a line of the library's source
-    return f"{what}; the last checkpoint is sound ({text[:120]})"
+    stacks = f"; {_watchdog.ask()}" if _watchdog and not closed else ""
+    return f"{what}; what is on disk is sound ({text[:120]}){stacks}"
 
 
 def side_group() -> dist.ProcessGroup | None:
@@ -82,8 +126,10 @@ def side_group() -> dist.ProcessGroup | None:
 
 def stop() -> None:
     """Leave the process group."""
-    global _side
-    _side = None
+    global _side, _watchdog
+    _side, ended, _watchdog = None, _watchdog, None
+    if ended:
+        ended.end()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -105,6 +151,7 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
 
 
+@_watched
 def mean_(x: Tensor) -> Tensor:
     """x averaged over ranks, in place."""
     if size() > 1:
@@ -113,6 +160,7 @@ def mean_(x: Tensor) -> Tensor:
     return x
 
 
+@_watched
 def sum_(x: Tensor) -> Tensor:
     """x added up over ranks, on the device that x is on; in place where it can be."""
     if size() == 1:
@@ -122,6 +170,7 @@ def sum_(x: Tensor) -> Tensor:
     return there.to(x.device)
 
 
+@_watched
 def gather_uneven(x: Tensor | None) -> Tensor:
     """Shards (n_r, F) of ranks joined in rank order, on the CPU; n_r may differ, and be None for no rows at all."""
     if size() == 1:
@@ -141,6 +190,7 @@ def gather_uneven(x: Tensor | None) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(every.chunk(size()), counts)]).cpu()
 
 
+@_watched
 def largest(n: int) -> int:
     """The largest n of all ranks, the same on each."""
     if size() == 1:
@@ -163,6 +213,7 @@ def every_rank(x: list[float]) -> list[list[float]]:
     return gather_rows(mine[None]).tolist()
 
 
+@_watched
 def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
     """Equal shards (n, ...) of all ranks joined along `dim`, in rank order."""
     if size() == 1:
@@ -172,6 +223,7 @@ def gather_rows(x: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
+@_watched
 def tensor_of_first(x: Tensor) -> Tensor:
     """x (...) of the first rank, on all, where x is; every rank gives one of the same shape and type."""
     if size() == 1:
@@ -186,6 +238,7 @@ def text_of_first(text: str) -> str:
     return from_first(text.encode).decode()
 
 
+@_watched
 def share_rows(x: Tensor) -> None:
     """x: (n, ...), of which each rank has made its own of equal parts, in rank order: all have all of it. In place."""
     if size() > 1:
@@ -207,6 +260,7 @@ def agreed(call: Callable[[], object], kind: type[Exception] = OSError, text: st
         raise refused or kind(text)
 
 
+@_watched
 def from_first(call: Callable[[], bytes], kind: type[Exception] = OSError) -> bytes:
     """What the first rank's `call` returns, on every rank: one reads, and the others are sent it.
 
@@ -269,6 +323,7 @@ def meet(call: Callable[[], T], kind: type[Exception] = OSError, every_s: float 
     return result  # type: ignore[return-value]  # nothing was refused, so there is one
 
 
+@_watched
 def barrier() -> None:
     if size() > 1:  # NCCL warns on every rank where it has to guess the device
         dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -32,8 +31,6 @@ def rank() -> int:
 def voice() -> Iterator[None]:
     """Inside: ranks after the first print nothing but their errors: no lines, no warnings of libraries."""
     with contextlib.ExitStack() as ending:
-        if _claim():
-            ending.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _ended))
         if rank():
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             nowhere = ending.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -79,13 +76,11 @@ def leave(text: str) -> None:
             Path(file).write_text(json.dumps({"message": about}), "utf-8")
 
 
-def _ended(number: int, _: object) -> None:
-    """torchrun ends what is left once a rank has failed: where that rank has told why, this is no failure to be listed."""
+def told() -> bool:
+    """Whether another rank of this machine has told its error: torchrun ends what is left once a rank has failed, and who is
+    ended so has no failure to be listed."""
     claim = _claim()
-    if claim and claim.exists():
-        os._exit(0)
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+    return bool(claim and claim.exists())
 
 
 def _claim() -> Path | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cmt_fast.diffusion.guidance import Net
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import Table, rollout
+from cmt_fast.runtime import signals
 from cmt_fast.runtime.cuda_graphs import aside, captured, reason
 
 
@@ -48,6 +49,7 @@ class Rolling:
         if self.graph and self._replay is None:
             self._capture()
         for part in torch.arange(self.nodes.shape[1]).split(self.batch):
+            signals.look()  # all ranks have as many parts
             rows = slice(int(part[0]), int(part[-1]) + 1)
             self._turn(rows) if self._replay else self._roll(self.nodes[:, rows], _of(self.labels, rows))
 

@@ -56,7 +56,7 @@ from cmt_fast.diffusion.guidance import Net
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import rollout, table
-from cmt_fast.runtime import distributed
+from cmt_fast.runtime import distributed, signals
 from cmt_fast.teacher.pool import Drawn, drawn, start_labels
 
 NFE = (4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -113,10 +113,10 @@ class Endpoints:
         if (setting, nfe) not in self._known:
             c = self.config
             plan = table(self.path, setting.solver, nfe, c.t_max, c.t_min, setting.order, setting.shift)
-            parts = [
-                rollout(self.net, self.path, plan, self.x[rows], self._labels(rows), dense=False)
-                for rows in torch.arange(len(self.x), device=self.x.device).split(c.rollout_batch)
-            ]
+            parts = []
+            for rows in torch.arange(len(self.x), device=self.x.device).split(c.rollout_batch):
+                signals.look()  # all ranks have as many parts
+                parts.append(rollout(self.net, self.path, plan, self.x[rows], self._labels(rows), dense=False))
             self._known[setting, nfe] = distributed.gather_rows(torch.cat(parts)).cpu().flatten(1)
             self.calls += nfe
             self.advance(nfe)

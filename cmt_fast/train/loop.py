@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import cmt_kernels
 import torch
@@ -46,7 +46,7 @@ from cmt_fast.train.profiler import Profile
 from cmt_fast.train.saving import REFUSED, Saver
 from cmt_fast.usage import ledger, meters
 
-LOOK_S = 5.0  # seconds between looks for a signal: torchrun gives its processes 30 to save and end
+LOOK_S = 2.0  # seconds between looks for a signal: torchrun gives its processes 30 to save and end
 
 
 def train(
@@ -64,6 +64,7 @@ def train(
         work.claim(names)
         if distributed.rank() == 0:
             leftovers.clear(work.folder)
+        distributed.at_work(work.folder)
         left = list(names)
         while left:
             try:
@@ -214,8 +215,12 @@ class Steps(NamedTuple):
             # asking costs a collective call and waits for the device: every row, and every LOOK_S between
             row = n % plan.log_every == 0 or last
             asks = row or n % look_every == 0
-            lr = self.guard.take(step, self._one, row, asks or n % plan.checkpoint_every == 0)
+            try:
+                lr = self.guard.take(step, self._one, row, asks or n % plan.checkpoint_every == 0)
+            except Stopped as within:  # a round of rollouts, before anything of this step counted
+                self._leave(within)
             stop, overdue = self._asked(asked) if asks else (0, False)
+            distributed.beat(n)
             if row or stop or overdue:
                 wall["train_s"] += self.meter.lap("train")
             look = row and monitor.looks(self.stage, n, last)
@@ -240,6 +245,19 @@ class Steps(NamedTuple):
             self.saver.finish()
         return stop, overdue
 
+    def _leave(self, stopped: Stopped) -> NoReturn:
+        """A stop within a round of rollouts: the checkpoint of the steps that are done, unless it is there. Raises Stopped.
+
+        Nothing is saved where a step since the last checkpoint was not finite and is not decided on: it is taken again.
+        """
+        n = self.engine.step_count
+        self.saver.finish()
+        there = distributed.rank() == 0 and checkpoint.steps(self.stage.folder)[-1:] == [n]
+        if n and not self.guard.undecided and not distributed.largest(int(there)):
+            self.wall["train_s"] += self.meter.lap("train")
+            self._checkpoint(n, False, unseen=False, end=True)
+        raise (Stopped(stopped.code) if n else stopped) from None
+
     def observe(self, n: int, last: bool) -> None:
         """The look that is due after n steps, with the memory of the step's graph."""
         self.gradient.release()
@@ -260,7 +278,12 @@ class Steps(NamedTuple):
         """Gradients of every part of a step, and the optimizer's step. Returns its learning rate."""
         parts, before, losses = self.engine.grad_accum_steps, self.sums.kept(), []
         for part in range(parts):
-            self.sums.add(given := self.gradient(self._drawn(step, part)), parts)
+            try:
+                drawn = self._drawn(step, part)
+            except Stopped:
+                self.sums.sums = before
+                raise
+            self.sums.add(given := self.gradient(drawn), parts)
             losses.append(given["loss"].clone())
         lr = self.stage.schedule.lr(self.stage.config, step)
         self.sums.add({"grad_norm": (norm := self.engine.step(lr))})

@@ -112,6 +112,11 @@ class Guard:
         return {"nonfinite": {k: list(v) for k, v in kept.items() if v}} if any(kept.values()) else {}
 
     @property
+    def undecided(self) -> bool:
+        """Whether a step was not finite that the host has not looked at: the state is of before it. Waits for the device."""
+        return int(self._first) >= 0
+
+    @property
     def row(self) -> int:
         """Steps that are missing in the row that ends now; the next one begins."""
         count, self.missing = self.missing, 0
@@ -177,7 +182,9 @@ class Guard:
         rows: dict[str, Any] = {"batch": torch.cat(mine).tolist()}
         if self.source.loader is not None:
             loader = self.source.loader
-            index, epoch = loader.order(torch.cat(mine).to(loader.place) + bad * self.source.own)
+            index, epoch = loader.order(
+                torch.cat(mine).to(loader.place) + self.stage.schedule.rows_before(bad, self.source.own)
+            )
             rows |= {"data": index.tolist(), "epoch": epoch.tolist()}
         return rows
 

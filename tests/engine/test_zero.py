@@ -16,6 +16,7 @@ import torch
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.engine import LocalEngine, StageSize, choose, sharding
 from cmt_fast.run import resolved
+from cmt_fast.runtime import exits
 from tests.engine.test_engine import CPU, net, stage
 from tests.fixtures import forked
 from tests.fixtures.tiny import tiny
@@ -160,8 +161,9 @@ def test_an_evaluation_that_fails_on_one_rank_is_left_by_both(figures):
     "what, words", [("dead", "another process died"), ("hung", "another process is dead or hangs")]
 )
 def test_a_lost_rank_is_one_line(figures, what, words):
-    assert figures[what]["codes"]["0"] == 1 and figures[what]["codes"]["1"] == -9
-    assert figures[what]["said"].startswith(f"cmt: {words}"), figures[what]["said"]
+    assert figures[what]["codes"]["0"] == exits.PEER_LOST and figures[what]["codes"]["1"] == -9
+    said = figures[what]["said"]
+    assert said.startswith(f"cmt: {words}") and ("none came from rank 1" in said) == (what == "hung"), said
 
 
 def test_the_deepspeed_launcher_starts_the_command(tmp_path):
