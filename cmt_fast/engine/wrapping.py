@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cmt_fast.engine.sharding import Buckets
 
@@ -18,13 +20,41 @@ class Autocast(nn.Module):
     `calls` holds what is run, the module or its compiled form: DeepSpeed's hooks hang on this module and stay outside.
     """
 
-    def __init__(self, net: nn.Module, device: torch.device, bf16: bool) -> None:
+    def __init__(
+        self, net: nn.Module, device: torch.device, bf16: bool, linear: Callable[..., Tensor] | None = None
+    ) -> None:
+        """linear: the map that its layers call in the place of torch's."""
         super().__init__()
-        self.net, self.kind, self.bf16, self.calls = net, device.type, bf16, (net,)
+        self.net, self.kind, self.bf16, self.calls, self.linear = net, device.type, bf16, (net,), linear
 
     def forward(self, *args: Any) -> Any:
-        with torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16):
+        with linear_of(self.linear), torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16):
             return self.calls[0](*args)
+
+
+@contextlib.contextmanager
+def linear_of(linear: Callable[..., Tensor] | None) -> Iterator[None]:
+    """Layers call this linear map inside, and afterwards the one that they called before; None: the same inside."""
+    before = functional.linear
+    if linear is not None:
+        functional.linear = linear
+    try:
+        yield
+    finally:
+        functional.linear = before
+
+
+@contextlib.contextmanager
+def as_found() -> Iterator[None]:
+    """Put torch's linear map and the environment back to what they were, whatever a library makes of them inside."""
+    environment = dict(os.environ)
+    with linear_of(None):
+        try:
+            yield
+        finally:
+            for key in os.environ.keys() - environment.keys():
+                del os.environ[key]
+            os.environ.update({key: value for key, value in environment.items() if os.environ.get(key) != value})
 
 
 class Sharded:

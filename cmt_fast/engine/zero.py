@@ -9,17 +9,21 @@ that the op would have made one, and a copy of the partition beside the weights.
 bf16 is the local engine's autocast over fp32 weights, which are the masters, and gradients are summed in fp32.
 DeepSpeed's own bf16 mode is not used: it casts the whole module, and the time embedding, which stays in fp32 because
 its tangent grows with its highest frequency, then meets bf16 weights and fails. The price is 2 bytes a parameter in
-stages 1 and 2, and weights that travel between ranks as fp32. Stage 3 puts DeepSpeed's linear map in place of torch's:
-in bf16 it rounds before and after its bias, so there the curves agree with the local engine's to bf16's rounding alone.
+stages 1 and 2, and weights that travel between ranks as fp32. A stage 3 that trains calls DeepSpeed's linear map, since
+torch's would hold every gathered weight until the backward: in bf16 it rounds before and after its bias, so there the curves
+agree with the local engine's to bf16's rounding alone. DeepSpeed puts it in torch's place for the whole process and for good,
+where it changes the order of gradients, and so the last bits, of every later stage: torch's is put back at once, and the other
+serves inside forwards and backwards of stage 3 alone. A sharded teacher calls torch's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +36,7 @@ from cmt_fast.engine.buffers import Unread
 from cmt_fast.engine.compile import compile_network
 from cmt_fast.engine.sharding import ShardingPlan, buckets
 from cmt_fast.engine.snapshot import Place, Snapshot
-from cmt_fast.engine.wrapping import Autocast, Sharded, largest, no_scalars, release, section_of
+from cmt_fast.engine.wrapping import Autocast, Sharded, as_found, largest, linear_of, no_scalars, release, section_of
 from cmt_fast.runtime import distributed
 from cmt_fast.storage.checkpoint import Tensors
 
@@ -61,7 +65,6 @@ class ZeroEngine:
         buffers.narrow_stream(net, stage.precision)
         self.frame = buffers.frame(net)
         self.constants = buffers.constants(net)
-        deepspeed = _deepspeed(device)
         no_scalars(net)
         if self.level == 0:
             self.whole = torch.zeros(buffers.count(net), device=device) if bare else buffers.flat(net)
@@ -72,8 +75,10 @@ class ZeroEngine:
             self._begin(numbers)
         self.parameters = dict(net.named_parameters())
         self.optimizer = AdamWEma(net.parameters(), self)
-        self.outer = Autocast(net, device, stage.products == "bf16")
-        self.ds, *_ = deepspeed.initialize(model=self.outer, optimizer=self.optimizer, config=self._config())
+        with _deepspeed(device) as deepspeed:
+            self.linear = deepspeed.runtime.zero.linear.zero3_linear_wrap if self.level == 3 else None
+            self.outer = Autocast(net, device, stage.products == "bf16", self.linear)
+            self.ds, *_ = deepspeed.initialize(model=self.outer, optimizer=self.optimizer, config=self._config())
         distributed.same_timeout(self.ds.data_parallel_group, self.ds.seq_data_parallel_group)
         self.partitions = self._partitions()
         for p in self.partitions:
@@ -88,7 +93,7 @@ class ZeroEngine:
 
         At stage 3 each is cut into the ranks' parts before the next one is there.
         """
-        place = _Cut(self._config(), self.device) if self.level == 3 else None
+        place = _cutter(self._config(), self.device) if self.level == 3 else None
         framed, waiting = buffers.constants(self.frame), dict(self.net.named_parameters())
 
         def put(name: str, value: Tensor) -> None:
@@ -155,7 +160,8 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""
-        self.ds.backward(loss)
+        with linear_of(self.linear):  # blocks may be computed once more in it
+            self.ds.backward(loss)
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()  # counts the pass; the optimizer is not called
 
@@ -198,9 +204,8 @@ class ZeroEngine:
         own = net.net if isinstance(net, Unread) else net
         cut = buckets(buffers.count(own), largest(own))
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section_of(3, cut)}
-        deepspeed = _deepspeed(self.device)
         if isinstance(net, Unread):
-            place = _Cut(config, self.device)
+            place = _cutter(config, self.device)
             for module in buffers.pour(net, self.device):
                 no_scalars(module, recurse=False)
                 for p in module.parameters(recurse=False):
@@ -208,7 +213,8 @@ class ZeroEngine:
         else:
             no_scalars(own)
         outer = Autocast(own, self.device, False)
-        sharded, *_ = deepspeed.initialize(model=outer, config=config)
+        with _deepspeed(self.device) as deepspeed:
+            sharded, *_ = deepspeed.initialize(model=outer, config=config)
         sharded.module.eval()
         self.sharded.append(sharded)
         return Sharded(sharded, outer)
@@ -370,28 +376,26 @@ class AdamWEma(torch.optim.Optimizer):
         return adamw_ema(p.data, g, own["m"], own["v"], tracks, decays, n, lr, s.betas, eps, decay, clip)
 
 
-class _Cut:
+def _cutter(config: dict[str, Any], device: torch.device) -> Callable[[nn.Parameter], None]:
     """Cuts single parameters as stage 3 holds them: this rank's part stays, the rest is freed."""
-
-    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
-        zero = _deepspeed(device).zero
+    with _deepspeed(device) as deepspeed:
         # of an empty module: a context would cut after every constructor, before a parent has drawn anew
-        self.init = zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=torch.float32)
-
-    def __call__(self, p: nn.Parameter) -> None:
-        self.init._convert_to_zero_parameters([p])
+        init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=torch.float32)
+    return lambda p: init._convert_to_zero_parameters([p])
 
 
-def _deepspeed(device: torch.device) -> Any:
-    """The one door to DeepSpeed: imported for this device, quiet, in a process group that exists."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # of a process that no launcher started
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
+@contextlib.contextmanager
+def _deepspeed(device: torch.device) -> Iterator[Any]:
+    """The one door to DeepSpeed: imported for this device, quiet, in a process group. What it changes of the process ends here."""
+    with as_found():
+        os.environ["LOCAL_RANK"] = str(distributed.local_rank())  # of a process that no launcher started
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if device.type == "cpu":
-        # its all-reduce for inference, which ZeRO does not call: it would be compiled here, 45 s at the first start
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    distributed.alone(device)
-    return deepspeed
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if device.type == "cpu":
+            # its all-reduce for inference, which ZeRO does not call: it would be compiled here, 45 s at the first start
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        distributed.alone(device)
+        yield deepspeed
