@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -46,12 +48,13 @@ def linear_of(linear: Callable[..., Tensor] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_found() -> Iterator[None]:
-    """Put torch's linear map and the environment back to what they were, whatever a library makes of them inside."""
-    environment = dict(os.environ)
+    """Put torch's linear map, the environment and the excepthook back to what they were, whatever a library makes of them."""
+    environment, hook = dict(os.environ), sys.excepthook
     with linear_of(None):
         try:
             yield
         finally:
+            sys.excepthook = hook
             for key in os.environ.keys() - environment.keys():
                 del os.environ[key]
             os.environ.update({key: value for key, value in environment.items() if os.environ.get(key) != value})
@@ -73,6 +76,24 @@ class Sharded:
             return self.engine(*arguments)
         finally:
             self.outer.bf16 = False
+
+
+def rank_variable() -> Callable[[], None]:
+    """Give a process that no launcher started the variable that DeepSpeed's steps read; what is returned takes it away."""
+    if "LOCAL_RANK" in os.environ:
+        return lambda: None
+    os.environ["LOCAL_RANK"] = "0"
+    return lambda: os.environ.pop("LOCAL_RANK", None) and None
+
+
+def forget_groups(deepspeed: Any) -> None:
+    """Let DeepSpeed make its groups anew where those that it keeps have ended with their default group, as every command's do."""
+    groups = deepspeed.utils.groups
+    own = groups._WORLD_GROUP
+    if own is not None and own not in dist.distributed_c10d._world.pg_map:
+        for name in [name for name, x in vars(groups).items() if name.endswith("_GROUP") and not isinstance(x, dict)]:
+            setattr(groups, name, None)
+        deepspeed.comm.comm.cdb = None
 
 
 def release(engine: Any, lent: Iterable[Tensor] = ()) -> None:

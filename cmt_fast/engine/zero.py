@@ -9,11 +9,10 @@ that the op would have made one, and a copy of the partition beside the weights.
 bf16 is the local engine's autocast over fp32 weights, which are the masters, and gradients are summed in fp32.
 DeepSpeed's own bf16 mode is not used: it casts the whole module, and the time embedding, which stays in fp32 because
 its tangent grows with its highest frequency, then meets bf16 weights and fails. The price is 2 bytes a parameter in
-stages 1 and 2, and weights that travel between ranks as fp32. A stage 3 that trains calls DeepSpeed's linear map, since
-torch's would hold every gathered weight until the backward: in bf16 it rounds before and after its bias, so there the curves
-agree with the local engine's to bf16's rounding alone. DeepSpeed puts it in torch's place for the whole process and for good,
-where it changes the order of gradients, and so the last bits, of every later stage: torch's is put back at once, and the other
-serves inside forwards and backwards of stage 3 alone. A sharded teacher calls torch's.
+stages 1 and 2, and weights that travel between ranks as fp32. A stage 3 that trains calls DeepSpeed's linear map, as torch's
+holds every gathered weight until the backward: in bf16 it rounds before and after its bias, so there the curves agree with the
+local engine's to bf16's rounding alone. DeepSpeed puts it in torch's place in the whole process for good, where it changes the
+order of gradients, and so the last bits, of later stages: torch's is put back at once. A sharded teacher calls torch's.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from cmt_kernels import adamw_ema
 from torch import Tensor, nn
 
 from cmt_fast.config.schema import Stage
-from cmt_fast.engine import buffers, ema, optimizer
+from cmt_fast.engine import buffers, ema, optimizer, wrapping
 from cmt_fast.engine.buffers import Unread
 from cmt_fast.engine.compile import compile_network
 from cmt_fast.engine.sharding import ShardingPlan, buckets
 from cmt_fast.engine.snapshot import Place, Snapshot
-from cmt_fast.engine.wrapping import Autocast, Sharded, as_found, largest, linear_of, no_scalars, release, section_of
+from cmt_fast.engine.wrapping import Autocast, Sharded, largest, no_scalars, release, section_of
 from cmt_fast.runtime import distributed
 from cmt_fast.storage.checkpoint import Tensors
 
@@ -66,6 +65,7 @@ class ZeroEngine:
         self.frame = buffers.frame(net)
         self.constants = buffers.constants(net)
         no_scalars(net)
+        self.borrowed = wrapping.rank_variable()
         if self.level == 0:
             self.whole = torch.zeros(buffers.count(net), device=device) if bare else buffers.flat(net)
             ends = itertools.accumulate(p.numel() for p in net.parameters())
@@ -160,7 +160,7 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""
-        with linear_of(self.linear):  # blocks may be computed once more in it
+        with wrapping.linear_of(self.linear):  # blocks may run again in it
             self.ds.backward(loss)
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()  # counts the pass; the optimizer is not called
@@ -261,6 +261,7 @@ class ZeroEngine:
         for held in (*self.sharded, self.ds):
             release(held, lent)
         self.optimizer.state.clear()
+        self.borrowed()
 
     def _tensors(self, key: str) -> Tensors:
         shapes = self.shapes | {name: tuple(x.shape) for name, x in self.constants.items()}
@@ -386,9 +387,8 @@ def _cutter(config: dict[str, Any], device: torch.device) -> Callable[[nn.Parame
 
 @contextlib.contextmanager
 def _deepspeed(device: torch.device) -> Iterator[Any]:
-    """The one door to DeepSpeed: imported for this device, quiet, in a process group. What it changes of the process ends here."""
-    with as_found():
-        os.environ["LOCAL_RANK"] = str(distributed.local_rank())  # of a process that no launcher started
+    """The one door to DeepSpeed: imported for this device, quiet, in a process group. Its changes of the process end here."""
+    with wrapping.as_found():
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         import deepspeed
@@ -398,4 +398,5 @@ def _deepspeed(device: torch.device) -> Iterator[Any]:
             # its all-reduce for inference, which ZeRO does not call: it would be compiled here, 45 s at the first start
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         distributed.alone(device)
+        wrapping.forget_groups(deepspeed)
         yield deepspeed

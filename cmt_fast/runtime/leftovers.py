@@ -34,12 +34,12 @@ from torch.nn.modules import module as hooks
 
 # roots of modules whose functions are looked at: what layers, optimizers and losses call
 WATCHED = ("torch", "numpy", "builtins", "random", "math", "os", "json", "cmt_kernels", "cmt_fast")
-FEW = (  # of them, what a look of a few milliseconds is at
-    "torch", "torch.nn", "torch.nn.functional", "torch.nn.init", "torch.nn.modules.module", "torch.nn.modules.linear",
-    "torch.nn.modules.conv", "torch.nn.modules.normalization", "torch.autograd", "torch.autograd.function", "torch.autograd.graph",
-    "torch.amp", "torch.utils.checkpoint", "torch.optim.optimizer", "torch.distributed", "torch.random", "builtins", "random",
-    "torch.special", "torch.linalg", "torch.fft", "torch.backends.cuda", "torch.cuda", "torch.overrides",
-)  # fmt: skip
+FEW = """
+torch torch.nn torch.nn.functional torch.nn.init torch.nn.modules.module torch.nn.modules.linear torch.nn.modules.conv
+torch.nn.modules.normalization torch.autograd torch.autograd.graph torch.autograd.function torch.amp torch.utils.checkpoint
+torch.optim.optimizer torch.distributed torch.random torch.special torch.linalg torch.fft torch.cuda torch.backends.cuda builtins
+random
+""".split()  # of them, what a look of a few milliseconds is at
 SWITCHES: dict[str, Any] = {
     "default dtype": torch.get_default_dtype,
     "default device": torch.get_default_device,
@@ -68,7 +68,6 @@ SWITCHES: dict[str, Any] = {
     "level of the root logger": lambda: logging.getLogger().level,
     "handlers of the root logger": lambda: tuple(logging.getLogger().handlers),
     "limit of recursion": sys.getrecursionlimit,
-    "path of modules": lambda: tuple(sys.path),
 }
 
 
@@ -130,8 +129,9 @@ class Handles(NamedTuple):
 def _chosen(whole: bool) -> dict[str, types.ModuleType]:
     """The modules that are looked at, by name."""
     every = list(sys.modules.items())
-    if whole:
-        return {name: m for name, m in every if name.partition(".")[0] in WATCHED and type(m) is types.ModuleType}
+    if whole:  # torch itself puts classes of torch._C together as its parts are imported
+        ours = lambda name: name.partition(".")[0] in WATCHED and not name.startswith("torch._C")
+        return {name: m for name, m in every if ours(name) and type(m) is types.ModuleType}
     return {name: m for name, m in every if name in FEW and isinstance(m, types.ModuleType)}
 
 
