@@ -34,12 +34,12 @@ from torch.nn.modules import module as hooks
 
 # roots of modules whose functions are looked at: what layers, optimizers and losses call
 WATCHED = ("torch", "numpy", "builtins", "random", "math", "os", "json", "cmt_kernels", "cmt_fast")
-FEW = """
-torch torch.nn torch.nn.functional torch.nn.init torch.nn.modules.module torch.nn.modules.linear torch.nn.modules.conv
-torch.nn.modules.normalization torch.autograd torch.autograd.graph torch.autograd.function torch.amp torch.utils.checkpoint
-torch.optim.optimizer torch.distributed torch.random torch.special torch.linalg torch.fft torch.cuda torch.backends.cuda builtins
-random
-""".split()  # of them, what a look of a few milliseconds is at
+FEW = (  # of them, what a look of a few milliseconds is at
+    "torch", "torch.nn", "torch.nn.functional", "torch.nn.init", "torch.nn.modules.module", "torch.nn.modules.linear",
+    "torch.nn.modules.conv", "torch.nn.modules.normalization", "torch.autograd", "torch.autograd.function",
+    "torch.autograd.graph", "torch.amp", "torch.utils.checkpoint", "torch.optim.optimizer", "torch.distributed",
+    "torch.random", "torch.special", "torch.linalg", "torch.fft", "torch.cuda", "torch.backends.cuda", "builtins", "random",
+)  # fmt: skip
 SWITCHES: dict[str, Any] = {
     "default dtype": torch.get_default_dtype,
     "default device": torch.get_default_device,
