@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from cmt_fast import __version__
 from cmt_fast.cli.parser import Parser
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.runtime import once
+from cmt_fast.runtime import exits, once
 from cmt_fast.runtime.signals import Stopped
 
 STDOUT = 1
@@ -161,6 +161,8 @@ def _told(error: Exception) -> int | None:
     """
     if isinstance(error, ConfigError):
         text, code = str(error), 2
+    elif memory := _of_memory(error):
+        text, code = memory, exits.OUT_OF_MEMORY
     elif isinstance(error, OSError):
         text, code = _of_system(error), 1
     elif isinstance(error, FloatingPointError):
@@ -180,6 +182,18 @@ def _told(error: Exception) -> int | None:
     traceback.print_exception(error)
     print(f"cmt: {once.named(last)}", file=sys.stderr, flush=True)
     return 1
+
+
+def _of_memory(error: Exception) -> str | None:
+    """The line of an error that means that memory has ended, with what would fit where that is known; None for others."""
+    if "torch" not in sys.modules:
+        return "out of memory on the host" if isinstance(error, MemoryError) else None
+    from cmt_fast.runtime import memory
+
+    if isinstance(error, memory.OutOfMemory):
+        return str(error)
+    why = memory.ran_out(error)
+    return f"out of memory: {why}; a smaller eval.batch, and fewer -n, hold less at once" if why else None
 
 
 def _of_system(error: OSError) -> str:

@@ -15,6 +15,7 @@ two of them side by side name what differs. It looks at
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -31,6 +32,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.modules import module as hooks
+
+from cmt_fast.runtime import distributed
+from cmt_fast.runtime.progress import say
 
 # roots of modules whose functions are looked at: what layers, optimizers and losses call
 WATCHED = ("torch", "numpy", "builtins", "random", "math", "os", "json", "cmt_kernels", "cmt_fast")
@@ -56,7 +60,7 @@ SWITCHES: dict[str, Any] = {
     "memory-efficient attention": torch.backends.cuda.mem_efficient_sdp_enabled,
     "attention by math": torch.backends.cuda.math_sdp_enabled,
     "torch's threads": torch.get_num_threads,
-    "small numbers": lambda: bool((torch.tensor([1e-40]) * 1.0 != 0).item()),  # False where they are flushed to 0
+    "small numbers": lambda: bool((torch.tensor([1e-40], device="cpu") * 1.0 != 0).item()),  # False where they are flushed to 0
     "modes of functions": torch._C._len_torch_function_stack,
     "modes of ops": torch._C._len_torch_dispatch_stack,
     "hooks on all modules": lambda: sum(len(getattr(hooks, name)) for name in vars(hooks) if name.endswith("_hooks")),
@@ -85,7 +89,7 @@ class Process:
         out = [
             f"{name} is {_told(later.functions.get(name))}, no longer {_told(was)}"
             for name, was in self.functions.items()
-            if later.functions.get(name) is not was
+            if not _same(was, later.functions.get(name))
         ]
         for kept, now in ((self.settings, later.settings), (self.randoms, later.randoms)):
             for name in sorted(kept.keys() | now.keys()):
@@ -126,11 +130,16 @@ class Handles(NamedTuple):
         )
 
 
+def _same(was: Any, now: Any) -> bool:
+    """Whether it is the one that it was, or only marked by torch for its compiler: it marks its own when it first compiles."""
+    return now is was or getattr(now, "_torchdynamo_orig_callable", None) is was
+
+
 def _chosen(whole: bool) -> dict[str, types.ModuleType]:
     """The modules that are looked at, by name."""
     every = list(sys.modules.items())
-    if whole:  # torch itself puts classes of torch._C together as its parts are imported
-        ours = lambda name: name.partition(".")[0] in WATCHED and not name.startswith("torch._C")
+    if whole:  # torch itself puts the classes of these together as its parts are imported
+        ours = lambda name: name.partition(".")[0] in WATCHED and not name.startswith(("torch._C", "torch.compiler"))
         return {name: m for name, m in every if ours(name) and type(m) is types.ModuleType}
     return {name: m for name, m in every if name in FEW and isinstance(m, types.ModuleType)}
 
@@ -158,7 +167,8 @@ def _settings() -> Iterator[tuple[str, Any]]:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM):
         yield f"handler of {number.name}", signal.getsignal(number)
     for key, value in os.environ.items():
-        yield f"variable {key}", value
+        if not key.startswith("TORCHINDUCTOR_"):  # of its cache, said where it is imported
+            yield f"variable {key}", value
 
 
 def _randoms() -> Iterator[tuple[str, Any]]:
@@ -177,3 +187,15 @@ def _told(x: Any) -> str:
         return "nothing"
     where, name = getattr(x, "__module__", None), getattr(x, "__qualname__", None)
     return f"{where}.{name}" if name and where else repr(x)[:80]
+
+
+@contextlib.contextmanager
+def told(stage: str) -> Iterator[None]:
+    """Say on the first rank what a stage that ended left behind in this process: a run that is resumed after it would differ."""
+    before = Process()
+    yield
+    left = before.changed(Process())
+    if left and distributed.rank() == 0:
+        say(
+            f"{stage:>8} left behind in this process, so that stages after it may differ in their last bits: {'; '.join(left)}"
+        )

@@ -25,7 +25,7 @@ from cmt_fast.engine.graph import StepGraph
 from cmt_fast.objectives.rounding import KINDS
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import distributed, machine, progress
+from cmt_fast.runtime import distributed, leftovers, machine, memory, progress
 from cmt_fast.runtime.progress import say
 from cmt_fast.runtime.signals import Stopped, noted
 from cmt_fast.storage import checkpoint
@@ -56,7 +56,8 @@ def train(
         left = list(names)
         while left:
             try:
-                train_stage(work, work.stage(left[0]), asked, meter, profile, page)
+                with memory.named(left[0]), leftovers.told(left[0]):
+                    train_stage(work, work.stage(left[0]), asked, meter, profile, page)
                 left.pop(0)
             except checkpoint.Damaged as error:  # on all ranks: the one before it is used
                 starting.set_aside(work, error)
