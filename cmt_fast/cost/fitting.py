@@ -54,6 +54,10 @@ class Bound(NamedTuple):
         """Whether that is so."""
         return held.at("always") + held.at(self.moment) <= self.then and held.most <= self.ever
 
+    def sum(self, held: memory.Memory) -> float:
+        """What is the less the better for either."""
+        return held.at("always") + held.at(self.moment) + held.most
+
 
 def told(case: Case, when: str) -> str:
     """The parts at the moment that it failed, and the settings that would fit. when: as of OutOfMemory.moment."""
@@ -76,28 +80,32 @@ def told(case: Case, when: str) -> str:
 
 
 def settings(case: Case, bound: Bound) -> Iterator[str]:
-    """Overrides by which the stage fits, each with what it then holds at most: alone, else together."""
-    together: list[Change] = []
-    alone = False
+    """Overrides by which the stage fits, each with what it then holds at most: each kind alone, else as many as it takes."""
+    now, kinds, alone = _held(case, case.run), list[list[list[Change]]](), False
     for tries in _tries(case):
-        best: tuple[list[Change], float] | None = None
-        for changes in tries:
-            held = _held(case, levers.applied(case.run, changes))
-            if held is None:
-                continue
-            if bound.fits(held):
-                alone = True
-                yield _line(changes, held)
-                break
-            if best is None or held.most < best[1]:
-                best = changes, held.most
-        else:
-            together += best[0] if best else []
-    if alone or not together:
-        return
-    held = _held(case, levers.applied(case.run, together))
-    if held is not None and bound.fits(held):
-        yield _line(together, held)
+        possible = [(changes, sized) for changes in tries if (sized := _held(case, levers.applied(case.run, changes)))]
+        first = next((pair for pair in possible if bound.fits(pair[1])), None)
+        if first:
+            alone = True
+            yield _line(*first)
+        elif now and possible and bound.sum(possible[-1][1]) < bound.sum(now):
+            kinds.append([changes for changes, _ in possible])
+    if not alone:
+        yield from _together(case, bound, kinds)
+
+
+def _together(case: Case, bound: Bound, kinds: list[list[list[Change]]]) -> Iterator[str]:
+    """As many kinds as it takes at their strongest, then each as mild as the others let it be; nothing where all do not fit."""
+    held = lambda chosen: _held(case, levers.applied(case.run, [c for changes in chosen for c in changes]))
+    fits = lambda chosen: bool((sized := held(chosen)) and bound.fits(sized))
+    strongest = [tries[-1] for tries in kinds]
+    n = next((n for n in range(1, len(kinds) + 1) if fits(strongest[:n])), 0)
+    chosen = strongest[:n]
+    for i, tries in enumerate(kinds[:n]):
+        chosen[i] = next(changes for changes in tries if fits([*chosen[:i], changes, *chosen[i + 1 :]]))
+    sized = held(chosen) if n else None
+    if sized:
+        yield _line([c for changes in chosen for c in changes], sized)
 
 
 def more_processes(case: Case, bound: Bound) -> int | None:

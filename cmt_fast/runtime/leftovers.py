@@ -60,7 +60,9 @@ SWITCHES: dict[str, Any] = {
     "memory-efficient attention": torch.backends.cuda.mem_efficient_sdp_enabled,
     "attention by math": torch.backends.cuda.math_sdp_enabled,
     "torch's threads": torch.get_num_threads,
-    "small numbers": lambda: bool((torch.tensor([1e-40], device="cpu") * 1.0 != 0).item()),  # False where they are flushed to 0
+    "small numbers": lambda: bool(
+        (torch.tensor([1e-40], device="cpu") * 1.0 != 0).item()
+    ),  # False where they are flushed to 0
     "modes of functions": torch._C._len_torch_function_stack,
     "modes of ops": torch._C._len_torch_dispatch_stack,
     "hooks on all modules": lambda: sum(len(getattr(hooks, name)) for name in vars(hooks) if name.endswith("_hooks")),
