@@ -89,10 +89,8 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _begin(self, numbers: Iterable[tuple[str, Tensor]]) -> None:
-        """Give a network without memory what it begins with, one parameter after the other, zeros where nothing is said.
-
-        At stage 3 each is cut into the ranks' parts before the next one is there.
-        """
+        """Give a network without memory what it begins with, one parameter after the other, zeros where nothing is said; at
+        stage 3 each is cut into the ranks' parts before the next one is there."""
         place = _cutter(self._config(), self.device) if self.level == 3 else None
         framed, waiting = buffers.constants(self.frame), dict(self.net.named_parameters())
 
