@@ -101,8 +101,8 @@ class Process:
 
 
 class Handles(NamedTuple):
-    """What a process holds of the system. files: open ones; children: processes; memory: resident bytes; blocks: objects of
-    Python; events, graphs: of CUDA, as the collector finds them."""
+    """What a process holds. files: open ones; children: processes; groups: of processes that compute together; memory: resident
+    bytes; tensors, events: objects of torch, the latter of CUDA."""
 
     files: int
     threads: int
@@ -114,7 +114,8 @@ class Handles(NamedTuple):
 
     @classmethod
     def now(cls) -> Handles:
-        """Those of this process, after what nobody refers to is collected."""
+        """Those of this process: its memory as it is, all else after what nobody refers to is collected."""
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         gc.collect()
         every = gc.get_objects()
         kinds = [type(x) for x in every]
@@ -126,7 +127,7 @@ class Handles(NamedTuple):
             threads,
             len(children.read_text().split()) if children.exists() else 0,
             len(dist.distributed_c10d._world.pg_map) if group else 0,
-            int(Path(f"/proc/{mine}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+            resident,
             sum(issubclass(kind, torch.Tensor) for kind in kinds),
             sum(issubclass(kind, torch.cuda.Event) for kind in kinds),
         )
