@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,9 @@ from typing import Any, NamedTuple
 
 from bench.harness.results_file import Results
 from bench.training.zero import Failed, do, launch
+from cmt_fast.config import loading
+from cmt_fast.data import datasets
+from cmt_fast.evaluation import features
 from cmt_fast.runtime import distributed, leftovers
 from cmt_fast.storage import checkpoint, metrics_log
 
@@ -94,9 +98,20 @@ def bits(stage: Path) -> str:
     return json.dumps([files, rows], sort_keys=True)
 
 
+def judge(folder: Path) -> Path:
+    """A file of the features that digits are judged in, which every run would train for itself: a second of each process."""
+    data = datasets.load(loading.load("digits", []).data)
+    launch(1, lambda: features.extractor(data, folder) and None, folder)
+    return folder / "extractor.safetensors"
+
+
 def compared(mine: list[Case], folder: Path, tell: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
     """A row of each case: stages that differ, and what was left behind. All are of one number of processes."""
     n, one, own, file = mine[0].processes, folder / "one", folder / "own", folder / "left.json"
+    features_file = judge(folder)
+    for place in [out / case.name for case in mine for out in (one, own)]:
+        place.mkdir(parents=True)
+        shutil.copy(features_file, place)
     launch(n, together(mine, one, file), folder)
     left, rows = json.loads(file.read_text("utf-8")), []
     for case in mine:
