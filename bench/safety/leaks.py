@@ -55,7 +55,7 @@ class Case(NamedTuple):
             out += [f"{stage}.eval_every_nimg={BATCH * STEPS // 2 if stage == 'mid' else 'null'}"]
             out += [f"{stage}.grid_every_nimg=null", f"{stage}.checkpoint_every_nimg={BATCH * STEPS}"]
             out += [f"{stage}.precision={self.precision}"]
-        out += ["mid.trajectories.pool_steps=2", "post.trajectories.pool_steps=2"]
+        out += ["mid.trajectories.pool_steps=4", "post.trajectories.pool_steps=4"]
         if self.zero is not None:
             teacher = "sharded" if self.sharded else "whole"
             out += ["engine=zero", f"zero_stage={self.zero}", f"zero_teacher={teacher}"]
@@ -127,6 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The bench's own."""
     parser.add_argument("--worlds", default="1,2,4", help="numbers of processes (default: 1,2,4)")
     parser.add_argument("--n", type=int, help="so many cases of each number of processes (default: all)")
+    parser.add_argument("--cases", help="these alone, by name: PROCESSES-PRECISION-ENGINE,... as 4-fp32-zero2")
     parser.add_argument("--seed", type=int, help="train the cases in another order, drawn from this")
     parser.add_argument("--json", type=Path, help="where to write; default bench/results/cpu/leaks.json")
 
@@ -135,7 +136,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table, write the JSON; 1 where a stage differs or something was left behind."""
     warm()
     results = Results("leaks", "cpu", arguments.json or default("leaks"), steps=STEPS, batch=BATCH)
+    named = arguments.cases.split(",") if arguments.cases else []
     every = [cases([n]) for n in map(int, arguments.worlds.split(","))]
+    every = [mine for mine in ([c for c in all_ if not named or c.name in named] for all_ in every) if mine]
     results.plan(case.name for mine in every for case in mine)
     failed = ""
 

@@ -21,7 +21,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,10 @@ def keeping_all() -> Iterator[None]:
         checkpoint.save = save
 
 
-def whole(precision: str, folder: Path) -> None:
-    """All stages in one go."""
+def whole(precision: str, folder: Path, stages: Sequence[str] = STAGES) -> None:
+    """Stages in one go."""
     with keeping_all(), contextlib.redirect_stdout(io.StringIO()):
-        loop.train(Workspace(loading.load("digits", overrides(precision)), folder), list(STAGES))
+        loop.train(Workspace(loading.load("digits", overrides(precision)), folder), list(stages))
 
 
 def resumed(precision: str, source: Path, stage: str, step: int, folder: Path) -> bool:
