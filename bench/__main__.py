@@ -52,6 +52,10 @@ BENCHES = {
         "training.counting",
         "kernels that a training step launches on a GPU, counted without one: kinds, bytes, predicted times",
     ),
+    "leaks": (
+        "safety.leaks",
+        "stage after stage in one process beside each in its own: bits, and what is left behind, over ranks and engines",
+    ),
     "loader": ("training.loader", "rows a second of every loader, against what a training step takes"),
     "metrics": (
         "training.metrics",
@@ -87,14 +91,24 @@ BENCHES = {
         "training.restart",
         "bytes and processor seconds of a restart, and the stall of a save, on CPU processes; counted up to an XXL",
     ),
+    "resume": (
+        "safety.resume",
+        "going on from each of 40 steps of every stage: bits; rows of an epoch over changing numbers of processes",
+    ),
     "rounding": (
         "experiments.rounding",
         "consistency post-training in 16 bits by the measured rule: ratios, gradients, figures beside fp32",
     ),
     "seeds": ("experiments.seeds", "a recipe over several seeds"),
+<<<<<<< HEAD
     "signals": (
         "safety.signals",
         "56 signals to commands at all kinds of moments: exit codes, seconds to the end, what is on disk",
+=======
+    "soak": (
+        "safety.soak",
+        "20,000 steps with saves, evaluations and grids in one process: what grows",
+>>>>>>> leaks
     ),
     "sweep": ("kernels.sweep", "attention over tokens and head dims beside float64, crash by crash"),
     "step": ("training.step", "whole training steps, eager and compiled, beside the published codes' way"),

@@ -186,7 +186,9 @@ def _told(error: Exception) -> int | None:
     A rank whose error another one tells ends without a word, and with 0: torchrun lists only those that failed otherwise.
     """
     if isinstance(error, ConfigError):
-        text, code = str(error), exits.WRONG_INPUT
+        text, code = str(error), 2
+    elif memory := _of_memory(error):
+        text, code = memory, exits.OUT_OF_MEMORY
     elif isinstance(error, OSError):
         text, code = _of_system(error), exits.DISK_FULL if error.errno in FULL else exits.FAILED
     elif isinstance(error, FloatingPointError):
@@ -212,6 +214,18 @@ def _told(error: Exception) -> int | None:
 def _traceback(kind: Any, error: Any, trace: Any) -> None:
     """As Python shows it, without keys and passwords."""
     print(hidden("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
+
+
+def _of_memory(error: Exception) -> str | None:
+    """The line of an error that means that memory has ended, with what would fit where that is known; None for others."""
+    if "torch" not in sys.modules:
+        return "out of memory on the host" if isinstance(error, MemoryError) else None
+    from cmt_fast.runtime import memory
+
+    if isinstance(error, memory.OutOfMemory):
+        return str(error)
+    why = memory.ran_out(error)
+    return f"out of memory: {why}; a smaller eval.batch, and fewer -n, hold less at once" if why else None
 
 
 def _of_system(error: OSError) -> str:

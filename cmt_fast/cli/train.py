@@ -16,10 +16,10 @@ from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import errors, fingerprint, loading, paths, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
-from cmt_fast.cost import disk, estimate, flops, hardware, rounded
+from cmt_fast.cost import disk, estimate, fitting, flops, hardware, rounded
 from cmt_fast.data import classes, start
 from cmt_fast.data.loaders import check_loader
-from cmt_fast.engine import ShardingPlan
+from cmt_fast.engine import ShardingPlan, sharding
 from cmt_fast.evaluation import judges
 from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
@@ -145,11 +145,27 @@ def train(args: argparse.Namespace) -> None:
     if work.device.type == "cpu":
         memory.keep_freed()
     draw = functools.partial(page.write, out, judge=False, refresh_s=REFRESH_S)
-    with output.unless_full():
-        loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
+    try:
+        with output.unless_full():
+            loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
+    except memory.OutOfMemory as error:
+        raise memory.OutOfMemory(error.stage, error.moment, _would_fit(work, error)) from error
     _page(work, out)
     if distributed.rank() == 0:
         progress.say(_done(work, asked, time.monotonic() - begun))
+
+
+def _would_fit(work: workspace.Workspace, error: memory.OutOfMemory) -> str:
+    """What ran out, the parts of the stage's memory, the settings that would fit, and what the same command goes on from."""
+    n, local = distributed.size(), distributed.local_size()
+    at = hardware.this(work.device) or hardware.bare(work.device)
+    card = at._replace(memory=min(memory.most(work.device, local), sharding.memory_bytes(work.device)))
+    rows = estimate.Rows(work.data.shape, work.data.classes, work.data.n or None, None, "")
+    steps = checkpoint.steps(work.folder / error.stage)
+    kept = f"step {steps[-1]:,} is on disk, from which the same command with one of them goes on" if steps else ""
+    text = fitting.told(fitting.Case(work.run, error.stage, rows, card, n), error.moment)
+    peak = f"{error.why}; the process held {sharding.gb(memory.peak(work.device))} at most; {text}"
+    return f"{peak}. {kept or 'Nothing of the stage is on disk yet'}"
 
 
 def _finished(stage: ResolvedStage) -> bool:

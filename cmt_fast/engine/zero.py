@@ -9,24 +9,27 @@ that the op would have made one, and a copy of the partition beside the weights.
 bf16 is the local engine's autocast over fp32 weights, which are the masters, and gradients are summed in fp32.
 DeepSpeed's own bf16 mode is not used: it casts the whole module, and the time embedding, which stays in fp32 because
 its tangent grows with its highest frequency, then meets bf16 weights and fails. The price is 2 bytes a parameter in
-stages 1 and 2, and weights that travel between ranks as fp32. Stage 3 puts DeepSpeed's linear map in place of torch's:
-in bf16 it rounds before and after its bias, so there the curves agree with the local engine's to bf16's rounding alone.
+stages 1 and 2, and weights that travel between ranks as fp32. A stage 3 that trains calls DeepSpeed's linear map, as torch's
+holds every gathered weight until the backward: in bf16 it rounds before and after its bias, so there the curves agree with the
+local engine's to bf16's rounding alone. DeepSpeed puts it in torch's place in the whole process for good, where it changes the
+order of gradients, and so the last bits, of later stages: torch's is put back at once. A sharded teacher calls torch's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cmt_fast.config.schema import Stage
-from cmt_fast.engine import buffers, sums
+from cmt_fast.engine import buffers, sums, wrapping
 from cmt_fast.engine.buffers import Unread
 from cmt_fast.engine.compile import compile_network
 from cmt_fast.engine.partitions import AdamWEma
@@ -62,8 +65,8 @@ class ZeroEngine:
         buffers.narrow_stream(net, stage.precision)
         self.frame = buffers.frame(net)
         self.constants = buffers.constants(net)
-        deepspeed = _deepspeed(device)
         no_scalars(net)
+        self.borrowed = wrapping.rank_variable()
         if self.level == 0:
             self.whole = torch.zeros(buffers.count(net), device=device) if bare else buffers.flat(net)
             ends = itertools.accumulate(p.numel() for p in net.parameters())
@@ -73,8 +76,10 @@ class ZeroEngine:
             self._begin(numbers)
         self.parameters = dict(net.named_parameters())
         self.optimizer = AdamWEma(net.parameters(), self)
-        self.outer = Autocast(net, device, stage.products == "bf16")
-        self.ds, *_ = deepspeed.initialize(model=self.outer, optimizer=self.optimizer, config=self._config())
+        with _deepspeed(device) as deepspeed:
+            self.linear = deepspeed.runtime.zero.linear.zero3_linear_wrap if self.level == 3 else None
+            self.outer = Autocast(net, device, stage.products == "bf16", self.linear)
+            self.ds, *_ = deepspeed.initialize(model=self.outer, optimizer=self.optimizer, config=self._config())
         distributed.same_timeout(self.ds.data_parallel_group, self.ds.seq_data_parallel_group)
         self.partitions = self._partitions()
         for p in self.partitions:
@@ -85,11 +90,9 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _begin(self, numbers: Iterable[tuple[str, Tensor]]) -> None:
-        """Give a network without memory what it begins with, one parameter after the other, zeros where nothing is said.
-
-        At stage 3 each is cut into the ranks' parts before the next one is there.
-        """
-        place = _Cut(self._config(), self.device) if self.level == 3 else None
+        """Give a network without memory what it begins with, one parameter after the other, zeros where nothing is said; at
+        stage 3 each is cut into the ranks' parts before the next one is there."""
+        place = _cutter(self._config(), self.device) if self.level == 3 else None
         framed, waiting = buffers.constants(self.frame), dict(self.net.named_parameters())
 
         def put(name: str, value: Tensor) -> None:
@@ -156,7 +159,8 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one of the step's losses; their mean is what is differentiated."""
-        self.ds.backward(loss)
+        with wrapping.linear_of(self.linear):  # blocks may run again in it
+            self.ds.backward(loss)
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()  # counts the pass; the optimizer is not called
 
@@ -222,9 +226,8 @@ class ZeroEngine:
         own = net.net if isinstance(net, Unread) else net
         cut = buckets(buffers.count(own), largest(own))
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section_of(3, cut)}
-        deepspeed = _deepspeed(self.device)
         if isinstance(net, Unread):
-            place = _Cut(config, self.device)
+            place = _cutter(config, self.device)
             for module in buffers.pour(net, self.device):
                 no_scalars(module, recurse=False)
                 for p in module.parameters(recurse=False):
@@ -232,7 +235,8 @@ class ZeroEngine:
         else:
             no_scalars(own)
         outer = Autocast(own, self.device, False)
-        sharded, *_ = deepspeed.initialize(model=outer, config=config)
+        with _deepspeed(self.device) as deepspeed:
+            sharded, *_ = deepspeed.initialize(model=outer, config=config)
         sharded.module.eval()
         self.sharded.append(sharded)
         return Sharded(sharded, outer)
@@ -279,6 +283,7 @@ class ZeroEngine:
         for held in (*self.sharded, self.ds):
             release(held, lent)
         self.optimizer.state.clear()
+        self.borrowed()
 
     def _tensors(self, key: str) -> Tensors:
         shapes = self.shapes | {name: tuple(x.shape) for name, x in self.constants.items()}
@@ -362,28 +367,26 @@ class ZeroEngine:
                     self._put(names[name], key, p)
 
 
-class _Cut:
+def _cutter(config: dict[str, Any], device: torch.device) -> Callable[[nn.Parameter], None]:
     """Cuts single parameters as stage 3 holds them: this rank's part stays, the rest is freed."""
-
-    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
-        zero = _deepspeed(device).zero
+    with _deepspeed(device) as deepspeed:
         # of an empty module: a context would cut after every constructor, before a parent has drawn anew
-        self.init = zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=torch.float32)
-
-    def __call__(self, p: nn.Parameter) -> None:
-        self.init._convert_to_zero_parameters([p])
+        init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=torch.float32)
+    return lambda p: init._convert_to_zero_parameters([p])
 
 
-def _deepspeed(device: torch.device) -> Any:
-    """The one door to DeepSpeed: imported for this device, quiet, in a process group that exists."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # of a process that no launcher started
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
+@contextlib.contextmanager
+def _deepspeed(device: torch.device) -> Iterator[Any]:
+    """The one door to DeepSpeed: imported for this device, quiet, in a process group. Its changes of the process end here."""
+    with wrapping.as_found():
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if device.type == "cpu":
-        # its all-reduce for inference, which ZeRO does not call: it would be compiled here, 45 s at the first start
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    distributed.alone(device)
-    return deepspeed
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if device.type == "cpu":
+            # its all-reduce for inference, which ZeRO does not call: it would be compiled here, 45 s at the first start
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        distributed.alone(device)
+        wrapping.forget_groups(deepspeed)
+        yield deepspeed

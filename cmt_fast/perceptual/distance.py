@@ -139,7 +139,8 @@ def latent_network(file: Path) -> LatentVgg:
         if found is None:
             raise ConfigError(f"perceptual.weights: {file} was not written by cmt train-features")
         about = json.loads(found)
-        net = LatentVgg(*(int(about[key]) for key in ("channels", "classes", "width")))
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is read over
+            net = LatentVgg(*(int(about[key]) for key in ("channels", "classes", "width")))
         net.load_state_dict(load_file(file))
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         if isinstance(error, ConfigError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 
 import cmt_kernels
 import torch
@@ -37,6 +39,17 @@ def device(name: str) -> torch.device:
     allow_tf32(False)
     torch.cuda.set_device(found)  # what is made without a device, and NCCL, go to the current one
     return found
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """`allow_tf32` inside, and afterwards what was allowed before."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    allow_tf32(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -25,7 +25,7 @@ from cmt_fast.objectives.rounding import KINDS
 from cmt_fast.run import recorded
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import distributed, machine, progress
+from cmt_fast.runtime import distributed, leftovers, machine, memory, progress
 from cmt_fast.runtime.progress import say
 from cmt_fast.runtime.signals import Stopped, noted
 from cmt_fast.storage import checkpoint, leftovers, metrics_log
@@ -68,7 +68,8 @@ def train(
         left = list(names)
         while left:
             try:
-                train_stage(work, work.stage(left[0]), asked, meter, profile, page)
+                with memory.named(left[0]), leftovers.told(left[0]):
+                    train_stage(work, work.stage(left[0]), asked, meter, profile, page)
                 left.pop(0)
             except checkpoint.Damaged as error:  # on all ranks: the one before it is used
                 starting.set_aside(work, error)
@@ -115,8 +116,7 @@ def train_stage(
         account = ledger.Account(folder, meter, found.manifest if found else None, first)
         ending.callback(account.close)
         shown = ending.enter_context(_shown(work, stage, found.manifest["step"] if found else 0, meter.unit))
-        machine.allow_tf32(config.precision == "tf32")
-        ending.callback(machine.allow_tf32, False)
+        ending.enter_context(machine.tf32(config.precision == "tf32"))
         engine = work.engine_of(stage, grad_accum_steps, choice, found is not None)
         ending.callback(engine.close)
         lineage = starting.parent(work, config, engine, found is None)

@@ -98,6 +98,11 @@ def test_edm2_trains_under_every_stage_as_locally(figures, level):
     assert row["names"] and row["error"] < 1e-4
 
 
+def test_no_engine_and_no_sharded_teacher_leaves_anything_in_the_process(figures):
+    """DeepSpeed's stage 3 puts a linear map of its own in torch's place for good; it is put back."""
+    assert len(figures["left"]) == 11 and figures["left"] == {name: [] for name in figures["left"]}
+
+
 def test_a_closed_engine_holds_nothing_for_the_next_stage(figures):
     """Of its network's bytes, its sharded teacher's among them: DeepSpeed's caches keep engines as long as a process lives."""
     for level in (1, 3):
