@@ -25,6 +25,7 @@ from bench.harness.pages import (
     published,
     recipe_tables,
     restarts,
+    safety,
     seed_tables,
     sizing,
 )
@@ -41,6 +42,7 @@ PAGES = (
     Path("docs/promises.md"),
     Path("docs/published-settings.md"),
     Path("docs/results.md"),
+    Path("docs/safety.md"),
     Path("docs/watching.md"),
 )
 RESULTS = Path("bench/results/cpu")
@@ -352,6 +354,7 @@ TABLES = {
     "tune": tune,
     "seeds": lambda recipe: seed_tables.full(RESULTS, recipe),
     "sizing": lambda _: sizing.table(RESULTS),
+    "safety": safety.table,
     "restart": lambda _: restarts.table(RESULTS, footer),
     "search": search,
     "dual": dual,
