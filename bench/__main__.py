@@ -11,6 +11,7 @@ import sys
 
 # name: its module, what it measures
 BENCHES = {
+    "audit": ("harness.audit", "known faults of every package that is installed, by pip-audit; needs a network"),
     "calibrate": (
         "kernels.calibrate",
         "what this machine does at its best: ceilings, linears, attention, norms, optimizers",
@@ -32,6 +33,7 @@ BENCHES = {
         "training.counting",
         "kernels that a training step launches on a GPU, counted without one: kinds, bytes, predicted times",
     ),
+    "licences": ("harness.pages.licences", "docs/licences.json: what every installed package says of its licence"),
     "loader": ("training.loader", "rows a second of every loader, against what a training step takes"),
     "metrics": (
         "training.metrics",

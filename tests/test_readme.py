@@ -70,6 +70,7 @@ def test_tables_are_generated_not_typed():
         if mark in (
             "inputs",
             "keys",
+            "licences",
             "promises",
             "ranks",
             "published",
