@@ -1,8 +1,8 @@
 """`make audit`: known faults of every package in this environment, by pip-audit, and whether they were looked up at all.
 
-pip-audit says "No known vulnerabilities found" and ends with 0 where no package was found in the list that it asks: behind a mirror
-of PyPI that has files alone, none is. So what was asked and what was answered are counted here. A build of torch is asked
-for by its release: 2.13.0+cpu has no entry, 2.13.0 has.
+pip-audit says "No known vulnerabilities found" and ends with 0 where it found no package at all in the list that it asks: so
+behind a mirror of PyPI that has files alone. What was asked and what was answered are counted here. A build of torch is
+asked for by its release: 2.13.0+cpu has no entry, 2.13.0 has.
 
 Exit status: 0 all were looked up and no fault is known; 1 a fault is known; 2 not all were looked up.
 """
@@ -22,7 +22,9 @@ PROGRAM = Path(".venv/tools/bin/pip-audit")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which pip-audit, and what to hand on to it."""
-    parser.add_argument("--program", type=Path, default=PROGRAM, help="pip-audit in an environment of its own (%(default)s)")
+    parser.add_argument(
+        "--program", type=Path, default=PROGRAM, help="pip-audit in an environment of its own (%(default)s)"
+    )
     parser.add_argument("--service", choices=("pypi", "osv"), default="pypi", help="whose list of faults (%(default)s)")
 
 
@@ -43,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
         answers = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError, TypeError):
         last = (done.stderr.strip().splitlines() or ["no word of why"])[-1]
-        print(f"audit: nothing was looked up. {args.service} gave no answer; this needs a network. pip-audit says: {last[:200]}")
+        print(
+            f"audit: nothing was looked up. {args.service} gave no answer; this needs a network. pip-audit says: {last[:200]}"
+        )
         return 2
     return told(answers, wanted, args.service)
 
@@ -71,5 +75,3 @@ def told(answers: list[dict], wanted: dict[str, str], service: str) -> int:
 
 def _name(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
-
-

@@ -48,10 +48,14 @@ def table(_: str = "") -> str:
     for name, row in rows.items():
         if not row["licence"]:
             raise ValueError(f"{FILE}: {name} has no licence")
-        out.append(f"| {name} | {row['version']} | {row['licence']} | {', '.join(row['needed_by']) or 'an option of another'} |")
+        out.append(
+            f"| {name} | {row['version']} | {row['licence']} | {', '.join(row['needed_by']) or 'an option of another'} |"
+        )
     closed = [name for name, row in rows.items() if any(word in row["licence"] for word in CLOSED)]
     copyleft = [name for name, row in rows.items() if re.search(r"GPL", row["licence"])]
-    out.append(f"\n{len(rows)} packages. Not open source: {', '.join(closed)}. Under a GPL: {', '.join(copyleft) or 'none'}.\n")
+    out.append(
+        f"\n{len(rows)} packages. Not open source: {', '.join(closed)}. Under a GPL: {', '.join(copyleft) or 'none'}.\n"
+    )
     return "\n".join(out) + "\n"
 
 
@@ -106,7 +110,11 @@ def _row(d: metadata.Distribution, found: dict[str, metadata.Distribution]) -> d
     name = plain(d.metadata["Name"])
     ours = [extra for r, extras in direct().items() if plain(r) == name for extra in extras]
     parents = [n for n, p in found.items() if n not in OURS and name in _requires(p)]
-    return {"version": d.version, "licence": licence(d.metadata), "needed_by": sorted(dict.fromkeys(ours)) or sorted(parents)}
+    return {
+        "version": d.version,
+        "licence": licence(d.metadata),
+        "needed_by": sorted(dict.fromkeys(ours)) or sorted(parents),
+    }
 
 
 def _needed(found: dict[str, metadata.Distribution]) -> set[str]:
