@@ -19,7 +19,7 @@ LIMITS = {
     "estimate imagenet512-ecd --gpu h100 --gpus 8": 6.0,
 }
 IMPORT = 1.1
-# doctor asks torch for all it has; a network whose blocks run again calls torch's checkpoint(), whose first call imports a compiler
+# doctor asks torch for all it has; where blocks run again, the first call of torch's checkpoint() imports a compiler
 COMPILING = ("doctor", "estimate imagenet512-ecd --gpu h100 --gpus 8")
 
 
