@@ -1,7 +1,11 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. PYTHON and TORCH may be set.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# What is installed besides torch is pinned by hash in locks/. `make demo LOCK=` takes the newest within pyproject.toml's bounds.
+LOCK ?= yes
 BIN = .venv/bin
+TOOLS = .venv/tools/bin
+PIP = $(BIN)/python -m pip install -q
 # The native ops: CUDA where nvcc is found, which takes minutes; demo and test leave it out on a machine without a GPU driver.
 # `make native CMT_CUDA=1` builds it anywhere.
 export CMT_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),,0)
@@ -32,12 +36,31 @@ coverage: native
 	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q -n auto --dist loadfile --ignore tests/kernels tests; failed=$$?; \
 	$(BIN)/python -m coverage combine -q && $(BIN)/python -m bench coverage && exit $$failed
 format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
-.venv/bin/python: ; $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q "$(TORCH)"
-.venv/%: .venv/bin/python pyproject.toml ; $(BIN)/python -m pip install -q -e ".[$*]" && touch $@
+.venv/bin/python: ; $(PYTHON) -m venv .venv
+# torch comes after the lock, whose triton gives way to the one that torch is built with
+.venv/%: .venv/bin/python pyproject.toml locks/%.txt
+	$(if $(LOCK),$(PIP) --require-hashes --no-deps -r locks/$*.txt)
+	$(PIP) "$(TORCH)"
+	$(PIP) $(if $(LOCK),--no-deps --no-build-isolation -e .,-e ".[$*]") && touch $@
+# programs that look at the environment from outside, in one of their own
+$(TOOLS)/python: locks/audit.txt
+	$(PYTHON) -m venv .venv/tools && $(TOOLS)/python -m pip install -q --require-hashes --no-deps -r locks/audit.txt && touch $@
+# sbom.json: all that is installed in .venv with version, licence and what needs it, in CycloneDX's format
+sbom: .venv/dev $(TOOLS)/python
+	$(TOOLS)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json $(BIN)/python
+# known faults of all that is installed; needs a network, and says where it found none
+audit: .venv/dev $(TOOLS)/python ; PYTHONPATH=.:kernels $(BIN)/python -m bench audit
+# the locks anew, after a change of pyproject.toml; needs a network. Then: python -m bench licences
+UV = $(TOOLS)/uv pip compile -q --no-config --universal --python-version 3.10 --generate-hashes --no-annotate --no-header \
+	--no-emit-package torch --overrides locks/overrides.txt --index-url https://pypi.org/simple $(UPGRADE)
+locks: $(TOOLS)/python
+	$(UV) --extra dev pyproject.toml locks/torch.in -o locks/dev.txt
+	$(UV) --extra demo pyproject.toml locks/torch.in -c locks/dev.txt -o locks/demo.txt
+	$(UV) locks/audit.in -o locks/audit.txt
 native: .venv/dev ; $(BIN)/python -m cmt_kernels._native.build
 # sdists and wheels of both distributions, the native library in them where it can be built
-dist: .venv/bin/python
+dist: .venv/demo
 	rm -rf dist && $(BIN)/python -m pip install -q build twine
 	export VIRTUAL_ENV=$(CURDIR)/.venv; for folder in . kernels; do $(BIN)/python -m build -o dist $$folder || exit 1; done
 	$(BIN)/twine check --strict dist/*
-.PHONY: dist demo test sanitize bench gpu gpu-dry gpu-kit lint coverage format native
+.PHONY: audit locks sbom dist demo test sanitize bench gpu gpu-dry gpu-kit lint coverage format native

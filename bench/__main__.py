@@ -11,6 +11,7 @@ import sys
 
 # name: its module, what it measures
 BENCHES = {
+    "audit": ("harness.audit", "known faults of every package that is installed, by pip-audit; needs a network"),
     "calibrate": (
         "kernels.calibrate",
         "what this machine does at its best: ceilings, linears, attention, norms, optimizers",
@@ -56,6 +57,7 @@ BENCHES = {
         "safety.leaks",
         "stage after stage in one process beside each in its own: bits, and what is left behind, over ranks and engines",
     ),
+    "licences": ("harness.pages.licences", "docs/licences.json: what every installed package says of its licence"),
     "loader": ("training.loader", "rows a second of every loader, against what a training step takes"),
     "metrics": (
         "training.metrics",
@@ -100,15 +102,13 @@ BENCHES = {
         "consistency post-training in 16 bits by the measured rule: ratios, gradients, figures beside fp32",
     ),
     "seeds": ("experiments.seeds", "a recipe over several seeds"),
-<<<<<<< HEAD
     "signals": (
         "safety.signals",
         "56 signals to commands at all kinds of moments: exit codes, seconds to the end, what is on disk",
-=======
+    ),
     "soak": (
         "safety.soak",
         "20,000 steps with saves, evaluations and grids in one process: what grows",
->>>>>>> leaks
     ),
     "sweep": ("kernels.sweep", "attention over tokens and head dims beside float64, crash by crash"),
     "step": ("training.step", "whole training steps, eager and compiled, beside the published codes' way"),

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from bench.harness import gpu_tables, tables
-from bench.harness.pages import inputs, keys, promises
+from bench.harness.pages import inputs, keys, promises, safety
 from cmt_fast.config import describe, recipes
 
 ROOT = Path(__file__).parent.parent
@@ -70,10 +70,13 @@ def test_tables_are_generated_not_typed():
         if mark in (
             "inputs",
             "keys",
+            "licences",
             "promises",
             "ranks",
             "published",
             "recipes",
+            "safety",
+            "safety-readme",
             "sources",
         ):  # of the sources, not of a measurement
             continue
@@ -131,6 +134,58 @@ def test_a_row_of_inputs_without_its_test_or_its_report_is_an_error(tmp_path, mo
                 inputs.table()
         else:
             assert "(https://github.com/owner/name/issues/1)" in inputs.table()
+
+
+SAFE = {"promise": "x", "test": "test_make_targets_exist", "figure": "{lost} of {by.rank.1:,}", "result": "cpu/a.json"}
+
+
+@pytest.fixture
+def safety_row(tmp_path, monkeypatch):
+    """A page of one row, and its result."""
+    monkeypatch.setattr(safety, "FOLDER", tmp_path)
+    monkeypatch.setattr(safety, "RESULTS", tmp_path)
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "a.json").write_text(
+        '{"lost": 0, "by": {"rank": [50, 1000]}, "commit": "abc", "date": "2026-11-28T1"}'
+    )
+
+    def write(rows, which=""):
+        (tmp_path / "signals.yaml").write_text(yaml.safe_dump(rows))
+        return safety.table(which)
+
+    return write
+
+
+def test_a_figure_of_safety_is_filled_from_its_result(safety_row):
+    page = safety_row([SAFE])
+    assert "## Kills, signals and schedulers" in page and "commit abc, 2026-11-28." in page
+    assert "| x | 0 of 1,000 | [test_make_targets_exist](../tests/test_readme.py) |" in page
+    assert "not measured yet (cpu/b.json)" in safety_row([SAFE | {"result": "cpu/b.json"}])
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"test": "test_that_nobody_wrote"}, "in 0 test files"),
+        ({"test": " "}, "names no test"),
+        ({"figure": "{won}"}, "no 'won' among by, commit, date, lost"),
+        ({"figure": "{by.rank.2}"}, "cannot be filled"),
+        ({"figure": "{by.rank}"}, "is no figure"),
+        ({"figure": "0 of 100"}, "figures are not typed"),
+        ({"why": "z"}, "needs promise"),
+    ],
+)
+def test_a_row_of_safety_that_is_not_held_is_an_error(safety_row, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        safety_row([SAFE | wrong])
+
+
+def test_the_readme_shows_the_rows_that_are_chosen(safety_row):
+    chosen = SAFE | {"readme": True}
+    page = safety_row([SAFE | {"promise": "y"}, chosen], "readme")
+    assert "| y |" not in page and "| x | 0 of 1,000 | [test_make_targets_exist](tests/test_readme.py) |" in page
+    with pytest.raises(ValueError, match="in 6 rows"):
+        safety_row([chosen] * 6, "readme")
 
 
 def anchors(page: Path) -> set[str]:

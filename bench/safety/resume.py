@@ -34,6 +34,7 @@ from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, signals
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import batches, loop
+from cmt_fast.train import steps as taking
 
 STAGES, STEPS, BATCH = ("pre", "mid", "post", "control"), 40, 8
 SMALL = ["device=cpu", "model.width=16", "model.depth=1", "model.heads=2", "eval.n_during=40", "eval.batch=40"]
@@ -109,7 +110,7 @@ def _part(folder: Path, text: list[str], part: int, stop: int | None) -> Callabl
     """A group's work: go on with the run until a signal in the middle; each rank writes what it has drawn and trained."""
 
     def work() -> None:
-        loop.LOOK_S, taken = 0.0, list[tuple[int, int]]()
+        taking.LOOK_S, taken = 0.0, list[tuple[int, int]]()
         order, draw = Order.__call__, batches.BatchProvider.draw
 
         def noting(self: Any, position: Any) -> Any:

@@ -24,7 +24,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     torch.set_num_threads(1)
     from cmt_fast import cli
-    from cmt_fast.train import batches, loop
+    from cmt_fast.train import batches
+    from cmt_fast.train import steps as taking
 
     read, begun = _counted(), {"cpu": time.process_time(), "io": _rchar()}
     found: dict[str, Any] = {"saves": []}
@@ -39,7 +40,7 @@ def main() -> None:
         tell()
         os._exit(0)
 
-    real = loop.Steps._checkpoint
+    real = taking.Steps._checkpoint
 
     def timed(steps: Any, n: int, last: bool, *rest: Any, **more: Any) -> None:
         before = time.perf_counter(), time.thread_time()
@@ -54,7 +55,7 @@ def main() -> None:
     if job["do"] == "start":
         batches.BatchProvider.draw = first  # type: ignore[method-assign]
     else:
-        loop.Steps._checkpoint = timed  # type: ignore[method-assign]
+        taking.Steps._checkpoint = timed  # type: ignore[method-assign]
     sys.exit(cli.main(job["arguments"]))
 
 

@@ -186,7 +186,7 @@ def _told(error: Exception) -> int | None:
     A rank whose error another one tells ends without a word, and with 0: torchrun lists only those that failed otherwise.
     """
     if isinstance(error, ConfigError):
-        text, code = str(error), 2
+        text, code = str(error), exits.WRONG_INPUT
     elif memory := _of_memory(error):
         text, code = memory, exits.OUT_OF_MEMORY
     elif isinstance(error, OSError):

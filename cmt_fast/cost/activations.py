@@ -1,6 +1,6 @@
 """What a network keeps of a row for its backward, and what a forward without gradient holds at once: counted, not run.
 
-The network is built of torch's fake tensors, which have shapes, storages and autograd but no numbers, and called as a step
+The network is built of fake tensors (fakes.py), which have shapes, storages and autograd but no numbers, and called as a step
 calls it, under the same autocast. Every tensor that autograd saves is seen by a hook, each storage once. So the count is
 of this machine's ops: where the native library is built, its ops save less than plain torch. A GPU's other ops
 save a little more or less; what a step there was measured to save stands in bench/results beside this count.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cmt_fast import models
 from cmt_fast.config.schema import Model
+from cmt_fast.cost.fakes import Fakes
 from cmt_fast.models.shapes import LightMode
 from cmt_fast.models.vgg import LatentVgg, PixelVgg
 
@@ -58,12 +59,19 @@ def working(model: Model, path: str, shape: tuple[int, ...], classes: int, bf16:
 @functools.lru_cache(maxsize=64)
 def _of_model(model: Model, path: str, shape: tuple[int, ...], classes: int, bf16: bool) -> Kept:
     run = _call(shape, classes)
-    kept = _kept(lambda: models.build(model, path, 0.5, shape, classes), run, bf16)
+    kept = _kept(_built(model, path, shape, classes), run, bf16)
     if not _again(model):
         return kept
     plain = dataclasses.replace(model, checkpoint_activations=False)
-    largest = _kept(lambda: models.build(plain, path, 0.5, shape, classes), run, bf16, by_block=True)
+    largest = _kept(_built(plain, path, shape, classes), run, bf16, by_block=True)
     return Kept(kept.row + largest.row, kept.fixed + largest.fixed)  # a block runs again, and then keeps its own
+
+
+@functools.lru_cache(maxsize=4)
+def _built(model: Model, path: str, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A network of fakes, which counts in both precisions use."""
+    with fake():
+        return models.build(model, path, 0.5, shape, classes)
 
 
 @functools.lru_cache(maxsize=16)
@@ -71,7 +79,9 @@ def _of_features(distance: str, shape: tuple[int, ...], width: int, bf16: bool) 
     make = PixelVgg if distance == "lpips" else lambda: LatentVgg(shape[0], 1000, width)
     sides = (3, *shape[1:]) if distance == "lpips" else shape
     image = lambda: torch.empty(ROWS, *sides, requires_grad=True)
-    return _kept(lambda: make().requires_grad_(False), lambda net: net.slices(image()), bf16)
+    with fake():
+        net = make().requires_grad_(False)
+    return _kept(net, lambda net: net.slices(image()), bf16)
 
 
 def calls(model: Model, path: str, shape: tuple[int, ...], classes: int, bf16: bool) -> int:
@@ -111,23 +121,21 @@ def _casts(bf16: bool) -> AbstractContextManager:
 
 @contextmanager
 def fake() -> Iterator[None]:
-    """Inside, tensors are torch's fakes on the CPU, and torch's generator stays as it was."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
+    """Inside, tensors are fakes on the CPU, and torch's generator stays as it was."""
+    with torch.random.fork_rng(devices=[]), Fakes():
         yield
 
 
-def _kept(make: Callable[[], nn.Module], run: Callable[[Any], Any], bf16: bool, by_block: bool = False) -> Kept:
-    """What autograd keeps of run(make()), parameters and buffers aside; by_block: of the block that keeps most, alone."""
+def _kept(net: nn.Module, run: Callable[[Any], Any], bf16: bool, by_block: bool = False) -> Kept:
+    """What autograd keeps of run(net), parameters and buffers aside; by_block: of the block that keeps most, alone."""
     seen: dict[int, tuple[str, Tensor]] = {}
     where = [""]
     with fake():
-        net = make()
         own = {_key(p) for p in (*net.parameters(), *net.buffers())}
+        hooks = []
         for name, block in _blocks(net) if by_block else []:
-            block.register_forward_pre_hook(lambda *_, name=name: where.__setitem__(0, name))
-            block.register_forward_hook(lambda *_: where.__setitem__(0, ""))
+            hooks.append(block.register_forward_pre_hook(lambda *_, name=name: where.__setitem__(0, name)))
+            hooks.append(block.register_forward_hook(lambda *_: where.__setitem__(0, "")))
 
         def pack(x: Tensor) -> Tensor:
             if _key(x) not in own:
@@ -137,6 +145,8 @@ def _kept(make: Callable[[], nn.Module], run: Callable[[Any], Any], bf16: bool, 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _casts(bf16):
             out = run(net)
             del out
+        for hook in hooks:
+            hook.remove()
         sizes: dict[str, int] = {}
         for name, x in seen.values():
             sizes[name] = sizes.get(name, 0) + x.untyped_storage().nbytes()

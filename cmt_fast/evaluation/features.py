@@ -126,7 +126,8 @@ def extractor(data: Rows, cache: Path) -> Extractor:
     if not data.classes or len(data.shape) == 1:
         return Pooled() if len(data.shape) == 3 and math.prod(data.shape) > WHOLE else Identity()
     file = cache / FILE
-    net = Classifier(math.prod(data.shape), data.classes)
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is read over
+        net = Classifier(math.prod(data.shape), data.classes)
     known = _known(cache)
     try:
         digest = _load(net, file)

@@ -24,6 +24,7 @@ from cmt_fast.models.vgg import LatentVgg
 from cmt_fast.perceptual.distance import save_latent_network
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.train import batches, loop
+from cmt_fast.train import steps as taking
 from tests.fixtures.tape import REFUSED, Tape, tape
 from tests.fixtures.tiny import tiny
 from tests.models.test_unets import RECIPES as UNETS
@@ -86,7 +87,7 @@ class Training:
         own = self.work.stage(name)
         self.engine = LocalEngine(net, own.config, self.work.device, own.grad_accum_steps(1), lends)
         self.source = batches.BatchProvider(own, self.engine, self.work.data, self.work.device, lambda _: teacher)
-        self.sums, self.lines, self.count = loop.Sums(None), list[str](), itertools.count()
+        self.sums, self.lines, self.count = taking.Sums(None), list[str](), itertools.count()
 
     def loss(self, drawn: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return self.source.loss_of(self.engine, drawn)
@@ -377,9 +378,9 @@ def test_a_draw_that_finds_no_memory_is_made_again_without_the_graph(monkeypatch
     steps = SimpleNamespace(
         source=SimpleNamespace(draw=draw), gradient=SimpleNamespace(release=lambda: asked.append("release"))
     )
-    assert loop.Steps._drawn(steps, 3, 1) == "3.1" and asked == ["draw", "release", "draw"]
+    assert taking.Steps._drawn(steps, 3, 1) == "3.1" and asked == ["draw", "release", "draw"]
     monkeypatch.setattr(loop.distributed, "size", lambda: 2)
     asked.clear()
     with pytest.raises(torch.OutOfMemoryError):
-        loop.Steps._drawn(steps, 3, 1)
+        taking.Steps._drawn(steps, 3, 1)
     assert asked == ["draw"]

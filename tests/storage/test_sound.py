@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench.safety import crashes
-from cmt_fast.storage import checkpoint, leftovers, metrics_log, sound, tensor_file
+from cmt_fast.storage import checkpoint, debris, metrics_log, sound, tensor_file
 from cmt_fast.storage.metrics_log import Log
 from cmt_fast.storage.record import Record
 from cmt_fast.usage import bills, ledger
@@ -256,7 +256,7 @@ def test_what_a_dead_process_left_goes_and_what_was_put_aside_stays(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"half")
     os.utime(tmp_path / goes[-1], (1e9, 1e9))
-    gone = leftovers.clear(tmp_path)
+    gone = debris.clear(tmp_path)
     assert len(gone) == len(goes) and not any((tmp_path / name).exists() for name in goes)
     assert all((tmp_path / name).exists() for name in stays) and checkpoint.steps(tmp_path / "pre") == [1]
 

@@ -23,6 +23,7 @@ from cmt_fast.storage import checkpoint
 from cmt_fast.teacher import solver_error, solver_record
 from cmt_fast.teacher.solver_error import Endpoints, Estimate, Solver
 from cmt_fast.train import loop, solver_choice
+from cmt_fast.train import steps as taking
 from tests.fixtures.tiny import tiny
 from tests.train.test_resume import assert_equal_stage
 
@@ -235,7 +236,7 @@ def test_a_killed_run_keeps_its_choice_and_ends_bit_equal(when, finished, tmp_pa
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    real, saves = loop._save, []
+    real, saves = taking._save, []
     save = lambda *a, **k: (real(*a, **k), saves.append(1), killed() if len(saves) == 2 else None)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(

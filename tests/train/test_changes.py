@@ -18,6 +18,7 @@ from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime.signals import Stopped
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import loop
+from cmt_fast.train import steps as taking
 from tests.fixtures.tiny import metrics, tiny
 from tests.train.test_resume import assert_equal_stage
 
@@ -27,7 +28,7 @@ CHANGED = ["pre.lr=1e-4", "pre.batch=16", "pre.images_nimg=704", "pre.precision=
 
 def stop_after(work: Workspace, step: int, names=("pre",)) -> None:
     """Train, and be asked to stop once the checkpoint of a step is on disk."""
-    asked, save = [], loop.Steps._checkpoint
+    asked, save = [], taking.Steps._checkpoint
 
     def checkpointed(self, n, *given, **more):
         save(self, n, *given, **more)
@@ -36,7 +37,7 @@ def stop_after(work: Workspace, step: int, names=("pre",)) -> None:
 
     patch = pytest.MonkeyPatch()
     patch.setattr(loop, "noted", lambda: loop.contextlib.nullcontext(asked))
-    patch.setattr(loop.Steps, "_checkpoint", checkpointed)
+    patch.setattr(taking.Steps, "_checkpoint", checkpointed)
     try:
         loop.train(work, list(names))
     except Stopped:

@@ -14,6 +14,7 @@ from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import exits
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import checks, loop, nonfinite, replay
+from cmt_fast.train import steps as taking
 from tests.fixtures.tiny import metrics, tiny
 from tests.train.test_resume import assert_equal_stage
 
@@ -68,8 +69,8 @@ def test_who_looks_late_as_on_a_gpu_takes_the_same_steps_again(tmp_path, monkeyp
     """Rows every four steps; what is not finite in between is seen there, and no step after it has changed anything."""
     plan = resolved.schedule
     monkeypatch.setattr(resolved, "schedule", lambda stage: plan(stage)._replace(log_every=4))
-    taken, one = [], loop.Steps._one
-    monkeypatch.setattr(loop.Steps, "_one", lambda self, step: (taken.append(step), one(self, step))[1])
+    taken, one = [], taking.Steps._one
+    monkeypatch.setattr(taking.Steps, "_one", lambda self, step: (taken.append(step), one(self, step))[1])
     bad = lambda step: step in (4, 5)
     folders = [spoilt(tmp_path / "now", bad, space=work(tmp_path / "now", "on_nonfinite=skip"))]
     assert taken == list(range(8))

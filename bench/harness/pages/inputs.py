@@ -43,4 +43,4 @@ def _row(file: Path, row: dict[str, str], found: dict[str, list[Path]]) -> str:
             raise ValueError(f"{file}: {row['report']!r} is no owner/repository#number")
         links = (f"[{r}](https://github.com/{r.replace('#', '/issues/')})" for r in reports)
         given += f" ({', '.join(links)})"
-    return f"| {given} | {row['now']} | {', '.join(link(name, found) for name in row['test'].split())} |"
+    return f"| {given} | {row['now']} | {', '.join(link(name, found, file) for name in row['test'].split())} |"

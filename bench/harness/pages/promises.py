@@ -33,10 +33,10 @@ def functions() -> dict[str, list[Path]]:
     return found
 
 
-def link(name: str, found: dict[str, list[Path]]) -> str:
-    """`name`, or FILE::name where several files have one, as a link from a page in docs/."""
+def link(name: str, found: dict[str, list[Path]], file: Path = TEXTS) -> str:
+    """`name`, or FILE::name where several files have one, as a link from a page in docs/; `file` is what names it."""
     stem, _, function = name.rpartition("::")
     paths = [p for p in found.get(function, []) if stem in ("", p.stem)]
     if len(paths) != 1:
-        raise ValueError(f"{TEXTS}: {name} is in {len(paths)} test files, and it must be in one")
+        raise ValueError(f"{file}: {name} is in {len(paths)} test files, and it must be in one")
     return f"[{function}](../{paths[0].as_posix()})"
