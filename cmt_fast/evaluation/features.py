@@ -210,6 +210,6 @@ def _known(cache: Path) -> set[str]:
     """The classifiers that what is kept of the run's real data says its figures are of."""
     names = set()
     for file in (cache / "reference").glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             names.add(str(sound.read(file, key="own_xxh3_128")["key"]["extractor"]))
     return {name for name in names if name.startswith("classifier-64-32@")}

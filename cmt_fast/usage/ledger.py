@@ -105,7 +105,12 @@ class Account:
         """bill.json, whole by rename and not synced. A disk that refuses does not stop training: manifests hold the bill."""
         if not self.write:
             return
-        body = {"bill": self.bill.stored(), "settled": self.settled, "held": {self.meter.unit: self.held}}
+        body = {
+            "stage": self.folder.name,
+            "bill": self.bill.stored(),
+            "settled": self.settled,
+            "held": {self.meter.unit: self.held},
+        }
         with contextlib.suppress(OSError):
             files.write_bytes(self.folder / FILE, sound.signed(body).encode())
         if not self._ended.is_set():

@@ -208,6 +208,10 @@ def test_a_damaged_bill_is_put_aside_and_the_checkpoint_s_counts(tmp_path, capsy
     file = tmp_path / bills.FILE
     file.write_text(sound.signed(body))
     assert bills.journal(tmp_path) == (bill, 1, bill, {"core": 1})
+    for name in ("pre", "mid"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / bills.FILE).write_text(sound.signed({"stage": "pre", **body}))
+    assert bills.journal(tmp_path / "pre") and bills.journal(tmp_path / "mid") is None
     changed = [file.read_text().replace("5.0", "6.0", 1)]
     for wrong in (
         {"bill": 3},
