@@ -119,6 +119,7 @@ class Steps(NamedTuple):
             looking.attempt("the page", self.page.draw, self.stage, n, self.log)
         self.wall["eval_s"] += self.meter.lap("evaluation")
         self.log.commit()
+        self.account.settle(n, end=False)  # of the checkpoint before it, which does not know what it cost
 
     def _since(self, n: int) -> int:
         """Steps of the row of metrics that step n is in."""
