@@ -112,6 +112,22 @@ def test_one_of_many_takes_a_stale_lease_over(refused):
     winners[0].close()
 
 
+def test_who_comes_late_to_a_stale_lease_leaves_the_new_one(refused, monkeypatch):
+    """Another one took it over after this one had found it stale."""
+    leave(refused, pid=1 << 30)
+    real = locks._make
+
+    def late(file, about):
+        if file.name.startswith(f"{LEASE}-"):
+            leave(refused)  # of a live process
+        real(file, about)
+
+    monkeypatch.setattr(locks, "_make", late)
+    with pytest.raises(Taken):
+        locks.take(refused)
+    assert sorted(p.name for p in refused.iterdir()) == [LEASE, LOCK]
+
+
 def test_who_lost_its_lease_writes_no_checkpoint(refused):
     with locks.holding(refused):
         locks.check(refused / "pre")
