@@ -25,6 +25,7 @@ from cmt_fast.data.order import Loader
 from cmt_fast.data.shards import Shards, export
 from cmt_fast.diffusion import rng
 from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime.signals import Stopped
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import loop
 from tests.fixtures.stores import make_store
@@ -282,7 +283,7 @@ def test_training_is_bit_equal_and_goes_on_with_the_other_loader(form, folder, t
     assert len(losses) == 20 and len(set(losses)) == 20
     for kind in ("dali", "torch"):  # stopped at the first row with the one, finished with the other
         work = Workspace(run_of(path, kind), tmp_path / f"stopped-{kind}")
-        with pytest.raises(loop.Stopped):
+        with pytest.raises(Stopped):
             loop.train_stage(work, work.stage("pre"), [15])
         assert checkpoint.latest(work.folder / "pre").manifest["step"] < 20
         assert trained(work.folder, path, "torch" if kind == "dali" else "dali") == wanted
@@ -293,7 +294,7 @@ def test_a_checkpoint_of_other_rows_or_another_batch_is_refused(folder, tmp_path
     shutil.copytree(folder / "shards", path)
     work = Workspace(run_of(path, "dali"), out)
     work.claim()
-    with pytest.raises(loop.Stopped):
+    with pytest.raises(Stopped):
         loop.train_stage(work, work.stage("pre"), [15])
     begun = work.folder / "pre" / "checkpoints"
     before = sorted(p.name for p in begun.iterdir())
@@ -324,7 +325,7 @@ def test_another_file_of_the_same_name_is_refused(tmp_path):
     more = [*LATENTS, "model.patch=2", f"data={{kind: npz, path: {path}}}", "loader.kind=torch"]
     work = lambda: Workspace(tiny("digits-mf", *more), tmp_path / "run")
     work().claim()
-    with pytest.raises(loop.Stopped):
+    with pytest.raises(Stopped):
         opened = work()
         loop.train_stage(opened, opened.stage("pre"), [15])
     np.savez(path, images=1 - images)

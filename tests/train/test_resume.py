@@ -15,6 +15,7 @@ import torch
 from cmt_fast.config import loading
 from cmt_fast.config.schema import STAGES
 from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime.signals import Stopped
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import loop
 from tests.fixtures import forked
@@ -139,7 +140,7 @@ def test_who_stops_does_not_wait_for_an_evaluation(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(loop.monitor, "observe", lambda *given: looks.append(given[3]) or look(*given))
     with monkeypatch.context() as asked:
         asked.setattr(loop, "noted", lambda: contextlib.nullcontext([15]))
-        with pytest.raises(loop.Stopped) as stopped:
+        with pytest.raises(Stopped) as stopped:
             loop.train(out, ["pre"])
     manifest = checkpoint.latest(tmp_path / "run" / "pre").manifest
     assert stopped.value.code == 143 and manifest["step"] == 1 and manifest["unseen"] and looks == []

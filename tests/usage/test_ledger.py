@@ -21,6 +21,7 @@ from cmt_fast.run.judging import Judging
 from cmt_fast.run.standing import Standing
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed
+from cmt_fast.runtime.signals import Stopped
 from cmt_fast.storage import checkpoint, metrics_log
 from cmt_fast.train import loop
 from cmt_fast.usage import bills, ledger, meters
@@ -280,7 +281,7 @@ def test_a_stop_by_signal_loses_nothing(tmp_path, paced, monkeypatch):
     work = Workspace(tiny("digits", *RUN), tmp_path)
     with monkeypatch.context() as asked:
         asked.setattr(loop, "noted", lambda: contextlib.nullcontext([15]))
-        with pytest.raises(loop.Stopped):
+        with pytest.raises(Stopped):
             loop.train(work, ["pre"])
     assert not (tmp_path / "pre" / ledger.ALIVE).exists()
     paced.spend(500)

@@ -75,7 +75,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _line(file: Path, row: dict[str, Any], found: dict[str, list[Path]]) -> str:
-    tests = [link(name, found, file) for name in row["test"].split()]
+    tests = [link(name, found, file) for name in row["test"].replace(",", " ").split()]
     if not tests:
         raise ValueError(f"{file}: {row['promise']!r} names no test")
     return f"| {row['promise']} | {_figure(file, row)} | {', '.join(tests)} |"
