@@ -61,3 +61,9 @@ def contents_now(run: Run, before: dict[str, Any]) -> dict[str, list[str]]:
     was = before.get("contents") or {}
     now = {name: fingerprint.content_digest(run, name) for name in run.stages}
     return {name: list(dict.fromkeys([*(was.get(name) or ()), digest])) for name, digest in now.items()}
+
+
+def roots(before: dict[str, Any]) -> list[str]:
+    """Where a run was trained from before it goes on from here: names of other runs start there too. before: run.json as it is."""
+    earlier = dict.fromkeys(root for root in (before.get("root"), *before.get("roots", ())) if root)
+    return [root for root in earlier if root != str(Path.cwd())]

@@ -325,30 +325,23 @@ class Workspace:
         contents = recorded.contents_now(self.run, before)
         self.changes, self.changing = changes.pending(self.changes, self.changing), {}
         networks = self._networks(before.get("networks") or {}, names)
-        same = stored and loading.dump(stored) == loading.dump(self.run) and before.get("data") == self.data.facts
-        if (
-            same
-            and "remembered" in before
-            and before.get("networks") == networks
-            and before.get("contents") == contents
-        ):
+        now = {"run": loading.dump(self.run), "data": self.data.facts, "networks": networks, "contents": contents}
+        had = {key: before.get(key) for key in now} | ({"run": loading.dump(stored)} if stored else {})
+        if had == now and "remembered" in before:
             return
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {
                 "digest": fingerprint.digest(self.run),
-                "run": loading.dump(self.run),
+                **now,
                 "rows": self.rows(),
-                "data": self.data.facts,
-                "networks": networks,
-                "contents": contents,
                 "remembered": absent.memory(self.data, self.setting.law, self.run.eval.labels, self.decoding.latents),
                 "environment": machine.environment(),
                 "ops": cmt_kernels.table(self.device.type),
                 "engine": {name: self.sharding_plan(self.stage(name))._asdict() for name in names},
                 "parents": str(self.parents) if self.parents != self.folder else None,
                 "root": str(Path.cwd()),
-                "roots": self._roots(before),
+                "roots": recorded.roots(before),
                 **({"changes": self.changes} if self.changes else {}),
             }
             files.write_text(self.folder / RUN_FILE, sound.signed(about))
@@ -366,12 +359,6 @@ class Workspace:
             places |= {str(self.parents / name): self.parents / name for name in theirs}
         known = {name: ema for name, ema in before.items() if name in outside or name in places}
         return known | seen(places.items())
-
-    @staticmethod
-    def _roots(before: dict) -> list[str]:
-        """Where a run was trained from before it went on from here: names of other runs start there too."""
-        earlier = dict.fromkeys(root for root in (before.get("root"), *before.get("roots", ())) if root)
-        return [root for root in earlier if root != str(Path.cwd())]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
