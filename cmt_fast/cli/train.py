@@ -100,16 +100,9 @@ def train(args: argparse.Namespace) -> None:
     begun = time.monotonic()
     run, out, parents = _asked(args)
     run, changing = changes.asked(run, out, args.change)
-    have = list(run.stages)
-    names = args.stages.split(",") if args.stages else have
-    for name in names:
-        if name not in have:
-            raise ConfigError(
-                f"--stages: {name!r} is not valid; this recipe has {', '.join(have)}{errors.nearest(name, have)}"
-            )
+    names = _stages(run, args.stages)
     if parents:
         folder.stored_run(parents)
-    names = [name for name in have if name in names]
     asked, done = names, [name for name in names if args.resume and _finished(resolve(run, name, out))]
     _as_trained(out, run, done)
     if done == names:
@@ -140,7 +133,7 @@ def train(args: argparse.Namespace) -> None:
         _ops(work.device.type)
         _classes(work)
     distributed.agreed(
-        lambda: None if distributed.rank() else _disk(work, [n for n in names if not _finished(out / n)])
+        lambda: None if distributed.rank() else _disk(work, [n for n in names if not _finished(work.stage(n))])
     )
     if work.device.type == "cpu":
         memory.keep_freed()
@@ -166,6 +159,18 @@ def _would_fit(work: workspace.Workspace, error: memory.OutOfMemory) -> str:
     text = fitting.told(fitting.Case(work.run, error.stage, rows, card, n), error.moment)
     peak = f"{error.why}; the process held {sharding.gb(memory.peak(work.device))} at most; {text}"
     return f"{peak}. {kept or 'Nothing of the stage is on disk yet'}"
+
+
+def _stages(run: Run, text: str | None) -> list[str]:
+    """The stages that --stages names, in the run's order. Raises ConfigError."""
+    have = list(run.stages)
+    names = text.split(",") if text else have
+    for name in names:
+        if name not in have:
+            raise ConfigError(
+                f"--stages: {name!r} is not valid; this recipe has {', '.join(have)}{errors.nearest(name, have)}"
+            )
+    return [name for name in have if name in names]
 
 
 def _finished(stage: ResolvedStage) -> bool:

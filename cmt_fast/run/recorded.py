@@ -64,6 +64,6 @@ def contents_now(run: Run, before: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def roots(before: dict[str, Any]) -> list[str]:
-    """Where a run was trained from before it goes on from here: names of other runs start there too. before: run.json as it is."""
+    """Where a run was trained from before it goes on from here: names of other runs start there too."""
     earlier = dict.fromkeys(root for root in (before.get("root"), *before.get("roots", ())) if root)
     return [root for root in earlier if root != str(Path.cwd())]
