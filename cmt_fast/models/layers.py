@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from cmt_kernels import (
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cmt_fast.models import products
+from cmt_fast.models.shapes import counting
 
 BiasedOp = Callable[[Tensor | Dual, Tensor | None], Tensor | Dual]
 
@@ -181,5 +183,28 @@ def recomputed(block: Callable, *xs: Tensor | Dual) -> Tensor | Dual:
         found.append(y[1])
         return y[0]
 
-    y = checkpoint(run, *values, use_reentrant=False, preserve_rng_state=False)
+    if counting():  # torch's own would import a compiler
+        y = _keeping_inputs(run, *values)
+    else:
+        y = checkpoint(run, *values, use_reentrant=False, preserve_rng_state=False)
     return Dual(y, found.pop()) if found else y
+
+
+class _Saved(torch.autograd.Function):
+    """Saves tensors for a backward that never comes."""
+
+    @staticmethod
+    def forward(ctx: Any, asked: Tensor, *xs: Tensor) -> Tensor:
+        ctx.save_for_backward(*xs)
+        return torch.empty_like(asked)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> None:
+        raise AssertionError("what is counted has no backward pass")
+
+
+def _keeping_inputs(run: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """run(*values), saving what checkpoint() saves of it: the values, for whoever counts what is saved."""
+    _Saved.apply(torch.empty(0, requires_grad=True), *values)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda _: None):
+        return run(*values)

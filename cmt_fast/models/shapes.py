@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 aten = torch.ops.aten
 LIKE = {getattr(aten, f"{name}_like").default for name in ("empty", "zeros", "ones", "full", "rand", "randn")}
@@ -83,6 +83,11 @@ class LightMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+def counting() -> bool:
+    """Whether this thread is inside a LightMode."""
+    return any(isinstance(mode, LightMode) for mode in _get_current_dispatch_mode_stack())
 
 
 class Shapes(LightMode):
