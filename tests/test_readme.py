@@ -160,6 +160,8 @@ def test_a_figure_of_safety_is_filled_from_its_result(safety_row):
     page = safety_row([SAFE])
     assert "## Kills, signals and schedulers" in page and "commit abc, 2026-11-28." in page
     assert "| x | 0 of 1,000 | [test_make_targets_exist](../tests/test_readme.py) |" in page
+    typed = {k: v for k, v in SAFE.items() if k != "result"} | {"figure": "5 kinds"}
+    assert "| x | in a test: 5 kinds |" in safety_row([typed])
     assert "not measured yet (cpu/b.json)" in safety_row([SAFE | {"result": "cpu/b.json"}])
 
 

@@ -64,7 +64,9 @@ def test_recomputed_blocks_keep_what_passes_between_them_and_the_largest_of_them
     again = dataclasses.replace(model, checkpoint_activations=True)
     plain, few = (activations.of_model(m, "ve", shape, classes, False) for m in (model, again))
     between = kept(again, shape, classes, 3, False)[0]
-    inputs = activations._kept(activations._built(again, "ve", shape, classes), activations._call(shape, classes), False)
+    inputs = activations._kept(
+        activations._built(again, "ve", shape, classes), activations._call(shape, classes), False
+    )
     assert inputs.bytes(3) == between  # what torch's own checkpoint() keeps, which is not called to count
     assert between < few.bytes(3) < plain.bytes(3)
     assert few.bytes(3) - between < plain.bytes(3) - between  # one block, not all

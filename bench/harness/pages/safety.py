@@ -3,7 +3,8 @@
 A file is a list of rows. A row has `promise` (one sentence), `test` (names of test functions; where they are is looked up, so
 a test that is renamed or deleted shows here), `figure` and, where that was counted by a bench, `result`: a file below
 bench/results, say cpu/kills.json. `{a.b}` in a figure is filled from that file, `{rows.0.n:,}` from its lists too: figures
-are never typed. `readme: true` takes a row into the README, which has room for five.
+are never typed. Without a result, `figure` says in words what the test does, and the page says that it is a test.
+`readme: true` takes a row into the README, which has room for five.
 """
 
 from __future__ import annotations
@@ -82,12 +83,12 @@ def _line(file: Path, row: dict[str, Any], found: dict[str, list[Path]]) -> str:
 
 
 def _figure(file: Path, row: dict[str, Any]) -> str:
-    """The text with its keys filled from the result, or that nobody has measured it."""
+    """The text with its keys filled from the result, that nobody has measured it, or what is done in the test."""
     keys = [key for _, key, _, _ in string.Formatter().parse(row["figure"]) if key is not None]
     if "result" not in row:
         if keys:
             raise ValueError(f"{file}: {row['figure']!r} has keys and names no result")
-        return row["figure"]
+        return f"in a test: {row['figure']}"
     if not keys:
         raise ValueError(
             f"{file}: {row['figure']!r} takes nothing from {row['result']}; figures are not typed: say {{key}}"
