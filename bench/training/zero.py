@@ -91,7 +91,7 @@ def launch(
     codes: dict[int, int] = {}
     deadline = float("inf")
     while children:
-        child, status = os.waitpid(-1, os.WNOHANG)
+        child, status = next((end for other in children if (end := os.waitpid(other, os.WNOHANG))[0]), (0, 0))
         if child:
             codes[children.pop(child)] = os.waitstatus_to_exitcode(status)
             if status and deadline == float("inf"):

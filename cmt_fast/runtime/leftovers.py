@@ -136,8 +136,10 @@ class Handles(NamedTuple):
 def _same(was: Any, now: Any) -> bool:
     """Whether it is the one that it was, or only wrapped by torch once and for all: its own functions for its compiler, and
     the `step` of a class of optimizers for its profiler."""
+    if now is was:
+        return True
     hooked = getattr(now, "__wrapped__", None) if getattr(now, "hooked", False) else None
-    return any(x is was for x in (now, hooked, getattr(now, "_torchdynamo_orig_callable", None)))
+    return any(x is was for x in (hooked, getattr(now, "_torchdynamo_orig_callable", None)))
 
 
 def _chosen(whole: bool) -> dict[str, types.ModuleType]:
