@@ -26,11 +26,10 @@ def place(monkeypatch):
     most of the time went into opening files anew."""
     memory = "/dev/shm"
     where = memory if os.path.isdir(memory) and os.access(memory, os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=where) as folder:
-        with monkeypatch.context() as patch:
-            patch.setattr(sandbox, "read", targets.in_process)
-            patch.setattr(tempfile, "tempdir", folder)
-            yield Path(folder)
+    with tempfile.TemporaryDirectory(dir=where) as folder, monkeypatch.context() as patch:
+        patch.setattr(sandbox, "read", targets.in_process)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 def damaged(data: bytes, how: list[tuple[int, int, int]]) -> bytes:
