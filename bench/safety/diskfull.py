@@ -81,10 +81,8 @@ def full(disk: Disk, place: Path, arguments: argparse.Namespace, base: dict, mos
         disk.quota(size, honest=i % 2 == 0)
         given: list[int] = []
         if i % 4 == 3:
-            saving.set_wait_s("60")
-            with _given(given, lambda: disk.quota(None)):
+            with saving.patience("60"), _given(given, lambda: disk.quota(None)):
                 error = trained(folder)
-            saving.set_wait_s("0")
             if given and error is not None:
                 row["faults"].append(f"{size}: waited, was given room, and ended by {error}")
         else:

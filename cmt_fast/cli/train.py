@@ -96,7 +96,11 @@ def train(args: argparse.Namespace) -> None:
         print("\n".join(recipes.listed()))
         raise ConfigError("cmt train: which recipe? name one of these, or a YAML file (`cmt recipes new` writes one)")
     progress.set_every_s(args.log_every_s)
-    saving.set_wait_s(args.disk_wait)
+    with saving.patience(args.disk_wait):
+        _train(args)
+
+
+def _train(args: argparse.Namespace) -> None:
     begun = time.monotonic()
     run, out, parents = _asked(args)
     run, changing = changes.asked(run, out, args.change)

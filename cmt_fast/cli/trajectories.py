@@ -24,6 +24,7 @@ from cmt_fast.engine.sharding import gb, memory_bytes
 from cmt_fast.run import folder, workspace
 from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.runtime import distributed, machine, progress, signals
+from cmt_fast.storage import files
 from cmt_fast.teacher.pool import Prior, roller
 from cmt_fast.teacher.precision import Teacher
 
@@ -124,13 +125,14 @@ def _room(out: Path, n: int, resolved: ResolvedStage, shape: tuple[int, ...], dt
     nodes = memory.trajectories(resolved)[1]
     row, part = disk.row_bytes(nodes, shape, dtype), out.with_name(f"{out.name}.part")
     there = sum(f.stat().st_size for f in part.glob("*.bin")) if part.is_dir() else 0
-    free, size = disk.free(out.parent), n * row
+    free, size = files.free(out.parent), n * row
     about = f"{n:,} trajectories of {nodes} nodes in {dtype} are {gb(size)} ({row:,} bytes each)"
     done = f", {gb(there)} of them are written" if there else ""
-    if size - there > free:
+    if free is not None and size - there > free:
         fewer = "fewer trajectories (-n) or another disk (--cache)" + ", or --dtype fp16" * (dtype == "fp32")
         raise ConfigError(f"--cache: {about}{done}, and {os.path.abspath(out.parent)} has {gb(free)} free; {fewer}")
-    progress.say(f"{resolved.name:>8} disk: {about}{done}; {gb(free)} are free")
+    room = "" if free is None else f"; {gb(free)} are free"
+    progress.say(f"{resolved.name:>8} disk: {about}{done}{room}")
 
 
 def _bounded(work: workspace.Workspace, resolved: ResolvedStage, rows: int, precision: str) -> Trajectories:

@@ -38,7 +38,7 @@ class ConfigError(ValueError):
             head, colon, rest = text.partition(": ")
             key, text = (head, rest) if colon and " " not in head else ("", text)
         self.key, self.reason = key, text
-        super().__init__(f"{key}: {text}" if key else text)
+        super().__init__(f"{one_line(key)}: {text}" if key else text)
 
     def under(self, parent: str) -> ConfigError:
         """The same error of a key that stands under `parent`."""

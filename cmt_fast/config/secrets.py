@@ -15,23 +15,33 @@ from cmt_fast.config.errors import ConfigError
 
 HIDDEN = "***"
 NAMED = re.compile(r"(?i)(api_?key|access_?key|secret|token|passw(or)?d|credential)")
+PLACES = re.compile(
+    r"(?i)_(files?|path|dir|directory|home|ur[li]|names?|endpoint|type|parallelism)$"
+)  # variables, not of keys
 SHORTEST = 8  # of a value that is looked for: a shorter one would be found in words
+NUMBER = re.compile(r"[\d._:-]{1,15}")
+WORD = re.compile(r"[A-Za-z]{1,15}")  # no recipe is refused for one, as for `postgres` in a path
 # what keys look like: Hugging Face, AWS, GitHub, GitLab, OpenAI and Anthropic, Google, Slack
 LOOKS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
-    r"|sk-[\w-]{20,}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,})"
+    r"|sk-(?:(?:proj|svcacct|admin|ant-\w+|or-v1)-[\w-]{20,}|[A-Za-z0-9]{20,})|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}"
+    r"|(?<=[Bb]earer )[\w.~+/-]{16,})"
 )
 IN_URL = re.compile(r"(?<=:/)/?(?:[^/\s:@]*:[^/\s@]+|[^/\s:@]{16,})(?=@)")  # a path has one slash of the two
-ASSIGNED = re.compile(
-    r"(?i)((?:api_?key|access_?key(?:_id)?|secret(?:_access_key)?|auth_?token|access_?token|token|password|passwd|signature|x-amz-\w+)"
-    r"[\"']?\s*[=:]\s*[\"']?)([^\s&\"',;}\]]{6,})"
+ASSIGNED = re.compile(  # after a blank a word is none, as of "runs/token: cannot be read"
+    r"(?i)((?<![a-z/])(?:[a-z]+_)*(?:api_?key|access_?key(?:_id)?|secret(?:_access_key)?|(?:auth|access)?token|password|passwd"
+    r"|signature|x-amz-\w+)[\"']?(?:\s*=\s*|:|:\s+(?=[\"']?\S*\d)|:?\s+(?=[\"']?\S{16}))[\"']?)([^\s&\"',;}\]]{6,})"
 )
-QUERY = re.compile(r"(?i)[?&][\w-]*(token|key|secret|password|signature|credential)[\w-]*=[^\s&\"']{6,}")
+QUERY = re.compile(  # the last word of a name counts: not ?tokenizer=, not ?sort_key=
+    r"(?i)[?&](?:(?:[\w-]*[_-])?(?:token|api_?key|access_?key(?:_?id)?|secret|password|passwd|signature|credential|sig)|key)"
+    r"=[^\s&\"']{6,}"
+)
 
 
 def _values() -> list[str]:
     """What variables of the surroundings hold that are named as keys are, the longest first."""
-    found = {v for name, v in os.environ.items() if NAMED.search(name) and len(v) >= SHORTEST and not os.path.exists(v)}
+    named = [v for name, v in os.environ.items() if NAMED.search(name) and not PLACES.search(name)]
+    found = {v for v in named if len(v) >= SHORTEST and not NUMBER.fullmatch(v) and not os.path.exists(v)}
     return sorted(found, key=len, reverse=True)
 
 
@@ -46,7 +56,8 @@ def hidden(text: str) -> str:
 
 def within(text: str) -> bool:
     """Whether a value of a recipe holds a key or a password, by what leaves no doubt."""
-    return bool(LOOKS.search(text) or IN_URL.search(text) or QUERY.search(text) or any(v in text for v in _values()))
+    known = any(value in text for value in _values() if not WORD.fullmatch(value))
+    return known or bool(LOOKS.search(text) or IN_URL.search(text) or QUERY.search(text))
 
 
 def refuse(tree: Any, key: str = "") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from cmt_fast.cost.memory import trajectories
 from cmt_fast.data.trajectory_store import DTYPES
 from cmt_fast.engine.sharding import gb
 from cmt_fast.run.resolved import ResolvedStage
+from cmt_fast.storage import checkpoint as checkpoints_
 from cmt_fast.storage import files, pruning
 
 CHECKPOINTS = 3  # the last two, and the one that is being written
@@ -72,6 +72,15 @@ def snapshots(resolved: ResolvedStage, parameters: int) -> int:
     return 4 * parameters * kept * profiles
 
 
+def saves(resolved: ResolvedStage, step: int = 0) -> int:
+    """Checkpoints that a stage writes after so many steps, by images, those before its looks and its last one too: up to
+    CHECKPOINTS of them, as no more are there at once."""
+    plan = resolved.schedule
+    every = [k for k in (plan.checkpoint_every, plan.eval_every, plan.grid_every) if k]
+    due = {n for k in every for n in range(step - step % k + k, plan.total, k)[:CHECKPOINTS]}
+    return min(CHECKPOINTS, len({*due, plan.total}))
+
+
 def needs(stages: Sequence[ResolvedStage], parameters: int) -> list[int]:
     """Bytes that must be free for each stage to end when those before it have. What is on disk of them already counts, but
     for a checkpoint more, which is whole before an old one goes."""
@@ -79,9 +88,19 @@ def needs(stages: Sequence[ResolvedStage], parameters: int) -> list[int]:
     for stage in stages:
         one, most = checkpoint(stage, parameters), checkpoints(stage, parameters)
         there = sum(pruning.size(stage.folder / name) for name in ("checkpoints", "snapshots"))
+        to_come = saves(stage, max(_steps(stage), default=0))
+        most = min(most, there + to_come * one + snapshots(stage, parameters))  # a short stage never has as many
         out.append(before + max(one, most - there))
-        before += max(0, most - one - there)
+        before += max(0, most - (to_come == CHECKPOINTS) * one - there)
     return out
+
+
+def _steps(stage: ResolvedStage) -> list[int]:
+    """Of its checkpoints; none where they cannot be listed, which who reads them says."""
+    try:
+        return checkpoints_.steps(stage.folder)
+    except checkpoints_.CheckpointError:
+        return []
 
 
 def check(stages: Sequence[ResolvedStage], parameters: int, folder: Path) -> str | None:
@@ -103,13 +122,8 @@ def line(resolved: ResolvedStage, shape: tuple[int, ...], parameters: int, folde
     if stored:
         rows, each = stored.trajectories, f"{stored.row_bytes:,} bytes"
         text += f"; `cmt trajectories -n {rows}` would write {gb(stored.bytes)} in fp16, {rows:,} x {each}"
-    return f"{text}; {gb(free(folder))} free there" if folder else text
-
-
-def free(folder: Path) -> int:
-    """Bytes that may still be written where a folder is, or will be."""
-    above = next(f for f in (folder.resolve(), *folder.resolve().parents) if f.is_dir())
-    return shutil.disk_usage(above).free
+    room = files.free(folder) if folder else None
+    return text if room is None else f"{text}; {gb(room)} free there"
 
 
 def judging(resolved: ResolvedStage) -> Judging:

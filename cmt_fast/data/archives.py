@@ -25,6 +25,7 @@ from cmt_fast.data.arrays import is_zip
 MEMBER_BYTES = 64 << 20  # of one array or image
 JSON_BYTES = 256  # of a .json file for each file in the archive, beside a first MiB; EDM2's has 45
 RATIO = 200  # decompressed over compressed bytes; arrays and images are far below, deflate's limit is 1032
+BLANK = 4 << 20  # bytes of a member that may be above it: one colour, or zeros
 
 
 class DatasetError(ConfigError):
@@ -80,7 +81,7 @@ class Archive:
                 raise DatasetError(
                     f"{self.path}: {m.filename!r} is stored in {m.compress_size} bytes, not {m.file_size}"
                 )
-            if m.file_size > RATIO * m.compress_size:
+            if m.file_size > max(RATIO * m.compress_size, BLANK):
                 raise DatasetError(f"{self.path}: {m.filename!r} grows {RATIO} times and more when it is read")
             places.append((m.header_offset, m.header_offset + 30 + m.compress_size, m.filename))
             self._add(m.filename, m.file_size)

@@ -6,10 +6,10 @@ training. Where CMT_STORE_CACHE names a folder on a disk of the machine, they ar
 
     CMT_STORE_CACHE/NAME-DIGEST/         a store like any other, whole; DIGEST is of its index
     CMT_STORE_CACHE/NAME-DIGEST.part/    one that is being copied: files that have their name are whole and checked
-    CMT_STORE_CACHE/NAME-DIGEST.lock     held by the process that copies
+    CMT_STORE_CACHE/NAME-DIGEST.busy/    held by the process that copies (storage/locks.py)
 
-The lock is the kernel's: it ends with its process, so whoever waits goes on with the copy of one that was killed, whatever the
-launcher, and two jobs on a machine share one copy. Each row is checked against its checksum when it has been copied, and again
+The lock ends with its process, so whoever waits goes on with the copy of one that was killed, whatever the launcher, and two
+jobs on a machine share one copy. Each row is checked against its checksum when it has been copied, and again
 whenever it is read. The copy is made by training alone; `cmt train --dry-run` says what it would be.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -29,7 +28,7 @@ from typing import NamedTuple
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.latents import CHECKSUMS, INDEX, LABELS, Read, Store, small
 from cmt_fast.runtime import distributed, progress
-from cmt_fast.storage import files
+from cmt_fast.storage import files, locks
 
 VARIABLE = "CMT_STORE_CACHE"
 BLOCK = 16 << 20  # bytes copied at a time
@@ -161,24 +160,38 @@ def _bytes_in(part: Path) -> int:
 @contextlib.contextmanager
 def _locked(target: Path, total: int) -> Iterator[None]:
     """Inside, no other process of this machine copies the store; until then, how far the other one is."""
-    with open(target.with_name(f"{target.name}.lock"), "w", encoding="utf-8") as lock:
-        if not _taken(lock.fileno()):
+    place = target.with_name(f"{target.name}.busy")
+    with contextlib.ExitStack() as ending:
+        if not _taken(place, ending):
             part, seen = target.with_name(f"{target.name}.part"), 0
             with progress.phase("another process copies the store to this machine, MB", total // MB) as tell:
-                while not _taken(lock.fileno()):
+                while not _taken(place, ending):
                     time.sleep(POLL_S)
                     now = _bytes_in(part) // MB
                     tell(max(0, now - seen))
                     seen = max(seen, now)
-        yield  # the lock ends with the file
+        yield
 
 
-def _taken(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+def _taken(place: Path, ending: contextlib.ExitStack) -> bool:
+    """Whether this process has it now, up to the end of what is given."""
+    place.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as mine:
+        mine.callback(_gone, place)
+        try:
+            mine.enter_context(locks.holding(place, remove=True))
+        except locks.Taken:
+            mine.pop_all()
+            return False
+        except FileNotFoundError:  # who had it took it away
+            return False
+        ending.push(mine.pop_all())
     return True
+
+
+def _gone(place: Path) -> None:
+    with contextlib.suppress(OSError):
+        place.rmdir()
 
 
 def _copy(store: Store, target: Path, sizes: dict[str, int]) -> None:
@@ -190,7 +203,8 @@ def _copy(store: Store, target: Path, sizes: dict[str, int]) -> None:
     shutil.rmtree(under_way, ignore_errors=True)  # of one that was killed
     under_way.mkdir(parents=True)
     left = {name: size for name, size in sizes.items() if _size(part / name) != size}
-    if sum(left.values()) > (free := shutil.disk_usage(part).free):
+    free = files.free(part)
+    if free is not None and sum(left.values()) > free:
         raise _full(target.parent, free, sum(left.values()), store)
     shards = {s.file: k for k, s in enumerate(store.index.shards)}
     with progress.phase("copying the store to this machine, MB", sum(sizes.values()) // MB) as tell:

@@ -20,7 +20,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES
 from cmt_fast.run import folder as folder_
 from cmt_fast.run.folder import JUDGING
-from cmt_fast.storage import checkpoint, heartbeat, pruning
+from cmt_fast.storage import checkpoint, files, heartbeat, pruning
 
 DEPTH = 3  # folders in which other runs are looked for
 KEEP = ("final", "report", "nothing")
@@ -40,8 +40,7 @@ class Plan(NamedTuple):
     @property
     def bytes(self) -> int:
         """How much it frees."""
-        files = [f for of in self.pruned.values() for f in of]
-        return sum(map(pruning.size, [*self.paths, *files]))
+        return sum(map(pruning.size, [*self.paths, *(f for of in self.pruned.values() for f in of)]))
 
 
 def stays(keep: str, name: str) -> bool:
@@ -55,7 +54,8 @@ def check(folder: Path, force: bool = False) -> None:
         raise ConfigError(f"RUN: {str(folder)!r} is a link to {folder.resolve()}; name that folder")
     if not folder_.is_run(folder):
         raise ConfigError(f"RUN: {str(folder)!r} is no run, it has no {folder_.RUN_FILE}{folder_.meant(folder)}")
-    age, recent = heartbeat.age(folder), heartbeat.QUIET_S  # of a process on another machine the lock is not seen here
+    # of a process on another machine the lock is not seen here, nor is the time by its clock
+    age, recent = heartbeat.age(folder, files.clock(folder)), heartbeat.QUIET_S
     if age is not None and age < recent and not force:
         raise ConfigError(
             f"RUN: {folder} gave a sign of life {age:.0f} s ago; a run counts as alive for {recent:.0f} s. If nothing works "

@@ -172,7 +172,10 @@ def _save(
 def _retain(stage_dir: Path, step: int, keep: int) -> None:
     """Delete what is older than the newest `keep` that are whole by their sizes. Raises OSError where the one of `step`, just
     written, is not: then nothing is deleted."""
-    found = [n for n in steps(stage_dir) if n <= step]  # those of later steps were passed over as damaged
+    try:
+        found = [n for n in steps(stage_dir) if n <= step]  # those of later steps were passed over as damaged
+    except Unsound:  # they cannot be listed now: none is deleted
+        return
     if len(found) <= keep:
         return
     whole = 0

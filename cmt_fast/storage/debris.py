@@ -11,23 +11,29 @@ import contextlib
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
+from cmt_fast.storage import files
 from cmt_fast.storage.heartbeat import DEAD_S
 
 LEFT = re.compile(r"\.tmp-(?P<of>.+?)(-\d+)?|(?P<early>.+)\.tmp-\d+")  # the second: what ends in .tmp-PID
 LOCKED = ("run.json", "bill.json", "step-")  # how the names of what is written under the lock begin
 KEPT = "damaged-"
+TAKEN = files.OLD.removeprefix(".tmp-")
 
 
 def clear(run: Path) -> list[Path]:
     """Take them away, for who holds the run's lock; what cannot be removed stays. Returns what went."""
-    gone, now = [], time.time()
+    gone, now = [], files.clock(run)
     for folder in (run, *_folders(run)):
         for path in _left(folder):
             name = next(filter(None, LEFT.fullmatch(path.name).group("of", "early")))  # type: ignore[union-attr]
             with contextlib.suppress(OSError):
+                if name.startswith(TAKEN):  # the only one, where a kill came between its two renames
+                    files.restore(folder / path.name.removeprefix(files.OLD))
+                    if not os.path.lexists(path):
+                        continue
+                    name = name.removeprefix(TAKEN)
                 if name.startswith(KEPT) or not (name.startswith(LOCKED) or now - os.lstat(path).st_mtime > DEAD_S):
                     continue
                 if path.is_dir() and not path.is_symlink():

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -58,6 +59,16 @@ def free(folder: Path) -> int | None:
     return left if total else None
 
 
+def clock(folder: Path) -> float:
+    """The time by the clock that sets the times of files in a folder, a server's perhaps; by ours where nothing may be
+    written."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
+
+
 def checksum(path: Path) -> str:
     """xxh3_128 of a file's bytes."""
     state = xxhash.xxh3_128()
@@ -95,7 +106,11 @@ def replace(source: Path, target: Path) -> None:
         time.sleep(PATIENCE_S / 10)
     old = target.with_name(OLD + target.name)
     os.replace(target, old)
-    os.replace(source, target)
+    try:
+        os.replace(source, target)
+    except OSError:
+        os.replace(old, target)
+        raise
     _refuses.add(device)
     with contextlib.suppress(OSError):
         old.unlink()

@@ -27,6 +27,7 @@ from typing import Any
 NAMES = LOCK, LEASE = ".lock", ".lease"
 BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 BEAT_S, STALE_S = 5.0, 60.0
+DEAD = "ZXx"  # states of a process that runs no more
 WIDTH = 12  # digits of the counter: a lease is written over in place, and needs no room for it
 
 _held: list[Held] = []  # leases of this process
@@ -56,8 +57,9 @@ class Held:
             threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def check(self) -> None:
-        """Raises OSError where another process has taken the folder over."""
-        if self._about and (found := _read(self.folder / LEASE)) is not None and not self._mine(found):
+        """Raises OSError where another process has taken the folder over, also one that has ended since: nobody else takes
+        a lease away."""
+        if self._about and not self._ended.is_set() and not self._mine(found := _read(self.folder / LEASE) or b""):
             text = f"taken over by {_who(found)}, to whom this process was dead"
             raise OSError(errno.ESTALE, text, str(self.folder))
 
@@ -67,7 +69,7 @@ class Held:
         if self in _held:
             _held.remove(self)
         with contextlib.suppress(OSError):
-            if self._about and (found := _read(self.folder / LEASE)) is not None and self._mine(found):
+            if self._about and self._mine(_read(self.folder / LEASE) or b""):
                 os.unlink(self.folder / LEASE)
             elif self._handle is not None and remove:
                 os.unlink(self.folder / LOCK)
@@ -98,7 +100,9 @@ def take(folder: Path, tell: Callable[[str], object] | None = None) -> Held:
     """
     handle = _flocked(folder)
     if handle is None:
-        return Held(folder, None, _leased(folder, tell))
+        about = _leased(folder, tell)
+        _sweep(folder)
+        return Held(folder, None, about)
     found = _read(folder / LEASE)  # of another machine, which is refused flock
     if found is not None:
         try:
@@ -108,6 +112,7 @@ def take(folder: Path, tell: Callable[[str], object] | None = None) -> Held:
             raise
         with contextlib.suppress(OSError):
             os.unlink(folder / LEASE)
+        _sweep(folder)
     with contextlib.suppress(OSError):  # for who is refused; nothing depends on it
         os.ftruncate(handle, 0)
         os.pwrite(handle, (_body(_me())).encode(), 0)
@@ -189,7 +194,16 @@ def _leased(folder: Path, tell: Callable[[str], object] | None) -> dict[str, Any
                 os.rename(temporary, file)
                 return me
         finally:
-            os.unlink(claim)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(claim)
+
+
+def _sweep(folder: Path) -> None:
+    """What was left by those that died as they took a lease over: for who holds the folder. Who is still at it finds the
+    lease changed, and leaves it."""
+    with contextlib.suppress(OSError):
+        for left in folder.glob(f"{LEASE}-*"):
+            left.unlink(missing_ok=True)
 
 
 def _await(folder: Path, found: bytes, tell: Callable[[str], object] | None, file: Path | None = None) -> bytes:
@@ -213,11 +227,26 @@ def _await(folder: Path, found: bytes, tell: Callable[[str], object] | None, fil
 
 
 def _alive(about: dict[str, Any]) -> bool | None:
-    """Whether a process of this machine is alive, None for one of another machine or container."""
+    """Whether a process of this machine is alive; None for one of another machine or container, and for one that is not seen
+    here, as another user's where /proc hides those."""
     me = _me()
-    if any(about.get(key) != me[key] for key in ("host", "boot", "space")):
+    if any(about.get(key) != me[key] for key in ("host", "boot", "space")) or not me["started"]:
         return None
-    return _started(about.get("pid")) == about.get("started")
+    found = _started(about.get("pid"))
+    if found is None:
+        return None if _hides(about.get("pid")) else False
+    return found == about.get("started")
+
+
+def _hides(pid: Any) -> bool:
+    """Whether there is a process of which /proc says nothing."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, TypeError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _me() -> dict[str, Any]:
@@ -236,10 +265,12 @@ def _me() -> dict[str, Any]:
 
 
 def _started(pid: Any) -> str | None:
-    """When a process began, in ticks since the machine did; None where there is none."""
+    """When a process began, in ticks since the machine did; None where there is none, or one that is dead and that nobody has
+    waited for, as in a container without an init."""
     try:
-        return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, ValueError, TypeError, IndexError):
+        state, *rest = Path(f"/proc/{int(pid)}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        return None if state in DEAD else rest[18]
+    except (OSError, ValueError, TypeError, OverflowError, IndexError):
         return None
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ from cmt_fast.storage.loggers import Loggers, Opening
 METRICS = "metrics.jsonl"
 BLOCK = 1 << 16  # bytes that are read at once from the end
 MARK = b',"xxh32":"'  # before a row's checksum
+AFTER = 64  # rows that may follow those of a checkpoint and belong to its step
 DIGITS = 4  # after the point, of what differs between equal runs anyway
 
 
@@ -254,11 +256,13 @@ def settle(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _absent(path: Path, lines: Sequence[str]) -> list[str]:
-    """Those of the last rows of a file that are not in it."""
+    """Those of the last rows of a file that are not in it, where a few of the same step may follow them, as of the look after
+    a checkpoint."""
     if not lines or not path.is_file():
         return list(lines)
     with open(path, "rb") as file:
-        have = {line + b"\n" for line, _ in zip((line for _, line in backwards(file)), lines)}
+        found = itertools.islice(backwards(file), len(lines) + AFTER)
+        have = {line + b"\n" for _, line in found}
     return [line for line in lines if line.encode() not in have]
 
 

@@ -8,9 +8,10 @@ host has no room for the copy, or the run says so (`saves: waiting`), the state 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from cmt_fast.engine import Engine, Snapshot, snapshot
 from cmt_fast.engine.sharding import gb
 from cmt_fast.runtime import distributed, memory, words
 from cmt_fast.runtime.progress import say
-from cmt_fast.storage import checkpoint, files
+from cmt_fast.storage import checkpoint, files, heartbeat
 
 SHARE = 0.8  # of the host's free memory that a copy of the state may take
 FULL = 2  # of the ways in which a save ends: done, refused, full
@@ -34,8 +35,9 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _wait_s = 0.0  # for room on a full disk
 
 
-def set_wait_s(given: str) -> None:
-    """How long saves of this process wait for room: seconds, or a number with s, m, h or d. Raises ConfigError."""
+@contextlib.contextmanager
+def patience(given: str) -> Iterator[None]:
+    """Inside, saves of this process wait so long for room: seconds, or a number with s, m, h or d. Raises ConfigError."""
     global _wait_s
     number, unit = (given[:-1], UNITS[given[-1]]) if given[-1:] in UNITS else (given, 1)
     try:
@@ -44,12 +46,11 @@ def set_wait_s(given: str) -> None:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
         raise ConfigError(f"--disk-wait: {given!r} is no time; say seconds, or 90s, 10m, 2h, 1d; 0 does not wait")
-    _wait_s = seconds
-
-
-def wait_s() -> float:
-    """Seconds that a save waits for room."""
-    return _wait_s
+    before, _wait_s = _wait_s, seconds
+    try:
+        yield
+    finally:
+        _wait_s = before
 
 
 class Saver:
@@ -112,13 +113,15 @@ class Saver:
         """Call it, again while the disk is full and the time to wait is not over, on all ranks alike. Raises OSError on all:
         DiskFull where there was no room. group: of the collective calls, None for that of the training."""
         end, told, needed, free = time.monotonic() + _wait_s, False, 0, 0
-        refused: OSError | None = None
+        refused: Exception | None = None
         while True:
             if not told or self._may_fit(folder, needed, group):
                 refused = None
                 try:
                     put()
-                except OSError as error:
+                except Exception as error:  # of any kind: the other ranks wait for this one's word
+                    if distributed.lost(error):
+                        raise
                     refused = error
                 full = refused if isinstance(refused, files.DiskFull) else None
                 mine = [FULL, full.needed, full.free] if full else [int(refused is not None), 0, 0]
@@ -136,6 +139,8 @@ class Saver:
                 how = f"tried again every {AGAIN_S:g} s for {words.duration(_wait_s)}"
                 print(f"cmt: {self.name}: a checkpoint does not fit into {folder}: {room}; {how}", file=sys.stderr)
             told = True
+            if distributed.rank() == 0:
+                heartbeat.beat_above(folder)
             self._pause(end)
 
     @staticmethod
@@ -145,7 +150,7 @@ class Saver:
         return not _most([int(room is not None and room < needed)], group)[0]
 
     def _pause(self, end: float) -> None:
-        """Until the next look; a signal ends it."""
+        """Until the next look; a signal ends it. A run that waits is alive."""
         until = min(end, time.monotonic() + AGAIN_S)
         while not self.asked and time.monotonic() < until:
             time.sleep(min(0.1, AGAIN_S / 10))
@@ -171,20 +176,17 @@ class Saver:
         if not self._pending:
             return
         errors = [job.exception() for job in self._pending]
-        refused = next((error for error in errors if error), None)
-        if refused and not isinstance(refused, OSError):
-            raise refused
-        self._agree(refused)
+        self._agree(next((error for error in errors if error), None))
         self.told()
         self._pending.clear()
 
     @staticmethod
-    def _agree(refused: OSError | None) -> None:
-        def tell() -> None:
-            if refused:
-                raise refused
-
-        distributed.agreed(tell)
+    def _agree(refused: BaseException | None) -> None:
+        """Raise it here, and OSError on all other ranks."""
+        if refused and distributed.lost(refused):
+            raise refused
+        if distributed.largest(int(refused is not None)):
+            raise refused or OSError(distributed.WRITER)
 
     def close(self) -> None:
         """Wait for what is being written, alone; an error that nobody will ask for any more is said."""

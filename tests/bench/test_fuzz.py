@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,11 +20,16 @@ SLOW = {"config": 10, "words": 10, "header": 10}  # a recipe takes 10 ms to be r
 DAMAGE = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 4), st.integers(0, 255)), max_size=4)
 
 
-@pytest.fixture(autouse=True)
-def in_this_process(tmp_path, monkeypatch):
-    """What has a process of its own is read here, under the hook; its temporary files are in the folder that may be written."""
-    monkeypatch.setattr(sandbox, "read", targets.in_process)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+@pytest.fixture
+def place(monkeypatch):
+    """What has a process of its own is read here, under the hook; the folder that may be written is in memory where it can be:
+    most of the time went into opening files anew."""
+    memory = "/dev/shm"
+    where = memory if os.path.isdir(memory) and os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=where) as folder, monkeypatch.context() as patch:
+        patch.setattr(sandbox, "read", targets.in_process)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 def damaged(data: bytes, how: list[tuple[int, int, int]]) -> bytes:
@@ -38,7 +44,7 @@ def damaged(data: bytes, how: list[tuple[int, int, int]]) -> bytes:
 
 
 @pytest.mark.parametrize("name", sorted(targets.TARGETS))
-def test_a_damaged_file_is_read_or_refused_in_one_line_and_does_nothing(name, tmp_path):
+def test_a_damaged_file_is_read_or_refused_in_one_line_and_does_nothing(name, place):
     begin = targets.TARGETS[name].begin()
     count = SLOW.get(name, 40)
 
@@ -47,16 +53,16 @@ def test_a_damaged_file_is_read_or_refused_in_one_line_and_does_nothing(name, tm
     )
     @given(st.sampled_from(begin), DAMAGE)
     def holds(data, how):
-        targets.check(name, tmp_path, damaged(data, how))
+        targets.check(name, place, damaged(data, how))
 
     holds()
-    assert not all(targets.check(name, tmp_path, data) for data in begin[:4])  # it is no reader that refuses all
+    assert not all(targets.check(name, place, data) for data in begin[:4])  # it is no reader that refuses all
 
 
 @pytest.mark.parametrize("name", sorted(targets.TARGETS))
-def test_what_found_a_fault_once_does_so_no_more(name, tmp_path):
+def test_what_found_a_fault_once_does_so_no_more(name, place):
     for case, data in seeds.kept(name).items():
-        assert targets.check(name, tmp_path, data), case
+        assert targets.check(name, place, data), case
 
 
 def test_the_seeds_of_every_target_are_of_one_that_is_there():
@@ -91,7 +97,7 @@ def test_the_guard_sees_what_is_more_than_reading(act, tmp_path):
         (inner / "a").write_bytes(b"x")
 
 
-def test_a_fault_is_found(tmp_path, monkeypatch):
+def test_a_fault_is_found(place, monkeypatch):
     """A reader that raises what it does not declare, and one whose line would act on a terminal."""
     for error in (KeyError("x"), targets.ConfigError("a"), ValueError("\x1b[31m")):
         reader = targets.Target(
@@ -99,10 +105,10 @@ def test_a_fault_is_found(tmp_path, monkeypatch):
         )
         monkeypatch.setitem(targets.TARGETS, "words", reader)
         if isinstance(error, targets.ConfigError):
-            assert targets.check("words", tmp_path, b"") == "a"
+            assert targets.check("words", place, b"") == "a"
         else:
             with pytest.raises((KeyError, targets.Undeclared)):
-                targets.check("words", tmp_path, b"")
+                targets.check("words", place, b"")
 
 
 def test_executions_add_up_with_the_commit(tmp_path):

@@ -22,9 +22,15 @@ LOOKS = (
     "hf_abcdefghijklmnopqrstuvwxyz0123", "AKIAIOSFODNN7EXAMPLE", "ghp_abcdefghijklmnopqrstuvwxyz0123",
     "sk-abcdefghijklmnopqrstuv",
     "https://user:pass@host/data", "https://host/data?token=abcdef123456", "s3://host/x?X-Amz-Signature=abcdef0123",
+    "sk-proj-abc_def-0123456789abcdef", "https://a.blob/data?sig=abcdef0123",
 )  # fmt: skip
 PLAIN = (
     "runs/token",
+    "runs/token: cannot be read",
+    "https://host/data?tokenizer=sd-vae-ft-ema&sort_key=filename",
+    "sk-learn-digits-8x8-balanced",
+    "/backup/postgres/digits",
+    "20000000 images",
     "stabilityai/sd-vae-ft-ema",
     "/data/key=3/x",
     "https://host/data?page=2",
@@ -54,9 +60,21 @@ def test_a_key_is_taken_in_no_recipe_and_is_hidden_in_a_line(text, monkeypatch):
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_what_is_no_key_is_neither_refused_nor_hidden(text):
+def test_what_is_no_key_is_neither_refused_nor_hidden(text, monkeypatch):
+    for name, value in {
+        "MAX_TOKENS": "20000000",
+        "HF_TOKEN_PATH": "cannot be read",
+        "KEY_SECRET_NAME": "filename",
+    }.items():
+        monkeypatch.setenv(name, value)
     secrets.refuse({"a": [text]})
     assert secrets.hidden(text) == text
+
+
+def test_a_password_that_is_a_word_is_hidden_and_refuses_no_recipe(monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", "postgres")
+    secrets.refuse({"a": ["/backup/postgres/digits"]})
+    assert secrets.hidden("no access with postgres") == "no access with ***"
 
 
 def test_a_run_on_record_is_read_whatever_is_in_it(tmp_path):

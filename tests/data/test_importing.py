@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from cmt_fast.data import archives
+from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.importing import Settings, convert
 from cmt_fast.data.latents import Store
 from tests.fixtures import synthetic
@@ -116,3 +118,15 @@ def test_import_edm_pixels(tmp_path):
     assert s.index.kind == "pixels" and labels.tolist() == [0, 1] * 3
     torch.testing.assert_close(x, torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
     assert float(x.min()) >= -1 and float(x.max()) <= 1
+
+
+def test_a_picture_of_one_colour_is_no_bomb(tmp_path):
+    """Zeros are deflated to a thousandth; what would fill the memory is still refused."""
+    for shape, sound in (((3, 512, 512), True), ((3, 2048, 2048), False)):
+        with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("a/0.npy", npy(np.zeros(shape, np.uint8)))
+        if sound:
+            assert archives.array(archives.Archive(tmp_path / "x.zip").read("a/0.npy"), "x").shape == shape
+        else:
+            with pytest.raises(DatasetError, match="grows 200 times"):
+                archives.Archive(tmp_path / "x.zip")

@@ -149,7 +149,7 @@ def test_a_disk_that_is_full_or_no_folder_is_said(store, tmp_path, monkeypatch):
             f"CMT_STORE_CACHE: '{tmp_path}/near' is full; what was copied is kept, and the next start goes on with it"
         )
     with monkeypatch.context() as m:
-        m.setattr(start.shutil, "disk_usage", lambda _: Usage(1000, 0, 1000))
+        m.setattr(start.shutil, "disk_usage", lambda _: Usage(10**15, 0, 1000))
         wanted = sum(p.stat().st_size for p in store.folder.iterdir())
         assert f"has 0.000 GB free, and the copy of {store.folder} takes {wanted / 1e9:.3f} GB more" in refusal()
     with open(store.folder / "shard-00001.bin", "r+b") as f:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
+import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from cmt_fast.storage import files, filesystem, locks
+from cmt_fast.storage import debris, files, filesystem, locks
 from cmt_fast.storage.locks import LEASE, LOCK, Taken
 
 
@@ -65,6 +68,40 @@ def test_a_stale_lease_is_taken_over(refused, other):
     said = []
     locks.take(refused, said.append).close()
     assert len(said) == ("host" in other) and not list(refused.glob(f"{LEASE}*"))
+
+
+def test_who_is_dead_and_nobody_waited_for_holds_nothing(refused):
+    """A container without an init keeps the killed as zombies."""
+    child = subprocess.Popen(["sleep", "60"])
+    alive = {"pid": child.pid, "started": locks._started(child.pid)}
+    leave(refused, **alive)
+    with pytest.raises(Taken):
+        locks.take(refused)
+    os.kill(child.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and still there
+    locks.take(refused).close()
+    child.wait()
+
+
+@pytest.mark.parametrize("error", [PermissionError, None])
+def test_a_process_that_is_hidden_here_is_not_taken_for_dead(refused, monkeypatch, error):
+    """Of another user, where /proc is mounted with hidepid: only the quiet of its lease says that it is dead."""
+
+    def kill(pid, number):
+        raise error() if error else ProcessLookupError()
+
+    monkeypatch.setattr(os, "kill", kill)
+    leave(refused, pid=1 << 30)
+    said = []
+    locks.take(refused, said.append).close()
+    assert len(said) == bool(error)
+
+
+def test_what_those_left_who_died_at_a_stale_lease_goes(refused, monkeypatch):
+    for name in ("-old", "-new.tmp"):
+        (refused / f"{LEASE}{name}").write_bytes(b"x")
+    locks.take(refused).close()
+    assert [p.name for p in refused.iterdir()] == [LOCK]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"000000000000 []\n", b"\xff" * 50])
@@ -136,6 +173,11 @@ def test_who_lost_its_lease_writes_no_checkpoint(refused):
             locks.check(refused / "pre")
         locks.check(refused.parent / "another")
     assert (refused / LEASE).exists()  # it is the other one's
+    (refused / LEASE).unlink()
+    with locks.holding(refused):
+        (refused / LEASE).unlink()  # the other one has ended
+        with pytest.raises(OSError, match="taken over"):
+            locks.check(refused / "pre")
 
 
 def test_a_fresh_lease_counts_where_flock_goes_too(tmp_path, monkeypatch):
@@ -193,8 +235,31 @@ def test_a_file_is_replaced_where_it_cannot_be_renamed_over(tmp_path, monkeypatc
         files.write_bytes(tmp_path / "file", b"three")
     assert not (tmp_path / "file").exists()
     killed.clear()
-    files.restore(tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "two"
+    debris.clear(tmp_path)
+    assert (tmp_path / "file").read_text() == "two" and not list(tmp_path.glob(f"{files.OLD}*"))
+
+
+def test_a_file_whose_place_is_refused_to_the_new_one_keeps_the_old(tmp_path, monkeypatch):
+    """As by a quota of names: what was moved out of the way comes back."""
+
+    def replace(source, target):
+        if os.path.exists(target) or Path(source).name.startswith(".tmp-file"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(source, target)
+
+    real = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(files, "PATIENCE_S", 0.02)
+    (tmp_path / "file").write_text("one")
+    with pytest.raises(OSError, match="Permission denied"):
+        files.write_bytes(tmp_path / "file", b"two")
+    assert (tmp_path / "file").read_text() == "one" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_slow_disk_is_not_taken_for_a_late_clock(tmp_path, monkeypatch):
+    clock = iter([time.time() - 30.0, time.time() + 30.0])
+    monkeypatch.setattr(filesystem.time, "time", lambda: next(clock))
+    assert filesystem.probe(tmp_path).late_s == 0.0
 
 
 def test_a_file_that_does_not_fit_leaves_nothing(tmp_path, monkeypatch):

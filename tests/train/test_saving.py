@@ -140,13 +140,14 @@ def test_who_is_asked_to_stop_does_not_wait_for_room(tmp_path, full, monkeypatch
 @pytest.mark.parametrize(
     "text, seconds", [("0", 0), ("90", 90), ("1.5s", 1.5), ("10m", 600), ("2h", 7200), ("1d", 86400)]
 )
-def test_the_time_to_wait_for_room(text, seconds, monkeypatch):
-    monkeypatch.setattr(saving, "_wait_s", 0.0)
-    saving.set_wait_s(text)
-    assert saving.wait_s() == seconds
+def test_the_time_to_wait_for_room(text, seconds):
+    """It ends with its command: what the same process does afterwards does not wait."""
+    with saving.patience(text):
+        assert saving._wait_s == seconds
+    assert saving._wait_s == 0.0
     for wrong in ("", "m", "-1", "1w", "inf", "nan"):
-        with pytest.raises(ConfigError, match="--disk-wait: .* is no time"):
-            saving.set_wait_s(wrong)
+        with pytest.raises(ConfigError, match="--disk-wait: .* is no time"), saving.patience(wrong):
+            pass
 
 
 def test_rows_that_found_no_room_are_in_the_checkpoint_and_come_back(waited, tmp_path, monkeypatch, capsys):
@@ -174,6 +175,31 @@ def test_rows_that_found_no_room_are_in_the_checkpoint_and_come_back(waited, tmp
     assert "rows wait in memory" in capsys.readouterr().err
     loop.train(work(out, *EMA), ["pre"])
     assert_equal_stage(out / "pre", waited / "pre")
+
+
+def test_rows_of_a_checkpoint_that_found_room_before_a_look_come_once(tmp_path):
+    """The last checkpoint comes before its look: it keeps two rows, they get room, and the look's row follows them."""
+    (tmp_path / "pre").mkdir()
+    log = metrics_log.Log(tmp_path / "pre", 0, True)
+    for kind, step in (("train", 1), ("train", 2), ("eval", 2), ("failed", 2)):
+        log.row(kind, step, step, {})
+    log.close()
+    lines = (tmp_path / "pre" / metrics_log.METRICS).read_text("utf-8").splitlines(keepends=True)
+    metrics_log.settle(tmp_path / "pre", {"step": 2, "unwritten": lines[:2]})
+    assert (tmp_path / "pre" / metrics_log.METRICS).read_text("utf-8") == "".join(lines)
+    (tmp_path / "pre" / metrics_log.METRICS).write_text(lines[0] + lines[1][:9])
+    metrics_log.settle(tmp_path / "pre", {"step": 2, "unwritten": lines[:2]})
+    assert (tmp_path / "pre" / metrics_log.METRICS).read_text("utf-8") == "".join(lines[:2])
+
+
+def test_what_is_no_error_of_the_disk_ends_a_save_too(tmp_path, monkeypatch):
+    """The first rank alone writes: whatever it raises, the others hear of it."""
+    monkeypatch.setattr(checkpoint, "signed", lambda body: {}["x"])
+    heard, real = [], distributed.largest
+    monkeypatch.setattr(distributed, "largest", lambda n: heard.append(n) or real(n))
+    with pytest.raises(KeyError):
+        loop.train(work(tmp_path), ["pre"])
+    assert 1 in heard and not list(tmp_path.rglob(".tmp*"))
 
 
 def test_without_room_for_a_copy_the_steps_wait_and_the_run_says_so(waited, tmp_path, monkeypatch, capsys):
