@@ -15,6 +15,7 @@ import mmap
 import os
 import random
 import shutil
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -75,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """A line a case. 1 where one does not end as it should."""
     torch.set_num_threads(1)
+    signal.signal(
+        INT, signal.default_int_handler
+    )  # a bench in the background begins with it ignored, and so would its cases
     import sklearn.datasets  # noqa: F401  before the forks
 
     chosen = [c for c in CASES if not arguments.only or arguments.only in c.name]

@@ -25,7 +25,7 @@ from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.report import page
 from cmt_fast.run import absent, changes, folder, needs, workspace
 from cmt_fast.run.resolved import ResolvedStage, resolve
-from cmt_fast.runtime import distributed, machine, memory, once, output, progress, words
+from cmt_fast.runtime import distributed, machine, memory, once, progress, streams, words
 from cmt_fast.storage import checkpoint, files, filesystem
 from cmt_fast.teacher import precision, solver_record
 from cmt_fast.train import looking, loop, profiler, saving
@@ -143,7 +143,7 @@ def _train(args: argparse.Namespace) -> None:
         memory.keep_freed()
     draw = functools.partial(page.write, out, judge=False, refresh_s=REFRESH_S)
     try:
-        with output.unless_full():
+        with streams.unless_lost():
             loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
     except memory.OutOfMemory as error:
         raise memory.OutOfMemory(error.stage, error.moment, _would_fit(work, error)) from error

@@ -24,7 +24,7 @@ from cmt_fast.evaluation.kept import Kept
 from cmt_fast.evaluation.references import Reference
 from cmt_fast.evaluation.roots import Roots
 from cmt_fast.evaluation.tallies import Tally
-from cmt_fast.runtime import distributed
+from cmt_fast.runtime import distributed, signals
 
 STANDARD = 50_000  # samples of a distance that may be called FID or FD-DINOv2
 Decode = Callable[[Tensor], Tensor]
@@ -228,6 +228,8 @@ def make_reference(judge: Judge, n: int | None, batch: int, keep: int, advance: 
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[torch.arange(min(keep, n)) * n // max(1, min(keep, n))] = keep > 0
     for i, place in enumerate(torch.arange(n).split(batch)):
+        if i % distributed.size() == 0:  # every rank has had as many
+            signals.look()
         if i % distributed.size() == distributed.rank():
             rows = data.rows(index[place], torch.zeros_like(place))[0]  # the first draw, as `in_memory` takes
             features = judge.space.features(judge.look(rows))

@@ -7,6 +7,7 @@ connection closed, else when the watchdog gives it up (watchdog.py), or the proc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -98,7 +99,14 @@ def lost(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     closed = any(
         mark in text
-        for mark in ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process exited")
+        for mark in (
+            "Connection closed by peer",
+            "Connection was likely closed",
+            "Connection reset",
+            "Connection refused",
+            "Broken pipe",
+            "remote process exited",
+        )
     )
     late = any(mark in text.lower() for mark in ("timed out", "timeout"))
     if not (closed or late) or not (dist.is_initialized() or isinstance(error, dist.DistError)):
@@ -312,8 +320,9 @@ def meet(call: Callable[[], T], kind: type[Exception] = OSError, every_s: float 
         store.add(f"{key}/seen", 1)
         raise
     store.add(f"{key}/here", 1)
-    while store.add(f"{key}/here", 0) < size():
-        time.sleep(every_s)
+    with _watchdog.waiting(limited=False) if _watchdog else contextlib.nullcontext():  # of a dead rank it knows
+        while store.add(f"{key}/here", 0) < size():
+            time.sleep(every_s)
     text = store.get(f"{key}/refused").decode() if store.check([f"{key}/refused"]) else None
     store.add(f"{key}/seen", 1)
     while rank() == 0 and store.add(f"{key}/seen", 0) < size():  # the store may be this process's, and ends with it

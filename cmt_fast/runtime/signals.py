@@ -59,9 +59,10 @@ def code_of(error: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[int]]:
-    """Inside: signals are noted in the list instead of ending the process. A SIGHUP that was ignored (nohup) stays so."""
+    """Inside: signals are noted in the list instead of ending the process. Those that were ignored stay so: SIGHUP under nohup,
+    SIGINT of what a script has put in the background."""
     asked: list[int] = []
-    kinds = [kind for kind in KINDS if kind != signal.SIGHUP or signal.getsignal(kind) != signal.SIG_IGN]
+    kinds = [kind for kind in KINDS if signal.getsignal(kind) != signal.SIG_IGN]
 
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
@@ -78,6 +79,12 @@ def noted() -> Iterator[list[int]]:
         _noting.pop()
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def wanted() -> bool:
+    """Whether this process was asked to stop inside of `noted`: for what one rank does while the others wait for it, who then
+    breaks off and lets a `look` of all of them follow."""
+    return bool(_noting and _noting[-1])
 
 
 def look() -> None:

@@ -2,6 +2,9 @@
 
 Python raises for a "Fréchet" in ASCII, has no `sys.stdout` where the shell closed it, and gives the number of a closed stdout to
 the next file that is opened, a checkpoint say, into which every print of a library then goes.
+
+Lines of progress (`put`), and all that is printed while a stage trains (`unless_lost`), are left out where their file has no
+room. What a command was asked to print is an error there as ever.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ import io
 import os
 import sys
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
+# of a file that has no room, a terminal that was closed, a share that is away, a pipe whose reader is behind
+LOST = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENXIO, errno.ESTALE, errno.EAGAIN)
 PLAIN = "cmt-plain"  # how what an encoding lacks is written
 SIGNS = {
     "–": "-", "—": "-", "−": "-", "━": "#", "─": "-", "×": "x", "·": ".", "…": "...", "’": "'", "“": '"', "”": '"', "±": "+-",
@@ -42,10 +48,46 @@ def put(text: str, stream: Any) -> None:
     """A line of progress. What cannot be written, as to a full disk or a terminal that was closed, is left out: it is told so
     that a person sees it, and training does not end for it. Raises BrokenPipeError where who read it is gone.
     """
-    try:
+    with _unless_lost(stream):
         print(text, file=stream, flush=True)
+
+
+@contextlib.contextmanager
+def unless_lost() -> Iterator[None]:
+    """Inside: what is printed is lost where its file has no room, and nothing ends for it."""
+    with contextlib.redirect_stdout(_Tolerant(sys.stdout)), contextlib.redirect_stderr(_Tolerant(sys.stderr)):
+        yield
+
+
+class _Tolerant:
+    """A text stream that takes what its file does not: all else is the stream's."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _unless_lost(self._stream):
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        with _unless_lost(self._stream):
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _unless_lost(stream: Any) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        if error.errno == errno.EPIPE:
+        if error.errno not in LOST:
             raise
         _drain(stream)
     except ValueError:  # the stream was closed meanwhile
@@ -55,7 +97,10 @@ def put(text: str, stream: Any) -> None:
 
 def _drain(stream: Any) -> None:
     """Let go of what a stream still holds to be written, or the next flush fails as this one did."""
-    number = stream.fileno()
+    try:
+        number = stream.fileno()
+    except (AttributeError, OSError):  # no file of the system's
+        return
     kept, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, number)

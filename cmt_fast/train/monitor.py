@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -16,7 +17,7 @@ from cmt_fast.engine import Engine
 from cmt_fast.render import grids
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import distributed, progress, words
+from cmt_fast.runtime import distributed, progress, signals, words
 from cmt_fast.storage import checkpoint
 from cmt_fast.storage.metrics_log import Log
 from cmt_fast.train import looking
@@ -107,17 +108,23 @@ def _grid(work: Workspace, stage: ResolvedStage, net: Callable, file: Path, held
 
     def draw() -> None:
         if distributed.rank() == 0:
-            draw_grid(work, net, stage, file, solved if together else _solved(work, net, stage, held))
+            with contextlib.suppress(signals.Stopped):  # which all are by the look after it
+                draw_grid(work, net, stage, file, solved if together else _solved(work, net, stage, held))
 
     distributed.agreed(draw, Exception, looking.ELSEWHERE)
+    signals.look()
 
 
 def draw_grid(
     work: Workspace, net: Callable, stage: ResolvedStage, file: Path, solved: tuple[str, Tensor] | None = None
 ) -> None:
-    """The same noise through 1, 2 and many steps, one picture of each class in order, in a PNG file; solved: as `_solved`."""
-    run, setting = work.run, work.setting.each_class()
-    rows = [(words.steps(k), setting.generate(net, k, _pictures(work), run.eval.seed)) for k in run.eval.steps]
+    """The same noise through 1, 2 and many steps, one picture of each class in order, in a PNG file; solved: as `_solved`.
+    Raises Stopped where this rank was asked to stop before a row."""
+    run, setting, rows = work.run, work.setting.each_class(), []
+    for k in run.eval.steps:
+        if signals.wanted():
+            raise signals.Stopped(0)
+        rows.append((words.steps(k), setting.generate(net, k, _pictures(work), run.eval.seed)))
     seen = [(title, *work.decoding.visible(x)) for title, x in (*rows, *([solved] if solved else []))]
     grids.grid([(f"{title}\n{note}", x) for title, x, note in seen], file)
 

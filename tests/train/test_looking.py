@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 
 from cmt_fast import cli
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.report import events
 from cmt_fast.run import standing
 from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import signals
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import looking, loop, monitor
 from tests.fixtures import small
@@ -155,3 +159,25 @@ def test_a_run_that_has_begun_goes_on_without_what_evaluation_needs(tmp_path, ca
     assert "evaluations will fail (eval.reference: 'nowhere.npz' is no file" in said and "training goes on" in said
     assert cli.main([*asked, "eval.on_error=stop"]) == 2
     assert json.loads((out / "run.json").read_text())["run"]["eval"]["on_error"] == "continue"
+
+
+def test_a_stop_within_a_grid_is_heard_before_its_next_row_and_the_grid_is_made_up_for(tmp_path, monkeypatch, whole):
+    drawn, generate = [], Sampler.generate
+
+    def asked(*given, **more):
+        drawn.append(given[2])
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return generate(*given, **more)
+
+    work = Workspace(tiny("digits", *SHORT), tmp_path)
+    with monkeypatch.context() as slow:
+        slow.setattr(monitor, "_solved", lambda *_: None)
+        slow.setattr(Sampler, "generate", asked)
+        with pytest.raises(signals.Stopped) as stopped:
+            loop.train(work, ["pre"])
+    assert stopped.value.code == 128 + signal.SIGUSR1 and drawn == [1]  # of 1 and 2 steps
+    assert checkpoint.latest(tmp_path / "pre").manifest["step"] == 2 and not list((tmp_path / "pre").glob("grids/*"))
+    loop.train(Workspace(tiny("digits", *SHORT), tmp_path), ["pre"])
+    assert len(list((tmp_path / "pre" / "grids").iterdir())) == 2
+    assert_equal_stage(whole, tmp_path / "pre")
+    assert metrics(tmp_path / "pre") == metrics(whole)
