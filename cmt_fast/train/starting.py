@@ -6,6 +6,7 @@ then all ranks raise Damaged, nothing of what was read is trained from, and the 
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -95,7 +96,19 @@ def going_on(work: Workspace, stage: ResolvedStage, found: checkpoint.Checkpoint
     work.changes = changes.counted(work.changes, stage, found and found.manifest)
     if distributed.rank() == 0:
         changes.record(work.folder, work.changes)
+        entries = work.changes.get(stage.name, ())
+        if found and any(entry["step"] == found.manifest["step"] for entry in entries):
+            _forget_snapshots(stage.folder, found.manifest["step"])
     return work.stage(stage.name)
+
+
+def _forget_snapshots(folder: Path, step: int) -> None:
+    """Remove the EMA snapshots of steps after `step`: they were taken by settings that count no more, and steps with others may
+    never write over them."""
+    for track in (folder / "snapshots").glob("ema-*"):
+        for later in (n for n in checkpoint.steps(track) if n > step):
+            with files.unless_refused():
+                shutil.rmtree(checkpoint.folder_of(track, later))
 
 
 def measured(stage: ResolvedStage, found: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
