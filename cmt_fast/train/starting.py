@@ -91,7 +91,7 @@ def parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict |
 
 def going_on(work: Workspace, stage: ResolvedStage, found: checkpoint.Checkpoint | None) -> ResolvedStage:
     """A stage as it goes on from a checkpoint, with the changes of its keys that count from there, which are put on record."""
-    if not work.changes:
+    if not work.changes and not (found and found.manifest.get("changes")):  # run.json may have been written anew
         return stage
     work.changes = changes.counted(work.changes, stage, found and found.manifest)
     if distributed.rank() == 0:
