@@ -144,7 +144,8 @@ def train_stage(
             work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page, saver, clock, guard
         )  # fmt: skip
         if unseen:
-            taken.observe(engine.step_count, last=engine.step_count == plan.total)
+            with looking.made_up(stage, engine.step_count):
+                taken.observe(engine.step_count, last=engine.step_count == plan.total)
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
             every = source.pool.steps if source.pool else 1

@@ -68,6 +68,34 @@ def test_a_kill_within_a_look_costs_no_step_and_the_look_is_made_up_for_once(tmp
     assert len(looks) == 3  # nothing is owed any more
 
 
+def test_a_look_that_no_process_survives_is_left_out_in_the_end(tmp_path, monkeypatch, capsys):
+    """As where the system ends a process for its memory: a run that begins with the look again would never take a step."""
+
+    class Killed(BaseException):
+        pass
+
+    mark, seen, observe = tmp_path / "pre" / looking.TRIED, [], monitor.observe
+
+    def look(*given):
+        if given[3] == 2:
+            seen.append(mark.read_text() if mark.exists() else "")
+            raise Killed
+        observe(*given)
+
+    monkeypatch.setattr(monitor, "observe", look)
+    work = Workspace(tiny("digits", *SHORT), tmp_path)
+    for left in ("", "2 2\n"):  # by processes before it, of whose end Python knew nothing
+        if left:
+            mark.write_text(left)
+        with pytest.raises(Killed):
+            loop.train(work, ["pre"])
+    assert seen == ["", "2 3\n"] and not mark.exists()
+    mark.write_text("2 3\n")
+    loop.train(work, ["pre"])
+    assert "after step 2 is left out: 3 processes were killed within it" in capsys.readouterr().err
+    assert checkpoint.complete(tmp_path / "pre").manifest["step"] == 4 and len(seen) == 2
+
+
 def test_an_evaluation_and_a_grid_that_fail_are_rows_and_training_goes_on(tmp_path, monkeypatch, capsys, whole):
     def full(*_):
         raise RuntimeError("5 channels\nare too many")
