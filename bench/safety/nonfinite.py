@@ -167,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch._dynamo  # noqa: F401
 
     with tempfile.TemporaryDirectory(prefix="nonfinite-") as place:
-        before = os.times()
+        before, about = os.times(), results_file.about("cpu")  # of the program that begins
         figures = {"seed": arguments.seed, **measured(cases(arguments.n, arguments.seed), Path(place))}
         after = os.times()
     figures["cpu_s"] = round(sum(after[:4]) - sum(before[:4]), 1)
@@ -176,5 +176,5 @@ def run(arguments: argparse.Namespace) -> int:
     for why in figures["faults"]:
         print(f"  {why}")
     print(f"{figures['held']} of {figures['cases']} hold; {figures['cpu_s']:,.0f} CPU seconds")
-    arguments.out.write_text(json.dumps(results_file.about("cpu") | figures, indent=1) + "\n")
+    arguments.out.write_text(json.dumps(about | figures, indent=1) + "\n")
     return int(figures["held"] < figures["cases"])

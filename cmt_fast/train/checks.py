@@ -2,7 +2,8 @@
 
     STAGE/checks.jsonl   {"step", "processes", "loss", "gradient", "parameters", "xxh3"}, one a line, only ever appended to
 
-A step that is taken again after a kill has a second line: where the two differ, the run is not what it was. The checksums are
+A step that is taken again after a kill has a second line: where the two differ, the run is not what it was. One that is taken
+again by other settings (`--change`) or with other noise (a rollback) is another step: its line has a "history". The checksums are
 made on the device (engine/sums.py), so a line costs two passes over what a step has at hand.
 """
 
@@ -10,14 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from cmt_fast.engine import sums
-from cmt_fast.storage.metrics_log import parsed
+from cmt_fast.storage import sound
 
 CHECKS = "checks.jsonl"
 KEYS = ("loss", "gradient", "parameters")
@@ -29,24 +31,43 @@ class Record:
     def __init__(self, folder: Path, write: bool) -> None:
         self.path, self.write = folder / CHECKS, write
 
-    def add(self, step: int, loss: float, of: Mapping[str, int], processes: int) -> None:
+    def add(self, step: int, loss: float, of: Mapping[str, int], processes: int, history: str = "") -> None:
         """A line after `step` steps. A disk that refuses costs the line: training does not end for it."""
         if not self.write:
             return
-        line = {"step": step, "processes": processes, "loss": loss.hex()} | {k: sums.text(v) for k, v in of.items()}
-        with contextlib.suppress(OSError), open(self.path, "ab") as file:
+        line = {"step": step, "processes": processes, **({"history": history} if history else {})}
+        line |= {"loss": loss.hex()} | {k: sums.text(v) for k, v in of.items()}
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with contextlib.suppress(OSError, sound.Unsound), open(sound.handle(self.path, flags), "wb") as file:
             file.write(_signed(line))
 
 
-def read(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a step, oldest first; those that are not what was written are left out."""
+def history(changes: Iterable[Mapping[str, Any]], rollbacks: Iterable[Mapping[str, int]], step: int) -> str:
+    """What tells step `step`, from 1, from the same one by other settings or with other noise; empty where there were none.
+
+    changes: of the stage, as run/changes.py has them; rollbacks: as train/nonfinite.py has them.
+    """
+    known = [*(c for c in changes if "nimg" in c and c["step"] < step), *(r for r in rollbacks if r["from"] < step)]
+    return xxhash.xxh3_64_hexdigest(json.dumps(known, sort_keys=True).encode()) if known else ""
+
+
+def read(folder: Path, step: int, history: str = "") -> list[dict[str, Any]]:
+    """The lines of a step of this history, oldest first; those that are not what was written are left out. Raises Unsound where
+    there is something else than a file."""
     found = []
-    with contextlib.suppress(FileNotFoundError), open(folder / CHECKS, "rb") as file:
+    with contextlib.suppress(FileNotFoundError), open(sound.handle(folder / CHECKS), "rb") as file:
         for raw in file:
-            line = parsed(raw)
-            if line and line.get("step") == step and _signed(line) == raw:
+            line = _parsed(raw)
+            if line and line.get("step") == step and line.get("history", "") == history and _signed(line) == raw:
                 found.append(line)
     return found
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    with contextlib.suppress(ValueError, RecursionError):
+        line = json.loads(raw)
+        return line if isinstance(line, dict) else None
+    return None
 
 
 def _signed(line: Mapping[str, Any]) -> bytes:

@@ -2,29 +2,34 @@
 
 A checkpoint is on disk before each (`unseen: true` in its manifest), and what a look raises is a row of metrics of kind "failed",
 one line on stderr and no more: training goes on, on all ranks alike, unless `eval.on_error: stop`. A process that goes on from
-such a checkpoint makes up for a look that is still owed, once.
+such a checkpoint makes up for a look that is still owed, once; one that no process has survived so TRIES times is left out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.runtime import distributed
-from cmt_fast.storage import metrics_log
+from cmt_fast.storage import files, metrics_log, sound
 from cmt_fast.storage.metrics_log import METRICS, Log
 
 LONGEST = 300  # characters of an error that are kept
+TRIED, TRIES = (
+    "look.tried",
+    3,
+)  # the file of a stage that is there while a look is made up for: its step, and which try it is
 ELSEWHERE = "another process failed, its output says why"
 
 
 class Failed(RuntimeError):
-    """A look failed on another rank, where `eval.on_error` is stop."""
+    """A look failed, where `eval.on_error` is stop: on another rank, or for want of room on the disk."""
 
 
 class Clock:
@@ -49,7 +54,8 @@ def attempt(what: str, call: Callable[[], object], stage: ResolvedStage, n: int,
     """Make one look after n steps, on all ranks together; whether it was made on all of them.
 
     What it raises goes into the metrics and onto stderr; with `eval.on_error: stop` it is raised here, `Failed` on ranks where
-    nothing was. A lost rank, a GPU that answers no more and a request to stop are no failures of a look: they are raised.
+    nothing was, and for a full disk: no checkpoint is missing. A lost rank, a GPU that answers no more and a request to stop are
+    no failures of a look: they are raised.
     """
     error: Exception | None = None
     try:
@@ -69,7 +75,8 @@ def attempt(what: str, call: Callable[[], object], stage: ResolvedStage, n: int,
         then = "training stops (eval.on_error: stop)" if stops else "training goes on (eval.on_error: continue)"
         print(f"cmt: {what} of {stage.name} after {nimg:,} images failed ({text}); {then}", file=sys.stderr, flush=True)
     if stops:
-        raise error or Failed(f"{what} of {stage.name}: {text}")
+        own = error if error is not None and not files.is_full(error) else None
+        raise own or Failed(f"{what} of {stage.name}: {text}") from error
     return False
 
 
@@ -94,7 +101,41 @@ def owed(stage: ResolvedStage, manifest: dict[str, Any]) -> bool:
     """
     if not manifest.get("unseen") or manifest.get("pruned"):
         return False
-    return bool(distributed.largest(int(distributed.rank() == 0 and not _made(stage, manifest["step"]))))
+    return bool(distributed.largest(int(distributed.rank() == 0 and _wanted(stage, manifest["step"]))))
+
+
+def _wanted(stage: ResolvedStage, step: int) -> bool:
+    if _made(stage, step):
+        return False
+    if _tries(stage, step) < TRIES:
+        return True
+    text = f"the look at {stage.name} after step {step:,} is left out: {TRIES} processes were killed within it"
+    print(f"cmt: {text}", file=sys.stderr, flush=True)
+    return False
+
+
+def _tries(stage: ResolvedStage, step: int) -> int:
+    """How many processes have begun to make up for this look and were killed within it."""
+    try:
+        at, tries = map(int, sound.data(stage.folder / TRIED).split())
+    except (FileNotFoundError, sound.Unsound, ValueError):
+        return 0
+    return tries if at == step else 0
+
+
+@contextlib.contextmanager
+def made_up(stage: ResolvedStage, step: int) -> Iterator[None]:
+    """Around a look that is made up for: what ends the process within it, and is no error of Python's, is counted."""
+    first, place = distributed.rank() == 0, stage.folder / TRIED
+    if first:
+        with contextlib.suppress(OSError):
+            files.write_text(place, f"{step} {_tries(stage, step) + 1}\n")
+    try:
+        yield
+    finally:
+        if first:
+            with contextlib.suppress(OSError):
+                place.unlink(missing_ok=True)
 
 
 def _made(stage: ResolvedStage, step: int) -> bool:

@@ -137,14 +137,15 @@ def train_stage(
         meter.lap("startup")
         sums, page = Sums(found), page or HalfWay(None)
         saver = Saver(engine, name, run.saves == "waiting", asked)
-        guard = nonfinite.Guard(stage, engine, source, found)
         ending.callback(saver.close)
+        guard = nonfinite.Guard(stage, engine, source, found, lambda: (gradient.release(), saver.finish()))
         clock = looking.Clock(config.checkpoint_every_s)
         taken = Steps(
             work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page, saver, clock, guard
         )  # fmt: skip
         if unseen:
-            taken.observe(engine.step_count, last=engine.step_count == plan.total)
+            with looking.made_up(stage, engine.step_count):
+                taken.observe(engine.step_count, last=engine.step_count == plan.total)
         steps = range(engine.step_count, plan.total)
         if profile and not profile.done and first:
             every = source.pool.steps if source.pool else 1

@@ -29,7 +29,7 @@ from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, exits
 from cmt_fast.runtime.progress import say
-from cmt_fast.storage import checkpoint, files
+from cmt_fast.storage import checkpoint, files, sound
 from cmt_fast.train import checks, tracing
 from cmt_fast.train.batches import BatchProvider
 
@@ -58,15 +58,17 @@ class Guard:
     """
 
     def __init__(
-        self, stage: ResolvedStage, engine: Engine, source: BatchProvider, found: checkpoint.Checkpoint | None
-    ) -> None:
-        self.stage, self.engine, self.source = stage, engine, source
+        self, stage: ResolvedStage, engine: Engine, source: BatchProvider, found: checkpoint.Checkpoint | None,
+        ready: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
+        """ready: is called, on all ranks, before a step is traced: memory is made room in, and what is being saved is on disk."""
+        self.stage, self.engine, self.source, self.ready = stage, engine, source, ready
         kept = found.manifest.get("nonfinite", {}) if found else {}
         self.skipped: list[int] = list(kept.get("skipped", ()))
         row = found.manifest.get("row") if found else None
         self.missing = int((row or {}).get("missing", 0))
         engine.skipped = len(self.skipped)
-        self.rollbacks = rollbacks(stage.folder)
+        self.rollbacks = known_rollbacks(stage.folder)
         source.redraws = [(r["from"], r["redraw"]) for r in self.rollbacks]
         # where the host waits for the device at every step anyway it looks at once
         self.at_once = engine.device.type == "cpu" or not hasattr(engine, "stuck") or bool(engine.scaling())
@@ -88,10 +90,11 @@ class Guard:
             self._decide(bad)
             for again in range(bad + 1, step + 1):
                 lr = one(again)
-        if row and self.engine.checks and self._loss is not None:
+        if row and self.engine.checks and self._loss is not None and step + 1 not in self.skipped:
             loss = float(distributed.mean_(self._loss.double().clone()))
             of = {key: int(total) for key, total in self.engine.checks.items()}
-            self.checks.add(step + 1, loss, of, distributed.size())
+            history = checks.history(self.stage.changes, self.rollbacks, step + 1)
+            self.checks.add(step + 1, loss, of, distributed.size(), history)
         self.engine.checking, self.engine.checks = False, {}
         return lr
 
@@ -129,6 +132,7 @@ class Guard:
         while bad + 1 - in_a_row in self.skipped:
             in_a_row += 1
         over = do == "skip" and in_a_row > limit
+        self.ready()
         where, place = self._dump(bad, "stop" if over else do)
         text = f"{name}: step {bad + 1:,} is not finite: {where}"
         if do == "rollback":
@@ -144,8 +148,9 @@ class Guard:
         self._first = torch.full_like(self._first, -1)
 
     def _way_on(self, place: Path, bad: int) -> str:
-        at = [n for n in checkpoint.steps(self.stage.folder) if n <= bad]
+        at = [n for n in checkpoint.steps(self.stage.folder) if n <= bad] if distributed.rank() == 0 else []
         kept = f"the checkpoint of step {at[-1]:,} is from before it" if at else "the stage has no checkpoint yet"
+        kept = distributed.text_of_first(kept)  # others may see its files late
         other = "; or take precision bf16, tf32 or fp32" if self.stage.config.precision == "fp16" else ""
         return (
             f"{kept}, and what is known is in {place}. The same settings would fail again: look by `cmt replay "
@@ -209,34 +214,52 @@ def _keep(place: Path, about: Mapping[str, Any]) -> None:
 def rollbacks(folder: Path) -> list[dict[str, int]]:
     """The rollbacks of a stage, oldest first. Raises CheckpointError for a file that is none."""
     path = folder / FOLDER / ROLLBACKS
-    if not path.exists():
-        return []
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(sound.data(path))
         return [{key: int(entry[key]) for key in ("step", "from", "redraw")} for entry in found]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except FileNotFoundError:
+        return []
+    except (sound.Unsound, ValueError, KeyError, TypeError, RecursionError) as error:
         raise checkpoint.CheckpointError(
             f"{path}: cannot be read ({error}): which noise the stage goes on with is not known"
         ) from None
 
 
+def known_rollbacks(folder: Path) -> list[dict[str, int]]:
+    """`rollbacks` as the first rank reads them, on every rank: others may see a file late, and would draw other noise."""
+    return json.loads(
+        distributed.from_first(lambda: json.dumps(rollbacks(folder)).encode(), checkpoint.CheckpointError)
+    )
+
+
 def roll_back(work: Workspace, asked: RollBack) -> None:
     """Record that a stage goes on from its newest checkpoint with other noise. Raises NotFinite, on all ranks, where that was
-    tried from there as often as the run allows."""
-    stage, found = asked.stage, checkpoint.newest(asked.stage.folder)
-    at, before = found.manifest["step"] if found else 0, rollbacks(asked.stage.folder)
-    tries = sum(entry["from"] == at for entry in before)
-    if tries >= stage.nonfinite_limit:
-        raise NotFinite(f"{asked}; {tries} draws of noise from step {at:,} on failed too (nonfinite_limit)")
-    entry = {"step": asked.step, "from": at, "redraw": 1 + max((e["redraw"] for e in before), default=0)}
+    tried from there as often as the run allows, or there is nothing to go back to. The first rank decides."""
+    stage = asked.stage
+    entries = json.loads(distributed.from_first(lambda: json.dumps(_with_one_more(asked)).encode(), NotFinite))
 
     def write() -> None:
         if distributed.rank() == 0:
-            _write(stage.folder / FOLDER / ROLLBACKS, [*before, entry])
-            say(f"{asked}; back to step {at:,}, with other noise from there on (draw {entry['redraw']})")
+            at, draw = entries[-1]["from"], entries[-1]["redraw"]
+            _write(stage.folder / FOLDER / ROLLBACKS, entries)
+            say(f"{asked}; back to step {at:,}, with other noise from there on (draw {draw})")
 
     distributed.agreed(write)
     distributed.barrier()
+
+
+def _with_one_more(asked: RollBack) -> list[dict[str, int]]:
+    """The rollbacks of a stage with the one that is asked for. Raises NotFinite."""
+    stage = asked.stage
+    try:
+        found, before = checkpoint.newest(stage.folder), rollbacks(stage.folder)
+    except checkpoint.CheckpointError as error:
+        raise NotFinite(f"{asked}; there is nothing to go back to: {error}") from None
+    at = found.manifest["step"] if found else 0
+    tries = sum(entry["from"] == at for entry in before)
+    if tries >= stage.nonfinite_limit:
+        raise NotFinite(f"{asked}; {tries} draws of noise from step {at:,} on failed too (nonfinite_limit)")
+    return [*before, {"step": asked.step, "from": at, "redraw": 1 + max((e["redraw"] for e in before), default=0)}]
 
 
 def _write(path: Path, entries: list[dict[str, int]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.report import events
 from cmt_fast.run import standing
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import signals
+from cmt_fast.runtime import exits, signals
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import looking, loop, monitor
 from tests.fixtures import small
@@ -70,6 +71,34 @@ def test_a_kill_within_a_look_costs_no_step_and_the_look_is_made_up_for_once(tmp
     assert len(looks) == 3  # nothing is owed any more
 
 
+def test_a_look_that_no_process_survives_is_left_out_in_the_end(tmp_path, monkeypatch, capsys):
+    """As where the system ends a process for its memory: a run that begins with the look again would never take a step."""
+
+    class Killed(BaseException):
+        pass
+
+    mark, seen, observe = tmp_path / "pre" / looking.TRIED, [], monitor.observe
+
+    def look(*given):
+        if given[3] == 2:
+            seen.append(mark.read_text() if mark.exists() else "")
+            raise Killed
+        observe(*given)
+
+    monkeypatch.setattr(monitor, "observe", look)
+    work = Workspace(tiny("digits", *SHORT), tmp_path)
+    for left in ("", "2 2\n"):  # by processes before it, of whose end Python knew nothing
+        if left:
+            mark.write_text(left)
+        with pytest.raises(Killed):
+            loop.train(work, ["pre"])
+    assert seen == ["", "2 3\n"] and not mark.exists()
+    mark.write_text("2 3\n")
+    loop.train(work, ["pre"])
+    assert "after step 2 is left out: 3 processes were killed within it" in capsys.readouterr().err
+    assert checkpoint.complete(tmp_path / "pre").manifest["step"] == 4 and len(seen) == 2
+
+
 def test_an_evaluation_and_a_grid_that_fail_are_rows_and_training_goes_on(tmp_path, monkeypatch, capsys, whole):
     def full(*_):
         raise RuntimeError("5 channels\nare too many")
@@ -104,6 +133,18 @@ def test_a_look_that_fails_stops_where_that_is_asked_for_and_loses_nothing(tmp_p
     manifest = checkpoint.latest(tmp_path / "pre").manifest
     assert manifest["step"] == 2 and manifest["unseen"]
     assert metrics(tmp_path / "pre")[-1]["what"] == "the evaluation"
+
+
+def test_a_picture_that_finds_no_room_is_no_full_disk_to_a_scheduler(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "grid.png")
+
+    file = small.recipe(tmp_path, small.SIT, channels=3)
+    monkeypatch.setattr(monitor, "draw_grid", full)
+    asked = ["train", str(file), "--out", str(tmp_path / "run"), "--stages", "pre", "eval.on_error=stop"]
+    assert cli.main(asked) == exits.FAILED
+    said = capsys.readouterr().err
+    assert "cmt: the grid of pre: [Errno 28] No space left" in said and "Traceback" not in said
 
 
 def test_checkpoints_by_time_change_no_bit(tmp_path, monkeypatch, whole):
