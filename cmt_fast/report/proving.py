@@ -18,6 +18,7 @@ from cmt_fast.run import folder as folder_
 from cmt_fast.storage import checkpoint, loggers, metrics_log, sound
 from cmt_fast.storage.record import Record
 from cmt_fast.teacher import solver_record
+from cmt_fast.train import checks, nonfinite
 from cmt_fast.usage import bills
 
 
@@ -39,7 +40,7 @@ def run(folder: Path) -> Iterator[Proof]:
             raise
         yield Proof(folder / folder_.RUN_FILE, str(error).removeprefix("RUN: "))
     for stage in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        if stage.name in checkpoint.STAGES or (stage / "checkpoints").is_dir():
+        if stage.name in sound.STAGES or (stage / "checkpoints").is_dir():
             yield from _stage(stage)
     yield from _asked(folder / features.FILE, features.checked)
     yield from _asked(folder / "theory.json", sound.read)
@@ -65,8 +66,13 @@ def _stage(stage: Path) -> Iterator[Proof]:
         (figures.FIGURES, figures.checked),
         (solver_record.FILE, lambda file: solver_record.read(file.parent)),
         (loggers.IDS, sound.read),
+        (checks.CHECKS, checks.checked),
+        (f"{nonfinite.FOLDER}/{nonfinite.ROLLBACKS}", nonfinite.checked),
     ):
         yield from _asked(stage / name, call)
+    for file in _listed(stage / nonfinite.FOLDER):
+        if file.name.startswith("step-") and file.suffix == ".json":
+            yield from _asked(file, nonfinite.dumped)
     for file in (*_listed(stage / "grids"), *_listed(stage)):
         if file.suffix == ".png":
             yield from _picture(file)

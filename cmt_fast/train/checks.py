@@ -1,8 +1,8 @@
 """Checksums of single steps, for `cmt replay`: at every row of metrics the loss, the gradient and the parameters after it.
 
-    STAGE/checks.jsonl   {"step", "processes", "loss", "gradient", "parameters", "xxh3"}, one a line, only ever appended to
+    STAGE/checks.jsonl   {"stage", "step", "processes", "loss", "gradient", "parameters", "xxh3"}, a line each, only ever appended
 
-A step that is taken again after a kill has a second line: where the two differ, the run is not what it was. The checksums are
+A step that is taken again after a kill has a second line: where the two differ, the run is not what it was. Checksums are
 made on the device (engine/sums.py), so a line costs two passes over what a step has at hand.
 """
 
@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from cmt_fast.engine import sums
-from cmt_fast.storage.metrics_log import parsed
+from cmt_fast.storage import sound
+from cmt_fast.storage.metrics_log import tail
 
 CHECKS = "checks.jsonl"
 KEYS = ("loss", "gradient", "parameters")
@@ -33,20 +35,48 @@ class Record:
         """A line after `step` steps. A disk that refuses costs the line: training does not end for it."""
         if not self.write:
             return
-        line = {"step": step, "processes": processes, "loss": loss.hex()} | {k: sums.text(v) for k, v in of.items()}
-        with contextlib.suppress(OSError), open(self.path, "ab") as file:
-            file.write(_signed(line))
+        of_step = {"stage": self.path.parent.name, "step": step, "processes": processes, "loss": loss.hex()}
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        with contextlib.suppress(OSError, sound.Unsound), open(sound.handle(self.path, flags), "r+b") as file:
+            torn = b"\n" * bool(tail(file))  # what a kill left of a line is one of its own
+            file.write(torn + _signed(of_step | {k: sums.text(v) for k, v in of.items()}))
+
+
+def lines(file: Path) -> Iterator[dict[str, Any] | None]:
+    """What was written, line by line, oldest first; None for a line that is not. Raises FileNotFoundError, Unsound."""
+    try:
+        opened = sound.handle(file)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise sound.Unsound(file, f"cannot be read ({error.strerror})") from None
+    with open(opened, "rb") as rows:
+        for raw in rows:
+            yield _parsed(raw, file)
+
+
+def _parsed(raw: bytes, file: Path) -> dict[str, Any] | None:
+    try:
+        line = json.loads(raw)
+        whole = isinstance(line, dict) and _signed(line) == raw
+        sound.placed(file, line if whole else {})
+    except (ValueError, RecursionError):  # of another stage too
+        return None
+    return line if whole else None
 
 
 def read(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a step, oldest first; those that are not what was written are left out."""
-    found = []
-    with contextlib.suppress(FileNotFoundError), open(folder / CHECKS, "rb") as file:
-        for raw in file:
-            line = parsed(raw)
-            if line and line.get("step") == step and _signed(line) == raw:
-                found.append(line)
-    return found
+    """The lines of a step, oldest first; those that are not what was written, and a file that cannot be read, are left out."""
+    with contextlib.suppress(OSError, sound.Unsound):
+        return [line for line in lines(folder / CHECKS) if line and line.get("step") == step]
+    return []
+
+
+def checked(file: Path) -> None:
+    """Raises FileNotFoundError, and Unsound where a line is not what was written."""
+    lost = sum(line is None for line in lines(file))
+    if lost:
+        raise sound.Unsound(file, f"has {lost} damaged line{'s' * (lost > 1)}, left out by who reads it")
 
 
 def _signed(line: Mapping[str, Any]) -> bytes:

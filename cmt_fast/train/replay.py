@@ -95,7 +95,7 @@ def replay(work: Workspace, name: str, step: int) -> Replayed:
         ending.callback(source.close)
         kept = (found or known) and (found or known).manifest.get("rounding")
         source.rounding = Rounding.of(kept) if kept else rounding_choice.settle(stage, engine, source, found)
-        source.redraws = [(r["from"], r["redraw"]) for r in nonfinite.rollbacks(stage.folder)]
+        source.redraws = [(r["from"], r["redraw"]) for r in nonfinite.rollbacks(stage.folder, found and found.manifest)]
         engine.skipped = len((found.manifest.get("nonfinite") or {}).get("skipped", ())) if found else 0
         return _replayed(stage, engine, source, step)
 
@@ -133,7 +133,7 @@ def _replayed(stage: ResolvedStage, engine: Engine, source: BatchProvider, step:
     lost = bool(norm.isnan()) or any(r["forward"] or r["backward"] for r in traced)
     return Replayed(
         step, start, {key: now.get(key, "") for key in checks.KEYS}, again, traced if lost else [],
-        checks.read(stage.folder, step), worst, _dump(stage.folder, step), _saved(stage.folder, step, engine),
+        checks.read(stage.folder, step), worst, nonfinite.dump(stage.folder, step), _saved(stage.folder, step, engine),
     )  # fmt: skip
 
 
@@ -175,13 +175,6 @@ def _worst(engine: Engine, source: BatchProvider, drawn: Any) -> tuple[str, floa
     probe.close()
     texts = tracing.texts_of_all(json.dumps(first))  # every rank has rows of its own
     return next((tuple(found) for found in map(json.loads, texts) if found), None)
-
-
-def _dump(folder: Path, step: int) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads((folder / nonfinite.FOLDER / f"step-{step:08d}.json").read_text("utf-8"))
-        return found if isinstance(found, dict) else None
-    return None
 
 
 def _saved(folder: Path, step: int, engine: Engine) -> str | None:

@@ -161,11 +161,13 @@ def rows(stage, *steps, after=0):
 
 def test_no_bit_of_a_row_falls_over_unseen(tmp_path):
     line = rows(tmp_path / "pre", 3).read_bytes()
-    whole = metrics_log.parsed(line)
+    of = metrics_log.seeds(tmp_path / "pre")
+    whole = metrics_log.parsed(line, of)
+    assert whole and metrics_log.parsed(line, metrics_log.seeds(tmp_path / "mid")) is None
     for bit in range(8 * (len(line) - 1)):
         damaged = bytearray(line)
         damaged[bit // 8] ^= 1 << bit % 8
-        assert metrics_log.parsed(bytes(damaged)) in (None, whole), bytes(damaged)
+        assert metrics_log.parsed(bytes(damaged), of) in (None, whole), bytes(damaged)
 
 
 def test_a_damaged_row_is_named_and_costs_no_other(tmp_path, capsys):
