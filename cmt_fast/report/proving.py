@@ -6,6 +6,7 @@ drawings and the heartbeat are not looked at: they are written anew, and nothing
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def _stage(stage: Path) -> Iterator[Proof]:
         (figures.FIGURES, figures.checked),
         (solver_record.FILE, lambda file: solver_record.read(file.parent)),
         (loggers.IDS, sound.read),
-        (checks.CHECKS, checks.checked),
+        (checks.CHECKS, _checks),
         (f"{nonfinite.FOLDER}/{nonfinite.ROLLBACKS}", nonfinite.checked),
     ):
         yield from _asked(stage / name, call)
@@ -120,8 +121,25 @@ def _rows(file: Path) -> None:
         if row.get("step", before) < before:
             raise sound.Unsound(file, f"has rows in another order than they were written in, at step {row['step']}")
         before = row.get("step", before)
+    if missing := metrics_log.lacking(record.bytes, _newest(file.parent)):
+        raise sound.Unsound(file, missing)
     if tail:
         raise sound.Unsound(file, "ends in half a row, as a kill leaves it")
+
+
+def _checks(file: Path) -> None:
+    checks.checked(file)
+    if missing := metrics_log.lacking(file.stat().st_size, _newest(file.parent), checks.BYTES):
+        raise sound.Unsound(file, missing)
+
+
+def _newest(stage: Path) -> dict[str, Any] | None:
+    """The manifest of a stage's newest sound checkpoint."""
+    with contextlib.suppress(checkpoint.CheckpointError):
+        for step in reversed(checkpoint.steps(stage)):
+            with contextlib.suppress(checkpoint.CheckpointError):
+                return checkpoint.sized(checkpoint.folder_of(stage, step)).manifest
+    return None
 
 
 def _pulse(file: Path) -> None:

@@ -258,10 +258,10 @@ class Late:
         self._said = True
 
 
-def lacking(have: int, manifest: Mapping[str, Any] | None) -> str:
+def lacking(have: int, manifest: Mapping[str, Any] | None, key: str = "metrics_bytes") -> str:
     """What of the rows that a checkpoint vouches for is not in so many bytes of whole rows, a phrase; empty for nothing, and
-    where it does not say."""
-    want = (manifest or {}).get("metrics_bytes", 0)
+    where it does not say. key: of the manifest."""
+    want = (manifest or {}).get(key, 0)
     return f"{want - have:,} of {want:,} bytes of its rows are lost" if isinstance(want, int) and have < want else ""
 
 

@@ -21,7 +21,7 @@ from cmt_fast.engine import sums
 from cmt_fast.storage import sound
 from cmt_fast.storage.metrics_log import tail
 
-CHECKS = "checks.jsonl"
+CHECKS, BYTES = "checks.jsonl", "checks_bytes"
 KEYS = ("loss", "gradient", "parameters")
 
 
@@ -40,6 +40,13 @@ class Record:
         with contextlib.suppress(OSError, sound.Unsound), open(sound.handle(self.path, flags), "r+b") as file:
             torn = b"\n" * bool(tail(file))  # what a kill left of a line is one of its own
             file.write(torn + _signed(of_step | {k: sums.text(v) for k, v in of.items()}))
+
+    def stored(self) -> dict[str, int]:
+        """What a manifest keeps: the bytes that were there at its save."""
+        try:
+            return {BYTES: os.stat(self.path, follow_symlinks=False).st_size}
+        except OSError:
+            return {}
 
 
 def lines(file: Path) -> Iterator[dict[str, Any] | None]:

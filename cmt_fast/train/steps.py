@@ -174,7 +174,7 @@ class Steps(NamedTuple):
         rows = self.log.commit()
         nimg = self.stage.schedule.nimg(n)
         now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": dict(self.wall), "bill": self.account.add()} | rows
-        now |= {"proofs": dict(cmt_kernels.proofs()), **self.guard.stored()}
+        now |= {"proofs": dict(cmt_kernels.proofs()), **self.guard.stored(), **self.guard.checks.stored()}
         with progress.phase("writing a checkpoint"):
             _save(self.stage.folder, n, self.saver, self.always | now, self.sums, self.guard.missing)
             if end or unseen:

@@ -68,7 +68,7 @@ def test_a_skipped_step_is_none_for_the_optimizer_and_counted(tmp_path):
 def test_who_looks_late_as_on_a_gpu_takes_the_same_steps_again(tmp_path, monkeypatch):
     """Rows every four steps; what is not finite in between is seen there, and no step after it has changed anything."""
     plan = resolved.schedule
-    monkeypatch.setattr(resolved, "schedule", lambda stage: plan(stage)._replace(log_every=4))
+    monkeypatch.setattr(resolved, "schedule", lambda *given: plan(*given)._replace(log_every=4))
     taken, one = [], taking.Steps._one
     monkeypatch.setattr(taking.Steps, "_one", lambda self, step: (taken.append(step), one(self, step))[1])
     bad = lambda step: step in (4, 5)
