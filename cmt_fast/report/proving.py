@@ -121,7 +121,7 @@ def _rows(file: Path) -> None:
         if row.get("step", before) < before:
             raise sound.Unsound(file, f"has rows in another order than they were written in, at step {row['step']}")
         before = row.get("step", before)
-    if missing := metrics_log.lacking(record.bytes, _newest(file.parent)):
+    if missing := metrics_log.lacking(record.whole, _newest(file.parent)):
         raise sound.Unsound(file, missing)
     if tail:
         raise sound.Unsound(file, "ends in half a row, as a kill leaves it")

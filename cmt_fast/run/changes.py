@@ -116,7 +116,7 @@ def recorded(folder: Path) -> dict[str, list[Change]]:
 
 def made(folder: Path) -> dict[str, list[Change]]:
     """The changes by which the stages of a run were trained, as the manifests of their newest checkpoints have them."""
-    out = {}
+    out = dict[str, list[Change]]()
     for name in sound.STAGES:
         with contextlib.suppress(checkpoint.CheckpointError):
             for step in reversed(checkpoint.steps(folder / name)):

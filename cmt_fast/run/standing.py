@@ -172,7 +172,7 @@ def _spoilt(home: Path, record: Record, manifest: dict[str, Any] | None) -> str:
     out = [f"{record.lost} row{'s' * (record.lost > 1)} of metrics.jsonl"] if record.lost else []
     if metrics_log.wrong(home / metrics_log.METRICS):
         out.append(metrics_log.METRICS)
-    elif missing := metrics_log.lacking(record.bytes, manifest):
+    elif missing := metrics_log.lacking(record.whole, manifest):
         out.append(f"{metrics_log.METRICS} ({missing})")
     for name in (bills.FILE, "figures.json", "solver.json"):
         try:

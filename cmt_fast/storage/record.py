@@ -29,7 +29,7 @@ ROW = re.compile(
 
 class Record:
     """The rows of one file. In images: nimg, of every row of training; loss, lr: of the same rows; others: rows of other kinds;
-    last_nimg: of the last row of any kind; lost: lines that are no rows, and so are left out; bytes: of all whole lines.
+    last_nimg: of the last row of any kind; lost: lines that are no rows, and so are left out; whole: bytes of all whole lines.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,7 +84,7 @@ class Record:
         return self._rows
 
     @property
-    def bytes(self) -> int:
+    def whole(self) -> int:
         return self._offset
 
     def kind(self, kind: str) -> list[dict[str, Any]]:

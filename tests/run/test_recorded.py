@@ -100,12 +100,13 @@ def test_a_change_outlives_the_run_json_that_says_it(tmp_path, capsys):
 
 def test_damage_of_all_kinds_is_seen(trained, tmp_path, capsys):
     """A sample of `python -m bench damage`; where rows are not looked at it finds that."""
-    given = argparse.Namespace(n=40, others=50, resume=0, report=0, seed=1, run=trained, json=tmp_path / "damage.json")
+    given = argparse.Namespace(n=12, others=20, resume=0, report=0, seed=1, run=trained, json=tmp_path / "damage.json")
     assert damage.run(given) == 0, capsys.readouterr().out
     found = json.loads(given.json.read_text())
-    assert found["flips_named_by_verify"] >= 38 and found["others"] >= 40
+    assert found["flips"] == 12 and found["flips_named_by_verify"] >= 10 and found["truncations"] >= 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics_log, "unsealed", lambda line, of: line.rpartition(metrics_log.MARK)[0] + b"}")
+        given.n, given.others = 8, 0
         assert damage.run(given) == 1
 
 
