@@ -112,6 +112,7 @@ def _asked(file: Path, call: Callable[[Path], Any]) -> Iterator[Proof]:
 
 
 def _rows(file: Path) -> None:
+    manifest = _newest(file.parent)  # before the rows: of a run that is alive more of both may come
     with open(sound.handle(file), "rb") as opened:
         tail = metrics_log.tail(opened)
     record, before = Record.of(file), 0
@@ -121,15 +122,16 @@ def _rows(file: Path) -> None:
         if row.get("step", before) < before:
             raise sound.Unsound(file, f"has rows in another order than they were written in, at step {row['step']}")
         before = row.get("step", before)
-    if missing := metrics_log.lacking(record.whole, _newest(file.parent)):
+    if missing := metrics_log.lacking(record.whole, manifest):
         raise sound.Unsound(file, missing)
     if tail:
         raise sound.Unsound(file, "ends in half a row, as a kill leaves it")
 
 
 def _checks(file: Path) -> None:
+    manifest = _newest(file.parent)
     checks.checked(file)
-    if missing := metrics_log.lacking(file.stat().st_size, _newest(file.parent), checks.BYTES):
+    if missing := metrics_log.lacking(file.stat().st_size, manifest, checks.BYTES):
         raise sound.Unsound(file, missing)
 
 
