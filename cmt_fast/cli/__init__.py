@@ -241,10 +241,11 @@ def _of_torch(error: Exception) -> tuple[str | None, int]:
     from cmt_fast.engine.compile import CompileError
     from cmt_fast.runtime import distributed
     from cmt_fast.storage.checkpoint import CheckpointError
+    from cmt_fast.train.looking import Failed
 
     if isinstance(error, CheckpointError):
         return str(error), exits.WRONG_INPUT
-    if isinstance(error, CompileError):
+    if isinstance(error, CompileError | Failed):
         return str(error), exits.FAILED
     lost = distributed.lost(error) if isinstance(error, RuntimeError) else None
     return lost, exits.FAILED if lost is None else exits.PEER_LOST

@@ -38,8 +38,8 @@ class AdamWEma(torch.optim.Optimizer):
                 engine.checks = {"gradient": engine._sum(lambda flat: whole)}
             self.norm = self._update(engine.whole, whole, engine.stage.grad_clip_norm)
             return
-        if engine.checking:
-            engine.checks = {"gradient": engine._sum(lambda flat: flat.grad)}
+        if engine.checking:  # stage 3 may step its partition in parts, and has the gradient of one alone
+            engine.checks = {"gradient": engine.checks.get("gradient", 0) + engine._sum(lambda flat: flat.grad)}
         for p in [p for group in self.param_groups for p in group["params"] if p.grad is not None]:
             self._update(p, p.grad, 0.0)
 

@@ -188,13 +188,14 @@ class ZeroEngine:
         """Go on after `step` steps, the last of which was not finite: for the optimizer it was none."""
         self.step_count, self.skipped = step, self.skipped + 1
 
-    def _sum(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        """The checksum of this rank's parts of something that is laid out as the partitions; at stage 0 of the whole."""
+    def _sum(self, of: Callable[[Tensor], Tensor | None]) -> Tensor:
+        """The checksum of this rank's parts of something that is laid out as the partitions, where there is any; at stage 0 of
+        the whole."""
         total, first = torch.zeros((), dtype=torch.int64, device=self.device), 0
         for name, shape in self.shapes.items():
             part = self._slices(name)
-            if part:
-                total += sums.partial(of(part[0])[part[1]], first + part[2].start)
+            if part and (flat := of(part[0])) is not None:
+                total += sums.partial(flat[part[1]], first + part[2].start)
             first += torch.Size(shape).numel()
         return total
 

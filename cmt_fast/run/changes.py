@@ -23,7 +23,7 @@ from cmt_fast.config.overrides import apply as override
 from cmt_fast.config.renames import today
 from cmt_fast.config.schema import Run
 from cmt_fast.run import folder as folders
-from cmt_fast.run.resolved import ResolvedStage
+from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.runtime import distributed
 from cmt_fast.storage import checkpoint, files, sound
 
@@ -58,8 +58,13 @@ def asked(run: Run, folder: Path, texts: Sequence[str]) -> tuple[Run, Asked]:
             )
         first = out.setdefault(name, {}).get(key, [before])[0]
         out[name][key] = [first, after]
-    for name in out:
+    for name, keys in out.items():
         _can(run, folder, name)
+        if "batch" in keys and resolve(run, name).cache:
+            raise ConfigError(
+                f"--change: {name}.batch cannot be changed: trajectories.cache gives each step its rows by its number, and an "
+                "epoch would have some twice and others not at all"
+            )
     return run, out
 
 
@@ -187,6 +192,13 @@ def placed(stage: ResolvedStage, manifest: Mapping[str, Any] | None, entries: Se
     plan, step = had.schedule, manifest["step"]
     rows = plan.rows_before(step, had.rows[0])
     return (*known, {"step": step, "nimg": manifest["nimg"], "rows": rows, "log_every": plan.log_every, "keys": keys})
+
+
+def as_of(stage: ResolvedStage, step: int) -> ResolvedStage:
+    """A stage as its step `step`, from 1, was taken: without the changes that came later, or of which no step was taken yet."""
+    later = [entry for entry in stage.changes if "nimg" not in entry or entry["step"] >= step]
+    keys = {key: before for key, (before, _, _) in _over(later).items()}
+    return stage.replaced(**keys).changed([entry for entry in stage.changes if entry not in later])
 
 
 def pending(had: dict[str, list[Change]], wanted: Asked) -> dict[str, list[Change]]:

@@ -2,7 +2,8 @@
 
     STAGE/checks.jsonl   {"stage", "step", "processes", "loss", "gradient", "parameters", "xxh3"}, a line each, only ever appended
 
-A step that is taken again after a kill has a second line: where the two differ, the run is not what it was. Checksums are
+A step that is taken again after a kill has a second line: where the two differ, the run is not what it was. One that is taken
+again by other settings (`--change`) or with other noise (a rollback) is another step: its line has a "history". The checksums are
 made on the device (engine/sums.py), so a line costs two passes over what a step has at hand.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ class Record:
     def __init__(self, folder: Path, write: bool) -> None:
         self.path, self.write = folder / CHECKS, write
 
-    def add(self, step: int, loss: float, of: Mapping[str, int], processes: int) -> None:
+    def add(self, step: int, loss: float, of: Mapping[str, int], processes: int, history: str = "") -> None:
         """A line after `step` steps. A disk that refuses costs the line: training does not end for it."""
         if not self.write:
             return
         of_step = {"stage": self.path.parent.name, "step": step, "processes": processes, "loss": loss.hex()}
+        of_step |= {"history": history} if history else {}
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         with contextlib.suppress(OSError, sound.Unsound), open(sound.handle(self.path, flags), "r+b") as file:
             torn = b"\n" * bool(tail(file))  # what a kill left of a line is one of its own
@@ -47,6 +49,15 @@ class Record:
             return {BYTES: os.stat(self.path, follow_symlinks=False).st_size}
         except OSError:
             return {}
+
+
+def history(changes: Iterable[Mapping[str, Any]], rollbacks: Iterable[Mapping[str, int]], step: int) -> str:
+    """What tells step `step`, from 1, from the same one by other settings or with other noise; empty where there were none.
+
+    changes: of the stage, as run/changes.py has them; rollbacks: as train/nonfinite.py has them.
+    """
+    known = [*(c for c in changes if "nimg" in c and c["step"] < step), *(r for r in rollbacks if r["from"] < step)]
+    return xxhash.xxh3_64_hexdigest(json.dumps(known, sort_keys=True).encode()) if known else ""
 
 
 def lines(file: Path) -> Iterator[dict[str, Any] | None]:
@@ -72,10 +83,12 @@ def _parsed(raw: bytes, file: Path) -> dict[str, Any] | None:
     return line if whole else None
 
 
-def read(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a step, oldest first; those that are not what was written, and a file that cannot be read, are left out."""
+def read(folder: Path, step: int, history: str = "") -> list[dict[str, Any]]:
+    """The lines of a step of this history, oldest first; those that are not what was written, and a file that cannot be read,
+    are left out."""
     with contextlib.suppress(OSError, sound.Unsound):
-        return [line for line in lines(folder / CHECKS) if line and line.get("step") == step]
+        every = [line for line in lines(folder / CHECKS) if line and line.get("step") == step]
+        return [line for line in every if line.get("history", "") == history]
     return []
 
 

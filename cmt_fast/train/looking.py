@@ -16,7 +16,7 @@ import torch
 
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.runtime import distributed
-from cmt_fast.storage import metrics_log, sound
+from cmt_fast.storage import files, metrics_log, sound
 from cmt_fast.storage.metrics_log import METRICS, Log
 
 LONGEST = 300  # characters of an error that are kept
@@ -24,7 +24,7 @@ ELSEWHERE = "another process failed, its output says why"
 
 
 class Failed(RuntimeError):
-    """A look failed on another rank, where `eval.on_error` is stop."""
+    """A look failed, where `eval.on_error` is stop: on another rank, or for want of room on the disk."""
 
 
 class Clock:
@@ -49,7 +49,8 @@ def attempt(what: str, call: Callable[[], object], stage: ResolvedStage, n: int,
     """Make one look after n steps, on all ranks together; whether it was made on all of them.
 
     What it raises goes into the metrics and onto stderr; with `eval.on_error: stop` it is raised here, `Failed` on ranks where
-    nothing was. A lost rank, a GPU that answers no more and a request to stop are no failures of a look: they are raised.
+    nothing was, and for a full disk: no checkpoint is missing. A lost rank, a GPU that answers no more and a request to stop are
+    no failures of a look: they are raised.
     """
     error: Exception | None = None
     try:
@@ -69,7 +70,8 @@ def attempt(what: str, call: Callable[[], object], stage: ResolvedStage, n: int,
         then = "training stops (eval.on_error: stop)" if stops else "training goes on (eval.on_error: continue)"
         print(f"cmt: {what} of {stage.name} after {nimg:,} images failed ({text}); {then}", file=sys.stderr, flush=True)
     if stops:
-        raise error or Failed(f"{what} of {stage.name}: {text}")
+        own = error if error is not None and not files.is_full(error) else None
+        raise own or Failed(f"{what} of {stage.name}: {text}") from error
     return False
 
 

@@ -136,8 +136,8 @@ def train_stage(
         meter.lap("startup")
         sums, page = Sums(found), page or HalfWay(None)
         saver = Saver(engine, name, run.saves == "waiting", asked)
-        guard = nonfinite.Guard(stage, engine, source, found)
         ending.callback(saver.close)
+        guard = nonfinite.Guard(stage, engine, source, found, lambda: (gradient.release(), saver.finish()))
         clock = looking.Clock(config.checkpoint_every_s)
         taken = Steps(
             work, stage, engine, source, gradient, log, shown, account, meter, sums, wall, always, page, saver, clock, guard

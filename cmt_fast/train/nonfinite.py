@@ -59,15 +59,17 @@ class Guard:
     """
 
     def __init__(
-        self, stage: ResolvedStage, engine: Engine, source: BatchProvider, found: checkpoint.Checkpoint | None
-    ) -> None:
-        self.stage, self.engine, self.source = stage, engine, source
+        self, stage: ResolvedStage, engine: Engine, source: BatchProvider, found: checkpoint.Checkpoint | None,
+        ready: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
+        """ready: is called, on all ranks, before a step is traced: memory is made room in, and what is being saved is on disk."""
+        self.stage, self.engine, self.source, self.ready = stage, engine, source, ready
         kept = found.manifest.get("nonfinite", {}) if found else {}
         self.skipped: list[int] = list(kept.get("skipped", ()))
         row = found.manifest.get("row") if found else None
         self.missing = int((row or {}).get("missing", 0))
         engine.skipped = len(self.skipped)
-        self.rollbacks = rollbacks(stage.folder, found and found.manifest, aside=distributed.rank() == 0)
+        self.rollbacks = known_rollbacks(stage.folder, found, aside=True)
         source.redraws = [(r["from"], r["redraw"]) for r in self.rollbacks]
         # where the host waits for the device at every step anyway it looks at once
         self.at_once = engine.device.type == "cpu" or not hasattr(engine, "stuck") or bool(engine.scaling())
@@ -89,10 +91,11 @@ class Guard:
             self._decide(bad)
             for again in range(bad + 1, step + 1):
                 lr = one(again)
-        if row and self.engine.checks and self._loss is not None:
+        if row and self.engine.checks and self._loss is not None and step + 1 not in self.skipped:
             loss = float(distributed.mean_(self._loss.double().clone()))
             of = {key: int(total) for key, total in self.engine.checks.items()}
-            self.checks.add(step + 1, loss, of, distributed.size())
+            history = checks.history(self.stage.changes, self.rollbacks, step + 1)
+            self.checks.add(step + 1, loss, of, distributed.size(), history)
         self.engine.checking, self.engine.checks = False, {}
         return lr
 
@@ -130,6 +133,7 @@ class Guard:
         while bad + 1 - in_a_row in self.skipped:
             in_a_row += 1
         over = do == "skip" and in_a_row > limit
+        self.ready()
         where, place = self._dump(bad, "stop" if over else do)
         text = f"{name}: step {bad + 1:,} is not finite: {where}"
         if do == "rollback":
@@ -145,8 +149,9 @@ class Guard:
         self._first = torch.full_like(self._first, -1)
 
     def _way_on(self, place: Path, bad: int) -> str:
-        at = [n for n in checkpoint.steps(self.stage.folder) if n <= bad]
+        at = [n for n in checkpoint.steps(self.stage.folder) if n <= bad] if distributed.rank() == 0 else []
         kept = f"the checkpoint of step {at[-1]:,} is from before it" if at else "the stage has no checkpoint yet"
+        kept = distributed.text_of_first(kept)  # others may see its files late
         other = "; or take precision bf16, tf32 or fp32" if self.stage.config.precision == "fp16" else ""
         return (
             f"{kept}, and what is known is in {place}. The same settings would fail again: look by `cmt replay "
@@ -246,23 +251,41 @@ def dumped(path: Path) -> dict[str, Any]:
     return found
 
 
+def known_rollbacks(folder: Path, found: checkpoint.Checkpoint | None, aside: bool = False) -> list[dict[str, int]]:
+    """`rollbacks` as the first rank reads them, on every rank: others may see a file late, and would draw other noise."""
+    manifest = found and found.manifest
+    return json.loads(distributed.from_first(lambda: json.dumps(rollbacks(folder, manifest, aside)).encode()))
+
+
 def roll_back(work: Workspace, asked: RollBack) -> None:
     """Record that a stage goes on from its newest checkpoint with other noise. Raises NotFinite, on all ranks, where that was
-    tried from there as often as the run allows."""
-    stage, found = asked.stage, checkpoint.newest(asked.stage.folder)
-    at, before = found.manifest["step"] if found else 0, rollbacks(asked.stage.folder, found and found.manifest)
-    tries = sum(entry["from"] == at for entry in before)
-    if tries >= stage.nonfinite_limit:
-        raise NotFinite(f"{asked}; {tries} draws of noise from step {at:,} on failed too (nonfinite_limit)")
-    entry = {"step": asked.step, "from": at, "redraw": 1 + max((e["redraw"] for e in before), default=0)}
+    tried from there as often as the run allows, or there is nothing to go back to. The first rank decides."""
+    stage = asked.stage
+    entries = json.loads(distributed.from_first(lambda: json.dumps(_with_one_more(asked)).encode(), NotFinite))
 
     def write() -> None:
         if distributed.rank() == 0:
-            _write(stage.folder / FOLDER / ROLLBACKS, [*before, entry])
-            say(f"{asked}; back to step {at:,}, with other noise from there on (draw {entry['redraw']})")
+            at, draw = entries[-1]["from"], entries[-1]["redraw"]
+            _write(stage.folder / FOLDER / ROLLBACKS, entries)
+            say(f"{asked}; back to step {at:,}, with other noise from there on (draw {draw})")
 
     distributed.agreed(write)
     distributed.barrier()
+
+
+def _with_one_more(asked: RollBack) -> list[dict[str, int]]:
+    """The rollbacks of a stage with the one that is asked for. Raises NotFinite."""
+    stage = asked.stage
+    try:
+        found = checkpoint.newest(stage.folder)
+        before = rollbacks(stage.folder, found and found.manifest)
+    except checkpoint.CheckpointError as error:
+        raise NotFinite(f"{asked}; there is nothing to go back to: {error}") from None
+    at = found.manifest["step"] if found else 0
+    tries = sum(entry["from"] == at for entry in before)
+    if tries >= stage.nonfinite_limit:
+        raise NotFinite(f"{asked}; {tries} draws of noise from step {at:,} on failed too (nonfinite_limit)")
+    return [*before, {"step": asked.step, "from": at, "redraw": 1 + max((e["redraw"] for e in before), default=0)}]
 
 
 def _write(path: Path, entries: list[dict[str, int]]) -> None:

@@ -22,10 +22,10 @@ from torch import Tensor
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.engine import Engine, sums
 from cmt_fast.engine.graph import eager
-from cmt_fast.objectives.rounding import Rounding
+from cmt_fast.run import changes
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import distributed, machine
+from cmt_fast.runtime import distributed, exits, machine
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import attention_choice, batches, checks, nonfinite, rounding_choice, starting, tracing
 from cmt_fast.train.batches import BatchProvider
@@ -33,6 +33,8 @@ from cmt_fast.train.batches import BatchProvider
 
 class Differs(FloatingPointError):
     """The step is finite, and is not what was recorded, or not near plain torch."""
+
+    code = exits.FAILED
 
 
 class Replayed(NamedTuple):
@@ -74,12 +76,17 @@ def replay(work: Workspace, name: str, step: int) -> Replayed:
 
     Raises ConfigError for a step that the stage has not or cannot be reached, CheckpointError where no checkpoint is whole.
     """
-    stage = work.stage(name)
+    stage = changes.as_of(work.stage(name), step)
     if not 1 <= step <= stage.schedule.total:
         raise ConfigError(f"--step: {step} is no step of {name}; it has 1 to {stage.schedule.total:,}")
     found, config = _before(stage, step), stage.config
     if found is None and not (stage.folder / "metrics.jsonl").exists():
         raise ConfigError(f"RUN/STAGE: {stage.folder} has not begun")
+    start = found.manifest["step"] if found else 0
+    for at in (entry["step"] for entry in stage.changes if start < entry["step"]):
+        raise ConfigError(
+            f"--step: settings were changed at step {at:,}, and no checkpoint from there to step {step} is whole"
+        )
     with contextlib.ExitStack() as ending:
         machine.allow_tf32(config.precision == "tf32")
         ending.callback(machine.allow_tf32, False)
@@ -93,11 +100,11 @@ def replay(work: Workspace, name: str, step: int) -> Replayed:
         ending.enter_context(small.using(attention_choice.settle(work, config, found or known)))
         source = batches.provider(work, stage, engine, None, found or known)
         ending.callback(source.close)
-        kept = (found or known) and (found or known).manifest.get("rounding")
-        source.rounding = Rounding.of(kept) if kept else rounding_choice.settle(stage, engine, source, found)
-        source.redraws = [(r["from"], r["redraw"]) for r in nonfinite.rollbacks(stage.folder, found and found.manifest)]
+        source.rounding = rounding_choice.settle(stage, engine, source, _measured(stage, found, known))
+        rollbacks = nonfinite.known_rollbacks(stage.folder, found or known)
+        source.redraws = [(r["from"], r["redraw"]) for r in rollbacks]
         engine.skipped = len((found.manifest.get("nonfinite") or {}).get("skipped", ())) if found else 0
-        return _replayed(stage, engine, source, step)
+        return _replayed(stage, engine, source, step, checks.history(stage.changes, rollbacks, step))
 
 
 def _before(stage: ResolvedStage, step: int) -> checkpoint.Checkpoint | None:
@@ -115,7 +122,19 @@ def _any(stage: ResolvedStage) -> checkpoint.Checkpoint | None:
     return None
 
 
-def _replayed(stage: ResolvedStage, engine: Engine, source: BatchProvider, step: int) -> Replayed:
+def _measured(
+    stage: ResolvedStage, found: checkpoint.Checkpoint | None, known: checkpoint.Checkpoint | None
+) -> checkpoint.Checkpoint | None:
+    """The checkpoint whose measurements of rounding the step was taken with; None where they were made anew, as they are now."""
+    if found:
+        return starting.measured(stage, found)
+    same = known and not any(
+        {"precision", "rounding_limit"} & entry["keys"].keys() for entry in known.manifest.get("changes", ())
+    )
+    return known if same else None
+
+
+def _replayed(stage: ResolvedStage, engine: Engine, source: BatchProvider, step: int, history: str) -> Replayed:
     start = engine.step_count
     for n in range(start, step - 1):
         if math.isnan(float(_taken(stage, engine, source, n)[1])):
@@ -133,7 +152,8 @@ def _replayed(stage: ResolvedStage, engine: Engine, source: BatchProvider, step:
     lost = bool(norm.isnan()) or any(r["forward"] or r["backward"] for r in traced)
     return Replayed(
         step, start, {key: now.get(key, "") for key in checks.KEYS}, again, traced if lost else [],
-        checks.read(stage.folder, step), worst, nonfinite.dump(stage.folder, step), _saved(stage.folder, step, engine),
+        checks.read(stage.folder, step, history), worst, nonfinite.dump(stage.folder, step),
+        _saved(stage.folder, step, engine),
     )  # fmt: skip
 
 

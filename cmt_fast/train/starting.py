@@ -6,6 +6,7 @@ then all ranks raise Damaged, nothing of what was read is trained from, and the 
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -90,12 +91,24 @@ def parent(work: Workspace, stage: Stage, engine: Engine, fresh: bool) -> dict |
 
 def going_on(work: Workspace, stage: ResolvedStage, found: checkpoint.Checkpoint | None) -> ResolvedStage:
     """A stage as it goes on from a checkpoint, with the changes of its keys that count from there, which are put on record."""
-    if not work.changes:
+    if not work.changes and not (found and found.manifest.get("changes")):  # run.json may have been written anew
         return stage
     work.changes = changes.counted(work.changes, stage, found and found.manifest)
     if distributed.rank() == 0:
         changes.record(work.folder, work.changes)
+        entries = work.changes.get(stage.name, ())
+        if found and any(entry["step"] == found.manifest["step"] for entry in entries):
+            _forget_snapshots(stage.folder, found.manifest["step"])
     return work.stage(stage.name)
+
+
+def _forget_snapshots(folder: Path, step: int) -> None:
+    """Remove the EMA snapshots of steps after `step`: they were taken by settings that count no more, and steps with others may
+    never write over them."""
+    for track in (folder / "snapshots").glob("ema-*"):
+        for later in (n for n in checkpoint.steps(track) if n > step):
+            with files.unless_refused():
+                shutil.rmtree(checkpoint.folder_of(track, later))
 
 
 def measured(stage: ResolvedStage, found: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:

@@ -103,8 +103,10 @@ class Steps(NamedTuple):
         """
         n = self.engine.step_count
         self.saver.finish()
+        if self.guard.undecided:
+            raise Stopped(stopped.code, "what no checkpoint has is trained again") from None
         there = distributed.rank() == 0 and checkpoint.steps(self.stage.folder)[-1:] == [n]
-        if n and not self.guard.undecided and not distributed.largest(int(there)):
+        if n and not distributed.largest(int(there)):
             self.wall["train_s"] += self.meter.lap("train")
             self._checkpoint(n, False, unseen=False, end=True)
         raise (Stopped(stopped.code) if n else stopped) from None

@@ -70,29 +70,31 @@ class Probe:
 
 def traced(engine: Engine, loss: Callable[[Any], tuple[Tensor, Mapping[str, Tensor]]], held: Mapping[str, Any],
            drawn: Callable[[int], Any]) -> Found:  # fmt: skip
-    """The step that `drawn(part)` gives, part by part up to the first that is not finite. loss: (probe) -> of what was drawn.
+    """The step that `drawn(part)` gives: its first part that is not finite. loss: (probe) -> of what was drawn.
 
-    held: the frozen networks that it calls, by name. Every rank must call it; what it finds is of this rank's rows.
+    held: the frozen networks that it calls, by name. Every rank must call it; what it finds is of this rank's rows. All take all
+    parts, whatever they find: rollouts, and teachers that are cut over ranks, are calls of all of them.
     """
     probe = Probe(engine)
     looks = {"": probe.net} | {f"{name}: ": net for name, net in held.items() if isinstance(net, nn.Module)}
-    value, log = torch.tensor(0.0), _Log()
+    first, done, log = 0.0, False, _Log()
     try:
         with _looked_at(looks, log):
             for part in range(engine.grad_accum_steps):
                 value, scalars = loss(probe)(drawn(part))
+                if done:
+                    continue
+                first = float(value.detach())
                 log.backwards = True
                 lost = [k for k, v in {"loss": value, **scalars}.items() if not bool(v.detach().isfinite())]
                 if lost and not log.forward:
                     log.forward = f"the {', the '.join(lost)}, after every layer"
                 if value.requires_grad and not log.forward:
                     probe.backward(value)
-                if log.forward or log.backward:
-                    break
-                log.backwards = False
+                log.backwards, done = False, bool(log.forward or log.backward)
     finally:
         probe.close()
-    return Found(float(value.detach()), log.forward, log.backward)
+    return Found(first, log.forward, log.backward)
 
 
 class _Log:
@@ -103,7 +105,7 @@ class _Log:
         self.backwards = False  # what runs forward now is computed again
 
     def saw(self, x: Any, text: str) -> None:
-        if not self.forward and not self.backwards:
+        if not self.forward and not self.backward and not self.backwards:
             for part, kind in zip(_tensors(x), ("", "the tangent of ") if isinstance(x, Dual) else ("",) * 99):
                 if part.is_floating_point() and not bool(part.detach().isfinite().all()):
                     self.forward = f"{kind}{text}"

@@ -16,8 +16,8 @@ from cmt_fast.run import changes, standing
 from cmt_fast.run.resolved import resolve
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime.signals import Stopped
-from cmt_fast.storage import checkpoint
-from cmt_fast.train import loop
+from cmt_fast.storage import checkpoint, sound
+from cmt_fast.train import checks, loop, replay
 from cmt_fast.train import steps as taking
 from tests.fixtures.tiny import metrics, tiny
 from tests.train.test_resume import assert_equal_stage
@@ -70,6 +70,9 @@ def test_a_change_is_on_record_and_resumed_runs_are_equal_to_the_bit(half, tmp_p
     loop.train(changed(one, *CHANGED), ["pre"])
     stop_after(changed(two, *CHANGED), 11)  # each of these is a start of its own
     stored = loading.build(json.loads((two / "run.json").read_text())["run"])
+    told = json.loads((two / "run.json").read_text())
+    told = {key: value for key, value in told.items() if key != "changes"}
+    (two / "run.json").write_text(sound.signed(told))  # as one that was written anew: the manifests know
     stop_after(Workspace(stored, two), 20)
     adopted, notes = changes.adopted(tiny("digits", *MORE), two)
     assert adopted == stored and len(notes) == 4 and "pre.lr is 0.0001 since step 7 (--change)" in notes
@@ -87,6 +90,44 @@ def test_a_change_is_on_record_and_resumed_runs_are_equal_to_the_bit(half, tmp_p
     stands = {"pre": standing.of(stored, one, None, "pre")}
     assert events.table(stands).rows[0][:4] == ["pre", "7", "224", "settings changed"]
     assert stands["pre"].images(7) == 224 and stands["pre"].images(8) == 240 and stands["pre"].images(2) == 64
+
+
+def test_a_step_is_replayed_by_the_settings_of_its_time(half, tmp_path):
+    """Step 8 was taken before the change, too: that is another step, and no fault of this one's."""
+    shutil.copytree(half, tmp_path / "run")
+    shutil.copytree(checkpoint.folder_of(half / "pre", 7), kept := tmp_path / "kept")
+    stop_after(Workspace(tiny("digits", *MORE), tmp_path / "more"), 8)
+    shutil.copy(tmp_path / "more" / "pre" / checks.CHECKS, tmp_path / "run" / "pre")
+    stop_after(changed(tmp_path / "run", *CHANGED), 9)
+    stored = loading.build(json.loads((tmp_path / "run" / "run.json").read_text())["run"])
+    again = lambda step: replay.replay(Workspace(stored, tmp_path / "run"), "pre", step)
+    with pytest.raises(ConfigError, match=r"settings were changed at step 7, and no checkpoint from there to step 8"):
+        again(8)
+    shutil.copytree(kept, checkpoint.folder_of(tmp_path / "run" / "pre", 7))
+    for step, start in ((7, 0), (8, 7), (10, 7)):
+        found = again(step)
+        assert found.start == start and len(found.recorded) == 1 and found.sound, (step, found)
+
+
+def test_snapshots_of_settings_that_count_no_more_are_gone(half, tmp_path):
+    shutil.copytree(half, tmp_path / "run")
+    track = tmp_path / "run" / "pre" / "snapshots" / "ema-0"
+    for step in (7, 8):
+        shutil.copytree(checkpoint.folder_of(half / "pre", 7), checkpoint.folder_of(track, step))
+    stop_after(Workspace(tiny("digits", *MORE), tmp_path / "run"), 8)
+    assert checkpoint.steps(track) == [7, 8]  # the same steps, and they will be written over
+    shutil.rmtree(tmp_path / "run" / "pre" / "checkpoints")
+    shutil.copytree(half / "pre" / "checkpoints", tmp_path / "run" / "pre" / "checkpoints")
+    stop_after(changed(tmp_path / "run", "pre.batch=16"), 8)
+    assert checkpoint.steps(track) == [7]
+
+
+def test_a_batch_of_cached_trajectories_stays(half, tmp_path, monkeypatch):
+    monkeypatch.setattr(changes, "_can", lambda *_: None)
+    run = tiny("digits", "mid.trajectories.cache=/somewhere")
+    assert changes.asked(run, half, ["mid.lr=1e-5"])[1]
+    with pytest.raises(ConfigError, match="^--change: mid.batch cannot be changed: trajectories.cache"):
+        changes.asked(run, half, ["mid.batch=16"])
 
 
 def test_rows_of_data_go_on_where_they_were(half, tmp_path, monkeypatch):

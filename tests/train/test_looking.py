@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.report import events
 from cmt_fast.run import standing
 from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import exits
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import looking, loop, monitor
 from tests.fixtures import small
@@ -100,6 +102,18 @@ def test_a_look_that_fails_stops_where_that_is_asked_for_and_loses_nothing(tmp_p
     manifest = checkpoint.latest(tmp_path / "pre").manifest
     assert manifest["step"] == 2 and manifest["unseen"]
     assert metrics(tmp_path / "pre")[-1]["what"] == "the evaluation"
+
+
+def test_a_picture_that_finds_no_room_is_no_full_disk_to_a_scheduler(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "grid.png")
+
+    file = small.recipe(tmp_path, small.SIT, channels=3)
+    monkeypatch.setattr(monitor, "draw_grid", full)
+    asked = ["train", str(file), "--out", str(tmp_path / "run"), "--stages", "pre", "eval.on_error=stop"]
+    assert cli.main(asked) == exits.FAILED
+    said = capsys.readouterr().err
+    assert "cmt: the grid of pre: [Errno 28] No space left" in said and "Traceback" not in said
 
 
 def test_checkpoints_by_time_change_no_bit(tmp_path, monkeypatch, whole):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from cmt_fast.run import resolved
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import exits
 from cmt_fast.storage import checkpoint
-from cmt_fast.train import checks, loop, nonfinite, replay
+from cmt_fast.train import batches, checks, loop, nonfinite, replay
 from cmt_fast.train import steps as taking
 from tests.fixtures.tiny import metrics, tiny
 from tests.train.test_resume import assert_equal_stage
@@ -111,6 +112,28 @@ def test_a_run_rolls_back_to_other_noise_and_ends_the_same_after_a_kill(tmp_path
                space=work(tmp_path / "run", back))  # fmt: skip
     spoilt(tmp_path / "run", lambda step: False, space=work(tmp_path / "run"))
     assert_equal_stage(whole, tmp_path / "run" / "pre")
+
+
+def test_steps_with_other_noise_are_replayed_as_what_they_are(tmp_path):
+    left = [1]
+    back = work(tmp_path, "on_nonfinite=rollback")
+    spoilt(tmp_path, lambda step: step == 6 and bool(left and left.pop()), space=back)
+    assert [(len(found.recorded), found.sound) for found in (replay.replay(back, "pre", n) for n in (4, 6))] == [
+        (1, True)
+    ] * 2
+
+
+def test_a_checkpoint_that_is_being_written_is_waited_for_and_all_parts_are_traced(tmp_path, monkeypatch):
+    save, draw, parts = checkpoint.save, batches.BatchProvider.draw, []
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (time.sleep(0.3), save(*a, **k))[1])
+    monkeypatch.setattr(
+        batches.BatchProvider,
+        "draw",
+        lambda self, step, part=0: (parts.append((step, part)), draw(self, step, part))[1],
+    )
+    with pytest.raises(nonfinite.NotFinite, match="the checkpoint of step 4 is from before it"):
+        spoilt(tmp_path, lambda step: step == 4, space=work(tmp_path, "pre.micro_batch=16"))
+    assert parts[-4:] == [(4, 0), (4, 1)] * 2  # taken, traced
 
 
 def test_replay_gives_the_recorded_hashes_and_finds_what_is_not_as_it_was(tmp_path, capsys):
