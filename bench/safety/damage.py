@@ -8,7 +8,7 @@ folder. Of each kind of damage to each kind of file, as many as --resume and --r
 Anything else is a line and the exit status 1: a traceback, a wait of minutes, another result without a word. Two pictures that
 changed places alone are not seen: nothing is read from them.
 
-Readers take 0.06 CPU seconds a damage, a run that goes on about 1 and a report 2: all of it (--n 1000 --others 820) about three
+Readers take 0.06 CPU seconds a damage, a run that goes on about 1 and a report 2: all of it (--n 1000 --others 520) about two
 minutes of one core.
 """
 
@@ -46,9 +46,9 @@ FILE = ROOT / "bench" / "results" / "cpu" / "damage.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The bench's own."""
     parser.add_argument("--n", type=int, default=1000, help="bits that flip")
-    parser.add_argument("--others", type=int, default=820, help="cuts (a quarter), swaps, edits, pipes and the like")
-    parser.add_argument("--resume", type=int, default=60, help="after how many damages a run goes on")
-    parser.add_argument("--report", type=int, default=10, help="after how many damages a report is made")
+    parser.add_argument("--others", type=int, default=520, help="cuts (two fifths), swaps, edits, pipes and the like")
+    parser.add_argument("--resume", type=int, default=30, help="after how many damages a run goes on")
+    parser.add_argument("--report", type=int, default=4, help="after how many damages a report is made")
     parser.add_argument("--run", type=Path, help="a finished run whose copies are damaged, in the place of its own")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--json", type=Path, default=FILE, help="where to write")

@@ -210,17 +210,17 @@ def cases(run: Path, n: int, others: int, seed: int) -> list[Case]:
     several = [name for name in names if len(by_kind[name]) > 1]
     out += list(misplaced(run))[:others]
     for i in range(others - 10):
-        what = i % 4
+        what = (0, 1, 0, 2, 3)[i % 5]
         if what == 0:
-            name = pick(i // 4)
+            name = pick(i // 2)
             out.append(Case("truncation", name, truncate(name, draw)))
         elif what == 1:
-            a, b = draw.sample(by_kind[several[i // 4 % len(several)]], 2)
+            a, b = draw.sample(by_kind[several[i // 5 % len(several)]], 2)
             out.append(Case("swap", a, swap(a, b)))
         elif what == 2:
-            name = draw.choice(by_kind[texts[i // 4 % len(texts)]])
+            name = draw.choice(by_kind[texts[i // 5 % len(texts)]])
             out.append(Case("edit", name, edit(name, draw)))
         else:
-            name, kind = pick(i // 4), ("pipe", "folder", "loop", "link", "socket")[i // 4 % 5]
+            name, kind = pick(i // 5), ("pipe", "folder", "loop", "link", "socket")[i // 5 % 5]
             out.append(Case(f"a {kind}", name, instead(name, kind)))
     return out

@@ -45,7 +45,9 @@ def test_every_bit_of_a_small_file_is_held_by_its_checksum(tmp_path):
             assert str(error).startswith(f"{file}: ")
             seen += 1
         else:
-            assert found == body  # a space that became another
+            assert found == body and bit // 8 < text.rindex(
+                b"\n"
+            )  # a space that became another, and not in the checksum's name
     assert seen > 0.9 * 8 * len(text) / 3
 
 
