@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -72,6 +73,18 @@ def kinds(files: list[str]) -> dict[str, list[str]]:
     return out
 
 
+def put(file: Path, data: bytes) -> None:
+    """Other bytes under this name, and no other one of the same file."""
+    file.unlink()
+    file.write_bytes(data)
+
+
+def linked(source: Path, copy: Path) -> None:
+    """A run whose files are those of another, until one is `put`: for who reads it alone."""
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(source, copy, symlinks=True, copy_function=os.link)
+
+
 def flip(name: str, draw: random.Random) -> Callable[[Path], None]:
     """One bit of a file."""
     place = draw.random()
@@ -80,7 +93,7 @@ def flip(name: str, draw: random.Random) -> Callable[[Path], None]:
         data = bytearray((run / name).read_bytes())
         bit = int(place * len(data) * 8)
         data[bit // 8] ^= 1 << bit % 8
-        (run / name).write_bytes(bytes(data))
+        put(run / name, bytes(data))
 
     return do
 
@@ -90,7 +103,8 @@ def truncate(name: str, draw: random.Random) -> Callable[[Path], None]:
     share = 0.0 if draw.random() < 0.1 else draw.random()
 
     def do(run: Path) -> None:
-        os.truncate(run / name, int(share * (run / name).stat().st_size))
+        data = (run / name).read_bytes()
+        put(run / name, data[: int(share * len(data))])
 
     return do
 
@@ -122,7 +136,7 @@ def edit(name: str, draw: random.Random) -> Callable[[Path], None]:
         elif digits:
             at = digits[int(place * len(digits))]
             text = text[:at] + bytes([text[at] + 1]) + text[at + 1 :]
-        (run / name).write_bytes(text)
+        put(run / name, text)
 
     return do
 
@@ -154,11 +168,13 @@ def instead(name: str, kind: str) -> Callable[[Path], None]:
 
 def misplaced(run: Path) -> Iterator[Case]:
     """Checkpoints that lie where they do not belong, and names that are none."""
-    for stage in ("pre", "mid"):
-        folder = run / stage / "checkpoints"
-        newest = sorted(folder.glob("step-*"))[-1].name
-        other = "mid" if stage == "pre" else "pre"
-        source = f"{other}/checkpoints/{sorted((run / other / 'checkpoints').glob('step-*'))[-1].name}"
+    last = {
+        stage: sorted(p.name for p in (run / stage / "checkpoints").glob("step-*"))[-1]
+        for stage in ("pre", "mid")
+        if (run / stage).is_dir()
+    }
+    for stage, other in itertools.permutations(last, 2):
+        newest, source = last[stage], f"{other}/checkpoints/{last[other]}"
         place = f"{stage}/checkpoints"
 
         def renamed(copy: Path, place: str = place, newest: str = newest, to: str = "step-00000999") -> None:
@@ -194,17 +210,17 @@ def cases(run: Path, n: int, others: int, seed: int) -> list[Case]:
     several = [name for name in names if len(by_kind[name]) > 1]
     out += list(misplaced(run))[:others]
     for i in range(others - 10):
-        what = i % 4
+        what = (0, 1, 0, 2, 3)[i % 5]
         if what == 0:
-            name = pick(i // 4)
+            name = pick(i // 2)
             out.append(Case("truncation", name, truncate(name, draw)))
         elif what == 1:
-            a, b = draw.sample(by_kind[several[i // 4 % len(several)]], 2)
+            a, b = draw.sample(by_kind[several[i // 5 % len(several)]], 2)
             out.append(Case("swap", a, swap(a, b)))
         elif what == 2:
-            name = draw.choice(by_kind[texts[i // 4 % len(texts)]])
+            name = draw.choice(by_kind[texts[i // 5 % len(texts)]])
             out.append(Case("edit", name, edit(name, draw)))
         else:
-            name, kind = pick(i // 4), ("pipe", "folder", "loop", "link", "socket")[i // 4 % 5]
+            name, kind = pick(i // 5), ("pipe", "folder", "loop", "link", "socket")[i // 5 % 5]
             out.append(Case(f"a {kind}", name, instead(name, kind)))
     return out

@@ -6,7 +6,6 @@ Front matter is YAML as the hub reads it; below it every word of a user (names, 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from cmt_fast.render import templates
 from cmt_fast.render.templates import Group, Section, Table
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.safe_pickle.opcodes import shown
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, sound
 from cmt_fast.storage.metrics_log import METRICS
 from cmt_fast.storage.record import Record
 from cmt_fast.usage import bills
@@ -226,7 +225,7 @@ def _stored(work: Workspace, stage: str, ema: str) -> dict[str, Any] | None:
     """What `cmt report` wrote of the weights with this checksum."""
     for folder in (work.folder, work.parents):
         try:
-            found = json.loads((folder / stage / "figures.json").read_text("utf-8"))
+            found = sound.read(folder / stage / "figures.json")
             if found["key"]["ema"] == ema and found["key"]["eval"]["n"]:
                 return found
         except (OSError, ValueError, KeyError, TypeError):

@@ -56,7 +56,7 @@ def judge(work: Workspace, s: Standing, home: Path) -> Judged:
         if distributed.rank() == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
             _draw(work, net, s.name, file.parent)
-            files.write_text(file, sound.signed({"key": key, **judged._asdict()}))
+            files.write_text(file, sound.signed({"stage": s.name, "key": key, **judged._asdict()}))
     return judged
 
 

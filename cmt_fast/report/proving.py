@@ -6,6 +6,7 @@ drawings and the heartbeat are not looked at: they are written anew, and nothing
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from cmt_fast.run import folder as folder_
 from cmt_fast.storage import checkpoint, loggers, metrics_log, sound
 from cmt_fast.storage.record import Record
 from cmt_fast.teacher import solver_record
+from cmt_fast.train import checks, nonfinite
 from cmt_fast.usage import bills
 
 
@@ -39,7 +41,7 @@ def run(folder: Path) -> Iterator[Proof]:
             raise
         yield Proof(folder / folder_.RUN_FILE, str(error).removeprefix("RUN: "))
     for stage in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        if stage.name in checkpoint.STAGES or (stage / "checkpoints").is_dir():
+        if stage.name in sound.STAGES or (stage / "checkpoints").is_dir():
             yield from _stage(stage)
     yield from _asked(folder / features.FILE, features.checked)
     yield from _asked(folder / "theory.json", sound.read)
@@ -65,8 +67,13 @@ def _stage(stage: Path) -> Iterator[Proof]:
         (figures.FIGURES, figures.checked),
         (solver_record.FILE, lambda file: solver_record.read(file.parent)),
         (loggers.IDS, sound.read),
+        (checks.CHECKS, _checks),
+        (f"{nonfinite.FOLDER}/{nonfinite.ROLLBACKS}", nonfinite.checked),
     ):
         yield from _asked(stage / name, call)
+    for file in _listed(stage / nonfinite.FOLDER):
+        if file.name.startswith("step-") and file.suffix == ".json":
+            yield from _asked(file, nonfinite.dumped)
     for file in (*_listed(stage / "grids"), *_listed(stage)):
         if file.suffix == ".png":
             yield from _picture(file)
@@ -105,6 +112,7 @@ def _asked(file: Path, call: Callable[[Path], Any]) -> Iterator[Proof]:
 
 
 def _rows(file: Path) -> None:
+    manifest = _newest(file.parent)  # before the rows: of a run that is alive more of both may come
     with open(sound.handle(file), "rb") as opened:
         tail = metrics_log.tail(opened)
     record, before = Record.of(file), 0
@@ -114,8 +122,26 @@ def _rows(file: Path) -> None:
         if row.get("step", before) < before:
             raise sound.Unsound(file, f"has rows in another order than they were written in, at step {row['step']}")
         before = row.get("step", before)
+    if missing := metrics_log.lacking(record.whole, manifest):
+        raise sound.Unsound(file, missing)
     if tail:
         raise sound.Unsound(file, "ends in half a row, as a kill leaves it")
+
+
+def _checks(file: Path) -> None:
+    manifest = _newest(file.parent)
+    checks.checked(file)
+    if missing := metrics_log.lacking(file.stat().st_size, manifest, checks.BYTES):
+        raise sound.Unsound(file, missing)
+
+
+def _newest(stage: Path) -> dict[str, Any] | None:
+    """The manifest of a stage's newest sound checkpoint."""
+    with contextlib.suppress(checkpoint.CheckpointError):
+        for step in reversed(checkpoint.steps(stage)):
+            with contextlib.suppress(checkpoint.CheckpointError):
+                return checkpoint.sized(checkpoint.folder_of(stage, step)).manifest
+    return None
 
 
 def _pulse(file: Path) -> None:

@@ -10,6 +10,7 @@ stage's configuration is of its changes too: it is not that of a stage that was 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -108,11 +109,36 @@ def _can(run: Run, folder: Path, name: str) -> None:
 
 
 def recorded(folder: Path) -> dict[str, list[Change]]:
-    """The changes of a run by stage, as its run.json has them; {} where there is no run."""
+    """The changes of a run by stage, as its run.json has them; where that is damaged, as the manifests of its stages do; {} where
+    there is no run."""
     try:
         return dict(folders.about_run(folder).get("changes") or {})
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except (OSError, ValueError):
+        return made(folder)
+
+
+def made(folder: Path) -> dict[str, list[Change]]:
+    """The changes by which the stages of a run were trained, as the manifests of their newest checkpoints have them."""
+    out = dict[str, list[Change]]()
+    for name in sound.STAGES:
+        with contextlib.suppress(checkpoint.CheckpointError):
+            for step in reversed(checkpoint.steps(folder / name)):
+                with contextlib.suppress(checkpoint.CheckpointError):
+                    found = checkpoint.sized(checkpoint.folder_of(folder / name, step)).manifest.get("changes")
+                    out |= {name: list(found)} if found else {}
+                    break
+    return out
+
+
+def before(run: Run, name: str, entries: Sequence[Change]) -> list[Run]:
+    """A run as a stage was trained by it before each of its changes, the first one first."""
+    out: list[Run] = []
+    for entry in reversed(entries):
+        run = onto(run, {name: {key: [after, was] for key, (was, after) in entry["keys"].items()}})
+        out.insert(0, run)
+    return out
 
 
 def adopted(run: Run, folder: Path) -> tuple[Run, list[str]]:

@@ -21,7 +21,7 @@ from cmt_fast.storage import checkpoint, files, locks, sound
 RUN_FILE = "run.json"
 KINDS = {
     "run": dict, "rows": dict, "data": dict, "remembered": dict, "environment": dict, "networks": dict, "contents": dict,
-    "parents": str, "root": str, "roots": list,
+    "changes": dict,     "parents": str, "root": str, "roots": list,
 }  # fmt: skip
 JUDGING = "judging"  # what evaluations have done before they end (unfinished.py)
 

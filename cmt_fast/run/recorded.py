@@ -7,12 +7,14 @@ written again from the same recipe: what the manifests say proves that it is the
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import STAGES, Run
+from cmt_fast.run import changes
 from cmt_fast.run.folder import RUN_FILE, about_run
 from cmt_fast.storage import checkpoint, sound
 
@@ -33,10 +35,15 @@ def lost(run: Run, folder: Path) -> str:
     for name in STAGES:
         found = checkpoint.newest(folder / name)
         mine = fingerprint.content_digest(run, name) if name in run.stages else None
-        if found and (mine is None or found.manifest.get("content") != mine):
+        if found and found.manifest.get("content") is None:
+            raise ConfigError(
+                f"--out: {folder / RUN_FILE} {why}, and the checkpoints of {name} are of a version that did not say by which "
+                "settings they were trained; restore that file, or choose another folder"
+            )
+        if found and found.manifest["content"] != mine:
             raise ConfigError(
                 f"--out: {folder / RUN_FILE} {why}, and {name} was not trained with these settings; "
-                "with those that it was begun with it is written anew"
+                "with those that it was trained with last it is written anew"
             )
     return why
 
@@ -47,20 +54,16 @@ def put_aside(run: Run, folder: Path) -> None:
         sound.aside(folder / RUN_FILE, f"{why}, it is written anew")
 
 
-def contents(folder: Path, name: str) -> list[str] | None:
-    """Digests of the settings that a run has had for a stage, None where it does not say."""
-    try:
-        found = (about_run(folder).get("contents") or {}).get(name)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, list) else None
-
-
-def contents_now(run: Run, before: dict[str, Any]) -> dict[str, list[str]]:
-    """The same of all stages with the settings of now. before: run.json as it is."""
+def contents(run: Run, before: dict[str, Any], had: Mapping[str, Sequence[changes.Change]]) -> dict[str, list[str]]:
+    """Digests of the settings that a run has had for each stage, those of now the last. before: run.json as it is; had: what was
+    changed while stages were under way, which says of a run.json that is written anew what was before."""
     was = before.get("contents") or {}
-    now = {name: fingerprint.content_digest(run, name) for name in run.stages}
-    return {name: list(dict.fromkeys([*(was.get(name) or ()), digest])) for name, digest in now.items()}
+    out = {name: [*(was.get(name) or ())] for name in run.stages}
+    for name, entries in had.items():
+        for earlier in changes.before(run, name, entries):
+            for member in run.stages:
+                out[member].append(fingerprint.content_digest(earlier, member))
+    return {name: list(dict.fromkeys([*known, fingerprint.content_digest(run, name)])) for name, known in out.items()}
 
 
 def roots(before: dict[str, Any]) -> list[str]:

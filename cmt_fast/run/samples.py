@@ -34,7 +34,7 @@ from cmt_fast.render import grids
 from cmt_fast.run import claiming, guidance
 from cmt_fast.run.workspace import Workspace, open_stage
 from cmt_fast.runtime import distributed, progress, signals, words
-from cmt_fast.storage import files, locks, npz_blocks
+from cmt_fast.storage import files, locks, npz_blocks, sound
 
 ABOUT = "samples.json"
 FORMATS = ("png", "arrays", "adm")
@@ -301,8 +301,8 @@ def _claimed(drawing: Drawing, folder: Path, about: dict[str, Any]) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(sound.data(file))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--out: {file} cannot be read ({error})") from None
     return found if isinstance(found, dict) else {}
 

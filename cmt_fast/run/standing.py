@@ -163,15 +163,17 @@ def of(
             wrong = wrong or str(error).removeprefix(f"{home / 'checkpoints'}/")
     found = record(home / metrics_log.METRICS)
     bill = bills.of_stage(home, manifest)
-    spoilt = _spoilt(home, found)
+    spoilt = _spoilt(home, found, manifest)
     return Standing(name, run.stages[name], home, home.parent == folder, found, manifest, wrong, bill, spoilt)
 
 
-def _spoilt(home: Path, record: Record) -> str:
+def _spoilt(home: Path, record: Record, manifest: dict[str, Any] | None) -> str:
     """Which files of a stage, beside its checkpoints, are not what was written."""
     out = [f"{record.lost} row{'s' * (record.lost > 1)} of metrics.jsonl"] if record.lost else []
     if metrics_log.wrong(home / metrics_log.METRICS):
         out.append(metrics_log.METRICS)
+    elif missing := metrics_log.lacking(record.whole, manifest):
+        out.append(f"{metrics_log.METRICS} ({missing})")
     for name in (bills.FILE, "figures.json", "solver.json"):
         try:
             bills.checked(home) if name == bills.FILE else sound.read(home / name)

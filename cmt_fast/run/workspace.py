@@ -84,6 +84,7 @@ class Workspace:
         self.judging.alive = None if reading else folder
         self.changing: changes.Asked = {}  # what `--change` asks for
         self.changes = changes.recorded(folder)  # of stages under way
+        self.contents: dict[str, list[str]] = {}  # digests of the settings that it has had for each stage, once claimed
         self.drawn_rows: dict[tuple, Tensor] = {}  # of grids, by what they show: a teacher's row does not change
 
     def _opened(self, reading: bool) -> Rows:
@@ -319,10 +320,11 @@ class Workspace:
         Raises ConfigError as `compare` does.
         """
         stored = self.compare()
+        before = about_run(self.folder) if stored else {}
+        distributed.barrier()  # no rank finds run.json put aside, or written anew, before all have compared
         if not stored and distributed.rank() == 0:
             recorded.put_aside(self.run, self.folder)
-        before = about_run(self.folder) if stored else {}
-        contents = recorded.contents_now(self.run, before)
+        contents = self.contents = recorded.contents(self.run, before, {} if stored else self.changes)
         self.changes, self.changing = changes.pending(self.changes, self.changing), {}
         networks = self._networks(before.get("networks") or {}, names)
         now = {"run": loading.dump(self.run), "data": self.data.facts, "networks": networks, "contents": contents}

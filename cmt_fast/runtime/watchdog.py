@@ -217,7 +217,9 @@ def late(run: Path, limit_s: float = 3 * BEAT_S) -> list[str]:
     """Of a run's ranks, which beat at least `limit_s` before the last that did, a line each: who hangs, or died first."""
     found = []
     for file in sorted((run / BEATS).glob("rank-*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            if not file.is_file():  # a pipe would be waited for
+                continue
             about = json.loads(file.read_text("utf-8"))
             found.append((float(about["time"]), f"rank {about['rank']} on {about['host']}, step {about['step']}"))
     last = max((at for at, _ in found), default=0.0)

@@ -39,12 +39,6 @@ if TYPE_CHECKING:  # torch comes with the first tensor: who lists runs reads man
     from torch import Tensor
 
 FORMAT = 1
-STAGES = (
-    "pre",
-    "mid",
-    "post",
-    "control",
-)  # the folders of a run's stages: each holds checkpoints of its own stage alone
 HEAD, ENTRY = 4096, 96  # bytes of a file beside its tensors, with its line in the manifest; of a tensor in its header
 GOES_ON = "training cannot go on from it, what is finished can be sampled and judged"
 NO_WEIGHTS = "nothing can be sampled or trained from it"
@@ -265,11 +259,10 @@ def _whole(manifest: Mapping[str, Any]) -> bool:
 
 def placed(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raises Unsound for a manifest of another step or stage than those of the place where it lies."""
-    path, stage = folder / "manifest.json", folder.absolute().parents[1].name
+    path = folder / "manifest.json"
     if folder.name.startswith("step-") and folder.name != folder_of(folder, manifest["step"]).name:
         raise Unsound(path, f"is of step {manifest['step']}, its folder was renamed or copied")
-    if stage in STAGES and manifest.get("stage", stage) != stage:
-        raise Unsound(path, f"is of stage {manifest['stage']}, not of {stage}: it was copied from there")
+    sound.placed(path, manifest, folder.absolute().parents[1])
 
 
 def sized(folder: Path) -> Checkpoint:

@@ -46,7 +46,7 @@ def clear(run: Path) -> list[Path]:
 
 def _folders(run: Path) -> list[Path]:
     """Where a run's files are written."""
-    depths = ("*", "*/checkpoints", "*/grids", "*/snapshots/*/checkpoints", "judging/*")
+    depths = ("*", "*/checkpoints", "*/grids", "*/nonfinite", "*/snapshots/*/checkpoints", "judging/*")
     with contextlib.suppress(OSError):
         return [p for depth in depths for p in run.glob(depth) if p.is_dir() and not p.is_symlink()]
     return []

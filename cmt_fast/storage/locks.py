@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cmt_fast.storage import sound
+
 NAMES = LOCK, LEASE = ".lock", ".lease"
 BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 BEAT_S, STALE_S = 5.0, 60.0
@@ -83,7 +85,7 @@ class Held:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
             with contextlib.suppress(OSError):
-                handle = os.open(self.folder / LEASE, os.O_RDWR)
+                handle = _opened(self.folder / LEASE, os.O_RDWR)
                 try:
                     if self._mine(os.read(handle, 4096)):
                         self._beats += 1
@@ -151,7 +153,7 @@ def _flocked(folder: Path) -> int | None:
     """A handle of the locked file, None where the file system refuses flock."""
     file = folder / LOCK
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = _opened(file, os.O_RDWR | os.O_CREAT)
         try:
             if not flocks(handle):
                 os.close(handle)
@@ -164,6 +166,14 @@ def _flocked(folder: Path) -> int | None:
             if os.path.samestat(os.fstat(handle), os.stat(file)):
                 return handle
         os.close(handle)  # who had it took the file away
+
+
+def _opened(file: Path, flags: int) -> int:
+    """A handle of a file, and of no pipe, which would be waited for without end. Raises OSError."""
+    try:
+        return sound.handle(file, flags)
+    except sound.Unsound as error:
+        raise OSError(errno.EINVAL, f"{file.name} {error.why}", str(file)) from None
 
 
 def _leased(folder: Path, tell: Callable[[str], object] | None) -> dict[str, Any]:
@@ -301,7 +311,7 @@ def _write(file: Path, about: dict[str, Any]) -> None:
 
 def _read(file: Path) -> bytes | None:
     try:
-        with open(file, "rb") as opened:
+        with open(_opened(file, os.O_RDONLY), "rb") as opened:
             return opened.read(4096)
     except FileNotFoundError:
         return None

@@ -5,7 +5,8 @@ from the file's end, cuts the file there and reads nothing else, so a start cost
 flat objects that any tool for JSON lines reads; the bill in them is what came onto it (bill_deltas.py). `rows` gives them back
 whole, of this and of every earlier version; who wants curves and the newest figures reads record.py, in a few bytes a row.
 
-Each row ends with a checksum of what stands before it in its line, so a row that was damaged is left out, and not believed.
+Each row ends with a checksum of what stands before it in its line and of the stage whose folder it is in, so a row that was
+damaged, or is of another stage, is left out, and not believed. A manifest says how many bytes of rows there were at its save.
 """
 
 from __future__ import annotations
@@ -35,22 +36,33 @@ AFTER = 64  # rows that may follow those of a checkpoint and belong to its step
 DIGITS = 4  # after the point, of what differs between equal runs anyway
 
 
-def sealed(row: str) -> str:
-    """A row's text with the checksum of what stands before that."""
-    return f'{row[:-1]}{MARK.decode()}{xxhash.xxh32_hexdigest(row[:-1].encode())}"}}'
+def seeds(folder: Path) -> tuple[int, ...]:
+    """Of the checksums of rows in a folder, the one that is written first: that of its stage, and of versions whose rows did not
+    say it; in a folder that is no stage's, where a file was copied to be looked at, any."""
+    named = sound.stage_of(folder.absolute())
+    of = [xxhash.xxh32_intdigest(stage.encode()) for stage in ((named,) if named else sound.STAGES)]
+    return (*of, 0) if named else (0, *of)
 
 
-def unsealed(line: bytes) -> bytes | None:
-    """A row's text without its checksum, as it is of a version that wrote none; None where it is not what was written."""
+def sealed(row: str, seed: int = 0) -> str:
+    """A row's text with the checksum of what stands before that. seed: the first of `seeds`."""
+    return f'{row[:-1]}{MARK.decode()}{xxhash.xxh32_hexdigest(row[:-1].encode(), seed)}"}}'
+
+
+def unsealed(line: bytes, of: Sequence[int] = (0,)) -> bytes | None:
+    """A row's text without its checksum, as it is of a version that wrote none; None where it is not what was written. of: as
+    `seeds` of its file's folder."""
     body, mark, seal = line.rstrip(b"\n").rpartition(MARK)
     if not mark:
         return seal
-    return body + b"}" if seal == xxhash.xxh32_hexdigest(body).encode() + b'"}' else None
+    known = any(seal[:8].decode("latin-1") == xxhash.xxh32_hexdigest(body, seed) for seed in of)
+    return body + b"}" if known and seal[8:] == b'"}' else None
 
 
-def parsed(line: bytes) -> dict[str, Any] | None:
-    """A row, None for what is none: what a kill tore, a disk that lost power, or a bit that fell over."""
-    text = unsealed(line)
+def parsed(line: bytes, of: Sequence[int] = (0,)) -> dict[str, Any] | None:
+    """A row, None for what is none: what a kill tore, a disk that lost power, a bit that fell over, or a row of another stage.
+    of: as `seeds`."""
+    text = unsealed(line, of)
     try:
         row = json.loads(text) if text else None
     except (ValueError, RecursionError):
@@ -83,13 +95,13 @@ def rows(path: Path, end: int | None = None) -> Iterator[dict[str, Any]]:
         opened = sound.handle(path)
     except (FileNotFoundError, NotADirectoryError, sound.Unsound):
         return
-    bills, at = Reader(), 0
+    bills, at, of = Reader(), 0, seeds(path.parent)
     with open(opened, "rb") as file:
         for line in file:
             at += len(line)
             if end is not None and at > end:
                 return
-            row = parsed(line)
+            row = parsed(line, of)
             if row is None:
                 bills.lost()
                 continue
@@ -141,23 +153,25 @@ class Log:
 
     def __init__(
         self, folder: Path, step: int, write: bool, loggers: Sequence[str] = (), about: Opening | None = None,
-        unseen: bool = False, unwritten: Sequence[str] = (),
+        unseen: bool = False, manifest: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Opens the file for appending after `step`: rows past it belong to work that was lost and is done again. unseen: so
         does the evaluation of that very step, which its checkpoint came before.
 
-        unwritten: rows that the checkpoint vouches for and no disk had room for (`commit`).
+        manifest: of the checkpoint that is gone on from; what it vouches for is as `commit` gave it.
 
         write: whether this process keeps it; another takes rows and leaves them. loggers: those that get what is logged too,
         of the stage that `about` describes.
         """
-        self.file, self.run, self.bills = None, folder.parent, Writer()
+        self.file, self.run, self.bills, self.seed = None, folder.parent, Writer(), seeds(folder)[0]
         self.loggers, self.late = Loggers((), about or Opening("", folder)), Late()
         if write:
             path = folder / METRICS
             kept, seen = _cut(path, step, unseen)
+            if missing := lacking(kept, manifest):
+                print(f"{path}: {missing}", file=sys.stderr)
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115  closed in close()
-            self.late = Late(self.file, str(path), _absent(path, unwritten))
+            self.late = Late(self.file, str(path), _absent(path, (manifest or {}).get("unwritten", ())))
             self.late.write()
             beat(self.run)
             if loggers and about:
@@ -169,7 +183,7 @@ class Log:
         if self.file:
             beat(self.run)
             row = {"kind": kind, "step": step, "nimg": nimg, **values, "wall": self._short(wall or {})}
-            self.late.add(sealed(json.dumps(row, separators=(",", ":"))) + "\n")
+            self.late.add(sealed(json.dumps(row, separators=(",", ":")), self.seed) + "\n")
         self.loggers.row(kind, nimg, values, wall or {})
 
     def _short(self, wall: dict[str, Any]) -> dict[str, Any]:
@@ -181,10 +195,12 @@ class Log:
         """Give a picture that is on disk to the loggers."""
         self.loggers.picture(name, nimg, path)
 
-    def commit(self) -> list[str]:
-        """Force rows to disk, before a checkpoint that vouches for them. Returns those for which there is no room, which that
-        checkpoint keeps."""
-        return self.late.sync()
+    def commit(self) -> dict[str, Any]:
+        """Force rows to disk, before a checkpoint that vouches for them. Returns what its manifest keeps: the bytes of those
+        that are there, and, if any, those for which there is no room."""
+        unwritten = self.late.sync()
+        there = os.fstat(self.file.fileno()).st_size - self.late.taken if self.file else 0
+        return {"metrics_bytes": there, **({"unwritten": unwritten} if unwritten else {})}
 
     def close(self) -> None:
         self.late.close()
@@ -244,6 +260,13 @@ class Late:
         self._said = True
 
 
+def lacking(have: int, manifest: Mapping[str, Any] | None, key: str = "metrics_bytes") -> str:
+    """What of the rows that a checkpoint vouches for is not in so many bytes of whole rows, a phrase; empty for nothing, and
+    where it does not say. key: of the manifest."""
+    want = (manifest or {}).get(key, 0)
+    return f"{want - have:,} of {want:,} bytes of its rows are lost" if isinstance(want, int) and have < want else ""
+
+
 def settle(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the rows that a checkpoint of a finished stage kept, if they are not in its file. Raises nothing."""
     if not manifest.get("unwritten"):
@@ -281,11 +304,11 @@ def _cut(path: Path, step: int, unseen: bool) -> tuple[int, int]:
             raise
         sound.aside(path, f"{getattr(error, 'why', None) or 'cannot be read'}: the rows before are lost")
         return 0, 0
-    kept, seen, lost = 0, None, list[bytes]()
+    kept, seen, lost, of = 0, None, list[bytes](), seeds(path.parent)
     with open(opened, "r+b") as file:
         lost += tail(file)
         for end, line in backwards(file):
-            row = parsed(line)
+            row = parsed(line, of)
             if row is None:
                 lost.append(line)
             if row is None or not {"step", "nimg"} <= row.keys():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cmt_fast.storage import sound
-from cmt_fast.storage.metrics_log import backwards, parsed, unsealed
+from cmt_fast.storage.metrics_log import backwards, parsed, seeds, unsealed
 
 BLOCK = 1 << 22  # bytes that are read at once
 RECENT = 11  # rows of training that are kept whole: ten spans of time
@@ -29,11 +29,11 @@ ROW = re.compile(
 
 class Record:
     """The rows of one file. In images: nimg, of every row of training; loss, lr: of the same rows; others: rows of other kinds;
-    last_nimg: of the last row of any kind; lost: lines that are no rows, and so are left out.
+    last_nimg: of the last row of any kind; lost: lines that are no rows, and so are left out; whole: bytes of all whole lines.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._of = path, seeds(path.parent)
         self._begin((0, 0))
 
     def _begin(self, file: tuple[int, int]) -> None:
@@ -62,10 +62,11 @@ class Record:
         return out
 
     def _newest(self, file: BinaryIO) -> None:
-        for _, line in backwards(file):
+        for end, line in backwards(file):
+            self._offset = max(self._offset, end)
             if self._rows and b'"eval"' not in line:
                 continue
-            row = parsed(line)
+            row = parsed(line, self._of)
             self.lost += row is None
             if row is None or "nimg" not in row:
                 continue
@@ -82,6 +83,10 @@ class Record:
         """Rows of all kinds."""
         return self._rows
 
+    @property
+    def whole(self) -> int:
+        return self._offset
+
     def kind(self, kind: str) -> list[dict[str, Any]]:
         """Its rows of a kind that is not "train"."""
         assert kind != "train", "rows of training are columns"
@@ -90,12 +95,12 @@ class Record:
     @property
     def first(self) -> dict[str, Any]:
         """The first row of training."""
-        return parsed(self._first) or {}
+        return parsed(self._first, self._of) or {}
 
     @property
     def recent(self) -> list[dict[str, Any]]:
         """The last RECENT rows of training, the newest last."""
-        return [row for line in self._recent if (row := parsed(line))]
+        return [row for line in self._recent if (row := parsed(line, self._of))]
 
     def update(self) -> Record:
         """Read what is new; a line that is not whole yet is left for the next time, one that is none is left out.
@@ -129,9 +134,9 @@ class Record:
 
     def _take(self, lines: list[bytes]) -> None:
         """Whole lines, after those before."""
-        match, nimg, loss, lr = ROW.fullmatch, self.nimg, self.loss, self.lr
+        match, nimg, loss, lr, of = ROW.fullmatch, self.nimg, self.loss, self.lr, self._of
         for line in lines:
-            text = unsealed(line)
+            text = unsealed(line, of)
             found = match(text) if text else None
             if found:
                 try:
@@ -154,7 +159,7 @@ class Record:
         self._last = lines[-1] + b"\n"
 
     def _other(self, line: bytes) -> None:
-        row = parsed(line)
+        row = parsed(line, self._of)
         if row is None or (row.get("kind") in ("train", "eval") and "nimg" not in row):
             self.lost += 1
             return

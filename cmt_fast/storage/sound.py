@@ -2,8 +2,8 @@
 
 Whatever a crash, a disk or a hand left in the place of a file, reading it ends, and ends with what was written or with one
 declared error: a pipe or a device is not waited for, a folder or a link is refused, a file that is too long is not read, and
-JSON that is none, nests too deep, is no object, or does not match the checksum in it is `Unsound`. Files of versions that wrote
-no checksum are read as they are.
+JSON that is none, nests too deep, is no object, or does not match the checksum in it is `Unsound`. So is what says that it is of
+another stage than the one in whose folder it lies. Files of versions that wrote no checksum, or no stage, are read as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+STAGES = ("pre", "mid", "post", "control")  # the folders of a run's stages: what lies in one is of that stage alone
 SUM = "xxh3_128"  # the key under which JSON carries the checksum of the rest
 MOST = 64 << 20  # bytes of a small file
 
@@ -81,9 +82,28 @@ def read(path: Path, most: int = MOST, signs: bool = False, key: str = SUM) -> d
     if not isinstance(found, dict):
         raise Unsound(path, "cannot be read (it holds no object of JSON)")
     want = found.pop(key, None)
-    if (signs or want is not None) and want != digest(found):
+    if (want != digest(found)) if (signs or want is not None) else _renamed(found):
         raise Unsound(path, "was changed after it was written")
+    placed(path, found)
     return found
+
+
+def _renamed(found: Mapping[str, Any]) -> bool:
+    """Whether what has no checksum has one under another name: then a bit of that name fell over."""
+    named = [k for k, v in found.items() if isinstance(v, str) and len(v) == 32]
+    return any(found[name] == digest({k: v for k, v in found.items() if k != name}) for name in named)
+
+
+def stage_of(folder: Path) -> str:
+    """The stage whose folder this is; empty for another folder."""
+    return folder.name if folder.name in STAGES else ""
+
+
+def placed(path: Path, found: Mapping[str, Any], folder: Path | None = None) -> None:
+    """Raises Unsound where what a file says is of another stage than the one in whose folder (None: the file's) it lies."""
+    here = stage_of(folder or path.parent)
+    if here and found.get("stage", here) != here:
+        raise Unsound(path, f"is of stage {found['stage']}, not of {here}: it was copied from there")
 
 
 def signed(body: Mapping[str, Any], key: str = SUM) -> str:

@@ -39,7 +39,9 @@ class Kept(NamedTuple):
 def read(folder: Path) -> Kept | None:
     """What was settled for the stage in `folder`, if it was. Raises ConfigError for a file that cannot be read."""
     try:
-        kept = Kept(**sound.read(folder / FILE))
+        found = sound.read(folder / FILE)
+        found.pop("stage", None)
+        kept = Kept(**found)
     except FileNotFoundError:
         return None
     except sound.Unsound as error:

@@ -1,6 +1,6 @@
 """Checksums of single steps, for `cmt replay`: at every row of metrics the loss, the gradient and the parameters after it.
 
-    STAGE/checks.jsonl   {"step", "processes", "loss", "gradient", "parameters", "xxh3"}, one a line, only ever appended to
+    STAGE/checks.jsonl   {"stage", "step", "processes", "loss", "gradient", "parameters", "xxh3"}, a line each, only ever appended
 
 A step that is taken again after a kill has a second line: where the two differ, the run is not what it was. One that is taken
 again by other settings (`--change`) or with other noise (a rollback) is another step: its line has a "history". The checksums are
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import xxhash
 
 from cmt_fast.engine import sums
 from cmt_fast.storage import sound
+from cmt_fast.storage.metrics_log import tail
 
-CHECKS = "checks.jsonl"
+CHECKS, BYTES = "checks.jsonl", "checks_bytes"
 KEYS = ("loss", "gradient", "parameters")
 
 
@@ -35,11 +36,19 @@ class Record:
         """A line after `step` steps. A disk that refuses costs the line: training does not end for it."""
         if not self.write:
             return
-        line = {"step": step, "processes": processes, **({"history": history} if history else {})}
-        line |= {"loss": loss.hex()} | {k: sums.text(v) for k, v in of.items()}
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        with contextlib.suppress(OSError, sound.Unsound), open(sound.handle(self.path, flags), "wb") as file:
-            file.write(_signed(line))
+        of_step = {"stage": self.path.parent.name, "step": step, "processes": processes, "loss": loss.hex()}
+        of_step |= {"history": history} if history else {}
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        with contextlib.suppress(OSError, sound.Unsound), open(sound.handle(self.path, flags), "r+b") as file:
+            torn = b"\n" * bool(tail(file))  # what a kill left of a line is one of its own
+            file.write(torn + _signed(of_step | {k: sums.text(v) for k, v in of.items()}))
+
+    def stored(self) -> dict[str, int]:
+        """What a manifest keeps: the bytes that were there at its save."""
+        try:
+            return {BYTES: os.stat(self.path, follow_symlinks=False).st_size}
+        except OSError:
+            return {}
 
 
 def history(changes: Iterable[Mapping[str, Any]], rollbacks: Iterable[Mapping[str, int]], step: int) -> str:
@@ -51,23 +60,43 @@ def history(changes: Iterable[Mapping[str, Any]], rollbacks: Iterable[Mapping[st
     return xxhash.xxh3_64_hexdigest(json.dumps(known, sort_keys=True).encode()) if known else ""
 
 
-def read(folder: Path, step: int, history: str = "") -> list[dict[str, Any]]:
-    """The lines of a step of this history, oldest first; those that are not what was written are left out. Raises Unsound where
-    there is something else than a file."""
-    found = []
-    with contextlib.suppress(FileNotFoundError), open(sound.handle(folder / CHECKS), "rb") as file:
-        for raw in file:
-            line = _parsed(raw)
-            if line and line.get("step") == step and line.get("history", "") == history and _signed(line) == raw:
-                found.append(line)
-    return found
+def lines(file: Path) -> Iterator[dict[str, Any] | None]:
+    """What was written, line by line, oldest first; None for a line that is not. Raises FileNotFoundError, Unsound."""
+    try:
+        opened = sound.handle(file)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise sound.Unsound(file, f"cannot be read ({error.strerror})") from None
+    with open(opened, "rb") as rows:
+        for raw in rows:
+            yield _parsed(raw, file)
 
 
-def _parsed(raw: bytes) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError, RecursionError):
+def _parsed(raw: bytes, file: Path) -> dict[str, Any] | None:
+    try:
         line = json.loads(raw)
-        return line if isinstance(line, dict) else None
-    return None
+        whole = isinstance(line, dict) and _signed(line) == raw
+        sound.placed(file, line if whole else {})
+    except (ValueError, RecursionError):  # of another stage too
+        return None
+    return line if whole else None
+
+
+def read(folder: Path, step: int, history: str = "") -> list[dict[str, Any]]:
+    """The lines of a step of this history, oldest first; those that are not what was written, and a file that cannot be read,
+    are left out."""
+    with contextlib.suppress(OSError, sound.Unsound):
+        every = [line for line in lines(folder / CHECKS) if line and line.get("step") == step]
+        return [line for line in every if line.get("history", "") == history]
+    return []
+
+
+def checked(file: Path) -> None:
+    """Raises FileNotFoundError, and Unsound where a line is not what was written."""
+    lost = sum(line is None for line in lines(file))
+    if lost:
+        raise sound.Unsound(file, f"has {lost} damaged line{'s' * (lost > 1)}, left out by who reads it")
 
 
 def _signed(line: Mapping[str, Any]) -> bytes:

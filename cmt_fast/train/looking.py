@@ -147,13 +147,14 @@ def _made(stage: ResolvedStage, step: int) -> bool:
     if not plan.evaluates(step, last):
         return True
     try:
-        with open(stage.folder / METRICS, "rb") as file:
+        of = metrics_log.seeds(stage.folder)
+        with open(sound.handle(stage.folder / METRICS), "rb") as file:
             for _, line in metrics_log.backwards(file):
-                row = metrics_log.parsed(line) or {}
+                row = metrics_log.parsed(line, of) or {}
                 if row.get("step") == step and row.get("kind") == "eval":
                     return True
                 if isinstance(row.get("step"), int) and row["step"] < step:
                     return False
-    except OSError:
+    except (OSError, sound.Unsound):
         pass
     return False

@@ -18,7 +18,6 @@ from cmt_fast.config import fingerprint, loading
 from cmt_fast.engine import Engine, ShardingPlan, compile
 from cmt_fast.engine.graph import StepGraph
 from cmt_fast.objectives.rounding import KINDS
-from cmt_fast.run import recorded
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, leftovers, machine, memory, progress
@@ -88,7 +87,7 @@ def train_stage(
     """
     run, name, folder, config = work.run, stage.name, stage.folder, stage.config
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
-    found = starting.newest(folder, recorded.contents(work.folder, name))
+    found = starting.newest(folder, work.contents.get(name))
     stage = starting.going_on(work, stage, found)
     plan = stage.schedule
     unseen = bool(found and looking.owed(stage, found.manifest))
@@ -169,7 +168,7 @@ def _log(stage: ResolvedStage, step: int, lineage: dict | None, write: bool, man
         before, parent = before + parent["nimg"], parent.get("parent")
     plan = stage.schedule
     about = Opening(run.name, stage.folder, plan.nimg(plan.total), before, plan.nimg(step), settings=loading.dump(run))
-    return Log(stage.folder, step, write, run.logging, about, unseen, manifest.get("unwritten", ()))
+    return Log(stage.folder, step, write, run.logging, about, unseen, manifest)
 
 
 def _gradient(engine: Engine, source: batches.BatchProvider, name: str, profile: Profile | None) -> StepGraph:

@@ -7,7 +7,8 @@ that step, on all ranks, to the bit: so the step can be traced layer by layer wh
 again. Every number of a step is a function of (seed, stage, step): it makes no difference to them that they were tried before.
 
     STAGE/nonfinite/step-00000012.json   what is known of such a step: rows, seeds, the first layer, what was decided
-    STAGE/nonfinite/rollbacks.json       [{"step", "from", "redraw"}, ...]: from which step on noise and times are drawn anew
+    STAGE/nonfinite/rollbacks.json       {"rollbacks": [{"step", "from", "redraw"}, ...]}: from which step on noise and times are
+                                         drawn anew; manifests have those of before, which count where the file is damaged
 
 `on_nonfinite: stop` ends the run, `skip` goes on without the step, and `rollback` from the newest checkpoint with other noise.
 """
@@ -68,7 +69,7 @@ class Guard:
         row = found.manifest.get("row") if found else None
         self.missing = int((row or {}).get("missing", 0))
         engine.skipped = len(self.skipped)
-        self.rollbacks = known_rollbacks(stage.folder)
+        self.rollbacks = known_rollbacks(stage.folder, found, aside=True)
         source.redraws = [(r["from"], r["redraw"]) for r in self.rollbacks]
         # where the host waits for the device at every step anyway it looks at once
         self.at_once = engine.device.type == "cpu" or not hasattr(engine, "stuck") or bool(engine.scaling())
@@ -206,30 +207,54 @@ def told(ranks: list[dict[str, Any]]) -> str:
 
 def _keep(place: Path, about: Mapping[str, Any]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(place, json.dumps(about, indent=1) + "\n")
+    files.write_text(place, sound.signed(about) + "\n")
     for old in sorted(place.parent.glob("step-*.json"))[:-KEPT]:
         old.unlink(missing_ok=True)
 
 
-def rollbacks(folder: Path) -> list[dict[str, int]]:
-    """The rollbacks of a stage, oldest first. Raises CheckpointError for a file that is none."""
+def rollbacks(folder: Path, manifest: Mapping[str, Any] | None, aside: bool = False) -> list[dict[str, int]]:
+    """The rollbacks of a stage, oldest first; those of the checkpoint that is gone on from where the file is damaged: what came
+    after it will come again. aside: put such a file aside."""
     path = folder / FOLDER / ROLLBACKS
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            return checked(path)
+        except sound.Unsound as error:
+            if aside:
+                sound.aside(path, f"{error.why}, those that the checkpoint knows count")
+    return list(((manifest or {}).get("nonfinite") or {}).get("rollbacks", ()))
+
+
+def checked(path: Path) -> list[dict[str, int]]:
+    """What rollbacks.json says. Raises FileNotFoundError, Unsound."""
+    found = sound.read(path, signs=True)
+    sound.placed(path, found, path.parents[1])
     try:
-        found = json.loads(sound.data(path))
-        return [{key: int(entry[key]) for key in ("step", "from", "redraw")} for entry in found]
-    except FileNotFoundError:
-        return []
-    except (sound.Unsound, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise checkpoint.CheckpointError(
-            f"{path}: cannot be read ({error}): which noise the stage goes on with is not known"
-        ) from None
+        return [{key: int(entry[key]) for key in ("step", "from", "redraw")} for entry in found["rollbacks"]]
+    except (KeyError, TypeError, ValueError):
+        raise sound.Unsound(path, "holds no rollbacks") from None
 
 
-def known_rollbacks(folder: Path) -> list[dict[str, int]]:
+def dump(folder: Path, step: int) -> dict[str, Any] | None:
+    """What a stage wrote of a step that was not finite; None where it wrote nothing, or that is not what was written."""
+    with contextlib.suppress(OSError, sound.Unsound):
+        return dumped(folder / FOLDER / f"step-{step:08d}.json")
+    return None
+
+
+def dumped(path: Path) -> dict[str, Any]:
+    """The same. Raises FileNotFoundError, Unsound."""
+    found = sound.read(path)
+    sound.placed(path, found, path.parents[1])
+    if path.stem != f"step-{found.get('step', 0):08d}":
+        raise sound.Unsound(path, f"is of step {found.get('step')}, it was renamed or copied")
+    return found
+
+
+def known_rollbacks(folder: Path, found: checkpoint.Checkpoint | None, aside: bool = False) -> list[dict[str, int]]:
     """`rollbacks` as the first rank reads them, on every rank: others may see a file late, and would draw other noise."""
-    return json.loads(
-        distributed.from_first(lambda: json.dumps(rollbacks(folder)).encode(), checkpoint.CheckpointError)
-    )
+    manifest = found and found.manifest
+    return json.loads(distributed.from_first(lambda: json.dumps(rollbacks(folder, manifest, aside)).encode()))
 
 
 def roll_back(work: Workspace, asked: RollBack) -> None:
@@ -252,7 +277,8 @@ def _with_one_more(asked: RollBack) -> list[dict[str, int]]:
     """The rollbacks of a stage with the one that is asked for. Raises NotFinite."""
     stage = asked.stage
     try:
-        found, before = checkpoint.newest(stage.folder), rollbacks(stage.folder)
+        found = checkpoint.newest(stage.folder)
+        before = rollbacks(stage.folder, found and found.manifest)
     except checkpoint.CheckpointError as error:
         raise NotFinite(f"{asked}; there is nothing to go back to: {error}") from None
     at = found.manifest["step"] if found else 0
@@ -264,4 +290,4 @@ def _with_one_more(asked: RollBack) -> list[dict[str, int]]:
 
 def _write(path: Path, entries: list[dict[str, int]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, json.dumps(entries) + "\n")
+    files.write_text(path, sound.signed({"stage": path.parents[1].name, "rollbacks": entries}) + "\n")

@@ -26,7 +26,7 @@ from cmt_fast.run import changes
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, exits, machine
-from cmt_fast.storage import checkpoint, sound
+from cmt_fast.storage import checkpoint
 from cmt_fast.train import attention_choice, batches, checks, nonfinite, rounding_choice, starting, tracing
 from cmt_fast.train.batches import BatchProvider
 
@@ -101,7 +101,7 @@ def replay(work: Workspace, name: str, step: int) -> Replayed:
         source = batches.provider(work, stage, engine, None, found or known)
         ending.callback(source.close)
         source.rounding = rounding_choice.settle(stage, engine, source, _measured(stage, found, known))
-        rollbacks = nonfinite.known_rollbacks(stage.folder)
+        rollbacks = nonfinite.known_rollbacks(stage.folder, found or known)
         source.redraws = [(r["from"], r["redraw"]) for r in rollbacks]
         engine.skipped = len((found.manifest.get("nonfinite") or {}).get("skipped", ())) if found else 0
         return _replayed(stage, engine, source, step, checks.history(stage.changes, rollbacks, step))
@@ -152,7 +152,8 @@ def _replayed(stage: ResolvedStage, engine: Engine, source: BatchProvider, step:
     lost = bool(norm.isnan()) or any(r["forward"] or r["backward"] for r in traced)
     return Replayed(
         step, start, {key: now.get(key, "") for key in checks.KEYS}, again, traced if lost else [],
-        checks.read(stage.folder, step, history), worst, _dump(stage.folder, step), _saved(stage.folder, step, engine),
+        checks.read(stage.folder, step, history), worst, nonfinite.dump(stage.folder, step),
+        _saved(stage.folder, step, engine),
     )  # fmt: skip
 
 
@@ -194,13 +195,6 @@ def _worst(engine: Engine, source: BatchProvider, drawn: Any) -> tuple[str, floa
     probe.close()
     texts = tracing.texts_of_all(json.dumps(first))  # every rank has rows of its own
     return next((tuple(found) for found in map(json.loads, texts) if found), None)
-
-
-def _dump(folder: Path, step: int) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError, RecursionError, sound.Unsound):
-        found = json.loads(sound.data(folder / nonfinite.FOLDER / f"step-{step:08d}.json"))
-        return found if isinstance(found, dict) else None
-    return None
 
 
 def _saved(folder: Path, step: int, engine: Engine) -> str | None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress
-from cmt_fast.storage import checkpoint, files
+from cmt_fast.storage import checkpoint, files, sound
 from cmt_fast.teacher import solver_error, solver_record
 from cmt_fast.teacher.precision import Teacher
 from cmt_fast.train import batches
@@ -86,7 +85,7 @@ def settle(work: Workspace, stage: ResolvedStage) -> dict[str, dict]:
 def write(work: Workspace, name: str, kept: solver_record.Kept) -> None:
     """RUN/STAGE/solver.json, whole or not at all."""
     (work.folder / name).mkdir(parents=True, exist_ok=True)
-    files.write_text(work.folder / name / solver_record.FILE, json.dumps(kept._asdict(), indent=1))
+    files.write_text(work.folder / name / solver_record.FILE, sound.signed({"stage": name, **kept._asdict()}))
 
 
 def summary(name: str, kept: solver_record.Kept) -> list[str]:

@@ -173,11 +173,10 @@ class Steps(NamedTuple):
 
     def _checkpoint(self, n: int, last: bool, unseen: bool, end: bool) -> None:
         """A checkpoint after n steps. unseen: a look is due after it, for which it is waited for; end: no step comes after it."""
-        unwritten = self.log.commit()
+        rows = self.log.commit()
         nimg = self.stage.schedule.nimg(n)
-        now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": dict(self.wall), "bill": self.account.add()}
-        now |= {"proofs": dict(cmt_kernels.proofs()), **self.guard.stored()}
-        now |= {"unwritten": unwritten} if unwritten else {}
+        now = {"nimg": nimg, "done": last, "unseen": unseen, "wall": dict(self.wall), "bill": self.account.add()} | rows
+        now |= {"proofs": dict(cmt_kernels.proofs()), **self.guard.stored(), **self.guard.checks.stored()}
         with progress.phase("writing a checkpoint"):
             _save(self.stage.folder, n, self.saver, self.always | now, self.sums, self.guard.missing)
             if end or unseen:

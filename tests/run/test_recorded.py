@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
 import shutil
 
 import pytest
 import torch
 
+from bench.safety import damage
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.evaluation import features
+from cmt_fast.run import changes
 from cmt_fast.run.folder import RUN_FILE, about_run, stored_run
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.storage import checkpoint, sound
+from cmt_fast.storage import checkpoint, metrics_log, sound
 from cmt_fast.train import loop
 from tests.fixtures.tiny import metrics, tiny
 
@@ -58,6 +63,51 @@ def test_a_checkpoint_of_other_settings_is_passed_over(trained, tmp_path, capsys
     assert "settings that this run never had" in capsys.readouterr().err
     ends = [checkpoint.newest(folder / "pre").manifest["files"] for folder in (run, trained, other)]
     assert ends[0] == ends[1] != ends[2] and metrics(run / "pre") == metrics(trained / "pre")
+
+
+def test_a_change_outlives_the_run_json_that_says_it(tmp_path, capsys):
+    """With it went the stage's older settings and where steps and rows are counted from: other rows were drawn, in silence."""
+    more, run, whole = ("pre.images_nimg=256", "pre.checkpoint_every_nimg=64"), tmp_path / "run", tmp_path / "whole"
+    save, ends = checkpoint.save, [3, 5]
+
+    def until(*given, **kept):
+        out = save(*given, **kept)
+        if given[1] >= ends[0]:
+            raise KeyboardInterrupt
+        return out
+
+    settings = tiny("digits", *SHORT, *more)
+    for asked in ([], ["pre.batch=16", "pre.lr=0.01"]):
+        changed, wanted = changes.asked(settings, run, asked) if asked else (settings, {})
+        work = Workspace(changed, run)
+        work.changing = wanted
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(checkpoint, "save", until)
+            loop.train(work, ["pre"])
+        ends.pop(0)
+    shutil.copytree(run, whole)
+    (run / RUN_FILE).write_bytes(b"{")
+    for folder in (whole, run):
+        again, notes = changes.adopted(settings, folder)
+        assert len(notes) == 2
+        loop.train(Workspace(again, folder), ["pre"])
+    assert "put aside as run.json.damaged" in capsys.readouterr().err
+    found = [checkpoint.newest(folder / "pre").manifest for folder in (run, whole)]
+    assert all(found[0][key] == found[1][key] for key in ("files", "changes", "step", "nimg"))
+    assert metrics(run / "pre") == metrics(whole / "pre")
+    assert all(about_run(run)[key] == about_run(whole)[key] for key in ("changes", "contents"))
+
+
+def test_damage_of_all_kinds_is_seen(trained, tmp_path, capsys):
+    """A sample of `python -m bench damage`; where rows are not looked at it finds that."""
+    given = argparse.Namespace(n=12, others=20, resume=0, report=0, seed=1, run=trained, json=tmp_path / "damage.json")
+    assert damage.run(given) == 0, capsys.readouterr().out
+    found = json.loads(given.json.read_text())
+    assert found["flips"] == 12 and found["flips_named_by_verify"] >= 10 and found["truncations"] >= 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_log, "unsealed", lambda line, of: line.rpartition(metrics_log.MARK)[0] + b"}")
+        given.n, given.others = 8, 0
+        assert damage.run(given) == 1
 
 
 def test_damaged_features_are_trained_again_to_the_same_bits(tmp_path, monkeypatch, capsys):

@@ -79,7 +79,9 @@ def test_a_start_cuts_the_file_where_its_checkpoint_ends_and_touches_nothing_bef
     with open(file, "ab") as f:
         f.write(b'{"kind": "train", "step": 2001, "ni')  # torn by a kill
     parsed = []
-    monkeypatch.setattr(metrics_log, "parsed", lambda line, real=metrics_log.parsed: parsed.append(line) or real(line))
+    monkeypatch.setattr(
+        metrics_log, "parsed", lambda line, of, real=metrics_log.parsed: parsed.append(line) or real(line, of)
+    )
     Log(stage, 1990, write=True).close()
     assert len(parsed) <= 2000 - 1990 + 2 + 1 and file.stat().st_ino == node  # the lost rows and the last that is kept
     left = file.read_bytes()

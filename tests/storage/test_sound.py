@@ -9,16 +9,20 @@ import os
 import shutil
 import socket
 import time
+import types
 
 import pytest
 import torch
 
 from bench.safety import crashes
-from cmt_fast.storage import checkpoint, debris, metrics_log, sound, tensor_file
+from cmt_fast.run import standing
+from cmt_fast.storage import checkpoint, debris, locks, metrics_log, sound, tensor_file
 from cmt_fast.storage.metrics_log import Log
 from cmt_fast.storage.record import Record
+from cmt_fast.train import checks, nonfinite
 from cmt_fast.usage import bills, ledger
 from cmt_fast.usage.bills import Amount, Usage
+from tests.fixtures.tiny import tiny
 
 TENSORS = {"model": {"w": torch.arange(4.0)}, "ema-0": {"w": torch.ones(4)}}
 
@@ -41,7 +45,9 @@ def test_every_bit_of_a_small_file_is_held_by_its_checksum(tmp_path):
             assert str(error).startswith(f"{file}: ")
             seen += 1
         else:
-            assert found == body  # a space that became another
+            assert found == body and bit // 8 < text.rindex(
+                b"\n"
+            )  # a space that became another, and not in the checksum's name
     assert seen > 0.9 * 8 * len(text) / 3
 
 
@@ -161,11 +167,13 @@ def rows(stage, *steps, after=0):
 
 def test_no_bit_of_a_row_falls_over_unseen(tmp_path):
     line = rows(tmp_path / "pre", 3).read_bytes()
-    whole = metrics_log.parsed(line)
+    of = metrics_log.seeds(tmp_path / "pre")
+    whole = metrics_log.parsed(line, of)
+    assert whole and metrics_log.parsed(line, metrics_log.seeds(tmp_path / "mid")) is None
     for bit in range(8 * (len(line) - 1)):
         damaged = bytearray(line)
         damaged[bit // 8] ^= 1 << bit % 8
-        assert metrics_log.parsed(bytes(damaged)) in (None, whole), bytes(damaged)
+        assert metrics_log.parsed(bytes(damaged), of) in (None, whole), bytes(damaged)
 
 
 def test_a_damaged_row_is_named_and_costs_no_other(tmp_path, capsys):
@@ -241,6 +249,94 @@ def test_a_pulse_is_a_time_or_nothing(tmp_path):
     for text in (pulse, b"1800000000.000000"):  # of now, and of a version without a checksum
         file.write_bytes(text)
         assert bills.alive(tmp_path) == 1.8e9
+
+
+def test_rows_of_another_stage_are_none(tmp_path, capsys):
+    """Swapped between stages they were gone on with without a word; those of before, that do not say their stage, are read."""
+    file = rows(tmp_path / "mid", 1, 2)
+    here = rows(tmp_path / "pre", 1, 2, 3)
+    shutil.copy(file, here)
+    assert not Record.of(here) and Record.of(here).lost == 2 and metrics_log.read(here) == []
+    assert Record.newest(here).last_nimg == 0
+    rows(tmp_path / "pre", 3, after=2)
+    assert "2 damaged rows, put aside" in capsys.readouterr().err and [r["step"] for r in metrics_log.rows(here)] == [3]
+    shutil.copy(file, tmp_path / "copied.jsonl")
+    assert len(Record.of(tmp_path / "copied.jsonl")) == 2  # looked at elsewhere
+    body = '{"kind":"train","step":1,"nimg":8,"loss":1.5,"lr":0.1,"wall":{}}'
+    here.write_text(f"{body}\n{metrics_log.sealed(body)}\n")
+    assert len(Record.of(here)) == len(metrics_log.read(here)) == 2 and not Record.of(here).lost
+
+
+def test_rows_that_a_checkpoint_vouches_for_are_missed(tmp_path, capsys):
+    """A file that was cut, or whose last newline is another byte, looked like one that ends there."""
+    file = rows(tmp_path / "pre", 1, 2, 3)
+    log = Log(tmp_path / "pre", 3, True)
+    vouched = log.commit()
+    log.close()
+    save(tmp_path / "pre", 3, **vouched)
+    whole = file.read_bytes()
+    assert vouched == {"metrics_bytes": len(whole)} and "lost" not in capsys.readouterr().err
+    stage = tiny("digits").stages["pre"]
+    home = types.SimpleNamespace(stages={"pre": stage})
+    spoilt = lambda read: standing.of(home, tmp_path, None, "pre", read).spoilt
+    for text in (whole[: len(whole) // 3], whole[:-1], whole[:-1] + b"\x0b", b""):
+        file.write_bytes(text)
+        assert all("bytes of its rows are lost" in spoilt(read) for read in (Record.of, Record.newest))
+    Log(tmp_path / "pre", 3, True, manifest=vouched).close()
+    assert f"{len(whole)} of {len(whole)} bytes of its rows are lost" in capsys.readouterr().err
+    for text in (whole, whole + b'{"kind":"tr'):  # of a row after it, which is done again
+        file.write_bytes(text)
+        assert not spoilt(Record.of) and not spoilt(Record.newest)
+
+
+def test_a_small_file_of_another_stage_is_refused(tmp_path):
+    for name in ("pre", "mid", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "figures.json").write_text(sound.signed({"stage": "pre", "n": 1}))
+    assert sound.read(tmp_path / "pre/figures.json")["n"] == sound.read(tmp_path / "elsewhere/figures.json")["n"] == 1
+    with pytest.raises(sound.Unsound, match="is of stage pre, not of mid"):
+        sound.read(tmp_path / "mid/figures.json")
+
+
+def test_checksums_of_steps_survive_what_a_kill_tears(tmp_path):
+    (tmp_path / "pre").mkdir()
+    file, of = tmp_path / "pre" / checks.CHECKS, dict.fromkeys(("gradient", "parameters"), 5)
+    log = checks.Record(tmp_path / "pre", True)
+    for step in (1, 2):
+        log.add(step, 1.5, of, 1)
+    whole = file.read_bytes()
+    assert [line["step"] for line in checks.read(tmp_path / "pre", 2)] == [2] and checks.checked(file) is None
+    file.write_bytes(whole[:-9])
+    log.add(3, 1.5, of, 1)
+    assert [len(checks.read(tmp_path / "pre", step)) for step in (1, 2, 3)] == [1, 0, 1]
+    with pytest.raises(sound.Unsound, match="1 damaged line,"):
+        checks.checked(file)
+    (tmp_path / "mid").mkdir()
+    (tmp_path / "mid" / checks.CHECKS).write_bytes(whole)
+    assert checks.read(tmp_path / "mid", 1) == []
+    file.unlink()
+    os.mkfifo(file)
+    log.add(4, 1.5, of, 1)
+    assert checks.read(tmp_path / "pre", 4) == []
+
+
+def test_rollbacks_that_are_damaged_are_those_of_the_checkpoint(tmp_path, capsys):
+    """Which noise a stage goes on with was not known, and the run refused."""
+    file, entry = tmp_path / "pre/nonfinite/rollbacks.json", {"step": 7, "from": 4, "redraw": 1}
+    nonfinite._write(file, [entry])
+    assert nonfinite.rollbacks(tmp_path / "pre", None) == [entry]
+    known = {"nonfinite": {"rollbacks": [{**entry, "redraw": 2}]}}
+    file.write_text(file.read_text().replace("4", "5", 1))
+    assert nonfinite.rollbacks(tmp_path / "pre", known, aside=True) == known["nonfinite"]["rollbacks"]
+    assert "those that the checkpoint knows count; put aside" in capsys.readouterr().err
+    assert nonfinite.rollbacks(tmp_path / "pre", None) == []
+
+
+@pytest.mark.parametrize("name", locks.NAMES)
+def test_a_pipe_in_the_place_of_a_lock_is_refused_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match=f"{name} is a pipe, not a file"):
+        locks.take(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ what a crash leaves

@@ -112,7 +112,7 @@ def keep_id(folder: Path, name: str, value: str) -> None:
         ids = sound.read(folder / IDS)
     except (OSError, ValueError):
         ids = {}
-    files.write_text(folder / IDS, sound.signed({**ids, name: value}) + "\n")
+    files.write_text(folder / IDS, sound.signed({**ids, "stage": folder.name, name: value}) + "\n")
 
 
 Job = tuple[Callable[[Logger], None], int]  # what is done with a logger, and the images up to which it is
