@@ -91,11 +91,14 @@ def together(mine: list[Case], out: Path, file: Path) -> Callable[[], None]:
     return work
 
 
-def bits(stage: Path) -> str:
-    """All that a stage ends with: checksums of its checkpoint's files, and its metrics without times."""
-    files = checkpoint.complete(stage).manifest["files"]
+def bits(stage: Path, step: int | None = None) -> str:
+    """All that a stage has after a step, its last: checksums of the checkpoint's files, sums of the row of metrics that it cuts
+    in two, and its rows so far without times."""
+    place = checkpoint.folder_of(stage, step) if step else checkpoint.complete(stage).folder
+    manifest = checkpoint.sized(place).manifest
     rows = [{k: v for k, v in row.items() if k != "wall"} for row in metrics_log.rows(stage / metrics_log.METRICS)]
-    return json.dumps([files, rows], sort_keys=True)
+    sofar = [row for row in rows if row.get("step", 0) <= manifest["step"]]
+    return json.dumps([manifest["files"], manifest.get("row"), manifest["nimg"], sofar], sort_keys=True)
 
 
 def judge(folder: Path) -> Path:
