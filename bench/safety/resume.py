@@ -113,10 +113,15 @@ def stopping_after(end: int) -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGUSR1)
         return lr
 
-    quiet = patched(signals, "_write", lambda text: None)
-    with patched(taking.Steps, "_one", signalled), patched(taking, "LOOK_S", 0.0), quiet:
-        with contextlib.suppress(signals.Stopped):
-            yield
+    with contextlib.ExitStack() as inside:
+        for place, name, value in (
+            (taking.Steps, "_one", signalled),
+            (taking, "LOOK_S", 0.0),
+            (signals, "_write", lambda _: None),
+        ):
+            inside.enter_context(patched(place, name, value))
+        inside.enter_context(contextlib.suppress(signals.Stopped))
+        yield
 
 
 def drawn(folder: Path, engine: list[str]) -> dict[str, Any]:

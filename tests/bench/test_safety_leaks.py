@@ -15,8 +15,8 @@ FLAT = Handles(files=7, threads=4, children=0, groups=0, memory=350_000_000, ten
 
 
 def test_a_stage_goes_on_from_a_step_to_the_same_bits_and_another_is_seen(tmp_path, monkeypatch):
-    """bf16, in the middle of a row of metrics, to the next step; without what the checkpoint keeps of that row, or with another row
-    before it, it is another run."""
+    """bf16, in the middle of a row of metrics, to the next step; without what the checkpoint keeps of that row, or with
+    another row before it, it is another run."""
     source, again = tmp_path / "whole", tmp_path / "again"
     monkeypatch.setattr(resume, "STEPS", 8)
     resume.whole("bf16", source, ["pre"])
