@@ -5,12 +5,15 @@ a teacher or an evaluation leaves behind meets all that come later; stage 3 of Z
 stages are then trained each by a group of processes that was forked for it alone. What each case leaves in the first rank's
 process is listed too (runtime/leftovers.py). Networks are tiny, stages of a few steps, mid-training with an evaluation half-way.
 
-The whole table is 34 cases, 102 hand-overs, about 8 CPU minutes; `--n 3 --worlds 2` takes half a minute.
+The whole table is 34 cases, 102 hand-overs, about 6 CPU minutes; `--n 3 --worlds 2` takes half a minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import importlib
 import json
 import os
 import random
@@ -20,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cmt_fast.engine.zero  # noqa: F401  which each would import
 from bench.harness.results_file import Results
 from bench.training.zero import Failed, do, launch
 from cmt_fast.config import loading
@@ -91,11 +95,14 @@ def together(mine: list[Case], out: Path, file: Path) -> Callable[[], None]:
     return work
 
 
-def bits(stage: Path) -> str:
-    """All that a stage ends with: checksums of its checkpoint's files, and its metrics without times."""
-    files = checkpoint.complete(stage).manifest["files"]
+def bits(stage: Path, step: int | None = None) -> str:
+    """All that a stage has after a step, its last: checksums of the checkpoint's files, sums of the row of metrics that it cuts
+    in two, and its rows so far without times."""
+    place = checkpoint.folder_of(stage, step) if step else checkpoint.complete(stage).folder
+    manifest = checkpoint.sized(place).manifest
     rows = [{k: v for k, v in row.items() if k != "wall"} for row in metrics_log.rows(stage / metrics_log.METRICS)]
-    return json.dumps([files, rows], sort_keys=True)
+    sofar = [row for row in rows if row.get("step", 0) <= manifest["step"]]
+    return json.dumps([manifest["files"], manifest.get("row"), manifest["nimg"], sofar], sort_keys=True)
 
 
 def judge(folder: Path) -> Path:
@@ -170,12 +177,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def warm() -> None:
-    """Import once, before the forks, what every process needs."""
+    """Import once, before the forks, what every process needs, and let no collection of theirs touch its pages: 1 to 2 CPU
+    seconds of each."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  of 0.19, imports a compiler: 2 s in every child
+    import setuptools  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import torch._dynamo  # noqa: F401
+
+    for name in ("ops.op_builder.all_ops", "module_inject.auto_ep_layer", "runtime.superoffload.superoffload_stage3"):
+        with contextlib.suppress(ImportError):  # of some versions of DeepSpeed
+            importlib.import_module(f"deepspeed.{name}")
+    gc.collect()
+    gc.freeze()
 
 
 def default(name: str) -> Path | None:

@@ -8,22 +8,29 @@ import pytest
 
 from bench.safety import resume, soak
 from cmt_fast.runtime.leftovers import Handles
-from cmt_fast.storage import metrics_log
+from cmt_fast.storage import checkpoint, metrics_log
+from cmt_fast.train.steps import Sums
 
 FLAT = Handles(files=7, threads=4, children=0, groups=0, memory=350_000_000, tensors=72, events=0)
 
 
 def test_a_stage_goes_on_from_a_step_to_the_same_bits_and_another_is_seen(tmp_path, monkeypatch):
-    """bf16, in the middle of a row of metrics; with another row of metrics in the place of one it is another run."""
-    source = tmp_path / "whole"
-    monkeypatch.setattr(resume, "STEPS", 12)
+    """bf16, in the middle of a row of metrics, to the next step; without what the checkpoint keeps of that row, or with
+    another row before it, it is another run."""
+    source, again = tmp_path / "whole", tmp_path / "again"
+    monkeypatch.setattr(resume, "STEPS", 8)
     resume.whole("bf16", source, ["pre"])
-    assert resume.resumed("bf16", source, "pre", 7, tmp_path / "again")
-    file = source / "pre" / metrics_log.METRICS
+    assert resume.resumed("bf16", source, "pre", 7, again, 8) and checkpoint.steps(again / "pre") == [7, 8]
+    file = again / "pre" / metrics_log.METRICS
     rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
     rows[0]["loss"] += 1e-9
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert resume.bits(source / "pre") != resume.bits(tmp_path / "again" / "pre")
+    assert resume.bits(source / "pre", 8) != resume.bits(again / "pre", 8)
+    with monkeypatch.context() as patch:
+        begins = Sums.__init__
+        patch.setattr(Sums, "__init__", lambda self, found: begins(self, None))
+        assert not resume.resumed("bf16", source, "pre", 7, again, 8)
 
 
 @pytest.mark.parametrize("key", ["files", "threads", "tensors", "events"])
