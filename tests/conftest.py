@@ -4,6 +4,7 @@ With one, a test that ruins the process's use of it does not take the next ones 
 what the trainer needs: files of tests that cannot be imported for it are skipped and say so, those of the kernels run.
 """
 
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -59,6 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no later collection of garbage looks through it, which was 4 % of all time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ ids = lambda b: f"{b.document}:{b.line}"
 PUBLIC = {
     "arxiv.org", "github.com", "download.pytorch.org", "nvlabs-fi-cdn.nvidia.com", "dl.fbaipublicfiles.com",
     "openaipublic.blob.core.windows.net", "huggingface.co", "www.image-net.org", "docs.nvidia.com", "catalog.ngc.nvidia.com",
-    "docs.docker.com", "git-lfs.github.com", "yaml.org", "www.apache.org",
+    "docs.docker.com", "git-lfs.github.com", "yaml.org", "www.apache.org", "pypi.org",
 }  # fmt: skip
 REGISTRIES = {"nvcr.io/nvidia/pytorch", "python"}
 

@@ -98,6 +98,7 @@ class Bench(Workspace):
         self.path = ProbabilityPath(run.path, run.sigma_data)
         self.folder = pathlib.Path()  # nothing of the run is in it
         self.teacher: Any = None
+        self.changes = {}
 
     def network(self, name: str) -> Callable:
         """The teacher."""

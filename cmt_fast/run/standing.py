@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmt_fast.config.schema import Run, Stage
-from cmt_fast.run import changes
 from cmt_fast.runtime import words
 from cmt_fast.storage import checkpoint, metrics_log, sound
 from cmt_fast.storage.heartbeat import DEAD_S, HEARTBEAT, QUIET_S
@@ -55,7 +54,12 @@ class Standing(NamedTuple):
 
     def images(self, step: int) -> int:
         """Images after so many steps, whatever its batch was meanwhile."""
-        return changes.images(step, self.stage.batch, (self.manifest or {}).get("changes") or ())
+        entries = (self.manifest or {}).get("changes")
+        if not entries:
+            return step * self.stage.batch
+        from cmt_fast.run import changes  # it needs torch, which looking at a run does not
+
+        return changes.images(step, self.stage.batch, entries)
 
     @property
     def share(self) -> float:

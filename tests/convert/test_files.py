@@ -191,5 +191,5 @@ def test_hostile_files_run_nothing_and_are_refused_in_one_line(tmp_path, capfd):
         files.read(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         files.read(tmp_path / "nothing.pt")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is no file"):
         files.read(tmp_path)

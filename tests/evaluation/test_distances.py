@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
@@ -16,6 +15,7 @@ from cmt_fast.evaluation import distances as distances_
 from cmt_fast.evaluation import judges, neighbours, roots
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed
+from cmt_fast.storage import sound
 
 
 def gaussian(n: int, dim: int, seed: int) -> torch.Tensor:
@@ -87,7 +87,7 @@ def _goes_on(work: Workspace, net, judge: judges.Judge, want: dict) -> None:
         distributed.barrier()
         (folder,) = kept.iterdir()
         assert len(list(folder.glob("*.block"))) == 5  # batches of 48
-        (figures,) = json.loads((folder / "figures.json").read_text()).values()
+        (figures,) = sound.read(folder / "figures.json").values()
         assert figures.keys() == {"frechet", "frechet_2"}
         distributed.barrier()
         patch.setattr(distances_.Against, "__call__", None)  # those figures have ended

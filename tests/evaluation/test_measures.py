@@ -301,7 +301,7 @@ def test_a_figure_without_its_groups_is_believed_as_it_stands() -> None:
 
 
 def test_what_is_kept_is_of_one_key_one_format_and_undamaged(tmp_path):
-    about = {"format": kept.FORMAT, "key": {"extractor": "a"}}
+    about = {"format": kept.FORMAT, "key": {"extractor": "a"}, "floor": {}}
     kept.write(tmp_path, kept.Kept(dict(about), {"mean": torch.ones(2)}))
     assert kept.read(tmp_path, {"extractor": "a"}) and kept.read(tmp_path, {"extractor": None})
     assert kept.read(tmp_path, {"extractor": "b"}) is None and not kept.wrong(tmp_path)

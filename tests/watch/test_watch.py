@@ -248,12 +248,15 @@ def test_it_needs_no_torch_and_ends_on_ctrl_c(run):
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
     assert child.stdout
-    lines = iter(child.stdout.readline, "")
-    assert next(line for line in lines if line in ("True\n", "False\n")) == "False\n"
-    assert "http://127.0.0.1:" in next(lines)
-    time.sleep(0.05)
-    child.send_signal(2)
-    assert child.wait(10) == 0
+    try:
+        lines = iter(child.stdout.readline, "")
+        assert next(line for line in lines if line in ("True\n", "False\n")) == "False\n"
+        assert "http://127.0.0.1:" in next(lines)
+        time.sleep(0.05)
+        child.send_signal(2)
+        assert child.wait(10) == 0
+    finally:
+        child.kill()
 
 
 def test_words(tmp_path):
