@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cmt_kernels import remembered
 
-from cmt_fast.runtime import streams
+from cmt_fast.runtime import exits, streams
 
 SHELL = "import sys; from cmt_fast.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -60,7 +60,7 @@ def test_progress_into_a_full_disk_is_left_out_and_the_rest_still_comes():
 
 
 def test_what_is_data_and_not_progress_fails_on_a_full_disk():
-    assert shell("CMT recipes show digits > /dev/full").returncode == 1
+    assert shell("CMT recipes show digits > /dev/full").returncode == exits.DISK_FULL
 
 
 def test_a_user_whom_the_system_does_not_know_has_no_cache_and_needs_none(monkeypatch):
