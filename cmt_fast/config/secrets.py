@@ -23,11 +23,13 @@ NUMBER = re.compile(r"[\d._:-]{1,15}")
 WORD = re.compile(r"[A-Za-z]{1,15}")  # no recipe is refused for one, as for `postgres` in a path
 # what keys look like: Hugging Face, AWS, GitHub, GitLab, OpenAI and Anthropic, Google, Slack
 LOOKS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"\b(?:hf_[A-Za-z0-9]{28,}|(?:AKIA|ASIA)[A-Z0-9]{16}\b|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|sk-(?:(?:proj|svcacct|admin|ant-\w+|or-v1)-[\w-]{20,}|[A-Za-z0-9]{20,})|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}"
     r"|(?<=[Bb]earer )[\w.~+/-]{16,})"
 )
-IN_URL = re.compile(r"(?<=:/)/?(?:[^/\s:@]*:[^/\s@]+|[^/\s:@]{16,})(?=@)")  # a path has one slash of the two
+IN_URL = re.compile(  # of a path it has one slash of the two; a drive is no scheme
+    r"(://|\b(?:https?|s3|gs|ftp|ssh|git):/)(?:[^/\s:@]*:[^/\s@]+|[^/\s:@]{16,})(?=@)"
+)
 ASSIGNED = re.compile(  # after a blank a word is none, as of "runs/token: cannot be read"
     r"(?i)((?<![a-z/])(?:[a-z]+_)*(?:api_?key|access_?key(?:_id)?|secret(?:_access_key)?|(?:auth|access)?token|password|passwd"
     r"|signature|x-amz-\w+)[\"']?(?:\s*=\s*|:|:\s+(?=[\"']?\S*\d)|:?\s+(?=[\"']?\S{16}))[\"']?)([^\s&\"',;}\]]{6,})"
@@ -49,7 +51,7 @@ def hidden(text: str) -> str:
     """A text with *** for every key and password in it that is known by its looks, its place or from the surroundings."""
     for value in _values():
         text = text.replace(value, HIDDEN)
-    text = IN_URL.sub(HIDDEN, LOOKS.sub(HIDDEN, text))
+    text = IN_URL.sub(lambda m: m[1] + HIDDEN, LOOKS.sub(HIDDEN, text))
     text = QUERY.sub(lambda m: m[0].partition("=")[0] + "=" + HIDDEN, text)
     return ASSIGNED.sub(lambda m: m[1] + HIDDEN, text)
 

@@ -66,7 +66,7 @@ def read(path: Path, entry: str | None = None) -> Source:
     Raises ConfigError, one line that names the file, for what is damaged, hostile, or no checkpoint.
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for without end
-        raise ConfigError(f"FILE: {str(path)!r} is no file")
+        raise ConfigError(f"FILE: {str(path)!r} cannot be read (it is no file)")
     try:
         with open(path, "rb") as file:
             head = file.read(64)

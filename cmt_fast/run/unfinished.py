@@ -27,7 +27,7 @@ from torch import Tensor
 from cmt_fast.evaluation.ledgers import Ledger
 from cmt_fast.evaluation.tallies import Seen
 from cmt_fast.run.folder import JUDGING
-from cmt_fast.runtime import distributed
+from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import files, locks, sound
 
 ABOUT, FIGURES = "about.json", "figures.json"
@@ -121,7 +121,7 @@ def _claimed(run: Path, folder: Path, about: str) -> locks.Held | None:
 
 def _locked(folder: Path) -> locks.Held | None:
     try:
-        return locks.take(folder)
+        return locks.take(folder, progress.say)
     except locks.Taken:
         return None
 

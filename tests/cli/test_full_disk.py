@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from cmt_fast.cli import main
+from cmt_fast.cli import main, trajectories
 from cmt_fast.cost import disk
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import exits, streams
@@ -53,6 +53,20 @@ def test_what_is_on_disk_counts_and_later_stages_are_a_note(tmp_path, monkeypatc
     real = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     assert one == pytest.approx(real, rel=0.15)  # headers count in a network of a few thousand parameters
     assert disk.needs(stages, work.parameters)[0] == one  # an old one goes when the new one is whole
+
+
+def test_a_stage_of_one_checkpoint_needs_room_for_one(tmp_path):
+    stage = Workspace(tiny("digits", "pre.images_nimg=32", "pre.grid_every_nimg=null"), tmp_path).stage("pre")
+    assert disk.saves(stage) == 1 and disk.needs([stage], 1000) == [disk.checkpoint(stage, 1000)]
+
+
+def test_a_disk_that_does_not_say_what_is_free_refuses_nothing(tmp_path, monkeypatch, capsys):
+    """As some network file systems, of which all numbers are 0."""
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: (0, 0, 0))
+    stage = Workspace(tiny("digits", *SHORT), tmp_path).stage("mid")
+    trajectories._room(tmp_path / "store", 10, stage, (1, 8, 8), "fp16")
+    assert disk.check([stage], 1000, tmp_path) is None and "free" not in disk.line(stage, (1, 8, 8), 1000, tmp_path)
+    assert "10 trajectories" in (said := capsys.readouterr().out) and "free" not in said
 
 
 def test_a_run_trains_on_where_its_output_is_lost(tmp_path):

@@ -23,12 +23,16 @@ LOOKS = (
     "sk-abcdefghijklmnopqrstuv",
     "https://user:pass@host/data", "https://host/data?token=abcdef123456", "s3://host/x?X-Amz-Signature=abcdef0123",
     "sk-proj-abc_def-0123456789abcdef", "https://a.blob/data?sig=abcdef0123",
+    "https:/user:pass@host/data",
 )  # fmt: skip
 PLAIN = (
     "runs/token",
     "runs/token: cannot be read",
     "https://host/data?tokenizer=sd-vae-ft-ema&sort_key=filename",
     "sk-learn-digits-8x8-balanced",
+    "D:/imagenet512latents@v2/x=1",
+    "ASIAPACIFICIMAGES2020",
+    "hf_imagenetlatentsfloat16",
     "/backup/postgres/digits",
     "20000000 images",
     "stabilityai/sd-vae-ft-ema",
@@ -50,7 +54,7 @@ def test_a_key_is_taken_in_no_recipe_and_is_hidden_in_a_line(text, monkeypatch):
             loading.load("digits", [override])
         assert text not in str(refused.value)
     shown = secrets.hidden(f"cannot open {text}: not found")
-    secret = text.partition("//")[2].partition("@")[0] if "@" in text else text.partition("=")[2] or text
+    secret = text.partition(":/")[2].lstrip("/").partition("@")[0] if "@" in text else text.partition("=")[2] or text
     assert (
         secret not in shown
         and secrets.HIDDEN in shown
