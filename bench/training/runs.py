@@ -97,6 +97,7 @@ class Bench(Workspace):
         self.run, self.data, self.device = run, rows, device
         self.path = ProbabilityPath(run.path, run.sigma_data)
         self.folder = pathlib.Path()  # nothing of the run is in it
+        self.changes: dict[str, Any] = {}
         self.teacher: Any = None
         self.changes = {}
 

@@ -266,6 +266,8 @@ def _page(work: workspace.Workspace, out: Path) -> None:
         page.write(out, training=True)
     except Exception as error:
         if work.run.eval.on_error == "stop" or distributed.lost(error):
+            if files.is_full(error):  # what was trained is on disk: no scheduler has to train it again
+                raise looking.Failed(f"the report of {out}: {looking.told(error)}") from error
             raise
         if distributed.rank() == 0:
             text = f"{looking.told(error)}; all is trained, `cmt report {out}` judges it again"

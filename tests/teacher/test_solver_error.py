@@ -243,7 +243,7 @@ def test_a_killed_run_keeps_its_choice_and_ends_bit_equal(when, finished, tmp_pa
             *(
                 (loop, "batches", SimpleNamespace(provider=killed))
                 if when == "after the choice"
-                else (loop, "_save", save)
+                else (taking, "_save", save)
             )
         )
         loop.train(Workspace(run, out), ["mid"])

@@ -11,7 +11,7 @@ from cmt_fast import cli
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.fingerprint import stage_digest
-from cmt_fast.report import events
+from cmt_fast.report import events, page
 from cmt_fast.run import changes, standing
 from cmt_fast.run.resolved import resolve
 from cmt_fast.run.workspace import Workspace
@@ -200,8 +200,9 @@ def test_another_setting_without_change_is_refused_and_says_how(half):
         Workspace(tiny("digits", *MORE, "pre.lr=1e-4"), half).compare()
 
 
-def test_the_command_goes_on_with_a_change_by_resume_and_says_so(half, tmp_path, capsys):
-    out = tmp_path / "run"
+def test_the_command_goes_on_with_a_change_by_resume_and_says_so(half, tmp_path, capsys, monkeypatch):
+    out, write = tmp_path / "run", page.write
+    monkeypatch.setattr(page, "write", lambda folder, **more: write(folder, judge=False))
     shutil.copytree(half, out)
     assert cli.main(["train", "--resume", str(out), "--stages", "pre", "--change", "pre.lr=1e-4"]) == 0
     assert "from step 7 (224 images) on lr 0.0001 (before: 0.001)" in capsys.readouterr().out

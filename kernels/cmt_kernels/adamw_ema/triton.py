@@ -84,7 +84,8 @@ def update_kernel(
     if tl.program_id(0) == 0:
         tl.store(norm, tl.where(length < float("inf"), length, float("nan")).to(tl.float32))
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = tl.where(length < float("inf"), i, n) < n  # of a gradient that is not finite nothing is loaded or stored
+    end = tl.where(length < float("inf"), n, 0)  # a norm that is not finite: nothing is loaded or stored
+    inside = i < end
     x = tl.load(g + i, mask=inside)
     if CLIP:
         ratio = max_norm / (length + 1e-6)
