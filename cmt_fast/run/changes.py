@@ -109,12 +109,10 @@ def _can(run: Run, folder: Path, name: str) -> None:
 
 
 def recorded(folder: Path) -> dict[str, list[Change]]:
-    """The changes of a run by stage, as its run.json has them; where that is damaged, as the manifests of its stages do; {} where
-    there is no run."""
+    """The changes of a run by stage, as its run.json has them; where that is gone or damaged, as the manifests of its stages do;
+    {} where there is no run."""
     try:
         return dict(folders.about_run(folder).get("changes") or {})
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
     except (OSError, ValueError):
         return made(folder)
 

@@ -86,6 +86,8 @@ def test_a_change_outlives_the_run_json_that_says_it(tmp_path, capsys):
             loop.train(work, ["pre"])
         ends.pop(0)
     shutil.copytree(run, whole)
+    (run / RUN_FILE).unlink()
+    assert changes.recorded(run) == changes.recorded(whole) != {}
     (run / RUN_FILE).write_bytes(b"{")
     for folder in (whole, run):
         again, notes = changes.adopted(settings, folder)
