@@ -159,8 +159,13 @@ def _would_fit(work: workspace.Workspace, error: memory.OutOfMemory) -> str:
     card = at._replace(memory=min(memory.most(work.device, local), sharding.memory_bytes(work.device)))
     rows = estimate.Rows(work.data.shape, work.data.classes, work.data.n or None, None, "")
     steps = checkpoint.steps(work.folder / error.stage)
-    kept = f"step {steps[-1]:,} is on disk, from which the same command with one of them goes on" if steps else ""
-    text = fitting.told(fitting.Case(work.run, error.stage, rows, card, n), error.moment)
+    kept = (
+        f"step {steps[-1]:,} is on disk, from which the same command goes on with what needs no new folder"
+        if steps
+        else ""
+    )
+    begun = tuple(name for name in work.run.stages if checkpoint.steps(work.folder / name))
+    text = fitting.told(fitting.Case(work.run, error.stage, rows, card, n, begun), error.moment)
     peak = f"{error.why}; the process held {sharding.gb(memory.peak(work.device))} at most; {text}"
     return f"{peak}. {kept or 'Nothing of the stage is on disk yet'}"
 

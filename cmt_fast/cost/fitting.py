@@ -2,16 +2,17 @@
 
 The arithmetic (cost/memory.py) is a prediction and has been refuted where it says that what just failed fits. Then a setting
 must come out below what it says of the failed one by MARGIN. Settings are tried from the one that costs least: those that only
-lay the same work out otherwise (levers.py) and may be changed in the middle of a stage come first. Each is tried alone, then
-all of them together, one after the other, until that fits.
+lay the same work out otherwise (levers.py) come first. Each is tried alone, then all of them together, one after the other,
+until that fits. A run that has begun goes on with some of them alone: those are named first, and of the others it is said that
+they need a new folder.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from cmt_fast.config import fingerprint
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
 from cmt_fast.cost import estimate, levers, memory
@@ -21,19 +22,29 @@ from cmt_fast.cost.levers import Change
 from cmt_fast.engine.sharding import gb
 from cmt_fast.run.resolved import resolve
 
+Found = tuple[list[Change], memory.Memory]  # changes, and what the stage holds with them
 MARGIN = 0.1  # of what the arithmetic says of the settings that failed
 NAMED = 0.03  # parts of less than this of the whole are not named
 WHENS = {"a step": "step", "an evaluation": "evaluation"}  # moments of which parts are there alone
 
 
 class Case(NamedTuple):
-    """A stage of a run on `processes` devices that ran out of memory; card: with the bytes that one process may have."""
+    """A stage of a run on `processes` devices that ran out of memory; card: with the bytes that one process may have.
+
+    begun: stages that have checkpoints, in whose folder no setting may change that weights depend on.
+    """
 
     run: Run
     stage: str
     rows: Rows
     card: Card
     processes: int
+    begun: tuple[str, ...] = ()
+
+    def goes_on(self, changes: list[Change]) -> bool:
+        """Whether the run goes on in its folder with these changes."""
+        run = levers.applied(self.run, changes)
+        return all(fingerprint.content(run, name) == fingerprint.content(self.run, name) for name in self.begun)
 
     def held(self, run: Run) -> memory.Memory:
         """What the stage holds by the settings of a run. Raises ConfigError where it cannot be trained so."""
@@ -73,28 +84,33 @@ def told(case: Case, when: str) -> str:
     found = list(settings(case, bound))
     if found:
         return f"{text}. These would fit: {'; or '.join(found)}"
-    fewest = more_processes(case, bound)
-    if fewest:
-        return f"{text}. No setting fits on {case.processes}; engine=zero zero_stage=3 on {fewest} processes would"
+    more = more_processes(case, bound)
+    if more:
+        fewest, changes = more
+        named = _named(case, changes)
+        return f"{text}. No setting fits on {case.processes}; {named} on {fewest} processes would"
     return f"{text}. No setting fits such a device: take a smaller model"
 
 
 def settings(case: Case, bound: Bound) -> Iterator[str]:
-    """Overrides by which the stage fits, each with what it then holds at most: each kind alone, else as many as it takes."""
-    now, kinds, alone = _held(case, case.run), list[list[list[Change]]](), False
+    """Overrides by which the stage fits, each with what it then holds at most: each kind alone, where the run goes on with none
+    of these as many as it takes.
+    """
+    now, kinds, found = _held(case, case.run), list[list[list[Change]]](), list[Found]()
     for tries in _tries(case):
         possible = [(changes, sized) for changes in tries if (sized := _held(case, levers.applied(case.run, changes)))]
         first = next((pair for pair in possible if bound.fits(pair[1])), None)
         if first:
-            alone = True
-            yield _line(*first)
+            found.append(first)
         elif now and possible and bound.sum(possible[-1][1]) < bound.sum(now):
             kinds.append([changes for changes, _ in possible])
-    if not alone:
-        yield from _together(case, bound, kinds)
+    if not any(case.goes_on(changes) for changes, _ in found):
+        found = [*_together(case, bound, [tries for tries in kinds if case.goes_on(tries[-1])]), *found]
+    for changes, sized in sorted(found or _together(case, bound, kinds), key=lambda pair: not case.goes_on(pair[0])):
+        yield _named(case, changes, f" ({gb(int(sized.most))})")
 
 
-def _together(case: Case, bound: Bound, kinds: list[list[list[Change]]]) -> Iterator[str]:
+def _together(case: Case, bound: Bound, kinds: list[list[list[Change]]]) -> Iterator[Found]:
     """As many kinds as it takes at their strongest, then each as mild as the others let it be; nothing where all do not fit."""
     held = lambda chosen: _held(case, levers.applied(case.run, [c for changes in chosen for c in changes]))
     fits = lambda chosen: bool((sized := held(chosen)) and bound.fits(sized))
@@ -105,21 +121,25 @@ def _together(case: Case, bound: Bound, kinds: list[list[list[Change]]]) -> Iter
         chosen[i] = next(changes for changes in tries if fits([*chosen[:i], changes, *chosen[i + 1 :]]))
     sized = held(chosen) if n else None
     if sized:
-        yield _line([c for changes in chosen for c in changes], sized)
+        yield [c for changes in chosen for c in changes], sized
 
 
-def more_processes(case: Case, bound: Bound) -> int | None:
-    """The fewest processes, by doubling, on which stage 3 with everything sharded and recomputed fits."""
-    kept = [changes[-1] for changes in levers.recomputing(case.run) if changes and changes[-1].value is True]
-    small = levers.applied(case.run, kept)
-    sharded = dataclasses.replace(small, engine="zero", zero_stage=3, zero_teacher="sharded")
+def more_processes(case: Case, bound: Bound) -> tuple[int, list[Change]] | None:
+    """The fewest processes, by doubling, on which stage 3 with everything sharded fits, and by what; recomputed where it must."""
+    run, why = case.run, "states are shared over the cards"
+    values = (("engine", "zero"), ("zero_stage", 3), ("zero_teacher", "sharded"))
+    sharded = [Change(key, value, getattr(run, key), why, False) for key, value in values]
+    again = [changes for changes in levers.recomputing(run) if changes and changes[-1].value is True]
+    tried = sorted([[], *again], key=lambda changes: not case.goes_on(changes))
     n = 2 * case.processes
     while n <= 1024:
-        for rows in _divisors(case, n):
-            run = levers.applied(sharded, [Change(f"{case.stage}.micro_batch", rows, None, "", False)])
-            held = _held(case._replace(processes=n), run)
-            if held is not None and bound.fits(held):
-                return n
+        wider, key = case._replace(processes=n), f"{case.stage}.micro_batch"
+        for more in tried:
+            for rows in _divisors(case, n):
+                changes = [*sharded, *more, Change(key, rows, None, "", False)]
+                held = _held(wider, levers.applied(run, changes))
+                if held is not None and bound.fits(held):
+                    return n, changes
         n *= 2
     return None
 
@@ -173,5 +193,7 @@ def _held(case: Case, run: Run) -> memory.Memory | None:
         return None
 
 
-def _line(changes: list[Change], held: memory.Memory) -> str:
-    return f"{' '.join(change.override for change in changes)} ({gb(int(held.most))})"
+def _named(case: Case, changes: list[Change], more: str = "") -> str:
+    """Overrides as the command line takes them."""
+    text = " ".join(change.override for change in changes) + more
+    return text if case.goes_on(changes) else f"{text} in a new folder"

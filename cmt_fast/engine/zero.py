@@ -12,7 +12,8 @@ its tangent grows with its highest frequency, then meets bf16 weights and fails.
 stages 1 and 2, and weights that travel between ranks as fp32. A stage 3 that trains calls DeepSpeed's linear map, as torch's
 holds every gathered weight until the backward: in bf16 it rounds before and after its bias, so there the curves agree with the
 local engine's to bf16's rounding alone. DeepSpeed puts it in torch's place in the whole process for good, where it changes the
-order of gradients, and so the last bits, of later stages: torch's is put back at once. A sharded teacher calls torch's.
+order of gradients, and so the last bits, of later stages: torch's is put back at once. A sharded teacher calls torch's, and gives
+the bits of a whole one in fp32 and bf16; by DeepSpeed's it was 2.4e-3 of its largest number off in bf16 (CPU, 2026-11-28).
 """
 
 from __future__ import annotations

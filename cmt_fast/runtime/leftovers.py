@@ -75,6 +75,13 @@ SWITCHES: dict[str, Any] = {
     "handlers of the root logger": lambda: tuple(logging.getLogger().handlers),
     "limit of recursion": sys.getrecursionlimit,
 }
+# what no number here depends on, and loggers and compilers do change for good: it is listed, and no stage's end warns of it
+QUIET = (
+    "folder", "excepthook", "excepthook of threads", "trace", "garbage collection", "level of the root logger",
+    "handlers of the root logger", "limit of recursion", "Python's random generator",
+)  # fmt: skip
+# beginnings of variables that kernels, and so numbers, depend on
+READ = ("CMT_", "OMP_", "MKL_", "CUBLAS_", "CUDNN_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH_", "PYTORCH_")
 
 
 class Process:
@@ -86,8 +93,11 @@ class Process:
         self.settings = dict(_settings())
         self.randoms = dict(_randoms())
 
-    def changed(self, later: Process) -> list[str]:
-        """One line each of what a later look found other than this one, what is new in modules and classes apart."""
+    def changed(self, later: Process, all_of_it: bool = True) -> list[str]:
+        """One line each of what a later look found other than this one, what is new in modules and classes apart.
+
+        all_of_it: else what numbers may depend on alone, and no state of a generator that had none before.
+        """
         out = [
             f"{name} is {_told(later.functions.get(name))}, no longer {_told(was)}"
             for name, was in self.functions.items()
@@ -95,7 +105,7 @@ class Process:
         ]
         for kept, now in ((self.settings, later.settings), (self.randoms, later.randoms)):
             for name in sorted(kept.keys() | now.keys()):
-                if kept.get(name) != now.get(name):
+                if kept.get(name) != now.get(name) and (all_of_it or _counts(name, kept)):
                     out.append(f"{name}: {_told(kept.get(name))} became {_told(now.get(name))}")
         return out
 
@@ -131,6 +141,14 @@ class Handles(NamedTuple):
             sum(issubclass(kind, torch.Tensor) for kind in kinds),
             sum(issubclass(kind, torch.cuda.Event) for kind in kinds),
         )
+
+
+def _counts(name: str, before: Mapping[str, Any]) -> bool:
+    """Whether numbers may depend on a setting or a state that has changed."""
+    kind, _, rest = name.partition(" ")
+    if kind == "variable":
+        return rest.startswith(READ)
+    return name in before and name not in QUIET and kind != "handler"
 
 
 def _same(was: Any, now: Any) -> bool:
@@ -201,7 +219,7 @@ def told(stage: str) -> Iterator[None]:
     """Say on the first rank what a stage that ended left behind in this process: a run that is resumed after it would differ."""
     before = Process()
     yield
-    left = before.changed(Process())
+    left = before.changed(Process(), all_of_it=False)
     if left and distributed.rank() == 0:
         say(
             f"{stage:>8} left behind in this process, so that stages after it may differ in their last bits: {'; '.join(left)}"

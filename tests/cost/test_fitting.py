@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cmt_fast import cli
-from cmt_fast.config import loading
+from cmt_fast.config import fingerprint, loading
 from cmt_fast.cost import estimate, fitting
 from cmt_fast.cost.hardware import CARDS
 from cmt_fast.runtime import exits, memory
@@ -111,9 +111,24 @@ def test_every_setting_that_is_named_fits_by_the_estimate(megabytes, processes, 
         )
 
 
-def test_where_no_setting_fits_it_says_how_many_processes_would():
+@pytest.mark.parametrize("begun", [(), ("pre",), ("pre", "mid")])
+def test_a_run_that_has_begun_is_told_first_with_what_it_goes_on(begun):
+    """Rows of a rollout at once and of a round are settings of mid: it goes on with other micro-batches alone."""
+    whole = case(0.095, 1, "digits", "mid", *WIDE)._replace(begun=begun)
+    named = fitting.told(whole, "a step").split("would fit: ")[1].split("; or ")
+    new = [text.endswith("in a new folder") for text in named]
+    assert new == sorted(new) and not new[0] and any(new) == ("mid" in begun)
+    for text, refused in zip(named, new):
+        run = loading.load("digits", [*WIDE, *text.partition(" (")[0].split()])
+        differ = [name for name in begun if fingerprint.content(run, name) != fingerprint.content(whole.run, name)]
+        assert bool(differ) == refused, text
+
+
+def test_where_no_setting_fits_it_says_by_what_more_processes_would():
     alone = case(0.03, 1, "digits", "mid", *WIDE)
     text = fitting.told(alone, "its start")
-    n = int(re.search(r"No setting fits on 1; .* on (\d+) processes would", text)[1])
-    assert n > 1
+    named, n = re.search(r"No setting fits on 1; (.*) on (\d+) processes would", text).groups()
+    assert int(n) > 1
+    wider = alone._replace(processes=int(n))
+    assert wider.held(loading.load("digits", [*WIDE, *named.split()])).fits, named
     assert "take a smaller model" in fitting.told(alone._replace(card=alone.card._replace(memory=1e5)), "a step")

@@ -95,6 +95,22 @@ def test_a_stage_that_leaves_something_says_so(capsys, monkeypatch, tmp_path):
     assert "pre left behind in this process" in said and "torch.nn.functional.linear is" in said
 
 
+def test_what_loggers_compilers_and_a_first_use_of_cuda_leave_is_no_warning(monkeypatch, put_back):
+    """They are listed where all is asked for; a variable that kernels read is still warned of."""
+    before = leftovers.Process()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/tmp/triton")
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-tcp")
+    sys.excepthook = lambda *_: None
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    random.random()
+    after = leftovers.Process()
+    after.randoms["CUDA's random generator"] = 1
+    assert len(before.changed(after)) == 6 and before.changed(after, all_of_it=False) == []
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    left = before.changed(leftovers.Process(), all_of_it=False)
+    assert len(left) == 1 and left[0].startswith("variable CUBLAS_WORKSPACE_CONFIG"), left
+
+
 def test_training_judging_reporting_and_sampling_leave_nothing(tmp_path):
     """bf16 with an evaluation on the way; all beside the beginning, and handles from one round to the next."""
     work = Workspace(tiny("digits", "mid.precision=bf16", "mid.eval_every_nimg=320"), tmp_path / "run")
