@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from cmt_fast.runtime.watchdog import Watchdog
 
@@ -36,8 +37,21 @@ def start(device: torch.device, timeout_s: float = 1800.0) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         global _timeout, _watchdog
         _timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(_backend(device), timeout=_timeout)
+        mine = _store_of_this_start(_timeout)
+        dist.init_process_group(_backend(device), timeout=_timeout, **mine)
         _watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank(), size(), timeout_s)
+
+
+def _store_of_this_start(timeout: timedelta) -> dict[str, Any]:
+    """Of one machine's torchrun, whose store outlives ranks that it starts again: keys of this start alone, else they find the
+    addresses and the cries of those that died. {} where the store is new each time, or for several machines, whose torchruns
+    count their starts apart: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives them a new one (docker/slurm/train.sbatch)."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or local_size() != int(os.environ["WORLD_SIZE"]):
+        return {}
+    store, rank_, size_ = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    start_ = f"cmt/start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return {"store": dist.PrefixStore(start_, store), "rank": rank_, "world_size": size_}
 
 
 def _watched(call: Callable[P, T]) -> Callable[P, T]:

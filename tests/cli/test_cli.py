@@ -20,6 +20,7 @@ from cmt_fast.data import datasets
 from cmt_fast.storage import checkpoint
 from tests.fixtures import forked
 from tests.fixtures.tiny import NO_EVAL, SMALL, cmt, metrics
+from tests.train.test_resume import assert_equal_stage
 
 TINY = [*SMALL, *NO_EVAL, "mid.eval_every_nimg=320"]
 
@@ -132,7 +133,7 @@ def test_post_hoc_ema(tmp_path):
 def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
     long = [*TINY, "--stages", "pre,mid"]
     assert cmt("train", "digits", *long, "--out", "one", cwd=tmp_path).returncode == 0
-    command = [
+    torchrun = [
         *forked.python("torch"),
         "-m",
         "torch.distributed.run",
@@ -140,9 +141,8 @@ def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
         "2",
         "--master-port",
         "29613",
-        "-m",
-        "cmt_fast",
     ]
+    command = [*torchrun, "-m", "cmt_fast"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": forked.executable()}  # by which it starts its ranks
     run = lambda *rest: subprocess.run(
         [*command, *rest], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300
@@ -157,6 +157,17 @@ def test_torchrun_on_two_processes_trains_the_same_network(tmp_path):
         one, two = (checkpoint.complete(tmp_path / r / stage).tensors("model") for r in ("one", "two"))
         for name in one:
             assert torch.allclose(one[name], two[name], atol=2e-4), (stage, name)
+    # a rank that dies: all are started again, and end with the same bits
+    again = [*torchrun, "--max-restarts", "1", "-m", "cmt_fast", "train", "digits", *long, "--out", "killed"]
+    with subprocess.Popen(again, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=env) as started:
+        beat, deadline = tmp_path / "killed" / "heartbeats" / "rank-1.json", time.time() + 60
+        while time.time() < deadline and not (beat.is_file() and checkpoint.steps(tmp_path / "killed" / "pre")):
+            time.sleep(0.005)
+        os.kill(json.loads(beat.read_text())["pid"], signal.SIGKILL)
+        said_then = started.communicate(timeout=300)[1]
+    assert started.returncode == 0, said_then
+    for stage in ("pre", "mid"):
+        assert_equal_stage(tmp_path / "killed" / stage, tmp_path / "two" / stage)
     # an error of all ranks: once, by the first, and the last thing that torchrun says but for its frame
     wrong = run("--", "train", "digits", "pre.btch=3")
     line = "cmt: pre.btch: unknown key"
