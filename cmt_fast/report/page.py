@@ -30,6 +30,7 @@ from cmt_fast.run.standing import Standing
 from cmt_fast.run.workspace import Workspace, open_run
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint, files, sound
+from cmt_fast.storage.metrics_log import METRICS
 from cmt_fast.teacher import solver_record
 from cmt_fast.train import solver_choice
 
@@ -63,6 +64,9 @@ def write(
         return write(folder, judge, refresh_s, out, training)
     if judge and distributed.rank():
         return {}
+    for s in stands.values():
+        if judge and s.record and s.record.lost:  # those long before a checkpoint are read by nobody else on the way
+            print(f"{s.folder / METRICS}: {sections.lost(s.record)}", file=sys.stderr)
     curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in run.eval.steps}
     reached = [row for k, lines in curves.items() for row in reach_rows(k, lines, done)]
     tables = [quality_.table(run, done, quality, k) for k in run.eval.steps] if quality.judged else []
