@@ -76,9 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """A line a case. 1 where one does not end as it should."""
     torch.set_num_threads(1)
-    signal.signal(
-        INT, signal.default_int_handler
-    )  # a bench in the background begins with it ignored, and so would its cases
+    for kind in STOPS:  # a bench in the background, or by nohup, begins with some ignored, and so would its cases
+        signal.signal(kind, signal.default_int_handler if kind == INT else signal.SIG_DFL)
     import sklearn.datasets  # noqa: F401  before the forks
 
     chosen = [c for c in CASES if not arguments.only or arguments.only in c.name]
