@@ -36,7 +36,7 @@ from bench.harness import results_file
 from cmt_fast.config import loading
 from cmt_fast.config.schema import STAGES
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import distributed, exits
+from cmt_fast.runtime import distributed, exits, watchdog
 from cmt_fast.storage import checkpoint, metrics_log
 from cmt_fast.teacher import rollouts
 from cmt_fast.train import loop
@@ -243,7 +243,8 @@ def _child(setting: Setting, out: Path, stage: str, seen: mmap.mmap, where: dict
         os.environ.update({key: str(value) for key, value in where.items()})
         _told(seen)
         run_ = loading.load("digits", setting.overrides)
-        distributed.start(torch.device("cpu"), PATIENCE_S / 2)  # of a rank that waits for one that died before they met
+        watchdog.LOST_S = PATIENCE_S / 6  # of a rank that waits for one that died as they met
+        distributed.start(torch.device("cpu"), PATIENCE_S / 3)  # by which it waits twice before they have met
         loop.train(Workspace(run_, out), [stage])
         distributed.stop()
         code = exits.DONE

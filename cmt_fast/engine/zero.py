@@ -391,4 +391,5 @@ def _deepspeed(device: torch.device) -> Iterator[Any]:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         distributed.alone(device)
         wrapping.forget_groups(deepspeed)
-        yield deepspeed
+        with distributed.together():  # groups that it makes have torch's timeout until they are there
+            yield deepspeed

@@ -12,7 +12,7 @@ import functools
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -65,6 +65,13 @@ def _watched(call: Callable[P, T]) -> Callable[P, T]:
             return call(*args, **more)
 
     return watched
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Inside, a library has ranks wait for each other, by a timeout of its own: they do as long as all of them live."""
+    with _watchdog.waiting(limited=False) if _watchdog else contextlib.nullcontext():
+        yield
 
 
 def at_work(run: Path) -> None:

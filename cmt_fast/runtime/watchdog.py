@@ -100,10 +100,11 @@ class Watchdog:
 
     @contextlib.contextmanager
     def waiting(self, limited: bool = True) -> Iterator[None]:
-        """Inside: the main thread may wait for another rank. limited: not longer than the timeout; else as long as all live."""
-        self._calls += not self._inside
+        """Inside: the main thread may wait for another rank. limited: not longer than the timeout; else as long as all live.
+        One within another is a part of it."""
+        if not self._inside:
+            self._calls, self._limited = self._calls + 1, limited
         self._inside += 1
-        self._limited = limited
         try:
             yield
         finally:

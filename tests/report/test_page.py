@@ -178,7 +178,9 @@ def test_the_second_report_judges_nothing_and_a_new_checkpoint_alone(run, tmp_pa
     assert "retrained since" in (folder / "report.html").read_text()  # post comes from another mid
 
     rows, first = folder / "pre/metrics.jsonl", b'"step":1,'
-    rows.write_bytes(rows.read_bytes().replace(first, b'"step":9,', 1))  # long before the checkpoint, which vouches for it
+    rows.write_bytes(
+        rows.read_bytes().replace(first, b'"step":9,', 1)
+    )  # long before the checkpoint, which vouches for it
     capsys.readouterr()
     page.write(folder)
     assert f"{rows}: 1 row of metrics.jsonl is damaged and left out" in capsys.readouterr().err

@@ -139,3 +139,12 @@ def test_who_asked_itself_for_stacks_is_not_ended_by_its_thread(pair):
 def test_the_launchers_store_that_is_gone_is_a_lost_process(text):
     """As rank 0 holds it where no launcher does: met by `meet` and `anyone`."""
     assert (distributed.lost(dist.DistNetworkError(text)) or "").startswith("another process died")
+
+
+def test_a_call_within_what_has_no_limit_has_none_either(pair, monkeypatch):
+    """As within DeepSpeed's start, which waits by a timeout of its own: for a rank that lives, and not for one that is gone."""
+    first, second = pair
+    monkeypatch.setattr(distributed, "_watchdog", second)
+    with distributed.together():
+        assert seconds_to_the_end(second, first, 2 * LIMIT_S) is None
+        assert seconds_to_the_end(second, None, LIMIT_S) == pytest.approx(1.5 * watchdog.LOST_S, abs=5)
