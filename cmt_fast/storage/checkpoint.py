@@ -11,6 +11,7 @@ manifest alone looks at sizes; a file is hashed when its tensors are read, once 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -149,7 +150,7 @@ def _save(
         sync(temporary)
         locks.check(stage_dir)
         if final.exists():
-            shutil.rmtree(final)
+            _discard(final)
         move_folder(temporary, final, "manifest.json")
         sync(final.parent)
     except OSError as error:
@@ -182,8 +183,21 @@ def _retain(stage_dir: Path, step: int, keep: int) -> None:
                 raise OSError(errno.EIO, f"what was written is not there ({error})", str(error)) from None
         if whole == keep:
             for n in found[: len(found) - 1 - i]:
-                shutil.rmtree(folder_of(stage_dir, n), ignore_errors=True)
+                _discard(folder_of(stage_dir, n))
             return
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint, under a name that `clear` knows: a kill meanwhile leaves none that is half there. Where folders are
+    not renamed its manifest goes first, without which it is none. Raises nothing."""
+    aside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}-old")
+    try:
+        os.replace(folder, aside)
+    except OSError:
+        aside = folder
+        with contextlib.suppress(OSError):
+            (folder / "manifest.json").unlink()
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def steps(stage_dir: Path) -> list[int]:

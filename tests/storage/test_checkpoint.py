@@ -145,6 +145,40 @@ def test_retention_keeps_the_newest_that_are_whole(stage):
     assert checkpoint.steps(stage) == [3, 4, 5]
 
 
+class Killed(BaseException):
+    """As by SIGKILL: nothing is put right on the way out."""
+
+
+@pytest.mark.parametrize("renames", [True, False])
+def test_a_kill_while_an_old_one_is_deleted_leaves_none_that_is_half_there(stage, monkeypatch, renames):
+    real, replaced, found = shutil.rmtree, os.replace, checkpoint.latest(stage)
+
+    def killed(path, **more):
+        if Path(path).exists() and "step-00000001" in Path(path).name:
+            (Path(path) / "model.safetensors").unlink()
+            raise Killed
+        return real(path, **more)
+
+    def refused(source, target):
+        if Path(source).name == "step-00000001":
+            raise OSError(errno.EXDEV, "no renames of folders")
+        return replaced(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        if not renames:
+            patch.setattr(checkpoint.os, "replace", refused)
+        with pytest.raises(Killed):
+            checkpoint.save(stage, 3, {"model": found.tensors("model")}, {"nimg": 3, "done": False})
+    whole = checkpoint.steps(stage)
+    if not renames:  # what has no manifest is none
+        with pytest.raises(CheckpointError, match="is no checkpoint"):
+            checkpoint.sized(checkpoint.folder_of(stage, whole.pop(0)))
+    assert whole == [2, 3] and all(checkpoint.verify(checkpoint.folder_of(stage, step)) for step in whole)
+    checkpoint.clear(stage)
+    assert not list((stage / "checkpoints").glob(".tmp-*"))
+
+
 def test_where_folders_are_not_renamed_the_manifest_comes_last(stage, monkeypatch):
     """A kill in between leaves what the next start clears away; one after it a checkpoint."""
     real, at = os.replace, [99]
