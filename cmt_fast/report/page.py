@@ -47,8 +47,6 @@ def write(
     nothing can be written.
     """
     run, home = stored_run(folder), _writable(folder, out)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
     about = about_run(folder)
     # half-way neither the data, a checkpoint's tensors nor a GPU are touched: manifests and sizes of files are enough
     work = open_run(folder, device=None if judge else torch.device("cpu"))
@@ -64,9 +62,8 @@ def write(
         return write(folder, judge, refresh_s, out, training)
     if judge and distributed.rank():
         return {}
-    for s in stands.values():
-        if judge and s.record and s.record.lost:  # those long before a checkpoint are read by nobody else on the way
-            print(f"{s.folder / METRICS}: {sections.lost(s.record)}", file=sys.stderr)
+    if judge:
+        _tell_lost(stands)
     curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in run.eval.steps}
     reached = [row for k, lines in curves.items() for row in reach_rows(k, lines, done)]
     tables = [quality_.table(run, done, quality, k) for k in run.eval.steps] if quality.judged else []
@@ -100,8 +97,17 @@ def write(
     }  # fmt: skip
 
 
+def _tell_lost(stands: dict[str, Standing]) -> None:
+    """Say which rows of metrics are damaged: those long before a checkpoint are read by nobody else on the way."""
+    for s in stands.values():
+        if s.record and s.record.lost:
+            print(f"{s.folder / METRICS}: {sections.lost(s.record)}", file=sys.stderr)
+
+
 def _writable(folder: Path, out: Path | None) -> Path:
     """Where the page goes. Raises ConfigError where nothing can be written: said before anything is judged."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("cmt report: draws with matplotlib, which is not installed: pip install matplotlib")
     if out is None and not os.access(folder, os.W_OK):
         raise ConfigError(f"RUN: {str(folder)!r} cannot be written to; --out FOLDER puts the page elsewhere")
     if out is not None and distributed.rank() == 0:

@@ -22,14 +22,14 @@ from cmt_fast.cli import trajectories as cli
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Dali, Latents, Torch
-from cmt_fast.cost import disk, flops
+from cmt_fast.cost import flops
 from cmt_fast.data import dali, opening, shards
 from cmt_fast.data import trajectory_store as rolled
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.data.latents import read_index, write_index
 from cmt_fast.diffusion.solvers import rollout
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, files
 from cmt_fast.teacher import pool as pools
 from cmt_fast.teacher import rollouts
 from cmt_fast.train import loop
@@ -361,7 +361,7 @@ def test_bytes_are_said_before_anything_is_rolled_out_and_are_those_on_disk(worl
 def test_a_store_larger_than_the_disk_is_refused_before_anything_is_written(
     world, tmp_path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(disk, "free", lambda folder: 100_000)
+    monkeypatch.setattr(files, "free", lambda folder: 100_000)
     assert main(command(world, tmp_path / "store", "--dtype", "fp32")) == 2
     said = capsys.readouterr().err
     assert re.search(

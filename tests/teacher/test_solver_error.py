@@ -19,7 +19,7 @@ from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.report import sections
 from cmt_fast.run import resolved
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, sound
 from cmt_fast.teacher import solver_error, solver_record
 from cmt_fast.teacher.solver_error import Endpoints, Estimate, Solver
 from cmt_fast.train import loop, solver_choice
@@ -261,7 +261,7 @@ def test_a_choice_that_was_made_with_another_teacher(finished, tmp_path) -> None
     out, run = tmp_path / "run", tiny("digits", *AUTO)
     shutil.copytree(finished, out)
     kept = json.loads((out / "mid" / solver_record.FILE).read_text())
-    (out / "mid" / solver_record.FILE).write_text(json.dumps({**kept, "networks": {"teacher": "0"}}))
+    (out / "mid" / solver_record.FILE).write_text(sound.signed({**kept, "networks": {"teacher": "0"}}))
     work = Workspace(run, out)
     with pytest.raises(ValueError, match="mid.teacher.*was measured with"):
         solver_choice.settle(work, work.stage("mid"))
