@@ -68,10 +68,10 @@ def put_back(monkeypatch):
     signal.signal(signal.SIGUSR1, handler)
     hooks._global_forward_hooks.clear()
     hooks._global_forward_hooks.update(mode)
-    while torch.autocast_decrement_nesting() > 0:
+    while (nested := torch.autocast_decrement_nesting()) > 0:
         pass
-    torch.autocast_increment_nesting()
-    torch.autocast_decrement_nesting()
+    while nested < 0:  # below 0 the cache of casts would never be cleared again
+        nested = torch.autocast_increment_nesting()
 
 
 @pytest.mark.parametrize("what", PLANTED)
