@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -29,6 +30,7 @@ KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE_S = 10.0  # from a signal that nobody noted to the end
 BEREFT_S = 10.0  # from torchrun's SIGTERM, where another rank has told its error, to the end of one that trains
 
+_ending = threading.Lock()  # taken by who ends the process
 _noting: list[list[int]] = []  # of `noted`, innermost last
 _hearing: _Hearing | None = None  # of the command that this process runs
 
@@ -231,8 +233,11 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def end_at_once(number: int) -> None:
-    """End the process: no exception, no finalizer, nothing of the interpreter's. One line by the first rank."""
-    if once.rank() == 0:
+    """End the process: no exception, no finalizer, nothing of the interpreter's. One line by the first rank, and by the first of
+    the threads that hear of the same signal."""
+    if not _ending.acquire(blocking=False):
+        time.sleep(1.0)  # which the other one ends
+    elif once.rank() == 0:
         _write(f"{SHOWN_CURSOR if _terminal(2) else ''}cmt: {words(number)}\n")
     os._exit(exits.SIGNAL + number)
 
