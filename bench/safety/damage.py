@@ -99,7 +99,7 @@ def _train(run: Path) -> tuple[int, str]:
     """Go on with it; of the page at its end only which rows are damaged: the rest is what `report` is for."""
 
     def told(folder: Path, **_: Any) -> None:
-        page._tell_lost(page._stands(open_run(folder))[0])
+        page.tell_lost(page.standings(open_run(folder))[0])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "write", told)

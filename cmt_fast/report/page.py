@@ -51,7 +51,7 @@ def write(
     # half-way neither the data, a checkpoint's tensors nor a GPU are touched: manifests and sizes of files are enough
     work = open_run(folder, device=None if judge else torch.device("cpu"))
     work.judging.alive = folder if training else None
-    stands, done = _stands(work)
+    stands, done = standings(work)
     if judge and not done:
         states = "; ".join(f"{name}: {s.told}" for name, s in stands.items())
         raise ConfigError(f"RUN: {str(folder)!r} holds no finished stage to report on ({states})")
@@ -63,7 +63,7 @@ def write(
     if judge and distributed.rank():
         return {}
     if judge:
-        _tell_lost(stands)
+        tell_lost(stands)
     curves = {k: {name: p for name in stands if (p := points(stands, name, k))} for k in run.eval.steps}
     reached = [row for k, lines in curves.items() for row in reach_rows(k, lines, done)]
     tables = [quality_.table(run, done, quality, k) for k in run.eval.steps] if quality.judged else []
@@ -97,7 +97,7 @@ def write(
     }  # fmt: skip
 
 
-def _tell_lost(stands: dict[str, Standing]) -> None:
+def tell_lost(stands: dict[str, Standing]) -> None:
     """Say which rows of metrics are damaged: those long before a checkpoint are read by nobody else on the way."""
     for s in stands.values():
         if s.record and s.record.lost:
@@ -188,7 +188,7 @@ def stand(work: Workspace, name: str) -> Standing:
     return standing.of(work.run, work.folder, work.parents, name)
 
 
-def _stands(work: Workspace) -> tuple[dict[str, Standing], dict[str, Standing]]:
+def standings(work: Workspace) -> tuple[dict[str, Standing], dict[str, Standing]]:
     """The stages as they are in the run's folder, or where its parents are, and those that are finished."""
     stands = {name: stand(work, name) for name in work.run.stages}
     return stands, {name: s for name, s in stands.items() if s.done}
