@@ -28,7 +28,7 @@ import pytest
 import torch
 
 from bench.harness.results_file import ROOT, about, write_json
-from cmt_fast.storage import checkpoint, tensor_file
+from cmt_fast.storage import checkpoint, debris, tensor_file
 
 FILE = ROOT / "bench" / "results" / "cpu" / "crashes.json"
 CUTS = ("nothing", "torn", "whole")  # what is left of a file that was not synced
@@ -218,16 +218,16 @@ def run(arguments: argparse.Namespace) -> int:
             with disk.watched():
                 save(stage, new, keep)
             root, states = os.stat(stage).st_ino, 0
+            (copy := Path(home) / "run" / "pre").parent.mkdir(exist_ok=True)
             share = max(1, arguments.n // len(SAVES) // (len(disk.calls) + 1))
             for calls in range(len(disk.calls) + 1):
                 for files, folders in disk.states(calls, share, draw):
-                    copy = Path(home) / "state"
                     shutil.rmtree(copy, ignore_errors=True)
                     build(copy, root, files, folders)
                     states += 1
                     why = loads(copy, tuple({*old, new}))
                     if not why:
-                        checkpoint.clear(copy)
+                        debris.clear(copy.parent)
                         save(copy, 9)
                         left = list((copy / "checkpoints").glob(".tmp-step-*"))
                         why = loads(copy, (9,)) or (f"leaves {left[0].name}" if left else "")

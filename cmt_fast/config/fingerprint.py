@@ -10,7 +10,7 @@ from cmt_fast.config import paths
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.loading import dump
 from cmt_fast.config.renames import first_names
-from cmt_fast.config.schema import Run
+from cmt_fast.config.schema import Run, Trajectories
 
 # keys of a stage that say in what parts and how a step is computed
 HOW = ("micro_batch", "cuda_graph")
@@ -18,6 +18,10 @@ HOW = ("micro_batch", "cuda_graph")
 WATCHING = ("checkpoint_every_nimg", "checkpoint_every_s", "eval_every_nimg", "grid_every_nimg", *HOW)
 # keys of a stage and of a run that say what becomes of a step that is not finite: the run may go on under others
 FAILING = ("on_nonfinite", "nonfinite_limit")
+# what lays the same work out otherwise, of the model and of a stage's trajectories: it changes no weight, or its rounding alone;
+# taken for these, which are the defaults, so that digests are those of runs that do not name them
+MODEL_LAYOUT = {"checkpoint_activations": False}
+ROLLOUT_LAYOUT = {"rollout_batch": Trajectories.rollout_batch}
 # keys of the data that say what is asked of them, not what they are
 ASKED = ("unchecked",)
 # keys of a run that say where and how it is computed
@@ -86,9 +90,19 @@ def content_digest(run: Run, name: str) -> str:
 
 
 def _dumped(run: Run) -> dict:
-    """The run as plain data, its data without what is only asked of them."""
+    """The run as plain data, its data without what is only asked of them, one layout of the work for all."""
     tree = dump(run)
-    return {**tree, "data": {k: v for k, v in tree["data"].items() if k not in ASKED}}
+    tree = {**tree, "data": {k: v for k, v in tree["data"].items() if k not in ASKED}}
+    tree["model"] = _laid_out(tree["model"], MODEL_LAYOUT)
+    for name in run.stages:
+        if tree[name].get("trajectories"):
+            tree[name] = {**tree[name], "trajectories": _laid_out(tree[name]["trajectories"], ROLLOUT_LAYOUT)}
+    return tree
+
+
+def _laid_out(tree: dict, layout: dict) -> dict:
+    """A section with one layout in the place of its own, where it has such keys."""
+    return {**tree, **{key: value for key, value in layout.items() if key in tree}}
 
 
 def _sha(tree: dict) -> str:

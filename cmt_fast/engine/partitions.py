@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from cmt_kernels import adamw_ema
-from torch import Tensor
+from torch import Tensor, nn
 
+from cmt_fast.config.schema import Stage
 from cmt_fast.engine import ema, optimizer
 
-if TYPE_CHECKING:
-    from cmt_fast.engine.zero import ZeroEngine
+
+class Host(Protocol):
+    """What the optimizer reads of the engine that it serves, and where it leaves the checksum of a step's gradient.
+
+    whole: all parameters in one buffer, at ZeRO's stage 0; checking: whether this step's checksums are asked for.
+    """
+
+    net: nn.Module
+    stage: Stage
+    level: int
+    whole: Tensor
+    step_count: int
+    skipped: int
+    checking: bool
+    checks: dict[str, Tensor]
+
+    def partial_sum(self, of: Callable[[Tensor], Tensor | None]) -> Tensor:
+        """The checksum of this rank's parts of what `of` gives for each partition."""
 
 
 class AdamWEma(torch.optim.Optimizer):
     """`adamw_ema` on whatever flat partitions DeepSpeed puts into its parameter groups."""
 
-    def __init__(self, parameters: Any, engine: ZeroEngine) -> None:
+    def __init__(self, parameters: Any, engine: Host) -> None:
         super().__init__(parameters, {})
         self.engine, self.lr, self.norm = engine, 0.0, torch.zeros(())
 
@@ -35,11 +53,11 @@ class AdamWEma(torch.optim.Optimizer):
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.engine.net.parameters()]
             whole = torch.cat([g.reshape(-1) for g in grads])
             if engine.checking:
-                engine.checks = {"gradient": engine._sum(lambda flat: whole)}
+                engine.checks = {"gradient": engine.partial_sum(lambda flat: whole)}
             self.norm = self._update(engine.whole, whole, engine.stage.grad_clip_norm)
             return
         if engine.checking:  # stage 3 may step its partition in parts, and has the gradient of one alone
-            engine.checks = {"gradient": engine.checks.get("gradient", 0) + engine._sum(lambda flat: flat.grad)}
+            engine.checks = {"gradient": engine.checks.get("gradient", 0) + engine.partial_sum(lambda flat: flat.grad)}
         for p in [p for group in self.param_groups for p in group["params"] if p.grad is not None]:
             self._update(p, p.grad, 0.0)
 

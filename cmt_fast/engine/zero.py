@@ -181,7 +181,7 @@ class ZeroEngine:
         if buffers.constrained(self.frame) and not norm.isnan():
             self._constrain()
         if self.checking:
-            self.checks |= {"parameters": self._sum(lambda flat: flat)}
+            self.checks |= {"parameters": self.partial_sum(lambda flat: flat)}
             self.checks = {k: distributed.sum_(x) if self.level else x for k, x in self.checks.items()}
         return norm
 
@@ -189,7 +189,7 @@ class ZeroEngine:
         """Go on after `step` steps, the last of which was not finite: for the optimizer it was none."""
         self.step_count, self.skipped = step, self.skipped + 1
 
-    def _sum(self, of: Callable[[Tensor], Tensor | None]) -> Tensor:
+    def partial_sum(self, of: Callable[[Tensor], Tensor | None]) -> Tensor:
         """The checksum of this rank's parts of something that is laid out as the partitions, where there is any; at stage 0 of
         the whole."""
         total, first = torch.zeros((), dtype=torch.int64, device=self.device), 0

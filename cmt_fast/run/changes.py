@@ -18,7 +18,7 @@ from typing import Any
 
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.config.fingerprint import WATCHING
+from cmt_fast.config.fingerprint import ROLLOUT_LAYOUT, WATCHING
 from cmt_fast.config.overrides import apply as override
 from cmt_fast.config.renames import today
 from cmt_fast.config.schema import Run
@@ -79,7 +79,7 @@ def _named(run: Run, text: str) -> tuple[str, str]:
             f"--change: {path.strip()!r} is no key of a stage; stages are {', '.join(run.stages)}{nearest(name, run.stages)}"
         )
     key = today((name,), key)
-    if key in WATCHING:
+    if key in WATCHING or key.removeprefix("trajectories.") in ROLLOUT_LAYOUT:
         raise ConfigError(f"--change: {name}.{key} changes no weight; give it without --change, as {text}")
     if key not in KEYS:
         raise ConfigError(

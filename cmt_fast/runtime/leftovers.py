@@ -152,11 +152,12 @@ def _counts(name: str, before: Mapping[str, Any]) -> bool:
 
 
 def _same(was: Any, now: Any) -> bool:
-    """Whether it is the one that it was, or only wrapped by torch once and for all: its own functions for its compiler, and
-    the `step` of a class of optimizers for its profiler."""
+    """Whether it is the one that it was, or only wrapped by torch once and for all: its own functions for its compiler, as
+    the first block that keeps its input alone does, and the `step` of a class of optimizers for its profiler."""
     if now is was:
         return True
-    hooked = getattr(now, "__wrapped__", None) if getattr(now, "hooked", False) else None
+    compiler = getattr(now, "__globals__", {}).get("__name__") == "torch._compile"
+    hooked = getattr(now, "__wrapped__", None) if compiler or getattr(now, "hooked", False) else None
     return any(x is was for x in (hooked, getattr(now, "_torchdynamo_orig_callable", None)))
 
 

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cmt_fast.storage import locks, sound, tensor_file
 from cmt_fast.storage.files import (
-    MOVING,
     DiskFull,
     free,
     is_full,
@@ -333,18 +332,6 @@ def latest(stage_dir: Path, reads: Callable[[Path], Checkpoint] = verify) -> Che
     return None
 
 
-def clear(stage_dir: Path) -> None:
-    """Take away what a process left that was killed as it wrote a checkpoint: for who holds the run's lock."""
-    for left in (stage_dir / "checkpoints").glob(".tmp-step-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    for mark in (stage_dir / "checkpoints").glob(f"step-*/{MOVING}"):  # where folders are not renamed
-        try:
-            sized(mark.parent)
-            mark.unlink()
-        except (CheckpointError, OSError):
-            shutil.rmtree(mark.parent, ignore_errors=True)
-
-
 def set_aside(folder: Path) -> None:
     """Take a damaged checkpoint out of its stage, whose next run finds the one before it without reading this one. Its files are
     left, under a name that `cmt runs rm` clears away. The only one of a stage stays: without it the stage would begin anew.
@@ -376,6 +363,6 @@ def complete(stage_dir: Path) -> Checkpoint:
 
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "Damaged", "Tensors", "canonical", "clear", "complete", "ema_sum", "folder_of", "latest",
+    "Checkpoint", "CheckpointError", "Damaged", "Tensors", "canonical", "complete", "ema_sum", "folder_of", "latest",
     "newest", "placed", "read_manifest", "removed", "save", "set_aside", "signed", "size", "sized", "steps", "strays", "verify",
 ]  # fmt: skip

@@ -1,8 +1,9 @@
 """What processes that died left half written in a run's folder: cleared away when the next one begins.
 
-Everything is written under a name with `.tmp` in it and then renamed. Who holds the run's lock is alone in writing checkpoints,
-snapshots, bills and run.json, so what is left of those goes at once; other files are written by commands without the lock, and
-count as left when nobody has touched them for a while. Damaged checkpoints that were put aside stay for `cmt runs rm`.
+Everything is written under a name with `.tmp` in it and then renamed; where a file system renames no folder, a checkpoint has a
+mark in it until its last file came. Who holds the run's lock is alone in writing checkpoints, snapshots, bills and run.json, so
+what is left of those goes at once; other files are written by commands without the lock, and count as left when nobody has
+touched them for a while. Damaged checkpoints that were put aside stay for `cmt runs rm`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
-from cmt_fast.storage import files
+from cmt_fast.storage import checkpoint, files
 from cmt_fast.storage.heartbeat import DEAD_S
 
 LEFT = re.compile(r"\.tmp-(?P<of>.+?)(-\d+)?|(?P<early>.+)\.tmp-\d+")  # the second: what ends in .tmp-PID
@@ -26,6 +27,7 @@ def clear(run: Path) -> list[Path]:
     """Take them away, for who holds the run's lock; what cannot be removed stays. Returns what went."""
     gone, now = [], files.clock(run)
     for folder in (run, *_folders(run)):
+        gone += _half_moved(folder)
         for path in _left(folder):
             name = next(filter(None, LEFT.fullmatch(path.name).group("of", "early")))  # type: ignore[union-attr]
             with contextlib.suppress(OSError):
@@ -41,6 +43,20 @@ def clear(run: Path) -> list[Path]:
                 else:
                     path.unlink()
                 gone.append(path)
+    return gone
+
+
+def _half_moved(folder: Path) -> list[Path]:
+    """Take away the checkpoints of a folder whose files did not all come; whole ones lose their mark alone."""
+    gone = []
+    for mark in folder.glob(f"step-*/{files.MOVING}"):
+        with contextlib.suppress(OSError):
+            try:
+                checkpoint.sized(mark.parent)
+                mark.unlink()
+            except checkpoint.CheckpointError:
+                shutil.rmtree(mark.parent)
+                gone.append(mark.parent)
     return gone
 
 

@@ -104,8 +104,6 @@ def train_stage(
         for line in choice.lines(work.parameters, distributed.size()):
             say(f"{name:>8} {line}")
     folder.mkdir(parents=True, exist_ok=True)
-    if first:
-        checkpoint.clear(folder)
     with contextlib.ExitStack() as ending:
         account = ledger.Account(folder, meter, found.manifest if found else None, first)
         ending.callback(account.close)

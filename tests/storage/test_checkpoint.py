@@ -17,7 +17,7 @@ import torch
 from cmt_kernels.attention import proof
 
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.storage import checkpoint, files
+from cmt_fast.storage import checkpoint, debris, files
 from cmt_fast.storage.checkpoint import CheckpointError
 from cmt_fast.train import loop
 from tests.fixtures.tiny import tiny
@@ -175,7 +175,7 @@ def test_a_kill_while_an_old_one_is_deleted_leaves_none_that_is_half_there(stage
         with pytest.raises(CheckpointError, match="is no checkpoint"):
             checkpoint.sized(checkpoint.folder_of(stage, whole.pop(0)))
     assert whole == [2, 3] and all(checkpoint.verify(checkpoint.folder_of(stage, step)) for step in whole)
-    checkpoint.clear(stage)
+    debris.clear(stage.parent)
     assert not list((stage / "checkpoints").glob(".tmp-*"))
 
 
@@ -198,7 +198,7 @@ def test_where_folders_are_not_renamed_the_manifest_comes_last(stage, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(stage, 3, {n: {"w": torch.zeros(2)} for n in ("model", "ema-0")}, {"done": False})
         assert checkpoint.steps(stage) == [1, 2, 3] and checkpoint.newest(stage).manifest["step"] == 2
-        checkpoint.clear(stage)
+        debris.clear(stage.parent)
         assert checkpoint.steps(stage) == [1, 2]
     at[0] = 99
     checkpoint.save(stage, 3, {"model": {"w": torch.zeros(2)}}, {"done": False})

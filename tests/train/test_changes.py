@@ -184,6 +184,10 @@ def test_a_change_that_is_asked_for_again_is_none_and_one_that_is_taken_back_lea
         ("data.kind=npz", "'data.kind' is no key of a stage; stages are pre, mid, post, control"),
         ("pre.lr", "'pre.lr' is not of the form STAGE.KEY=VALUE"),
         ("pre.grid_every_nimg=3", "pre.grid_every_nimg changes no weight; give it without --change"),
+        (
+            "mid.trajectories.rollout_batch=8",
+            "mid.trajectories.rollout_batch changes no weight; give it without --change",
+        ),
         ("pre.precision=fp16", "fp16 has a loss scale"),
         ("pre.images_nimg=100", "pre.images_nimg: 100 is not above the 224 images that it has seen"),
         ("mid.lr=1e-5", "has not begun; set its keys without --change"),
@@ -198,6 +202,21 @@ def test_what_cannot_be_changed_is_refused_by_name(half, text, said):
 def test_another_setting_without_change_is_refused_and_says_how(half):
     with pytest.raises(ConfigError, match=r"pre.lr: 0.001 -> 0.0001.*or ask for it by --change"):
         Workspace(tiny("digits", *MORE, "pre.lr=1e-4"), half).compare()
+
+
+def test_what_lays_the_same_work_out_otherwise_is_taken_up_on_the_way(half, tmp_path, capsys):
+    """What an out-of-memory error names must not ask for a new folder where it changes no bit."""
+    out, whole, layout = tmp_path / "run", tmp_path / "whole", ["model.checkpoint_activations=true"]
+    shutil.copytree(half, out)
+    run = tiny("digits", *MORE, *layout, "mid.trajectories.rollout_batch=64")
+    assert Workspace(run, out).run.model.checkpoint_activations
+    Workspace(run, out).compare()
+    loop.train(Workspace(run, out), ["pre"])
+    assert "left behind" not in capsys.readouterr().out  # torch's checkpointing brings its compiler
+    loop.train(Workspace(tiny("digits", *MORE), whole), ["pre"])
+    assert_equal_stage(out / "pre", whole / "pre")
+    with pytest.raises(ConfigError, match="model.depth"):
+        Workspace(tiny("digits", *MORE, "model.depth=2"), whole).compare()
 
 
 def test_the_command_goes_on_with_a_change_by_resume_and_says_so(half, tmp_path, capsys, monkeypatch):
