@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"FAULT {fault['target']}: {fault['what']}: {fault['said']} (case {fault['case']})", flush=True)
     words = json.loads(arguments.out.read_text("utf-8"))
     print(
-        f"{words['executions']} executions in {words['minutes']} minutes over {words['targets']} targets, {found} faults now"
+        f"{words['executions']} executions in {words['cpu_minutes']} processor minutes over {words['targets']} targets, {found} faults now"
     )
     return 1 if found else 0
 
@@ -140,7 +140,6 @@ def write(path: Path, header: dict[str, Any], rows: list[dict[str, Any]], cases:
     now = str(header["commit"])
     words = {
         "executions": f"{total['executions']:,}",
-        "minutes": f"{total['seconds'] / 60:.0f}",
         "cpu_minutes": f"{total['cpu_seconds'] / 60:.0f}",
         "targets": str(len(rows)),
         "faults": str(len(cases)),
