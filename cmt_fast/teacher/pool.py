@@ -2,7 +2,8 @@
 
 A round is `pool_steps` student steps (one in mode "paper"). Its trajectories are rolled out together,
 their points shuffled, and each step takes the next rows. Everything is a function of (seed, stage,
-round), so a restarted run makes the same pool again and nothing of it is stored.
+round), so a restarted run makes the same pool again and nothing of it is stored. A stage that was rolled back
+has other trajectories from there on; of stored ones other points, in another order.
 
 A round's trajectories stand in one buffer on the device, allocated once and written again by every round. It has room for
 one round: a second, filled between steps, would even out their times, but teacher and student share one device and the
@@ -107,7 +108,7 @@ class Pool:
             raise ConfigError(f"{self.count} trajectories do not divide over {distributed.size()} processes", "batch")
         self.stock: Stock | None = None
         self.keep: tuple[str, Callable[[Tensor], list[Tensor]]] | None = None
-        self._round = -1
+        self._round = -1, 0
         self._states, self._times, self._order = (torch.empty(0) for _ in range(3))
         self._labels: Tensor | None = None
         self._kept: Kept | None = None
@@ -124,7 +125,7 @@ class Pool:
         self._labels = torch.empty(self.count, dtype=torch.int64, device=self.device) if self.classes else None
         self._times = torch.tensor(self.plan.times, dtype=self._states.dtype, device=self.device)
 
-    def _fill(self, index: int) -> None:
+    def _fill(self, index: int, redraw: int = 0) -> None:
         """Put the trajectories of round `index` into the buffer: all of the teacher's work, or the stock's, is here."""
         if not len(self._times):
             self._allocate()
@@ -133,7 +134,7 @@ class Pool:
         if self.stock:
             self._take(self.stock, index, mine)
         else:
-            self._roll(index, mine)
+            self._roll(self._random(index, redraw), mine)
         if distributed.size() > 1:
             for node in self._states:  # one by one: a copy of each is made on the way
                 distributed.share_rows(node)
@@ -143,16 +144,19 @@ class Pool:
             raise FloatingPointError(f"the teacher's trajectories of round {index} are not finite")
         self._keep(mine)
         n, shuffled = self.count * self.each, self.config.mode == "pool"
-        random = Random(self.seed, self.stage, index)
+        random = self._random(index, redraw)
         self._order = (
             random.permutation(rng.SHUFFLE, n, self.device) if shuffled else torch.arange(n, device=self.device)
         )
-        self._round = index
+        self._round = index, redraw
 
-    def _roll(self, index: int, mine: slice) -> None:
+    def _random(self, index: int, redraw: int) -> Random:
+        """The numbers of a round."""
+        return Random(self.seed, self.stage + rng.REDRAWN * redraw, index)
+
+    def _roll(self, random: Random, mine: slice) -> None:
         """This rank's starts, and the teacher's way from them."""
         ids = torch.arange(mine.start, mine.stop, device=self.device)
-        random = Random(self.seed, self.stage, index)
         x, labels = starts(random, ids, self.shape, self.classes, self.path, self.config, self.dropout)
         self._states[0, mine] = x
         if self._labels is not None and labels is not None:
@@ -189,18 +193,22 @@ class Pool:
         found = [distributed.gather_rows(torch.cat(slices)) for slices in zip(*parts)]
         self._kept = Kept(name, found)
 
-    def draw(self, step: int, rows: Tensor) -> Points:
-        """The points of step `step` for global row ids `rows` (n,) in [0, self.rows). drop is None."""
+    def draw(self, step: int, rows: Tensor, redraw: int = 0) -> Points:
+        """The points of step `step` for global row ids `rows` (n,) in [0, self.rows). drop is None.
+
+        redraw: the number of the draw of noise, as of `BatchProvider.redraw`.
+        """
         index, offset = divmod(step, self.steps)
-        if index != self._round:
+        random = self._random(index, redraw)
+        if (index, redraw) != self._round:
             what = "reading trajectories" if self.stock else f"the teacher rolls out {self.count:,} trajectories"
             with progress.phase(what, quiet=True, again=True):
-                self._fill(index)
+                self._fill(index, redraw)
         slot = self._order[rows + offset * self.rows]
         if self.pairs:
-            i, j = self._pair(index, slot)
+            i, j = self._pair(random, slot)
         else:
-            i = self._node(index, slot)
+            i = self._node(random, slot)
             j = torch.full_like(i, self.nodes - 1)
         trajectory, times = slot % self.count, self._times
         labels = None if self._labels is None else self._labels[trajectory]
@@ -208,18 +216,18 @@ class Pool:
         x, x_r = self._states[i, trajectory], self._states[j, trajectory]
         return Points(x, times[i], x_r, times[j], labels, None, kept=kept)
 
-    def _node(self, index: int, slot: Tensor) -> Tensor:
+    def _node(self, random: Random, slot: Tensor) -> Tensor:
         """Every (nodes - 1)/each-th node from a random first; all nodes in order, step-major, when all are drawn."""
         points, i = self.nodes - 1, slot // self.count
         if self.each == points:
             return i
-        first = Random(self.seed, self.stage, index).integers(rng.PAIR, slot % self.count, points)
+        first = random.integers(rng.PAIR, slot % self.count, points)
         return (first + i * points // self.each) % points
 
-    def _pair(self, index: int, slot: Tensor) -> tuple[Tensor, Tensor]:
+    def _pair(self, random: Random, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Uniform over the nodes' pairs i < j (node 0 is noise)."""
         i, j = torch.triu_indices(self.nodes, self.nodes, offset=1, device=self.device)
-        pick = Random(self.seed, self.stage, index).integers(rng.PAIR, slot, len(i))
+        pick = random.integers(rng.PAIR, slot, len(i))
         return i[pick], j[pick]
 
     def close(self) -> None:

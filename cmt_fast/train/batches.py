@@ -228,7 +228,7 @@ class BatchProvider:
     def _points(self, random: rng.Random, step: int, rows: Tensor, sample: Tensor):
         assert self.pool is not None
         with self._within("teacher"):
-            points = self.pool.draw(step, rows)
+            points = self.pool.draw(step, rows, self.redraw(step))
         return points._replace(sample=sample)  # with its label, or the null class: the teacher rolled it out under it
 
     def _seeds(self, random: rng.Random, sample: Tensor) -> Tensor | None:

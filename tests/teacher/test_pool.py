@@ -163,6 +163,14 @@ def test_pool_uses_each_point_of_a_round_once() -> None:
     assert points_of([draw(p, 12)]) != points_of(drawn[:1])
 
 
+def test_a_stage_that_was_rolled_back_has_other_trajectories() -> None:
+    """From its step on; those of before stay, whichever was asked for last, and each draw is one."""
+    p = pool(32, pool_steps=4)
+    first, other = draw(p, 9), p.draw(9, torch.arange(32), 1)
+    assert not points_of([first]) & points_of([other]) and points_of([draw(p, 9)]) == points_of([first])
+    assert points_of([pool(32, pool_steps=4).draw(9, torch.arange(32), 1)]) == points_of([other])
+
+
 def test_fewer_points_a_trajectory_are_spread_over_it() -> None:
     """4 of 16 nodes from each of 80 trajectories: evenly spaced from a first node that differs, every node as often."""
     p = pool(32, pool_steps=10, per_trajectory=4)

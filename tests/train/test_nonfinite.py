@@ -16,7 +16,7 @@ from cmt_fast.runtime import exits
 from cmt_fast.storage import checkpoint
 from cmt_fast.train import batches, checks, loop, nonfinite, replay
 from cmt_fast.train import steps as taking
-from tests.fixtures.tiny import metrics, tiny
+from tests.fixtures.tiny import metrics, source_of, tiny
 from tests.train.test_resume import assert_equal_stage
 
 LENGTH = ["pre.images_nimg=256", "pre.checkpoint_every_nimg=128", "pre.warmup_nimg=0"]  # 8 steps, a row at each
@@ -112,6 +112,17 @@ def test_a_run_rolls_back_to_other_noise_and_ends_the_same_after_a_kill(tmp_path
                space=work(tmp_path / "run", back))  # fmt: skip
     spoilt(tmp_path / "run", lambda step: False, space=work(tmp_path / "run"))
     assert_equal_stage(whole, tmp_path / "run" / "pre")
+
+
+def test_a_step_on_trajectories_is_another_one_after_a_rollback(tmp_path):
+    """Its objective draws nothing itself: all of its noise is the pool's."""
+    space = work(tmp_path, "mid.images_nimg=256")
+    loop.train(space, ["pre"])
+    source = source_of(space, "mid")
+    first, source.redraws = source.draw(5).own.points, [(4, 1)]
+    assert not torch.equal(first.x, source.draw(5).own.points.x)
+    source.redraws = [(6, 1)]
+    assert torch.equal(first.x, source.draw(5).own.points.x)
 
 
 def test_steps_with_other_noise_are_replayed_as_what_they_are(tmp_path):
