@@ -33,7 +33,7 @@ def once_more(args: argparse.Namespace) -> None:
 
 def _told(stage: str, r: replay.Replayed) -> None:
     say(f"step {r.step:,} of {stage}, from {f'the checkpoint of step {r.start:,}' if r.start else 'its start'}")
-    lines = [line for line in r.recorded if line["processes"] == distributed.size()]
+    lines = r.alike
     for key in checks.KEYS:
         beside = ", ".join(
             dict.fromkeys("equal" if line[key] == r.found[key] else f"recorded {line[key]}" for line in lines)
@@ -44,6 +44,10 @@ def _told(stage: str, r: replay.Replayed) -> None:
     others = sorted({line["processes"] for line in r.recorded} - {distributed.size()})
     if others:
         say(f"recorded on {others[0]} processes: hashes are comparable under torchrun --nproc-per-node {others[0]}")
+    elif unlike := [line for line in r.recorded if line not in lines]:
+        was = unlike[-1].get(checks.LAYOUT) or "unknown"
+        before = f"as {was}, not {r.layout}" if was != r.layout else "after steps that were laid out otherwise"
+        say(f"recorded {before}: that rounds otherwise, and is not compared")
     if any(r.found[key] != value for key, value in r.again.items()):
         say(f"two passes of the same step differ here: loss {r.again['loss']} and {r.found['loss']}")
     if r.dump:

@@ -1,10 +1,13 @@
 """Checksums of single steps, for `cmt replay`: at every row of metrics the loss, the gradient and the parameters after it.
 
-    STAGE/checks.jsonl   {"stage", "step", "processes", "loss", "gradient", "parameters", "xxh3"}, a line each, only ever appended
+    STAGE/checks.jsonl   {"stage", "step", "processes", "layout", "loss", "gradient", "parameters", "xxh3"}, a line each, only
+                         ever appended
 
 A step that is taken again after a kill has a second line: where the two differ, the run is not what it was. One that is taken
-again by other settings (`--change`) or with other noise (a rollback) is another step: its line has a "history". The checksums are
-made on the device (engine/sums.py), so a line costs two passes over what a step has at hand.
+again by other settings (`--change`) or with other noise (a rollback) is another step: its line has a "history". One that is laid
+out otherwise, as over other processes or in smaller parts, has other roundings: only steps of one layout, back to the checkpoint
+that they are taken from, are compared. The checksums are made on the device (engine/sums.py), so a line costs two passes over
+what a step has at hand.
 """
 
 from __future__ import annotations
@@ -18,37 +21,47 @@ from typing import Any
 
 import xxhash
 
-from cmt_fast.engine import sums
+from cmt_fast.engine import Engine, sums
+from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.storage import sound
 from cmt_fast.storage.metrics_log import tail
 
 CHECKS, BYTES = "checks.jsonl", "checks_bytes"
+LAYOUT = "layout"
 KEYS = ("loss", "gradient", "parameters")
 
 
 class Record:
-    """The checksums of a stage's steps. write: whether this process keeps them."""
+    """The checksums of a stage's steps. write: whether this process keeps them; layout: of its steps."""
 
-    def __init__(self, folder: Path, write: bool) -> None:
-        self.path, self.write = folder / CHECKS, write
+    def __init__(self, folder: Path, write: bool, layout: str = "") -> None:
+        self.path, self.write, self.layout = folder / CHECKS, write, layout
 
     def add(self, step: int, loss: float, of: Mapping[str, int], processes: int, history: str = "") -> None:
         """A line after `step` steps. A disk that refuses costs the line: training does not end for it."""
         if not self.write:
             return
         of_step = {"stage": self.path.parent.name, "step": step, "processes": processes, "loss": loss.hex()}
-        of_step |= {"history": history} if history else {}
+        of_step |= {key: text for key, text in ((LAYOUT, self.layout), ("history", history)) if text}
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         with contextlib.suppress(OSError, sound.Unsound), open(sound.handle(self.path, flags), "r+b") as file:
             torn = b"\n" * bool(tail(file))  # what a kill left of a line is one of its own
             file.write(torn + _signed(of_step | {k: sums.text(v) for k, v in of.items()}))
 
-    def stored(self) -> dict[str, int]:
-        """What a manifest keeps: the bytes that were there at its save."""
+    def stored(self) -> dict[str, Any]:
+        """What a manifest keeps: the layout, and the bytes that were there at its save."""
         try:
-            return {BYTES: os.stat(self.path, follow_symlinks=False).st_size}
+            return {LAYOUT: self.layout, BYTES: os.stat(self.path, follow_symlinks=False).st_size}
         except OSError:
-            return {}
+            return {LAYOUT: self.layout}
+
+
+def layout(stage: ResolvedStage, engine: Engine) -> str:
+    """All of how a step is computed, but for the number of processes, that changes its rounding and may change on the way."""
+    kind = f"{stage.run.engine}{f' {engine.level}' if hasattr(engine, 'level') else ''} on {engine.device.type}"
+    rolled = f", rollouts of {stage.trajectories.rollout_batch}" if stage.trajectory_rows and not stage.cache else ""
+    again = ", activations again" if getattr(stage.run.model, "checkpoint_activations", False) else ""
+    return f"{kind}, parts {engine.grad_accum_steps}{rolled}{again}"
 
 
 def history(changes: Iterable[Mapping[str, Any]], rollbacks: Iterable[Mapping[str, int]], step: int) -> str:
@@ -90,6 +103,23 @@ def read(folder: Path, step: int, history: str = "") -> list[dict[str, Any]]:
         every = [line for line in lines(folder / CHECKS) if line and line.get("step") == step]
         return [line for line in every if line.get("history", "") == history]
     return []
+
+
+def alike(folder: Path, start: int, step: int, processes: int, layout: str) -> tuple[list[dict[str, Any]], bool]:
+    """The lines of a step to which the run came from step `start` on so many processes by this layout alone, and whether it came
+    there so the last time. Lines of a version that did not say their layout are taken for such."""
+    out, same = list[dict[str, Any]](), dict[int, bool]()
+    with contextlib.suppress(OSError, sound.Unsound):
+        for line in lines(folder / CHECKS):
+            n = line.get("step", 0) if line else 0
+            if line is None or not start < n <= step:
+                continue
+            before = max((m for m in same if m < n), default=None)
+            as_now = line.get("processes") == processes and line.get(LAYOUT, layout) == layout
+            same[n] = as_now and (before is None or same[before])
+            if n == step and same[n]:
+                out.append(line)
+    return out, same[max(same)] if same else True
 
 
 def checked(file: Path) -> None:

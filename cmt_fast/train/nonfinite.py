@@ -73,7 +73,7 @@ class Guard:
         source.redraws = [(r["from"], r["redraw"]) for r in self.rollbacks]
         # where the host waits for the device at every step anyway it looks at once
         self.at_once = engine.device.type == "cpu" or not hasattr(engine, "stuck") or bool(engine.scaling())
-        self.checks = checks.Record(stage.folder, distributed.rank() == 0)
+        self.checks = checks.Record(stage.folder, distributed.rank() == 0, checks.layout(stage, engine))
         self._first = torch.full((), -1, dtype=torch.int64, device=engine.device)
         self._loss: Tensor | None = None
 

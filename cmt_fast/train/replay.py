@@ -39,10 +39,12 @@ class Differs(FloatingPointError):
 
 class Replayed(NamedTuple):
     """A step as it is now. found: {"loss", "gradient", "parameters"} as checks.py writes them; again: the loss of a pass
-    before; traced: what each rank found, where it is not finite; recorded: lines of the run for this step.
+    before; traced: what each rank found, where it is not finite; recorded: lines of the run for this step, alike: those to which
+    it came by steps that were laid out as these are; layout: how.
 
     worst: (layer, relative difference) of the first layer that has fewer than half of its digits in common with plain torch,
-    None where there is none; dump: what the run wrote when the step was not finite; saved: of the checkpoint of that step.
+    None where there is none; dump: what the run wrote when the step was not finite; saved: of the checkpoint of that step, if it
+    came from such steps.
     """
 
     step: int
@@ -51,15 +53,16 @@ class Replayed(NamedTuple):
     again: dict[str, str]
     traced: list[dict[str, Any]]
     recorded: list[dict[str, Any]]
+    alike: list[dict[str, Any]]
+    layout: str
     worst: tuple[str, float] | None
     dump: dict[str, Any] | None
     saved: str | None
 
     @property
     def differs(self) -> list[str]:
-        """What of it is not as recorded, by lines of as many processes."""
-        lines = [line for line in self.recorded if line["processes"] == distributed.size()]
-        wrong = [key for key in checks.KEYS if any(line.get(key) != self.found[key] for line in lines)]
+        """What of it is not as recorded."""
+        wrong = [key for key in checks.KEYS if any(line.get(key) != self.found[key] for line in self.alike)]
         if self.saved and self.saved != self.found["parameters"] and "parameters" not in wrong:
             wrong.append("parameters")
         return wrong
@@ -150,10 +153,12 @@ def _replayed(stage: ResolvedStage, engine: Engine, source: BatchProvider, step:
     mean = float(distributed.mean_(loss.double().clone()))
     now = {"loss": mean.hex()} | {key: sums.text(total) for key, total in engine.checks.items()}
     lost = bool(norm.isnan()) or any(r["forward"] or r["backward"] for r in traced)
+    recorded, layout = checks.read(stage.folder, step, history), checks.layout(stage, engine)
+    alike, last = checks.alike(stage.folder, start, step, distributed.size(), layout)
     return Replayed(
-        step, start, {key: now.get(key, "") for key in checks.KEYS}, again, traced if lost else [],
-        checks.read(stage.folder, step, history), worst, nonfinite.dump(stage.folder, step),
-        _saved(stage.folder, step, engine),
+        step, start, {key: now.get(key, "") for key in checks.KEYS}, again, traced if lost else [], recorded,
+        [line for line in recorded if line in alike], layout, worst, nonfinite.dump(stage.folder, step),
+        _saved(stage.folder, step, engine, layout) if last else None,
     )  # fmt: skip
 
 
@@ -197,9 +202,13 @@ def _worst(engine: Engine, source: BatchProvider, drawn: Any) -> tuple[str, floa
     return next((tuple(found) for found in map(json.loads, texts) if found), None)
 
 
-def _saved(folder: Path, step: int, engine: Engine) -> str | None:
-    """The checksum of the parameters in the checkpoint of that step; None where there is none."""
+def _saved(folder: Path, step: int, engine: Engine, layout: str) -> str | None:
+    """The checksum of the parameters in the checkpoint of that step; None where there is none of this layout."""
     with contextlib.suppress(checkpoint.CheckpointError):
-        tensors = checkpoint.sized(checkpoint.folder_of(folder, step)).tensors("model")
+        found = checkpoint.sized(checkpoint.folder_of(folder, step))
+        processes = (found.manifest.get("engine") or {}).get("processes", distributed.size())
+        if (processes, found.manifest.get(checks.LAYOUT, layout)) != (distributed.size(), layout):
+            return None
+        tensors = found.tensors("model")
         return sums.text(sums.of_tensors(tensors[name] for name, _ in engine.net.named_parameters()))
     return None

@@ -13,7 +13,7 @@ from cmt_fast.cli import main
 from cmt_fast.run import resolved
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import exits
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, sound
 from cmt_fast.train import batches, checks, loop, nonfinite, replay
 from cmt_fast.train import steps as taking
 from tests.fixtures.tiny import metrics, source_of, tiny
@@ -166,6 +166,24 @@ def test_replay_gives_the_recorded_hashes_and_finds_what_is_not_as_it_was(tmp_pa
         assert main([*at, "6"]) == exits.NOT_FINITE
     assert "step 6 is not finite: begins at net.blocks.0.fc2" in capsys.readouterr().err
     assert main([*at, "99"]) == exits.WRONG_INPUT
+
+
+def test_steps_that_were_laid_out_otherwise_are_no_alarm(tmp_path, capsys):
+    """A run that goes on in smaller parts rounds otherwise; from the checkpoint that it went on from it is compared again."""
+    loop.train(work(tmp_path), ["pre"])
+    checkpoint.set_aside(checkpoint.folder_of(tmp_path / "pre", 8))
+    parts = work(tmp_path, "pre.micro_batch=16")
+    loop.train(parts, ["pre"])
+    found = {step: replay.replay(parts, "pre", step) for step in (3, 4, 6, 8)}
+    assert all(r.sound for r in found.values()) and found[8].saved
+    assert [(len(r.recorded), len(r.alike)) for r in found.values()] == [(1, 0), (1, 0), (2, 1), (2, 1)]
+    assert main(["replay", str(tmp_path / "pre"), "--step", "4"]) == 0
+    assert "recorded as local on cpu, parts 1, not local on cpu, parts 2" in capsys.readouterr().out
+    (tmp_path / "pre" / checks.CHECKS).unlink()
+    file = checkpoint.folder_of(tmp_path / "pre", 8) / "manifest.json"
+    about = sound.read(file)
+    file.write_text(sound.signed({**about, "engine": {**about["engine"], "processes": 2}}))
+    assert replay.replay(parts, "pre", 8).sound and replay.replay(parts, "pre", 8).saved is None
 
 
 def test_a_bit_that_was_flipped_while_a_step_was_trained_is_found(tmp_path):
