@@ -104,6 +104,7 @@ def opened(run: Path, name: str, key: dict[str, Any]) -> Iterator[Unfinished]:
 
 def _claimed(run: Path, folder: Path, about: str) -> locks.Held | None:
     """The lock of the folder, which then is there and says what it is of; None where another has it, or nothing is written."""
+    handle = None
     if not run.is_dir():
         return None
     try:
@@ -115,6 +116,8 @@ def _claimed(run: Path, folder: Path, about: str) -> locks.Held | None:
                 left.unlink(missing_ok=True)
             files.write_bytes(folder / ABOUT, about.encode())
     except OSError:
+        if handle is not None:
+            handle.close()
         return None
     return handle
 

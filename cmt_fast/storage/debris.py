@@ -3,7 +3,8 @@
 Everything is written under a name with `.tmp` in it and then renamed; where a file system renames no folder, a checkpoint has a
 mark in it until its last file came. Who holds the run's lock is alone in writing checkpoints, snapshots, bills and run.json, so
 what is left of those goes at once; other files are written by commands without the lock, and count as left when nobody has
-touched them for a while. Damaged checkpoints that were put aside stay for `cmt runs rm`.
+touched them for a while. Damaged checkpoints that were put aside stay for `cmt runs rm`. Links are not followed, but for the
+folders of a stage's checkpoints, which may be on a larger disk: there goes what is a checkpoint's alone.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import re
 import shutil
 from pathlib import Path
 
-from cmt_fast.storage import checkpoint, files
+from cmt_fast.storage import checkpoint, files, sound
 from cmt_fast.storage.heartbeat import DEAD_S
 
 LEFT = re.compile(r"\.tmp-(?P<of>.+?)(-\d+)?|(?P<early>.+)\.tmp-\d+")  # the second: what ends in .tmp-PID
-LOCKED = ("run.json", "bill.json", "step-")  # how the names of what is written under the lock begin
+CHECKPOINTS = "step-"
+LOCKED = (
+    "run.json",
+    "bill.json",
+    "manifest.json",
+    CHECKPOINTS,
+)  # how the names of what is written under the lock begin
 KEPT = "damaged-"
 TAKEN = files.OLD.removeprefix(".tmp-")
 
@@ -26,9 +33,10 @@ TAKEN = files.OLD.removeprefix(".tmp-")
 def clear(run: Path) -> list[Path]:
     """Take them away, for who holds the run's lock; what cannot be removed stays. Returns what went."""
     gone, now = [], files.clock(run)
-    for folder in (run, *_folders(run)):
+    linked = _linked(run)
+    for folder in (run, *_folders(run), *linked):
         gone += _half_moved(folder)
-        for path in _left(folder):
+        for path in _left(folder, CHECKPOINTS if folder in linked else ""):
             name = next(filter(None, LEFT.fullmatch(path.name).group("of", "early")))  # type: ignore[union-attr]
             with contextlib.suppress(OSError):
                 if name.startswith(TAKEN):  # the only one, where a kill came between its two renames
@@ -62,13 +70,28 @@ def _half_moved(folder: Path) -> list[Path]:
 
 def _folders(run: Path) -> list[Path]:
     """Where a run's files are written."""
-    depths = ("*", "*/checkpoints", "*/grids", "*/nonfinite", "*/snapshots/*/checkpoints", "judging/*")
+    depths = (
+        "*",
+        "*/checkpoints",
+        "*/grids",
+        "*/nonfinite",
+        "*/snapshots/*/checkpoints",
+        "judging/*",
+        "*/checkpoints/step-*",
+    )
     with contextlib.suppress(OSError):
         return [p for depth in depths for p in run.glob(depth) if p.is_dir() and not p.is_symlink()]
     return []
 
 
-def _left(folder: Path) -> list[Path]:
+def _linked(run: Path) -> list[Path]:
+    """The folders of checkpoints that are behind a link, of themselves or of their stage."""
+    places = [run / name / "checkpoints" for name in sound.STAGES]
+    return [p for p in places if (p.is_symlink() or p.parent.is_symlink()) and p.is_dir()]
+
+
+def _left(folder: Path, of: str = "") -> list[Path]:
+    """of: how the names begin of what is looked for."""
     with contextlib.suppress(OSError):
-        return [folder / name for name in os.listdir(folder) if LEFT.fullmatch(name)]
+        return [folder / name for name in os.listdir(folder) if LEFT.fullmatch(name) and name.startswith(f".tmp-{of}")]
     return []

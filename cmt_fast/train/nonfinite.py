@@ -213,16 +213,17 @@ def _keep(place: Path, about: Mapping[str, Any]) -> None:
 
 
 def rollbacks(folder: Path, manifest: Mapping[str, Any] | None, aside: bool = False) -> list[dict[str, int]]:
-    """The rollbacks of a stage, oldest first; those of the checkpoint that is gone on from where the file is damaged: what came
-    after it will come again. aside: put such a file aside."""
-    path = folder / FOLDER / ROLLBACKS
+    """The rollbacks of a stage, oldest first; those of the checkpoint that is gone on from where the file is damaged, or of before
+    it: what came after it will come again. aside: put a damaged file aside."""
+    path, known = folder / FOLDER / ROLLBACKS, list(((manifest or {}).get("nonfinite") or {}).get("rollbacks", ()))
     with contextlib.suppress(FileNotFoundError):
         try:
-            return checked(path)
+            found = checked(path)
+            return found if found[: len(known)] == known else known
         except sound.Unsound as error:
             if aside:
                 sound.aside(path, f"{error.why}, those that the checkpoint knows count")
-    return list(((manifest or {}).get("nonfinite") or {}).get("rollbacks", ()))
+    return known
 
 
 def checked(path: Path) -> list[dict[str, int]]:
@@ -291,3 +292,4 @@ def _with_one_more(asked: RollBack) -> list[dict[str, int]]:
 def _write(path: Path, entries: list[dict[str, int]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, sound.signed({"stage": path.parents[1].name, "rollbacks": entries}) + "\n")
+    files.sync(path.parent)  # before a step is taken by it

@@ -165,3 +165,17 @@ def test_what_a_shared_disk_shows_to_some_ranks_alone_is_taken_by_all(run, monke
     monkeypatch.setattr(distributed, "smallest", lambda n: 0)  # of another rank, which has found nothing
     keep()
     assert taken
+
+
+def test_where_nothing_can_be_kept_no_lock_is_kept_either(tmp_path, monkeypatch):
+    """A disk that is full at one look of a stage has room at the next."""
+
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_bytes", full)
+        with unfinished.opened(tmp_path, "post", {"weights": "1"}) as kept:
+            assert kept.folder is None
+    with unfinished.opened(tmp_path, "post", {"weights": "1"}) as kept:
+        assert kept.folder is not None and (kept.folder / unfinished.ABOUT).is_file()

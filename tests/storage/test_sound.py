@@ -325,6 +325,11 @@ def test_rollbacks_that_are_damaged_are_those_of_the_checkpoint(tmp_path, capsys
     file, entry = tmp_path / "pre/nonfinite/rollbacks.json", {"step": 7, "from": 4, "redraw": 1}
     nonfinite._write(file, [entry])
     assert nonfinite.rollbacks(tmp_path / "pre", None) == [entry]
+    more = [entry, {"step": 9, "from": 8, "redraw": 2}]  # of before, as a power cut or a copy brings it back
+    assert nonfinite.rollbacks(tmp_path / "pre", {"nonfinite": {"rollbacks": more}}) == more
+    nonfinite._write(file, more)
+    assert nonfinite.rollbacks(tmp_path / "pre", {"nonfinite": {"rollbacks": [entry]}}) == more
+    nonfinite._write(file, [entry])
     known = {"nonfinite": {"rollbacks": [{**entry, "redraw": 2}]}}
     file.write_text(file.read_text().replace("4", "5", 1))
     assert nonfinite.rollbacks(tmp_path / "pre", known, aside=True) == known["nonfinite"]["rollbacks"]
@@ -351,11 +356,17 @@ def test_what_a_dead_process_left_goes_and_what_was_put_aside_stays(tmp_path):
         ".lock",
     ]
     goes = ["pre/checkpoints/.tmp-step-00000002-77/model.safetensors", ".tmp-run.json-9", "pre/.tmp-bill.json-9",
-            "pre/snapshots/ema-0/checkpoints/.tmp-step-00000002-7/a", "reference/.tmp-old.json-7"]  # fmt: skip
+            "pre/snapshots/ema-0/checkpoints/.tmp-step-00000002-7/a", "mid/checkpoints/.tmp-step-00000005-7/a",
+            "pre/checkpoints/step-00000001/.tmp-manifest.json-7", "reference/.tmp-old.json-7"]  # fmt: skip
+    (tmp_path / "mid").mkdir()  # its checkpoints are on a larger disk, where others keep things too
+    (other := tmp_path / "elsewhere" / "large").mkdir(parents=True)
+    (tmp_path / "mid/checkpoints").symlink_to(other)
+    stays.append("mid/checkpoints/.tmp-another-7")
     for name in (*stays, *goes):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"half")
-    os.utime(tmp_path / goes[-1], (1e9, 1e9))
+    for name in (goes[-1], stays[-1]):
+        os.utime(tmp_path / name, (1e9, 1e9))
     gone = debris.clear(tmp_path)
     assert len(gone) == len(goes) and not any((tmp_path / name).exists() for name in goes)
     assert all((tmp_path / name).exists() for name in stays) and checkpoint.steps(tmp_path / "pre") == [1]
