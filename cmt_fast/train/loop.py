@@ -61,6 +61,7 @@ def train(
         distributed.at_work(work.folder)
         left = list(names)
         while left:
+            starting.all_see(work.folder)
             try:
                 with memory.named(left[0]), leftovers.told(left[0]):
                     train_stage(work, work.stage(left[0]), asked, meter, profile, page)
@@ -70,6 +71,7 @@ def train(
                 left = list(names)
             except nonfinite.RollBack as asked_back:  # on all ranks
                 nonfinite.roll_back(work, asked_back)
+        starting.all_see(work.folder)  # what is judged next
 
 
 def train_stage(

@@ -2,12 +2,15 @@
 
 Files are read by one rank, each once, and hashed while their tensors go to all ranks. What is damaged is found at a file's end:
 then all ranks raise Damaged, nothing of what was read is trained from, and the loop begins the stage anew without that file.
+Which checkpoint is the newest one says too: where a folder is listed from a cache, as by NFS, others may see it late.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -18,7 +21,34 @@ from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress, shared
 from cmt_fast.runtime.progress import say
-from cmt_fast.storage import checkpoint, files
+from cmt_fast.storage import checkpoint, files, sound
+
+LATE_S = 90.0  # by which a listing may be old: NFS keeps one for up to 60
+
+
+def all_see(run: Path) -> None:
+    """Wait until every rank sees the checkpoints that the first one sees: a stage may be begun from them. Not longer than LATE_S,
+    after which who needs one says that it is not there."""
+    if distributed.size() == 1:
+        return
+    want = json.loads(distributed.text_of_first(json.dumps(_listed(run))))
+
+    def wait() -> None:
+        end = time.monotonic() + LATE_S
+        while _listed(run) != want and time.monotonic() < end:
+            time.sleep(0.2)
+
+    distributed.meet(wait, every_s=0.05)
+
+
+def _listed(run: Path) -> list[list[int] | None]:
+    out: list[list[int] | None] = []
+    for name in sound.STAGES:
+        try:
+            out.append(checkpoint.steps(run / name))
+        except checkpoint.CheckpointError:
+            out.append(None)
+    return out
 
 
 @progress.phase("reading the checkpoint", quiet=True)
@@ -45,7 +75,8 @@ def load(engine: Engine, found: checkpoint.Checkpoint, stage: ResolvedStage) -> 
 
 @progress.phase("checking the checkpoints")
 def newest(folder: Path, contents: Collection[str] | None = None) -> checkpoint.Checkpoint | None:
-    """The newest whose files have their sizes; their checksums are known when they have been read.
+    """The newest whose files have their sizes; their checksums are known when they have been read. Every rank must call it: all
+    go on from what the first one finds.
 
     contents: digests of the settings that the run has had for this stage; a checkpoint of others was copied here, and is passed
     over. None, and a checkpoint of a version that wrote none: not compared.
@@ -60,7 +91,12 @@ def newest(folder: Path, contents: Collection[str] | None = None) -> checkpoint.
             )
         return found
 
-    return checkpoint.latest(folder, own)
+    def look() -> bytes:
+        found = checkpoint.latest(folder, own)
+        return json.dumps(found and [found.folder.name, found.manifest]).encode()
+
+    found = json.loads(distributed.from_first(look, checkpoint.CheckpointError))
+    return found and checkpoint.Checkpoint(folder / "checkpoints" / found[0], found[1])
 
 
 @progress.phase("reading the weights to start from", quiet=True)
