@@ -183,9 +183,9 @@ def _stages(run: Run, text: str | None) -> list[str]:
 
 
 def _finished(stage: ResolvedStage) -> bool:
-    """Whether nothing of a stage is left to do, its last look too."""
+    """Whether nothing of a stage is left to do, its last look too, as this process sees it: one rank asks for all of them."""
     try:
-        return not looking.owed(stage, checkpoint.complete(stage.folder).manifest)
+        return not looking.unmade(stage, checkpoint.complete(stage.folder).manifest)
     except checkpoint.CheckpointError:
         return False
 

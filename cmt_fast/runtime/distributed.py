@@ -353,6 +353,21 @@ def meet(call: Callable[[], T], kind: type[Exception] = OSError, every_s: float 
     return result  # type: ignore[return-value]  # nothing was refused, so there is one
 
 
+LATE_S = 90.0  # by which what a rank sees of a folder may be old: NFS keeps a listing for up to 60
+
+
+def all_see(there: Callable[[], bool], late_s: float | None = None) -> None:
+    """Return when `there` holds on all ranks, as a file of the first one does late on another machine; after LATE_S as it is."""
+
+    def wait() -> None:
+        end = time.monotonic() + (LATE_S if late_s is None else late_s)
+        while not there() and time.monotonic() < end:
+            time.sleep(0.2)
+
+    if size() > 1:
+        meet(wait, every_s=0.05)
+
+
 @_watched
 def barrier() -> None:
     if size() > 1:  # NCCL warns on every rank where it has to guess the device

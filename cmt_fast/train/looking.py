@@ -95,13 +95,18 @@ def _fatal(error: Exception) -> bool:
 
 
 def owed(stage: ResolvedStage, manifest: dict[str, Any]) -> bool:
-    """Whether the look that was due after a checkpoint was not made, the same on all ranks: rank 0 looks at what is there.
+    """Whether the look that was due after a checkpoint was not made, the same on all ranks: rank 0 looks at what is there. A
+    collective call.
+    """
+    return bool(distributed.largest(int(distributed.rank() == 0 and unmade(stage, manifest))))
+
+
+def unmade(stage: ResolvedStage, manifest: dict[str, Any]) -> bool:
+    """The same as this process sees it, for who asks alone.
 
     Not of a checkpoint from which nothing can go on any more, as files of it were removed.
     """
-    if not manifest.get("unseen") or manifest.get("pruned"):
-        return False
-    return bool(distributed.largest(int(distributed.rank() == 0 and _wanted(stage, manifest["step"]))))
+    return bool(manifest.get("unseen")) and not manifest.get("pruned") and _wanted(stage, manifest["step"])
 
 
 def _wanted(stage: ResolvedStage, step: int) -> bool:

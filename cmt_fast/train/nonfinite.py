@@ -213,7 +213,7 @@ def _keep(place: Path, about: Mapping[str, Any]) -> None:
 
 
 def rollbacks(folder: Path, manifest: Mapping[str, Any] | None, aside: bool = False) -> list[dict[str, int]]:
-    """The rollbacks of a stage, oldest first; those of the checkpoint that is gone on from where the file is damaged, or is older:
+    """The rollbacks of a stage, oldest first; those of the checkpoint that is gone on from where the file is damaged, or older:
     what came after it will come again. aside: put a damaged file aside."""
     path, known = folder / FOLDER / ROLLBACKS, list(((manifest or {}).get("nonfinite") or {}).get("rollbacks", ()))
     with contextlib.suppress(FileNotFoundError):

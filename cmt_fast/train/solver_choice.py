@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +65,7 @@ def settle(work: Workspace, stage: ResolvedStage) -> dict[str, dict]:
     name, folder = stage.name, stage.folder
     if not (stage.trajectory_rows and stage.trajectories.nfe == "auto"):
         return {}
-    kept = solver_record.read(folder)
+    kept = _of_the_first(folder)
     if kept and kept.networks != networks(work, stage.config):
         if checkpoint.steps(folder):
             raise ConfigError(
@@ -73,13 +75,24 @@ def settle(work: Workspace, stage: ResolvedStage) -> dict[str, dict]:
     if kept is None:
         kept = measure(work, stage)
         distributed.agreed(lambda: write(work, name, kept) if distributed.rank() == 0 else None)
-        distributed.barrier()
-        kept = solver_record.read(folder)
+        kept = _of_the_first(folder)
         assert kept is not None
         if distributed.rank() == 0:
             for line in summary(name, kept):
                 progress.say(f"{name:>8} {line}")
+    distributed.all_see((folder / solver_record.FILE).is_file)  # who draws reads it
     return {"trajectories": kept.choice}
+
+
+def _of_the_first(folder: Path) -> solver_record.Kept | None:
+    """What the first rank reads: others may see the file late, and would measure alone. Raises ConfigError on all."""
+
+    def read() -> bytes:
+        kept = solver_record.read(folder)
+        return json.dumps(kept and kept._asdict()).encode()
+
+    kept = json.loads(distributed.from_first(read, ConfigError))
+    return kept and solver_record.Kept(**kept)
 
 
 def write(work: Workspace, name: str, kept: solver_record.Kept) -> None:

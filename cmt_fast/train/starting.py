@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -23,22 +22,14 @@ from cmt_fast.runtime import distributed, progress, shared
 from cmt_fast.runtime.progress import say
 from cmt_fast.storage import checkpoint, files, sound
 
-LATE_S = 90.0  # by which a listing may be old: NFS keeps one for up to 60
-
 
 def all_see(run: Path) -> None:
-    """Wait until every rank sees the checkpoints that the first one sees: a stage may be begun from them. Not longer than LATE_S,
-    after which who needs one says that it is not there."""
+    """Wait until every rank sees the checkpoints that the first one sees: a stage may be begun from them. Not without end; who
+    needs one says that it is not there."""
     if distributed.size() == 1:
         return
     want = json.loads(distributed.text_of_first(json.dumps(_listed(run))))
-
-    def wait() -> None:
-        end = time.monotonic() + LATE_S
-        while _listed(run) != want and time.monotonic() < end:
-            time.sleep(0.2)
-
-    distributed.meet(wait, every_s=0.05)
+    distributed.all_see(lambda: _listed(run) == want)
 
 
 def _listed(run: Path) -> list[list[int] | None]:

@@ -8,9 +8,13 @@ import shutil
 import pytest
 import torch
 
+from cmt_fast.cli import train
+from cmt_fast.run.resolved import resolve
 from cmt_fast.runtime import distributed
 from cmt_fast.storage import checkpoint
-from cmt_fast.train import starting
+from cmt_fast.teacher import solver_record
+from cmt_fast.train import solver_choice, starting
+from tests.fixtures.tiny import tiny
 
 
 @pytest.fixture
@@ -51,9 +55,27 @@ def test_a_rank_waits_for_checkpoints_that_it_sees_late(tmp_path, second, monkey
         return [] if looks.count(stage.name) < 3 else steps(stage)
 
     monkeypatch.setattr(checkpoint, "steps", late)
-    monkeypatch.setattr(starting.time, "sleep", lambda s: None)
+    monkeypatch.setattr(distributed.time, "sleep", lambda s: None)
     starting.all_see(tmp_path)
     assert looks.count("mid") == 3  # of its own word, of one that is late, of one that is not
-    monkeypatch.setattr(starting, "LATE_S", 0.0)
+    monkeypatch.setattr(distributed, "LATE_S", 0.0)
     monkeypatch.setattr(checkpoint, "steps", lambda stage: [])
     starting.all_see(tmp_path)
+
+
+def test_a_solver_that_was_chosen_is_what_the_first_rank_reads(tmp_path, second):
+    kept = solver_record.Kept({"nfe": 4}, True, 1.0, {}, {}, 1, 1, [])
+    second.append(json.dumps(kept._asdict()).encode())
+    assert solver_choice._of_the_first(tmp_path / "mid") == kept
+
+
+def test_what_is_left_to_do_is_asked_by_one_rank_alone(tmp_path, monkeypatch):
+    """The space on a disk is the first rank's to look at: a collective call there would be waited for by none."""
+    monkeypatch.setattr(distributed, "largest", lambda n: pytest.fail("the other ranks are elsewhere"))
+    stage = resolve(tiny(), "pre", tmp_path)
+    about = {"stage": "pre", "nimg": 640, "done": True, "unseen": True}
+    checkpoint.save(stage.folder, 20, {"model": {"w": torch.zeros(2)}}, about)
+    assert not train._finished(stage)
+    (stage.folder / "grids").mkdir()
+    (stage.folder / "grids" / "00000020.png").touch()
+    assert train._finished(stage)
