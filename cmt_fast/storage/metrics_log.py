@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from cmt_fast.storage import sound
+from cmt_fast.storage import locks, sound
 from cmt_fast.storage.bill_deltas import Reader, Writer
 from cmt_fast.storage.heartbeat import beat
 from cmt_fast.storage.loggers import Loggers, Opening
@@ -222,8 +222,11 @@ class Late:
         self.write()
 
     def write(self) -> None:
-        """What waits, as far as there is room. Raises nothing: a record is worth less than what it is of."""
+        """What waits, as far as there is room, and the run's lease is this process's. Raises nothing: a record is worth less than
+        what it is of, and who lost the lease ends at its next checkpoint."""
         try:
+            if self.file and self.lines:
+                locks.check(Path(self.name))
             while self.file and self.lines:
                 self.taken += self.file.write(self.lines[0][self.taken :])
                 if self.taken == len(self.lines[0]):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cmt_fast.storage import debris, files, filesystem, locks
+from cmt_fast.storage import debris, files, filesystem, locks, metrics_log
 from cmt_fast.storage.locks import LEASE, LOCK, Taken
 
 
@@ -178,6 +178,18 @@ def test_who_lost_its_lease_writes_no_checkpoint(refused):
         (refused / LEASE).unlink()  # the other one has ended
         with pytest.raises(OSError, match="taken over"):
             locks.check(refused / "pre")
+
+
+def test_who_lost_its_lease_writes_no_row_between_those_of_the_other(refused, capsys):
+    (refused / "pre").mkdir()
+    with locks.holding(refused):
+        log = metrics_log.Log(refused / "pre", 0, True)
+        log.row("train", 1, 32, {"loss": 1.0})
+        leave(refused, host="elsewhere", token="other")
+        log.row("train", 2, 64, {"loss": 1.0})
+        log.close()
+    assert [row["step"] for row in metrics_log.rows(refused / "pre" / "metrics.jsonl")] == [1]
+    assert "taken over by another process" in capsys.readouterr().err
 
 
 def test_a_fresh_lease_counts_where_flock_goes_too(tmp_path, monkeypatch):
