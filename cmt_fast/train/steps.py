@@ -60,7 +60,7 @@ class Steps(NamedTuple):
 
         Raises NotFinite or RollBack where a step is not finite, and Stopped where a signal asked for it, after a checkpoint.
         """
-        plan, wall, look_every = self.stage.schedule, self.wall, 1
+        plan, wall, look_every, begun, took_s = self.stage.schedule, self.wall, 1, self.engine.step_count, 0.0
         for step in steps:
             n, last = step + 1, step + 1 == plan.total
             # asking costs a collective call and waits for the device: every row, and every LOOK_S between
@@ -73,11 +73,13 @@ class Steps(NamedTuple):
             stop, overdue = self._asked(asked) if asks else (0, False)
             distributed.beat(n)
             if row or stop or overdue:
-                wall["train_s"] += self.meter.lap("train")
+                took_s += (lap := self.meter.lap("train"))
+                wall["train_s"] += lap
             look = row and monitor.looks(self.stage, n, last)
             if row:
                 self._row(n, lr)
-                look_every = distributed.smallest(max(1, int(LOOK_S * n / wall["train_s"])))
+                # by the pace of this process: the one before may have had more machines
+                look_every = distributed.smallest(max(1, int(LOOK_S * (n - begun) / took_s)))
                 monitor.keep(self.stage, n, last, self.saver)
             # before a look, which can cost no step then; one who stops leaves it to who goes on
             if n % plan.checkpoint_every == 0 or last or stop or overdue or look:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
 
 from cmt_fast.cli import train
+from cmt_fast.run import resolved
 from cmt_fast.run.resolved import resolve
+from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed
-from cmt_fast.storage import checkpoint
+from cmt_fast.storage import checkpoint, sound
 from cmt_fast.teacher import solver_record
-from cmt_fast.train import solver_choice, starting
+from cmt_fast.train import loop, solver_choice, starting, steps
 from tests.fixtures.tiny import tiny
 
 
@@ -79,3 +82,23 @@ def test_what_is_left_to_do_is_asked_by_one_rank_alone(tmp_path, monkeypatch):
     (stage.folder / "grids").mkdir()
     (stage.folder / "grids" / "00000020.png").touch()
     assert train._finished(stage)
+
+
+def test_a_slower_machine_looks_for_signals_as_often(tmp_path, monkeypatch):
+    """Rows every four steps; the process before took a thousandth of the time for each."""
+    plan, one, looks = resolved.schedule, steps.Steps._one, []
+    monkeypatch.setattr(resolved, "schedule", lambda *given: plan(*given)._replace(log_every=4, checkpoint_every=4))
+    space = Workspace(tiny("digits", "pre.images_nimg=512", "pre.warmup_nimg=0"), tmp_path)
+    loop.train(space, ["pre"])
+    checkpoint.set_aside(checkpoint.folder_of(tmp_path / "pre", 16))
+    file = checkpoint.folder_of(tmp_path / "pre", 12) / "manifest.json"
+    about = sound.read(file)
+    file.write_text(sound.signed({**about, "wall": {**about["wall"], "train_s": 1e-4}}))
+    monkeypatch.setattr(steps, "LOOK_S", 0.02)
+    monkeypatch.setattr(steps.Steps, "_one", lambda self, step: (time.sleep(0.02), one(self, step))[1])
+    asked = steps.Steps._asked
+    monkeypatch.setattr(
+        steps.Steps, "_asked", lambda self, given: (looks.append(self.engine.step_count), asked(self, given))[1]
+    )
+    loop.train(space, ["pre"])
+    assert looks == [13, 14, 15, 16]
