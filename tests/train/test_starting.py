@@ -85,9 +85,9 @@ def test_what_is_left_to_do_is_asked_by_one_rank_alone(tmp_path, monkeypatch):
 
 
 def test_a_slower_machine_looks_for_signals_as_often(tmp_path, monkeypatch):
-    """Rows every four steps; the process before took a thousandth of the time for each."""
+    """Rows every two steps; the process before took a thousandth of the time for each."""
     plan, one, looks = resolved.schedule, steps.Steps._one, []
-    monkeypatch.setattr(resolved, "schedule", lambda *given: plan(*given)._replace(log_every=4, checkpoint_every=4))
+    monkeypatch.setattr(resolved, "schedule", lambda *given: plan(*given)._replace(log_every=2, checkpoint_every=4))
     space = Workspace(tiny("digits", "pre.images_nimg=512", "pre.warmup_nimg=0"), tmp_path)
     loop.train(space, ["pre"])
     checkpoint.set_aside(checkpoint.folder_of(tmp_path / "pre", 16))
