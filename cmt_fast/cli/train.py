@@ -121,6 +121,7 @@ def _train(args: argparse.Namespace) -> None:
             workspace.Workspace(run, out, parents, absent.rows(run))  # what cannot be meant is said first
         raise needs.error(lacking)
     distributed.start(machine.device(run.device), run.timeout_s)
+    names = distributed.text_of_first(",".join(names)).split(",")  # others may see late what is finished
     # no heart beats before the run is locked: until then it may be another's
     with progress.phase("reading the data"), start.together(copy=not args.dry_run):
         work = workspace.Workspace(run, out, parents, absent.rows(run) if args.dry_run else None)
