@@ -22,6 +22,7 @@ def one_line(text: str, most: int = 0) -> str:
 
 
 LONGEST = 3_000  # characters of an error; none is as long that does not repeat what was typed
+LONGEST_KEY = 150  # of the key before it
 
 
 class ConfigError(ValueError):
@@ -38,7 +39,7 @@ class ConfigError(ValueError):
             head, colon, rest = text.partition(": ")
             key, text = (head, rest) if colon and " " not in head else ("", text)
         self.key, self.reason = key, text
-        super().__init__(f"{one_line(key)}: {text}" if key else text)
+        super().__init__(f"{one_line(key, LONGEST_KEY)}: {text}" if key else text)
 
     def under(self, parent: str) -> ConfigError:
         """The same error of a key that stands under `parent`."""

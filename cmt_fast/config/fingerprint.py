@@ -19,7 +19,7 @@ WATCHING = ("checkpoint_every_nimg", "checkpoint_every_s", "eval_every_nimg", "g
 # keys of a stage and of a run that say what becomes of a step that is not finite: the run may go on under others
 FAILING = ("on_nonfinite", "nonfinite_limit")
 # what lays the same work out otherwise, of the model and of a stage's trajectories: it changes no weight, or its rounding alone;
-# taken for these, which are the defaults, so that digests are those of runs that do not name them
+# taken for these, which are the defaults, where it is asked whether a run may go on
 MODEL_LAYOUT = {"checkpoint_activations": False}
 ROLLOUT_LAYOUT = {"rollout_batch": Trajectories.rollout_batch}
 # keys of the data that say what is asked of them, not what they are
@@ -53,13 +53,15 @@ def stage_facts(run: Run, name: str) -> dict:
 
 def content(run: Run, name: str) -> dict:
     """`stage_facts` without what only says where data, files and other runs are, or what is expected of data: rows and
-    checksums are compared apart, by `check_inputs`.
+    checksums are compared apart, by `check_inputs`. What lays the same work out otherwise is one for all: a stage goes on by it.
     """
     facts = paths.without(stage_facts(run, name))
+    facts["model"] = _laid_out(facts["model"], MODEL_LAYOUT)
     for member in (name, *run.ancestors(name)):
         stage = facts[member]
         guide = stage["autoguidance"]
         stage["teacher"] = _anywhere(stage["teacher"])
+        stage["trajectories"] = stage["trajectories"] and _laid_out(stage["trajectories"], ROLLOUT_LAYOUT)
         stage["autoguidance"] = guide and {**guide, "network": _anywhere(guide["network"])}
     return {**facts, "data": {k: v for k, v in facts["data"].items() if k != "expects"}}
 
@@ -90,14 +92,9 @@ def content_digest(run: Run, name: str) -> str:
 
 
 def _dumped(run: Run) -> dict:
-    """The run as plain data, its data without what is only asked of them, one layout of the work for all."""
+    """The run as plain data, its data without what is only asked of them."""
     tree = dump(run)
-    tree = {**tree, "data": {k: v for k, v in tree["data"].items() if k not in ASKED}}
-    tree["model"] = _laid_out(tree["model"], MODEL_LAYOUT)
-    for name in run.stages:
-        if tree[name].get("trajectories"):
-            tree[name] = {**tree[name], "trajectories": _laid_out(tree[name]["trajectories"], ROLLOUT_LAYOUT)}
-    return tree
+    return {**tree, "data": {k: v for k, v in tree["data"].items() if k not in ASKED}}
 
 
 def _laid_out(tree: dict, layout: dict) -> dict:

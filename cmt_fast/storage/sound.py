@@ -18,13 +18,18 @@ from typing import Any
 
 import xxhash
 
+from cmt_fast.config.errors import one_line
+
 STAGES = ("pre", "mid", "post", "control")  # the folders of a run's stages: what lies in one is of that stage alone
 SUM = "xxh3_128"  # the key under which JSON carries the checksum of the rest
 MOST = 64 << 20  # bytes of a small file
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another kind: one line that says which and why."""
+    """A checkpoint is missing, damaged or of another kind: one line that says which and why, whatever its files are called."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 class Unsound(CheckpointError):

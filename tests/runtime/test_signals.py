@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 HEAD = f"""
 import ctypes, os, signal, sys, time
-signal.signal({int(INT)}, signal.default_int_handler)  # a test in the background begins with it ignored
+signal.signal({int(INT)}, signal.default_int_handler)  # a test in the background begins with it ignored, and
+signal.signal({int(HUP)}, signal.SIG_DFL)  # one under nohup with this
 from cmt_fast.runtime import signals
 def in_c(seconds):
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.KINDS)  # so that the call is not cut short

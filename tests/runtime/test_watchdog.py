@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+import types
 
 import pytest
 import torch.distributed as dist
@@ -32,6 +34,11 @@ def pair(monkeypatch, tmp_path):
     monkeypatch.setattr(watchdog.os, "_exit", leave)
     monkeypatch.setattr(threading.Thread, "start", lambda self: None)
     monkeypatch.setattr(threading.Thread, "join", lambda self, timeout: None)
+    slept = [0.0]  # what is waited for stacks is not waited here
+    clock = types.SimpleNamespace(**vars(time))
+    clock.sleep = lambda s: slept.__setitem__(0, slept[0] + s)
+    clock.monotonic = lambda: time.monotonic() + slept[0]
+    monkeypatch.setattr(watchdog, "time", clock)
     store = Store()
     return [Watchdog(store, rank, 2, LIMIT_S) for rank in range(2)]
 

@@ -21,7 +21,8 @@ from cmt_fast.train import loop
 from tests.fixtures import forked
 from tests.fixtures.tiny import metrics, tiny
 
-KILLS = 15  # of a stage; of four, two fall between its steps, one while a checkpoint is written beside them
+# of a stage; `python -m bench kills` sends a hundred; of four, two fall between its steps, one while a checkpoint is written
+KILLS = 8
 SOON_S = 0.25  # a kill comes after so much training at most, unless that brings too few new checkpoints
 LONG = [
     *(f"{s}.images_nimg={32 * 128}" for s in ("pre", "mid", "post", "control")),
