@@ -72,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"FAULT {fault['target']}: {fault['what']}: {fault['said']} (case {fault['case']})", flush=True)
     words = json.loads(arguments.out.read_text("utf-8"))
     print(
-        f"{words['executions']} executions in {words['cpu_minutes']} processor minutes over {words['targets']} targets, {found} faults now"
+        f"{words['executions']} executions in {words['cpu_minutes']} processor minutes over {words['targets']} targets, "
+        f"{found} faults now"
     )
     return 1 if found else 0
 

@@ -136,7 +136,9 @@ def test_a_step_that_was_skipped_is_none_when_later_ones_are_replayed(tmp_path):
         spoilt(tmp_path, bad, space=skip)
     assert checkpoint.latest(tmp_path / "pre").manifest["nonfinite"] == {"skipped": [2]}  # of step 6 its dump knows
     replayed = [replay.replay(skip, "pre", step) for step in (3, 4, 7)]
-    assert [(found.start, len(found.recorded), found.sound) for found in replayed] == [(0, 1, True)] * 2 + [(4, 1, True)]
+    assert [(found.start, len(found.recorded), found.sound) for found in replayed] == [(0, 1, True)] * 2 + [
+        (4, 1, True)
+    ]
 
 
 def test_a_checkpoint_that_is_being_written_is_waited_for_and_all_parts_are_traced(tmp_path, monkeypatch):
