@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "config": set(),
     "storage": {"config"},
     "runtime": {"cmt_fast", "config", "storage"},
-    "render": {"runtime"},
+    "render": {"runtime", "storage"},
     "safe_pickle": set(),
     "schedule": {"config"},
     "diffusion": {"config"},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cmt_fast.config import recipes as recipes_
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.storage import files
 
 if TYPE_CHECKING:
     from cmt_fast.config.schema import Run
@@ -103,7 +104,7 @@ def _copy(name: str, target: Path) -> None:
 
     text = recipes_.recipe_text(name)
     missing, here = needs.listed(loading.load(name))
-    target.write_text(text, "utf-8")
+    files.write_text(target, text)
     print(f"{target}: a copy of {name}. Its `name` says where it trains, runs/NAME; change it, or give --out")
     if missing:
         print("to be brought, not on this machine:", *missing, sep="\n  ")
@@ -124,7 +125,7 @@ def _new(args: argparse.Namespace) -> None:
         raise ConfigError(f"cmt recipes new: {name!r} is the name of a recipe of the package; choose another")
     target = _free(Path(f"{name}.yaml"), "new")
     made = adapting.adapted(Path(name).name, args.data, args.like, args.images, args.perceptual)
-    target.write_text(made.text, "utf-8")
+    files.write_text(target, made.text)
     print(f"{target}: like {args.like}, for {args.data}. It trains by: {shlex.join(['cmt', 'train', str(target)])}")
     print("changed:", *made.changed, sep="\n  ")
 

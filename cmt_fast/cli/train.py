@@ -301,11 +301,19 @@ def _classes(work: workspace.Workspace) -> None:
 def _disk(work: workspace.Workspace, names: list[str]) -> None:
     """What the run's disk does and has, in a line, before anything depends on it. Raises DiskFull."""
     there = next(f for f in (work.folder.absolute(), *work.folder.absolute().parents) if f.is_dir())
+    full: OSError | None = None
     with files.unless_refused():  # the lock says that nothing can be written
-        found = filesystem.probe(there)
-        filesystem.adapt(found)
-        print(filesystem.line(work.folder, found))
+        try:
+            found = filesystem.probe(there)
+            filesystem.adapt(found)
+            print(filesystem.line(work.folder, found))
+        except OSError as error:
+            if not files.is_full(error):
+                raise
+            full = error
     note = disk.check([work.stage(name) for name in names], work.parameters, work.folder)
+    if full:  # and nothing says how much is missing
+        raise full
     if note:
         print(f"note: {note}")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import arrays
 from cmt_fast.evaluation.distances import Moments
+from cmt_fast.storage import whole
 from cmt_fast.storage.files import save_tensors
 
 WIDEST = 8192  # features; a covariance of them is 512 MB
@@ -68,18 +69,21 @@ def write(path: Path, reference: Reference) -> None:
     held = {"mu": reference.moments.mean.cpu(), "sigma": reference.moments.covariance.cpu()}
     if reference.features is not None:
         held["features"] = reference.features.float().cpu()
-    temporary = path.with_name(f".tmp-{path.name}")
-    if path.suffix == ".npz":
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ConfigError(f"--make-reference: {str(path)!r} is none of .npz, .safetensors")
+    with whole.by_rename(path) as temporary:
+        _write(temporary, path.suffix, held, reference)
+
+
+def _write(path: Path, suffix: str, held: dict[str, torch.Tensor], reference: Reference) -> None:
+    if suffix == ".npz":
         about = {"num_images": np.int64(reference.n), "extractor": np.array(reference.extractor)}
         about["labels"] = np.array(reference.labels)
-        with open(temporary, "wb") as file:
+        with open(path, "wb") as file:
             np.savez(file, **{k: v.numpy() for k, v in held.items()}, **about)
-    elif path.suffix == ".safetensors":
-        about = {"num_images": str(reference.n), "extractor": reference.extractor, "labels": reference.labels}
-        save_tensors(temporary, held, about)
     else:
-        raise ConfigError(f"--make-reference: {str(path)!r} is none of .npz, .safetensors")
-    temporary.replace(path)
+        about = {"num_images": str(reference.n), "extractor": reference.extractor, "labels": reference.labels}
+        save_tensors(path, held, about)
 
 
 def _npz(path: Path, metric: str, rows: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from cmt_fast.runtime.words import one_line
+from cmt_fast.storage.whole import by_rename
 
 if TYPE_CHECKING:  # tables of pictures on disk are made without torch
     from torch import Tensor
@@ -161,9 +162,8 @@ def _opened(cell: tuple[Path, str] | None) -> Image.Image | None:
 
 def _save(canvas: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    canvas.save(temporary, format="PNG")
-    temporary.replace(path)
+    with by_rename(path) as temporary:
+        canvas.save(temporary, format="PNG")
 
 
 def png(pixels: np.ndarray, text: dict[str, str]) -> bytes:

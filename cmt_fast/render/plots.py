@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cmt_fast.runtime.words import printable
+from cmt_fast.storage import whole
 
 Points = Sequence[tuple[float, float]]
 
@@ -74,9 +74,8 @@ def png(draw: Callable[[Any], None], path: Path, width: float, height: float) ->
         FigureCanvasAgg(figure)
         draw(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-    temporary.replace(path)
+        with whole.by_rename(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def _slim(text: str, title: str) -> str:

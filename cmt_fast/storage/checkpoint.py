@@ -43,6 +43,7 @@ HEAD, ENTRY = 4096, 96  # bytes of a file beside its tensors, with its line in t
 GOES_ON = "training cannot go on from it, what is finished can be sampled and judged"
 NO_WEIGHTS = "nothing can be sampled or trained from it"
 CONSEQUENCES = {"model": GOES_ON, "optimizer": GOES_ON}
+_passed_over = set[str]()  # what this process has said of checkpoints
 
 
 class Checkpoint(NamedTuple):
@@ -321,15 +322,23 @@ def latest(stage_dir: Path, reads: Callable[[Path], Checkpoint] = verify) -> Che
     """
     found = steps(stage_dir)
     for path in strays(stage_dir):
-        print(f"checkpoint passed over: {path}: is not the name of a checkpoint, it was renamed", file=sys.stderr)
+        _pass_over(f"{path}: is not the name of a checkpoint, it was renamed")
     for step in reversed(found):
         try:
             return reads(folder_of(stage_dir, step))
         except CheckpointError as error:
-            print(f"checkpoint passed over: {error}", file=sys.stderr)
+            _pass_over(str(error))
     if found:
-        raise CheckpointError(f"{stage_dir}: none of its {len(found)} checkpoints is whole")
+        anew = f"move {stage_dir} away to train the stage anew"
+        raise CheckpointError(f"{stage_dir}: none of its {len(found)} checkpoints is whole; {anew}")
     return None
+
+
+def _pass_over(why: str) -> None:
+    """Say it once: a start looks for the newest several times."""
+    if why not in _passed_over:
+        _passed_over.add(why)
+        print(f"checkpoint passed over: {why}", file=sys.stderr)
 
 
 def set_aside(folder: Path) -> None:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from cmt_fast.storage import whole
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -147,8 +149,9 @@ def _whole(path: Path, write: Callable[[Path], object]) -> None:
     """A file by rename; nothing is left of one that could not be written."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        write(temporary)
-        replace(temporary, path)
+        with whole.about(path):
+            write(temporary)
+            replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cmt_fast.storage import files, tensor_file
+from cmt_fast.storage import files, tensor_file, whole
 
 MOUNTS = Path("/proc/self/mountinfo")
 LATE_S = 1.0  # from here on another clock, or the ticks of file times, count
@@ -33,7 +33,12 @@ class Abilities(NamedTuple):
 
 def probe(folder: Path) -> Abilities:
     """Try it, in a folder of its own that is gone afterwards. Raises OSError where nothing can be written."""
-    place = Path(tempfile.mkdtemp(prefix=".tmp-probe-", dir=folder))
+    with whole.about(folder):
+        return _probed(folder, Path(tempfile.mkdtemp(prefix=".tmp-probe-", dir=folder)))
+
+
+def _probed(folder: Path, place: Path) -> Abilities:
+    """The same, in a folder that goes."""
     try:
         began, one, two = time.time(), place / "one", place / "two"
         one.write_bytes(b"1")

@@ -64,8 +64,7 @@ class Guard:
     ) -> None:  # fmt: skip
         """ready: is called, on all ranks, before a step is traced: memory is made room in, and what is being saved is on disk."""
         self.stage, self.engine, self.source, self.ready = stage, engine, source, ready
-        kept = found.manifest.get("nonfinite", {}) if found else {}
-        self.skipped: list[int] = list(kept.get("skipped", ()))
+        self.skipped = skipped(found)
         row = found.manifest.get("row") if found else None
         self.missing = int((row or {}).get("missing", 0))
         engine.skipped = len(self.skipped)
@@ -210,6 +209,11 @@ def _keep(place: Path, about: Mapping[str, Any]) -> None:
     files.write_text(place, sound.signed(about) + "\n")
     for old in sorted(place.parent.glob("step-*.json"))[:-KEPT]:
         old.unlink(missing_ok=True)
+
+
+def skipped(found: checkpoint.Checkpoint | None) -> list[int]:
+    """The steps, from 1, that a stage had skipped at a checkpoint."""
+    return list((found and found.manifest.get("nonfinite") or {}).get("skipped", ()))
 
 
 def rollbacks(folder: Path, manifest: Mapping[str, Any] | None, aside: bool = False) -> list[dict[str, int]]:

@@ -106,8 +106,9 @@ def replay(work: Workspace, name: str, step: int) -> Replayed:
         source.rounding = rounding_choice.settle(stage, engine, source, _measured(stage, found, known))
         rollbacks = nonfinite.known_rollbacks(stage.folder, found or known)
         source.redraws = [(r["from"], r["redraw"]) for r in rollbacks]
-        engine.skipped = len((found.manifest.get("nonfinite") or {}).get("skipped", ())) if found else 0
-        return _replayed(stage, engine, source, step, checks.history(stage.changes, rollbacks, step))
+        engine.skipped = len(nonfinite.skipped(found))
+        left_out = json.loads(distributed.text_of_first(json.dumps(_left_out(stage, known, start, step))))
+        return _replayed(stage, engine, source, step, checks.history(stage.changes, rollbacks, step), left_out)
 
 
 def _before(stage: ResolvedStage, step: int) -> checkpoint.Checkpoint | None:
@@ -137,10 +138,21 @@ def _measured(
     return known if same else None
 
 
-def _replayed(stage: ResolvedStage, engine: Engine, source: BatchProvider, step: int, history: str) -> Replayed:
+def _left_out(stage: ResolvedStage, known: checkpoint.Checkpoint | None, start: int, step: int) -> list[int]:
+    """The steps between that the run skipped: what was not finite then may be finite now, and was no step all the same."""
+    counted = known.manifest["step"] if known else 0
+    dumps = {n: nonfinite.dump(stage.folder, n) for n in range(max(start, counted) + 1, step)}
+    later = [n for n, found in dumps.items() if found and found.get("decided") == "skip"]
+    return [n for n in [*nonfinite.skipped(known), *later] if start < n < step]
+
+
+def _replayed(
+    stage: ResolvedStage, engine: Engine, source: BatchProvider, step: int, history: str, left_out: list[int]
+) -> Replayed:
+    """left_out: steps before it that the run skipped."""
     start = engine.step_count
     for n in range(start, step - 1):
-        if math.isnan(float(_taken(stage, engine, source, n)[1])):
+        if n + 1 in left_out or math.isnan(float(_taken(stage, engine, source, n)[1])):
             engine.skip(n + 1)
     last = step - 1
     drawn = [source.draw(last, part) for part in range(engine.grad_accum_steps)]

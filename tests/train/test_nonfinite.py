@@ -134,6 +134,24 @@ def test_steps_with_other_noise_are_replayed_as_what_they_are(tmp_path):
     ] * 2
 
 
+def test_a_step_that_was_skipped_is_none_when_later_ones_are_replayed(tmp_path):
+    """Also where it is finite now, as after a flipped bit: no later step is told to be another for it."""
+    skip = work(tmp_path, "on_nonfinite=skip")
+
+    def bad(step):
+        if step == 7:
+            raise KeyboardInterrupt
+        return step in (1, 5)
+
+    with pytest.raises(KeyboardInterrupt):
+        spoilt(tmp_path, bad, space=skip)
+    assert checkpoint.latest(tmp_path / "pre").manifest["nonfinite"] == {"skipped": [2]}  # of step 6 its dump knows
+    replayed = [replay.replay(skip, "pre", step) for step in (3, 4, 7)]
+    assert [(found.start, len(found.recorded), found.sound) for found in replayed] == [(0, 1, True)] * 2 + [
+        (4, 1, True)
+    ]
+
+
 def test_a_checkpoint_that_is_being_written_is_waited_for_and_all_parts_are_traced(tmp_path, monkeypatch):
     save, draw, parts = checkpoint.save, batches.BatchProvider.draw, []
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (time.sleep(0.3), save(*a, **k))[1])

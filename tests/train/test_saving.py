@@ -294,7 +294,7 @@ def test_the_only_checkpoint_of_a_stage_is_not_set_aside(waited, tmp_path):
     for _ in range(2):
         with pytest.raises(ConfigError, match="none of its 1 checkpoints is whole"):
             loop.train(work(out, *EMA), ["mid"])
-        with pytest.raises(checkpoint.CheckpointError, match="none of its 1 checkpoints is whole"):
+        with pytest.raises(checkpoint.CheckpointError, match="of its 1 checkpoints is whole; move .*pre away"):
             loop.train(work(out, *EMA), ["pre", "mid"])
     assert metrics(out / "pre") == rows and checkpoint.steps(out / "pre") == [8]
 
