@@ -180,7 +180,9 @@ def png(pixels: np.ndarray, text: dict[str, str]) -> bytes:
 
 
 def whole_png(path: Path) -> bool:
-    """Whether a file begins and ends as a PNG does: one that was cut off does not."""
+    """Whether a file begins and ends as a PNG does: one that was cut off does not, and what is no file is not opened."""
+    if not path.is_file():
+        return False
     try:
         with open(path, "rb") as file:
             if file.read(8) != b"\x89PNG\r\n\x1a\n":

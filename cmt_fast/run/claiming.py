@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,12 @@ def comment(about: dict[str, Any], n: int) -> bytes:
     return text.encode()
 
 
+def no_file(out: Path) -> None:
+    """Raises ConfigError for a pipe, a device, or a link that leads nowhere in the place of OUT, which is not opened."""
+    if os.path.lexists(out) and not (out.is_file() or out.is_dir()):
+        raise ConfigError(f"--out: {out} is there and is no file and no folder; choose another name")
+
+
 def finished(out: Path, about: dict[str, Any], n: int) -> bool:
     """Whether these n samples are in an .npz already. Raises ConfigError where other things are in its place."""
     if not out.exists():
@@ -73,7 +80,7 @@ def finished(out: Path, about: dict[str, Any], n: int) -> bool:
     try:
         with zipfile.ZipFile(out) as archive:
             stored = json.loads(archive.comment)
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except Exception:  # zipfile and json raise nearly every kind for a file of others
         stored = None
     if not isinstance(stored, dict):
         raise ConfigError(f"--out: {out} is there and does not say what drew it; choose another name")

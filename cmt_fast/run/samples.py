@@ -247,6 +247,7 @@ def save(drawing: Drawing, to: str | Path, kind: str | None = None, quiet: bool 
 def kind_of(to: str | Path, kind: str | None) -> str:
     """The format of OUT: given, or told by its name. Raises ConfigError where the two do not go together."""
     out, folder = Path(to), str(to).endswith("/") or Path(to).is_dir()
+    claiming.no_file(out)
     if out.suffix not in ("", ".npz") and not folder:
         raise ConfigError(
             f"--out: {str(out)!r} is neither a folder (FOLDER/) nor an .npz; one picture is --grid FILE.png"

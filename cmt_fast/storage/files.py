@@ -146,7 +146,10 @@ def move_folder(source: Path, target: Path, last: str) -> None:
 
 
 def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file by rename; nothing is left of one that could not be written."""
+    """A file by rename; nothing is left of one that could not be written. A device, as /dev/null, is refused: root's rename
+    would put a file in its place."""
+    if not path.is_symlink() and (path.is_char_device() or path.is_block_device()):
+        raise OSError(errno.EINVAL, "Is a device, not a file", str(path))
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with whole.about(path):

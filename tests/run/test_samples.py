@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,37 @@ def test_an_npz_is_not_written_over(run, tmp_path, capsys, monkeypatch):
     np.savez(out, images=np.zeros(3))
     assert main(command) == 2 and "is there and does not say what drew it" in capsys.readouterr().err
     assert json.loads(claiming.comment({"classes": list(range(20000))}, 3))["classes"] != list(range(20000))
+
+
+@pytest.mark.parametrize("name", ["pipe.npz", "nowhere.npz", "round.npz", "round", "device.npz", "deep.npz"])
+def test_what_is_no_file_in_the_place_of_samples_is_refused_in_time(run, tmp_path, capsys, name):
+    """A pipe was waited for, /dev/zero read until memory ended, 60,000 brackets a traceback, a dead link replaced."""
+    out = tmp_path / name
+    if name == "pipe.npz":
+        os.mkfifo(out)
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.alarm(20)  # where it is opened
+    elif name == "deep.npz":
+        with zipfile.ZipFile(out, "w") as archive:
+            archive.comment = b"[" * 60_000
+    else:
+        out.symlink_to({"nowhere.npz": "gone", "device.npz": "/dev/null"}.get(name, name))
+    before = out.lstat()
+    assert main(["sample", f"{run}/post", "--out", str(out), "--n", "2"]) == 2
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "choose another name" in said
+    assert out.lstat().st_ino == before.st_ino and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_pipe_in_the_place_of_a_picture_is_none_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "000000.png")
+    reader = os.open(tmp_path / "000000.png", os.O_RDWR | os.O_NONBLOCK)  # else a fault would be a test that never ends
+    os.write(reader, b"\x89PNG\r\n\x1a\n")
+    assert not grids.whole_png(tmp_path / "000000.png")
+    assert os.read(reader, 8)  # it was not opened
+    os.close(reader)
 
 
 def test_a_disk_that_is_full_is_told_with_the_way_on(run, tmp_path, capsys, monkeypatch):

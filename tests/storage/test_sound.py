@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 import types
 
@@ -16,7 +17,7 @@ import torch
 
 from bench.safety import crashes
 from cmt_fast.run import standing
-from cmt_fast.storage import checkpoint, debris, locks, metrics_log, sound, tensor_file
+from cmt_fast.storage import checkpoint, debris, files, locks, metrics_log, sound, tensor_file
 from cmt_fast.storage.metrics_log import Log
 from cmt_fast.storage.record import Record
 from cmt_fast.train import checks, nonfinite
@@ -379,3 +380,15 @@ def test_a_crash_in_a_save_leaves_the_old_checkpoint_or_the_new(tmp_path, monkey
     assert json.loads(arguments.json.read_text())["states"] >= 60
     monkeypatch.setattr(checkpoint, "sync", lambda path: None)
     assert crashes.run(argparse.Namespace(n=150, seed=1, json=tmp_path / "crashes.json")) == 1
+
+
+def test_no_file_is_put_in_the_place_of_a_device(tmp_path):
+    """As root `--json /dev/null` replaced the device for the whole machine."""
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("devices are made by root alone")
+    with pytest.raises(OSError, match="Is a device"):
+        files.write_text(device, "{}")
+    assert device.is_char_device() and [p.name for p in tmp_path.iterdir()] == ["null"]
