@@ -22,7 +22,7 @@ from cmt_fast.data import classes, latents
 from cmt_fast.data.archives import DatasetError
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import files as files_
-from cmt_fast.storage import locks, whole
+from cmt_fast.storage import locks
 
 BROKEN = "broken.tsv"
 ROWS = 1024  # of a shard: 134 MB of 512-pixel latents in fp16, seconds of work on a GPU
@@ -92,7 +92,7 @@ class Writer:
         """Rows added inside become shard k; an error leaves none."""
         part = self._shard(k).with_suffix(".part")
         self._record(k).unlink(missing_ok=True)
-        with whole.about(part), open(part, "wb") as file:
+        with files_.about(part), open(part, "wb") as file:
             rows = Rows(file, layout, str(self.out))
             yield rows
             file.flush()

@@ -8,7 +8,7 @@ import torch
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.engine import ema
-from cmt_fast.storage import checkpoint, whole
+from cmt_fast.storage import checkpoint, files
 from cmt_fast.storage.files import save_tensors
 
 
@@ -37,6 +37,6 @@ def reconstruct(stage_dir: Path, sigma_rel: float | None, out: Path | None) -> N
             total[name] = total[name] + part if name in total else part
             moved |= set() if torch.equal(tensor, first[name]) else {name}
     # what never moved is a constant of the network: taken as it is, free of the sum's rounding
-    with whole.by_rename(out) as temporary:
+    with files.by_rename(out) as temporary:
         save_tensors(temporary, {k: t.float() if k in moved else first[k] for k, t in total.items()})
     print(f"{out}: sigma_rel {sigma_rel} at step {max(steps)} from {len(found)} snapshots")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data.datasets import in_memory
 from cmt_fast.data.rows import Rows
-from cmt_fast.storage import sound, whole
+from cmt_fast.storage import files, sound
 from cmt_fast.storage.files import save_tensors, unless_refused
 from cmt_fast.storage.sound import Unsound
 
@@ -188,7 +188,7 @@ def _again(data: Rows, net: Classifier, file: Path, known: set[str], wrong: Unso
         file.parent.mkdir(parents=True, exist_ok=True)
         if wrong:
             sound.aside(file, f"{wrong.why}, it is trained again")
-        with whole.by_rename(file) as temporary:  # every rank may be at it
+        with files.by_rename(file) as temporary:  # every rank may be at it
             save_tensors(temporary, net.state_dict(), {sound.SUM: digest})
     return digest
 

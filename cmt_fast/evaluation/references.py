@@ -20,7 +20,7 @@ from torch import Tensor
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import arrays
 from cmt_fast.evaluation.distances import Moments
-from cmt_fast.storage import whole
+from cmt_fast.storage import files
 from cmt_fast.storage.files import save_tensors
 
 WIDEST = 8192  # features; a covariance of them is 512 MB
@@ -71,7 +71,7 @@ def write(path: Path, reference: Reference) -> None:
         held["features"] = reference.features.float().cpu()
     if path.suffix not in (".npz", ".safetensors"):
         raise ConfigError(f"--make-reference: {str(path)!r} is none of .npz, .safetensors")
-    with whole.by_rename(path) as temporary:
+    with files.by_rename(path) as temporary:
         _write(temporary, path.suffix, held, reference)
 
 

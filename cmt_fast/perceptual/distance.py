@@ -25,7 +25,7 @@ from cmt_fast.diffusion.rng import Random
 from cmt_fast.models.vgg import CONVOLUTIONS, LatentVgg, PixelVgg, Vgg
 from cmt_fast.perceptual import augment
 from cmt_fast.perceptual.augment import Augmentation
-from cmt_fast.storage import whole
+from cmt_fast.storage import files
 from cmt_fast.storage.files import checksum, save_tensors, sync
 
 KIND = "cmt_fast latent features 1"
@@ -116,7 +116,7 @@ def save_latent_network(net: LatentVgg, file: Path, about: dict) -> None:
     first = net.stages[0][0]
     size = {"channels": first.in_channels, "width": first.out_channels, "classes": net.head.out_features}
     metadata = {KIND: json.dumps({**size, **about})}  # one key: several are written in no fixed order
-    with whole.by_rename(file) as temporary:
+    with files.by_rename(file) as temporary:
         save_tensors(temporary, net.state_dict(), metadata)
         sync(temporary)
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from cmt_fast.runtime.words import one_line
-from cmt_fast.storage.whole import by_rename
+from cmt_fast.storage.files import by_rename
 
 if TYPE_CHECKING:  # tables of pictures on disk are made without torch
     from torch import Tensor

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_fast.runtime.words import printable
-from cmt_fast.storage import whole
+from cmt_fast.storage import files
 
 Points = Sequence[tuple[float, float]]
 
@@ -74,7 +74,7 @@ def png(draw: Callable[[Any], None], path: Path, width: float, height: float) ->
         FigureCanvasAgg(figure)
         draw(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole.by_rename(path) as temporary:
+        with files.by_rename(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
 
 

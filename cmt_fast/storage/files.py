@@ -15,13 +15,11 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
-
-from cmt_fast.storage import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,25 +143,41 @@ def move_folder(source: Path, target: Path, last: str) -> None:
     (target / MOVING).unlink()
 
 
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file by rename; nothing is left of one that could not be written. A device, as /dev/null, is refused: root's rename
-    would put a file in its place."""
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Inside: an OSError that names no file, as that of a write into a full disk, is of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.strerror:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def by_rename(path: Path) -> Iterator[Path]:
+    """A name beside `path` that is written inside and takes its place at the end; where that fails, nothing is left of it, and
+    the error names `path`. A device, as /dev/null, is refused: root's rename would put a file in its place."""
     if not path.is_symlink() and (path.is_char_device() or path.is_block_device()):
         raise OSError(errno.EINVAL, "Is a device, not a file", str(path))
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        with whole.about(path):
-            write(temporary)
+        with about(path):
+            yield temporary
             replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)
         raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole, by rename, of what can be made again: nothing waits for the disk."""
-    _whole(path, lambda temporary: temporary.write_bytes(data))
+    with by_rename(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
@@ -199,9 +213,6 @@ def unless_refused() -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write and sync a small file whole, by rename."""
-
-    def write(temporary: Path) -> None:
+    with by_rename(path) as temporary:
         temporary.write_text(text, "utf-8")
         sync(temporary)
-
-    _whole(path, write)

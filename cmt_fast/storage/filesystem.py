@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cmt_fast.storage import files, tensor_file, whole
+from cmt_fast.storage import files, tensor_file
 
 MOUNTS = Path("/proc/self/mountinfo")
 LATE_S = 1.0  # from here on another clock, or the ticks of file times, count
@@ -33,7 +33,7 @@ class Abilities(NamedTuple):
 
 def probe(folder: Path) -> Abilities:
     """Try it, in a folder of its own that is gone afterwards. Raises OSError where nothing can be written."""
-    with whole.about(folder):
+    with files.about(folder):
         return _probed(folder, Path(tempfile.mkdtemp(prefix=".tmp-probe-", dir=folder)))
 
 

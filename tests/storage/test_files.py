@@ -14,7 +14,7 @@ from cmt_fast.cli import main, train
 from cmt_fast.render import grids, plots
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import exits
-from cmt_fast.storage import files, filesystem, whole
+from cmt_fast.storage import files, filesystem
 from tests.fixtures.tiny import tiny
 
 
@@ -56,7 +56,7 @@ def test_a_file_that_finds_no_room_is_named_and_the_old_one_stays(write, tmp_pat
 
 
 def test_a_name_that_an_error_has_stays(tmp_path):
-    with pytest.raises(OSError) as refused, whole.by_rename(tmp_path / "a"):
+    with pytest.raises(OSError) as refused, files.by_rename(tmp_path / "a"):
         raise OSError(errno.EACCES, "no", "b")
     assert refused.value.filename == "b" and not os.listdir(tmp_path)
 
