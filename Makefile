@@ -15,8 +15,10 @@ DEVICE ?= cuda
 GPU = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m bench gpu --device $(DEVICE) $(if $(TINY),--tiny) $(if $(MINUTES),--minutes $(MINUTES))
 
 demo: .venv/demo ; $(BIN)/python -m cmt_kernels._native.build && $(BIN)/cmt train digits --out runs/digits
-# one test process a core, one thread each; the 20 slowest at the end
-test: native ; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=20 --durations-min=1
+# one test process a core and one more, for a fifth of their time they wait for disks, children and clocks; one thread each;
+# the 20 slowest at the end
+TESTERS ?= $(shell echo $$(($$(nproc) + 1)))
+test: native ; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder --durations=20 --durations-min=1
 # The native ops' tests on csrc/cuda, compiled for the CPU, and on the CPU kernels, with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: .venv/dev
 	$(BIN)/python -m tests.kernels.emulated --sanitize --native-tests
