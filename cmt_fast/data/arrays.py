@@ -8,6 +8,7 @@ deflate makes of those in the file, and everything else is one error. Text is re
 from __future__ import annotations
 
 import math
+import sys
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -75,7 +76,15 @@ def _member(archive: zipfile.ZipFile, name: str, cap: int) -> np.ndarray | None:
     if promised + start != info.file_size:
         raise NoArrays(f"{name} promises {promised} bytes of {dtype}, and others are there")
     with archive.open(info) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    if dtype.kind == "U" and (_numbers(array) > sys.maxunicode).any():
+        raise NoArrays(f"{name} holds text of no characters")
+    return array
+
+
+def _numbers(text: np.ndarray) -> np.ndarray:
+    """The numbers of the characters of an array of text, of which numpy itself looks at none."""
+    return np.ascontiguousarray(text).reshape(-1).view(np.dtype("u4").newbyteorder(text.dtype.byteorder))
 
 
 def _promised(file: IO[bytes], name: str) -> tuple[int, int, np.dtype]:
@@ -85,6 +94,6 @@ def _promised(file: IO[bytes], name: str) -> tuple[int, int, np.dtype]:
     if version not in readers:
         raise NoArrays(f"{name} has a .npy header of version {version}")
     shape, _, dtype = readers[version](file)
-    if dtype.hasobject or any(n < 0 for n in shape):
-        raise NoArrays(f"{name} holds objects, or has a negative length")
+    if dtype.hasobject or dtype.kind == "V" or any(n < 0 for n in shape):
+        raise NoArrays(f"{name} holds objects or records, or has a negative length")
     return math.prod(shape) * dtype.itemsize, file.tell(), dtype

@@ -28,7 +28,7 @@ def written(path, how=zipfile.ZIP_DEFLATED, **members: bytes):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_what_numpy_writes_is_read_as_numpy_reads_it(tmp_path, save):
     dice = np.random.default_rng(0)
-    held = {"a": dice.normal(size=(3, 4)), "b": np.asfortranarray(dice.integers(9, size=(5, 2))), "text": np.array("é"),
+    held = {"a": dice.normal(size=(3, 4)), "b": np.asfortranarray(dice.integers(9, size=(5, 2))), "text": np.array("é"), "big": np.array(["a\U0010ffff", ""], ">U2"), "empty": np.array(""),
             "scalar": np.int64(5), "zeros": np.zeros((300, 300)), "none": np.zeros((0, 3), np.uint8)}  # fmt: skip
     save(tmp_path / "x.npz", **held)
     found = arrays.read(tmp_path / "x.npz", {**dict.fromkeys(held, 1 << 20), "absent": 1})
@@ -43,6 +43,7 @@ def test_what_numpy_writes_is_read_as_numpy_reads_it(tmp_path, save):
         (header((2,)) + bytes(15), "promises 16 bytes"),
         (header((2,)) + bytes(17), "promises 16 bytes"),
         (header((1,), "|O") + bytes(8), "objects"),
+        (header((2,), ">U1") + b"\x00\x00\x00a\x00\x11\x00\x00", "text of no characters"),
         (b"PK no array", "magic"),
         (b"\x93NUMPY\x07\x00" + bytes(20), "version"),
         (header((1 << 14,)) + bytes(1 << 17), "at most 99"),
