@@ -12,9 +12,11 @@ import importlib
 import os
 import select
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from cmt_fast import __version__
@@ -27,6 +29,15 @@ from cmt_fast.runtime.signals import Stopped
 STDOUT = 1
 FULL = (errno.ENOSPC, errno.EDQUOT)
 ALL = "*"
+WRITTEN = (
+    "out",
+    "json",
+    "make_reference",
+    "record",
+    "grid",
+    "interpolate",
+    "strip",
+)  # arguments that name what is written
 # command: its module, what it is for
 COMMANDS = {
     "train": ("train", "train the stages of a recipe; rerun to resume"),
@@ -140,6 +151,21 @@ def _own(arguments: list[str]) -> list[str]:
     ]
 
 
+def _may_be_written(args: argparse.Namespace) -> None:
+    """Raises ConfigError where a file would be put in the place of a pipe, a device or a link of the system, as /dev/stdout:
+    files are written by rename."""
+    for name in WRITTEN:
+        path = getattr(args, name, None)
+        if not isinstance(path, Path) or not os.path.lexists(path):
+            continue
+        mode = path.stat().st_mode if os.path.exists(path) else stat.S_IFREG
+        systems = path.is_symlink() and Path("/dev") in (path.parent.absolute(), path.parent.resolve())
+        if systems or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: {path} is there and is no file and no folder; choose another name"
+            )
+
+
 def _call(arguments: list[str]) -> None:
     """Parse and call."""
     with signals.starting():
@@ -149,6 +175,7 @@ def _call(arguments: list[str]) -> None:
         if any(r.startswith("-") for r in rest) or not hasattr(args, "overrides"):
             raise ConfigError(_unknown(root, args, rest[0], arguments))
         args.overrides += rest
+    _may_be_written(args)
     args.call(args)
     sys.stdout.flush()
 

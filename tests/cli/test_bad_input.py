@@ -251,3 +251,25 @@ def test_a_command_of_its_own_process_follows_the_switches_of_this_one(tmp_path,
     monkeypatch.setenv("TRITON_PLANTED", "1")
     after = cmt("train", "digits", "pre.lr=slow", cwd=tmp_path)
     assert (before.returncode, before.stderr) == (after.returncode, after.stderr) and after.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tune-teacher RUN --json",
+        "eval RUN/post --make-reference",
+        "runs compare RUN RUN --out",
+        "sample RUN/post -n 2 --strip",
+        "search digits pre --out RUN --grid pre.batch=4,8 --record",
+        "ckpt reconstruct RUN/post --out",
+    ],
+)
+def test_no_file_takes_the_place_of_a_pipe_or_of_dev_stdout(command, tmp_path, capsys):
+    """Files are written by rename: a pipe was replaced, and, as root, /dev/stdout for the whole machine."""
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    for place in (str(pipe), "/dev/stdout"):
+        assert main([*command.replace("RUN", str(tmp_path)).split(), place]) == 2
+        option = command.split()[-1]
+        assert f"{option}: {place} is there and is no file and no folder" in capsys.readouterr().err
+    assert pipe.is_fifo() and os.path.islink("/dev/stdout") and os.listdir(tmp_path) == ["pipe.png"]
