@@ -148,7 +148,8 @@ def _train(args: argparse.Namespace) -> None:
             loop.train(work, names, profiler.Profile(args.profile_steps) if args.profile else None, draw)
     except memory.OutOfMemory as error:
         raise memory.OutOfMemory(error.stage, error.moment, _would_fit(work, error)) from error
-    _page(work, out)
+    with streams.unless_lost():
+        _page(work, out)
     if distributed.rank() == 0:
         progress.say(_done(work, asked, time.monotonic() - begun))
 

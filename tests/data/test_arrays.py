@@ -28,7 +28,8 @@ def written(path, how=zipfile.ZIP_DEFLATED, **members: bytes):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_what_numpy_writes_is_read_as_numpy_reads_it(tmp_path, save):
     dice = np.random.default_rng(0)
-    held = {"a": dice.normal(size=(3, 4)), "b": np.asfortranarray(dice.integers(9, size=(5, 2))), "text": np.array("é"), "big": np.array(["a\U0010ffff", ""], ">U2"), "empty": np.array(""),
+    held = {"a": dice.normal(size=(3, 4)), "b": np.asfortranarray(dice.integers(9, size=(5, 2))), "text": np.array("é"),
+            "big": np.array(["a\U0010ffff", ""], ">U2"), "empty": np.array(""),
             "scalar": np.int64(5), "zeros": np.zeros((300, 300)), "none": np.zeros((0, 3), np.uint8)}  # fmt: skip
     save(tmp_path / "x.npz", **held)
     found = arrays.read(tmp_path / "x.npz", {**dict.fromkeys(held, 1 << 20), "absent": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from cmt_kernels import remembered
 
+from cmt_fast.render import templates
 from cmt_fast.runtime import exits, streams
 
 SHELL = "import sys; from cmt_fast.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -61,6 +63,13 @@ def test_progress_into_a_full_disk_is_left_out_and_the_rest_still_comes():
 
 def test_what_is_data_and_not_progress_fails_on_a_full_disk():
     assert shell("CMT recipes show digits > /dev/full").returncode == exits.DISK_FULL
+    table = templates.Table("a title", ["a"], [["1"]])
+    with pytest.raises(OSError, match="No space"), open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+        templates.show(table)
+        full.flush()
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full), streams.unless_lost():
+        templates.show(table)  # as at the end of training
+        sys.stdout.flush()
 
 
 def test_a_user_whom_the_system_does_not_know_has_no_cache_and_needs_none(monkeypatch):

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cmt_fast.runtime.progress import say
 from cmt_fast.runtime.words import one_line, printable
 
 
@@ -135,7 +134,8 @@ def escape_markdown(text: str) -> str:
 
 
 def show(table: Table) -> None:
-    """A table on the terminal: drawn by rich, or as aligned plain text where there is none. What a cell holds is one line."""
+    """A table that was asked for, on the terminal: drawn by rich, or as aligned plain text where there is none. What a cell
+    holds is one line. Raises OSError where stdout has no room."""
     table = table._replace(
         title=one_line(table.title), head=[*map(one_line, table.head)], rows=[[*map(_cell, row)] for row in table.rows]
     )
@@ -149,7 +149,7 @@ def show(table: Table) -> None:
         console.print(drawn)
         return
     widths = [max(map(len, column)) for column in zip(table.head, *table.rows)]
-    say(table.title)
+    print(table.title)
     for row in [table.head, *table.rows]:
         cells = (c.ljust(w) if i < table.left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-        say("  " + "  ".join(cells).rstrip())
+        print("  " + "  ".join(cells).rstrip())
