@@ -155,7 +155,8 @@ def killed(setting: Setting, stages: list[str], n: int, dice: random.Random, fol
                 by_stage[stage] += 1
                 met[what] += 1
                 survivors.update(str(code) for code in codes if code not in (-signal.SIGKILL, 0))
-                row["odd"] += [c for c in codes if c not in (-signal.SIGKILL, 0, exits.PEER_LOST)]
+                odd = [c for c in codes if c not in (-signal.SIGKILL, 0, exits.PEER_LOST)]
+                row["odd"] += [f"{stage}, killed {what}: {c}: {_log(out)[-2000:]}" for c in odd]
                 row["unloadable"] += not loadable(out, stage)
             else:
                 codes = Group(setting, out, stage).wait()

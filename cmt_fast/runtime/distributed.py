@@ -344,10 +344,10 @@ def meet(call: Callable[[], T], kind: type[Exception] = OSError, every_s: float 
     with _watchdog.waiting(limited=False) if _watchdog else contextlib.nullcontext():  # of a dead rank it knows
         while store.add(f"{key}/here", 0) < size():
             time.sleep(every_s)
-    text = store.get(f"{key}/refused").decode() if store.check([f"{key}/refused"]) else None
-    store.add(f"{key}/seen", 1)
-    while rank() == 0 and store.add(f"{key}/seen", 0) < size():  # the store may be this process's, and ends with it
-        time.sleep(every_s / 10)
+        text = store.get(f"{key}/refused").decode() if store.check([f"{key}/refused"]) else None
+        store.add(f"{key}/seen", 1)
+        while rank() == 0 and store.add(f"{key}/seen", 0) < size():  # the store may be this process's, and ends with it
+            time.sleep(every_s / 10)
     if text is not None:
         raise refused or kind(text)
     return result  # type: ignore[return-value]  # nothing was refused, so there is one
