@@ -12,7 +12,6 @@ import importlib
 import os
 import select
 import signal
-import stat
 import sys
 import traceback
 from collections.abc import Iterator
@@ -29,15 +28,8 @@ from cmt_fast.runtime.signals import Stopped
 STDOUT = 1
 FULL = (errno.ENOSPC, errno.EDQUOT)
 ALL = "*"
-WRITTEN = (
-    "out",
-    "json",
-    "make_reference",
-    "record",
-    "grid",
-    "interpolate",
-    "strip",
-)  # arguments that name what is written
+# arguments that name what is written
+WRITTEN = ("out", "json", "make_reference", "record", "grid", "interpolate", "strip")
 # command: its module, what it is for
 COMMANDS = {
     "train": ("train", "train the stages of a recipe; rerun to resume"),
@@ -152,18 +144,14 @@ def _own(arguments: list[str]) -> list[str]:
 
 
 def _may_be_written(args: argparse.Namespace) -> None:
-    """Raises ConfigError where a file would be put in the place of a pipe, a device or a link of the system, as /dev/stdout:
-    files are written by rename."""
+    """Raises ConfigError where what is written, by rename, would take the place of a pipe, a device or /dev/stdout."""
     for name in WRITTEN:
-        path = getattr(args, name, None)
-        if not isinstance(path, Path) or not os.path.lexists(path):
-            continue
-        mode = path.stat().st_mode if os.path.exists(path) else stat.S_IFREG
-        systems = path.is_symlink() and Path("/dev") in (path.parent.absolute(), path.parent.resolve())
-        if systems or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise ConfigError(
-                f"--{name.replace('_', '-')}: {path} is there and is no file and no folder; choose another name"
-            )
+        if isinstance(path := getattr(args, name, None), Path):
+            from cmt_fast.storage import files
+
+            if files.no_place(path):
+                what = f"{path} is there and is no file and no folder; choose another name"
+                raise ConfigError(f"--{name.replace('_', '-')}: {what}")
 
 
 def _call(arguments: list[str]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import xxhash
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.runtime import distributed, progress
-from cmt_fast.storage import locks
+from cmt_fast.storage import files, locks
 
 LATER = ("sampler",)  # what samples did not say before
 WORDS = 60_000  # bytes of a zip's comment, which may have 65,535
@@ -69,7 +68,7 @@ def comment(about: dict[str, Any], n: int) -> bytes:
 
 def no_file(out: Path) -> None:
     """Raises ConfigError for a pipe, a device, or a link that leads nowhere in the place of OUT, which is not opened."""
-    if os.path.lexists(out) and not (out.is_file() or out.is_dir()):
+    if files.no_place(out) or (out.is_symlink() and not out.exists()):
         raise ConfigError(f"--out: {out} is there and is no file and no folder; choose another name")
 
 

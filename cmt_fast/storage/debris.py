@@ -20,12 +20,7 @@ from cmt_fast.storage.heartbeat import DEAD_S
 
 LEFT = re.compile(r"\.tmp-(?P<of>.+?)(-\d+)?|(?P<early>.+)\.tmp-\d+")  # the second: what ends in .tmp-PID
 CHECKPOINTS = "step-"
-LOCKED = (
-    "run.json",
-    "bill.json",
-    "manifest.json",
-    CHECKPOINTS,
-)  # how the names of what is written under the lock begin
+LOCKED = ("run.json", "bill.json", "manifest.json", CHECKPOINTS)  # how names of what is written under the lock begin
 KEPT = "damaged-"
 TAKEN = files.OLD.removeprefix(".tmp-")
 
@@ -91,7 +86,8 @@ def _linked(run: Path) -> list[Path]:
 
 
 def _left(folder: Path, of: str = "") -> list[Path]:
-    """of: how the names begin of what is looked for."""
+    """of: how the names begin of what is looked for, "" for all."""
     with contextlib.suppress(OSError):
-        return [folder / name for name in os.listdir(folder) if LEFT.fullmatch(name) and name.startswith(f".tmp-{of}")]
+        found = [name for name in os.listdir(folder) if LEFT.fullmatch(name)]
+        return [folder / name for name in found if not of or name.startswith(f".tmp-{of}")]
     return []

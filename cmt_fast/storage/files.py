@@ -143,6 +143,16 @@ def move_folder(source: Path, target: Path, last: str) -> None:
     (target / MOVING).unlink()
 
 
+def no_place(path: Path) -> bool:
+    """Whether no file can be put in the place of what is there: a pipe, a device, a socket, or a link of the system's, as
+    /dev/stdout. Nothing is opened."""
+    if not os.path.lexists(path):
+        return False
+    kind = stat.S_IFMT(path.stat().st_mode) if os.path.exists(path) else stat.S_IFREG
+    systems = path.is_symlink() and Path("/dev") in (path.parent.absolute(), path.parent.resolve())
+    return systems or kind not in (stat.S_IFREG, stat.S_IFDIR)
+
+
 @contextlib.contextmanager
 def about(path: Path) -> Iterator[None]:
     """Inside: an OSError that names no file, as that of a write into a full disk, is of this one."""

@@ -358,7 +358,7 @@ def test_what_a_dead_process_left_goes_and_what_was_put_aside_stays(tmp_path):
     ]
     goes = ["pre/checkpoints/.tmp-step-00000002-77/model.safetensors", ".tmp-run.json-9", "pre/.tmp-bill.json-9",
             "pre/snapshots/ema-0/checkpoints/.tmp-step-00000002-7/a", "mid/checkpoints/.tmp-step-00000005-7/a",
-            "pre/checkpoints/step-00000001/.tmp-manifest.json-7", "reference/.tmp-old.json-7"]  # fmt: skip
+            "pre/checkpoints/step-00000001/.tmp-manifest.json-7", "extractor.tmp-77", "reference/.tmp-old.json-7"]  # fmt: skip
     (tmp_path / "mid").mkdir()  # its checkpoints are on a larger disk, where others keep things too
     (other := tmp_path / "elsewhere" / "large").mkdir(parents=True)
     (tmp_path / "mid/checkpoints").symlink_to(other)
@@ -366,7 +366,7 @@ def test_what_a_dead_process_left_goes_and_what_was_put_aside_stays(tmp_path):
     for name in (*stays, *goes):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"half")
-    for name in (goes[-1], stays[-1]):
+    for name in (*goes[-2:], stays[-1]):
         os.utime(tmp_path / name, (1e9, 1e9))
     gone = debris.clear(tmp_path)
     assert len(gone) == len(goes) and not any((tmp_path / name).exists() for name in goes)
