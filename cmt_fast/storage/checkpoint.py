@@ -188,7 +188,7 @@ def _retain(stage_dir: Path, step: int, keep: int) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Delete a checkpoint, under a name that `clear` knows: a kill meanwhile leaves none that is half there. Where folders are
+    """Delete a checkpoint, under a name that debris.py knows: a kill meanwhile leaves none that is half there. Where folders are
     not renamed its manifest goes first, without which it is none. Raises nothing."""
     aside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}-old")
     try:
