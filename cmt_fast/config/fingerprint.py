@@ -48,6 +48,8 @@ def stage_facts(run: Run, name: str) -> dict:
     facts = {k: tree[k] for k in ("data", "model", "path", "sigma_data", "seed")}
     for member in (name, *run.ancestors(name)):
         facts[member] = {k: v for k, v in tree[member].items() if k not in (*WATCHING, *FAILING)}
+        if facts[member]["trajectories"] and run.path != "ve" and (asked := run.asked(member)) != "any":
+            facts[member]["asked"] = asked  # by another stage, which is no ancestor
     return facts
 
 

@@ -25,6 +25,7 @@ ADDED: dict[str, Any] = {
     "stage.nonfinite_limit": None,
     "stage.on_nonfinite": None,
     "stage.rounding_limit": 0.1,
+    "stage.trajectories.pairs": "auto",
 }
 FIRST = {place: {now: before for before, now in keys.items()} for place, keys in RENAMED.items()}
 

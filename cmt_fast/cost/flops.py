@@ -19,7 +19,7 @@ from cmt_fast.models import dit
 from cmt_fast.models.shapes import LightMode
 from cmt_fast.models.vgg import LatentVgg, PixelVgg
 from cmt_fast.models.weightless import weightless
-from cmt_fast.objectives import OBJECTIVES
+from cmt_fast.objectives import counting
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.teacher import pool
@@ -175,33 +175,29 @@ def terms(resolved: ResolvedStage, ideas: Ideas = OURS) -> list[Term]:
     """All network work of a stage for one student image: calls times share of the rows that make them."""
     run, stage = resolved.run, resolved.config
     own, anchored = (rows / stage.batch for rows in resolved.rows)
-    o, needs = stage.objective, OBJECTIVES[stage.objective.kind]
-    out = [Term("student", "forward", 1.0, "every row"), Term("student", "backward", 1.0, "every row")]
+    o, rows = stage.objective, resolved.rows[0]
+    each = counting.work(o, resolved.path, rows)
+    trained = own * each.trained + anchored
+    out = [Term("student", "forward", trained, "every row"), Term("student", "backward", trained, "every row")]
     if getattr(run.model, "checkpoint_activations", False):
-        out.append(Term("student", "recompute", 1.0, "activations are not kept"))
-    if needs.forwards > 3:
-        tangents = o.kind in ("sct", "scd")
-        out.append(Term("student", "tangent" if tangents else "forward", own, "tangents" if tangents else "target"))
-    if o.kind in ("meanflow", "imeanflow"):
-        guided = (o.omega, o.kappa) != (1.0, 0.0)
-        share = o.ratio if ideas.selective else 1.0
-        out.append(Term("student", "tangent", own * share, "rows with r < t" if ideas.selective else "all rows"))
-        if guided:
-            out.append(Term("student", "forward", own, "guidance without label"))
-        if o.kind == "imeanflow" or (guided and o.kappa):
-            out.append(Term("student", "forward", own * o.ratio, "u(z, t, t) on rows with r < t"))
+        out.append(Term("student", "recompute", trained, "activations are not kept"))
+    if each.plain:
+        out.append(Term("student", "forward", own * each.plain, "targets, without a gradient"))
+    if each.tangents:
+        share = each.tangents if ideas.selective else 1.0
+        out.append(Term("student", "tangent", own * share, f"tangents of {share:.3g} of its rows"))
     guide = stage.autoguidance
-    if needs.teacher:
-        calls = own * (2 if o.kind == "ecd" and o.step == "heun" else 1)
+    if each.teacher:
+        calls = own * each.teacher
         out.append(Term("teacher", "forward", calls * (1 if stage.teacher_guidance == 1 else 2), "teacher's step"))
         if guide:
             out.append(Term("guide", "forward", calls, "guide of the teacher's step"))
     points, t = resolved.trajectory_rows, stage.trajectories
     if points and t and not (ideas.cached or t.cache):
         nfe = t.calls
-        each = pool.drawn(t, run.path, nfe // (2 if t.solver == "heun" else 1))
-        rows = max(1, points * (1 if t.mode == "paper" else t.pool_steps) // each)
-        calls, why = points / stage.batch * nfe / each, f"rollouts, {nfe} calls for {each} points"
+        drawn = pool.drawn(t, run.path, nfe // (2 if t.solver == "heun" else 1))
+        rows = max(1, points * (1 if t.mode == "paper" else t.pool_steps) // drawn)
+        calls, why = points / stage.batch * nfe / drawn, f"rollouts, {nfe} calls for {drawn} points"
         out.append(Term("teacher", "forward", calls * (1 if t.guidance == 1 else 2), why, rows, t.rollout_batch))
         if guide and guide.trajectories:
             out.append(Term("guide", "forward", calls, "guide of the rollouts", rows, t.rollout_batch))

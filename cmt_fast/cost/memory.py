@@ -15,7 +15,7 @@ from cmt_fast.cost.flops import Network
 from cmt_fast.cost.hardware import Card, rate_of
 from cmt_fast.engine import ShardingPlan
 from cmt_fast.engine.sharding import gb
-from cmt_fast.objectives import OBJECTIVES
+from cmt_fast.objectives import taught
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run.resolved import ResolvedStage
 from cmt_fast.teacher import pool
@@ -117,7 +117,7 @@ def _teacher(
     pooled = bool(resolved.trajectory_rows and t)
     rolls = pooled and not resolved.cache
     named = ["teacher", *["guide"] * bool(guide and guide.trajectories)] if rolls else []
-    if OBJECTIVES[stage.objective.kind].teacher:
+    if taught(stage.objective):
         named += [of for of in ("teacher", "guide") if of in known and of not in named]
     low = precision_of_teacher(resolved, card) if rolls else rate_of(stage)
     each = {"bf16": 2, "fp8": 1}.get(low, 0) if not choice.teacher_sharded else 0

@@ -10,7 +10,8 @@ from cmt_fast.cost import flops, published, step_time
 from cmt_fast.cost.estimate import Rows, StageCost, Way, reckon, stage_bill
 from cmt_fast.cost.flops import OURS, Ideas
 from cmt_fast.cost.hardware import Card
-from cmt_fast.run.resolved import resolve
+from cmt_fast.objectives import counting
+from cmt_fast.run.resolved import ResolvedStage, resolve
 
 TRAINED = ("mid", "post")
 RECIPE = "this recipe"
@@ -28,9 +29,7 @@ def savings(run: Run, rows: Rows, card: Card, processes: int) -> list[dict[str, 
     out = [*published_lines(run, card, processes), recipe]
     paper, once = (_with(run, mine, mode="paper"), _with(run, mine, mode="pool", per_trajectory=1))
     rounded = _precision(run, mine)
-    kinds = {run.stages[name].objective.kind for name in mine}
-    tangents = bool(kinds & {"meanflow", "imeanflow"})
-    if tangents:
+    if any(_some_tangents(resolve(run, name)) for name in mine):
         out.append(total("without selective tangents: on all rows", run, Ideas(selective=False), mine))
     out.append(total("without the pool: each step's own rollouts, all points", paper, OURS, mine))
     out.append(total("without points reused: one of each trajectory (slow CMT)", once, OURS, mine))
@@ -117,3 +116,8 @@ def classifier(run: Run, rows: Rows, card: Card) -> dict[str, Any] | None:
     us = sum(step_time.microseconds(kind, net, card, "fused", "fp32")[0] for kind in ("forward", "backward"))
     hours = images * rows.n * us / 3.6e9 if rows.n else None
     return {"epochs": images, "flops_image": 3 * net.flops, "gpu_hours": hours, "mark": "predicted"}
+
+
+def _some_tangents(stage: ResolvedStage) -> bool:
+    """Whether some rows of a stage carry tangents, and not all."""
+    return 0 < counting.work(stage.config.objective, stage.path, stage.rows[0]).tangents < 1

@@ -1,7 +1,8 @@
 """The objectives, and what each asks for: `OBJECTIVES[kind]`.
 
 Every objective is `f(net, batch, config, context) -> (loss (B,) unreduced, {name: (B,) or scalar})`, and that is
-`loss(net, draw(batch, config, context), config, context.stage)`: see `batch`.
+`loss(net, draw(batch, config, context), config, context.stage)`: see `batch`. The docstring of its `loss` begins with its
+equation. What it costs is counted (`counting`), what mid-training prepares it for is read off `asks` of its config (`mid`).
 """
 
 from __future__ import annotations
@@ -16,35 +17,78 @@ from cmt_fast.objectives.batch import Batch, LossContext, Points, StageContext, 
 
 
 class ObjectiveSpec(NamedTuple):
-    """Its two halves; path it lives on; "data" or "trajectories" it draws from; whether it calls a teacher itself.
+    """Its two halves, and what it asks for.
 
     draw: (batch, config, LossContext) -> what the loss reads of this step, a tuple of tensors, None and names.
     loss: (net, what was drawn, config, StageContext) -> (loss (B,), scalars), with nothing of the step in it.
+    path: it lives on, None: on any; draws: "data" or "trajectories". title, paper: what the field calls it, and where it is
+    from. teacher: whether it calls one itself; tangents: whether its network is given Duals.
     """
 
     draw: Callable[[Any, Any, LossContext], Any]
     loss: Callable[[Any, Any, Any, StageContext], tuple[Tensor, dict[str, Tensor]]]
-    path: str
+    path: str | None
     draws: str
+    title: str
+    paper: str
     teacher: bool = False
-    forwards: float = 3.0  # student work in forwards an image, backward counted as two
+    tangents: bool = False
 
     @property
     def function(self) -> Callable[[Any, Any, Any, LossContext], tuple[Tensor, dict[str, Tensor]]]:
         """Both halves, one after the other."""
         return composed(self.draw, self.loss)
 
+    @property
+    def equation(self) -> str:
+        """The first paragraph of its loss' docstring."""
+        first = (self.loss.__doc__ or "").strip().partition("\n\n")[0]
+        return "\n".join(line.strip() for line in first.splitlines())
 
+    def on(self, path: str) -> bool:
+        """Whether it lives on this path."""
+        return self.path in (None, path)
+
+
+CMT, EDM = "Hu et al. 2025, arXiv 2509.24526", "Karras et al. 2022, arXiv 2206.00364"
+ECT, SCM = "Geng et al. 2024, arXiv 2406.14548", "Lu and Song 2024, arXiv 2410.11081"
 OBJECTIVES = {
-    "denoise": ObjectiveSpec(denoise.draw, denoise.loss, "ve", "data"),
-    "flow": ObjectiveSpec(flow.draw, flow.loss, "linear", "data"),
-    "cmt_cm": ObjectiveSpec(cmt.draw_cm, cmt.loss_cm, "ve", "trajectories"),
-    "cmt_mf": ObjectiveSpec(cmt.draw_mf, cmt.loss_mf, "linear", "trajectories"),
-    "ect": ObjectiveSpec(consistency.draw, consistency.loss_ect, "ve", "data", forwards=4.0),
-    "ecd": ObjectiveSpec(consistency.draw, consistency.loss_ecd, "ve", "data", teacher=True, forwards=4.0),
-    "meanflow": ObjectiveSpec(meanflow.draw, meanflow.loss_meanflow, "linear", "data", forwards=3.0),
-    "imeanflow": ObjectiveSpec(meanflow.draw, meanflow.loss_improved, "linear", "data", forwards=3.0),
-    "sct": ObjectiveSpec(continuous.draw, continuous.loss_sct, "ve", "data", forwards=4.0),
-    "scd": ObjectiveSpec(continuous.draw, continuous.loss_scd, "ve", "data", teacher=True, forwards=4.0),
-}
-__all__ = ["OBJECTIVES", "Batch", "LossContext", "ObjectiveSpec", "Points", "StageContext"]
+    "denoise": ObjectiveSpec(denoise.draw, denoise.loss, "ve", "data", "EDM denoising", EDM),
+    "flow": ObjectiveSpec(
+        flow.draw, flow.loss, "linear", "data", "flow matching", "Lipman et al. 2022, arXiv 2210.02747"
+    ),
+    "cmt_cm": ObjectiveSpec(
+        cmt.draw_cm, cmt.loss_cm, "ve", "trajectories", "CMT of a consistency function", CMT
+    ),
+    "cmt_mf": ObjectiveSpec(cmt.draw_mf, cmt.loss_mf, "linear", "trajectories", "CMT of a flow map", CMT),
+    "ect": ObjectiveSpec(
+        consistency.draw, consistency.loss_ect, "ve", "data", "easy consistency tuning", ECT
+    ),
+    "ecd": ObjectiveSpec(
+        consistency.draw, consistency.loss_ecd, "ve", "data", "easy consistency distillation", ECT, teacher=True
+    ),
+    "meanflow": ObjectiveSpec(
+        meanflow.draw, meanflow.loss_meanflow, "linear", "data", "MeanFlow", "Geng et al. 2025, arXiv 2505.13447",
+        tangents=True,
+    ),
+    "imeanflow": ObjectiveSpec(
+        meanflow.draw, meanflow.loss_improved, "linear", "data", "improved MeanFlow", "Geng et al. 2025, arXiv 2512.02012",
+        tangents=True,
+    ),
+    "sct": ObjectiveSpec(
+        continuous.draw, continuous.loss_sct, "ve", "data", "continuous-time consistency training", SCM,
+        tangents=True,
+    ),
+    "scd": ObjectiveSpec(
+        continuous.draw, continuous.loss_scd, "ve", "data", "continuous-time consistency distillation", SCM,
+        teacher=True, tangents=True,
+    ),
+}  # fmt: skip
+
+
+def taught(objective: Any) -> bool:
+    """Whether an objective, as it is set, calls a teacher itself."""
+    return OBJECTIVES[objective.kind].teacher or getattr(objective, "velocity", None) == "teacher"
+
+
+__all__ = ["OBJECTIVES", "Batch", "LossContext", "ObjectiveSpec", "Points", "StageContext", "taught"]

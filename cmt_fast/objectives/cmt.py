@@ -24,7 +24,9 @@ def draw_cm(points: Points, config: CmtCm, context: LossContext) -> Drawn:
 
 
 def loss_cm(net, drawn: Drawn, config: CmtCm, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """CMT for consistency models: d(f(x_t, t), x_end), over the solver's nodes, weight 1, no stop-grad. Returns (B,).
+    """L = d(f(x_t, t), x_end)
+
+    x_t any node of a trajectory of the solver, x_end its last one; weight 1, no stop-gradient. Returns (B,).
 
     A distance of features takes the endpoint's from the points where they have them.
     """
@@ -40,7 +42,10 @@ def draw_mf(points: Points, config: CmtMf, context: LossContext) -> Points:
 
 
 def loss_mf(net, points: Points, config: CmtMf, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """CMT for flow maps: ||u(x_t, r, t) - (x_t - x_r)/(t - r)||^2 with the solver's own times t > r. Returns (B,)."""
+    """L = ||u(x_t, r, t) - (x_t - x_r)/(t - r)||^2
+
+    x_t and x_r two nodes of a trajectory of the solver, at its own times t > r. Returns (B,).
+    """
     u = net(points.x, points.t, points.r, points.labels, points.drop)
     span = (points.t - points.r).view(-1, *[1] * (points.x.ndim - 1))
     squared = (u - (points.x - points.x_r) / span).square().flatten(1).sum(1)

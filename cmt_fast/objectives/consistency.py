@@ -51,12 +51,18 @@ def draw(batch: Batch, config: Ect | Ecd, context: LossContext) -> Drawn:
 
 
 def loss_ect(net, drawn: Drawn, config: Ect, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """w(t, r) d(f(x_t, t), sg f(x_r, r)) with the same eps in x_t and x_r; f(x_0, 0) = x_0. Returns (B,)."""
+    """L = w(t, r) d(f(x_t, t), sg f(x_r, r)),    x_r = x_0 + r eps
+
+    The same eps in x_t and x_r; f(x_0, 0) = x_0. Returns (B,).
+    """
     return _loss(net, drawn, config, stage, earlier_point(drawn, config, stage))
 
 
 def loss_ecd(net, drawn: Drawn, config: Ecd, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """ECT with x_r one Euler or Heun step of the (guided) teacher's ODE from x_t. Returns (B,)."""
+    """L = w(t, r) d(f(x_t, t), sg f(x_r, r)),    x_r = x_t + step of the teacher's ODE from t to r
+
+    One Euler or Heun step of the (guided) teacher. Returns (B,).
+    """
     return _loss(net, drawn, config, stage, earlier_point(drawn, config, stage))
 
 

@@ -62,12 +62,18 @@ def warm_up(nimg: int, warmup_nimg: int) -> float:
 
 
 def loss_sct(net, drawn: Drawn, config: Sct, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """(1/D) ||F - F^- - g||^2 with the conditional dx/dt = eps of the data. Returns (B,)."""
+    """L = (1/D) ||F - sg(F) - g||^2,    g = n(df/dtheta along dx/dt = eps)
+
+    dx/dt is conditional, of the data; n normalises a row; see the module. Returns (B,).
+    """
     return _loss(net, drawn, config, stage, drawn.eps, drawn.x_0)
 
 
 def loss_scd(net, drawn: Drawn, config: Scd, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """(1/D) ||F - F^- - g||^2 with dx/dt = (x - D_teacher) / t of the (guided) teacher. Returns (B,)."""
+    """L = (1/D) ||F - sg(F) - g||^2,    g = n(df/dtheta along dx/dt = (x - D_teacher) / t)
+
+    The teacher may be guided; n normalises a row; see the module. Returns (B,).
+    """
     assert stage.teacher is not None
     x_t, t = drawn.x_t, drawn.t
     with torch.no_grad():

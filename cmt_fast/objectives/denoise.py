@@ -30,7 +30,9 @@ def draw(batch: Batch, config: Denoise, context: LossContext) -> Drawn:
 
 
 def loss(net, drawn: Drawn, config: Denoise, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """lambda(t) ||D(x_0 + t eps, t) - x_0||^2, ln t ~ N(mean, std^2), lambda = (t^2 + s^2)/(t s)^2. Returns (B,).
+    """L = lambda(t) ||D(x_0 + t eps, t) - x_0||^2,    lambda = (t^2 + s^2)/(t s)^2
+
+    ln t ~ N(mean, std^2). Returns (B,).
 
     With uncertainty the network also gives u(t), and the loss is lambda/e^u ||D - x_0||^2 + N u, N numbers in x_0.
     """

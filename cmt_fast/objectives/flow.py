@@ -30,7 +30,10 @@ def draw(batch: Batch, config: Flow, context: LossContext) -> Drawn:
 
 
 def loss(net, drawn: Drawn, config: Flow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """||u(z_t, t, t) - (eps - x_0)||^2, t ~ logit-normal(mean, std). Returns (B,)."""
+    """L = ||u(z_t, t, t) - (eps - x_0)||^2
+
+    t ~ logit-normal(mean, std). Returns (B,).
+    """
     z_t, v, t, labels, drop = drawn
     squared = (net(z_t, t, t, labels, drop) - v).square().flatten(1).sum(1)
     return squared, {"mse": squared.detach() / v[0].numel()}

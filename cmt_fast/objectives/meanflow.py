@@ -41,7 +41,9 @@ def draw(batch: Batch, config: MeanFlow | IMeanFlow, context: LossContext) -> Dr
 
 
 def loss_meanflow(net, drawn: Drawn, config: MeanFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """The adaptively weighted regression of u on sg[v - (t - r) du/dt], du/dt along v. Returns (B,).
+    """L = l / sg[(l + c)^p],    l = ||u - sg[v - (t - r) du/dt]||^2,    du/dt along v = eps - x_0
+
+    Returns (B,).
 
     Guidance (MeanFlow, sec. 4.2 and appendix): v <- omega v + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null)
     inside [guide_t_min, guide_t_max] on rows with labels, of effective scale omega / (1 - kappa). Rows with r = t
@@ -51,7 +53,9 @@ def loss_meanflow(net, drawn: Drawn, config: MeanFlow, stage: StageContext) -> t
 
 
 def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """Improved MeanFlow: ||u + (t - r) sg(du/dt) - v||^2, adaptively weighted, du/dt along u(z, t, t). Returns (B,).
+    """L = l / sg[(l + c)^p],    l = ||u + (t - r) sg(du/dt) - v||^2,    du/dt along u(z, t, t)
+
+    Returns (B,).
 
     Guidance enters v as in `meanflow`. There is no second head for v: u(z, t, t) is it, and the rows with r = t are its
     loss. Guidance as an input of the network is not built. A row whose label is dropped follows the null class's own

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION, Autoguidance, Run, Stage
-from cmt_fast.objectives import OBJECTIVES
+from cmt_fast.objectives import taught
 from cmt_fast.run.folder import RUN_FILE, located, parents_of, stored_run
 from cmt_fast.run.resolved import resolve
 from cmt_fast.storage import checkpoint, sound
@@ -220,12 +220,12 @@ def _labels(place: Place, name: str, stage: Stage, classes: int) -> None:
 def _dropped(place: Place, name: str, stage: Stage) -> None:
     """Where the teacher makes the targets of rows without labels, it knows what there is without them."""
     kind = stage.objective.kind
-    if not stage.label_dropout or not (stage.trajectory_dropout or OBJECTIVES[kind].teacher):
+    if not stage.label_dropout or not (stage.trajectory_dropout or taught(stage.objective)):
         return
     if stage.trajectories and stage.trajectory_dropout and stage.trajectories.cache:
         return  # the store says with what dropout it was made, by a teacher that was asked the same
     guide = stage.autoguidance
-    guides = guide and (OBJECTIVES[kind].teacher or guide.trajectories)
+    guides = guide and (taught(stage.objective) or guide.trajectories)
     for key, other in (
         ("teacher", stage.teacher),
         ("autoguidance.network", guide.network if guide and guides else None),
@@ -241,8 +241,8 @@ def _teacher(place: Place, name: str, stage: Stage) -> None:
     otherwise = f"guide by {name}.autoguidance, or take 1"
     if stage.teacher_guidance != 1:
         what = f"{name}.teacher_guidance: {stage.teacher_guidance}"
-        if not OBJECTIVES[kind].teacher:
-            raise ConfigError(f"{what} guides nothing here, {kind} takes no step of a teacher; it is of ecd and scd")
+        if not taught(stage.objective):
+            raise ConfigError(f"{what} guides nothing here, {kind} takes no step of a teacher here")
         if stage.teacher:
             _need(place, stage.teacher, f"{what} guides {stage.teacher}", otherwise)
     if how and how.guidance != 1:

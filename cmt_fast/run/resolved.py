@@ -13,7 +13,7 @@ from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.schema import STAGES, Run, Stage, Trajectories
 from cmt_fast.diffusion.guidance import Net
 from cmt_fast.diffusion.paths import ProbabilityPath
-from cmt_fast.objectives import OBJECTIVES
+from cmt_fast.objectives import OBJECTIVES, taught
 from cmt_fast.schedule import Schedule, Since, schedule
 from cmt_fast.teacher import solver_error
 from cmt_fast.teacher.pool import Drawn, Pool, Prior
@@ -98,7 +98,7 @@ class ResolvedStage:
     @property
     def called(self) -> dict[str, str]:
         """Key -> name of the networks that must be at hand: not those that only cached trajectories were made by."""
-        steps = OBJECTIVES[self.config.objective.kind].teacher or not self.cache
+        steps = taught(self.config.objective) or not self.cache
         return {key: name for key, name in self.config.networks().items() if key == "start" or steps}
 
     def replaced(self, **keys: Any) -> ResolvedStage:
@@ -147,7 +147,7 @@ class ResolvedStage:
         how = how or self.trajectories
         rows = self.trajectory_rows
         prior = Prior(shape, classes, self.seed, self.index, self.config.trajectory_dropout)
-        return Pool(teacher, self.path, how, prior, rows, device, **options)
+        return Pool(teacher, self.path, how, prior, rows, device, asked=self.run.asked(self.name), **options)
 
     def candidates(
         self, nfes: tuple[int, ...] = solver_error.NFE, grids: bool = False

@@ -9,7 +9,7 @@ from cmt_fast.config.schema import STAGES, Run
 from cmt_fast.diffusion import sampling
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
-from cmt_fast.objectives import OBJECTIVES
+from cmt_fast.objectives import OBJECTIVES, taught
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.teacher import solver_error
@@ -28,14 +28,13 @@ def check(run: Run, shape: tuple[int, ...], classes: int) -> None:
 
 def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) -> None:
     run, name, stage = resolved.run, resolved.name, resolved.config
-    needs = OBJECTIVES[stage.objective.kind]
     kinds = [("objective", stage.objective.kind)] + (
         [("anchor.objective", stage.anchor.objective.kind)] if stage.anchor else []
     )
     for key, kind in kinds:
-        if OBJECTIVES[kind].path != run.path:
+        if not OBJECTIVES[kind].on(run.path):
             valid = ", ".join(
-                k for k, row in OBJECTIVES.items() if row.path == run.path and (key == "objective" or "cmt" in k)
+                k for k, row in OBJECTIVES.items() if row.on(run.path) and (key == "objective" or "cmt" in k)
             )
             raise ConfigError(
                 f"{name}.{key}.kind: {kind!r} is for the path {OBJECTIVES[kind].path!r}, "
@@ -53,7 +52,7 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
         raise ConfigError(
             f"{name}.trajectories: is missing, {' and '.join(k for _, k in kinds)} draw from the teacher's trajectories"
         )
-    if ((points and not resolved.cache) or needs.teacher) and not stage.teacher:
+    if ((points and not resolved.cache) or taught(stage.objective)) and not stage.teacher:
         raise ConfigError(f"{name}.teacher: is missing; it names the stage whose network is the teacher")
     own, anchored = resolved.rows
     if not own or (stage.anchor and not anchored):
@@ -116,7 +115,7 @@ def _check_networks(resolved: ResolvedStage) -> None:
     if guide is None:
         return
     rollouts = guide.trajectories and resolved.trajectory_rows
-    if not (OBJECTIVES[stage.objective.kind].teacher or rollouts):
+    if not (taught(stage.objective) or rollouts):
         raise ConfigError(
             f"{name}.autoguidance: guides nothing here, {stage.objective.kind} takes no step of a teacher"
         )

@@ -27,6 +27,7 @@ from cmt_fast.diffusion.labels import Some
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import table
+from cmt_fast.objectives import mid
 from cmt_fast.objectives.batch import Kept, Points
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.teacher.rollouts import Rolling
@@ -66,7 +67,8 @@ class Pool:
     """Points of trajectories from x_T ~ prior with uniformly random labels: no data is read.
 
     For consistency models a trajectory gives `per_trajectory` of its nodes, evenly spaced from a random first one,
-    each with the endpoint; for flow maps as many random pairs i < j of its nodes. Fewer points a trajectory mean more
+    each with the endpoint; for flow maps as many random pairs i < j of those that are asked
+    about. Fewer points a trajectory mean more
     trajectories, so more starting noises seen. Mode "paper" is the published layout: batch // nfe trajectories, all
     points of each, step-major; of flow maps the pairs are random there too, `per_trajectory` a trajectory.
     """
@@ -82,8 +84,9 @@ class Pool:
         *,
         computing: Callable[[], AbstractContextManager] = nullcontext,
         graph: bool = True,
+        asked: str = "any",
     ) -> None:
-        """rows: student rows a step over all ranks; computing, graph: as of Rolling.
+        """rows: student rows a step over all ranks; computing, graph: as of Rolling; asked: of a flow map's pairs, as of `mid`.
 
         `stock` in place of a teacher and `keep`, what endpoints' features are kept for, are set before the first draw.
         Raises ValueError where the numbers do not divide.
@@ -94,7 +97,7 @@ class Pool:
         self.device = torch.device(device)
         self.plan = table(path, config.solver, config.nfe, config.t_max, config.t_min, config.order, config.shift)
         self.nodes = len(self.plan.times)
-        self.pairs = path.name == "linear"
+        self.pairs = mid.pairs(self.plan.times, asked).to(self.device) if path.name == "linear" else None
         paper = config.mode == "paper"
         self.steps = 1 if paper else config.pool_steps
         self.each = drawn(config, path.name, self.nodes - 1)
@@ -205,8 +208,8 @@ class Pool:
             with progress.phase(what, quiet=True, again=True):
                 self._fill(index, redraw)
         slot = self._order[rows + offset * self.rows]
-        if self.pairs:
-            i, j = self._pair(random, slot)
+        if self.pairs is not None:
+            i, j = self._pair(random, slot, self.pairs)
         else:
             i = self._node(random, slot)
             j = torch.full_like(i, self.nodes - 1)
@@ -224,9 +227,9 @@ class Pool:
         first = random.integers(rng.PAIR, slot % self.count, points)
         return (first + i * points // self.each) % points
 
-    def _pair(self, random: Random, slot: Tensor) -> tuple[Tensor, Tensor]:
-        """Uniform over the nodes' pairs i < j (node 0 is noise)."""
-        i, j = torch.triu_indices(self.nodes, self.nodes, offset=1, device=self.device)
+    def _pair(self, random: Random, slot: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Uniform over the nodes' pairs i < j that are asked about (node 0 is noise)."""
+        i, j = pairs
         pick = random.integers(rng.PAIR, slot, len(i))
         return i[pick], j[pick]
 

@@ -15,12 +15,11 @@ from cmt_kernels import processor, table
 from cmt_kernels.attention import small
 
 from cmt_fast.config.schema import Stage
+from cmt_fast.objectives import OBJECTIVES
 from cmt_fast.run.networks import attentions
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint
-
-TANGENTS = ("meanflow", "imeanflow", "sct", "scd")  # objectives whose network is given Duals
 
 
 @progress.phase("choosing attention by time", quiet=True)
@@ -34,7 +33,7 @@ def settle(work: Workspace, stage: Stage, found: checkpoint.Checkpoint | None) -
     if stage.compile:
         return {}
     if work.device.type == "cuda":
-        return {} if stage.objective.kind in TANGENTS else _on_a_gpu(work, stage)
+        return {} if OBJECTIVES[stage.objective.kind].tangents else _on_a_gpu(work, stage)
     if work.device.type != "cpu" or not distributed.smallest(int(processor.timed())):
         return {}
     low = stage.products == "bf16" or (stage.trajectories and stage.trajectories.precision in ("auto", "bf16", "fp8"))

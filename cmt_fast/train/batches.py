@@ -23,7 +23,7 @@ from cmt_fast.data.rows import Rows, opened
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Autoguided, guided
 from cmt_fast.engine import Engine, Unread
-from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, StageContext
+from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, StageContext, taught
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.objectives.rounding import Rounding, split
 from cmt_fast.perceptual import distance
@@ -82,8 +82,7 @@ class BatchProvider:
         self.rounding: Rounding | None = None  # which rows are in fp32, where the stage's precision is lower
         self.plan, self.grad_accum_steps = stage.schedule, engine.grad_accum_steps
         config, run = stage.config, stage.run
-        needs = OBJECTIVES[config.objective.kind]
-        self.draws_data = needs.draws == "data"
+        self.draws_data = OBJECTIVES[config.objective.kind].draws == "data"
         self.loader = loader(run.loader, data, run.seed, device, self.own) if self.draws_data else None
         self._step, self._rows = -1, (torch.empty(0), None)
         self.redraws: list[tuple[int, int]] = []  # (step, number): from that step on noise and times are drawn anew
@@ -95,7 +94,7 @@ class BatchProvider:
             return self.held[name]
 
         self.teacher = None
-        if needs.teacher:
+        if taught(config.objective):
             assert config.teacher is not None
             net, guide = held(config.teacher), config.autoguidance
             self.teacher = Autoguided(net, held(guide.network), guide.scale) if guide else None

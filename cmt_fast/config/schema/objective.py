@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from cmt_fast.config.schema.numbers import Fraction, Natural, NotNegative, Positive, schema
+
+# what an objective asks its network for: a denoiser or a velocity; where a trajectory ends, from any of its points; the average
+# velocity between any two; between two whose times differ by a power of 1/2
+Asks = Literal["instant", "end", "pairs", "halves"]
 
 
 @schema
@@ -14,6 +18,7 @@ class Denoise:
     """EDM denoising: ln t ~ N(mean, std^2). `uncertainty`: each noise weighted by EDM2's learned log variance."""
 
     kind: Literal["denoise"] = "denoise"
+    asks: ClassVar[Asks] = "instant"
     mean: float = -1.2
     std: Positive = 1.2
     uncertainty: bool = False
@@ -24,6 +29,7 @@ class Flow:
     """Flow matching: t ~ logit-normal(mean, std)."""
 
     kind: Literal["flow"] = "flow"
+    asks: ClassVar[Asks] = "instant"
     mean: float = -0.4
     std: Positive = 1.0
 
@@ -40,6 +46,7 @@ class CmtCm:
     """
 
     kind: Literal["cmt_cm"] = "cmt_cm"
+    asks: ClassVar[Asks] = "end"
     distance: Distance = "l2"
     c: Positive = 0.01
 
@@ -49,6 +56,7 @@ class CmtMf:
     """Consistency mid-training of an average velocity."""
 
     kind: Literal["cmt_mf"] = "cmt_mf"
+    asks: ClassVar[Asks] = "pairs"
 
 
 @schema
@@ -56,6 +64,7 @@ class Ect:
     """Easy consistency tuning: r = t (1 - n(t)/q^(s+1)), n(t) = 1 + k sigmoid(-b t); s grows by one `doublings` times."""
 
     kind: Literal["ect"] = "ect"
+    asks: ClassVar[Asks] = "end"
     mean: float = -1.1
     std: Positive = 2.0
     q: Annotated[float, Field(gt=1)] = 64.0
@@ -81,6 +90,7 @@ class MeanFlow:
     """MeanFlow: the share `ratio` of rows has r < t and carries tangents; guidance inside the target by omega, kappa."""
 
     kind: Literal["meanflow"] = "meanflow"
+    asks: ClassVar[Asks] = "pairs"
     mean: float = -0.4
     std: Positive = 1.0
     ratio: Fraction = 0.25
@@ -109,6 +119,7 @@ class Sct:
     """
 
     kind: Literal["sct"] = "sct"
+    asks: ClassVar[Asks] = "end"
     mean: float = -1.0
     std: Positive = 1.4
     warmup_nimg: Natural = 0

@@ -9,6 +9,7 @@ from pydantic import Field
 from cmt_fast.config.schema.data import Data
 from cmt_fast.config.schema.model import Model
 from cmt_fast.config.schema.numbers import Count, Natural, NotNegative, Positive, schema
+from cmt_fast.config.schema.objective import CmtCm, CmtMf
 from cmt_fast.config.schema.stage import STAGES, Stage
 
 
@@ -141,6 +142,19 @@ class Run:
     def stages(self) -> dict[str, Stage]:
         """The stages that this run has, by name, in order."""
         return {name: stage for name in STAGES if (stage := getattr(self, name)) is not None}
+
+    def asked(self, name: str) -> str:
+        """Which pairs of nodes the trajectories of a stage are asked about: "end", "any" or "halves", see objectives/mid.
+
+        Those that its keys name; else of mid-training those of post-training, of other stages their own.
+        """
+        if self.path == "ve":
+            return "end"
+        stage = self.stages[name]
+        if stage.trajectories and stage.trajectories.pairs != "auto":
+            return stage.trajectories.pairs
+        asks = (self.post if isinstance(stage.objective, CmtCm | CmtMf) else stage).objective.asks
+        return asks if asks in ("end", "halves") else "any"
 
     def ancestors(self, name: str) -> list[str]:
         """The stages of this run that `name` starts from or is taught by, and theirs, in order."""

@@ -22,6 +22,8 @@ class Trajectories:
     `precision`: of the teacher in rollouts, by default the stage's own. Below fp32 the error of a few endpoints is measured
     first; `auto` takes the cheapest one within `precision_limit`, their relative L2, a named one beyond it is refused.
     `cache`: a folder that `cmt trajectories` wrote; then nothing is rolled out and no teacher is loaded for it.
+    `pairs`: of nodes that a flow map is asked about: auto, what the objective that follows asks for; any two; any and the
+    last; those whose times differ by a power of 1/2.
     """
 
     solver: Literal["dpmpp", "euler", "heun", "jump"] = "dpmpp"
@@ -38,6 +40,7 @@ class Trajectories:
     precision: Literal["stage", "auto", "fp32", "tf32", "bf16", "fp8"] = "stage"
     precision_limit: Positive = 0.02
     cache: str | None = None
+    pairs: Literal["auto", "any", "end", "halves"] = "auto"
 
     @property
     def calls(self) -> int:
