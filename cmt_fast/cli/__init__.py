@@ -55,6 +55,10 @@ COMMANDS = {
         "take one step of a stage once more: its hashes beside those recorded, its layers beside plain torch",
     ),
     "report": ("report", "write RUN/report.html and RUN/report.md"),
+    "objectives": (
+        "objectives",
+        "the objectives: paper, equation, counted work, recipes; --check: at rest where the answer is known",
+    ),
     "theory": ("theory", "measure solver orders and gradient bias on a Gaussian mixture, against the paper's slopes"),
     "eval": ("eval", "Fréchet distance (FID, FD-DINOv2), accuracy, precision and recall of a trained stage"),
     "runs": ("runs", "list, show, compare and prune runs"),

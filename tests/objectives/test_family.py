@@ -17,13 +17,13 @@ from cmt_fast.diffusion.paths import column
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.diffusion.solvers import grid
+from cmt_fast.evaluation import rest as gmm
+from cmt_fast.evaluation.rest import LINEAR, MIXTURE, OFF, VE, Net, batch, errors, gradients, size
 from cmt_fast.models import build
 from cmt_fast.models.precond import Denoiser, NoiseDenoiser
 from cmt_fast.objectives import OBJECTIVES, Batch, LossContext
 from cmt_fast.objectives.continuous import warm_up
 from cmt_fast.objectives.meanflow import draw_times
-from tests.objectives import test_gmm_world as gmm
-from tests.objectives.test_gmm_world import LINEAR, MIXTURE, OFF, VE, batch, errors, size
 
 
 def perturbed(net: torch.nn.Module) -> torch.nn.Module:
@@ -110,66 +110,32 @@ def test_warm_up_grows_to_one() -> None:
     assert [warm_up(n, 400) for n in (0, 100, 400, 900)] == [0, 0.25, 1, 1] and warm_up(0, 0) == 1
 
 
-class Net(gmm.Net):
-    """The known function and theta, whose Dual call takes no r."""
-
-    def __call__(self, x, t, r=None, labels=None, drop=None):
-        if not isinstance(x, Dual) or isinstance(r, Dual):
-            return super().__call__(x, t, r, labels, drop)
-        k, h = len(x.tangent), self.h
-        scale = h / t.tangent  # a step of h in the time itself: tangents here are as long as 80
-        with torch.no_grad():
-            ahead, behind = (
-                self.value(x.value[:k] + column(s * scale, x.value) * x.tangent, t.value[:k] + s * h, None)
-                for s in (1, -1)
-            )
-        return Dual(self.value(x.value, t.value, None), (ahead - behind) / column(2 * scale, x.value))
-
-
-def gradients(kind: str, known, drawn: Batch, config, world: LossContext, theta: float = 0.0) -> Tensor:
-    """Gradient of each row's loss in its own theta. (B, 6)."""
-    net = Net(known, len(drawn.x_0), theta)
-    loss, _ = OBJECTIVES[kind].function(net, drawn, config, world)
-    return torch.autograd.grad(loss.sum(), net.theta)[0].flatten(1)
-
-
-def few(n: int) -> Batch:
-    return Batch(batch().x_0[:n], None, torch.arange(n), None)
-
-
-def test_sct_is_at_rest_at_the_answer() -> None:
-    """Without normalisation, which weighs a row by its own noise; narrow in ln t, as weights of far times are noise."""
-    config = Sct(c=None, mean=-0.4, std=0.8)
-    assert errors(gradients("sct", gmm.consistency, few(6000), config, LossContext(VE, Random(0, 0, 0)))) < 4
-    assert errors(gradients("sct", gmm.consistency, few(6000), config, LossContext(VE, Random(0, 0, 0)), OFF)) > 10
-    assert errors(gradients("sct", Exact(MIXTURE, VE), few(6000), config, LossContext(VE, Random(0, 0, 0)))) > 10
+def test_sct_rejects_the_posterior_mean() -> None:
+    assert errors(gmm.gradients_of("sct", Exact(MIXTURE, VE))) > 10
 
 
 @pytest.mark.parametrize("c", [0.1, None])
 def test_scd_is_at_rest_at_the_answer(c: float | None) -> None:
     """Row by row, normalised or not: along the exact teacher's ODE nothing of f changes."""
     config, at = Scd(c=c), LossContext(VE, Random(0, 0, 0), Exact(MIXTURE, VE))
-    rest = size(gradients("scd", gmm.consistency, few(2000), config, at))
-    off = size(gradients("scd", gmm.consistency, few(2000), config, at, OFF))
-    wrong = size(gradients("scd", Exact(MIXTURE, VE), few(2000), config, at))
+    rest = size(gradients("scd", gmm.consistency, batch(2000), config, at))
+    off = size(gradients("scd", gmm.consistency, batch(2000), config, at, OFF))
+    wrong = size(gradients("scd", Exact(MIXTURE, VE), batch(2000), config, at))
     assert rest < off / 100 and rest < wrong / 100
 
 
 def test_denoiser_is_at_rest_before_the_derivative_is_warm() -> None:
     config = Sct(c=None, mean=-0.4, std=0.8, warmup_nimg=1000)
     cold, half = (LossContext(VE, Random(0, 0, 0), nimg=n) for n in (0, 500))
-    assert errors(gradients("sct", Exact(MIXTURE, VE), few(6000), config, cold)) < 4
-    assert errors(gradients("sct", Exact(MIXTURE, VE), few(6000), config, half)) > 10
+    assert errors(gradients("sct", Exact(MIXTURE, VE), batch(6000), config, cold)) < 4
+    assert errors(gradients("sct", Exact(MIXTURE, VE), batch(6000), config, half)) > 10
 
 
 # ------------------------------------------------------------------------------------------ improved MeanFlow
 
 
-def test_improved_meanflow_is_at_rest_at_the_answer() -> None:
-    config, at = IMeanFlow(p=0.0), LossContext(LINEAR, Random(0, 0, 0))
-    assert errors(gradients("imeanflow", gmm.average_velocity, batch(), config, at)) < 4
-    assert errors(gradients("imeanflow", gmm.average_velocity, batch(), config, at, OFF)) > 10
-    assert errors(gradients("imeanflow", Exact(MIXTURE, LINEAR), batch(), config, at)) > 10
+def test_improved_meanflow_rejects_the_velocity() -> None:
+    assert errors(gmm.gradients_of("imeanflow", Exact(MIXTURE, LINEAR))) > 10
 
 
 def test_improved_meanflow_gradients_equal_func_jvp_along_the_own_velocity() -> None:

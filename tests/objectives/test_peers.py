@@ -1,0 +1,42 @@
+"""Our losses beside those of the projects they come from: the same numbers and gradients, recorded from their own code."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from cmt_fast.config.schema.objective import Objective
+from cmt_fast.diffusion.paths import ProbabilityPath
+from cmt_fast.objectives import OBJECTIVES, StageContext
+from tests.objectives import peers
+
+
+def fields(record: dict[str, Any]) -> Any:
+    """The objective's own `Drawn` of what was recorded; whole numbers are labels, true and false what is dropped."""
+    drawn = typing.get_type_hints(OBJECTIVES[record["kind"]].loss)["drawn"]
+    of = lambda v: v if v is None or isinstance(v, str) else _tensor(v)
+    return drawn(**{name: of(record["drawn"].get(name)) for name in drawn._fields})
+
+
+def _tensor(numbers: Any) -> Tensor:
+    found = torch.tensor(numbers)
+    return found.double() if found.is_floating_point() else found
+
+
+@pytest.mark.parametrize("record", peers.records(), ids=lambda record: record["name"])
+def test_loss_is_that_of_the_project_it_comes_from(record: dict[str, Any]) -> None:
+    """Loss by row and gradient in every number of the network, to 1e-6 of their largest."""
+    kind, path = record["kind"], record["path"]
+    config = TypeAdapter(Objective).validate_python({"kind": kind, **record["config"]})
+    net, teacher = peers.network(path), peers.network(path, 0.5).requires_grad_(False) if record["teacher"] else None
+    loss, _ = OBJECTIVES[kind].loss(net, fields(record), config, StageContext(ProbabilityPath(path), teacher))
+    grad = torch.autograd.grad(loss.mean(), [getattr(net, name) for name in peers.SHAPES], materialize_grads=True)
+    scale = record.get("scale", 1.0)
+    for ours, theirs in ((loss, record["loss"]), (torch.cat([g.flatten() for g in grad]), record["grad"])):
+        theirs = torch.tensor(theirs, dtype=torch.float64)
+        assert float((scale * ours.detach() - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max()), kind
