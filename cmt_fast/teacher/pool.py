@@ -88,6 +88,8 @@ class Pool:
     ) -> None:
         """rows: student rows a step over all ranks; computing, graph: as of Rolling; asked: of a flow map's pairs, as of `mid`.
 
+        Many parameters: what is drawn, and with what it is computed.
+
         `stock` in place of a teacher and `keep`, what endpoints' features are kept for, are set before the first draw.
         Raises ValueError where the numbers do not divide.
         """
