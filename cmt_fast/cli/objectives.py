@@ -116,13 +116,17 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [f"{'kind':<12}{'path':<12}{'asks':<9}{'forwards':>8}  {'of them':<46}{'prepared by':<13}title, paper"]
     for kind, row in rows.items():
         work = row["work"]
-        parts = [(3 * work["trained"], "trained"), (work["plain"], "targets"), (work["tangents"], "tangents")]
-        of = ", ".join(f"{n:.3g} {what}" for n, what in (*parts, (work["teacher"], "teacher")) if n)
         lines.append(
-            f"{kind:<12}{row['path']:<12}{row['asks']:<9}{work['forwards']:>8.3g}  {of:<46}{row['prepared_by'] or '-':<13}"
-            f"{row['title']}; {row['paper']}"
+            f"{kind:<12}{row['path']:<12}{row['asks']:<9}{work['forwards']:>8.3g}  {parts(work):<46}"
+            f"{row['prepared_by'] or '-':<13}{row['title']}; {row['paper']}"
         )
     return "\n".join([*lines, "", "`cmt objectives KIND` shows the equation, the keys and the recipes of one"])
+
+
+def parts(work: dict[str, float]) -> str:
+    """What the forwards of a row are of."""
+    named = {"trained": 3 * work["trained"], "targets": work["plain"], **{k: work[k] for k in ("tangents", "teacher")}}
+    return ", ".join(f"{n:.3g} {what}" for what, n in named.items() if n)
 
 
 def whole(kind: str, row: dict[str, Any]) -> str:

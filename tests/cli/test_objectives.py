@@ -33,3 +33,18 @@ def test_one_that_is_not_at_rest_is_an_error(capsys, monkeypatch):
 def test_a_name_that_is_none_is_an_error(capsys):
     assert main(["objectives", "meanfow"]) == 2
     assert "meanflow" in capsys.readouterr().err and objectives.ROWS
+
+
+def test_a_page_shows_an_objective_in_the_plane(tmp_path, capsys):
+    """Equation, picture and figures; trained for a moment, from the diffusion model and from mid-training."""
+    assert main(["theory", "--pictures", str(tmp_path / "shelf"), "--kinds", "meanflow", "--steps", "3"]) == 0
+    text = (tmp_path / "shelf" / "meanflow.md").read_text("utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| meanflow |"))
+    assert (
+        "u - sg[v - (t - r) du/dt]" in text
+        and "![meanflow in the plane](meanflow.png)" in text
+        and "Duals of `k` rows" in text
+    )
+    assert len(row.split("|")) == 10 and all(float(cell) > 0 for cell in row.split("|")[2:-1])
+    assert (tmp_path / "shelf" / "meanflow.png").read_bytes()[:4] == b"\x89PNG" and not (tmp_path / "shelf.md").exists()
+    assert main(["theory", "--kinds", "meanflow"]) == 2 and "--pictures DIR" in capsys.readouterr().err
