@@ -72,8 +72,8 @@ def warm_up(progress: float, config: Ayf) -> float:
 def loss(net, drawn: Drawn, config: Ayf, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
     """L = (1/D) ||u - sg(u - g)||^2,    g = n(u - v + p (t - r) du/dt),    du/dt along (v, 0, 1) in (z, r, t)
 
-    v is the (guided) teacher's velocity, p the share of this step, n(g) = g / (|g| + c) a row. Returns (B,); scalars: mse, how far
-    u is from straight; tangent: |g| before n.
+    v is the (guided) teacher's velocity, p the share of this step, n(g) = g / (|g| + c) a row. Returns (B,). Scalars: mse,
+    how far u is from straight, and tangent, |g| before n.
     """
     assert stage.teacher is not None
     z, t, r, share, labels, drop = drawn
