@@ -9,7 +9,8 @@ from cmt_fast.config.schema.stage import STAGES
 
 # where a key stands -> its name of before -> today's; "stage": directly in a stage
 RENAMED = {"stage": {"clip": "grad_clip_norm"}, "anchor": {"share": "fraction"}}
-# a key that came later, `stage.` before one of any stage -> its default, under which it is no part of a digest
+# a key that came later, `stage.` before one of any stage, its kind before one of some kinds alone -> its default, under which
+# it is no part of a digest
 ADDED: dict[str, Any] = {
     "data.class_ids": None,
     "data.classes": None,
@@ -18,11 +19,14 @@ ADDED: dict[str, Any] = {
     "eval.labels": "data",
     "eval.on_error": "continue",
     "model.dropout_max_side": None,
+    "model.log_variance": False,
     "nonfinite_limit": 10,
     "on_nonfinite": "stop",
     "saves": "background",
     "stage.checkpoint_every_s": 1200.0,
     "stage.nonfinite_limit": None,
+    "stage.objective.scd.uncertainty": False,
+    "stage.objective.sct.uncertainty": False,
     "stage.on_nonfinite": None,
     "stage.rounding_limit": 0.1,
     "stage.trajectories.pairs": "auto",
@@ -72,7 +76,9 @@ def first_names(tree: Any, parents: tuple[str, ...] = ()) -> Any:
         FIRST.get(place(parents), {}),
         ("stage", *parents[1:]) if parents[:1] in [(s,) for s in STAGES] else parents,
     )
-    came_later = lambda key, value: (name := ".".join((*where, str(key)))) in ADDED and ADDED[name] == value
+    kind = (tree["kind"],) if isinstance(tree.get("kind"), str) else ()
+    names = lambda key: {".".join((*where, *of, str(key))) for of in ((), kind)} & ADDED.keys()
+    came_later = lambda key, value: any(ADDED[name] == value for name in names(key))
     return {
         before.get(key, key): first_names(value, (*parents, str(key)))
         for key, value in tree.items()

@@ -187,7 +187,8 @@ def _own_asks(source: Source) -> Asks:
         model, sigma = TypeAdapter(Model).validate_python(run["model"]), _number(run["sigma_data"])
     except (ValidationError, KeyError, TypeError):
         raise ConfigError(f"FILE: {str(source.path)!r}: the run in its metadata is not of this version") from None
-    unread = ("size", "preset", "dropout", "checkpoint_activations")  # said by other keys, or no matter for the weights
+    # said by other keys, or no matter for the weights that are sampled with
+    unread = ("size", "preset", "dropout", "checkpoint_activations", "log_variance")
     null = _own_null(source.about["cmt"])
     return Asks({k: v for k, v in built(model).items() if k not in unread}, sigma_data=sigma, null_class=null)
 

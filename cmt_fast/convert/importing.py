@@ -76,7 +76,8 @@ def compare(source: Source, run: Run, data: Rows, wanted: str | None = None) -> 
     if not found.fits:
         return found
     theirs = _renamed(source, telling.KNOWN[found.family], _wide(source.tensors))[0]
-    weights = {name: theirs[name].to(like.dtype).contiguous() for name, like in found.weights.items()}
+    given = lambda name, like: theirs[name] if name in theirs else torch.zeros(like.shape)
+    weights = {name: given(name, like).to(like.dtype).contiguous() for name, like in found.weights.items()}
     return found._replace(weights=weights, notes=[*found.notes, *_numbers(source, weights)])
 
 
@@ -98,6 +99,11 @@ def match(source: Source, run: Run, data: Rows, wanted: str | None = None) -> Pa
             weights[name] = torch.empty(tensor.shape, dtype=own[name].dtype, device="meta")
     missing = sorted(own.keys() - theirs.keys())
     notes = [*source.notes, *asks.notes, *fitting.doubts(asks, run), *fitting.normalisation(asks, data)]
+    begins = [name for name in missing if name.startswith("net.log_variance.")] if run.model.kind != "edm2" else []
+    if begins:  # a head of ours alone, which starts at 0 wherever it starts
+        missing = [name for name in missing if name not in begins]
+        weights |= {name: torch.empty_like(own[name], device="meta") for name in begins}
+        notes.append("the log variance, which the file has not, begins at 0")
     against, hints = fitting.conflicts(source, family, asks, run, data), fitting.suggestions(asks, run, data)
     return Parity(family.name, weights, skipped, missing, shapes, against, notes, hints, asks.null_class)
 

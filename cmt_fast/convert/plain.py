@@ -47,7 +47,8 @@ def write(export: Export, family: str, out: Path) -> str:
     target, work = TARGETS[family], export.work
     claim(out, *SUFFIXES)
     _check(target, family, work)
-    theirs = {k: v.contiguous() for k, v in target.names(export, dict(export.weights)).items()}
+    export = _sampled(export, target)
+    theirs = {k: v.contiguous() for k, v in target.names(export, export.weights).items()}
     how = _read_back(export, family, theirs)
     arguments = target.arguments(work)
     lineage = export.about["lineage"]
@@ -84,6 +85,13 @@ def _check(target: Target, family: str, work: Workspace) -> None:
             raise ConfigError(f"--format: {family} has model.{key} {value!r}, this run's is {own!r}")
     if target.kind == "dit" and not work.data.classes:
         raise ConfigError(f"--format: a network of {family} has a table of labels, this one takes none")
+
+
+def _sampled(export: Export, target: Target) -> Export:
+    """Without the log variance of `model.log_variance`, which weighs a loss: of these projects only EDM2 has a place for one."""
+    if target.kind == "edm2":
+        return export
+    return export._replace(weights={k: v for k, v in export.weights.items() if not k.startswith("net.log_variance.")})
 
 
 def _others(kind: str, path: str) -> str:

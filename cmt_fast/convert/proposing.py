@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from cmt_fast.config import loading, recipes
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.config.schema import Latents, Run
+from cmt_fast.config.schema import Latents, Run, weighs
 from cmt_fast.convert import fitting, importing, telling
 from cmt_fast.convert.families import Asks
 from cmt_fast.convert.files import Source
@@ -80,7 +80,7 @@ def _overrides(asks: Asks, run: Run) -> list[str]:
 def _stage(run: Run, name: str, kind: str, shape: tuple[int, ...]) -> list[str]:
     """What of a stage another kind of network or other rows cannot do: an uncertainty to learn, distances of photographs."""
     stage, out = run.stages[name], []
-    if getattr(stage.objective, "uncertainty", False) and kind != "edm2":
+    if getattr(stage.objective, "uncertainty", False) and not (kind == run.model.kind and weighs(run.model)):
         out.append(f"{name}.objective.uncertainty=false")
     if "lpips" in stage.distances() and (shape[0] not in (1, 3) or min(shape[1:]) < 16):
         parts = [("objective", stage.objective)] + (

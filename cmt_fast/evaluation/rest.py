@@ -20,7 +20,7 @@ from cmt_kernels import Dual
 from cmt_kernels.dual import value
 from torch import Tensor
 
-from cmt_fast.config.schema import CmtCm, CmtMf, Denoise, Ecd, Ect, Flow, Gmm, IMeanFlow, MeanFlow, Scd, Sct
+from cmt_fast.config.schema import Ayf, CmtCm, CmtMf, Denoise, Ecd, Ect, Flow, Gmm, IMeanFlow, MeanFlow, Scd, Sct
 from cmt_fast.data.gmm import Exact, load
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import ProbabilityPath, column
@@ -196,6 +196,8 @@ CASES = {
     # without normalisation, which weighs a row by its own noise; narrow in ln t, as weights of far times are noise
     "sct": Case(Sct(c=None, mean=-0.4, std=0.8), consistency, VE, n=6000),
     "scd": Case(Scd(), consistency, VE, teacher=True, n=2000),
+    # the whole derivative: less of it moves the point of rest towards straight lines
+    "ayf": Case(Ayf(warmup=0.0, most=1.0), average_velocity, LINEAR, teacher=True, n=2000),
 }
 
 

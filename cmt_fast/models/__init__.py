@@ -6,33 +6,42 @@ from torch import nn
 
 from cmt_fast.config.schema import Dit, Edm, Edm2, Mlp, Model
 from cmt_fast.models import dit, edm, edm2, mlp
+from cmt_fast.models.layers import LogVariance
 from cmt_fast.models.precond import AverageVelocity, Denoiser, NoiseDenoiser
 
 
 def build(model: Model, path: str, sigma_data: float, shape: tuple[int, ...], classes: int) -> nn.Module:
     """A Denoiser (path "ve") or AverageVelocity (path "linear") for data of `shape` (C, H, W) or (D,).
 
-    Raises ValueError naming the key where model and data do not fit.
+    A network whose model asks for one gets a log variance, made last: what stands beside it begins as it does without. Raises
+    ValueError naming the key where model and data do not fit.
     """
     two_times = path == "linear"
+    net = _network(model, shape, classes, two_times)
+    if getattr(model, "log_variance", False):
+        if two_times:
+            raise ValueError("model.log_variance: true is for the path 've', this run's is 'linear'; take false")
+        net.log_variance = LogVariance()
+    if getattr(model, "precondition", "edm") == "ddpm":
+        if two_times:
+            raise ValueError("model.precondition: 'ddpm' is for the path 've', this run's is 'linear'")
+        return NoiseDenoiser(net)
+    return AverageVelocity(net) if two_times else Denoiser(net, sigma_data)
+
+
+def _network(model: Model, shape: tuple[int, ...], classes: int, two_times: bool) -> nn.Module:
     if isinstance(model, Mlp):
         if len(shape) != 1:
             raise ValueError(f"model.kind: an mlp needs vectors, the data has the shape {shape}")
-        net: nn.Module = mlp.Mlp(shape[0], classes, width=model.width, depth=model.depth, two_times=two_times)
-    elif len(shape) != 3 or shape[1] != shape[2]:
+        return mlp.Mlp(shape[0], classes, width=model.width, depth=model.depth, two_times=two_times)
+    if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(
             f"model.kind: {'a' if model.kind == 'dit' else 'an'} {model.kind} needs square images, the data has the shape {shape}"
         )
-    elif isinstance(model, Dit):
-        net = _dit(model, shape, classes, two_times)
-        if model.precondition == "ddpm":
-            if two_times:
-                raise ValueError("model.precondition: 'ddpm' is for the path 've', this run's is 'linear'")
-            return NoiseDenoiser(net)
-    else:
-        make = _edm2 if isinstance(model, Edm2) else _edm
-        net = make(model, shape, classes if model.conditional else 0, two_times)
-    return AverageVelocity(net) if two_times else Denoiser(net, sigma_data)
+    if isinstance(model, Dit):
+        return _dit(model, shape, classes, two_times)
+    make = _edm2 if isinstance(model, Edm2) else _edm
+    return make(model, shape, classes if model.conditional else 0, two_times)
 
 
 def fold(net: nn.Module) -> nn.Module:

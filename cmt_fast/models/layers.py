@@ -154,6 +154,22 @@ class LabelEmbedder(nn.Module):
         return label_embedding(labels, self.table, drop)
 
 
+class LogVariance(nn.Module):
+    """c_noise: (B,) -> u (B,), the log of the expected loss at that noise: a linear layer over waves of c_noise.
+
+    What a loss with learned weights (`uncertainty`) asks of a network that has no such head as published; sampling never does. It
+    begins at 0, where every noise weighs 1.
+    """
+
+    def __init__(self, features: int = 64) -> None:
+        super().__init__()
+        self.features, self.out = features, Linear(features, 1, zero=True)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        with in_fp32(c_noise):
+            return self.out(time_embedding(c_noise, self.features, max_frequency=16.0))[:, 0]
+
+
 def recomputed(block: Callable, *xs: Tensor | Dual) -> Tensor | Dual:
     """block(*xs), one Tensor | Dual, keeping for the backward pass only the values of xs and running the block again there.
 

@@ -35,10 +35,11 @@ class Denoiser(nn.Module):
         drop: Tensor | None = None,
         seeds: Tensor | None = None,
         uncertainty: bool = False,
-    ) -> Tensor | Dual | tuple[Tensor, Tensor]:
+    ) -> Tensor | Dual | tuple[Tensor | Dual, Tensor]:
         """x: (B, ...), t: (B,) > 0; r is not read; seeds: (B, dropouts, 2) of a training step -> (B, ...) in the dtype of x.
 
-        A plain argument is a constant. With `uncertainty` also the network's log variance u(t) (B,), which EDM2's have.
+        A plain argument is a constant. With `uncertainty` also the network's log variance u(t) (B,), which has no tangent: EDM2's
+        networks have one, others by `model.log_variance`.
         """
         x_v, t_v = value(x), value(t)
         c_skip, c_out, c_in = self.scalings(t_v)
@@ -48,9 +49,8 @@ class Denoiser(nn.Module):
             scaled, c_noise = _inputs(x, t, self.sigma_data, scaled, c_noise, rate)
         f = self._network(scaled, c_noise, labels, drop, seeds)
         d = column(c_skip, x_v) * x_v + column(c_out, x_v) * value(f).to(x_v.dtype)
-        if uncertainty:
-            return d, self.net.log_variance(c_noise)
-        return Dual(d, self._tangent(x, t, f)) if isinstance(f, Dual) else d
+        out = Dual(d, self._tangent(x, t, f)) if isinstance(f, Dual) else d
+        return (out, self.net.log_variance(value(c_noise))) if uncertainty else out
 
     def scalings(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in at times t, shaped like t."""
@@ -112,8 +112,9 @@ class NoiseDenoiser(nn.Module):
         labels: Tensor | None = None,
         drop: Tensor | None = None,
         seeds: Tensor | None = None,
-    ) -> Tensor | Dual:
-        """x: (B, ...), t: (B,) > 0; r is not read; seeds as in a Denoiser -> (B, ...) in the dtype of x."""
+        uncertainty: bool = False,
+    ) -> Tensor | Dual | tuple[Tensor | Dual, Tensor]:
+        """x: (B, ...), t: (B,) > 0; r is not read; seeds, uncertainty as in a Denoiser -> (B, ...) in the dtype of x."""
         x_v, t_v = value(x), value(t)
         _, c_out, c_in = self.scalings(t_v)
         scaled, n = column(c_in, x_v) * x_v, self.step_of(t_v)
@@ -121,12 +122,15 @@ class NoiseDenoiser(nn.Module):
             scaled, n = _inputs(x, t, 1.0, scaled, n, self._step(head(t, rows(x, t)))[1])
         eps = self._network(scaled, n, labels, drop, seeds)
         d = x_v + column(c_out, x_v) * value(eps).to(x_v.dtype)
-        if not isinstance(eps, Dual):
-            return d
-        with torch.no_grad():  # dD = dx - eps dt - t d eps
-            x_v, t_v, x_dot, t_dot = _heads(x, t)
-            eps_v, eps_dot = eps.value[: len(x_dot)].to(x_v.dtype), eps.tangent.to(x_v.dtype)
-            return Dual(d, x_dot - column(t_dot, x_v) * eps_v - column(t_v, x_v) * eps_dot)
+        out = Dual(d, self._tangent(x, t, eps)) if isinstance(eps, Dual) else d
+        return (out, self.net.log_variance(t_v.log() / 4)) if uncertainty else out
+
+    @torch.no_grad()
+    def _tangent(self, x: Tensor | Dual, t: Tensor | Dual, eps: Dual) -> Tensor:
+        """dD = dx - eps dt - t d eps. (k, ...)."""
+        x_v, t_v, x_dot, t_dot = _heads(x, t)
+        eps_v, eps_dot = eps.value[: len(x_dot)].to(x_v.dtype), eps.tangent.to(x_v.dtype)
+        return x_dot - column(t_dot, x_v) * eps_v - column(t_v, x_v) * eps_dot
 
     def scalings(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in at times t, as a Denoiser's."""

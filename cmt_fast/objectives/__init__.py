@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cmt_fast.objectives import cmt, consistency, continuous, denoise, flow, meanflow
+from cmt_fast.objectives import ayf, cmt, consistency, continuous, denoise, flow, meanflow
 from cmt_fast.objectives.batch import Batch, LossContext, Points, StageContext, composed
 
 
@@ -81,6 +81,10 @@ OBJECTIVES = {
     ),
     "scd": ObjectiveSpec(
         continuous.draw, continuous.loss_scd, "ve", "data", "continuous-time consistency distillation", SCM,
+        teacher=True, tangents=True,
+    ),
+    "ayf": ObjectiveSpec(
+        ayf.draw, ayf.loss, "linear", "data", "Align Your Flow (Eulerian)", "Sabour et al. 2025, arXiv 2506.14603",
         teacher=True, tangents=True,
     ),
 }  # fmt: skip

@@ -14,9 +14,13 @@ What the loss needs of F is therefore read off D and one derivative of it, witho
     g = -cos^2 (s F^- - dx'/dtheta) - w cos sin (x' + s dF^-/dtheta)
       = (1 - w) cos^2 (D^- - x_hat) / sin + w cos df/dtheta.
 
-x_hat is the clean row itself in sCT (dx/dt = eps) and the teacher's denoised image in sCD. The learned weighting of
-times e^w(t) is left out: after normalisation all rows have losses of one size. c_noise stays EDM's ln(t)/4, so that any
-VE network can start here; the paper's own c_noise = theta would be another network.
+x_hat is the clean row itself in sCT (dx/dt = eps) and the teacher's denoised image in sCD. c_noise stays EDM's ln(t)/4, so
+that any VE network can start here; the paper's own c_noise = theta would be another network.
+
+The paper's learned weighting, e^w(t) L - w(t) in place of a row's loss L, is there with `uncertainty`. It is the maximum
+likelihood of a Gaussian with a learned variance, which EDM2 has in pre-training with the network's log variance u: w = -u, so a
+network with that head serves both. At rest u(t) = ln E[L | t], and every noise has the same weighted loss. Without it, rows of a
+normalised g have losses of nearly one size already, and the gradient is that of 1/D all along.
 """
 
 from __future__ import annotations
@@ -64,7 +68,7 @@ def warm_up(nimg: int, warmup_nimg: int) -> float:
 def loss_sct(net, drawn: Drawn, config: Sct, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
     """L = (1/D) ||F - sg(F) - g||^2,    g = n(df/dtheta along dx/dt = eps)
 
-    dx/dt is conditional, of the data; n normalises a row; see the module. Returns (B,).
+    dx/dt is conditional, of the data; n normalises a row; see the module. With uncertainty e^w(t) L - w(t). Returns (B,).
     """
     return _loss(net, drawn, config, stage, drawn.eps, drawn.x_0)
 
@@ -72,7 +76,7 @@ def loss_sct(net, drawn: Drawn, config: Sct, stage: StageContext) -> tuple[Tenso
 def loss_scd(net, drawn: Drawn, config: Scd, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
     """L = (1/D) ||F - sg(F) - g||^2,    g = n(df/dtheta along dx/dt = (x - D_teacher) / t)
 
-    The teacher may be guided; n normalises a row; see the module. Returns (B,).
+    The teacher may be guided; n normalises a row; see the module. With uncertainty e^w(t) L - w(t). Returns (B,).
     """
     assert stage.teacher is not None
     x_t, t = drawn.x_t, drawn.t
@@ -86,7 +90,8 @@ def _loss(net, drawn: Drawn, config: Sct | Scd, stage: StageContext, x_dot: Tens
     length = torch.sqrt(t**2 + s**2)  # s / cos(theta)
     sin, cos = t / length, s / length
     along = Dual(x_t, column(length, x_t) * x_dot), Dual(t, length)
-    d = net(*along, None, drawn.labels, drawn.drop)
+    given = (*along, None, drawn.labels, drawn.drop)
+    d, u = net(*given, None, True) if config.uncertainty else (net(*given), None)
     with torch.no_grad():
         g = share * d.tangent + (1 - share) * column(cos**2 / sin, x_t) * (d.value - x_hat)
         size = column(g.flatten(1).norm(dim=1), g)
@@ -94,8 +99,11 @@ def _loss(net, drawn: Drawn, config: Sct | Scd, stage: StageContext, x_dot: Tens
             g = g / (size + config.c)
     residual = (d.value - d.value.detach()) / column(s * sin, x_t) + g
     loss = residual.square().flatten(1).mean(1)
-    weight = 1 / t if config.weight == "inverse_t" else torch.ones_like(t)
-    return weight * loss, {"mse": (d.value.detach() - x_hat).square().flatten(1).mean(1), "tangent": size.flatten()}
+    loss = (1 / t if config.weight == "inverse_t" else torch.ones_like(t)) * loss
+    scalars = {"mse": (d.value.detach() - x_hat).square().flatten(1).mean(1), "tangent": size.flatten()}
+    if u is None:
+        return loss, scalars
+    return loss / u.exp() + u, scalars | {"log_variance": u.detach()}
 
 
 sct, scd = composed(draw, loss_sct), composed(draw, loss_scd)

@@ -136,7 +136,7 @@ def _model(tree: dict, run: Run, rows: Rows, changed: list[str]) -> None:
         changed.append(f"model: a dit of size {size} in place of {kind}; {why}, and rows are {of} of side {side}")
         for stage in _stages(tree).values():
             if stage["objective"].pop("uncertainty", None):
-                changed.append("objective.uncertainty is left out: only an edm2 has it")
+                changed.append("objective.uncertainty is left out: a dit has it with model.log_variance=true")
     if model["kind"] == "dit":
         _patch(model, rows, changed)
     elif bool(rows.classes) != model.get("conditional", True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.config.schema import STAGES, Run
+from cmt_fast.config.schema import STAGES, Run, weighs
 from cmt_fast.diffusion import sampling
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
@@ -64,9 +64,10 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
         raise ConfigError(
             f"{name}.objective.distance: 'features' needs labelled images to train the feature network on"
         )
-    if getattr(stage.objective, "uncertainty", False) and run.model.kind != "edm2":
+    if getattr(stage.objective, "uncertainty", False) and not weighs(run.model):
         raise ConfigError(
-            f"{name}.objective.uncertainty: needs a model of kind edm2, and this run's is {run.model.kind}"
+            f"{name}.objective.uncertainty: true needs a model of kind edm2 or model.log_variance true, "
+            f"and this run's is a {run.model.kind} without"
         )
     if stage.trajectories and points:
         _check_trajectories(resolved, shape, classes)

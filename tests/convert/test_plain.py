@@ -104,6 +104,30 @@ def test_what_has_no_place_there_is_named(model, path, family, said, tmp_path, c
     assert code == 2 and said in err and err.count("\n") == 1 and not (tmp_path / "out.pt").exists()
 
 
+def test_a_log_variance_stays_here_and_begins_anew(tmp_path, capsys):
+    """It weighs a loss, and DiT has no place for one: the file is the same network, and one that comes in begins at weight 1."""
+    of = stage(tmp_path / "here", {**DDPM, "log_variance": True}, "ve")
+    out, again = tmp_path / "out.safetensors", tmp_path / "again"
+    assert cmt(capsys, "ckpt", "export", of, out, "--format", "dit")[0] == 0
+    code, said, err = cmt(
+        capsys, "ckpt", "import", out, "--recipe", tmp_path / "here/small.yaml", "--out", again, "--as", "dit"
+    )
+    assert code == 0 and "0 missing" in said and "the log variance, which the file has not, begins at 0" in said, err
+    assert torch.equal(outputs(again / "pre"), outputs(of))
+    given, came = (checkpoint.complete(x).tensors("ema-0") for x in (of, again / "pre"))
+    head = [name for name in given if name.startswith("net.log_variance.")]
+    assert given.keys() == came.keys() and len(head) == 2
+    assert all(given[name].any() and not came[name].any() for name in head)
+    own = tmp_path / "own.safetensors"  # our own format takes all of it, to a recipe with the head and to one without
+    assert cmt(capsys, "ckpt", "export", of, own)[0] == 0
+    for key, there in (("true", True), ("false", False)):
+        arguments = ("--recipe", tmp_path / "here/small.yaml", "--out", tmp_path / key, f"model.log_variance={key}")
+        code, _, err = cmt(capsys, "ckpt", "import", own, *arguments)
+        assert code == 0, err
+        found = checkpoint.complete(tmp_path / key / "pre").tensors("ema-0")
+        assert all(torch.equal(found[name], given[name]) for name in found) and (set(head) <= found.keys()) == there
+
+
 def test_a_map_that_loses_a_number_is_found(tmp_path, capsys, monkeypatch):
     of = stage(tmp_path / "here", DDPM, "ve")
     wrong = plain.TARGETS["dit"]._replace(

@@ -66,6 +66,10 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "sct, EDM2, dropout": ("digits", "post", [*ALONE, UNETS["edm2"], "post.objective={kind: sct}"]),
     "scd, autoguided": ("digits", "post", [*TAUGHT, "post.objective={kind: scd, warmup_nimg: 100}",
                                            "post.autoguidance={network: elsewhere/pre}"]),
+    "sct, learned weights": ("digits", "post", [*ALONE, "model.log_variance=true",
+                                                "post.objective={kind: sct, uncertainty: true}"]),
+    "ayf, autoguided": ("digits-mf", "post", [*TAUGHT, "post.objective={kind: ayf, warmup: 0.5}",
+                                              "post.autoguidance={network: elsewhere/pre}"]),
 }  # fmt: skip
 __all__ = ["tape"]
 PROVEN = "the step is one CUDA graph, equal to the eager one on two batches"

@@ -167,7 +167,7 @@ def test_constants_travel_with_the_weights():
 
 RECIPES = {
     "edm2": "model={kind: edm2, width: 8, multipliers: [1, 2], blocks: 1, attention: [4], head: 8, dropout: 0.3}",
-    "edm": "model={kind: edm, width: 8, multipliers: [1, 2], blocks: 1, attention: [4]}",
+    "edm": "model={kind: edm, width: 8, multipliers: [1, 2], blocks: 1, attention: [4], log_variance: true}",
 }
 LENGTHS = [
     f"{s}.{k}" for s in ("pre", "mid", "post") for k in ("images_nimg=48", "batch=8", "checkpoint_every_nimg=16")
@@ -200,9 +200,7 @@ def test_a_training_step_drops_the_same_in_all_its_calls(tmp_path):
 
 @pytest.mark.parametrize("kind", RECIPES)
 def test_a_run_that_goes_on_from_a_checkpoint_ends_the_same(kind, tmp_path):
-    run = tiny(
-        kind, f"pre.objective.uncertainty={str(kind == 'edm2').lower()}", "pre.ema=[{kind: power, sigma_rel: 0.1}]"
-    )
+    run = tiny(kind, "pre.objective.uncertainty=true", "pre.ema=[{kind: power, sigma_rel: 0.1}]")
     loop.train(Workspace(run, tmp_path / "a"), ["pre", "mid", "post"])
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for stage in ("pre", "mid", "post"):
@@ -267,7 +265,7 @@ def test_a_block_above_the_side_is_the_same_with_and_without_seeds():
 
 
 def test_what_a_network_has_not_is_refused():
-    with pytest.raises(ConfigError, match="pre.objective.uncertainty: needs a model of kind edm2"):
+    with pytest.raises(ConfigError, match="pre.objective.uncertainty: true needs a model of kind edm2"):
         validation.check(loading.load("digits", ["pre.objective.uncertainty=true"]), (1, 8, 8), 10)
     for model, words in (
         (Edm2(), "model.multipliers: 4 levels need a side divisible by 8"),

@@ -50,15 +50,25 @@ class Linear(Small):
 
 
 class Ve(Small):
-    """D(x, t) by EDM's preconditioning with sigma_data 0.5."""
+    """D(x, t) by EDM's preconditioning with sigma_data 0.5; beside it, where asked, the log variance a_0 ln(t)/4 + d_0."""
 
     def denoised(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
         total = (t.square() + 0.25)[:, None]
         f = self.plain(x * total.rsqrt(), t.log() / 4, torch.zeros_like(t))
         return 0.25 / total * x + 0.5 * t[:, None] * total.rsqrt() * f
 
-    def forward(self, x: Any, t: Any, r: Any = None, labels: Any = None, drop: Any = None) -> Any:
-        return called(self.denoised, x, t, t)
+    def forward(
+        self,
+        x: Any,
+        t: Any,
+        r: Any = None,
+        labels: Any = None,
+        drop: Any = None,
+        seeds: Any = None,
+        uncertainty: bool = False,
+    ) -> Any:
+        out = called(self.denoised, x, t, t)
+        return (out, self.a[0] * value(t).log() / 4 + self.d[0]) if uncertainty else out
 
 
 def called(f: Any, *given: Any) -> Any:

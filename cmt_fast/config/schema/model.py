@@ -17,6 +17,7 @@ class Dit:
     `mlp: swiglu, norm: rms, rope: true` LightningDiT's do. `precondition` ddpm (path ve): the network predicts the noise of
     DDPM's 1000 variance-preserving steps, as DiT does; edm: EDM's preconditioning.
     `checkpoint_activations`: blocks keep their input alone and run again in the backward pass: less memory, more time.
+    `log_variance` (path ve): a head for losses with learned weights (`uncertainty`).
     """
 
     kind: Literal["dit"] = "dit"
@@ -32,15 +33,17 @@ class Dit:
     embeddings: Literal["cmt", "dit"] = "cmt"
     precondition: Literal["edm", "ddpm"] = "edm"
     checkpoint_activations: bool = False
+    log_variance: bool = False
 
 
 @schema
 class Mlp:
-    """Residual MLP for vectors."""
+    """Residual MLP for vectors. `log_variance` as in a dit."""
 
     kind: Literal["mlp"] = "mlp"
     width: Count = 128
     depth: Count = 3
+    log_variance: bool = False
 
 
 @schema
@@ -70,7 +73,7 @@ class Edm:
     """EDM's U-Nets by data set: DDPM++ (cifar10, ffhq64, afhqv2-64) or ADM (imagenet64).
 
     What is not given is the preset's. `augment`: labels of an augmentation that the published networks were trained with;
-    they are 0 here, and their weights are kept. Otherwise as in an edm2.
+    they are 0 here, and their weights are kept. `log_variance` as in a dit. Otherwise as in an edm2.
     """
 
     kind: Literal["edm"] = "edm"
@@ -83,6 +86,12 @@ class Edm:
     augment: Natural | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     checkpoint_activations: bool = False
+    log_variance: bool = False
 
 
 Model = Annotated[Dit | Mlp | Edm2 | Edm, Field(discriminator="kind")]
+
+
+def weighs(model: Model) -> bool:
+    """Whether the network has a log variance, which a loss with learned weights asks for: every EDM2's, another's by its key."""
+    return isinstance(model, Edm2) or model.log_variance

@@ -15,7 +15,7 @@ Asks = Literal["instant", "end", "pairs", "halves"]
 
 @schema
 class Denoise:
-    """EDM denoising: ln t ~ N(mean, std^2). `uncertainty`: each noise weighted by EDM2's learned log variance."""
+    """EDM denoising: ln t ~ N(mean, std^2). `uncertainty`: each noise weighted by the network's learned log variance."""
 
     kind: Literal["denoise"] = "denoise"
     asks: ClassVar[Asks] = "instant"
@@ -115,7 +115,8 @@ class Sct:
     """Continuous-time consistency training in TrigFlow: ln t ~ N(mean, std^2), t = sigma_data tan(theta).
 
     The derivative's share grows from 0 to 1 over `warmup_nimg`; the tangent g becomes g / (|g| + c), `c: null` leaves it
-    as it is. `weight`: of a row, 1 or 1/t.
+    as it is. `weight`: of a row, 1 or 1/t; `uncertainty`: also the learned e^w(t), w the network's log variance with its sign
+    changed.
     """
 
     kind: Literal["sct"] = "sct"
@@ -125,6 +126,7 @@ class Sct:
     warmup_nimg: Natural = 0
     c: Positive | None = 0.1
     weight: Literal["one", "inverse_t"] = "one"
+    uncertainty: bool = False
 
 
 @schema
@@ -134,9 +136,26 @@ class Scd(Sct):
     kind: Literal["scd"] = "scd"  # type: ignore[assignment]  # a tag, each its own
 
 
+@schema
+class Ayf:
+    """Align Your Flow's Eulerian map distillation: t - r = sigmoid(N(mean, std^2)), r uniform in what is left of [0, 1].
+
+    The derivative's share grows from 0 to `most` over the first `warmup` of the stage; the tangent g becomes g / (|g| + c),
+    `c: null` leaves it as it is.
+    """
+
+    kind: Literal["ayf"] = "ayf"
+    asks: ClassVar[Asks] = "pairs"
+    mean: float = -0.8
+    std: Positive = 1.0
+    warmup: Fraction = 0.2
+    most: Fraction = 0.99
+    c: Positive | None = 0.1
+
+
 # kinds whose networks are diffusion models, which an ODE solver samples; any other network jumps
 DIFFUSION = ("denoise", "flow")
 
 Objective = Annotated[
-    Denoise | Flow | CmtCm | CmtMf | Ect | Ecd | MeanFlow | IMeanFlow | Sct | Scd, Field(discriminator="kind")
+    Denoise | Flow | CmtCm | CmtMf | Ect | Ecd | MeanFlow | IMeanFlow | Sct | Scd | Ayf, Field(discriminator="kind")
 ]
