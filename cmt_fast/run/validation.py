@@ -76,6 +76,10 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
 def _check_trajectories(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) -> None:
     """The solver's table exists and the batches are whole trajectories; `auto` has something to choose from."""
     name, t = resolved.name, resolved.trajectories
+    if resolved.run.path == "ve" and t.pairs not in ("auto", "end"):
+        raise ConfigError(
+            f"{name}.trajectories.pairs: {t.pairs!r} on the path 've', where a network is asked for the end alone; valid are auto, end"
+        )
     if t.cache and t.nfe == "auto":
         raise ConfigError(
             f"{name}.trajectories.nfe: 'auto' is chosen with the teacher, cached trajectories have theirs"

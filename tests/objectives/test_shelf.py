@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cmt_fast.evaluation.rest import LINEAR, VE
 from cmt_fast.objectives import OBJECTIVES, mid
 from cmt_fast.objectives.counting import work
 from cmt_fast.run.resolved import resolve
+from cmt_fast.run.workspace import Workspace
 
 UNIFORM = tuple(1 - i / 16 for i in range(17))
 
@@ -65,3 +67,10 @@ def test_a_stage_that_was_asked_about_other_pairs_is_another_stage() -> None:
     assert len(set(digests.values())) == 4 and run("auto").asked("mid") == "any"
     assert resolve(run("end"), "mid").run.asked("mid") == "end" and run("end").asked("post") == "any"
     assert loading.load("digits").asked("mid") == "end"
+
+
+def test_pairs_that_a_consistency_function_does_not_know_are_refused() -> None:
+    work = lambda pairs: Workspace(loading.load("digits", [f"mid.trajectories.pairs={pairs}"]), Path("nowhere"))
+    assert work("end").run.asked("mid") == "end"
+    with pytest.raises(ConfigError, match="mid.trajectories.pairs: 'halves' on the path 've'.*valid are auto, end"):
+        work("halves")
