@@ -78,7 +78,7 @@ def _check_trajectories(resolved: ResolvedStage, shape: tuple[int, ...], classes
     name, t = resolved.name, resolved.trajectories
     if resolved.run.path == "ve" and t.pairs not in ("auto", "end"):
         raise ConfigError(
-            f"{name}.trajectories.pairs: {t.pairs!r} on the path 've', where a network is asked for the end alone; valid are auto, end"
+            f"{name}.trajectories.pairs: {t.pairs!r} on the path 've', whose networks are asked for the end; valid are auto, end"
         )
     if t.cache and t.nfe == "auto":
         raise ConfigError(
