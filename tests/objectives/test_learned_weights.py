@@ -99,9 +99,10 @@ def test_at_rest_the_weight_is_one_over_the_expected_loss() -> None:
     assert torch.autograd.grad(weighed(off)[0].sum(), off)[0].min() > 0.5
 
 
-def test_a_denoiser_of_any_kind_learns_its_weights() -> None:
-    """EDM2's loss of pre-training, l/e^u + N u of N numbers, on a dit with the head."""
-    net, batch = perturbed(with_head("dit")), rows("dit")
+@pytest.mark.parametrize("kind", ["dit", "dit of noise"])
+def test_a_denoiser_of_any_kind_learns_its_weights(kind: str) -> None:
+    """EDM2's loss of pre-training, l/e^u + N u of N numbers, with u of ln(t)/4 whatever else the network reads of t."""
+    net, batch = perturbed(with_head(kind)), rows(kind)
     at = LossContext(VE, Random(0, 0, 1))
     plain, _ = denoise(net, batch, Denoise(), at)
     loss, _ = denoise(net, batch, Denoise(uncertainty=True), at)
