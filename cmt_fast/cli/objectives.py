@@ -71,7 +71,7 @@ def about(kind: str) -> dict[str, Any]:
         "equation": spec.equation,
         "path": spec.path or "ve, linear",
         "asks": config.asks,
-        "tangents": work.tangents > 0,
+        "tangents": spec.tangents,
         "work": {**work._asdict(), "forwards": work.forwards},
         "prepared_by": None
         if config.asks == "instant" or spec.draws == "trajectories"

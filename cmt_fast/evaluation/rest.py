@@ -20,7 +20,24 @@ from cmt_kernels import Dual
 from cmt_kernels.dual import value
 from torch import Tensor
 
-from cmt_fast.config.schema import Ayf, CmtCm, CmtMf, Denoise, Ecd, Ect, Flow, Gmm, IMeanFlow, MeanFlow, Scd, Sct
+from cmt_fast.config.schema import (
+    AlphaFlow,
+    Ayf,
+    CmtCm,
+    CmtMf,
+    Denoise,
+    Ecd,
+    Ect,
+    Flow,
+    Gmm,
+    IMeanFlow,
+    Lagrangian,
+    MeanFlow,
+    Scd,
+    Sct,
+    Semigroup,
+    Shortcut,
+)
 from cmt_fast.data.gmm import Exact, load
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import ProbabilityPath, column
@@ -198,6 +215,11 @@ CASES = {
     "scd": Case(Scd(), consistency, VE, teacher=True, n=2000),
     # the whole derivative: less of it moves the point of rest towards straight lines
     "ayf": Case(Ayf(warmup=0.0, most=1.0), average_velocity, LINEAR, teacher=True, n=2000),
+    # an equation for the map beside flow matching, whose rows alone have noise
+    "lagrangian": Case(Lagrangian(p=0.0), average_velocity, LINEAR, n=2000),
+    "semigroup": Case(Semigroup(p=0.0), average_velocity, LINEAR, n=2000),
+    "shortcut": Case(Shortcut(), average_velocity, LINEAR, n=2000),
+    "alphaflow": Case(AlphaFlow(p=0.0), average_velocity, LINEAR, n=6000, step={"progress": 1.0}),
 }
 
 

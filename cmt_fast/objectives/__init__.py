@@ -12,7 +12,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cmt_fast.objectives import ayf, cmt, consistency, continuous, denoise, flow, meanflow
+from cmt_fast.objectives import (
+    alphaflow,
+    ayf,
+    cmt,
+    consistency,
+    continuous,
+    denoise,
+    flow,
+    lagrangian,
+    meanflow,
+    semigroup,
+    shortcut,
+)
 from cmt_fast.objectives.batch import Batch, LossContext, Points, StageContext, composed
 
 
@@ -86,6 +98,21 @@ OBJECTIVES = {
     "ayf": ObjectiveSpec(
         ayf.draw, ayf.loss, "linear", "data", "Align Your Flow (Eulerian)", "Sabour et al. 2025, arXiv 2506.14603",
         teacher=True, tangents=True,
+    ),
+    "lagrangian": ObjectiveSpec(
+        lagrangian.draw, lagrangian.loss, "linear", "data", "Lagrangian flow map matching",
+        "Boffi et al. 2024 and 2025, arXiv 2406.07507, 2505.18825", tangents=True,
+    ),
+    "semigroup": ObjectiveSpec(
+        semigroup.draw, semigroup.loss, "linear", "data", "progressive self-distillation, SplitMeanFlow",
+        "Boffi et al. 2025, arXiv 2505.18825; Guo et al. 2025, arXiv 2507.16884",
+    ),
+    "shortcut": ObjectiveSpec(
+        shortcut.draw, shortcut.loss, "linear", "data", "shortcut models", "Frans et al. 2024, arXiv 2410.12557"
+    ),
+    "alphaflow": ObjectiveSpec(
+        alphaflow.draw, alphaflow.loss, "linear", "data", "AlphaFlow", "Zhang et al. 2025, arXiv 2510.20771",
+        tangents=True,
     ),
 }  # fmt: skip
 

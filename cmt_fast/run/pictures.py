@@ -13,6 +13,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.data.autoencoder import Codec
 from cmt_fast.render import grids
 from cmt_fast.run.samples import PIECE, Drawing, as_bytes
+from cmt_fast.run.validation import check_lengths
 from cmt_fast.runtime import words
 
 ROW = 10
@@ -72,6 +73,8 @@ def strip(drawing: Drawing, path: Path, steps: Sequence[int] | None = None) -> t
     for k in steps or STEPS:
         try:
             setting.check_steps((k,), r.solver, "--strip-steps")
+            if not r.solver:
+                check_lengths(drawing.work.run.stages[drawing.stage].objective, (k,), "--strip-steps")
             can.append(k)
         except ConfigError as error:
             left.append(f"{words.steps(k)}: {error.reason or error}")

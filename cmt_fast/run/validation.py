@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.config.schema import STAGES, Run, weighs
+from cmt_fast.config.schema import STAGES, AlphaFlow, Lagrangian, Run, Semigroup, Shortcut, weighs
 from cmt_fast.diffusion import sampling
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
@@ -26,6 +30,37 @@ def check(run: Run, shape: tuple[int, ...], classes: int) -> None:
         )
 
 
+def check_lengths(objective: Any, steps: Iterable[int], key: str = "eval.steps") -> None:
+    """Raises ConfigError for numbers of steps whose jumps `objective` does not train. key: what to name."""
+    if not isinstance(objective, Shortcut):
+        return
+    valid = [2**k for k in range(int(math.log2(objective.steps)))]
+    for k in steps:
+        if k not in valid:
+            raise ConfigError(
+                f"{key}: {k}, and shortcut trains no jump of length 1/{k}; valid are {', '.join(map(str, valid))}"
+            )
+
+
+def _check_maps(resolved: ResolvedStage) -> None:
+    """Keys of the objectives of flow maps that do not go together."""
+    name, o = resolved.name, resolved.config.objective
+    if isinstance(o, Shortcut):
+        if o.steps < 2 or o.steps & (o.steps - 1):
+            raise ConfigError(f"{name}.objective.steps: {o.steps} is no power of 2 from 2 on; published: 128")
+        check_lengths(o, resolved.run.eval.steps)
+    if isinstance(o, AlphaFlow) and o.begin >= o.end:
+        raise ConfigError(f"{name}.objective.end: {o.end} is not above begin, {o.begin}; alpha falls between the two")
+    if isinstance(o, Lagrangian | Semigroup) and o.velocity == "teacher" and (o.omega, o.kappa) != (1, 0):
+        what = f"{name}.objective.{'omega' if o.omega != 1 else 'kappa'}: {o.omega if o.omega != 1 else o.kappa}"
+        raise ConfigError(f"{what} guides the data's velocity, and this is the teacher's; take {name}.teacher_guidance")
+    alone = isinstance(o, Semigroup | Shortcut) or (isinstance(o, Lagrangian) and o.velocity == "own")
+    if alone and round(o.ratio * resolved.rows[0]) == resolved.rows[0]:
+        raise ConfigError(
+            f"{name}.objective.ratio: {o.ratio} leaves no row with r = t, which alone say what the velocity is; published: 0.25"
+        )
+
+
 def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) -> None:
     run, name, stage = resolved.run, resolved.name, resolved.config
     kinds = [("objective", stage.objective.kind)] + (
@@ -42,6 +77,7 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
             )
     _check_networks(resolved)
     _check_perceptual(resolved, shape)
+    _check_maps(resolved)
     if (stage.lr_schedule == "inverse_sqrt") != bool(stage.lr_knee_nimg):
         raise ConfigError(
             f"{name}.lr_knee_nimg: {stage.lr_knee_nimg} with lr_schedule {stage.lr_schedule!r}; "

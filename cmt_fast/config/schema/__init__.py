@@ -7,6 +7,7 @@ from cmt_fast.config.schema.data import Data, Digits, Gmm, Latents, Npz, Photos
 from cmt_fast.config.schema.model import Dit, Edm, Edm2, Mlp, Model, weighs
 from cmt_fast.config.schema.objective import (
     DIFFUSION,
+    AlphaFlow,
     Ayf,
     CmtCm,
     CmtMf,
@@ -16,10 +17,13 @@ from cmt_fast.config.schema.objective import (
     Ect,
     Flow,
     IMeanFlow,
+    Lagrangian,
     MeanFlow,
     Objective,
     Scd,
     Sct,
+    Semigroup,
+    Shortcut,
 )
 from cmt_fast.config.schema.run import Dali, Eval, Features, Feed, Run, SamplerConfig, Torch
 from cmt_fast.config.schema.stage import (

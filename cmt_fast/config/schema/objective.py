@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cmt_fast.config.schema.numbers import Fraction, Natural, NotNegative, Positive, schema
+from cmt_fast.config.schema.numbers import Count, Fraction, Natural, NotNegative, Positive, schema
 
 # what an objective asks its network for: a denoiser or a velocity; where a trajectory ends, from any of its points; the average
 # velocity between any two; between two whose times differ by a power of 1/2
@@ -153,9 +153,83 @@ class Ayf:
     c: Positive | None = 0.1
 
 
+@schema
+class Lagrangian(MeanFlow):
+    """Lagrangian flow map matching: dX_{t->r}/dr = v(X_{t->r}, r). The share `ratio` of rows has r < t and carries tangents.
+
+    `velocity` own: v is the network's own u(z, r, r), which the rows with r = t learn from data; teacher: the (guided) teacher's.
+    `law`: of both times, uniform as published or logit-normal(mean, std).
+    """
+
+    kind: Literal["lagrangian"] = "lagrangian"  # type: ignore[assignment]  # a tag, each its own
+    law: Literal["uniform", "logit_normal"] = "uniform"
+    velocity: Literal["own", "teacher"] = "own"
+
+
+@schema
+class Semigroup(MeanFlow):
+    """Progressive self-distillation: X_{t->r} = X_{m->r} o X_{t->m}, on the share `ratio` of rows; the others have r = t.
+
+    `split`: where m is between r and t, anywhere or in the middle; `velocity`, `law` as in `Lagrangian`.
+    """
+
+    kind: Literal["semigroup"] = "semigroup"  # type: ignore[assignment]  # a tag, each its own
+    law: Literal["uniform", "logit_normal"] = "uniform"
+    velocity: Literal["own", "teacher"] = "own"
+    split: Literal["uniform", "middle"] = "uniform"
+
+
+@schema
+class Shortcut:
+    """Shortcut models: jumps of lengths 1, 1/2, ..., 2/`steps`, each learned from two of half the length; t on its grid.
+
+    The share `ratio` of rows bootstraps, the others are flow matching on the grid of 1/`steps`. `omega`: classifier-free
+    guidance of the shortest steps. Points and targets are clipped to [-clip, clip], `clip: null` leaves them.
+    """
+
+    kind: Literal["shortcut"] = "shortcut"
+    asks: ClassVar[Asks] = "halves"
+    ratio: Fraction = 0.25
+    steps: Count = 128
+    omega: float = 1.0
+    clip: Positive | None = 4.0
+
+
+@schema
+class AlphaFlow(MeanFlow):
+    """AlphaFlow: from trajectory flow matching (alpha = 1) to MeanFlow (alpha = 0), over the stage from `begin` to `end`.
+
+    alpha = sigmoid(-gamma (x - 1/2)), x the progress between the two; nearer to 0 or 1 than `clamp` it is that. Targets of
+    steps are clipped to [-clip, clip], `clip: null` leaves them.
+    """
+
+    kind: Literal["alphaflow"] = "alphaflow"  # type: ignore[assignment]  # a tag, each its own
+    ratio: Fraction = 0.5
+    begin: Fraction = 0.0
+    end: Fraction = 1.0
+    gamma: Positive = 25.0
+    clamp: Annotated[float, Field(gt=0, lt=0.5)] = 0.005
+    clip: Positive | None = None
+
+
 # kinds whose networks are diffusion models, which an ODE solver samples; any other network jumps
 DIFFUSION = ("denoise", "flow")
 
 Objective = Annotated[
-    Denoise | Flow | CmtCm | CmtMf | Ect | Ecd | MeanFlow | IMeanFlow | Sct | Scd | Ayf, Field(discriminator="kind")
+    Denoise
+    | Flow
+    | CmtCm
+    | CmtMf
+    | Ect
+    | Ecd
+    | MeanFlow
+    | IMeanFlow
+    | Sct
+    | Scd
+    | Ayf
+    | Lagrangian
+    | Semigroup
+    | Shortcut
+    | AlphaFlow,
+    Field(discriminator="kind"),
 ]
