@@ -22,6 +22,7 @@ from cmt_fast.objectives.batch import Batch, LossContext, Points
 from cmt_fast.objectives.distance import PERCEPTUAL
 
 SHAPE = (2,)  # of the rows that are counted with
+PARTS = 10  # of a stage, in each of which a step is counted
 
 
 class Work(NamedTuple):
@@ -58,10 +59,12 @@ class Counter:
         return (out, self.second(y)) if more and more[0] else out
 
 
-def work(objective: Any, path: ProbabilityPath, rows: int, progress: float = 0.5) -> Work:
-    """What a row of an objective costs in a batch of `rows`, this far into its stage."""
+def work(objective: Any, path: ProbabilityPath, rows: int) -> Work:
+    """What a row of an objective costs in a batch of `rows`; the mean over its stage where a schedule changes it."""
     plain = {"distance": "squared_l2"} if getattr(objective, "distance", None) in (*PERCEPTUAL, "features") else {}
-    return _work(dataclasses.replace(objective, **plain), path, rows, progress)
+    objective = dataclasses.replace(objective, **plain)
+    found = [_work(objective, path, rows, (k + 0.5) / PARTS) for k in range(PARTS)]
+    return Work(*(sum(n) / PARTS for n in zip(*found)))
 
 
 @functools.lru_cache(maxsize=256)
