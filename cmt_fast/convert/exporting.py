@@ -70,6 +70,16 @@ def to_safetensors(export: Export, out: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_plain(export: Export, form: str) -> None:
+    """Raises ConfigError for a network that only this project's own code can call: one that is told its guidance, or has a head."""
+    for key in ("guided", "velocity_head"):
+        value = getattr(export.work.run.model, key, None)
+        if value not in (None, False):
+            raise ConfigError(
+                f"--format: {form} has no place for model.{key} {value}; --format safetensors keeps the network whole"
+            )
+
+
 def _range(n: int) -> str:
     return "0 alone" if n == 1 else f"0 to {n - 1}" if n else "none"
 

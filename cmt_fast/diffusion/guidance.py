@@ -57,6 +57,19 @@ class Autoguided(NamedTuple):
         return torch.cat((self.network(x, t, r, labels), self.guide(x, t, r, labels)))
 
 
+class Told(NamedTuple):
+    """A network that is told its guidance (improved MeanFlow): scale omega and the interval of times that it holds in."""
+
+    network: Callable
+    omega: float
+    low: float
+    high: float
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        guide = torch.stack([torch.full_like(t, value) for value in (self.omega, self.low, self.high)], dim=1)
+        return self.network(x, t, r, labels, None, None, False, guide)
+
+
 def guided(net, scale: float) -> Net:
     """The network under classifier-free guidance; itself at scale 1."""
     return net if scale == 1.0 else Guided(net, scale)

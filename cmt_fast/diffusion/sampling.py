@@ -13,7 +13,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import SamplerConfig
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.few_steps import consistency_first, consistency_onwards, sample_jumps
-from cmt_fast.diffusion.guidance import guided
+from cmt_fast.diffusion.guidance import Told, guided
 from cmt_fast.diffusion.labels import Law
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
@@ -38,6 +38,12 @@ class Sampler:
         """The same whose solver is guided by `scale`."""
         other = copy.copy(self)
         other.config = dataclasses.replace(self.config, guidance=scale)
+        return other
+
+    def told(self, omega: float) -> Sampler:
+        """The same whose few steps tell the network this guidance scale, in the recipe's interval."""
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, told_guidance=(omega, *self.config.told_guidance[1:]))
         return other
 
     def starting(self, noise: Tensor, labels: Tensor | None, like: Tensor) -> Sampler:
@@ -107,6 +113,8 @@ class Sampler:
     def few_steps(self, net: Callable, steps: int, seed: int, index: Tensor) -> Tensor:
         """`steps` network calls as a flow map: consistency sampling on VE, jumps on linear flow. (n, ...)."""
         if self.path.name == "linear":
+            told = tuple(self.config.told_guidance)
+            net = net if told[0] == 1 else Told(net, *told)
             return sample_jumps(net, self.noise(seed, index), steps, self.labels(index))
         mids = self.mid_times(steps)
         return self._onwards(net, self._first(net, seed, index), mids, seed, index)

@@ -17,6 +17,7 @@ def build(model: Model, path: str, sigma_data: float, shape: tuple[int, ...], cl
     ValueError naming the key where model and data do not fit.
     """
     two_times = path == "linear"
+    _check_average_velocity(model, two_times, classes)
     net = _network(model, shape, classes, two_times)
     if getattr(model, "log_variance", False):
         if two_times:
@@ -33,7 +34,8 @@ def _network(model: Model, shape: tuple[int, ...], classes: int, two_times: bool
     if isinstance(model, Mlp):
         if len(shape) != 1:
             raise ValueError(f"model.kind: an mlp needs vectors, the data has the shape {shape}")
-        return mlp.Mlp(shape[0], classes, width=model.width, depth=model.depth, two_times=two_times)
+        told = {"guided": model.guided, "velocity_head": model.velocity_head}
+        return mlp.Mlp(shape[0], classes, width=model.width, depth=model.depth, two_times=two_times, **told)
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(
             f"model.kind: {'a' if model.kind == 'dit' else 'an'} {model.kind} needs square images, the data has the shape {shape}"
@@ -42,6 +44,21 @@ def _network(model: Model, shape: tuple[int, ...], classes: int, two_times: bool
         return _dit(model, shape, classes, two_times)
     make = _edm2 if isinstance(model, Edm2) else _edm
     return make(model, shape, classes if model.conditional else 0, two_times)
+
+
+def _check_average_velocity(model: Model, two_times: bool, classes: int) -> None:
+    """Raises ValueError where a network is to be told a guidance, or to have a velocity beside its output, that cannot be."""
+    told, head = getattr(model, "guided", False), getattr(model, "velocity_head", None)
+    for key, asked in (("guided", told), ("velocity_head", head is not None)):
+        if asked and not two_times:
+            raise ValueError(f"model.{key}: is for the path 'linear', this run's is 've'")
+    if told and not classes:
+        raise ValueError("model.guided: guidance needs class labels, and this data has none")
+    depth = (
+        model.depth if isinstance(model, Mlp) else model.depth or dit.SIZES[model.size][1] if head is not None else 0
+    )
+    if head is not None and head > depth:
+        raise ValueError(f"model.velocity_head: {head} blocks are more than the network's {depth}")
 
 
 def fold(net: nn.Module) -> nn.Module:
@@ -71,6 +88,8 @@ def _dit(model: Dit, shape: tuple[int, ...], classes: int, two_times: bool) -> n
         norm=model.norm,
         embeddings=model.embeddings,
         checkpoint_activations=model.checkpoint_activations,
+        guided=model.guided,
+        velocity_head=model.velocity_head,
     )
 
 

@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import torch
 from cmt_kernels import Dual, attention, gated_residual, gelu, qk_norm, silu
-from cmt_kernels.dual import add, chunks, linear_map, multiply
+from cmt_kernels.dual import add, chunks, linear_map, multiply, value
 from torch import Tensor, nn
 
-from cmt_fast.models.layers import LabelEmbedder, LayerNorm, Linear, RmsNorm, TimeEmbedder, as_stream, recomputed
+from cmt_fast.models.layers import (
+    GuidanceEmbedder,
+    LabelEmbedder,
+    LayerNorm,
+    Linear,
+    RmsNorm,
+    TimeEmbedder,
+    as_stream,
+    recomputed,
+)
 
 # size: width, depth, heads
 SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -56,6 +65,9 @@ class DiT(nn.Module):
 
     two_times adds an embedding of t - r (MeanFlow's average velocity); otherwise r is not read. embeddings: "cmt" for
     times and positions as this project has them, "dit" as published (256 features of a time, columns before rows).
+    guided: it is told a guidance scale and interval (`guide`). velocity_head: blocks of an auxiliary head, which branches
+    off before as many of the last blocks and gives the velocity at (x, t) beside the output where `also` asks for it; it
+    carries no tangent.
     Tangents of x, t and r must belong to the same first rows; a plain argument is a constant.
     """
 
@@ -78,6 +90,8 @@ class DiT(nn.Module):
         norm: str = "layer",
         embeddings: str = "cmt",
         checkpoint_activations: bool = False,
+        guided: bool = False,
+        velocity_head: int | None = None,
     ) -> None:
         """Many parameters: the data's shape, and the hyperparameters as they are published."""
         super().__init__()
@@ -96,6 +110,13 @@ class DiT(nn.Module):
         self.final_norm = RmsNorm(width) if norm == "rms" else LayerNorm()
         self.final_modulation = Linear(width, 2 * width, zero=True)
         self.final = Linear(width, channels * patch**2, zero=True)
+        self.guidance = GuidanceEmbedder(width) if guided else None
+        self.branch = None if velocity_head is None else depth - velocity_head
+        if velocity_head is not None:
+            self.head_blocks = nn.ModuleList(Block(width, heads, qk_norm, mlp, norm) for _ in range(velocity_head))
+            self.head_norm = RmsNorm(width) if norm == "rms" else LayerNorm()
+            self.head_modulation = Linear(width, 2 * width, zero=True)
+            self.head_final = Linear(width, channels * patch**2, zero=True)
         self.register_buffer("position", positions(self.cells, width, columns_first=published), persistent=False)
         cos, sin = _rope_2d(self.cells, width // heads) if rope else (None, None)
         self.register_buffer("cos", cos, persistent=False)
@@ -108,18 +129,32 @@ class DiT(nn.Module):
         r: Tensor | Dual | None = None,
         labels: Tensor | None = None,
         drop: Tensor | None = None,
-    ) -> Tensor | Dual:
+        *,
+        also: bool = False,
+        guide: Tensor | None = None,
+    ) -> Tensor | Dual | tuple[Tensor | Dual, Tensor]:
         h = as_stream(add(self.embed(linear_map(self._patchify, x)), self.position), self.bf16_stream)
         c = self.time(t)
         if self.duration is not None:
             c = add(c, self.duration(add(t, linear_map(torch.neg, t if r is None else r))))
         if self.label is not None:
             c = add(c, self.label(labels, drop))
-        c = silu(c)
-        for block in self.blocks:
+        if self.guidance is not None:
+            c = add(c, self.guidance(guide, value(t)))
+        c, branched = silu(c), None
+        for i, block in enumerate(self.blocks):
+            branched = value(h) if i == self.branch else branched
             h = self._block(block, h, c)
-        h, _ = self.final_norm(h, *chunks(self.final_modulation(c), 2))
-        return linear_map(self._unpatchify, self.final(h))
+        last, _ = self.final_norm(h, *chunks(self.final_modulation(c), 2))
+        out = linear_map(self._unpatchify, self.final(last))
+        return (out, self._velocity(value(h) if branched is None else branched, value(c))) if also else out
+
+    def _velocity(self, h: Tensor, c: Tensor) -> Tensor:
+        """The auxiliary head's output, from the stream where it branches off. (B, C, H, W)."""
+        for block in self.head_blocks:
+            h = value(self._block(block, h, c))
+        h, _ = self.head_norm(h, *chunks(self.head_modulation(c), 2))
+        return self._unpatchify(value(self.head_final(h)))
 
     def _block(self, block: Block, x: Tensor | Dual, c: Tensor | Dual) -> Tensor | Dual:
         """One block, run again in the backward pass where activations are not to be kept."""

@@ -154,6 +154,25 @@ class LabelEmbedder(nn.Module):
         return label_embedding(labels, self.table, drop)
 
 
+class GuidanceEmbedder(nn.Module):
+    """guide: (B, 3), scale omega >= 1 and interval [low, high] of times, or None for no guidance -> (B, width) or (width,).
+
+    As published (improved MeanFlow) the scale enters as 1 - 1/omega, each number by waves and two layers. It begins at 0, where
+    the network is what it is without.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.omega, self.low, self.high = (TimeEmbedder(width) for _ in range(3))
+        for own in (self.omega, self.low, self.high):
+            nn.init.zeros_(own.out.weight)
+
+    def forward(self, guide: Tensor | None, like: Tensor) -> Tensor:
+        none = torch.zeros_like(like)
+        omega, low, high = (none + 1, none, none + 1) if guide is None else guide.to(like.dtype).unbind(1)
+        return self.omega(1 - 1 / omega) + self.low(low) + self.high(high)
+
+
 class LogVariance(nn.Module):
     """c_noise: (B,) -> u (B,), the log of the expected loss at that noise: a linear layer over waves of c_noise.
 

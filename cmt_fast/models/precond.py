@@ -7,6 +7,8 @@ they are given seeds, which only training does: two calls with the same seeds dr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from cmt_kernels import Dual
 from cmt_kernels.dual import head, rows, tangent, value
@@ -181,8 +183,18 @@ class AverageVelocity(nn.Module):
         labels: Tensor | None = None,
         drop: Tensor | None = None,
         seeds: Tensor | None = None,
-    ) -> Tensor | Dual:
-        """x: (B, ...); t, r: (B,) in [0, 1]; seeds: (B, dropouts, 2) -> (B, ...), the value in fp32 or wider."""
-        u = self.net(x, t, r, labels, drop, *([] if seeds is None else [seeds]))
+        also: bool = False,
+        guide: Tensor | None = None,
+    ) -> Tensor | Dual | tuple[Tensor | Dual, Tensor]:
+        """x: (B, ...); t, r: (B,) in [0, 1]; seeds: (B, dropouts, 2) -> (B, ...), the value in fp32 or wider.
+
+        guide: (B, 3), guidance scale and interval of each row, for a network that is told them (None: no guidance). also: with
+        the velocity by its auxiliary head, (B, ...), which has no tangent.
+        """
+        more: dict[str, Any] = {"also": True} if also else {}
+        more |= {} if guide is None else {"guide": guide}
+        u = self.net(x, t, r, labels, drop, *([] if seeds is None else [seeds]), **more)
         wide = lambda y: y.float() if y.dtype in (torch.bfloat16, torch.float16) else y
-        return Dual(wide(u.value), wide(u.tangent)) if isinstance(u, Dual) else wide(u)
+        u, v = u if also else (u, None)
+        u = Dual(wide(u.value), wide(u.tangent)) if isinstance(u, Dual) else wide(u)
+        return (u, wide(v)) if also else u

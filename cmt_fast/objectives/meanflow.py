@@ -8,6 +8,7 @@ multiplied by something: `net` gets Duals of `k` rows and returns one.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,10 @@ from cmt_fast.objectives.batch import Batch, LossContext, StageContext, composed
 
 
 class Drawn(NamedTuple):
-    """Points z and their velocities v = eps - x_0: (B, ...) each, at times t >= r: (B,); labels, drop: as of Batch."""
+    """Points z and their velocities v = eps - x_0: (B, ...) each, at times t >= r: (B,); labels, drop: as of Batch.
+
+    guide: (B, 3), guidance scale and interval that a row's network is told, None where it is told none.
+    """
 
     z: Tensor
     v: Tensor
@@ -30,6 +34,7 @@ class Drawn(NamedTuple):
     r: Tensor
     labels: Tensor | None
     drop: Tensor | None
+    guide: Tensor | None = None
 
 
 def draw(batch: Batch, config: MeanFlow | IMeanFlow, context: LossContext) -> Drawn:
@@ -37,7 +42,31 @@ def draw(batch: Batch, config: MeanFlow | IMeanFlow, context: LossContext) -> Dr
     k = tangent_rows(len(batch.x_0), config.ratio)
     t, r = draw_times(batch.sample, k, config, context, batch.x_0.dtype)
     z, v = context.path.point(batch.x_0, t, context.random.key(rng.NOISE), batch.sample)
-    return Drawn(z, v, t, r, batch.labels, batch.drop)
+    return Drawn(z, v, t, r, batch.labels, batch.drop, told(batch.sample, k, config, context, batch.x_0.dtype))
+
+
+def told(
+    sample: Tensor, k: int, config: MeanFlow | IMeanFlow, context: LossContext, dtype: torch.dtype
+) -> Tensor | None:
+    """Guidance scale and interval that the network is told in each row, (B, 3); None where it is told none.
+
+    The scale's density falls as 1/omega^beta in [1, omega_max]; the interval begins uniformly in [0, 1/2] and ends in [1/2, 1],
+    and is whole in rows with r = t, from k on.
+    """
+    if getattr(config, "omega_max", 1.0) == 1:
+        return None
+    share, low, high = (context.random.uniform(s, sample) for s in (rng.GUIDANCE, rng.GUIDANCE_LOW, rng.GUIDANCE_HIGH))
+    first = torch.arange(len(sample), device=sample.device) < k
+    low, high = torch.where(first, low / 2, 0.0), torch.where(first, 0.5 + high / 2, 1.0)
+    return torch.stack((scale_of(share, config.omega_max, config.omega_beta), low, high), dim=1).to(dtype)
+
+
+def scale_of(share: Tensor, most: float, beta: float) -> Tensor:
+    """The scale in [1, most] below which a share in [0, 1) of the density 1/omega^beta lies. (B,) -> (B,)."""
+    if beta == 1:
+        return torch.exp(share * math.log(most))
+    power = 1 - beta
+    return (1 + share * (most**power - 1)) ** (1 / power)
 
 
 def loss_meanflow(net, drawn: Drawn, config: MeanFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
@@ -58,14 +87,64 @@ def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> 
     Returns (B,).
 
     Guidance enters v as in `meanflow`. There is no second head for v: u(z, t, t) is it, and the rows with r = t are its
-    loss. Guidance as an input of the network is not built. A row whose label is dropped follows the null class's own
-    velocity (published: that of the label it had, which is not the velocity of the row's own u).
+    loss. A row whose label is dropped follows the null class's own velocity (published: that of the label it had, which is not
+    the velocity of the row's own u).
+
+    With `head` v is that of the network's auxiliary head instead, trained by ||v_head - v||^2 with the same weight beside it.
+    With `omega_max` above 1 the network is told a scale omega and an interval in each row, and the target is the velocity that is
+    guided by its own, v + (1 - 1/omega) (v(c) - v(null)), where t is in the interval and the row has its label.
     """
+    if config.head or drawn.guide is not None:
+        return _with_inputs(net, drawn, config)
     return _regress(net, drawn, config, own=True)
 
 
+def _with_inputs(net, drawn: Drawn, config: IMeanFlow) -> tuple[Tensor, dict[str, Tensor]]:
+    """Improved MeanFlow whose velocity is a head's, or whose guidance is an input of the network, or both."""
+    z, v, t, r, labels, drop, guide = drawn
+    k = tangent_rows(len(z), config.ratio)
+    with torch.no_grad():
+        if guide is None:
+            direction = velocity(net, (z[:k], t[:k], _of(labels, k), _of(drop, k)), config, None)
+        else:
+            assert labels is not None
+            omega = guide[:, 0].masked_fill((t < guide[:, 1]) | (t > guide[:, 2]), 1.0)
+            own = velocity(net, (z, t, labels, drop), config, whole(omega))
+            dropped = torch.ones_like(labels, dtype=torch.bool)
+            null = velocity(net, (z, t, labels, dropped), config, whole(torch.ones_like(omega)))
+            share = 1 - 1 / omega if drop is None else (1 - 1 / omega).masked_fill(drop, 0.0)
+            v, direction = v + column(share, v) * (own - null).to(v.dtype), own[:k]
+    more = (labels, drop, None, config.head, guide)
+    along = Dual(z, direction.to(z.dtype)), Dual(t, torch.ones_like(t[:k])), Dual(r, torch.zeros_like(r[:k]))
+    found = net(*(along if k else (z, t, r)), *more)
+    u, head = found if config.head else (found, None)
+    loss, squared = meanflow_loss(u, v, t, r, config.p, config.c)
+    scalars = {"mse": squared / z[0].numel()}
+    if head is None:
+        return loss, scalars
+    missed = (head - v).square().flatten(1).sum(1)
+    scalars["head_mse"] = missed.detach() / z[0].numel()
+    return loss + missed / (missed.detach() + config.c) ** config.p, scalars
+
+
+def velocity(net, rows: tuple, config: IMeanFlow, guide: Tensor | None) -> Tensor:
+    """The network's own velocity of rows (z, t, labels, drop): that of its head, or u(z, t, t). (B, ...)."""
+    z, t, labels, drop = rows
+    found = net(z, t, t, labels, drop, None, config.head, guide)
+    return found[1] if config.head else found
+
+
+def whole(omega: Tensor) -> Tensor:
+    """These scales at all times, as a network is told them. (B,) -> (B, 3)."""
+    return torch.stack((omega, torch.zeros_like(omega), torch.ones_like(omega)), dim=1)
+
+
+def _of(x: Tensor | None, k: int) -> Tensor | None:
+    return None if x is None else x[:k]
+
+
 def _regress(net, drawn: Drawn, config: MeanFlow | IMeanFlow, own: bool):
-    z, v, t, r, labels, drop = drawn
+    z, v, t, r, labels, drop = drawn[:6]
     k = tangent_rows(len(z), config.ratio)
     guide = guidance_mask(drawn, config)
     with torch.no_grad():

@@ -54,6 +54,8 @@ def check(place: Place, classes: int) -> None:
         _inside(place, name, stage)
         if stage.autoguidance:
             _guide(place, name, stage, stage.autoguidance)
+    if run.sampler.told_guidance[0] != 1:
+        _told(run)
     if run.sampler.guidance == 1:
         return
     if not _conditional(run, classes):
@@ -83,6 +85,10 @@ def check_asked(place: Place, name: str, solver: bool, classes: int) -> None:
     scale = run.sampler.guidance
     if not math.isfinite(scale):
         raise ConfigError(f"--guidance: {scale} is not a number")
+    if not solver and getattr(run.model, "guided", False):
+        if scale < 1:
+            raise ConfigError(f"--guidance: {scale} is below 1, the least that the network is told")
+        return
     if not solver:
         trained = learned(place, name)
         at = f"was trained at guidance {trained}" if trained else "was trained without guidance"
@@ -253,8 +259,37 @@ def _teacher(place: Place, name: str, stage: Stage) -> None:
             _need(place, stage.teacher, f"{what} guides {stage.teacher}", otherwise)
 
 
+def _told(run: Run) -> None:
+    """What the sampler tells a network is a guidance, and the network can be told one."""
+    omega, low, high = run.sampler.told_guidance
+    if not getattr(run.model, "guided", False):
+        raise ConfigError(f"sampler.told_guidance: {omega} is told to no network here; it is for model.guided true")
+    if not (math.isfinite(omega) and omega >= 1 and low < high):
+        raise ConfigError(
+            f"sampler.told_guidance: [{omega}, {low}, {high}] is no scale of at least 1 with an interval of times"
+        )
+
+
+def _inputs(place: Place, name: str, stage: Stage) -> None:
+    """A network that is told its guidance can be told it, and knows what there is without a label; a head is there."""
+    o, model, where = stage.objective, place.run.model, f"{name}.objective"
+    if getattr(o, "head", False) and getattr(model, "velocity_head", None) is None:
+        raise ConfigError(f"{where}.head: true needs the network's auxiliary head, model.velocity_head blocks")
+    most = getattr(o, "omega_max", 1.0)
+    if most == 1:
+        return
+    if not getattr(model, "guided", False):
+        raise ConfigError(f"{where}.omega_max: {most} needs a network that is told its guidance, model.guided true")
+    if (getattr(o, "omega", 1.0), getattr(o, "kappa", 0.0)) != (1.0, 0.0):
+        raise ConfigError(f"{where}.omega_max: {most} beside omega and kappa; only one may guide")
+    if not stage.label_dropout:
+        why = "the null class that it guides from would not be trained; published: 0.1"
+        raise ConfigError(f"{name}.label_dropout: 0.0 with {where}.omega_max {most}, {why}")
+
+
 def _inside(place: Place, name: str, stage: Stage) -> None:
     """Guidance inside MeanFlow's target is finite, somewhere, and from a null class that the student has."""
+    _inputs(place, name, stage)
     o = stage.objective
     omega, kappa = getattr(o, "omega", 1.0), getattr(o, "kappa", 0.0)
     if omega == 1 and kappa == 0:

@@ -98,7 +98,7 @@ def opened(stage: str, request: Request, asked: Asked) -> Drawing:
         sampler = dataclasses.replace(work.run.sampler, guidance=asked.guidance)  # type: ignore[type-var]
         guided = place._replace(run=dataclasses.replace(work.run, sampler=sampler))  # type: ignore[type-var]
         guidance.check_asked(guided, name, solver, work.data.classes)
-        setting = setting.guided_by(asked.guidance)
+        setting = setting.guided_by(asked.guidance) if solver else setting.told(asked.guidance)
     elif solver:
         guidance.check_solver(place, name)
     if asked.classes is not None:
@@ -130,8 +130,14 @@ class Drawing:
     def how(self) -> str:
         """`2 steps, seed 0`."""
         r, scale = self.request, self.setting.config.guidance
-        solver = f" of the ODE solver{f' at guidance {scale:g}' * (scale != 1)}" if r.solver else ""
+        scale = scale if r.solver else self.setting.config.told_guidance[0]
+        solver = f"{' of the ODE solver' * r.solver}{f' at guidance {scale:g}' * (scale != 1)}"
         return f"{words.steps(r.steps)}{solver}, seed {r.seed}"
+
+    def _told(self) -> list[float] | None:
+        """Scale and interval that the network is told, None where it is told none."""
+        told = self.setting.config.told_guidance
+        return None if told[0] == 1 else list(told)
 
     def block(self, rows: range) -> Iterator[tuple[int, Tensor]]:
         """(index of the first, samples (m, ...) on the CPU) of consecutive samples: data units, or uint8 where decoded."""
@@ -173,7 +179,7 @@ class Drawing:
             "first": r.first,
             "steps": r.steps,
             "solver": self.setting.config.solver if r.solver else None,
-            "guidance": self.setting.config.guidance if r.solver else None,
+            "guidance": self.setting.config.guidance if r.solver else self._told(),
             "sampler": self._grid(),
             "labels": self.setting.law.text(),
             "classes": self.setting.law.present.tolist(),

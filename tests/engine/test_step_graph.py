@@ -62,6 +62,8 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "imeanflow, anchor": ("digits-mf", "post", ["post.objective={kind: imeanflow}"]),
     "imeanflow, guided, two parts": ("digits-mf", "post", [*ALONE, "post.objective={kind: imeanflow, omega: 1.5}",
                                                            "post.micro_batch=16", "post.label_dropout=0.1"]),
+    "imeanflow, told, its head": ("digits-mf", "post", ["model.guided=true", "model.velocity_head=1", "post.label_dropout=0.1",
+                                                        "post.objective={kind: imeanflow, head: true, omega_max: 8}"]),
     "sct": ("digits", "post", [*ALONE, "post.objective={kind: sct, warmup_nimg: 100}"]),
     "sct, EDM2, dropout": ("digits", "post", [*ALONE, UNETS["edm2"], "post.objective={kind: sct}"]),
     "scd, autoguided": ("digits", "post", [*TAUGHT, "post.objective={kind: scd, warmup_nimg: 100}",

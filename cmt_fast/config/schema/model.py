@@ -17,7 +17,9 @@ class Dit:
     `mlp: swiglu, norm: rms, rope: true` LightningDiT's do. `precondition` ddpm (path ve): the network predicts the noise of
     DDPM's 1000 variance-preserving steps, as DiT does; edm: EDM's preconditioning.
     `checkpoint_activations`: blocks keep their input alone and run again in the backward pass: less memory, more time.
-    `log_variance` (path ve): a head for losses with learned weights (`uncertainty`).
+    `log_variance` (path ve): a head for losses with learned weights (`uncertainty`). `guided` (path linear): the network is told
+    a guidance scale and an interval of times; `velocity_head` (path linear): blocks of an auxiliary head for the velocity, which
+    training alone uses. Both are improved MeanFlow's.
     """
 
     kind: Literal["dit"] = "dit"
@@ -34,16 +36,20 @@ class Dit:
     precondition: Literal["edm", "ddpm"] = "edm"
     checkpoint_activations: bool = False
     log_variance: bool = False
+    guided: bool = False
+    velocity_head: Natural | None = None
 
 
 @schema
 class Mlp:
-    """Residual MLP for vectors. `log_variance` as in a dit."""
+    """Residual MLP for vectors. `log_variance`, `guided` and `velocity_head` as in a dit."""
 
     kind: Literal["mlp"] = "mlp"
     width: Count = 128
     depth: Count = 3
     log_variance: bool = False
+    guided: bool = False
+    velocity_head: Natural | None = None
 
 
 @schema

@@ -104,10 +104,18 @@ class MeanFlow:
 
 @schema
 class IMeanFlow(MeanFlow):
-    """Improved MeanFlow: u + (t - r) sg(du/dt) regressed on v, the derivative along the model's own u(z, t, t)."""
+    """Improved MeanFlow: u + (t - r) sg(du/dt) regressed on v, the derivative along the model's own velocity.
+
+    That is u(z, t, t), or with `head` the output of the network's auxiliary head, trained beside it. `omega_max`: above 1
+    the network is told a guidance scale, drawn from [1, omega_max] with a density that falls as 1/omega^omega_beta, and an
+    interval, and its target is guided by them.
+    """
 
     kind: Literal["imeanflow"] = "imeanflow"  # type: ignore[assignment]  # a tag, each its own
     ratio: Fraction = 0.5
+    head: bool = False
+    omega_max: Annotated[float, Field(ge=1)] = 1.0
+    omega_beta: NotNegative = 1.0
 
 
 @schema

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from cmt_fast.config.schema.data import Data
 from cmt_fast.config.schema.model import Model
-from cmt_fast.config.schema.numbers import Count, Natural, NotNegative, Positive, schema
+from cmt_fast.config.schema.numbers import Count, Fraction, Natural, NotNegative, Positive, schema
 from cmt_fast.config.schema.objective import CmtCm, CmtMf
 from cmt_fast.config.schema.stage import STAGES, Stage
 
@@ -20,6 +20,8 @@ class SamplerConfig:
     Published second times on VE: 0.821 after ECT on 32 and 64 pixels, 1.526 for EDM2 networks (ImageNet at 64 and 512
     pixels), 0.77569 to watch mid-training, which is node 7 of the 16-step grid from 80 to 0.002. They are read on VE
     alone: flow maps jump on the uniform grid, 1 -> 0.5 -> 0 in two steps.
+
+    told_guidance: scale and interval of times that a network with `model.guided` is told in its few steps.
     """
 
     mid_times: dict[int, tuple[Positive, ...]] = Field(default_factory=lambda: {2: (0.821,), 4: (5.0, 1.5, 0.4)})
@@ -28,6 +30,7 @@ class SamplerConfig:
     t_max: Positive = 80.0
     t_min: NotNegative = 0.002
     guidance: float = 1.0
+    told_guidance: Annotated[tuple[float, Fraction, Fraction], Field(min_length=3, max_length=3)] = (1.0, 0.0, 1.0)
     teacher_steps: Count = 16
 
 

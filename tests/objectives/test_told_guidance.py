@@ -1,0 +1,164 @@
+"""Improved MeanFlow whole: guidance as an input of the network, the auxiliary head; against torch.func.jvp, and by command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cmt_kernels import Dual
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cmt_fast.cli import main
+from cmt_fast.config import loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import Dit, IMeanFlow, Mlp
+from cmt_fast.diffusion import rng
+from cmt_fast.diffusion.paths import column
+from cmt_fast.diffusion.rng import Random
+from cmt_fast.evaluation.rest import LINEAR
+from cmt_fast.models import build
+from cmt_fast.objectives import OBJECTIVES, Batch, LossContext
+from cmt_fast.objectives.meanflow import draw_times, scale_of, told
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.train import loop
+from tests.fixtures.tiny import tiny
+from tests.objectives.test_family import perturbed
+
+DIT = Dit(width=16, depth=2, heads=2, patch=4, guided=True, velocity_head=1)
+TOLD = ["model.guided=true", "model.velocity_head=1", "post.objective={kind: imeanflow, head: true, omega_max: 8}"]
+ALONE = ["post.anchor=null", "post.trajectories=null", "post.teacher=null"]
+KEYS = [*TOLD, *ALONE, "pre.label_dropout=0.1", "post.label_dropout=0.1"]
+
+
+def network(kind: str) -> torch.nn.Module:
+    model = Mlp(width=16, depth=2, guided=True, velocity_head=1) if kind == "mlp" else DIT
+    return perturbed(build(model, "linear", 0.5, (2,) if kind == "mlp" else (2, 8, 8), 3))
+
+
+def rows(kind: str) -> Batch:
+    labels = torch.arange(16) % 3
+    return Batch(
+        torch.randn(16, *((2,) if kind == "mlp" else (2, 8, 8))).double(), labels, torch.arange(16), labels == 2
+    )
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dit"])
+@pytest.mark.parametrize("head, most", [(True, 8.0), (False, 8.0), (True, 1.0)])
+def test_loss_and_gradients_are_those_of_the_paper(kind: str, head: bool, most: float) -> None:
+    """Written out in the paper's order: guided target, direction of the own velocity, jvp, both losses."""
+    net, batch, config = network(kind), rows(kind), IMeanFlow(p=0.75, c=0.03, head=head, omega_max=most)
+    world = LossContext(LINEAR, Random(1, 2, 3))
+    t, r = draw_times(batch.sample, 8, config, world, torch.float64)
+    z, v = LINEAR.point(batch.x_0, t, world.random.key(rng.NOISE), batch.sample)
+    one = torch.ones_like(t)
+    guide = told(batch.sample, 8, config, world, torch.float64)
+    call = lambda z, t, r, drop, omega, low, high: net(
+        z, t, r, batch.labels, drop, None, True, torch.stack((omega, low, high), 1)
+    )
+    instant = lambda drop, omega: call(z, t, t, drop, omega, 0 * one, one)[1 if head else 0].detach()
+    omega, low, high = guide.unbind(1) if guide is not None else (one, 0 * one, one)
+    inside = torch.where((t >= low) & (t <= high), omega, one)
+    v_c, v_u = instant(batch.drop, inside), instant(torch.ones_like(batch.drop), one)
+    v_g = torch.where(column(batch.drop, v).bool(), v, v + column(1 - 1 / inside, v) * (v_c - v_u))
+    with sdpa_kernel(SDPBackend.MATH):
+        (u, u_dot) = torch.func.jvp(
+            lambda z, t, r: call(z, t, r, batch.drop, omega, low, high)[0], (z, t, r), (v_c, one, 0 * one)
+        )
+    weighted = lambda e: (l := e.square().flatten(1).sum(1)) / (l.detach() + 0.03) ** 0.75
+    want = weighted(u + column(t - r, z) * u_dot.detach() - v_g)
+    want = want + weighted(call(z, t, r, batch.drop, omega, low, high)[1] - v_g) * head
+    got, scalars = OBJECTIVES["imeanflow"].function(net, batch, config, world)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=0)
+    assert ("head_mse" in scalars) == head and (guide is None) == (most == 1)
+    grads = [torch.autograd.grad(loss.mean(), list(net.parameters()), materialize_grads=True) for loss in (got, want)]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dit"])
+def test_a_network_that_is_told_nothing_is_told_no_guidance(kind: str) -> None:
+    net, batch = network(kind), rows(kind)
+    t = torch.linspace(0.1, 1, 16).double()
+    call = lambda *more: net(batch.x_0, t, t / 2, batch.labels, None, *more)
+    none = torch.tensor([[1.0, 0.0, 1.0]]).double().expand(16, 3)
+    assert torch.equal(call(), call(None, False, none))
+    assert not torch.allclose(call(), call(None, False, none * torch.tensor([4.0, 1, 1])))
+    assert not torch.allclose(call(), call(None, False, none * torch.tensor([1.0, 1, 0.5])))
+    along = Dual(batch.x_0, torch.ones_like(batch.x_0[:4])), Dual(t, torch.ones_like(t[:4]))
+    u, v = net(*along, t / 2, batch.labels, None, None, True)
+    assert torch.equal(u.value, call()) and v.shape == u.value.shape and not isinstance(v, Dual)
+
+
+def test_a_fresh_network_is_what_it_is_without() -> None:
+    """Told or not, and with a head or not: its new parts begin at zero, and what stands beside them begins as it does without."""
+    made = []
+    for model in (Dit(width=16, depth=2, heads=2, patch=4), DIT):
+        torch.manual_seed(0)
+        made.append(build(model, "linear", 0.5, (2, 8, 8), 3))
+    guide = made[1].net.guidance(torch.tensor([[5.0, 0.2, 0.7]]), torch.zeros(1))
+    assert float(guide.abs().max()) == 0 and float(made[1].net.head_final.weight.abs().max()) == 0
+    assert set(made[0].state_dict()) < set(made[1].state_dict())
+
+
+@pytest.mark.parametrize("beta, median", [(1.0, 8**0.5), (0.0, 4.5), (2.0, 16 / 9)])
+def test_law_of_the_scale(beta: float, median: float) -> None:
+    """By the density 1/omega^beta in [1, 8]; 0 is uniform."""
+    shares = torch.tensor([0.0, 0.5, 1.0]).double()
+    torch.testing.assert_close(scale_of(shares, 8.0, beta), torch.tensor([1.0, median, 8.0]).double())
+
+
+def test_rows_at_one_time_are_told_the_whole_interval() -> None:
+    guide = told(torch.arange(4000), 2000, IMeanFlow(omega_max=8), LossContext(LINEAR, Random(0, 0, 0)), torch.float64)
+    assert guide is not None and bool((guide[:, 0] >= 1).all()) and bool((guide[:, 0] <= 8).all())
+    first, rest = guide[:2000], guide[2000:]
+    assert torch.equal(rest[:, 1:].unique(dim=0), torch.tensor([[0.0, 1.0]]).double())
+    assert abs(float(first[:, 1].mean()) - 0.25) < 0.02 and abs(float(first[:, 2].mean()) - 0.75) < 0.02
+
+
+def test_a_trained_network_is_told_at_sampling(tmp_path: Path, capsys) -> None:
+    """Three stages; samples at two scales differ, the line says which; what cannot be done is said."""
+    run = tiny("digits-mf", *KEYS)
+    loop.train(Workspace(run, tmp_path / "run"), ["pre", "mid", "post"])
+    drawn: list[Tensor] = []
+    for scale in ([], ["--guidance", "6"]):
+        out = tmp_path / f"{len(drawn)}.npz"
+        assert main(["sample", str(tmp_path / "run" / "post"), "-n", "8", "--out", str(out), *scale]) == 0
+        drawn.append(torch.from_numpy(np.load(out)["images"]))
+    assert bool(drawn[0].isfinite().all()) and not torch.equal(*drawn)
+    assert "at guidance 6" in capsys.readouterr().out
+    assert (
+        main(
+            ["sample", str(tmp_path / "run" / "post"), "-n", "2", "--guidance", "0.5", "--out", str(tmp_path / "x.npz")]
+        )
+        == 2
+    )
+    assert main(["ckpt", "export", str(tmp_path / "run" / "post"), str(tmp_path / "x.onnx"), "--format", "onnx"]) == 2
+    assert "onnx has no place for model.guided True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "key, without, line",
+    [
+        ("model.guided", "model.guided=false", "post.objective.omega_max: 8.0 needs a network that is told"),
+        (
+            "model.velocity_head",
+            "model.velocity_head=null",
+            "post.objective.head: true needs the network's auxiliary head",
+        ),
+        ("dropout", "post.label_dropout=0", "post.label_dropout: 0.0 with post.objective.omega_max 8.0"),
+        ("kappa", "post.objective.kappa=0.5", "post.objective.omega_max: 8.0 beside omega and kappa"),
+        ("depth", "model.velocity_head=9", "model.velocity_head: 9 blocks are more than"),
+        ("sampler", "sampler.told_guidance=[3, 0.7, 0.2]", "sampler.told_guidance: "),
+    ],
+)
+def test_what_cannot_be_told_is_refused(key: str, without: str, line: str) -> None:
+    with pytest.raises((ConfigError, ValueError), match=line.replace("[", r"\[")):
+        Workspace(tiny("digits-mf", *KEYS, without), Path("nowhere")).build()
+
+
+def test_a_consistency_function_is_told_nothing() -> None:
+    with pytest.raises(ValueError, match="model.guided: is for the path 'linear'"):
+        Workspace(loading.load("digits", ["model.guided=true"]), Path("nowhere")).build()
