@@ -11,9 +11,9 @@ ever trained, so sampling has 1, 2, 4, ... N/2 steps.
 
 In the paper 1/4 of rows bootstrap and N = 128. Its published code clips points and targets to [-4, 4], and guides the halves
 of the shortest jumps, so that all others become guided jumps: `omega`, its cfg_scale (1.5 on ImageNet). Differences: that code
-makes targets by the EMA's weights, which a loss has not here, so the weights as they are make them; it has equal numbers of every d
-in a batch, here each row draws one; it bootstraps labelled rows alone, here a row without its label learns the null class's
-jumps; its default share is 1/8.
+makes targets by the EMA's weights, which a loss has not here, so the weights as they are make them; it has equal numbers of
+every d in a batch, here each row draws one; it bootstraps labelled rows alone, here a row without its label learns the null
+class's jumps; its default share is 1/8.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def draw(batch: Batch, config: Shortcut, context: LossContext) -> Drawn:
 
 
 def draw_times(sample: Tensor, k: int, config: Shortcut, context: LossContext) -> tuple[Tensor, Tensor]:
-    """The first k rows: d of 1, 1/2, ..., 2/N, t of d, 2d, ..., 1, r = t - d; the others: t = r of 1/N, 2/N, ..., 1. (B,), (B,)."""
+    """The first k rows: d of 1, 1/2, ..., 2/N, t of d, 2d, ..., 1, r = t - d; the others t = r of 1/N, ..., 1. (B,), (B,)."""
     place = context.random.uniform(rng.TIME, sample)
     power = context.random.integers(rng.LENGTH, sample[:k], int(math.log2(config.steps)))
     d = torch.cat((torch.exp2(-power.to(place.dtype)), torch.full_like(place[k:], 1 / config.steps)))

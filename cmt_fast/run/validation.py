@@ -54,8 +54,9 @@ def _check_maps(resolved: ResolvedStage) -> None:
     if isinstance(o, Lagrangian | Semigroup) and o.velocity == "teacher" and (o.omega, o.kappa) != (1, 0):
         what = f"{name}.objective.{'omega' if o.omega != 1 else 'kappa'}: {o.omega if o.omega != 1 else o.kappa}"
         raise ConfigError(f"{what} guides the data's velocity, and this is the teacher's; take {name}.teacher_guidance")
-    alone = isinstance(o, Semigroup | Shortcut) or (isinstance(o, Lagrangian) and o.velocity == "own")
-    if alone and round(o.ratio * resolved.rows[0]) == resolved.rows[0]:
+    if not isinstance(o, Lagrangian | Semigroup | Shortcut) or (isinstance(o, Lagrangian) and o.velocity == "teacher"):
+        return
+    if round(o.ratio * resolved.rows[0]) == resolved.rows[0]:
         raise ConfigError(
             f"{name}.objective.ratio: {o.ratio} leaves no row with r = t, which alone say what the velocity is; published: 0.25"
         )
