@@ -34,7 +34,7 @@ def check_lengths(objective: Any, steps: Iterable[int], key: str = "eval.steps")
     """Raises ConfigError for numbers of steps whose jumps `objective` does not train. key: what to name."""
     if not isinstance(objective, Shortcut):
         return
-    valid = [2**k for k in range(int(math.log2(objective.steps)))]
+    valid = [2**k for k in range(int(math.log2(objective.grid)))]
     for k in steps:
         if k not in valid:
             raise ConfigError(
@@ -46,8 +46,8 @@ def _check_maps(resolved: ResolvedStage) -> None:
     """Keys of the objectives of flow maps that do not go together."""
     name, o = resolved.name, resolved.config.objective
     if isinstance(o, Shortcut):
-        if o.steps < 2 or o.steps & (o.steps - 1):
-            raise ConfigError(f"{name}.objective.steps: {o.steps} is no power of 2 from 2 on; published: 128")
+        if o.grid < 2 or o.grid & (o.grid - 1):
+            raise ConfigError(f"{name}.objective.grid: {o.grid} is no power of 2 from 2 on; published: 128")
         check_lengths(o, resolved.run.eval.steps)
     if isinstance(o, AlphaFlow) and o.begin >= o.end:
         raise ConfigError(f"{name}.objective.end: {o.end} is not above begin, {o.begin}; alpha falls between the two")

@@ -74,7 +74,7 @@ def test_shortcuts_are_at_rest_but_for_the_shortest() -> None:
     """Two Euler steps of 1/N make the shortest, at twice that length; the exact map misses them by order 1/N, and no others."""
     found = {}
     for steps in (32, 128):
-        config = Shortcut(ratio=1.0, steps=steps)
+        config = Shortcut(ratio=1.0, grid=steps)
         drawn = shortcut.draw(batch(800), config, world(LINEAR))
         short, g = drawn.t - drawn.r < 3 / steps, bias(config, average_velocity, n=800)
         assert 50 < int(short.sum()) < 400 and size(g[~short]) < 1e-6
@@ -95,7 +95,8 @@ def test_alphaflow_goes_from_straight_lines_to_meanflow(monkeypatch) -> None:
     limit = grad(0.0)
     apart = [float((grad(a) / a**2 - limit).mean(0).norm()) for a in (0.2, 0.1, 0.05)]
     assert apart[0] / apart[1] == pytest.approx(2, abs=0.3) and apart[1] / apart[2] == pytest.approx(2, abs=0.4)
-    drawn = alphaflow.draw(batch(50), AlphaFlow(), world(LINEAR))
+    monkeypatch.undo()
+    drawn = alphaflow.draw(batch(50), AlphaFlow(), world(LINEAR, progress=1.0))
     net = peers.network("linear")
     of_meanflow, _ = meanflow.loss_meanflow(net, meanflow.Drawn(*drawn[:6]), MeanFlow(ratio=0.5), STAGE)
     assert torch.equal(alphaflow.loss(net, drawn, AlphaFlow(), STAGE)[0], of_meanflow)
@@ -134,7 +135,7 @@ def test_rows_with_r_equal_t_are_those_of_meanflow(kind: str) -> None:
 
 def test_shortcut_guides_its_shortest_jumps_alone() -> None:
     """There u_null + omega (u - u_null), which here adds (omega - 1) / 2 to the target of rows with a label; asked at r = t."""
-    config, batch_ = Shortcut(ratio=1.0, steps=16, clip=None), labelled(90)
+    config, batch_ = Shortcut(ratio=1.0, grid=16, clip=None), labelled(90)
     drawn = shortcut.draw(batch_, config, world(LINEAR))
     short = drawn.t - drawn.r == 2 / 16
     plain = shortcut.two_halves(Labelled(), drawn, 90, config)
@@ -225,10 +226,10 @@ def test_alpha_falls_as_published() -> None:
 
 ALONE = ["post.anchor=null", "post.trajectories=null"]
 REFUSED = [
-    ("{kind: shortcut, steps: 100}", [], "post.objective.steps: 100 is no power of 2"),
-    ("{kind: shortcut, steps: 1}", [], "post.objective.steps: 1 is no power of 2 from 2 on"),
+    ("{kind: shortcut, grid: 100}", [], "post.objective.grid: 100 is no power of 2"),
+    ("{kind: shortcut, grid: 1}", [], "post.objective.grid: 1 is no power of 2 from 2 on"),
     ("{kind: shortcut}", ["eval.steps=[1, 3]"], "eval.steps: 3, and shortcut trains no jump of length 1/3; valid are 1, 2, 4,"),
-    ("{kind: shortcut, steps: 4}", ["eval.steps=[1, 4]"], "eval.steps: 4, .* valid are 1, 2$"),
+    ("{kind: shortcut, grid: 4}", ["eval.steps=[1, 4]"], "eval.steps: 4, .* valid are 1, 2$"),
     ("{kind: shortcut, ratio: 1}", [], "post.objective.ratio: 1.0 leaves no row with r = t"),
     ("{kind: lagrangian, ratio: 1}", [], "post.objective.ratio: 1.0 leaves no row with r = t"),
     ("{kind: semigroup, ratio: 1, velocity: teacher}", [], "post.objective.ratio: 1.0 leaves no row with r = t"),
