@@ -13,9 +13,9 @@ alpha = 1 is trajectory flow matching, alpha = 1/2 a shortcut's step, and for al
 With the adaptive weight 1/(l + c), whose l has then alpha^2, gradients would grow as 1/alpha; so a step's loss has the factor
 alpha. Below alpha = `clamp` the difference of two calls is mostly rounding, and the tangent form is taken: MeanFlow itself.
 
-alpha = sigmoid(-gamma (x - 1/2)) falls with the progress x between `begin` and `end` of the stage, and within `clamp` of 0 or 1 is
-that number. The stage's last part is MeanFlow, so its rest is the flow map; before, v of a single row in the step biases the rest
-by O(alpha), towards straight lines. The three forms are three graphs of a step, told apart by their name.
+alpha = sigmoid(-gamma (x - 1/2)) falls with the progress x between `begin` and `end` of the stage, and within `clamp` of 0 or
+1 it is that number. At alpha = 1 straight lines are at rest; between, the step along a single row's v biases the rest by
+O(alpha); the last part is MeanFlow, at rest at the flow map. The three forms are three graphs of a step, told apart by name.
 
 Published numbers that are defaults: gamma 25, clamp .005, from 0 to 1 of the stage (DiT-B/2; XL/2: 600,000 to 1,000,000 of
 1,200,000 steps), half of rows r < t (B/2 with guidance: 3/4), rows with r = t at one draw of the law. With guidance the code

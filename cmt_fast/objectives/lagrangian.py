@@ -4,20 +4,20 @@ With X_{t->r}(z) = z - (t - r) u(z, r, t), where a jump from (z, t) ends is a cu
 
     dX_{t->r}(z)/dr = u - (t - r) du/dr = v(X_{t->r}(z), r),    du/dr at fixed z and t.
 
-No derivative in z is needed, so there is no Jacobian of the network in z, which is what makes Eulerian losses restless; what is needed
-besides is v where the jump ends. With a teacher that is the teacher's velocity: Lagrangian map distillation (LMD, 2024). Without
-one it is the network's own u(z, r, r), which the rows with r = t learn from data: Lagrangian self-distillation (LSD, 2025).
-With data's v guided in those rows (omega, kappa), the whole map is that of the guided velocity.
+No derivative in z is needed, so there is no Jacobian of the network in z, which is what makes Eulerian losses restless. What is
+needed besides is v where the jump ends. With a teacher that is the teacher's velocity: Lagrangian map distillation (LMD, 2024).
+Without one it is the network's own u(z, r, r), which the rows with r = t learn from data: Lagrangian self-distillation (LSD,
+2025). With the data's v guided in those rows (omega, kappa), the whole map is that of the guided velocity.
 
-The target, v(X) + (t - r) du/dr, is held: u alone has a gradient. At the answer every row with r < t has residual 0. Near it, let u
-be wrong by e, a function of the span s = t - r at some (z, t). Then the residual is d(s e)/ds + grad v . (s e), and following
-it de/dtau = -(1 + s grad v) e along ds/dtau = s. So errors decay as they move out from short spans to long ones, and the
-only source is s = 0, where u = v is known: nothing moves back.
+The target, v(X) + (t - r) du/dr, is held: u alone has a gradient. At the answer every row with r < t has residual 0. Near it,
+let u be wrong by e, a function of the span s = t - r at some (z, t). Then the residual is d(s e)/ds + grad v . (s e), and
+following it de/dtau = -(1 + s grad v) e along ds/dtau = s. So errors decay as they move out from short spans to long ones, and
+nothing moves back: what is learned at s = 0, where u is v, decides.
 
-As published: rows r = t are 3/4 of the batch, times are uniform, all targets that hold v hold X too. Otherwise: the published
-code differentiates through du/dr, a backward pass through a forward derivative, which tangents here do not have (its rest is the
-same, `kernels/cmt_kernels/dual.py` says why); it weighs pairs of times by a learned log variance of (t, r), where there is
-MeanFlow's adaptive weight of a row here, `p` and `c`.
+As published: rows with r = t are 3/4 of the batch, times are uniform, X and v in the target are held. Otherwise: the published
+code differentiates through du/dr too, a backward pass through a forward derivative, which tangents here do not have
+(`kernels/cmt_kernels/dual.py`); the rest is the same, the way there is not. It weighs pairs of times by a learned log variance
+of (t, r); here there is MeanFlow's adaptive weight of a row, `p` and `c`.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ ever trained, so sampling has 1, 2, 4, ... N/2 steps.
 
 In the paper 1/4 of rows bootstrap and N = 128. Its published code clips points and targets to [-4, 4], and guides the halves
 of the shortest jumps, so that all others become guided jumps: `omega`, its cfg_scale (1.5 on ImageNet). Differences: that code
-makes targets by the EMA's weights, which a loss has not here, so the weights as they are make them; it has equal numbers of every d
-in a batch, here each row draws one; it bootstraps labelled rows alone, here a row without its label learns the null class's
-jumps; its default share is 1/8.
+makes targets by the EMA's weights, which a loss has not here, so the weights as they are make them; it has equal numbers of
+every d in a batch, here each row draws one; it bootstraps labelled rows alone, here a row without its label learns the null
+class's jumps; its default share is 1/8.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def draw(batch: Batch, config: Shortcut, context: LossContext) -> Drawn:
 
 
 def draw_times(sample: Tensor, k: int, config: Shortcut, context: LossContext) -> tuple[Tensor, Tensor]:
-    """The first k rows: d of 1, 1/2, ..., 2/N, t of d, 2d, ..., 1, r = t - d; the others: t = r of 1/N, 2/N, ..., 1. (B,), (B,)."""
+    """The first k rows: d of 1, 1/2, ..., 2/N, t of d, 2d, ..., 1, r = t - d; the others t = r of 1/N, ..., 1. (B,), (B,)."""
     place = context.random.uniform(rng.TIME, sample)
-    power = context.random.integers(rng.LENGTH, sample[:k], int(math.log2(config.steps)))
-    d = torch.cat((torch.exp2(-power.to(place.dtype)), torch.full_like(place[k:], 1 / config.steps)))
+    power = context.random.integers(rng.LENGTH, sample[:k], int(math.log2(config.grid)))
+    d = torch.cat((torch.exp2(-power.to(place.dtype)), torch.full_like(place[k:], 1 / config.grid)))
     t = (torch.floor(place / d) + 1) * d
     return t, torch.cat((t[:k] - d[:k], t[k:]))
 
@@ -65,7 +65,7 @@ def loss(net, drawn: Drawn, config: Shortcut, stage: StageContext) -> tuple[Tens
 def two_halves(net, drawn: Drawn, k: int, config: Shortcut) -> Tensor:
     """The average velocity of the first k rows in two jumps of half the length. (k, ...)."""
     z, t, r, (labels, drop) = drawn.z[:k], drawn.t[:k], drawn.r[:k], drawn.first(k)
-    m, shortest = (t + r) / 2, t - r < 3 / config.steps
+    m, shortest = (t + r) / 2, t - r < 3 / config.grid
     told, clip = lambda t, r: torch.where(shortest, t, r), lambda x: _clipped(x, config.clip)
 
     def half(z: Tensor, t: Tensor, r: Tensor) -> Tensor:

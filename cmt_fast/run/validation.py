@@ -34,7 +34,7 @@ def check_lengths(objective: Any, steps: Iterable[int], key: str = "eval.steps")
     """Raises ConfigError for numbers of steps whose jumps `objective` does not train. key: what to name."""
     if not isinstance(objective, Shortcut):
         return
-    valid = [2**k for k in range(int(math.log2(objective.steps)))]
+    valid = [2**k for k in range(int(math.log2(objective.grid)))]
     for k in steps:
         if k not in valid:
             raise ConfigError(
@@ -46,16 +46,17 @@ def _check_maps(resolved: ResolvedStage) -> None:
     """Keys of the objectives of flow maps that do not go together."""
     name, o = resolved.name, resolved.config.objective
     if isinstance(o, Shortcut):
-        if o.steps < 2 or o.steps & (o.steps - 1):
-            raise ConfigError(f"{name}.objective.steps: {o.steps} is no power of 2 from 2 on; published: 128")
+        if o.grid < 2 or o.grid & (o.grid - 1):
+            raise ConfigError(f"{name}.objective.grid: {o.grid} is no power of 2 from 2 on; published: 128")
         check_lengths(o, resolved.run.eval.steps)
     if isinstance(o, AlphaFlow) and o.begin >= o.end:
         raise ConfigError(f"{name}.objective.end: {o.end} is not above begin, {o.begin}; alpha falls between the two")
     if isinstance(o, Lagrangian | Semigroup) and o.velocity == "teacher" and (o.omega, o.kappa) != (1, 0):
         what = f"{name}.objective.{'omega' if o.omega != 1 else 'kappa'}: {o.omega if o.omega != 1 else o.kappa}"
         raise ConfigError(f"{what} guides the data's velocity, and this is the teacher's; take {name}.teacher_guidance")
-    alone = isinstance(o, Semigroup | Shortcut) or (isinstance(o, Lagrangian) and o.velocity == "own")
-    if alone and round(o.ratio * resolved.rows[0]) == resolved.rows[0]:
+    if not isinstance(o, Lagrangian | Semigroup | Shortcut) or (isinstance(o, Lagrangian) and o.velocity == "teacher"):
+        return
+    if round(o.ratio * resolved.rows[0]) == resolved.rows[0]:
         raise ConfigError(
             f"{name}.objective.ratio: {o.ratio} leaves no row with r = t, which alone say what the velocity is; published: 0.25"
         )

@@ -72,6 +72,14 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
                                                 "post.objective={kind: sct, uncertainty: true}"]),
     "ayf, autoguided": ("digits-mf", "post", [*TAUGHT, "post.objective={kind: ayf, warmup: 0.5}",
                                               "post.autoguidance={network: elsewhere/pre}"]),
+    "lagrangian, anchor": ("digits-mf", "post", ["post.objective={kind: lagrangian, omega: 1.5}", "post.label_dropout=0.1",
+                                                 "pre.label_dropout=0.1"]),
+    "lagrangian, taught": ("digits-mf", "post", [*TAUGHT, "post.objective={kind: lagrangian, velocity: teacher, ratio: 1}"]),
+    "semigroup, two parts": ("digits-mf", "post", [*ALONE, "post.objective={kind: semigroup}", "post.micro_batch=16"]),
+    "shortcut, guided": ("digits-mf", "post", [*ALONE, "post.objective={kind: shortcut, omega: 1.5}",
+                                               "post.label_dropout=0.1"]),
+    "alphaflow, guided": ("digits-mf", "post", [*ALONE, "post.label_dropout=0.1",
+                                                "post.objective={kind: alphaflow, omega: 1.5, kappa: 0.5, gamma: 1}"]),
 }  # fmt: skip
 __all__ = ["tape"]
 PROVEN = "the step is one CUDA graph, equal to the eager one on two batches"

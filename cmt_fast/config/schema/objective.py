@@ -189,16 +189,16 @@ class Semigroup(MeanFlow):
 
 @schema
 class Shortcut:
-    """Shortcut models: jumps of lengths 1, 1/2, ..., 2/`steps`, each learned from two of half the length; t on its grid.
+    """Shortcut models: jumps of lengths 1, 1/2, ..., 2/`grid`, each learned from two of half the length; t on its grid.
 
-    The share `ratio` of rows bootstraps, the others are flow matching on the grid of 1/`steps`. `omega`: classifier-free
+    The share `ratio` of rows bootstraps, the others are flow matching on the multiples of 1/`grid`. `omega`: classifier-free
     guidance of the shortest steps. Points and targets are clipped to [-clip, clip], `clip: null` leaves them.
     """
 
     kind: Literal["shortcut"] = "shortcut"
     asks: ClassVar[Asks] = "halves"
     ratio: Fraction = 0.25
-    steps: Count = 128
+    grid: Count = 128
     omega: float = 1.0
     clip: Positive | None = 4.0
 
