@@ -31,7 +31,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--guidance",
         type=float,
         metavar="W",
-        help="of the solver, which it implies for a diffusion model, in place of the recipe's; a network with model.guided is told it",
+        help="of the solver, which it implies for a diffusion model, in place of the recipe's; what a network with "
+        "model.guided is told",
     )
     p.add_argument("--batch", type=int, default=0, help="samples at a time (default: eval.batch)")
     p.add_argument(

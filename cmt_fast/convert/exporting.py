@@ -71,7 +71,7 @@ def to_safetensors(export: Export, out: Path) -> None:
 
 
 def check_plain(export: Export, form: str) -> None:
-    """Raises ConfigError for a network that only this project's own code can call: one that is told its guidance, or has a head."""
+    """Raises ConfigError for a network that only our own code can call: one that is told its guidance, or has a head."""
     for key in ("guided", "velocity_head"):
         value = getattr(export.work.run.model, key, None)
         if value not in (None, False):

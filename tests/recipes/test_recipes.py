@@ -72,6 +72,7 @@ def vgg16(tmp_path_factory) -> Path:
 def shrunk(run: Run) -> list[str]:
     """Two steps of a small batch for every stage, a small network, figures of a few samples; nothing else changes."""
     out = [f"model.{setting}" for setting in NETWORKS[run.model.kind]] + ["engine=local"]
+    out += ["model.velocity_head=1"] if getattr(run.model, "velocity_head", None) is not None else []
     out += [
         "sampler.teacher_steps=4",
         "eval.n=16",
