@@ -8,12 +8,14 @@ mid-training beside it keeps that map.
 
 The kernel needs a space in which near means alike. Spaces are the rows themselves and the feature maps of a perceptual network
 (`perceptual.weights`): of each map the mean and the deviation of each channel over the image, and over each of 4 x 4 fields.
-The space that judges the run, `features`, is none of them: a generator trained in it would win there without being better.
-Each kind of feature is measured in units of its mean distance, each temperature's force in units of its own root mean square,
-as published. So the loss itself says little, about the number of temperatures squared at any quality: `drift` in the
-metrics is the force as it is.
+The run's own classifier, the space of its first distance, is none of them: a generator trained in it would win there without
+being better. Where the judge looks at the rows themselves (vectors, images without labels) believe the second distance.
+Each kind of feature is measured in units of its mean distance, each temperature's force in units of its own root mean square.
+So the loss itself says little, about the number of temperatures squared at any quality: `drift` in the metrics is the force as
+it is.
 
-A set is of one class (`by_class`), whose rows the loader puts together, or of all.
+A set is of one class (`by_class`), whose rows the loader puts together, or of all. Its units are its own, where the published
+code takes one for all classes of a batch: so sets are the same over any number of processes and passes.
 
 Left out of the published recipe: the queues of real rows of earlier steps (a set's real rows are its own), unconditional rows as
 negatives with a guidance scale that the network is told, single places of feature maps as vectors, and the random style tokens.
@@ -103,45 +105,44 @@ def drifted(x: Tensor, y: Tensor, config: Drift) -> tuple[Tensor, Tensor]:
 
     x: of samples, y: of real rows, (B, places, D) each. Returns (B,), ().
     """
-    by_set = lambda f: sets.gathered(f, config.group).transpose(1, 2).flatten(0, 1)  # (S places, M, D)
+    by_set = lambda f: sets.gathered(f, config.group).transpose(1, 2)  # (S, places, M, D)
     with torch.no_grad():
         forces, sizes, scale = _forces(by_set(x.detach()), by_set(y), config.temperatures)
         goal = by_set(x.detach()) / scale + forces
-    squared = (by_set(x) / scale - goal).square().mean(2)
-    places = x.shape[1]
-    return sets.scattered(squared.unflatten(0, (-1, places)).mean(1)), sizes.mean().sqrt()
+    squared = (by_set(x) / scale - goal).square().mean((1, 3))
+    return sets.scattered(squared), sizes.mean().sqrt()
 
 
 def _forces(x: Tensor, y: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum over temperatures of V / rms(V), the mean squares of each V, and the unit that rows are measured in.
+    """The sum over temperatures of V / rms(V), the mean squares of each V, and the unit that a set is measured in.
 
-    x, y: (S, M, D). Returns (S, M, D), (temperatures,), ().
+    x, y: (S, places, M, D). Returns (S, places, M, D), (temperatures, S, 1, 1, 1), (S, 1, 1, 1).
     """
-    m, d = x.shape[1:]
-    both = torch.cat((x, y), dim=1)
-    both = both - both.mean(1, keepdim=True)  # differences alone matter, and sums of large numbers round them off
-    x = both[:, :m]
-    dist = _distances(x, both)
-    mean = dist.mean()
+    m, d = x.shape[2:]
+    of_set = lambda f: f.mean((1, 2, 3), keepdim=True)
+    both = torch.cat((x, y), dim=2)
+    both = both - both.mean(2, keepdim=True)  # differences alone matter, and sums of large numbers round them off
+    dist = _distances(both[:, :, :m], both)
+    mean = of_set(dist)
     scale = (mean / d**0.5).clamp(min=LEAST_SCALE)
     itself = torch.eye(m, 2 * m, dtype=x.dtype, device=x.device)
     dist = dist / mean.clamp(min=LEAST_SCALE) + FAR * itself
     total, sizes = torch.zeros_like(x), []
     for tau in temperatures:
-        a = (torch.softmax(-dist / tau, 2) * torch.softmax(-dist / tau, 1)).clamp(min=LEAST_WEIGHT).sqrt()
-        samples, rows = a[:, :, :m], a[:, :, m:]
-        pull = rows * samples.sum(2, keepdim=True)
-        push = samples * rows.sum(2, keepdim=True)
-        force = torch.cat((-push, pull), 2) @ (both / scale)
-        size = force.square().mean()
+        a = (torch.softmax(-dist / tau, 3) * torch.softmax(-dist / tau, 2)).clamp(min=LEAST_WEIGHT).sqrt()
+        samples, rows = a[..., :m], a[..., m:]
+        pull = rows * samples.sum(3, keepdim=True)
+        push = samples * rows.sum(3, keepdim=True)
+        force = torch.cat((-push, pull), 3) @ (both / scale)
+        size = of_set(force.square())
         sizes.append(size)
         total = total + force / size.clamp(min=LEAST_FORCE).sqrt()
     return total, torch.stack(sizes), scale
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """||x_j - y_k|| by products, in the rows' own precision. (S, M, D), (S, N, D) -> (S, M, N)."""
-    squared = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None] - 2 * x @ y.transpose(1, 2)
+    """||x_j - y_k|| by products, in the rows' own precision. (..., M, D), (..., N, D) -> (..., M, N)."""
+    squared = x.square().sum(-1)[..., None] + y.square().sum(-1)[..., None, :] - 2 * x @ y.transpose(-1, -2)
     return squared.clamp(min=LEAST_SQUARE).sqrt()
 
 

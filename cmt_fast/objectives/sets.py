@@ -3,8 +3,8 @@
 A loss over sets compares samples with each other, so a row's gradient depends on which rows stand beside it. With G sets of M
 rows in a step, row i belongs to set i mod G. Process p of P in pass a of A has the rows that leave one remainder mod P A
 (train/batches.py). As P A divides G (ResolvedStage.grad_accum_steps refuses what does not), it has whole sets, and its j-th row
-is of its set j mod (G / P A): (B,) seen as (M, B / M) has a set in each column. What a set draws is drawn with the id of its first
-row. So the number of processes and `micro_batch` change neither the sets nor their numbers, and nothing is exchanged.
+is of its set j mod (G / P A): (B,) seen as (M, B / M) has a set in each column. What a set draws is drawn with the id of its
+first row. So the number of processes and `micro_batch` change neither the sets nor their numbers, and nothing is exchanged.
 """
 
 from __future__ import annotations
