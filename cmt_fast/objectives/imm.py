@@ -2,13 +2,16 @@
 
 A flow map from t to s and one from an earlier r to s end in the same distribution, that of z_s. So M samples that jump from t are
 compared, as a set, with M that jump from r, by the maximum mean discrepancy under a Laplace kernel. The times (s, r, t) are one
-set's; noise and data are each row's own. Where r falls on s the target is the point z_s of the data's path itself, which holds
+set's; noise, data and labels, dropped or not, are each row's own. Where r falls on s the target is the point z_s of the data's path itself, which holds
 the induction to the data.
 
 In the paper's Euler-FM form the jump is z_t - (t - s) sigma_d G with data and noise of deviation sigma_d; here the noise has
 deviation 1 and u is the average velocity of MeanFlow, so weights are the paper's in units of sigma_d and networks of the two
 objectives are each other's starts. There are no tangents. The loss is as small as 1/D in D numbers a row, as published: gradients
 are of that size, which Adam does not see, but `grad_clip_norm` does.
+
+The decrement of eta needs t_max < 1. Samplers begin at t = 1, published ones at t_max = 0.994: that much further the network is
+held by mid-training and its anchor alone, or extrapolates.
 
 Both jumps are computed in the stage's precision, as published: the rule of `rounding` sorts rows one by one, which would break
 sets, and has been derived for ect and ecd alone.
