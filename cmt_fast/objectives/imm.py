@@ -2,8 +2,8 @@
 
 A flow map from t to s and one from an earlier r to s end in the same distribution, that of z_s. So M samples that jump from t are
 compared, as a set, with M that jump from r, by the maximum mean discrepancy under a Laplace kernel. The times (s, r, t) are one
-set's; noise, data and labels, dropped or not, are each row's own. Where r falls on s the target is the point z_s of the data's path itself, which holds
-the induction to the data.
+set's; noise, data and labels, dropped or not, are each row's own. Where r falls on s the target is the point z_s of the data's
+path itself, which holds the induction to the data.
 
 In the paper's Euler-FM form the jump is z_t - (t - s) sigma_d G with data and noise of deviation sigma_d; here the noise has
 deviation 1 and u is the average velocity of MeanFlow, so weights are the paper's in units of sigma_d and networks of the two
@@ -13,8 +13,8 @@ are of that size, which Adam does not see, but `grad_clip_norm` does.
 The decrement of eta needs t_max < 1. Samplers begin at t = 1, published ones at t_max = 0.994: that much further the network is
 held by mid-training and its anchor alone, or extrapolates.
 
-Both jumps are computed in the stage's precision, as published: the rule of `rounding` sorts rows one by one, which would break
-sets, and has been derived for ect and ecd alone.
+Both jumps are computed in the stage's precision, and what 16 bits round off of y - y~ is not measured: the rule of `rounding` sorts
+rows one by one, which would break sets, and is that of ect and ecd alone. Small decrements are safer in tf32 or fp32.
 """
 
 from __future__ import annotations
