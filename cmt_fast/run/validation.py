@@ -117,7 +117,8 @@ def _check_sets(resolved: ResolvedStage, classes: int) -> None:
     own = resolved.rows[0]
     if isinstance(o, Imm | Drift) and own % o.group:
         raise ConfigError(
-            f"{name}.objective.group: {o.group} rows are a set, and the objective's {own} rows of a batch are no multiple of it"
+            f"{name}.objective.group: {o.group} rows are a set, and the objective's {own} rows of a batch are no multiple of it; "
+            f"take a group that divides {own}, or another batch or anchor.fraction"
         )
     if isinstance(o, Imm) and o.group == 1 and not o.diagonal:
         raise ConfigError(
