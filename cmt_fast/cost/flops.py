@@ -202,7 +202,11 @@ def terms(resolved: ResolvedStage, ideas: Ideas = OURS) -> list[Term]:
         if guide and guide.trajectories:
             out.append(Term("guide", "forward", calls, "guide of the rollouts", rows, t.rollout_batch))
     compared = [(o, own), (stage.anchor.objective, anchored)] if stage.anchor else [(o, own)]
-    share = sum(part for objective, part in compared if getattr(objective, "distance", "") in PERCEPTUAL)
+    share = sum(
+        part
+        for objective, part in compared
+        if {getattr(objective, key, "") for key in ("distance", "space")} & set(PERCEPTUAL)
+    )
     if share:
         out.append(Term("features", "forward", 2 * share, "features of image and target"))
         out.append(Term("features", "input_gradient", share, "their gradient to the image"))

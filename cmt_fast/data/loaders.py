@@ -17,10 +17,13 @@ def check_loader(config: Feed, data: Rows) -> None:
         dali.check(data)
 
 
-def loader(config: Feed, data: Rows, seed: int, device: torch.device, stride: int) -> Loader:
-    """The loader a recipe names; whichever it is, the rows are the same. stride: rows a step over all ranks."""
+def loader(config: Feed, data: Rows, seed: int, device: torch.device, stride: int, together: int = 1) -> Loader:
+    """The loader a recipe names; whichever it is, the rows are the same. stride: rows a step over all ranks.
+
+    together: rows of one class that follow each other, of the torch loader alone.
+    """
     if config.kind == "dali":
         from cmt_fast.data import dali
 
         return dali.DaliLoader(data, seed, device, stride, config)
-    return Loader(data, seed, device, stride)
+    return Loader(data, seed, device, stride, together)

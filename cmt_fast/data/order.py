@@ -7,8 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.data.rows import Dataset, Rows
-from cmt_fast.diffusion.rng import DATA, Random
+from cmt_fast.diffusion.rng import DATA, SETS, Random
 
 
 class Order:
@@ -18,12 +19,12 @@ class Order:
     """
 
     def __init__(self, data: Rows, seed: int, device: torch.device | str = "cpu") -> None:
-        self.data, self.seed, self.device = data, seed, device
+        self.data, self.seed, self.device, self.length = data, seed, device, data.n
         self._epochs: dict[int, Tensor] = {}
 
     def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """position: (B,) int64, counted from the start of training -> row of the data set, epoch; (B,) both."""
-        epoch, place = position // self.data.n, position % self.data.n
+        epoch, place = position // self.length, position % self.length
         wanted = epoch.unique().tolist()
         self._epochs = {e: self._epochs[e] if e in self._epochs else self._permutation(e) for e in wanted}
         index = torch.empty_like(position)
@@ -36,6 +37,40 @@ class Order:
         return own(random).to(self.device) if own else random.permutation(DATA, self.data.n, self.device)
 
 
+class ClassOrder(Order):
+    """Rows of a class together: every `together` positions that begin at a multiple of it are rows of one class.
+
+    An epoch is a shuffle of such sets; a class' rows are shuffled first, and those that fill no set wait for another epoch.
+    """
+
+    def __init__(self, data: Rows, seed: int, device: torch.device | str, together: int) -> None:
+        """Raises ConfigError where a class has fewer rows than a set."""
+        assert data.labels is not None
+        self.together, self.labels = together, data.labels.to(device)
+        rows = torch.bincount(data.labels)
+        few = torch.nonzero((rows > 0) & (rows < together))[:, 0].tolist()
+        if few:
+            raise ConfigError(
+                f"{together} rows of one class are a set, and class {few[0]} has {int(rows[few[0]])} rows; take fewer, or "
+                "by_class false",
+                "objective.group",
+            )
+        super().__init__(data, seed, device)
+        self.length = int((rows // together).sum()) * together
+
+    def _permutation(self, epoch: int) -> Tensor:
+        rows = super()._permutation(epoch)
+        labels = self.labels[rows]
+        by_class = torch.argsort(labels, stable=True)
+        rows, labels = rows[by_class], labels[by_class]
+        first = torch.searchsorted(labels, labels)  # of a row's class
+        place = torch.arange(len(rows), device=rows.device) - first
+        size = torch.bincount(labels)[labels]
+        full = place < torch.div(size, self.together, rounding_mode="floor") * self.together
+        chunks = rows[full].view(-1, self.together)
+        return chunks[Random(self.seed, 0, epoch).permutation(SETS, len(chunks), rows.device)].flatten()
+
+
 class Loader:
     """Rows of a data set by position.
 
@@ -45,10 +80,11 @@ class Loader:
 
     AHEAD = 3  # steps
 
-    def __init__(self, data: Rows, seed: int, device: torch.device, stride: int = 0) -> None:
+    def __init__(self, data: Rows, seed: int, device: torch.device, stride: int = 0, together: int = 1) -> None:
+        """together: rows of one class that follow each other, as ClassOrder; 1: any."""
         self.seed, self.device, self.stride = seed, device, stride
         self.data, self.stored = data, not isinstance(data, Dataset)
-        self.order = Order(data, seed, self.place)
+        self.order = Order(data, seed, self.place) if together == 1 else ClassOrder(data, seed, self.place, together)
         if isinstance(data, Dataset):
             self.data = Dataset(
                 data.x.to(device), None if data.labels is None else data.labels.to(device), data.classes

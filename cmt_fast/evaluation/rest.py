@@ -26,11 +26,13 @@ from cmt_fast.config.schema import (
     CmtCm,
     CmtMf,
     Denoise,
+    Drift,
     Ecd,
     Ect,
     Flow,
     Gmm,
     IMeanFlow,
+    Imm,
     Lagrangian,
     MeanFlow,
     Scd,
@@ -43,7 +45,7 @@ from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import ProbabilityPath, column
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.evaluation import theory
-from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, Points
+from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, Points, sets
 
 MIXTURE = Gmm(n=20000)
 VE, LINEAR = ProbabilityPath("ve"), ProbabilityPath("linear")
@@ -121,6 +123,13 @@ def gradients(
     loss, _ = OBJECTIVES[kind].function(net, drawn, config, world)
     assert loss.shape == (rows,)
     return torch.autograd.grad(loss.sum(), net.theta)[0].flatten(1)
+
+
+def in_sets(
+    kind: str, known: Callable, config: Any, path: ProbabilityPath, theta: float = 0.0, n: int = MIXTURE.n
+) -> Tensor:
+    """Gradient of each set's loss in one theta of all its rows, of a loss over sets of `config.group`. (sets, 6)."""
+    return sets.gathered(gradients(kind, known, batch(n), config, world(path), theta), config.group).mean(1)
 
 
 def errors(g: Tensor) -> float:
@@ -220,6 +229,13 @@ CASES = {
     "semigroup": Case(Semigroup(p=0.0), average_velocity, LINEAR, n=2000),
     "shortcut": Case(Shortcut(), average_velocity, LINEAR, n=2000),
     "alphaflow": Case(AlphaFlow(p=0.0), average_velocity, LINEAR, n=6000, step={"progress": 1.0}),
+    # without a row's own target, whose pull has a mean; of a decrement of eta that is wide beside the noise of 16 samples
+    "imm": (of_imm := Case(Imm(group=16, k=8, diagonal=False), average_velocity, LINEAR))._replace(
+        gradients=lambda theta: in_sets("imm", average_velocity, of_imm.config, LINEAR, theta)
+    ),
+    "drift": (of_drift := Case(Drift(), average_velocity, LINEAR, n=6400))._replace(
+        gradients=lambda theta: in_sets("drift", average_velocity, of_drift.config, LINEAR, theta, of_drift.n)
+    ),
 }
 
 

@@ -19,7 +19,9 @@ from cmt_fast.objectives import (
     consistency,
     continuous,
     denoise,
+    drift,
     flow,
+    imm,
     lagrangian,
     meanflow,
     semigroup,
@@ -113,6 +115,12 @@ OBJECTIVES = {
     "alphaflow": ObjectiveSpec(
         alphaflow.draw, alphaflow.loss, "linear", "data", "AlphaFlow", "Zhang et al. 2025, arXiv 2510.20771",
         tangents=True,
+    ),
+    "imm": ObjectiveSpec(
+        imm.draw, imm.loss, "linear", "data", "inductive moment matching", "Zhou et al. 2025, arXiv 2503.07565"
+    ),
+    "drift": ObjectiveSpec(
+        drift.draw, drift.loss, None, "data", "drifting of a one-step generator", "Deng et al. 2026, arXiv 2602.04770"
     ),
 }  # fmt: skip
 

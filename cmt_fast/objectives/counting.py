@@ -62,6 +62,7 @@ class Counter:
 def work(objective: Any, path: ProbabilityPath, rows: int) -> Work:
     """What a row of an objective costs in a batch of `rows`; the mean over its stage where a schedule changes it."""
     plain = {"distance": "squared_l2"} if getattr(objective, "distance", None) in (*PERCEPTUAL, "features") else {}
+    plain |= {"space": "data"} if getattr(objective, "space", None) in PERCEPTUAL else {}
     objective = dataclasses.replace(objective, **plain)
     found = [_work(objective, path, rows, (k + 0.5) / PARTS) for k in range(PARTS)]
     return Work(*(sum(n) / PARTS for n in zip(*found)))

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.config.schema import STAGES, Run, Stage, Trajectories
+from cmt_fast.config.schema import STAGES, Drift, Run, Stage, Trajectories
 from cmt_fast.diffusion.guidance import Net
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.objectives import OBJECTIVES, taught
@@ -77,6 +77,12 @@ class ResolvedStage:
         return batch - anchored, anchored
 
     @property
+    def together(self) -> int:
+        """Rows of one class that make a set of its objective, 1 where rows come as they do."""
+        o = self.config.objective
+        return o.group if isinstance(o, Drift) and o.by_class else 1
+
+    @property
     def trajectory_rows(self) -> int:
         """Rows of a batch that are points of teacher trajectories."""
         own, anchored = self.rows
@@ -129,6 +135,12 @@ class ResolvedStage:
         if own % shards or anchored % shards:
             raise ConfigError(
                 f"{self.name}.anchor.fraction: {own} rows of the objective and {anchored} of the anchor do not divide {where}"
+            )
+        group = getattr(stage.objective, "group", 1)
+        if own // shards % group:
+            raise ConfigError(
+                f"{self.name}.objective.group: {group} rows are a set, and {own} rows {where} are {own // shards} rows a pass, "
+                f"which it does not divide; take a batch of a multiple of {group * shards} rows, or other passes (micro_batch)"
             )
         ratio = getattr(stage.objective, "ratio", None)
         if ratio is not None and round(ratio * (own // shards)) * shards != round(ratio * own):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.config.schema import STAGES, AlphaFlow, Lagrangian, Run, Semigroup, Shortcut, weighs
+from cmt_fast.config.schema import STAGES, AlphaFlow, Drift, Imm, Lagrangian, Run, Semigroup, Shortcut, weighs
 from cmt_fast.diffusion import sampling
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
-from cmt_fast.objectives import OBJECTIVES, taught
+from cmt_fast.objectives import OBJECTIVES, drift, taught
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.teacher import solver_error
@@ -106,8 +106,44 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
             f"{name}.objective.uncertainty: true needs a model of kind edm2 or model.log_variance true, "
             f"and this run's is a {run.model.kind} without"
         )
+    _check_sets(resolved, classes)
     if stage.trajectories and points:
         _check_trajectories(resolved, shape, classes)
+
+
+def _check_sets(resolved: ResolvedStage, classes: int) -> None:
+    """Sets of rows fill a batch, are of one class where they are to be, and begin where sampling does."""
+    run, name, o = resolved.run, resolved.name, resolved.config.objective
+    own = resolved.rows[0]
+    if isinstance(o, Imm | Drift) and own % o.group:
+        raise ConfigError(
+            f"{name}.objective.group: {o.group} rows are a set, and the objective's {own} rows of a batch are no multiple of it; "
+            f"take a group that divides {own}, or another batch or anchor.fraction"
+        )
+    if isinstance(o, Imm) and o.group == 1 and not o.diagonal:
+        raise ConfigError(
+            f"{name}.objective.diagonal: false leaves sets of 1 row nothing to compare with; take group 2 or more"
+        )
+    if not isinstance(o, Drift):
+        return
+    begins, key = drift.begins(o, run.path), f"{name}.objective.t_max"
+    if run.path == "linear" and o.t_max not in (None, 1.0):
+        raise ConfigError(f"{key}: {o.t_max:g} on the path 'linear', where noise is at 1; leave the key out")
+    if begins != run.sampler.t_max:
+        raise ConfigError(
+            f"{key}: the generator takes its noise at {begins:g}, and samples begin at sampler.t_max {run.sampler.t_max:g}; "
+            "both must be one"
+        )
+    if classes and o.by_class and resolved.config.label_dropout:
+        raise ConfigError(
+            f"{name}.label_dropout: {resolved.config.label_dropout} with objective.by_class: a set of one class has no rows for "
+            "samples without a label; take label_dropout 0, or by_class false"
+        )
+    if classes and o.by_class and run.loader.kind != "torch":
+        raise ConfigError(
+            f"loader.kind: {run.loader.kind!r} puts no rows of a class together, which {name}.objective.by_class asks for; take "
+            "torch, or by_class false"
+        )
 
 
 def _check_trajectories(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) -> None:
@@ -188,7 +224,8 @@ def _check_perceptual(resolved: ResolvedStage, shape: tuple[int, ...]) -> None:
     if not wanted:
         return
     if len(shape) != 3:
-        raise ConfigError(f"{name}.objective.distance: {wanted[0]!r} needs images, the data has the shape {shape}")
+        key = "space" if isinstance(stage.objective, Drift) else "distance"
+        raise ConfigError(f"{name}.objective.{key}: {wanted[0]!r} needs images, the data has the shape {shape}")
     if wanted == ["lpips"] and (shape[0] not in (1, 3) or min(shape[1:]) < 16):
         fit = "images of 1 or 3 channels and 16 pixels or more"
         raise ConfigError(f"{name}.objective.distance: 'lpips' needs {fit}, the data has the shape {shape}")

@@ -15,15 +15,17 @@ import torch
 from cmt_kernels import dual
 from torch import Tensor, nn
 
-from cmt_fast.config.schema import CmtCm
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import CmtCm, Feed
 from cmt_fast.data import trajectory_store
 from cmt_fast.data.classes import drawn
 from cmt_fast.data.loaders import loader
+from cmt_fast.data.order import Loader
 from cmt_fast.data.rows import Rows, opened
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.guidance import Autoguided, guided
 from cmt_fast.engine import Engine, Unread
-from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, StageContext, taught
+from cmt_fast.objectives import OBJECTIVES, Batch, LossContext, StageContext, sets, taught
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.objectives.rounding import Rounding, split
 from cmt_fast.perceptual import distance
@@ -83,7 +85,8 @@ class BatchProvider:
         self.plan, self.grad_accum_steps = stage.schedule, engine.grad_accum_steps
         config, run = stage.config, stage.run
         self.draws_data = OBJECTIVES[config.objective.kind].draws == "data"
-        self.loader = loader(run.loader, data, run.seed, device, self.own) if self.draws_data else None
+        self.together = stage.together if data.classes else 1  # rows of one class that the loader puts together
+        self.loader = self._opened(run.loader, data, run.seed) if self.draws_data else None
         self._step, self._rows = -1, (torch.empty(0), None)
         self.redraws: list[tuple[int, int]] = []  # (step, number): from that step on noise and times are drawn anew
         self.held: dict[str, Any] = {}  # frozen networks by the stage that they come from
@@ -109,6 +112,13 @@ class BatchProvider:
         if stage.trajectory_rows:
             self.pool = self._cached(stage.cache) if stage.cache else self._rolled(held, found)
             self.pool.keep = self._kept()
+
+    def _opened(self, feed: Feed, data: Rows, seed: int) -> Loader:
+        """The loader of this stage's rows. Raises ConfigError where a class has too few for a set."""
+        try:
+            return loader(feed, data, seed, self.device, self.own, self.together)
+        except ConfigError as error:
+            raise error.under(self.resolved.name) from None
 
     def _cached(self, folder: str) -> Pool:
         """Points of trajectories that are on disk: no teacher is there."""
@@ -215,7 +225,8 @@ class BatchProvider:
         if part == 0 or self._step != step:
             mine = torch.arange(self.own, device=self.loader.place)[distributed.rank() :: distributed.size()]
             with self._within("stalled"):
-                self._step, self._rows = step, self.loader.rows(mine + self.plan.rows_before(step, self.own))
+                place = mine if self.together == 1 else sets.positions(mine, self.own, self.together)
+                self._step, self._rows = step, self.loader.rows(place + self.plan.rows_before(step, self.own))
         x_0, labels = (x if x is None else x[part :: self.grad_accum_steps] for x in self._rows)
         drop = self._drop(random, labels, rows)
         if (

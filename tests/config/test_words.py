@@ -113,7 +113,7 @@ def test_every_key_has_a_type_a_default_and_a_sentence():
     kinds = by_name["STAGE.objective.kind", ""].takes.split(", ")
     consistency = ["ect", "ecd", "sct", "scd"]
     maps = ["meanflow", "imeanflow", "ayf", "lagrangian", "semigroup", "shortcut", "alphaflow"]
-    assert sorted(kinds) == sorted(["denoise", "flow", "cmt_cm", "cmt_mf", *consistency, *maps])
+    assert sorted(kinds) == sorted(["denoise", "flow", "cmt_cm", "cmt_mf", *consistency, *maps, "imm", "drift"])
 
 
 def test_a_key_names_the_recipes_that_set_it():

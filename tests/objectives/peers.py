@@ -6,7 +6,7 @@ A file tests/fixtures/peers/NAME.json holds
     peer: owner/repository@commit, file and function; kind, path, config: of the objective; drawn: its `Drawn` by field, numbers
     as nested lists, absent ones null; teacher: whether its network has a teacher, which is the same with every number
     halved; loss (B,) and grad: of the mean loss, in the order above, as that project's own code gave them; scale: what that
-    loss is times ours (1 where it is the same).
+    loss is times ours (1 where it is the same); each: "set" where the loss is of sets of `config.group` rows, (sets,).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmt_fast.config.schema.objective import Objective
 from cmt_fast.diffusion.paths import ProbabilityPath
-from cmt_fast.objectives import OBJECTIVES, StageContext
+from cmt_fast.objectives import OBJECTIVES, StageContext, sets
 from tests.objectives import peers
 
 
@@ -25,16 +25,18 @@ def fields(record: dict[str, Any]) -> Any:
 
 def _tensor(numbers: Any) -> Tensor:
     found = torch.tensor(numbers)
-    return found.double() if found.is_floating_point() else found
+    return torch.tensor(numbers, dtype=torch.float64) if found.is_floating_point() else found
 
 
 @pytest.mark.parametrize("record", peers.records(), ids=lambda record: record["name"])
 def test_loss_is_that_of_the_project_it_comes_from(record: dict[str, Any]) -> None:
-    """Loss by row and gradient in every number of the network, to 1e-6 of their largest."""
+    """Loss by row, or by set, and gradient in every number of the network, to 1e-6 of their largest."""
     kind, path = record["kind"], record["path"]
     config = TypeAdapter(Objective).validate_python({"kind": kind, **record["config"]})
     net, teacher = peers.network(path), peers.network(path, 0.5).requires_grad_(False) if record["teacher"] else None
     loss, _ = OBJECTIVES[kind].loss(net, fields(record), config, StageContext(ProbabilityPath(path), teacher))
+    if record.get("each") == "set":
+        loss = sets.gathered(loss, record["config"]["group"]).mean(1)
     grad = torch.autograd.grad(loss.mean(), [getattr(net, name) for name in peers.SHAPES], materialize_grads=True)
     scale = record.get("scale", 1.0)
     for ours, theirs in ((loss, record["loss"]), (torch.cat([g.flatten() for g in grad]), record["grad"])):

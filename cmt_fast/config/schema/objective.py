@@ -220,6 +220,42 @@ class AlphaFlow(MeanFlow):
     clip: Positive | None = None
 
 
+@schema
+class Imm:
+    """Inductive moment matching: sets of `group` rows that share (s, r, t), t ~ U(0, t_max), s ~ U(0, t).
+
+    r is the later of s and eta^-1(eta(t) - eta_max / 2^k), eta = t / (1 - t). Rows weigh by a sigmoid of the log-SNR, shifted by
+    b, and (1 - t)^a. diagonal: whether a row is compared with its own target too, as published; without, it is unbiased.
+    """
+
+    kind: Literal["imm"] = "imm"
+    asks: ClassVar[Asks] = "pairs"
+    group: Count = 4
+    t_max: Annotated[float, Field(gt=0, lt=1)] = 0.994
+    eta_max: Positive = 160.0
+    k: Annotated[float, Field(ge=0, le=24)] = 12.0
+    a: NotNegative = 2.0
+    b: float = 4.0
+    diagonal: bool = True
+
+
+@schema
+class Drift:
+    """Drifting of a one-step generator: sets of `group` samples move toward as many real rows and away from each other.
+
+    by_class: a set is of one class. space: what kernels compare, the rows themselves or maps of `perceptual.weights`.
+    t_max: where the generator takes its noise on the path `ve`, 80 unless it is set.
+    """
+
+    kind: Literal["drift"] = "drift"
+    asks: ClassVar[Asks] = "end"
+    group: Annotated[int, Field(ge=2)] = 64
+    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.02, 0.05, 0.2)
+    space: Literal["data", "lpips", "latent_lpips"] = "data"
+    by_class: bool = True
+    t_max: Positive | None = None
+
+
 # kinds whose networks are diffusion models, which an ODE solver samples; any other network jumps
 DIFFUSION = ("denoise", "flow")
 
@@ -238,6 +274,8 @@ Objective = Annotated[
     | Lagrangian
     | Semigroup
     | Shortcut
-    | AlphaFlow,
+    | AlphaFlow
+    | Imm
+    | Drift,
     Field(discriminator="kind"),
 ]

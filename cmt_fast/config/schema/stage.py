@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cmt_fast.config.schema.numbers import Count, Fraction, Natural, NotNegative, Positive, schema
-from cmt_fast.config.schema.objective import CmtCm, CmtMf, Ecd, Ect, Objective
+from cmt_fast.config.schema.objective import CmtCm, CmtMf, Drift, Ecd, Ect, Objective
 
 STAGES = ("pre", "mid", "post", "control")
 
@@ -173,6 +173,7 @@ class Stage:
         return self.label_dropout if isinstance(self.objective, CmtCm | CmtMf) else 0.0
 
     def distances(self) -> set[str]:
-        """The distances of its objective and its anchor."""
+        """The distances of its objective and its anchor, and the space of one that compares sets."""
         both = (self.objective, self.anchor.objective if self.anchor else None)
-        return {o.distance for o in both if isinstance(o, CmtCm | Ect | Ecd)}
+        named = {o.distance for o in both if isinstance(o, CmtCm | Ect | Ecd)}
+        return named | {o.space for o in both if isinstance(o, Drift) and o.space != "data"}
