@@ -54,16 +54,14 @@ def run(args: argparse.Namespace) -> int:
         print(file)
         return 0
     asked = cells.objectives(args.kinds)
-    for path in dict.fromkeys(path for _, path in asked):
-        for seed in seeds:
-            _measure(machine, Cell(args.suite, ALONE, path, "pre", "images", seed, tuning.ALONE_LR))
     for kind, path in asked:
         rates = {start: tuning.tuned(machine, args.suite, kind, path, start)["lr"] for start in args.starts}
         print(f"{kind} on {path}: {', '.join(f'{start} {lr:g}' for start, lr in rates.items())}", flush=True)
         for seed in seeds:
             for cell in cells.of_kind(args.suite, kind, path, seed, rates, args.starts):
                 _measure(machine, cell)
-        collected.write(machine, args.suite, file)
+            _measure(machine, Cell(args.suite, ALONE, path, "pre", "images", seed, tuning.ALONE_LR))
+            collected.write(machine, args.suite, file)
     print(file)
     return 0
 
@@ -89,7 +87,7 @@ def _said(suite: str, kinds: tuple[str, ...], starts: tuple[str, ...], seeds: li
                 f"{kind:>12} {path:>6} {start_of(cell):>18}: {shown} images, {forwards['student']:,.0f} forwards of the "
                 f"student and {forwards['teacher']:,.0f} of the teacher"
             )
-    tries = 3 * len(starts) * len(cells.objectives(kinds))
+    tries = 3 * len({tuning.SEARCHED[start] for start in starts}) * len(cells.objectives(kinds))
     print(f"{count} cells, {total:,.0f} forwards; {tries} cells to find learning rates")
     return 0
 
