@@ -57,7 +57,8 @@ class Machine:
         parent = "pre" if cell.kind == ALONE or run.post.start != "mid" else "mid"
         parents = self.shared(cell, run, parent)
         folder = self.out / "work" / f"{cell.name}-{cells.digest(run)[:8]}"
-        row = {**cell._asdict(), "more": list(cell.more), **cells.spent(cell, run), "starts": _starts(folder)}
+        row = {**cell._asdict(), "more": list(cell.more), "parent": parents.name, **cells.spent(cell, run)}
+        row["starts"] = _starts(folder)
         work = Workspace(run, folder, parents)
         begin = time.process_time()
         try:
