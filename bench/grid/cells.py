@@ -100,7 +100,9 @@ def objectives(asked: Sequence[str] = ()) -> list[tuple[str, str]]:
         own = [(k, p) for k, p in shelf if k == kind and path in ("", p)]
         if not own:
             valid = list(dict.fromkeys(k for k, _ in shelf))
-            raise ConfigError(f"--kinds: {name!r} is not in the grid; valid are {', '.join(valid)}{nearest(kind, valid)}")
+            raise ConfigError(
+                f"--kinds: {name!r} is not in the grid; valid are {', '.join(valid)}{nearest(kind, valid)}"
+            )
         found += own
     return found
 

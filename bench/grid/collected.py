@@ -1,4 +1,4 @@
-"""What a folder's cells found, in one file: rows, learning rates, shared stages, the floor, and how many processor seconds it took."""
+"""What a folder's cells found, in one file: rows, learning rates, shared stages, the floor, and the processor seconds of all."""
 
 from __future__ import annotations
 
@@ -65,7 +65,5 @@ def _rates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         done = [s for s in scores if s["score"] is not None]
         best = min(done, key=lambda s: s["score"])["lr"] if done else None
         first = {s["lr"] for s in scores if s["lr"] in tuning.FIRST}
-        out.append(
-            {"kind": kind, "path": path, "start": start, "lr": best, "edge": best not in first, "tries": scores}
-        )
+        out.append({"kind": kind, "path": path, "start": start, "lr": best, "edge": best not in first, "tries": scores})
     return out

@@ -24,7 +24,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """SUITE, and what of the grid is asked for."""
     p.add_argument("suite", choices=SUITES)
     p.add_argument("--kinds", type=_words, default=(), metavar="A,B", help="objectives, or KIND@PATH (default: all)")
-    p.add_argument("--starts", type=_words, default=STARTS, metavar="A,B", help=f"of {', '.join(STARTS)} (default: all)")
+    p.add_argument(
+        "--starts", type=_words, default=STARTS, metavar="A,B", help=f"of {', '.join(STARTS)} (default: all)"
+    )
     p.add_argument("--seeds", type=_words, default=("0", "1", "2"), metavar="0,1,2")
     p.add_argument("--question", metavar="NAME", help=f"of {', '.join(questions.QUESTIONS)}, or `all`")
     p.add_argument("--out", type=Path, help="default: runs/grid")

@@ -1,11 +1,11 @@
 """Trains and judges cells, one after another, and keeps what each found.
 
-    OUT/shared/pre-KEY, mid-KEY    pre-training and mid-training, once for all cells that begin there; their figures in shared.json
+    OUT/shared/pre-KEY, mid-KEY    pre-training and mid-training, once for all cells that begin there; figures in shared.json
     OUT/work/CELL-KEY              a cell while it is trained; gone when it is done
     OUT/cells/CELL.json            a cell that is done: digest of its run, and its row
 
-So a grid is killed and started again at will: what is done is read, what is half done goes on from its checkpoint. The seconds are
-processor seconds of the process that came to the end; a cell that was killed on the way says how many times it was started.
+So a grid is killed and started again at will: what is done is read, what is half done goes on from its checkpoint. The seconds
+are processor seconds of the process that came to the end; a cell that was killed says how many times it was started.
 A cell whose numbers are not finite is a row too.
 """
 
@@ -89,7 +89,7 @@ class Machine:
         loop.train(work, [name])
         stage = work.stage(name)
         about = {
-            "suite": cell.suite, "path": cell.path, "seed": cell.seed, "stage": name, "key": key,
+            "suite": cell.suite, "path": cell.path, "seed": cell.seed, "stage": name, "key": key, "arm": cell.arm,
             "images": stage.schedule.total * stage.schedule.batch, "forwards": cells.work(stage),
             "cpu_s": time.process_time() - begin, "steps": self.figures(cell.suite, work, name),
         }  # fmt: skip
@@ -102,7 +102,7 @@ class Machine:
     def figures(
         self, suite: str, work: Workspace, name: str, steps: tuple[int, ...] = (), solver: bool = False
     ) -> dict[str, dict[str, float]]:
-        """{steps: figures} of a finished stage in both feature spaces. Raises FloatingPointError for samples that are not finite."""
+        """{steps: figures} of a finished stage in both spaces. Raises FloatingPointError for samples that are not finite."""
         judge, n = self.judge(suite, work), work.run.eval.n
         net = work.network(name)
         found: dict[str, dict] = {}
@@ -122,7 +122,7 @@ class Machine:
 
 
 def teacher_share(folder: Path) -> float | None:
-    """Of the seconds of a stage's steps, those of rollouts: a ratio of one clock, which other work on the machine leaves alone."""
+    """Of the seconds of a stage's steps, those of rollouts: a ratio by one clock, which other work leaves alone."""
     bill = bills.of_stage(folder, checkpoint.complete(folder).manifest)
     phases = next(iter(bill.amounts.values()), {}) if bill else {}
     train, teacher = (phases[phase].seconds if phase in phases else 0.0 for phase in ("train", "teacher"))
