@@ -4,18 +4,22 @@ Run it again to go on: cells that are done are read from OUT/cells, one that was
 one process and one thread: `OMP_NUM_THREADS=1 nohup setsid nice -n 19 python -m bench grid digits --out DIR &`. Objectives that
 come later are measured by the same command, and the JSON holds all that DIR has.
 
-`--question NAME` asks one of mid-training's own questions instead (bench/grid/questions.py). `--dry-run` counts cells, images and
+`--question NAME` asks one of mid-training's own questions instead (bench/grid/questions.py), of ECT and MeanFlow or of the one
+that `--kinds` names. `--dry-run` counts cells, images and
 forwards. Learning rates are searched first, on a seed of their own (bench/grid/tuning.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
-from bench.grid import cells, collected, questions, tuning
+from bench.grid import cells, collected, drawn, questions, tuning
 from bench.grid.cells import ALONE, EQUAL, STARTS, SUITES, Cell
 from bench.grid.machine import Machine
+from bench.harness.pages.grid_tables import PICTURES
 from bench.harness.tables import RESULTS
 from cmt_fast.config.errors import ConfigError, nearest
 
@@ -36,24 +40,37 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what is missing, cell by cell, and write the JSON after each objective."""
+    """Measure what is missing, cell by cell, and write the JSON after each seed of an objective; 2 for what cannot be asked."""
+    try:
+        return _run(args)
+    except ConfigError as error:
+        print(f"bench grid: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
     for start in args.starts:
         if start not in STARTS:
             raise ConfigError(f"--starts: {start!r} is no start; valid are {', '.join(STARTS)}{nearest(start, STARTS)}")
+    if wrong := [seed for seed in args.seeds if not seed.isdigit() or int(seed) >= tuning.SEED]:
+        raise ConfigError(
+            f"--seeds: {wrong[0]!r} is no seed; valid are 0 to {tuning.SEED - 1}, {tuning.SEED} is that of the search"
+        )
     seeds = [int(seed) for seed in args.seeds]
     machine = Machine(args.out or Path("runs/grid"))
     file = args.json or RESULTS / f"grid-{args.suite}.json"
     if args.dry_run:
         return _said(args.suite, args.kinds, args.starts, seeds)
+    write = lambda: _written(machine, args.suite, file, drawing=args.json is None)
     if args.collect:
-        print(collected.write(machine, args.suite, file))
+        write()
         return 0
     if args.question:
+        paths = questions.paths(args.kinds)
         for name in questions.named(args.question):
-            for cell in questions.cells_of(machine, args.suite, name, seeds):
+            for cell in questions.cells_of(machine, args.suite, name, seeds, paths):
                 _measure(machine, cell)
-            collected.write(machine, args.suite, file)
-        print(file)
+            write()
         return 0
     asked = cells.objectives(args.kinds)
     for kind, path in asked:
@@ -63,9 +80,16 @@ def run(args: argparse.Namespace) -> int:
             for cell in cells.of_kind(args.suite, kind, path, seed, rates, args.starts):
                 _measure(machine, cell)
             _measure(machine, Cell(args.suite, ALONE, path, "pre", "images", seed, tuning.ALONE_LR))
-            collected.write(machine, args.suite, file)
-    print(file)
+            write()
     return 0
+
+
+def _written(machine: Machine, suite: str, file: Path, drawing: bool) -> None:
+    """The JSON and, where it is the tree's own, the picture of docs/grid.md; `python -m bench report` writes the page."""
+    data = json.loads(collected.write(machine, suite, file).read_text("utf-8"))
+    print(file, flush=True)
+    if drawing and any(row["start"] == "mid" for row in data["rows"]):
+        print(drawn.draw(data, PICTURES / f"{suite}.png"), flush=True)
 
 
 def _measure(machine: Machine, cell: Cell) -> None:

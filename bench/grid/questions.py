@@ -113,12 +113,22 @@ def named(name: str) -> list[str]:
     return [name]
 
 
+def paths(kinds: Sequence[str]) -> list[str]:
+    """Those whose objective is asked for; all without a word. Raises ConfigError for another objective."""
+    if wrong := [kind for kind in kinds if kind not in KINDS.values()]:
+        valid = list(KINDS.values())
+        raise ConfigError(
+            f"--kinds: {wrong[0]!r} answers no question; valid are {', '.join(valid)}{nearest(wrong[0], valid)}"
+        )
+    return [path for path, kind in KINDS.items() if not kinds or kind in kinds]
+
+
 def cells_of(
-    machine: Machine, suite: str, name: str, seeds: Sequence[int], paths: Sequence[str] = ("ve", "linear")
+    machine: Machine, suite: str, name: str, seeds: Sequence[int], asked: Sequence[str] = tuple(KINDS)
 ) -> list[Cell]:
-    """The cells of a question, those of the grid that serve it among them. Trains the teachers that it needs."""
+    """The cells of a question, those of the grid that serve it among them. asked: paths. Trains the teachers that it needs."""
     out = []
-    for path in paths:
+    for path in asked:
         kind = KINDS[path]
         lr = tuning.tuned(machine, suite, kind, path, "mid")["lr"]
         for seed in seeds:

@@ -12,6 +12,7 @@ from bench.grid.cells import ALONE, EQUAL, STARTS
 from bench.grid.judged import MEASURES, OTHERS, SPACES, STEPS, Effect, Table
 
 HEADS = {"frechet": "first space", "frechet_2": "second space"}
+PICTURES = Path("docs/grid")
 PLACES = (("1", "mid"), ("1", "post"), ("2", "post"))  # steps, and after which stage
 TITLES = {"scratch": "from scratch", "pre": "from `pre`", "mid": "from `mid`", "anchored": "from `mid`, anchored"}
 VERDICTS = {"nearer": "nearer in both spaces", "farther": "**farther** in both spaces or failed",
@@ -19,7 +20,7 @@ VERDICTS = {"nearer": "nearer in both spaces", "farther": "**farther** in both s
 
 
 def table(results: Path, which: str) -> str:
-    """which: SUITE, the verdict, or SUITE-ratios, -distances, -rates, -shared, -questions. results: of one device."""
+    """which: SUITE, the verdict, or SUITE-ratios, -distances, -rates, -shared, -questions, -picture. results: of one device."""
     suite, _, part = which.partition("-")
     file = results / f"grid-{suite}.json"
     if not file.is_file():
