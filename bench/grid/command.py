@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench.grid import cells, collected, drawn, questions, tuning
+from bench.grid import advised, cells, collected, drawn, questions, tuning
 from bench.grid.cells import ALONE, EQUAL, STARTS, SUITES, Cell
 from bench.grid.machine import Machine
 from bench.harness.pages.grid_tables import PICTURES
@@ -85,11 +85,12 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _written(machine: Machine, suite: str, file: Path, drawing: bool) -> None:
-    """The JSON and, where it is the tree's own, the picture of docs/grid.md; `python -m bench report` writes the page."""
+    """The JSON; where it is the tree's own, the picture of docs/grid.md and `cmt plan`'s advice too."""
     data = json.loads(collected.write(machine, suite, file).read_text("utf-8"))
     print(file, flush=True)
     if drawing and any(row["start"] == "mid" for row in data["rows"]):
         print(drawn.draw(data, PICTURES / f"{suite}.png"), flush=True)
+        print(advised.write(data), flush=True)
 
 
 def _measure(machine: Machine, cell: Cell) -> None:

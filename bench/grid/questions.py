@@ -12,15 +12,17 @@ dropout, and the student of both begins from it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.grid import tuning
 from bench.grid.cells import SUITES, Cell, base, run_of
 from bench.grid.judged import labelled
 from bench.grid.machine import Machine
 from cmt_fast.config.errors import ConfigError, nearest
+from cmt_fast.cost import advice
 
 KINDS = {"ve": "ect", "linear": "meanflow"}
+LENGTH = "mid.images_nimg"
 DROPOUT = ("pre.label_dropout=0.1",)
 Arms = dict[str, tuple[str, ...]]
 
@@ -31,6 +33,19 @@ class Question(NamedTuple):
     asks: str
     key: str
     arms: Callable[[str, str], Arms]
+
+    def values(self, suite: str, path: str) -> tuple[str, dict[str, Any]]:
+        """The key of a recipe that its arms are values of and the value of each, as `cmt plan` reads them; none where an arm is
+        more than a key of mid-training."""
+        arms = list(self.arms(suite, path))
+        if self.key == LENGTH:
+            return advice.SHARE, {arm: int(arm.replace(",", "")) / SUITES[suite].total for arm in arms}
+        if self.key.endswith(".order"):
+            if path == "ve":
+                return self.key, {arm: int(arm.split()[1]) for arm in arms}
+            return "mid.trajectories.solver", {arm: arm for arm in arms}
+        plain = {arm: int(arm) for arm in arms if arm.isdigit()}
+        return self.key, plain if len(plain) == len(arms) else {}
 
 
 def _points(suite: str, path: str) -> Arms:
@@ -96,7 +111,7 @@ QUESTIONS = {
     "solver": Question("Which solver, at 16 calls?", "mid.trajectories.order", _solver),
     "calls": Question("How many calls a trajectory?", "mid.trajectories.nfe", _calls),
     "end": Question("Which end of time?", "mid.trajectories.t_min", _end),
-    "length": Question("How long before post-training, at equal images?", "mid.images_nimg", _length),
+    "length": Question("How long before post-training, at equal images?", LENGTH, _length),
     "teacher": Question("How good a teacher?", "pre.images_nimg", _teacher),
     "guided": Question("A guided teacher?", "mid.trajectories.guidance", _guided),
 }

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import yaml
 
-from bench.grid import cells, collected, command, judged, machine, questions, tuning
+from bench.grid import advised, cells, collected, command, judged, machine, questions, tuning
 from bench.grid.cells import ALONE, SUITES, Cell, Suite
 from bench.grid.machine import Machine
 from bench.harness.pages import grid_tables
@@ -281,3 +281,23 @@ def test_the_command_counts_before_it_trains(capsys):
     assert "pre, forwards: 15,232 post images, 60,928 forwards of the student" in text
     assert "21 cells" in text and "6 cells to find learning rates" in text
     assert ALONE not in text
+
+
+def test_the_cheapest_arm_that_the_nearest_is_not_told_apart_from_is_advised(short):
+    logs = lambda *ratios: [math.log(r) for r in ratios]
+    near, alike, far = logs(0.5, 0.52, 0.48), logs(0.55, 0.5, 0.49), logs(1, 1.01, 1)
+    assert advised.cheapest({"1": near, "2": alike, "4": far}, {"1": 200, "2": 120, "4": 100}) == "2"
+    assert advised.cheapest({"1": near, "4": far}, {"1": 200, "4": 100}) == "1"  # cheaper, and farther
+    data = grid_of({"ect": [1.0, 1.0, 1.0]})
+    own = [r for r in data["rows"] if r["start"] == "mid"]
+    data["rows"] += [{**row("ect", "mid", r["seed"], 0.5 + 0.5 * r["seed"]), "arm": "points-1"} for r in own]
+    (found,) = advised.found(data)
+    assert (found["key"], found["advised"], found["seeds"]) == ("mid.trajectories.per_trajectory", 1, 3)
+    assert found["arms"] == [{"value": 4, "forwards": 4.0, "ratio": [0.5, 0.5, 0.5]}]
+    file = short / "advice.json"
+    file.write_text(json.dumps([{"suite": "photos"}, {"suite": "digits"}]), encoding="utf-8")
+    assert [r["suite"] for r in json.loads(advised.write(data, file).read_text("utf-8"))] == ["photos", "digits"]
+    key, values = questions.QUESTIONS["length"].values("digits", "ve")
+    assert key == "share" and values["3,200"] == 0.25
+    assert questions.QUESTIONS["solver"].values("digits", "linear")[0] == "mid.trajectories.solver"
+    assert questions.QUESTIONS["teacher"].values("digits", "ve")[1] == {}  # no key of mid-training
