@@ -50,7 +50,7 @@ class Suite(NamedTuple):
 
 SUITES = {
     "digits": Suite({"ve": "digits", "linear": "digits-mf"}, 64, pre=51_200, mid=3_200, total=12_800),
-    "photos": Suite({"ve": "photos", "linear": "photos"}, 32, pre=32_000, mid=1_600, total=6_400),
+    "photos": Suite({"ve": "photos", "linear": "photos"}, 32, pre=24_000, mid=960, total=3_840),
 }
 # settings of objectives that differ from the schema's: those that the recipes' controls were tuned to, alike for all starts
 _ECT = {"q": 16.0, "b": 1.0, "k": 8.0}
@@ -58,9 +58,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ect": _ECT,
     "ecd": _ECT,
     "meanflow": {"ratio": 0.75},
-    "sct": {"warmup_nimg": 3_200},
-    "scd": {"warmup_nimg": 3_200},
 }
+WARMING = ("sct", "scd")  # whose tangents' share grows over a quarter of the images
+
+
+class Variant(NamedTuple):
+    """An objective with other settings than its row of the shelf, and what it changes of the whole run, its network say."""
+
+    kind: str
+    settings: dict[str, Any]
+    more: tuple[str, ...] = ()
+
+
+# rows beside the shelf's own, where the schema has them
+VARIANTS = {"lagrangian-taught": Variant("lagrangian", {"velocity": "teacher"})}
 
 
 class Cell(NamedTuple):
@@ -86,9 +97,9 @@ class Cell(NamedTuple):
 def objectives(asked: Sequence[str] = ()) -> list[tuple[str, str]]:
     """(kind, path) of what the grid is over; asked: kinds, or KIND@PATH. Raises ConfigError for what is no such kind."""
     shelf = [
-        (kind, path)
-        for kind, spec in OBJECTIVES.items()
-        if kind not in DIFFUSION and spec.draws == "data"
+        (name, path)
+        for name in (*OBJECTIVES, *VARIANTS)
+        if (spec := OBJECTIVES.get(kind_of(name))) and kind_of(name) not in DIFFUSION and spec.draws == "data"
         for path in ("ve", "linear")
         if spec.on(path)
     ]
@@ -143,7 +154,7 @@ def _run(cell: Cell, images: int | None) -> Run:
         tree["mid"] |= {"images_nimg": suite.total, "warmup_nimg": suite.total // 5}
         override(tree, list(cell.more))
         return loading.build(tree)
-    objective = {**settings(cell.kind, run), "kind": cell.kind}
+    objective = {**settings(cell.kind, run, suite.total), "kind": kind_of(cell.kind)}
     start = {"scratch": None, "pre": "pre"}.get(cell.start, "mid")
     rolled = {**tree["post"]["trajectories"], "pool_steps": POOL_STEPS} if cell.start == "anchored" else None
     tree["post"] |= {
@@ -151,7 +162,7 @@ def _run(cell: Cell, images: int | None) -> Run:
         "anchor": tree["post"]["anchor"] if cell.start == "anchored" else None,
         "warmup_nimg": WARMUP_STEPS * suite.batch, "ema": [{"kind": "constant"}],
     }  # fmt: skip
-    override(tree, list(cell.more))
+    override(tree, [*VARIANTS[cell.kind].more, *cell.more] if cell.kind in VARIANTS else list(cell.more))
     # after what a question changes: it may be the length of mid-training
     left = suite.total - (int(tree["mid"]["images_nimg"]) if start == "mid" else 0)
     tree["post"]["images_nimg"] = left if images is None else images
@@ -177,11 +188,17 @@ def base(suite: str, path: str) -> Run:
     return dataclasses.replace(run, control=None)
 
 
-def settings(kind: str, run: Run) -> dict[str, Any]:
+def kind_of(name: str) -> str:
+    """The objective's kind, of a variant that of the objective that it is one of."""
+    return VARIANTS[name].kind if name in VARIANTS else name
+
+
+def settings(name: str, run: Run, images: int) -> dict[str, Any]:
     """Of an objective: SETTINGS, and the constant of a distance as the recipe's own post-training has it."""
-    own = dataclasses.asdict(run.post.objective)  # type: ignore[call-overload]
-    shared = {"c": own["c"]} if "distance" in own and kind in ("ect", "ecd") else {}
-    return {**shared, **SETTINGS.get(kind, {})}
+    own, kind = dataclasses.asdict(run.post.objective), kind_of(name)  # type: ignore[call-overload]
+    found = {"c": own["c"]} if "distance" in own and kind in ("ect", "ecd") else {}
+    found |= {"warmup_nimg": images // 4} if kind in WARMING else {}
+    return {**found, **SETTINGS.get(kind, {}), **(VARIANTS[name].settings if name in VARIANTS else {})}
 
 
 def per_image(stage: ResolvedStage) -> dict[str, float]:

@@ -25,9 +25,13 @@ def write(machine: Machine, suite: str, file: Path) -> Path:
         "lengths": SUITES[suite]._asdict(),
         "digests": {p: fingerprint.digest(cells.base(suite, p)) for p in sorted(set(found.values()))},
         "objectives": {
-            kind: {"title": OBJECTIVES[kind].title, "paper": OBJECTIVES[kind].paper, "asks": _asks(suite, kind, path)}
-            for kind, path in found.items()
-            if kind != ALONE
+            name: {
+                "title": OBJECTIVES[cells.kind_of(name)].title,
+                "paper": OBJECTIVES[cells.kind_of(name)].paper,
+                "asks": _asks(suite, name, path),
+            }
+            for name, path in found.items()
+            if name != ALONE
         },
         "floor": json.loads(floor.read_text("utf-8")) if floor.is_file() else None,
         "shared": [s for s in shared if s["suite"] == suite],

@@ -1,9 +1,9 @@
 """What was measured of mid-training's own settings, beside a recipe's: a plan prints it, and takes nothing of it by itself.
 
 `python -m bench grid SUITE --question NAME` asks, and writes advice.json: for each question and objective the value that is
-advised, and its distance over that of every other value, a mean over one and two steps and two feature spaces with an interval over
-seeds. A recipe is told where its own value is another one that was measured, and the advised one is nearer or costs less. On other
-data and at another size that may be wrong, so every line says what it was measured on.
+advised, and its distance over that of every other value, a mean over one and two steps and two feature spaces with an interval
+over seeds. A recipe is told where its own value is another one that was measured, and the advised one is nearer or costs less.
+On other data and at another size that may be wrong, so every line says what it was measured on.
 """
 
 from __future__ import annotations
