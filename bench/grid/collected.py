@@ -39,8 +39,17 @@ def write(machine: Machine, suite: str, file: Path) -> Path:
         "rows": [r for r in rows if r["seed"] != tuning.SEED],
         "cpu_s": sum(sum(r["cpu_s"].values()) for r in rows) + sum(s["cpu_s"] for s in shared if s["suite"] == suite),
     }
-    write_json(file, content)
+    write_json(file, _short(content))
     return file
+
+
+def _short(tree: Any) -> Any:
+    """Numbers to six digits: a grid has thousands of them."""
+    if isinstance(tree, dict):
+        return {key: _short(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_short(value) for value in tree]
+    return float(f"{tree:.6g}") if isinstance(tree, float) else tree
 
 
 def _read(file: Path) -> dict[str, Any] | None:

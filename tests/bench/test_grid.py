@@ -228,6 +228,8 @@ def test_one_objective_that_is_farther_contradicts_the_claim():
         and "for 0 of 1" in text
         and "**the spaces contradict each other**" in text
     )
+    one = judged.Table(grid_of({"ect": near}, {"ect": [0.5, 1.0, 2.0]})["rows"])
+    assert one.says("ect@ve", "mid", "images", "1") == "open"  # nearer in one space alone
     assert "One seed has no interval" in grid_tables.verdict(grid_of({"ect": [0.5]}))
 
 

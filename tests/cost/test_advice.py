@@ -35,7 +35,8 @@ def test_a_recipe_is_told_what_was_told_apart_or_is_cheaper(ratio, forwards, tol
         assert line == (POINTS, 4, 16, f"{told}; ect on digits, 3 seeds of a small network")
     assert advice.lines(loading.load("digits", [f"{POINTS}=4"]), found) == []  # it has it
     assert advice.lines(loading.load("digits", [f"{POINTS}=2"]), found) == []  # nothing was measured of its own value
-    assert advice.lines(loading.load("digits-mf", [f"{POINTS}=8"]), [{**found[0], "arms": []}]) == []  # another path
+    other = [{**found[0], "path": "linear"}]
+    assert advice.lines(loading.load("digits", [f"{POINTS}=16"]), other) == []  # another path
 
 
 def test_the_length_of_mid_training_is_a_share_of_both_stages():
@@ -43,6 +44,8 @@ def test_the_length_of_mid_training_is_a_share_of_both_stages():
     assert advice.own(run, advice.SHARE) == pytest.approx(1 / 3)
     found = [row([0.5, 0.4, 0.6], 100, advised=0.75, other=0.25, key=advice.SHARE)]
     assert advice.lines(run, found) == []  # a third is near neither
+    between = [row([0.5, 0.4, 0.6], 100, advised=0.3, other=0.36, key=advice.SHARE)]
+    assert advice.lines(run, between) == []  # as near to what is advised
     (line,) = advice.lines(loading.load("digits", ["post.images_nimg=38400"]), found)
     assert (line.key, line.value, line.was) == ("mid.images_nimg", 38_400, 12_800)
 
