@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.grid import cells
 from bench.grid.cells import ALONE, Cell
-from bench.harness.results_file import write_json
+from bench.harness.results_file import commit, write_json
 from cmt_fast.config import fingerprint
 from cmt_fast.config.schema import Run
 from cmt_fast.evaluation.judges import Judge
@@ -39,6 +39,7 @@ class Machine:
     def __init__(self, out: Path) -> None:
         self.out = out.resolve()
         self.judges: dict[str, Judge] = {}
+        self.commit = commit()
 
     def known(self, cell: Cell) -> dict[str, Any] | None:
         """The row of a cell that is done as it stands, else None."""
@@ -58,7 +59,7 @@ class Machine:
         parents = self.shared(cell, run, parent)
         folder = self.out / "work" / f"{cell.name}-{cells.digest(run)[:8]}"
         row = {**cell._asdict(), "more": list(cell.more), "parent": parents.name, **cells.spent(cell, run)}
-        row["starts"] = _starts(folder)
+        row |= {"starts": _starts(folder), "commit": self.commit}
         work = Workspace(run, folder, parents)
         begin = time.process_time()
         try:
