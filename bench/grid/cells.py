@@ -71,7 +71,12 @@ class Variant(NamedTuple):
 
 
 # rows beside the shelf's own, where the schema has them
-VARIANTS = {"lagrangian-taught": Variant("lagrangian", {"velocity": "teacher"})}
+_HEAD = ("model.log_variance=true",)  # of a network, and so of a pre-training, of its own
+VARIANTS = {
+    "lagrangian-taught": Variant("lagrangian", {"velocity": "teacher"}),
+    "sct-learned": Variant("sct", {"uncertainty": True}, _HEAD),
+    "scd-learned": Variant("scd", {"uncertainty": True}, _HEAD),
+}
 
 
 class Cell(NamedTuple):
