@@ -116,7 +116,10 @@ def figures(
         "needs": {"hours": made.full.hours, "gpu_hours": gpus * made.full.hours},
         "recipe_gpu_hours": None if made.written is None else gpus * made.written,
         "stages": stages,
-        "changes": [{**c._asdict(), "override": c.override} for c in made.layout.changes],
+        "changes": [
+            {**c._asdict(), "override": c.override, "measured": advice.price(run.path, c.key, c.was, c.value)}
+            for c in made.layout.changes
+        ],
         "published": _published(run, names, at, gpus, made),
         "levers": [line._asdict() for line in levers],
         "advice": [line._asdict() for line in advice.lines(made.layout.run)] if "mid" in names else [],
@@ -327,7 +330,8 @@ def _differs(found: dict[str, Any]) -> list[str]:
     ):
         rows = [c for c in found["changes"] if c["method"] == method]
         out += [head] * bool(rows)
-        out += [f"  {c['override']} (the recipe's: {json.dumps(c['was'])}): {c['why']}" for c in rows]
+        price = lambda c: f"; {c['measured']}" if c["measured"] else ""
+        out += [f"  {c['override']} (the recipe's: {json.dumps(c['was'])}): {c['why']}{price(c)}" for c in rows]
     return out or ["nothing differs from the recipe"]
 
 

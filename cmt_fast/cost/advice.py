@@ -62,6 +62,25 @@ def lines(run: Run, found: Sequence[Mapping[str, Any]] | None = None) -> list[Li
     return out
 
 
+def price(path: str, key: str, was: Any, value: Any, found: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """What another value of a key costs in distance, where it was measured of mid-training; else nothing. An anchor's
+    trajectories are taken for mid-training's."""
+    key = key.replace("post.", "mid.", 1)
+    for row in measured() if found is None else found:
+        if (row["path"], row["key"]) != (path, key):
+            continue
+        for arm in row["arms"]:
+            ends = arm["ratio"]
+            if (row["advised"], arm["value"]) == (was, value):
+                ends = [1 / ends[0], 1 / ends[2], 1 / ends[1]]
+            elif (row["advised"], arm["value"]) != (value, was):
+                continue
+            ratio, low, high = ends
+            where = f"{row['objective']} on {row['suite']}, {row['seeds']} seeds of a small network"
+            return f"{ratio:.2g} times the distance [{low:.2g}, {high:.2g}] in {where}"
+    return ""
+
+
 def own(run: Run, key: str) -> Any:
     """The recipe's value of a key of its mid-training."""
     if key == SHARE:

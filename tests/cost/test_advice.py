@@ -58,6 +58,18 @@ def test_a_plan_prints_it_and_takes_nothing_of_it(monkeypatch, capsys):
     assert f"{POINTS}=2" not in text.partition("to train it")[2]
 
 
+def test_a_change_of_the_plans_own_says_what_it_costs(monkeypatch, capsys):
+    """The plan takes all points of a trajectory where hours are few; four were measured to be nearer."""
+    found = (row([0.5, 0.4, 0.625], 50, advised=4, other=16),)
+    assert advice.price("ve", POINTS, 4, 16, found).startswith("2 times the distance [1.6, 2.5] in ect on digits")
+    assert advice.price("ve", POINTS, 16, 4, found).startswith("0.5 times the distance [0.4, 0.62]")
+    assert advice.price("ve", POINTS, 4, 8, found) == "" == advice.price("linear", POINTS, 4, 16, found)
+    monkeypatch.setattr(advice, "measured", lambda: found)
+    assert main(["plan", "digits", "--hours", "1e-4", "--gpus", "1", "--gpu", "h100"]) in (0, None)
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith(f"  {POINTS}=16 (")]
+    assert line.endswith("; 2 times the distance [1.6, 2.5] in ect on digits, 3 seeds of a small network")
+
+
 def test_what_comes_with_the_package_fits_every_recipe():
     for found in advice.measured():
         assert {"suite", "objective", "path", "key", "advised", "arms"} <= found.keys()
