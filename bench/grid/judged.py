@@ -152,7 +152,7 @@ class Arms:
 
     def _figures(self, row: dict[str, Any], after: str) -> dict[str, Any] | None:
         if after == "mid":
-            row = self.mids.get((row["parent"].rpartition("-")[2], row["seed"])) or {}
+            row = self.mids.get(((row["parent"] or "").rpartition("-")[2], row["seed"])) or {}
         return row.get("steps")
 
     def forwards(self, arm: str) -> str:

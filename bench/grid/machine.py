@@ -12,6 +12,7 @@ A cell whose numbers are not finite is a row too.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -56,21 +57,22 @@ class Machine:
         run = cells.run_of(cell)
         name = "mid" if cell.kind == ALONE else "post"
         parent = "pre" if cell.kind == ALONE or run.post.start != "mid" else "mid"
-        parents = self.shared(cell, run, parent)
         folder = self.out / "work" / f"{cell.name}-{cells.digest(run)[:8]}"
-        row = {**cell._asdict(), "more": list(cell.more), "parent": parents.name, **cells.spent(cell, run)}
-        row |= {"starts": _starts(folder), "commit": self.commit}
-        work = Workspace(run, folder, parents)
+        row: dict[str, Any] = {**cell._asdict(), "more": list(cell.more), **cells.spent(cell, run)}
+        row |= {"starts": _starts(folder), "commit": self.commit, "parent": None, "cpu_s": {}}
         begin = time.process_time()
         try:
+            parents = self.shared(cell, run, parent)
+            row["parent"], begin = parents.name, time.process_time()
+            work = Workspace(run, folder, parents)
             loop.train(work, [name])
-            trained = time.process_time()
-            row["cpu_s"] = {"train": trained - begin}
+            row["cpu_s"]["train"], begin = time.process_time() - begin, time.process_time()
             row["teacher_time_share"] = teacher_share(folder / name)
             row["steps"] = self.figures(cell.suite, work, name)
-            row["cpu_s"]["judge"] = time.process_time() - trained
-        except FloatingPointError as error:  # of a step or of samples
-            row |= {"failed": str(error), "cpu_s": {"train": time.process_time() - begin}}
+            row["cpu_s"]["judge"] = time.process_time() - begin
+        except FloatingPointError as error:  # of a step, of one that it begins with, or of samples
+            row["failed"] = str(error)
+            row["cpu_s"]["failed"] = time.process_time() - begin
         write_json(self.out / "cells" / f"{cell.name}.json", {"digest": cells.digest(run), "row": row})
         shutil.rmtree(folder)
         return row
@@ -84,7 +86,8 @@ class Machine:
         if name == "mid" and not folder.is_dir():
             copied = folder.with_name(f".{folder.name}")
             shutil.rmtree(copied, ignore_errors=True)
-            shutil.copytree(self.shared(cell, run, "pre"), copied, ignore=shutil.ignore_patterns(SHARED, "*.lock"))
+            without = shutil.ignore_patterns(SHARED, "*.lock")
+            shutil.copytree(self.shared(cell, run, "pre"), copied, ignore=without, copy_function=_linked)
             copied.rename(folder)
         work, begin = Workspace(run, folder), time.process_time()
         loop.train(work, [name])
@@ -92,13 +95,19 @@ class Machine:
         about = {
             "suite": cell.suite, "path": cell.path, "seed": cell.seed, "stage": name, "key": key, "arm": cell.arm,
             "images": stage.schedule.total * stage.schedule.batch, "forwards": cells.work(stage),
-            "cpu_s": time.process_time() - begin, "steps": self.figures(cell.suite, work, name),
+            "cpu_s": time.process_time() - begin, "steps": self.tolerant(cell.suite, work, name),
         }  # fmt: skip
         if name == "pre":
-            calls = run.sampler.teacher_steps
-            about["solver"] = self.figures(cell.suite, work, name, (calls,), solver=True)
+            about["solver"] = self.tolerant(cell.suite, work, name, (run.sampler.teacher_steps,), solver=True)
         write_json(folder / SHARED, about)
         return folder
+
+    def tolerant(self, *arguments: Any, **more: Any) -> dict[str, dict[str, float]] | None:
+        """The same, None where samples are not finite: what is begun from may have few steps in it that mean nothing."""
+        try:
+            return self.figures(*arguments, **more)
+        except FloatingPointError:
+            return None
 
     def figures(
         self, suite: str, work: Workspace, name: str, steps: tuple[int, ...] = (), solver: bool = False
@@ -120,6 +129,14 @@ class Machine:
                 floor = work.judging.floor(judge, work.run.eval.n) or {}
                 write_json(file, {key: floor[key] for key in FIGURES if key in floor})
         return self.judges[suite]
+
+
+def _linked(source: str, to: str) -> None:
+    """A file of a checkpoint, which nobody writes into, is one on disk for all mid-trainings; others are copied."""
+    if "/checkpoints/" in source:
+        os.link(source, to)
+    else:
+        shutil.copy2(source, to)
 
 
 def teacher_share(folder: Path) -> float | None:

@@ -123,11 +123,21 @@ def test_a_cell_that_is_not_finite_is_a_row(short, monkeypatch):
         assert names == ["post"]
         raise FloatingPointError("loss is nan at step 3")
 
+    with monkeypatch.context() as patch:  # the mid-training that it begins with
+        patch.setattr(grid, "shared", lambda *_: train(None, ["post"]))
+        row = grid.measure(cell("anchored", 1))
+        assert row["failed"] and row["parent"] is None
+        assert not any((short / "done" / "work").iterdir())
     monkeypatch.setattr(machine.loop, "train", train)
     row = grid.measure(cell("scratch", seed))
     assert row["failed"] == "loss is nan at step 3" and "steps" not in row
     data = json.loads(collected.write(grid, "short", short / "grid.json").read_text("utf-8"))
-    assert {r["start"]: "failed" in r for r in data["rows"]} == {"pre": False, "mid": False, "scratch": True}
+    assert {r["start"]: "failed" in r for r in data["rows"]} == {
+        "pre": False,
+        "mid": False,
+        "anchored": True,
+        "scratch": True,
+    }
     table = grid_tables.distances(data)
     assert table.index("failed") < table.index("from `pre`")  # what loses comes first
 

@@ -139,12 +139,16 @@ def shared(data: dict[str, Any]) -> str:
         rows.sort(key=lambda r: r["seed"])
         cpu = sum(r["cpu_s"] for r in rows) / len(rows)
         if stage == "pre":
-            (calls,) = rows[0]["solver"]
-            cells = [" / ".join(f"{r['solver'][calls][space]:#.3g}" for r in rows) for space in SPACES]
+            calls = next((k for r in rows for k in r["solver"] or ()), "")
+            cells = [" / ".join(_shown(r["solver"], calls, space) for r in rows) for space in SPACES]
             lines.append(f"| `{path}`: the teacher, {calls} solver steps | {' | '.join([*cells, '', ''])} | |")
-        cells = [" / ".join(f"{r['steps'][k][space]:#.3g}" for r in rows) for k, space in MEASURES]
+        cells = [" / ".join(_shown(r["steps"], k, space) for r in rows) for k, space in MEASURES]
         lines.append(f"| `{path}`: `{stage}`, {images:,} images | {' | '.join(cells)} | {cpu:.0f} |")
     return "\n".join(lines) + "\n\n"
+
+
+def _shown(steps: dict[str, Any] | None, k: str, space: str) -> str:
+    return f"{steps[k][space]:#.3g}".rstrip(".") if steps else "not finite"
 
 
 def rates(data: dict[str, Any]) -> str:
