@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
-from bench.grid import advised, cells, collected, command, judged, machine, questions, tuning
+from bench.grid import advised, cells, collected, command, drawn, judged, machine, questions, tuning
 from bench.grid.cells import ALONE, SUITES, Cell, Suite
 from bench.grid.machine import Machine
 from bench.harness.pages import grid_tables
@@ -258,6 +260,21 @@ def test_losing_rows_come_first():
     text = grid_tables.ratios(grid_of({"ect": [0.5, 0.52, 0.48], "sct": [1.9, 2.0, 2.1]}))
     assert text.index("`sct@ve`") < text.index("`ect@ve`")
     assert "**2 [1.8, 2.3]**" in text and "| 25% |" in text
+
+
+def test_every_table_of_the_page_can_be_made(short, monkeypatch):
+    page = (Path(grid_tables.__file__).parents[3] / "docs" / "grid.md").read_text("utf-8")
+    marks = [mark.removeprefix("grid-") for mark in re.findall("<!-- table: ([a-z-]+) -->", page)]
+    assert len(marks) > 8
+    monkeypatch.setattr(grid_tables, "PICTURES", short / "pictures")
+    assert "Not measured yet: `python -m bench grid digits`" in grid_tables.table(short, "digits")
+    for suite in ("digits", "photos"):
+        data = {**grid_of({"ect": [0.5, 0.52, 0.48], "sct": [1.9, 2.0, 2.1]}), "suite": suite}
+        (short / f"grid-{suite}.json").write_text(json.dumps(data), encoding="utf-8")
+        drawn.draw(data, short / "pictures" / f"{suite}.png")
+    for mark in marks:
+        assert len(grid_tables.table(short, mark)) > 50, mark
+    assert (short / "pictures" / "digits.png").stat().st_size > 5_000
 
 
 def test_questions_are_over_the_grids_own_arm():

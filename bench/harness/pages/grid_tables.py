@@ -22,6 +22,9 @@ VERDICTS = {"nearer": "nearer in both spaces", "farther": "**farther** in both s
 def table(results: Path, which: str) -> str:
     """which: SUITE, the verdict, or SUITE-ratios, -distances, -rates, -shared, -questions, -picture. results: of one device."""
     suite, _, part = which.partition("-")
+    if part == "picture":
+        there = (PICTURES / f"{suite}.png").is_file()
+        return f"![{suite}: distances over those from pre, in one step](grid/{suite}.png)\n\n" if there else "\n"
     file = results / f"grid-{suite}.json"
     if not file.is_file():
         return f"Not measured yet: `python -m bench grid {suite}`.\n\n"
