@@ -40,6 +40,10 @@ BENCHES = {
     ),
     "gates": ("kernels.resources", "registers, spills and shared memory of every kernel, compiled without a GPU"),
     "gpu": ("harness.gpu_suite", "all that a machine with a GPU is for, in parts"),
+    "grid": (
+        "grid.command",
+        "every objective from scratch, from pre, from mid and anchored, at equal images and at equal forwards, over seeds",
+    ),
     "judging": (
         "judging.judging",
         "moments, Fréchet distance, precision and recall of 50,000 x 2,048 features: CPU seconds and peak memory",

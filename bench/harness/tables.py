@@ -14,6 +14,7 @@ from bench.harness import gpu_tables
 from bench.harness.pages import (
     at_size,
     gallery,
+    grid_tables,
     inputs,
     judging,
     keys,
@@ -35,6 +36,7 @@ PAGES = (
     Path("README.md"),
     Path("bench/README.md"),
     Path("docs/gallery.md"),
+    Path("docs/grid.md"),
     Path("docs/ideas.md"),
     Path("docs/inputs.md"),
     Path("docs/keys.md"),
@@ -338,6 +340,7 @@ def tune(recipe: str) -> str:
 
 TABLES = {
     "gallery": lambda recipe: gallery.table(RESULTS, recipe),
+    "grid": lambda which: grid_tables.table(RESULTS, which),
     "inputs": inputs.table,
     "judging": lambda _: judging.table(RESULTS),
     "keys": keys.table,

@@ -12,7 +12,7 @@ from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.schema import Run
-from cmt_fast.cost import disk, estimate, gap, host, plan, rounded, savings, step_time
+from cmt_fast.cost import advice, disk, estimate, gap, host, plan, rounded, savings, step_time
 from cmt_fast.cost.hardware import CARDS, NAMES, RESULTS, Card, card
 from cmt_fast.cost.plan import Machine, Plan, StagePlan
 from cmt_fast.engine.sharding import gb
@@ -116,9 +116,13 @@ def figures(
         "needs": {"hours": made.full.hours, "gpu_hours": gpus * made.full.hours},
         "recipe_gpu_hours": None if made.written is None else gpus * made.written,
         "stages": stages,
-        "changes": [{**c._asdict(), "override": c.override} for c in made.layout.changes],
+        "changes": [
+            {**c._asdict(), "override": c.override, "measured": advice.price(run.path, c.key, c.was, c.value)}
+            for c in made.layout.changes
+        ],
         "published": _published(run, names, at, gpus, made),
         "levers": [line._asdict() for line in levers],
+        "advice": [line._asdict() for line in advice.lines(made.layout.run)] if "mid" in names else [],
         "store": {"bytes": rows.store_bytes, "note": rows.note},
         "sources": _sources(at, made, gpus),
     }
@@ -286,7 +290,7 @@ def text(found: dict[str, Any]) -> list[str]:
             f"{name:8} {images} {rows:>22} {engine:>14} {s['step_us'] / 1e3:9,.4g} {s['hours']:8,.3g} {s['gpu_hours']:10,.4g}  "
             f"{s['limits']}; {s['mark']}"
         )
-    out += ["", *_memory(found), "", *_differs(found), "", *_budget(found), "", "each figure's source"]
+    out += ["", *_memory(found), "", *_differs(found), *_advice(found), "", *_budget(found), "", "each figure's source"]
     out += [f"  {row['what']:44} {row['value']}; {row['source']}" for row in found["sources"]]
     lines = found["commands"]
     held = " and ".join(f"`{name}`" for name in lines["of_run"])
@@ -326,8 +330,18 @@ def _differs(found: dict[str, Any]) -> list[str]:
     ):
         rows = [c for c in found["changes"] if c["method"] == method]
         out += [head] * bool(rows)
-        out += [f"  {c['override']} (the recipe's: {json.dumps(c['was'])}): {c['why']}" for c in rows]
+        price = lambda c: f"; {c['measured']}" if c["measured"] else ""
+        out += [f"  {c['override']} (the recipe's: {json.dumps(c['was'])}): {c['why']}{price(c)}" for c in rows]
     return out or ["nothing differs from the recipe"]
+
+
+def _advice(found: dict[str, Any]) -> list[str]:
+    """What was measured of mid-training's own settings, where the plan has others."""
+    rows = found["advice"]
+    head = "mid-training, as measured by `python -m bench grid`; nothing of it is in this plan"
+    return (
+        ["", head, *(f"  {r['key']}={r['value']} (this plan's: {r['was']}): {r['why']}" for r in rows)] if rows else []
+    )
 
 
 def _budget(found: dict[str, Any]) -> list[str]:

@@ -10,6 +10,11 @@ epsilon = E|f(x_T, T) - Psi(x_T)|^2 per dimension, Psi the limit of the most acc
   Curves of this kind flatten, so the law errs on the side of a small epsilon, which asks for a better solver, not for a
   worse one. It is an extrapolation and is printed as one.
 
+What it is worth by the theory (evaluation/theory.py): the gradient of post-training differs from that of the oracle by a bias
+B <= C (E|f - Psi|^2 + what the loss itself adds), f the network that it starts from. So beside epsilon stands the same error of
+the diffusion model that the stage starts from: (epsilon + the solver's error squared) over it is the share of the bound that
+mid-training leaves. It is of t = T alone, and a bound, not the bias; nothing is chosen by it.
+
 The rollouts and networks are fp32: rounding in tf32 or bf16 is no part of a solver's error. What was chosen is written
 to RUN/STAGE/solver.json before the first step and read from there ever after; it enters the stage's manifest.
 """
@@ -105,12 +110,22 @@ def summary(name: str, kept: solver_record.Kept) -> list[str]:
     """What was chosen and why, for the terminal and the report."""
     e = kept.epsilon
     chosen = next(row for row in kept.rows if all(row[k] == v for k, v in kept.choice.items()))
+    bound = e.get("bias")  # of records since it is looked at
     below = "at most" if kept.serves else "ABOVE, with every candidate,"
     return [
         f"solver: {solver_record.override(name, kept.choice)}; error {chosen['error']:.3g} ({chosen['low']:.3g} to "
         f"{chosen['high']:.3g}), its upper end {below} {kept.limit:.3g}",
         f"one-step error of the student {math.sqrt(e['value']):.3g} RMS per dimension (epsilon {e['value']:.3g}), "
         f"{e['source']}",
+        *(
+            [
+                f"theory: it leaves {bound['after'] / bound['before']:.2g} of the bound on the bias of post-training's gradient, "
+                f"{bound['after']:.3g} where {bound['start']} has {bound['before']:.3g}; the solver is "
+                f"{chosen['error'] ** 2 / bound['after']:.1%} of what is left"
+            ]
+            if bound and chosen["error"] is not None
+            else []
+        ),
         f"measured on {kept.trajectories} trajectories with {kept.calls:,} network calls"
         + (f", {e['calls']:,} more in the pilot" if e.get("calls") else ""),
     ]
@@ -146,17 +161,20 @@ def measure(work: Workspace, stage: ResolvedStage, search: Search | None = None)
         sure = solver_error.best(ends.estimate(s, n) for s, n in candidates if n == probe)
         limit = ends.limit(sure.setting, probe)[0]
         known = _epsilon(work, stage, ends, limit, sure, search)
+        before = _before(work, stage, ends, limit)
         bound = search.margin * math.sqrt(known["value"])
         estimates, choice = solver_error.choose(ends, candidates, bound, search.whole)
     common = solver_error.best(estimates)
     limit = ends.limit(common.setting, common.nfe)[0]
+    if before is not None and math.isfinite(choice.error):
+        known["bias"] = {"start": stage.config.start, "before": before, "after": known["value"] + choice.error**2}
     rows = solver_record.rows_of(estimates)
     for row, e in zip(rows, estimates):
         row["common"] = ends.distance(e, limit) if math.isfinite(e.error) else None
+    calls = ends.count * (ends.calls * guidance(stage.config) + (before is not None))
     return solver_record.Kept(
         choice={**choice.setting._asdict(), "nfe": choice.nfe}, serves=choice.high <= bound, limit=bound, epsilon=known,
-        networks=networks(work, stage.config), trajectories=ends.count, calls=ends.calls * ends.count * guidance(stage.config),
-        rows=rows,
+        networks=networks(work, stage.config), trajectories=ends.count, calls=calls, rows=rows,
     )  # fmt: skip
 
 
@@ -193,6 +211,18 @@ def _epsilon(
     seen = {str(s * stage.config.batch): e for s, e in zip((short, 2 * short), errors)}
     calls = round(rows * (3 + sure.cost * guidance(stage.config)))
     return {"value": value, "source": source, "pilots": seen, "calls": calls}
+
+
+def _before(work: Workspace, stage: ResolvedStage, ends: solver_error.Endpoints, limit: Tensor) -> float | None:
+    """The one-step error of the diffusion model that the stage starts from; None without one, or where it is not finite."""
+    start = stage.config.start
+    if start is None or work.run.stages[start].objective.kind not in DIFFUSION:
+        return None
+    try:
+        found = one_step_error(work, work.network(start, together=True), ends, limit)
+    except FloatingPointError:
+        return None
+    return found if found > 0 else None
 
 
 def pilot(work: Workspace, stage: ResolvedStage, steps: int) -> Callable:

@@ -224,6 +224,24 @@ def test_auto_is_settled_written_and_used(finished) -> None:
     assert solver_record.read(finished / "post").epsilon["source"] == "measured of mid"
 
 
+def test_the_bound_on_the_bias_is_told_beside_that_of_the_diffusion_model(finished) -> None:
+    """By hand: E|D(x_T, T) - Psi(x_T)|^2 of the pre-trained network, and the student's error plus the solver's."""
+    work, kept = Workspace(tiny("digits", *AUTO), finished), solver_record.read(finished / "mid")
+    ends = solver_choice.endpoints(work, work.stage("mid"), lambda calls: None, 16)
+    sure = solver_error.best(ends.estimate(s, n) for s, n in work.stage("mid").candidates((4, 8, 16)) if n == 16)
+    t = torch.full((16,), 80.0)
+    with torch.no_grad():
+        far = work.network("pre")(ends.x, t, t, ends.labels).double().flatten(1) - ends.limit(sure.setting, 16)[0]
+    bound = kept.epsilon["bias"]
+    chosen = next(r for r in kept.rows if all(r[k] == v for k, v in kept.choice.items()))
+    assert bound["before"] == pytest.approx(float(far.square().mean()), rel=1e-5)
+    assert bound["after"] == pytest.approx(kept.epsilon["value"] + chosen["error"] ** 2) and bound["start"] == "pre"
+    (line,) = [line for line in solver_choice.summary("mid", kept) if line.startswith("theory")]
+    assert f"leaves {bound['after'] / bound['before']:.2g} of the bound" in line
+    post = solver_record.read(finished / "post")
+    assert "bias" not in post.epsilon and not any("theory" in line for line in solver_choice.summary("post", post))
+
+
 @pytest.mark.parametrize("when", ["after the choice", "after a checkpoint"])
 def test_a_killed_run_keeps_its_choice_and_ends_bit_equal(when, finished, tmp_path, monkeypatch) -> None:
     """The choice is made once, whatever a second measurement would say."""
