@@ -162,6 +162,7 @@ class Lagrangian(MeanFlow):
     """
 
     kind: Literal["lagrangian"] = "lagrangian"  # type: ignore[assignment]  # a tag, each its own
+    p: NotNegative = 0.0
     law: Literal["uniform", "logit_normal"] = "uniform"
     velocity: Literal["own", "teacher"] = "own"
 
@@ -174,6 +175,7 @@ class Semigroup(MeanFlow):
     """
 
     kind: Literal["semigroup"] = "semigroup"  # type: ignore[assignment]  # a tag, each its own
+    p: NotNegative = 0.0
     law: Literal["uniform", "logit_normal"] = "uniform"
     velocity: Literal["own", "teacher"] = "own"
     split: Literal["uniform", "middle"] = "uniform"
