@@ -33,7 +33,7 @@ ROWS = {
 }
 
 
-def bias(config: Any, known: Callable, theta: float = 0.0, n: int = 500) -> Tensor:
+def bias(config: Any, known: Callable, theta: float = 0.0, n: int = 250) -> Tensor:
     """The gradient of each row in its theta. (n, 6)."""
     return gradients(config.kind, known, batch(n), config, world(LINEAR, VELOCITY), theta)
 
@@ -87,14 +87,14 @@ def test_alphaflow_goes_from_straight_lines_to_meanflow(monkeypatch) -> None:
     MeanFlow's, but for a bias that falls as alpha; at 0 the loss is MeanFlow's to the bit."""
     config = AlphaFlow(ratio=1.0, p=0.0)
 
-    def grad(alpha: float, known: Callable = average_velocity, n: int = 1500) -> Tensor:
+    def grad(alpha: float, known: Callable = average_velocity, n: int = 1000) -> Tensor:
         monkeypatch.setattr(alphaflow, "schedule", lambda *_: alpha)
         return bias(config, known, n=n)
 
-    assert errors(grad(1.0, VELOCITY, 20000)) < 4 and errors(grad(1.0) - grad(1.0, VELOCITY)) > 10
+    assert errors(grad(1.0, VELOCITY, 4000)) < 4 and errors(grad(1.0) - grad(1.0, VELOCITY)) > 10
     limit = grad(0.0)
-    apart = [float((grad(a) / a**2 - limit).mean(0).norm()) for a in (0.2, 0.1, 0.05)]
-    assert apart[0] / apart[1] == pytest.approx(2, abs=0.3) and apart[1] / apart[2] == pytest.approx(2, abs=0.4)
+    apart = [float((grad(a) / a**2 - limit).mean(0).norm()) for a in (0.2, 0.1)]
+    assert apart[0] / apart[1] == pytest.approx(2, abs=0.3)
     monkeypatch.undo()
     drawn = alphaflow.draw(batch(50), AlphaFlow(), world(LINEAR, progress=1.0))
     net = peers.network("linear")
