@@ -17,7 +17,8 @@ nothing moves back: what is learned at s = 0, where u is v, decides.
 As published: rows with r = t are 3/4 of the batch, times are uniform, X and v in the target are held. Otherwise: the published
 code differentiates through du/dr too, a backward pass through a forward derivative, which tangents here do not have
 (`kernels/cmt_kernels/dual.py`); the rest is the same, the way there is not. It weighs pairs of times by a learned log variance
-of (t, r); here there is MeanFlow's adaptive weight of a row, `p` and `c`.
+of (t, r); here rows weigh alike, or by MeanFlow's adaptive weight, `p` and `c`. That one did worse: on digits from a mid-trained
+network (20,000 images, one seed) 30.6 for 25.1 at p = 0 with a teacher, 33.6 for 26.9 without.
 """
 
 from __future__ import annotations

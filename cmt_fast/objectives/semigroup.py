@@ -13,7 +13,8 @@ and kappa or not, or the (guided) teacher's, as SplitMeanFlow distils. Where sho
 become right next; the error of the pieces adds up.
 
 As published: rows with r = t are 3/4 of the batch, times are uniform, the two jumps are by the weights as they are. Otherwise: a
-learned weight of (t, r) in Boffi et al., here MeanFlow's adaptive weight of a row, `p` and `c`.
+learned weight of (t, r) in Boffi et al.; here rows weigh alike. MeanFlow's adaptive weight, `p` and `c`, lets a row that is
+nearly at rest weigh 1/c, and all maps of all velocities are at rest: with p = 1 u ran off within 20,000 images of digits.
 """
 
 from __future__ import annotations

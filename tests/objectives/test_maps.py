@@ -33,7 +33,7 @@ ROWS = {
 }
 
 
-def bias(config: Any, known: Callable, theta: float = 0.0, n: int = 500) -> Tensor:
+def bias(config: Any, known: Callable, theta: float = 0.0, n: int = 250) -> Tensor:
     """The gradient of each row in its theta. (n, 6)."""
     return gradients(config.kind, known, batch(n), config, world(LINEAR, VELOCITY), theta)
 
@@ -87,14 +87,14 @@ def test_alphaflow_goes_from_straight_lines_to_meanflow(monkeypatch) -> None:
     MeanFlow's, but for a bias that falls as alpha; at 0 the loss is MeanFlow's to the bit."""
     config = AlphaFlow(ratio=1.0, p=0.0)
 
-    def grad(alpha: float, known: Callable = average_velocity, n: int = 1500) -> Tensor:
+    def grad(alpha: float, known: Callable = average_velocity, n: int = 1000) -> Tensor:
         monkeypatch.setattr(alphaflow, "schedule", lambda *_: alpha)
         return bias(config, known, n=n)
 
-    assert errors(grad(1.0, VELOCITY, 20000)) < 4 and errors(grad(1.0) - grad(1.0, VELOCITY)) > 10
+    assert errors(grad(1.0, VELOCITY, 4000)) < 4 and errors(grad(1.0) - grad(1.0, VELOCITY)) > 10
     limit = grad(0.0)
-    apart = [float((grad(a) / a**2 - limit).mean(0).norm()) for a in (0.2, 0.1, 0.05)]
-    assert apart[0] / apart[1] == pytest.approx(2, abs=0.3) and apart[1] / apart[2] == pytest.approx(2, abs=0.4)
+    apart = [float((grad(a) / a**2 - limit).mean(0).norm()) for a in (0.2, 0.1)]
+    assert apart[0] / apart[1] == pytest.approx(2, abs=0.3)
     monkeypatch.undo()
     drawn = alphaflow.draw(batch(50), AlphaFlow(), world(LINEAR, progress=1.0))
     net = peers.network("linear")
@@ -128,6 +128,7 @@ def test_rows_with_r_equal_t_are_those_of_meanflow(kind: str) -> None:
     config = {"lagrangian": Lagrangian, "semigroup": Semigroup, "alphaflow": AlphaFlow}[kind](**keys)
     drawn = OBJECTIVES[kind].draw(labelled(30), config, world(LINEAR, progress=0.5))
     loss, _ = OBJECTIVES[kind].loss(Labelled(), drawn, config, STAGE)
+    keys["p"] = config.p
     want, _ = meanflow.loss_meanflow(Labelled(), meanflow.Drawn(*drawn[:6]), MeanFlow(**keys), STAGE)
     plain, _ = OBJECTIVES[kind].loss(Labelled(), drawn, dataclasses.replace(config, omega=1.0, kappa=0.0), STAGE)
     assert torch.equal(loss, want) and not torch.equal(loss, plain)
@@ -151,13 +152,18 @@ def test_shortcut_guides_its_shortest_jumps_alone() -> None:
 
 
 def test_work_of_flow_maps_by_hand() -> None:
-    """Calls without a gradient on the rows with r < t: where a jump ends; two jumps, guided twice; a step; guided on all rows."""
-    count = lambda config, progress=0.5: tuple(work(config, LINEAR, 64, progress))
+    """Calls without a gradient on the rows with r < t: where a jump ends; two jumps, guided twice; guided on all rows."""
+    count = lambda config: tuple(work(config, LINEAR, 64))
     assert count(Lagrangian()) == (1, 0.25, 0.25, 0) and count(Lagrangian(velocity="teacher")) == (1, 0, 0.25, 1)
     assert count(Semigroup()) == (1, 0.5, 0, 0) and count(Semigroup(velocity="teacher")) == (1, 0.5, 0, 0.75)
     assert count(Semigroup(omega=2.0)) == (1, 1.5, 0, 0)
     assert count(Shortcut()) == (1, 0.5, 0, 0) and count(Shortcut(omega=1.5)) == (1, 1, 0, 0)
-    assert [count(AlphaFlow(), p) for p in (0.0, 0.5, 1.0)] == [(1, 0, 0, 0), (1, 0.5, 0, 0), (1, 0, 0.5, 0)]
+    beginning, end = AlphaFlow(begin=0.999), AlphaFlow(end=0.001)  # and steps between: a call from where they end
+    assert (
+        count(beginning) == (1, 0, 0, 0)
+        and count(end) == (1, 0, 0.5, 0)
+        and count(AlphaFlow(gamma=1.0)) == (1, 0.5, 0, 0)
+    )
 
 
 # ------------------------------------------------------------------------------------------ laws

@@ -170,6 +170,7 @@ class Lagrangian(MeanFlow):
     """
 
     kind: Literal["lagrangian"] = "lagrangian"  # type: ignore[assignment]  # a tag, each its own
+    p: NotNegative = 0.0
     law: Literal["uniform", "logit_normal"] = "uniform"
     velocity: Literal["own", "teacher"] = "own"
 
@@ -182,6 +183,7 @@ class Semigroup(MeanFlow):
     """
 
     kind: Literal["semigroup"] = "semigroup"  # type: ignore[assignment]  # a tag, each its own
+    p: NotNegative = 0.0
     law: Literal["uniform", "logit_normal"] = "uniform"
     velocity: Literal["own", "teacher"] = "own"
     split: Literal["uniform", "middle"] = "uniform"
