@@ -23,6 +23,7 @@ ADDED: dict[str, Any] = {
     "nonfinite_limit": 10,
     "on_nonfinite": "stop",
     "saves": "background",
+    "stage.augment": None,
     "stage.checkpoint_every_s": 1200.0,
     "stage.nonfinite_limit": None,
     "stage.objective.scd.uncertainty": False,

@@ -19,7 +19,10 @@ from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import networks
 
 TOKENS = 256  # of a dit on pixels: the patch is the smallest that leaves no more
-PRESETS = {32: ("cifar10",), 64: ("ffhq64", "afhqv2-64", "imagenet64")}  # of EDM's U-Nets, by the side of their images
+PRESETS = {  # of EDM's U-Nets, by the side of their images
+    32: ("cifar10", "cifar10-ncsnpp"),
+    64: ("ffhq64", "afhqv2-64", "ffhq64-ncsnpp", "afhqv2-64-ncsnpp", "imagenet64"),
+}
 WARM = 10  # an EMA looks back over at most 1 / WARM of its stage
 
 
@@ -122,8 +125,9 @@ def _model(tree: dict, run: Run, rows: Rows, changed: list[str]) -> None:
     if kind == "edm" and rows.pixels and side in PRESETS:
         fits = PRESETS[side]
         if model.get("preset", "cifar10") not in fits:
-            changed.append(f"model.preset: {fits[0]} in place of {model.get('preset')}, the U-Net for {side} pixels")
-            model["preset"] = fits[0]
+            own = next((p for p in fits if p.endswith("-ncsnpp") == model["preset"].endswith("-ncsnpp")), fits[0])
+            changed.append(f"model.preset: {own} in place of {model['preset']}, the U-Net for {side} pixels")
+            model["preset"] = own
     elif kind == "edm" or (kind == "edm2" and side % 8):
         why = (
             "a U-Net of EDM has presets for 32 and 64 pixels"
