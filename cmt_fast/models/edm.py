@@ -146,8 +146,8 @@ class Pyramid(nn.Module):
 class Edm(nn.Module):
     """F(x, t, r, labels): x (B, C, H, W), t, r (B,) -> (B, C, H, W); t is c_noise under a Denoiser.
 
-    ncsnpp: NCSN++ in place of DDPM++. two_times adds an embedding of t - r (an average velocity); otherwise r is not read. Classes 0: unconditional.
-    seeds: (B, dropouts, 2) draws the dropout of a training step; None: no dropout.
+    ncsnpp: NCSN++ in the place of DDPM++. two_times adds an embedding of t - r (an average velocity); otherwise r is not read.
+    Classes 0: unconditional. seeds: (B, dropouts, 2) draws the dropout of a training step; None: no dropout.
     """
 
     def __init__(

@@ -79,8 +79,8 @@ def walk(
 ) -> Tensor | Dual:
     """x: (B, C, H, W) after the first convolution, emb: (B, D) -> the last block's (B, C', H, W).
 
-    Many parameters: a network's parts, and what a step brings. join(x, skip): how a decoder's block takes its skip. after(name, x):
-    what becomes of what an encoder's block of this name gave. seeds: (B, blocks, 2) of the dropout in each block, or None.
+    join(x, skip): how a decoder's block takes its skip. after(name, x): what becomes of what an
+    encoder's block of this name gave. seeds: (B, blocks, 2) of the dropout in each block, or None.
     Where activations are not kept, each block runs again in the backward pass, with the same seeds.
     """
     skips, count = [x], 0

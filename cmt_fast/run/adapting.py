@@ -125,8 +125,9 @@ def _model(tree: dict, run: Run, rows: Rows, changed: list[str]) -> None:
     if kind == "edm" and rows.pixels and side in PRESETS:
         fits = PRESETS[side]
         if model.get("preset", "cifar10") not in fits:
-            own = next((p for p in fits if p.endswith("-ncsnpp") == model["preset"].endswith("-ncsnpp")), fits[0])
-            changed.append(f"model.preset: {own} in place of {model['preset']}, the U-Net for {side} pixels")
+            preset = model.get("preset", "cifar10")
+            own = next((p for p in fits if p.endswith("-ncsnpp") == preset.endswith("-ncsnpp")), fits[0])
+            changed.append(f"model.preset: {own} in place of {preset}, the U-Net for {side} pixels")
             model["preset"] = own
     elif kind == "edm" or (kind == "edm2" and side % 8):
         why = (
@@ -139,6 +140,8 @@ def _model(tree: dict, run: Run, rows: Rows, changed: list[str]) -> None:
         tree["model"] = model = {"kind": "dit", "size": size, "patch": 2}
         changed.append(f"model: a dit of size {size} in place of {kind}; {why}, and rows are {of} of side {side}")
         for stage in _stages(tree).values():
+            if stage.pop("augment", None):
+                changed.append("augment is left out: a dit is not told what was done to its images")
             if stage["objective"].pop("uncertainty", None):
                 changed.append("objective.uncertainty is left out: a dit has it with model.log_variance=true")
     if model["kind"] == "dit":

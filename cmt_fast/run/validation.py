@@ -136,10 +136,16 @@ def _check_augment(resolved: ResolvedStage, shape: tuple[int, ...]) -> None:
     if len(shape) != 3:
         raise ConfigError(f"{key}: needs images, the data has the shape {shape}; set it to null")
     if not stage.augment.kinds:
-        raise ConfigError(f"{key}: every kind is 0; give one of {', '.join(AUGMENTATIONS)} a number above 0, or set it to null")
+        raise ConfigError(
+            f"{key}: every kind is 0; give one of {', '.join(AUGMENTATIONS)} a number above 0, or set it to null"
+        )
     if told != stage.augment.labels:
         given = f"{stage.augment.labels} labels ({', '.join(stage.augment.kinds)})"
-        can = "take model.augment=" + str(stage.augment.labels) if run.model.kind == "edm" else "a model of kind edm can be"
+        can = (
+            "take model.augment=" + str(stage.augment.labels)
+            if run.model.kind == "edm"
+            else "a model of kind edm can be told"
+        )
         raise ConfigError(f"{key}: tells the network {given}, and this run's {run.model.kind} is told {told}; {can}")
 
 

@@ -109,6 +109,7 @@ PUBLISHED = {
     "EDM2-XXL": (Edm2(size="XXL"), (4, 64, 64), 1000, 1523),
     "EDM CIFAR-10": (Edm(), (3, 32, 32), 0, 55.7),
     "EDM FFHQ-64": (Edm(preset="ffhq64"), (3, 64, 64), 0, 61.8),
+    "EDM CIFAR-10, NCSN++": (Edm(preset="cifar10-ncsnpp"), (3, 32, 32), 0, 56.4),
     "ADM ImageNet-64": (Edm(preset="imagenet64"), (3, 64, 64), 1000, 296),
     "DiT-S/2": (Dit(size="S", embeddings="dit"), (4, 32, 32), 1000, 33),
     "DiT-B/2": (Dit(size="B", embeddings="dit"), (4, 32, 32), 1000, 130),

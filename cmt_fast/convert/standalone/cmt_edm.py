@@ -15,7 +15,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-
 TAPS = (1, 3, 3, 1)  # of NCSN++'s filters
 
 
