@@ -14,7 +14,7 @@ LATENT, DROPOUT, START_DROP, SHARDS, EXPORT = 12, 13, 14, 40, 41
 REDRAWN = 16  # added to the index of a stage for every other draw of its noise: more than there are stages
 AUGMENT, AUGMENT_GAUSS, AUGMENT_NOISE = range(20, 23)
 MIDDLE, LENGTH = 30, 31
-TOLD, TOLD_GAUSS = 36, 37  # of an augmentation that the network is told of
+TOLD, TOLD_GAUSS = 24, 25  # of an augmentation that the network is told of
 
 
 class Random(NamedTuple):

@@ -77,7 +77,9 @@ def test_each_kind_happens_as_often_as_it_is_told_to() -> None:
     c = augment.draw(RANDOM, torch.arange(n), config)
     shares = {
         "xflip": (c.xflip, 0.5), "yflip": (c.yflip, p / 2), "turns": (c.turns != 0, p * 3 / 4),
-        "whole": (c.whole[:, 0] != 0, 2 * p), "scale": (c.scale != 0, p), "angle": (c.angle != 0, p), "aniso": (c.aniso != 0, p / 2), "along": (c.along != 0, 0.5),
+        "whole": (c.whole[:, 0] != 0, 2 * p), "scale": (c.scale != 0, p),
+        "angle": (c.angle != 0, p), "aniso": (c.aniso != 0, p / 2),
+        "along": (c.along != 0, 0.5),
         "shift": (c.shift[:, 1] != 0, p), "scale and angle": ((c.scale != 0) & (c.angle != 0), p * p),
     }  # fmt: skip
     for name, (happened, share) in shares.items():
