@@ -26,6 +26,7 @@ ADDED: dict[str, Any] = {
     "on_nonfinite": "stop",
     "sampler.told_guidance": [1.0, 0.0, 1.0],
     "saves": "background",
+    "stage.augment": None,
     "stage.checkpoint_every_s": 1200.0,
     "stage.nonfinite_limit": None,
     "stage.objective.imeanflow.head": False,

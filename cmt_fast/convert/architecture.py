@@ -36,5 +36,5 @@ def of(run: Run, shape: tuple[int, ...], classes: int) -> Architecture:
     assert isinstance(model, Edm), model
     names = ("width", "multipliers", "blocks", "attention")
     own = edm.PRESETS[model.preset] | {k: v for k in names if (v := getattr(model, k)) is not None}
-    own = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if k in (*names, "adm")}
+    own = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if k in (*names, "adm", "ncsnpp")}
     return Architecture("cmt_edm", "CmtEdm", common | own)

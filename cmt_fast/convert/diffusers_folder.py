@@ -89,10 +89,12 @@ def _network(export: Export) -> nn.Module:
 def _tensors(net: nn.Module) -> dict[str, Tensor]:
     """What sampling reads, by the names of the standalone code: those of ours without the wrapper's.
 
-    EDM2's log variance weighs a loss, and EDM's labels of an augmentation are 0 here.
+    EDM2's log variance weighs a loss, and EDM's labels of an augmentation are 0 in samples. NCSN++'s random frequencies are
+    kept in fp32 by a module of their own.
     """
     unread = ("log_variance.", "augment.")
-    named = {k.removeprefix("net."): t for k, t in net.state_dict().items()}
+    own = {"frequency": "noise.frequency"}
+    named = {own.get(name, name): t for k, t in net.state_dict().items() if (name := k.removeprefix("net."))}
     return {k: t.detach().cpu().contiguous().clone() for k, t in named.items() if not k.startswith(unread)}
 
 

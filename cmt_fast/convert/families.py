@@ -170,7 +170,11 @@ def _edm_asks(source: Source) -> Asks:
     conv = _first_convolution(source, "model.enc.")
     adm = "model.out_conv.weight" in source.tensors
     augment = source.tensors.get("model.map_augment.weight")
-    more = {"adm": adm, "augment": 0 if augment is None else augment.shape[1]}
+    more = {
+        "adm": adm,
+        "ncsnpp": "model.map_noise.freqs" in source.tensors,
+        "augment": 0 if augment is None else augment.shape[1],
+    }
     asks = _unet_asks(source, "edm", conv, ("model.enc", "conv0", "qkv"), **more)
     kind = source.about.get("class")
     if kind not in (None, "EDMPrecond"):

@@ -17,10 +17,10 @@ from cmt_fast.run.absent import AbsentRows
 def conflicts(source: Source, family: Family, asks: Asks, run: Run, data: Rows) -> list[str]:
     """What the file says it was made for and the recipe does otherwise, though every shape may fit."""
     out = list(asks.against)
-    have = {"adm": None, **built(run.model)}
+    have = {"adm": None, "ncsnpp": None, **built(run.model)}
     for key, value in _wanted(asks).items():
         if have.get(key) != value and (run.model.kind == asks.model.get("kind", run.model.kind) or key == "kind"):
-            key = "preset (adm)" if key == "adm" else key
+            key = f"preset ({key})" if key in ("adm", "ncsnpp") else key
             out.append(
                 f"model.{key}: the file's network has {_yaml(value)}, the recipe's {_yaml(have.get(key.split()[0]))}"
             )
@@ -57,9 +57,9 @@ def suggestions(asks: Asks, run: Run, data: Rows) -> list[str]:
     have = built(run.model if kind == run.model.kind else KINDS[kind]())
     if kind != run.model.kind:
         out.append(f"model.kind={kind}")
-    adm = wanted.pop("adm", None)
-    if adm is not None and adm != have.get("adm"):
-        preset = _preset(adm, wanted.get("multipliers"))
+    adm, ncsnpp = wanted.pop("adm", None), wanted.pop("ncsnpp", None)
+    if adm is not None and (adm, ncsnpp) != (have.get("adm"), have.get("ncsnpp")):
+        preset = _preset(adm, bool(ncsnpp), wanted.get("multipliers"))
         out.append(f"model.preset={preset}")
         have = edm.PRESETS[preset]
     published = {width: size for size, (width, _) in edm2.SIZES.items()}
@@ -137,8 +137,8 @@ def doubts(asks: Asks, run: Run) -> list[str]:
     return []
 
 
-def _preset(adm: bool, multipliers: tuple[int, ...] | None) -> str:
-    fitting = [k for k, p in edm.PRESETS.items() if p["adm"] == adm]
+def _preset(adm: bool, ncsnpp: bool, multipliers: tuple[int, ...] | None) -> str:
+    fitting = [k for k, p in edm.PRESETS.items() if (p["adm"], p["ncsnpp"]) == (adm, ncsnpp)]
     return next((k for k in fitting if edm.PRESETS[k]["multipliers"] == multipliers), fitting[0])
 
 

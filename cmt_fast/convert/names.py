@@ -17,6 +17,7 @@ from torch import Tensor
 from cmt_fast.models.dit import positions
 
 Weights = dict[str, Tensor]
+NCSNPP = (1, 3, 3, 1)  # the taps of its resampling filters
 
 
 def edm2(theirs: Weights) -> Weights:
@@ -45,25 +46,31 @@ def edm2(theirs: Weights) -> Weights:
 
 
 def edm(theirs: Weights) -> Weights:
-    """EDM's `EDMPrecond` over DDPM++ or ADM (NVlabs/edm): `model: {kind: edm, preset: ...}` on path ve.
+    """EDM's `EDMPrecond` over DDPM++, NCSN++ or ADM (NVlabs/edm): `model: {kind: edm, preset: ...}` on path ve.
 
-    All tensors as they are; the resampling filters, which are constants here, are checked and left out. NCSN++ is refused.
+    All tensors as they are; the resampling filters, which are constants here, are checked and left out: two equal taps, NCSN++'s
+    1, 3, 3, 1.
     """
     block = {"norm0": "norm1", "conv0": "conv1", "norm1": "norm2", "conv1": "conv2", "norm2": "norm3"}
     block |= {x: x for x in ("affine", "skip", "qkv", "proj")}
+    taps = NCSNPP if any(".map_noise." in name for name in theirs) else (1, 1)
     kept = {}
     for name, tensor in theirs.items():
         if not name.endswith(".resample_filter"):
             kept[name] = tensor
-        elif tensor.shape[-1] != 2:
-            raise ValueError(
-                f"{name!r}: a resampling filter of {tensor.shape[-1]} taps is NCSN++'s, which is not built"
-            )
+        elif not _is_filter(tensor, taps):
+            text = ", ".join(map(str, taps))
+            raise ValueError(f"{name!r}: is not the resampling filter of its family, {text} along both sides")
     return _renamed(
         kept,
         [
             (r"model\.map_layer([01])\.(\w+)", lambda m: f"net.layer{int(m[1]) + 1}.{m[2]}"),
             (r"model\.map_(label|augment)\.(\w+)", lambda m: f"net.{m[1]}.{m[2]}"),
+            (r"model\.map_noise\.freqs", lambda m: "net.frequency"),
+            (
+                r"model\.enc\.(\d+x\d+)_aux_residual\.(weight|bias)",
+                lambda m: f"net.pyramid.{m[1]}_down.conv.{m[2]}",
+            ),
             (r"model\.enc\.\d+x\d+_conv\.(\w+)", lambda m: f"net.conv.{m[1]}"),
             (r"model\.(?:dec\.\d+x\d+_aux|out)_norm\.(\w+)", lambda m: f"net.out_norm.{m[1]}"),
             (r"model\.(?:dec\.\d+x\d+_aux|out)_conv\.(\w+)", lambda m: f"net.out.{m[1]}"),
@@ -73,6 +80,14 @@ def edm(theirs: Weights) -> Weights:
             ),
         ],
     )
+
+
+def _is_filter(tensor: Tensor, taps: tuple[int, ...]) -> bool:
+    """Whether a filter (1, 1, n, n) is these taps along both sides, to the rounding of half precision."""
+    f = torch.tensor(taps, dtype=torch.float64) / sum(taps)
+    if tensor.shape != (1, 1, len(taps), len(taps)):
+        return False
+    return tensor.is_meta or torch.allclose(tensor[0, 0].double().cpu(), f[:, None] * f, rtol=1e-3, atol=0)
 
 
 def dit(theirs: Weights) -> Weights:

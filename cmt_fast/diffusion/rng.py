@@ -16,6 +16,7 @@ SETS = 60
 AUGMENT, AUGMENT_GAUSS, AUGMENT_NOISE = range(20, 23)
 MIDDLE, LENGTH = 30, 31
 GUIDANCE, GUIDANCE_LOW, GUIDANCE_HIGH = 34, 35, 36
+TOLD, TOLD_GAUSS = 24, 25  # of an augmentation that the network is told of
 
 
 class Random(NamedTuple):

@@ -36,13 +36,13 @@ class Engine(Protocol):
     checking: bool  # whether the next steps leave in `checks` the checksums of gradient and parameters, as of sums.py
     checks: dict[str, Tensor]
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """The module's forward in the stage's precision."""
 
-    def eager(self, *args: Any, wide: bool = False) -> Any:
+    def eager(self, *args: Any, wide: bool = False, **named: Any) -> Any:
         """The same forward, never compiled; wide: in fp32."""
 
-    def wide(self, *args: Any) -> Any:
+    def wide(self, *args: Any, **named: Any) -> Any:
         """The module's forward in fp32, whatever the stage's precision is."""
 
     def scaling(self) -> dict[str, float]:

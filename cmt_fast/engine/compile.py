@@ -50,10 +50,10 @@ def compile_network(net: nn.Module, backend: str | Callable = "inductor") -> Cal
     def run(*arguments: Any) -> Any:
         return block(owner, *map(_even, arguments))
 
-    def forward(*arguments: Any) -> Any:
+    def forward(*arguments: Any, **named: Any) -> Any:
         vars(owner)[name] = run  # for this call alone: `net` itself stays eager
         try:
-            return net(*arguments)
+            return net(*arguments, **named)
         finally:
             del vars(owner)[name]
 

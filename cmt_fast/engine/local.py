@@ -87,20 +87,20 @@ class LocalEngine:
         if self.half is not None:
             self.half.copy_(self.p)
 
-    def __call__(self, *args):
+    def __call__(self, *args, **named):
         """The module's forward; each call has an autocast of its own, so no cached cast outlives a no-grad pass."""
         with self._autocast():
-            return self.forward(*args)
+            return self.forward(*args, **named)
 
-    def wide(self, *args):
+    def wide(self, *args, **named):
         """The module's forward in fp32."""
         with self._autocast(wide=True):
-            return self.forward(*args)
+            return self.forward(*args, **named)
 
-    def eager(self, *args, wide: bool = False):
+    def eager(self, *args, wide: bool = False, **named):
         """The same forward, never compiled; wide: in fp32."""
         with self._autocast(wide):
-            return self.net(*args)
+            return self.net(*args, **named)
 
     @contextlib.contextmanager
     def _autocast(self, wide: bool = False) -> Iterator[None]:

@@ -29,9 +29,9 @@ class Autocast(nn.Module):
         super().__init__()
         self.net, self.kind, self.bf16, self.calls, self.linear = net, device.type, bf16, (net,), linear
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **named: Any) -> Any:
         with linear_of(self.linear), torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16):
-            return self.calls[0](*args)
+            return self.calls[0](*args, **named)
 
 
 @contextlib.contextmanager

@@ -132,15 +132,15 @@ class ZeroEngine:
             return list(self.ds.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """The module's forward in the stage's precision."""
-        return self.forward(*args)
+        return self.forward(*args, **named)
 
-    def wide(self, *args: Any) -> Any:
+    def wide(self, *args: Any, **named: Any) -> Any:
         """The module's forward in fp32."""
         own, self.outer.bf16 = self.outer.bf16, False
         try:
-            return self.forward(*args)
+            return self.forward(*args, **named)
         finally:
             self.outer.bf16 = own
 
@@ -148,13 +148,13 @@ class ZeroEngine:
         """There is no scale."""
         return {}
 
-    def eager(self, *args: Any, wide: bool = False) -> Any:
+    def eager(self, *args: Any, wide: bool = False, **named: Any) -> Any:
         """The same forward, never compiled; wide: in fp32."""
         outer = self.outer
         before = outer.calls, outer.bf16
         outer.calls, outer.bf16 = (self.net,), outer.bf16 and not wide
         try:
-            return self.ds(*args)
+            return self.ds(*args, **named)
         finally:
             outer.calls, outer.bf16 = before
 

@@ -61,6 +61,13 @@ def _check_average_velocity(model: Model, two_times: bool, classes: int) -> None
         raise ValueError(f"model.velocity_head: {head} blocks are more than the network's {depth}")
 
 
+def told(model: Model) -> int:
+    """How many labels of an augmentation the network of this model takes: 0 for all but EDM's U-Nets."""
+    if not isinstance(model, Edm):
+        return 0
+    return edm.PRESETS[model.preset]["augment"] if model.augment is None else model.augment
+
+
 def fold(net: nn.Module) -> nn.Module:
     """Let a frozen network do once what each of its calls would repeat: the normalisation of EDM2's weights."""
     for module in net.modules():

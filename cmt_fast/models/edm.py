@@ -1,9 +1,10 @@
-"""EDM's U-Nets (Karras et al. 2022) for Tensor | Dual, with one or two times: DDPM++ (Song et al. 2021) and ADM
+"""EDM's U-Nets (Karras et al. 2022) for Tensor | Dual, with one or two times: DDPM++ and NCSN++ (Song et al. 2021) and ADM
 (Dhariwal & Nichol 2021) as that paper trains them.
 
-One network, for the two differ in details: where the time shifts a block (DDPM++) or scales and shifts it (ADM), heads of
-the whole width or of 64 channels, sums scaled by sqrt(1/2) or not, and how they start. NCSN++, whose resampling filters
-and extra input branch nothing here needs, is not built.
+One network, for they differ in details: where the time shifts a block (DDPM++) or scales and shifts it (ADM), heads of
+the whole width or of 64 channels, sums scaled by sqrt(1/2) or not, and how they start. NCSN++ is DDPM++ with waves of random
+frequencies, kept with the weights, for the time; with a filter of four taps wherever the side changes; and with the image
+itself, halved and convolved from level to level, added to what each level of the encoder begins with.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from cmt_kernels.dual import add, concatenate, linear_map, multiply, value
 from torch import Tensor, nn
 
 from cmt_fast.models.layers import Conv, GroupNorm, Linear, TimeEmbedder, in_fp32
-from cmt_fast.models.unet import Place, pack_heads, plan, resample, unpack_heads, walk
+from cmt_fast.models.unet import Place, halved, pack_heads, plan, resample, unpack_heads, walk
 
-_SONG = {"adm": False, "width": 128, "blocks": 4, "attention": (16,), "augment": 9}
+_SONG = {"adm": False, "width": 128, "blocks": 4, "attention": (16,), "augment": 9, "ncsnpp": False}
+TAPS = (1, 3, 3, 1)  # of NCSN++'s filters
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": _SONG | {"multipliers": (2, 2, 2), "dropout": 0.13},
     "ffhq64": _SONG | {"multipliers": (1, 2, 2, 2), "dropout": 0.05},
     "afhqv2-64": _SONG | {"multipliers": (1, 2, 2, 2), "dropout": 0.25},
+    "cifar10-ncsnpp": _SONG | {"multipliers": (2, 2, 2), "dropout": 0.13, "ncsnpp": True},
+    "ffhq64-ncsnpp": _SONG | {"multipliers": (1, 2, 2, 2), "dropout": 0.05, "ncsnpp": True},
+    "afhqv2-64-ncsnpp": _SONG | {"multipliers": (1, 2, 2, 2), "dropout": 0.25, "ncsnpp": True},
     "imagenet64": {
         "adm": True,
         "width": 192,
@@ -32,6 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blocks": 3,
         "attention": (32, 16, 8),
         "augment": 0,
+        "ncsnpp": False,
         "dropout": 0.1,
     },
 }
@@ -45,6 +51,13 @@ def start(layer: nn.Module, adm: bool, gain: float = 1.0) -> None:
     nn.init.xavier_uniform_(layer.weight, gain)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def _frequencies(n: int, adm: bool, random: bool) -> Tensor:
+    """(n,) of a time's waves: from 1 down to 1/10000, or random, 16 N(0, 1) turns (of 2 pi) a unit of time."""
+    if random:
+        return 16 * torch.randn(n)
+    return (1 / 10000) ** (torch.arange(n, dtype=torch.float32) / (n - (0 if adm else 1)))
 
 
 class LabelLayer(nn.Module):
@@ -69,8 +82,10 @@ class LabelLayer(nn.Module):
 class Block(nn.Module):
     """x: (B, C, H, W), emb: (B, D), seeds: (B, 2) | None -> (B, C', H', W'): a residual branch, then attention."""
 
-    def __init__(self, place: Place, emb: int, adm: bool, drop: float) -> None:
+    def __init__(self, place: Place, emb: int, adm: bool, drop: float, taps: tuple[int, ...] = (1, 1)) -> None:
+        """taps: of the filter that changes the side."""
         super().__init__()
+        self.taps = taps
         c_in, c, eps = place.inputs, place.outputs, 1e-5 if adm else 1e-6
         self.resample, self.p, self.adm = place.resample, drop, adm
         self.scale = 1.0 if adm else math.sqrt(0.5)
@@ -90,7 +105,7 @@ class Block(nn.Module):
                 start(layer, adm, gain)
 
     def forward(self, x: Tensor | Dual, emb: Tensor | Dual, seeds: Tensor | None) -> Tensor | Dual:
-        y = self.conv1(resample(silu(self.norm1(x)), self.resample))
+        y = self.conv1(resample(silu(self.norm1(x)), self.resample, self.taps))
         params = linear_map(lambda p: p[:, :, None, None].to(value(y).dtype), self.affine(emb))
         if self.adm:
             scale, shift = (linear_map(lambda p, i=i: p.chunk(2, dim=1)[i], params) for i in (0, 1))
@@ -100,7 +115,7 @@ class Block(nn.Module):
         y = silu(y)
         if seeds is not None and self.p:
             y = dropout(y, seeds, self.p)
-        x = resample(x, self.resample)
+        x = resample(x, self.resample, self.taps)
         x = self._sum(self.conv2(y), x if self.skip is None else self.skip(x))
         if self.heads:
             qkv = pack_heads(self.qkv(self.norm3(x)), self.heads)
@@ -112,11 +127,27 @@ class Block(nn.Module):
         return total if self.scale == 1 else linear_map(lambda y: y * self.scale, total)
 
 
+class Pyramid(nn.Module):
+    """image: (B, C, H, W) -> (B, E, H/2, W/2): convolved over two pixels more than it has, then filtered and halved.
+
+    NCSN++'s way down for the image. EDM adds the bias last; the filter, whose taps sum to 1, leaves it as it is.
+    """
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv = Conv(c_in, c_out, 3)
+        start(self.conv, adm=False)
+
+    def forward(self, image: Tensor | Dual) -> Tensor | Dual:
+        wide = self.conv(linear_map(lambda y: F.pad(y, (1, 1, 1, 1)), image))
+        return linear_map(lambda y: halved(y, TAPS, 0), wide)
+
+
 class Edm(nn.Module):
     """F(x, t, r, labels): x (B, C, H, W), t, r (B,) -> (B, C, H, W); t is c_noise under a Denoiser.
 
-    two_times adds an embedding of t - r (an average velocity); otherwise r is not read. Classes 0: unconditional.
-    seeds: (B, dropouts, 2) draws the dropout of a training step; None: no dropout.
+    ncsnpp: NCSN++ in the place of DDPM++. two_times adds an embedding of t - r (an average velocity); otherwise r is not read.
+    Classes 0: unconditional. seeds: (B, dropouts, 2) draws the dropout of a training step; None: no dropout.
     """
 
     def __init__(
@@ -130,6 +161,7 @@ class Edm(nn.Module):
         multipliers: tuple[int, ...],
         blocks: int,
         attention: tuple[int, ...],
+        ncsnpp: bool = False,
         augment: int = 0,
         dropout: float = 0.0,
         two_times: bool = False,
@@ -144,15 +176,20 @@ class Edm(nn.Module):
         encoder, decoder = plan(side, first, widths, blocks, lambda s: s in attention, sparse=not adm)
         self.adm, self.classes, self.checkpoint_activations = adm, classes, checkpoint_activations
         self.dropouts = len(encoder + decoder) if dropout else 0
-        steps = torch.arange(width // 2, dtype=torch.float32) / (width // 2 - (0 if adm else 1))
-        self.register_buffer("frequency", (1 / 10000) ** steps, persistent=False)
-        self.augment = Linear(augment, width, bias=False, zero=adm) if augment else None
-        self.layer1, self.layer2 = Linear(width, emb), Linear(emb, emb)
+        waves = 2 * width if ncsnpp else width
+        self.ncsnpp = ncsnpp
+        self.register_buffer("frequency", _frequencies(waves // 2, adm, ncsnpp), persistent=ncsnpp)
+        self.augment = Linear(augment, waves, bias=False, zero=adm) if augment else None
+        self.layer1, self.layer2 = Linear(waves, emb), Linear(emb, emb)
         self.duration = TimeEmbedder(emb) if two_times else None
-        self.label = LabelLayer(classes, emb if adm else width, adm) if classes else None
+        self.label = LabelLayer(classes, emb if adm else waves, adm) if classes else None
         self.conv = Conv(channels, first, 3)
-        make = lambda places: nn.ModuleDict({p.name: Block(p, emb, adm, dropout) for p in places})
+        taps = TAPS if ncsnpp else (1, 1)
+        make = lambda places: nn.ModuleDict({p.name: Block(p, emb, adm, dropout, taps) for p in places})
         self.encoder, self.decoder = make(encoder), make(decoder)
+        down = [p for p in encoder if p.resample == "halve"] if ncsnpp else []
+        seen = (channels, *(p.outputs for p in down))
+        self.pyramid = nn.ModuleDict({p.name: Pyramid(c, p.outputs) for p, c in zip(down, seen)}) if down else None
         self.out_norm, self.out = GroupNorm(widths[0], 1e-5 if adm else 1e-6), Conv(widths[0], channels, 3)
         for layer, gain in ((self.layer1, 1.0), (self.layer2, 1.0), (self.conv, 1.0), (self.out, 0.0 if adm else 1e-5)):
             start(layer, adm, gain)
@@ -169,7 +206,17 @@ class Edm(nn.Module):
     ) -> Tensor | Dual:
         """augment: (B, n) labels of a data augmentation, None for rows as they are; everything else as the class says."""
         emb = self._embed(t, r, labels, drop, augment)
-        y = walk(self.conv(x), emb, self.encoder, self.decoder, concatenate, seeds, self.checkpoint_activations)
+        image = x
+
+        def with_image(name: str, y: Tensor | Dual) -> Tensor | Dual:
+            nonlocal image
+            if self.pyramid is not None and name in self.pyramid:
+                y = image = linear_map(lambda z: z * math.sqrt(0.5), add(y, self.pyramid[name](image)))
+            return y
+
+        after = with_image if self.pyramid is not None else None
+        join, again = concatenate, self.checkpoint_activations
+        y = walk(self.conv(x), emb, self.encoder, self.decoder, join, seeds, again, after)
         return self.out(silu(self.out_norm(y)))
 
     def _embed(
@@ -186,7 +233,7 @@ class Edm(nn.Module):
             if self.label is not None:
                 null = torch.full_like(value(t), self.classes, dtype=torch.int64)
                 label = self.label(null if labels is None else labels, drop)
-            emb = fourier_embedding(t, self.frequency)
+            emb = fourier_embedding(t, 2 * math.pi * self.frequency if self.ncsnpp else self.frequency)
             if not self.adm:
                 emb = linear_map(lambda y: y.roll(y.shape[1] // 2, dims=1), emb)
                 emb = emb if label is None else add(emb, label)

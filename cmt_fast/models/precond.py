@@ -2,7 +2,8 @@
 
 `net(x, t, r, labels, drop, seeds)` is D(x, t) on VE (a denoiser, and the consistency function of the student)
 and u(x, r, t) on linear flow (a velocity at r = t, an average velocity at r < t). Networks with dropout apply it when
-they are given seeds, which only training does: two calls with the same seeds drop the same activations.
+they are given seeds, which only training does: two calls with the same seeds drop the same activations. `augment=` tells a
+network that knows it what was done to its images, by name, and in training alone.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ class Denoiser(nn.Module):
         drop: Tensor | None = None,
         seeds: Tensor | None = None,
         uncertainty: bool = False,
+        *,
+        augment: Tensor | None = None,
     ) -> Tensor | Dual | tuple[Tensor | Dual, Tensor]:
         """x: (B, ...), t: (B,) > 0; r is not read; seeds: (B, dropouts, 2) of a training step -> (B, ...) in the dtype of x.
+
+        augment: (B, n) labels of what was done to the rows, for a network that knows them; None where nothing was, as always
+        outside of training.
 
         A plain argument is a constant. With `uncertainty` also the network's log variance u(t) (B,), which has no tangent: EDM2's
         networks have one, others by `model.log_variance`.
@@ -49,7 +55,7 @@ class Denoiser(nn.Module):
         if isinstance(x, Dual) or isinstance(t, Dual):
             rate = torch.reciprocal(4 * head(t, rows(x, t)))
             scaled, c_noise = _inputs(x, t, self.sigma_data, scaled, c_noise, rate)
-        f = self._network(scaled, c_noise, labels, drop, seeds)
+        f = self._network(scaled, c_noise, labels, drop, seeds, augment)
         d = column(c_skip, x_v) * x_v + column(c_out, x_v) * value(f).to(x_v.dtype)
         out = Dual(d, self._tangent(x, t, f)) if isinstance(f, Dual) else d
         return (out, self.net.log_variance(value(c_noise))) if uncertainty else out
@@ -65,8 +71,9 @@ class Denoiser(nn.Module):
         """F of the scaled input x_in = c_in x, in the network's own dtype: what a fused solver step takes."""
         return self._network(x_in, t.log() / 4, labels, drop, None)
 
-    def _network(self, scaled, c_noise, labels: Tensor | None, drop: Tensor | None, seeds: Tensor | None):
-        return self.net(scaled, c_noise, None, labels, drop, *([] if seeds is None else [seeds]))
+    def _network(self, scaled, c_noise, labels, drop, seeds, augment: Tensor | None = None):
+        told = {} if augment is None else {"augment": augment}
+        return self.net(scaled, c_noise, None, labels, drop, *([] if seeds is None else [seeds]), **told)
 
     @torch.no_grad()
     def _tangent(self, x: Tensor | Dual, t: Tensor | Dual, f: Dual) -> Tensor:
@@ -185,14 +192,18 @@ class AverageVelocity(nn.Module):
         seeds: Tensor | None = None,
         also: bool = False,
         guide: Tensor | None = None,
+        *,
+        augment: Tensor | None = None,
     ) -> Tensor | Dual | tuple[Tensor | Dual, Tensor]:
-        """x: (B, ...); t, r: (B,) in [0, 1]; seeds: (B, dropouts, 2) -> (B, ...), the value in fp32 or wider.
+        """x: (B, ...); t, r: (B,) in [0, 1]; seeds: (B, dropouts, 2); augment as of a Denoiser -> (B, ...), the value in fp32
+        or wider.
 
         guide: (B, 3), guidance scale and interval of each row, for a network that is told them (None: no guidance). also: with
         the velocity by its auxiliary head, (B, ...), which has no tangent.
         """
         more: dict[str, Any] = {"also": True} if also else {}
         more |= {} if guide is None else {"guide": guide}
+        more |= {} if augment is None else {"augment": augment}
         u = self.net(x, t, r, labels, drop, *([] if seeds is None else [seeds]), **more)
         wide = lambda y: y.float() if y.dtype in (torch.bfloat16, torch.float16) else y
         u, v = u if also else (u, None)

@@ -75,10 +75,12 @@ def walk(
     join: Callable,
     seeds: Tensor | None,
     checkpoint_activations: bool,
+    after: Callable | None = None,
 ) -> Tensor | Dual:
     """x: (B, C, H, W) after the first convolution, emb: (B, D) -> the last block's (B, C', H, W).
 
-    join(x, skip): how a decoder's block takes its skip. seeds: (B, blocks, 2) of the dropout in each block, or None.
+    join(x, skip): how a decoder's block takes its skip. after(name, x): what becomes of what an
+    encoder's block of this name gave. seeds: (B, blocks, 2) of the dropout in each block, or None.
     Where activations are not kept, each block runs again in the backward pass, with the same seeds.
     """
     skips, count = [x], 0
@@ -90,19 +92,41 @@ def walk(
         run = lambda x, emb: block(x, emb, own)
         return recomputed(run, x, emb) if checkpoint_activations and torch.is_grad_enabled() else run(x, emb)
 
-    for block in encoder.values():
+    for name, block in encoder.items():
         x = call(block, x)
+        x = after(name, x) if after else x
         skips.append(x)
     for name, block in decoder.items():
         x = call(block, join(x, skips.pop()) if "block" in name else x)
     return x
 
 
-def resample(x: Tensor | Dual, how: str) -> Tensor | Dual:
-    """(B, C, H, W): "keep", "halve" by means of 2 x 2 pixels, "double" by repeating pixels."""
+def resample(x: Tensor | Dual, how: str, taps: tuple[int, ...] = (1, 1)) -> Tensor | Dual:
+    """(B, C, H, W): "keep", "halve" by means of 2 x 2 pixels, "double" by repeating pixels.
+
+    taps: of an even filter that is wider than two pixels; "halve" and "double" then read zeros beyond the edges.
+    """
+    if len(taps) > 2 and how != "keep":
+        pad = len(taps) // 2 - 1
+        return linear_map(lambda y: (halved if how == "halve" else _doubled)(y, taps, pad), x)
     if how == "halve":
         return linear_map(lambda y: F.avg_pool2d(y, 2), x)
     return linear_map(lambda y: F.interpolate(y, scale_factor=2, mode="nearest"), x) if how == "double" else x
+
+
+def halved(x: Tensor, taps: tuple[int, ...], pad: int) -> Tensor:
+    """Every other one of the means of x (B, C, H, W) weighted by taps along both sides, beyond `pad` zeros around it."""
+    return F.conv2d(x, _filter(x, taps), stride=2, padding=pad, groups=x.shape[1])
+
+
+def _doubled(x: Tensor, taps: tuple[int, ...], pad: int) -> Tensor:
+    """x (B, C, H, W) spread by taps over twice the pixels a side: the transpose of `halved`, times 4."""
+    return F.conv_transpose2d(x, 4 * _filter(x, taps), stride=2, padding=pad, groups=x.shape[1])
+
+
+def _filter(x: Tensor, taps: tuple[int, ...]) -> Tensor:
+    f = torch.stack([x.new_full((), k) for k in taps])
+    return (f[:, None] * f / sum(taps) ** 2).expand(x.shape[1], 1, -1, -1)
 
 
 def pack_heads(qkv: Tensor | Dual, heads: int) -> Tensor | Dual:

@@ -13,7 +13,7 @@ are of that size, which Adam does not see, but `grad_clip_norm` does.
 The decrement of eta needs t_max < 1. Samplers begin at t = 1, published ones at t_max = 0.994: that much further the network is
 held by mid-training and its anchor alone, or extrapolates.
 
-Both jumps are computed in the stage's precision, and what 16 bits round off of y - y~ is not measured: the rule of `rounding` sorts
+Both jumps are computed in the stage's precision, and what 16 bits round off of y - y~ is not measured: `rounding` sorts
 rows one by one, which would break sets, and is that of ect and ecd alone. Small decrements are safer in tf32 or fp32.
 """
 

@@ -19,7 +19,10 @@ from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import networks
 
 TOKENS = 256  # of a dit on pixels: the patch is the smallest that leaves no more
-PRESETS = {32: ("cifar10",), 64: ("ffhq64", "afhqv2-64", "imagenet64")}  # of EDM's U-Nets, by the side of their images
+PRESETS = {  # of EDM's U-Nets, by the side of their images
+    32: ("cifar10", "cifar10-ncsnpp"),
+    64: ("ffhq64", "afhqv2-64", "ffhq64-ncsnpp", "afhqv2-64-ncsnpp", "imagenet64"),
+}
 WARM = 10  # an EMA looks back over at most 1 / WARM of its stage
 
 
@@ -122,8 +125,10 @@ def _model(tree: dict, run: Run, rows: Rows, changed: list[str]) -> None:
     if kind == "edm" and rows.pixels and side in PRESETS:
         fits = PRESETS[side]
         if model.get("preset", "cifar10") not in fits:
-            changed.append(f"model.preset: {fits[0]} in place of {model.get('preset')}, the U-Net for {side} pixels")
-            model["preset"] = fits[0]
+            preset = model.get("preset", "cifar10")
+            own = next((p for p in fits if p.endswith("-ncsnpp") == preset.endswith("-ncsnpp")), fits[0])
+            changed.append(f"model.preset: {own} in place of {preset}, the U-Net for {side} pixels")
+            model["preset"] = own
     elif kind == "edm" or (kind == "edm2" and side % 8):
         why = (
             "a U-Net of EDM has presets for 32 and 64 pixels"
@@ -135,6 +140,8 @@ def _model(tree: dict, run: Run, rows: Rows, changed: list[str]) -> None:
         tree["model"] = model = {"kind": "dit", "size": size, "patch": 2}
         changed.append(f"model: a dit of size {size} in place of {kind}; {why}, and rows are {of} of side {side}")
         for stage in _stages(tree).values():
+            if stage.pop("augment", None):
+                changed.append("augment is left out: a dit is not told what was done to its images")
             if stage["objective"].pop("uncertainty", None):
                 changed.append("objective.uncertainty is left out: a dit has it with model.log_variance=true")
     if model["kind"] == "dit":

@@ -8,8 +8,21 @@ from typing import Any
 
 import torch
 
+from cmt_fast import models
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.config.schema import STAGES, AlphaFlow, Drift, Imm, Lagrangian, Run, Semigroup, Shortcut, weighs
+from cmt_fast.config.schema import (
+    AUGMENTATIONS,
+    DIFFUSION,
+    STAGES,
+    AlphaFlow,
+    Drift,
+    Imm,
+    Lagrangian,
+    Run,
+    Semigroup,
+    Shortcut,
+    weighs,
+)
 from cmt_fast.diffusion import sampling
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
@@ -107,6 +120,8 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
             f"and this run's is a {run.model.kind} without"
         )
     _check_sets(resolved, classes)
+    if stage.augment:
+        _check_augment(resolved, shape)
     if stage.trajectories and points:
         _check_trajectories(resolved, shape, classes)
 
@@ -144,6 +159,32 @@ def _check_sets(resolved: ResolvedStage, classes: int) -> None:
             f"loader.kind: {run.loader.kind!r} puts no rows of a class together, which {name}.objective.by_class asks for; take "
             "torch, or by_class false"
         )
+
+
+def _check_augment(resolved: ResolvedStage, shape: tuple[int, ...]) -> None:
+    """Images of a diffusion model, whose network is told of all that is done to them: without it would leak into samples."""
+    run, key, stage, told = resolved.run, f"{resolved.name}.augment", resolved.config, models.told(resolved.run.model)
+    assert stage.augment is not None
+    if stage.objective.kind not in DIFFUSION:
+        valid = " and ".join(DIFFUSION)
+        raise ConfigError(
+            f"{key}: is for a diffusion model's images, and {resolved.name} trains {stage.objective.kind!r}; "
+            f"valid are stages of {valid}, set it to null here"
+        )
+    if len(shape) != 3:
+        raise ConfigError(f"{key}: needs images, the data has the shape {shape}; set it to null")
+    if not stage.augment.kinds:
+        raise ConfigError(
+            f"{key}: every kind is 0; give one of {', '.join(AUGMENTATIONS)} a number above 0, or set it to null"
+        )
+    if told != stage.augment.labels:
+        given = f"{stage.augment.labels} labels ({', '.join(stage.augment.kinds)})"
+        can = (
+            "take model.augment=" + str(stage.augment.labels)
+            if run.model.kind == "edm"
+            else "a model of kind edm can be told"
+        )
+        raise ConfigError(f"{key}: tells the network {given}, and this run's {run.model.kind} is told {told}; {can}")
 
 
 def _check_trajectories(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) -> None:

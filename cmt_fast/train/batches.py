@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import CmtCm, Feed
-from cmt_fast.data import trajectory_store
+from cmt_fast.data import augment, trajectory_store
 from cmt_fast.data.classes import drawn
 from cmt_fast.data.loaders import loader
 from cmt_fast.data.order import Loader
@@ -44,7 +44,8 @@ class Drawn(NamedTuple):
     """One part of a step, as tensors: what the objective drew, its rows' seeds of dropout, and the same of the anchor.
 
     wide: how many of the objective's rows, the first ones, are computed in fp32 whatever the stage's precision is; as a name,
-    which is what graphs of the step are told apart by.
+    which is what graphs of the step are told apart by. told: labels (B, n) of what was done to the objective's images, None where
+    nothing is.
     """
 
     own: Any
@@ -52,6 +53,7 @@ class Drawn(NamedTuple):
     anchored: Any = None
     anchored_seeds: Tensor | None = None
     wide: str = "0"
+    told: Tensor | None = None
 
 
 class BatchProvider:
@@ -180,15 +182,16 @@ class BatchProvider:
         if self.rounding:
             given, wide = self.rounding.sorted(given, random, world.progress)
             rows = given.sample
+        given, told = self._augmented(given, random) if isinstance(given, Batch) else (given, None)
         own = OBJECTIVES[self.stage.objective.kind].draw(given, self.stage.objective, world)
         seeds = self._seeds(random, rows)
         anchor = self.stage.anchor
         if anchor is None:
-            return Drawn(own, seeds, wide=str(wide))
+            return Drawn(own, seeds, wide=str(wide), told=told)
         rows = self.mine(part, self.anchored)
         points = self._points(random, step, rows, rows + self.own)
         anchored = OBJECTIVES[anchor.objective.kind].draw(points, anchor.objective, world)
-        return Drawn(own, seeds, anchored, self._seeds(random, rows + self.own), str(wide))
+        return Drawn(own, seeds, anchored, self._seeds(random, rows + self.own), str(wide), told)
 
     def redraw(self, step: int) -> int:
         """The number of the draw of noise that a step belongs to: 0 until a stage was rolled back."""
@@ -197,13 +200,14 @@ class BatchProvider:
     def loss_of(self, engine: Engine, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of what was drawn, as of `loss`: the same work at every step."""
         world = self.context
-        own, net = self.stage.objective, _dropping(split(engine, engine.wide, int(drawn.wide)), drawn.seeds)
+        net = _bound(split(engine, engine.wide, int(drawn.wide)), drawn.seeds, drawn.told)
+        own = self.stage.objective
         loss, scalars = OBJECTIVES[own.kind].loss(net, drawn.own, own, world)
         scalars = {k: v.mean() for k, v in scalars.items()}
         anchor = self.stage.anchor
         if anchor is None:
             return loss.mean(), scalars
-        net = _dropping(engine, drawn.anchored_seeds)
+        net = _bound(engine, drawn.anchored_seeds)
         held, _ = OBJECTIVES[anchor.objective.kind].loss(net, drawn.anchored, anchor.objective, world)
         scalars |= {"post_loss": loss.detach().mean(), "anchor_loss": held.detach().mean()}
         share = self.anchored / self.stage.batch
@@ -235,6 +239,15 @@ class BatchProvider:
             labels = labels.masked_fill(drop, self.data.classes)
         return Batch(x_0, labels, rows, drop)
 
+    def _augmented(self, batch: Batch, random: rng.Random) -> tuple[Batch, Tensor | None]:
+        """Images that something was done to, and the labels that tell the network of it."""
+        config = self.stage.augment
+        if config is None:
+            return batch, None
+        changes = augment.draw(random, batch.sample, config)
+        told = augment.labels(changes, config, tuple(batch.x_0.shape[1:]))
+        return batch._replace(x_0=augment.apply(batch.x_0, changes, config)), told
+
     def _points(self, random: rng.Random, step: int, rows: Tensor, sample: Tensor):
         assert self.pool is not None
         with self._within("teacher"):
@@ -264,10 +277,16 @@ def provider(
     return BatchProvider(stage, engine, data, work.device, network, lambda: work.judging.space, meter, found)
 
 
-def _dropping(engine: Callable, seeds: Tensor | None) -> Callable:
-    """The engine; with seeds (B, dropouts, 2) of these rows for its dropout: every call of a step drops the same."""
-    if seeds is None:
+def _bound(engine: Callable, seeds: Tensor | None, told: Tensor | None = None) -> Callable:
+    """The engine with what these rows bring to every call of a step: seeds (B, dropouts, 2), so that all drop the same, and
+    what the network is told (B, n) of an augmentation, by name.
+    """
+    if seeds is None and told is None:
         return engine
-    return lambda x, t, r=None, labels=None, drop=None, _=None, *more: engine(
-        x, t, r, labels, drop, seeds[: len(dual.value(x))], *more
-    )
+
+    def net(x, t, r=None, labels=None, drop=None, _=None, *more):
+        n = len(dual.value(x))
+        named = {} if told is None else {"augment": told[:n]}
+        return engine(x, t, r, labels, drop, None if seeds is None else seeds[:n], *more, **named)
+
+    return net

@@ -41,20 +41,20 @@ class Probe:
         self.net = engine.net if self.own else engine.copy().requires_grad_(True).train(engine.net.training)
         self.ops = engine._ops if self.own else contextlib.nullcontext
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """The forward in the stage's precision."""
-        return self.eager(*args)
+        return self.eager(*args, **named)
 
-    def wide(self, *args: Any) -> Any:
+    def wide(self, *args: Any, **named: Any) -> Any:
         """The forward in fp32."""
-        return self.eager(*args, wide=True)
+        return self.eager(*args, wide=True, **named)
 
-    def eager(self, *args: Any, wide: bool = False) -> Any:
+    def eager(self, *args: Any, wide: bool = False, **named: Any) -> Any:
         """As of an engine."""
         if self.own:
-            return self.engine.eager(*args, wide=wide)
+            return self.engine.eager(*args, wide=wide, **named)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.products == "bf16" and not wide):
-            return self.net(*args)
+            return self.net(*args, **named)
 
     def backward(self, loss: Tensor) -> None:
         """The gradient, for its hooks alone."""

@@ -16,8 +16,11 @@ DIGESTS = {
     "cifar10": "9ef4c61c4737ed9e",
     "imagenet512-dit": "89aadb96079244e1",
 }
-# settings as they were there, of a recipe that has others: its clips are of the mean over a row's numbers
-SINCE = {"imagenet512-dit": [f"{stage}.grad_clip_norm=1" for stage in ("pre", "mid", "post")]}
+# settings as they were there, of recipes that have others: clips are of the mean over a row's numbers, and none was augmented
+SINCE = {
+    "imagenet512-dit": [f"{stage}.grad_clip_norm=1" for stage in ("pre", "mid", "post")],
+    "cifar10": ["pre.augment=null"],
+}
 
 
 @pytest.mark.parametrize(

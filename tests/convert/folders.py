@@ -29,6 +29,7 @@ DIT = {"kind": "dit", "width": 16, "depth": 2, "heads": 2}
 LIGHTNING = {"embeddings": "dit", "mlp": "swiglu", "norm": "rms", "rope": True, "qk_norm": True}
 MLP = {"kind": "mlp", "width": 16, "depth": 2}
 EDM = {"kind": "edm", "width": 16, "multipliers": [1, 2], "blocks": 1, "attention": [4]}
+NCSNPP = {**EDM, "preset": "cifar10-ncsnpp"}
 ADM = {**EDM, "preset": "imagenet64", "width": 64}
 N, SEED = 5, 3  # of the samples that are compared
 
@@ -60,6 +61,7 @@ CASES = {
     "edm2-unlabelled": Case({**small.EDM2, "conditional": False}, "ve", "pre", (2,), {"solver": "heun"}),
     "edm": Case(EDM),
     "edm-flow": Case(EDM, "linear", "pre", (2,)),
+    "ncsnpp": Case(NCSNPP, "linear", "post", (1,)),
     "adm": Case(ADM, "ve", "pre", (2,), {"solver": "euler"}),
 }
 

@@ -45,7 +45,8 @@ def weights(case: dict) -> dict[str, Tensor]:
         if name == "pos_embed":
             out[name] = positions(math.isqrt(shape[1]), shape[2], columns_first=True)[None]
         elif name.endswith("resample_filter"):
-            out[name] = torch.full(shape, 0.25)
+            taps = torch.tensor([1.0, 1.0] if shape[-1] == 2 else [1.0, 3.0, 3.0, 1.0])
+            out[name] = (taps[:, None] * taps / taps.sum() ** 2).expand(shape).clone()
         else:
             out[name] = fill(name, shape)
     return out
@@ -60,8 +61,9 @@ def loaded(case: dict) -> torch.nn.Module:
 
 def outputs(net: torch.nn.Module, case: dict) -> Tensor:
     t, r = torch.tensor(case["t"]), torch.tensor(case["r"])
+    told = {"augment": torch.tensor(case["augment"])} if "augment" in case else {}
     with torch.no_grad():
-        return net(fill("input", case["x"]), t, r, torch.tensor(case["labels"])).flatten()[:: case["every"]]
+        return net(fill("input", case["x"]), t, r, torch.tensor(case["labels"]), **told).flatten()[:: case["every"]]
 
 
 def relative(y: Tensor, exact: Tensor) -> float:
@@ -90,9 +92,11 @@ def test_what_would_not_be_the_same_network_is_refused():
     case = next(c for c in CASES if c["family"] == "sit")
     with pytest.raises(ValueError, match="pos_embed"):
         names.sit(weights(case) | {"pos_embed": torch.zeros(case["tensors"]["pos_embed"])})
-    case = next(c for c in CASES if c["family"] == "edm")
-    with pytest.raises(ValueError, match=r"NCSN\+\+"):
-        names.edm(weights(case) | {"model.enc.8x8_down.conv0.resample_filter": torch.zeros(1, 1, 4, 4)})
+    plain, ncsnpp = (weights(next(c for c in CASES if c["id"] == name)) for name in ("ddpmpp", "ncsnpp"))
+    for theirs, others, taps in ((plain, ncsnpp, "1, 1"), (ncsnpp, plain, "1, 3, 3, 1")):
+        (name,) = {n for n in theirs if n.endswith("filter")} & {n for n in others if ".dec.8x8_up.conv0.resample" in n}
+        with pytest.raises(ValueError, match=f"{name}.*{taps} along both sides"):
+            names.edm(theirs | {name: others[name]})
 
 
 # model, shape, classes, millions of parameters
@@ -105,6 +109,7 @@ PUBLISHED = {
     "EDM2-XXL": (Edm2(size="XXL"), (4, 64, 64), 1000, 1523),
     "EDM CIFAR-10": (Edm(), (3, 32, 32), 0, 55.7),
     "EDM FFHQ-64": (Edm(preset="ffhq64"), (3, 64, 64), 0, 61.8),
+    "EDM CIFAR-10, NCSN++": (Edm(preset="cifar10-ncsnpp"), (3, 32, 32), 0, 56.4),
     "ADM ImageNet-64": (Edm(preset="imagenet64"), (3, 64, 64), 1000, 296),
     "DiT-S/2": (Dit(size="S", embeddings="dit"), (4, 32, 32), 1000, 33),
     "DiT-B/2": (Dit(size="B", embeddings="dit"), (4, 32, 32), 1000, 130),

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "denoise in two parts": ("digits", "pre", ["pre.micro_batch=16"]),
     "denoise in the plane": ("gmm", "pre", []),
     "denoise weighed, dropout": ("digits", "pre", [UNETS["edm2"], "pre.objective={kind: denoise, uncertainty: true}"]),
+    "denoise, augmented, dropout": ("digits", "pre", [UNETS["edm"], "pre.augment={p: 0.5}"]),
     "denoise, blocks again": ("digits", "pre", ["model.checkpoint_activations=true", "model.depth=2"]),
     "flow": ("digits-mf", "pre", ["pre.label_dropout=0.2"]),
     "cmt_cm": ("digits", "mid", []),

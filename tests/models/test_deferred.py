@@ -18,6 +18,7 @@ NETWORKS = {
     "sit": (Dit(width=32, depth=2, heads=2, embeddings="dit", rope=True, norm="rms", mlp="swiglu"), "linear", PICTURES),
     "edm2": (Edm2(width=16, multipliers=(1, 2), blocks=1, attention=(4,), head=8), "linear", PICTURES),
     "edm": (Edm(preset="cifar10", width=16, blocks=1), "ve", PICTURES),
+    "ncsnpp": (Edm(preset="cifar10-ncsnpp", width=16, blocks=1), "linear", PICTURES),
     "adm": (Edm(preset="imagenet64", width=64, blocks=1), "linear", PICTURES),
     "mlp": (Mlp(width=16, depth=2), "linear", POINTS),
 }

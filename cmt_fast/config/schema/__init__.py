@@ -29,8 +29,10 @@ from cmt_fast.config.schema.objective import (
 )
 from cmt_fast.config.schema.run import Dali, Eval, Features, Feed, Run, SamplerConfig, Torch
 from cmt_fast.config.schema.stage import (
+    AUGMENTATIONS,
     STAGES,
     Anchor,
+    Augment,
     Autoguidance,
     ConstantEma,
     Ema,

@@ -76,14 +76,16 @@ class Edm2:
 
 @schema
 class Edm:
-    """EDM's U-Nets by data set: DDPM++ (cifar10, ffhq64, afhqv2-64) or ADM (imagenet64).
+    """EDM's U-Nets by data set: DDPM++ (cifar10, ffhq64, afhqv2-64), NCSN++ (the same, -ncsnpp) or ADM (imagenet64).
 
-    What is not given is the preset's. `augment`: labels of an augmentation that the published networks were trained with;
-    they are 0 here, and their weights are kept. `log_variance` as in a dit. Otherwise as in an edm2.
+    What is not given is the preset's. `augment`: labels of an augmentation that the published networks were trained with: a
+    stage that has it (`augment`) tells them, everywhere else they are 0. `log_variance` as in a dit. Otherwise as in an edm2.
     """
 
     kind: Literal["edm"] = "edm"
-    preset: Literal["cifar10", "ffhq64", "afhqv2-64", "imagenet64"] = "cifar10"
+    preset: Literal[
+        "cifar10", "ffhq64", "afhqv2-64", "cifar10-ncsnpp", "ffhq64-ncsnpp", "afhqv2-64-ncsnpp", "imagenet64"
+    ] = "cifar10"
     conditional: bool = True
     width: Count | None = None
     multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None

@@ -10,6 +10,10 @@ from cmt_fast.config.schema.numbers import Count, Fraction, Natural, NotNegative
 from cmt_fast.config.schema.objective import CmtCm, CmtMf, Drift, Ecd, Ect, Objective
 
 STAGES = ("pre", "mid", "post", "control")
+# kinds of EDM's augmentation, in its order, and how many labels tell the network of each
+AUGMENTATIONS = {
+    "xflip": 1, "yflip": 1, "rotate_int": 2, "translate_int": 2, "scale": 1, "rotate_frac": 2, "aniso": 2, "translate_frac": 2,
+}  # fmt: skip
 
 
 @schema
@@ -103,6 +107,44 @@ class Perceptual:
 
 
 @schema
+class Augment:
+    """EDM's augmentation of pre-training's images, told to the network by labels (Karras et al. 2022, appendix F.2).
+
+    p: the probability of each kind; a kind's own number multiplies it: 0 is off, beyond 1/p is always. As published: x-flips
+    always drawn (half of the images are mirrored), y-flips, scale, rotation, stretch (aniso) and fractional shifts. Quarter turns
+    and whole shifts are in EDM's pipe too, and off there. The magnitudes: standard deviations of log2 scale and of log2 stretch,
+    of a shift in image sizes; the largest whole shift in image sizes; of rotation, 1 is the full circle; the probability that a
+    stretch is along a random axis.
+    """
+
+    p: Fraction = 0.12
+    xflip: NotNegative = 1e8
+    yflip: NotNegative = 1.0
+    rotate_int: NotNegative = 0.0
+    translate_int: NotNegative = 0.0
+    scale: NotNegative = 1.0
+    rotate_frac: NotNegative = 1.0
+    aniso: NotNegative = 1.0
+    translate_frac: NotNegative = 1.0
+    translate_int_max: Positive = 0.125
+    scale_std: Positive = 0.2
+    rotate_frac_max: Positive = 1.0
+    aniso_std: Positive = 0.2
+    aniso_rotate_prob: Fraction = 0.5
+    translate_frac_std: Positive = 0.125
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that are on, in EDM's order."""
+        return tuple(kind for kind in AUGMENTATIONS if getattr(self, kind) > 0)
+
+    @property
+    def labels(self) -> int:
+        """Numbers that the network is told: 9 as published."""
+        return sum(AUGMENTATIONS[kind] for kind in self.kinds)
+
+
+@schema
 class Stage:
     """One stage of training, as data. Lengths are in student images.
 
@@ -114,6 +156,7 @@ class Stage:
     `cuda_graph`: forward, loss and backward of a step recorded once and replayed on a GPU: auto where it can be, true (or an
     error says why not), false.
     `checkpoint_every_s`: seconds after which a checkpoint is written, beside those by images.
+    `augment`: of a diffusion model's images, by a network that is told by labels (`model.augment`).
     `micro_batch`: rows of one forward and backward of one process; a step makes as many as its batch needs (default: one).
     """
 
@@ -129,6 +172,7 @@ class Stage:
     anchor: Anchor | None = None
     teacher_guidance: float = 1.0
     label_dropout: Fraction = 0.0
+    augment: Augment | None = None
     lr: Positive = 1e-3
     lr_schedule: Literal["constant", "linear", "inverse_sqrt"] = "linear"
     lr_knee_nimg: Natural = 0

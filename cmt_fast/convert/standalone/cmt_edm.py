@@ -1,4 +1,4 @@
-"""EDM's U-Nets as CMT-Fast trains them, for inference in plain torch: DDPM++ and ADM (Karras et al. 2022).
+"""EDM's U-Nets as CMT-Fast trains them, for inference in plain torch: DDPM++, NCSN++ and ADM (Karras et al. 2022).
 
 F(x, t, r, labels) is the raw network: `pipeline.py` beside it scales its input and reads its output. Convolutions and
 attention are computed in the dtype of the weights; times and labels are embedded in float32.
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+
+TAPS = (1, 3, 3, 1)  # of NCSN++'s filters
 
 
 class InFloat32(nn.Module):
@@ -106,22 +108,36 @@ def plan(side: int, first: int, widths: list, blocks: int, attended: list, spars
     return encoder, decoder
 
 
-def walk(x: Tensor, emb: Tensor, encoder: nn.ModuleDict, decoder: nn.ModuleDict, join) -> Tensor:
-    """Through all blocks; the encoder remembers what each gave, and join(x, skip) gives it back to the decoder, last first."""
+def walk(x: Tensor, emb: Tensor, encoder: nn.ModuleDict, decoder: nn.ModuleDict, join, after) -> Tensor:
+    """Through all blocks; the encoder remembers what each gave, and join(x, skip) gives it back to the decoder, last first.
+
+    after(name, x): what becomes of what the encoder's block of this name gave.
+    """
     skips = [x]
-    for block in encoder.values():
-        x = block(x, emb)
+    for name, block in encoder.items():
+        x = after(name, block(x, emb))
         skips.append(x)
     for name, block in decoder.items():
         x = block(join(x, skips.pop()) if "block" in name else x, emb)
     return x
 
 
-def resample(x: Tensor, how: str) -> Tensor:
-    """(B, C, H, W): "keep", "halve" by means of 2 x 2 pixels, "double" by repeating pixels."""
+def resample(x: Tensor, how: str, taps: tuple = (1, 1)) -> Tensor:
+    """(B, C, H, W): "keep", "halve" by means of 2 x 2 pixels, "double" by repeating pixels; or both by an even filter's taps."""
+    if len(taps) > 2 and how != "keep":
+        pad, f = len(taps) // 2 - 1, weights_of(x, taps)
+        if how == "halve":
+            return F.conv2d(x, f, stride=2, padding=pad, groups=x.shape[1])
+        return F.conv_transpose2d(x, 4 * f, stride=2, padding=pad, groups=x.shape[1])
     if how == "halve":
         return F.avg_pool2d(x, 2)
     return F.interpolate(x, scale_factor=2, mode="nearest") if how == "double" else x
+
+
+def weights_of(x: Tensor, taps: tuple) -> Tensor:
+    """A filter's taps along both sides, their sum 1, for each channel of x: (C, 1, n, n)."""
+    f = torch.stack([x.new_full((), k) for k in taps])
+    return (f[:, None] * f / sum(taps) ** 2).expand(x.shape[1], 1, -1, -1)
 
 
 def pack_heads(qkv: Tensor, heads: int) -> Tensor:
@@ -212,8 +228,9 @@ def conv(c_in: int, c_out: int, kernel: int) -> nn.Conv2d:
 class EdmBlock(nn.Module):
     """x: (B, C, H, W), emb: (B, D) -> (B, C', H', W'): a residual branch, then attention."""
 
-    def __init__(self, place: Place, emb: int, adm: bool) -> None:
+    def __init__(self, place: Place, emb: int, adm: bool, taps: tuple) -> None:
         super().__init__()
+        self.taps = taps
         c_in, c, eps = place.inputs, place.outputs, 1e-5 if adm else 1e-6
         self.resample, self.adm, self.scale = place.resample, adm, 1.0 if adm else math.sqrt(0.5)
         self.heads = (c // 64 if adm else 1) if place.attention else 0
@@ -227,14 +244,14 @@ class EdmBlock(nn.Module):
         self.proj = conv(c, c, 1) if self.heads else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        y = self.conv1(resample(F.silu(self.norm1(x)), self.resample))
+        y = self.conv1(resample(F.silu(self.norm1(x)), self.resample, self.taps))
         params = self.affine(emb)[:, :, None, None]
         if self.adm:
             scale, shift = params.chunk(2, dim=1)
             y = self.norm2(y) * (scale + 1) + shift
         else:
             y = self.norm2(y + params)
-        x = resample(x, self.resample)
+        x = resample(x, self.resample, self.taps)
         x = self._sum(self.conv2(F.silu(y)), x if self.skip is None else self.skip(x))
         if self.heads:
             qkv = pack_heads(self.qkv(self.norm3(x)), self.heads)
@@ -245,8 +262,31 @@ class EdmBlock(nn.Module):
         return a + b if self.scale == 1 else (a + b) * self.scale
 
 
+class Waves(InFloat32):
+    """t: (B,) -> (B, 2 n): cosines and sines of NCSN++'s random frequencies, in turns."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.register_buffer("frequency", torch.zeros(n))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return fourier(t, 2 * math.pi * self.frequency)
+
+
+class Pyramid(nn.Module):
+    """image: (B, C, H, W) -> (B, E, H/2, W/2): convolved over two pixels more than it has, then filtered and halved."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv = conv(c_in, c_out, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        wide = self.conv(F.pad(image, (1, 1, 1, 1)))
+        return F.conv2d(wide, weights_of(wide, TAPS), stride=2, groups=wide.shape[1])
+
+
 class CmtEdm(Network):
-    """EDM's U-Nets (Karras et al. 2022), DDPM++ or ADM: x (B, C, H, W), t, r (B,), labels (B,) -> (B, C, H, W).
+    """EDM's U-Nets (Karras et al. 2022), DDPM++, NCSN++ or ADM: x (B, C, H, W), t, r (B,), labels (B,) -> (B, C, H, W).
 
     two_times adds an embedding of t - r. classes 0: labels are not read.
     """
@@ -263,28 +303,43 @@ class CmtEdm(Network):
         blocks: int,
         attention: list[int],
         two_times: bool = False,
+        ncsnpp: bool = False,
     ) -> None:
         """Many parameters: the hyperparameters as they are published."""
         super().__init__()
         widths = [width * m for m in multipliers]
         first, emb, eps = widths[0] if adm else width, 4 * width, 1e-5 if adm else 1e-6
         encoder, decoder = plan(side, first, widths, blocks, attention, sparse=not adm)
-        self.adm, self.classes, self.width = adm, classes, width
-        self.layer1, self.layer2 = ExactLinear(width, emb), ExactLinear(emb, emb)
+        waves = 2 * width if ncsnpp else width
+        self.adm, self.classes, self.waves = adm, classes, waves
+        self.noise = Waves(width) if ncsnpp else None
+        self.layer1, self.layer2 = ExactLinear(waves, emb), ExactLinear(emb, emb)
         self.duration = TimeEmbedder(emb) if two_times else None
-        self.label = LabelLayer(classes, emb if adm else width, adm) if classes else None
+        self.label = LabelLayer(classes, emb if adm else waves, adm) if classes else None
         self.conv = conv(channels, first, 3)
+        taps = TAPS if ncsnpp else (1, 1)
         self.encoder, self.decoder = (
-            nn.ModuleDict({p.name: EdmBlock(p, emb, adm) for p in places}) for places in (encoder, decoder)
+            nn.ModuleDict({p.name: EdmBlock(p, emb, adm, taps) for p in places}) for places in (encoder, decoder)
         )
+        down = [p for p in encoder if p.resample == "halve"] if ncsnpp else []
+        seen = [channels, *(p.outputs for p in down)]
+        self.pyramid = nn.ModuleDict({p.name: Pyramid(c, p.outputs) for p, c in zip(down, seen)}) if down else None
         self.out_norm, self.out = GroupNorm(widths[0], eps), conv(widths[0], channels, 3)
 
     def forward(
         self, x: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None
     ) -> Tensor:
         emb = self._embed(t, r, labels, drop).to(self.dtype)
-        y = self.conv(x.to(self.dtype))
-        y = walk(y, emb, self.encoder, self.decoder, lambda a, skip: torch.cat((a, skip), dim=1))
+        image = x.to(self.dtype)
+        y = self.conv(image)
+
+        def after(name: str, y: Tensor) -> Tensor:
+            nonlocal image
+            if self.pyramid is not None and name in self.pyramid:
+                y = image = (y + self.pyramid[name](image)) * math.sqrt(0.5)
+            return y
+
+        y = walk(y, emb, self.encoder, self.decoder, lambda a, skip: torch.cat((a, skip), dim=1), after)
         return self.out(F.silu(self.out_norm(y)))
 
     def _embed(self, t: Tensor, r: Tensor | None, labels: Tensor | None, drop: Tensor | None) -> Tensor:
@@ -293,9 +348,12 @@ class CmtEdm(Network):
         if self.label is not None:
             null = torch.full_like(t, self.classes, dtype=torch.int64)
             label = self.label(null if labels is None else labels, drop)
-        half = self.width // 2
-        steps = torch.arange(half, dtype=torch.float32, device="cpu") / (half - (0 if self.adm else 1))
-        emb = fourier(t, ((1 / 10000) ** steps).to(t.device))
+        half = self.waves // 2
+        if self.noise is not None:
+            emb = self.noise(t)
+        else:
+            steps = torch.arange(half, dtype=torch.float32, device="cpu") / (half - (0 if self.adm else 1))
+            emb = fourier(t, ((1 / 10000) ** steps).to(t.device))
         if not self.adm:
             emb = emb.roll(half, dims=1)
             emb = emb if label is None else emb + label
