@@ -190,7 +190,7 @@ def text(found: dict[str, Any]) -> list[str]:
         c = found["classifier"]
         hours = "unknown" if c["gpu_hours"] is None else f"{c['gpu_hours']:,.3g} h"
         out.append(
-            f"classifier behind latent_lpips: {c['epochs']} epochs, one card, fp32: {hours} ({c['mark']}), not in the total"
+            f"classifier behind latent_lpips: {c['epochs']} epochs, {c['precision']}: {hours} in all ({c['mark']}), not in the total"
         )
     out.append(judged_line(found["final"]))
     out.append("")

@@ -18,6 +18,8 @@ ADDED: dict[str, Any] = {
     "data.range": None,
     "eval.labels": "data",
     "eval.on_error": "continue",
+    "features.holdout": 0.0,
+    "features.precision": "fp32",
     "model.dropout_max_side": None,
     "model.log_variance": False,
     "nonfinite_limit": 10,

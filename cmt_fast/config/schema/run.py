@@ -83,7 +83,8 @@ class Features:
     """Training of the classifier behind the distance `latent_lpips` by `cmt train-features`: SGD, lr in steps.
 
     `width`: of its first stage, the last is eight times as wide. The learning rate falls by `decay` every
-    `decay_every_epochs`.
+    `decay_every_epochs`. `holdout`: the share of the images that it is not trained on and that its accuracy is of. `precision`
+    as of a stage; weights, momenta and what is held out are in fp32 in any case. `batch` is over all processes.
     """
 
     width: Count = 64
@@ -94,6 +95,8 @@ class Features:
     weight_decay: NotNegative = 1e-4
     decay: Positive = 0.1
     decay_every_epochs: Count = 30
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 @schema
