@@ -22,6 +22,7 @@ ADDED: dict[str, Any] = {
     "features.precision": "fp32",
     "model.dropout_max_side": None,
     "model.log_variance": False,
+    "model.wide_head": None,
     "nonfinite_limit": 10,
     "on_nonfinite": "stop",
     "saves": "background",

@@ -70,6 +70,7 @@ def _dit(model: Dit, shape: tuple[int, ...], classes: int, two_times: bool) -> n
         mlp=model.mlp,
         norm=model.norm,
         embeddings=model.embeddings,
+        wide_head=(h.width, h.depth, h.heads) if (h := model.wide_head) else None,
         checkpoint_activations=model.checkpoint_activations,
     )
 

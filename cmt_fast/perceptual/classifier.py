@@ -104,7 +104,7 @@ class Trainer:
             g.copy_(mean.view_as(g))
 
     def row(self, n: int, steps: int) -> dict[str, float]:
-        """The means of the last `steps` steps over all ranks. Raises FloatingPointError, on all alike, for a loss that is none."""
+        """The means of the last `steps` steps over all ranks. Raises FloatingPointError, on all, for a loss that is none."""
         loss, accuracy = (distributed.mean_(self.sums) / steps).tolist()
         self.sums.zero_()
         if not abs(loss) < float("inf"):

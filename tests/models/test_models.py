@@ -51,6 +51,8 @@ NETS = {
     "patch 4": {"patch": 4},
     "published": {"embeddings": "dit"},
     "lightning": {"embeddings": "dit", "mlp": "swiglu", "norm": "rms", "rope": True},
+    "wide head": {"wide_head": (32, 1, 2)},
+    "DiT-DH": {"embeddings": "gaussian", "mlp": "swiglu", "norm": "rms", "rope": True, "wide_head": (40, 2, 5)},
 }
 
 
