@@ -121,9 +121,9 @@ class RmsNorm(nn.Module):
 class TimeEmbedder(nn.Module):
     """t: (B,) -> (B, width): sinusoidal features and a two-layer MLP, in fp32 whatever autocast says.
 
-    A tangent through this module grows with its highest frequency, so it runs never in bf16. kind: "cmt" has `features` waves; "dit"
-    the 256 of DiT, SiT and their kin, frequencies from 1 down to 1/10000; "gaussian", 512 as in RAE, frequencies 2 pi N(0, 1),
-    drawn once and kept with the weights.
+    A tangent through this module grows with its highest frequency, so it never runs in bf16. kind: "cmt" has `features` waves;
+    "dit" the 256 of DiT, SiT and their kin, frequencies from 1 down to 1/10000; "gaussian" the 512 of RAE, frequencies
+    2 pi N(0, 1), drawn once and kept with the weights.
     """
 
     def __init__(self, width: int, features: int = 64, kind: str = "cmt") -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from cmt_fast.config.schema import IMeanFlow, MeanFlow
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
+from cmt_fast.objectives import times
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext, composed
 
 
@@ -43,13 +44,13 @@ def draw(batch: Batch, config: MeanFlow | IMeanFlow, context: LossContext) -> Dr
 def loss_meanflow(net, drawn: Drawn, config: MeanFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
     """L = l / sg[(l + c)^p],    l = ||u - sg[v - (t - r) du/dt]||^2,    du/dt along v = eps - x_0
 
-    Returns (B,).
+    Returns (B,). `velocity: teacher` takes v of the teacher.
 
     Guidance (MeanFlow, sec. 4.2 and appendix): v <- omega v + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null)
     inside [guide_t_min, guide_t_max] on rows with labels, of effective scale omega / (1 - kappa). Rows with r = t
     reuse the training forward as u(z, t, t | c). A network with dropout has it in these calls too (published: without).
     """
-    return _regress(net, drawn, config, own=False)
+    return _regress(net, _taught(drawn, config, stage), config, own=False)
 
 
 def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
@@ -61,7 +62,17 @@ def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> 
     loss. Guidance as an input of the network is not built. A row whose label is dropped follows the null class's own
     velocity (published: that of the label it had, which is not the velocity of the row's own u).
     """
-    return _regress(net, drawn, config, own=True)
+    return _regress(net, _taught(drawn, config, stage), config, own=True)
+
+
+def _taught(drawn: Drawn, config: MeanFlow | IMeanFlow, stage: StageContext) -> Drawn:
+    """With the teacher's velocity in the place of the data's, where that is asked for (MF-RAE's distillation): it has no noise of
+    a single row. A row whose label is dropped keeps the teacher's of its label, whose mean over labels is the null class's."""
+    if config.velocity == "data":
+        return drawn
+    assert stage.teacher is not None
+    with torch.no_grad():
+        return drawn._replace(v=stage.teacher(drawn.z, drawn.t, drawn.t, drawn.labels).to(drawn.z.dtype))
 
 
 def _regress(net, drawn: Drawn, config: MeanFlow | IMeanFlow, own: bool):
@@ -93,15 +104,12 @@ def tangent_rows(rows: int, ratio: float) -> int:
 def draw_times(
     sample: Tensor, k: int, config: MeanFlow | IMeanFlow, context: LossContext, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Two logit-normal draws a row, t the later and r the earlier; rows from k on have r = t, the later too. (B,), (B,).
+    """Two draws a row by the law (times.py), t the later and r the earlier; rows from k on have r = t, the later too. (B,), (B,).
 
     As published (Geng et al. 2025; Gsunshine/meanflow `sample_tr`, the same in its improved successor): rows with r = t are
     noisier than a single draw would make them. Their t has the law F^2, F that of one draw.
     """
-    a, b = (
-        torch.sigmoid(config.mean + config.std * context.random.gauss(stream, sample)).to(dtype)
-        for stream in (rng.TIME, rng.TIME_R)
-    )
+    a, b = (times.drawn(stream, sample, config, context, dtype) for stream in (rng.TIME, rng.TIME_R))
     t, r = torch.maximum(a, b), torch.minimum(a, b)
     return t, torch.cat((r[:k], t[k:]))
 

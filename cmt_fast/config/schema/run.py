@@ -19,7 +19,7 @@ class SamplerConfig:
 
     Published second times on VE: 0.821 after ECT on 32 and 64 pixels, 1.526 for EDM2 networks (ImageNet at 64 and 512
     pixels), 0.77569 to watch mid-training, which is node 7 of the 16-step grid from 80 to 0.002. They are read on VE
-    alone: flow maps jump on the uniform grid, 1 -> 0.5 -> 0 in two steps.
+    alone: flow maps jump on the uniform grid, 1 -> 0.5 -> 0 in two steps. `shift`: of the solver's grid on linear flow.
     """
 
     mid_times: dict[int, tuple[Positive, ...]] = Field(default_factory=lambda: {2: (0.821,), 4: (5.0, 1.5, 0.4)})
@@ -29,6 +29,7 @@ class SamplerConfig:
     t_min: NotNegative = 0.002
     guidance: float = 1.0
     teacher_steps: Count = 16
+    shift: Positive = 1.0
 
 
 @schema
