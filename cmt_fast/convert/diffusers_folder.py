@@ -115,6 +115,7 @@ def _sampling(export: Export) -> dict[str, Any]:
         "order": c.order,
         "t_max": c.t_max,
         "t_min": c.t_min,
+        **({"shift": c.shift} if c.shift != 1 else {}),
         "mid_times": {str(k): list(times) for k, times in c.mid_times.items()} if run.path == "ve" and not many else {},
         "guidance": 1.0 if why else c.guidance,
         "no_guidance": why,

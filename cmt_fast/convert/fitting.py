@@ -13,7 +13,6 @@ from cmt_fast.data.rows import Rows
 from cmt_fast.models import dit, edm, edm2
 from cmt_fast.run.absent import AbsentRows
 
-
 MANY = 16  # channels from which on one number stands for all of them
 
 
