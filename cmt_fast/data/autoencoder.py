@@ -147,7 +147,7 @@ def _representation(source: str) -> Any:
         )
     if not hasattr(diffusers, "AutoencoderRAE"):
         raise ConfigError(
-            f"vae: {source!r} is an AutoencoderRAE, which diffusers {diffusers.__version__} has not; 0.40 has"
+            f"vae: {source!r} is an AutoencoderRAE, which diffusers {diffusers.__version__} has not; 0.39 has"
         )
     return diffusers.AutoencoderRAE
 

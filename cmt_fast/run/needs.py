@@ -80,7 +80,9 @@ def _data(run: Run) -> Iterator[Need]:
         channels, side, _ = expects.shape
         size = f"--size {side} --pixels" if channels in (1, 3) else f"--vae {VAE} --size {8 * side}"
         if _features(run):
-            size = f"--vae {RAE}{'-i512' if side == 32 else ''} --size {16 * side}" + " --flip" * run.data.flip
+            size = f"--vae {RAE}{'-i512' if side == 32 else ''} --size {16 * side}" + " --flip" * getattr(
+                run.data, "flip", False
+            )
         forms = "edm" if channels in (1, 3) else "edm2, lightningdit or npy"
         how = f"make it by `cmt data encode IMAGES {path} {size}`, or `cmt data import` with --format {forms}"
     yield Need("data.path", path, os.path.isdir(path), "is not a folder", how)
