@@ -8,7 +8,7 @@ multiplied by something: `net` gets Duals of `k` rows and returns one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from cmt_kernels import Dual, meanflow_loss
@@ -50,7 +50,7 @@ def loss_meanflow(net, drawn: Drawn, config: MeanFlow, stage: StageContext) -> t
     inside [guide_t_min, guide_t_max] on rows with labels, of effective scale omega / (1 - kappa). Rows with r = t
     reuse the training forward as u(z, t, t | c). A network with dropout has it in these calls too (published: without).
     """
-    return _regress(net, _taught(drawn, config, stage), config, own=False)
+    return _regress(net, taught(drawn, config, stage), config, own=False)
 
 
 def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
@@ -62,10 +62,10 @@ def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> 
     loss. Guidance as an input of the network is not built. A row whose label is dropped follows the null class's own
     velocity (published: that of the label it had, which is not the velocity of the row's own u).
     """
-    return _regress(net, _taught(drawn, config, stage), config, own=True)
+    return _regress(net, taught(drawn, config, stage), config, own=True)
 
 
-def _taught(drawn: Drawn, config: MeanFlow | IMeanFlow, stage: StageContext) -> Drawn:
+def taught(drawn: Any, config: MeanFlow | IMeanFlow, stage: StageContext) -> Any:
     """With the teacher's velocity in the place of the data's, where that is asked for (MF-RAE's distillation): it has no noise of
     a single row. A row whose label is dropped keeps the teacher's of its label, whose mean over labels is the null class's."""
     if config.velocity == "data":

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from cmt_fast.config import loading
-from cmt_fast.config.schema import CmtMf, Flow, MeanFlow, Trajectories
+from cmt_fast.config.schema import AlphaFlow, CmtMf, Flow, IMeanFlow, Lagrangian, MeanFlow, Semigroup, Trajectories
 from cmt_fast.data.gmm import Exact
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import table
 from cmt_fast.evaluation import rest
-from cmt_fast.objectives import LossContext, flow, meanflow, times
+from cmt_fast.objectives import OBJECTIVES, LossContext, flow, meanflow, times
 from cmt_fast.objectives.cmt import cmt_mf
 from cmt_fast.teacher.pool import Pool, Prior
 
@@ -133,3 +133,21 @@ def test_meanflow_on_a_teachers_velocity_is_at_rest_at_the_flow_map() -> None:
     spread = rest.gradients("meanflow", rest.average_velocity, rest.batch(1000), noisy, world).std(0).norm()
     taught = rest.gradients("meanflow", rest.average_velocity, rest.batch(1000), config, world).std(0).norm()
     assert taught < 0.05 * spread
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("config", [MeanFlow, IMeanFlow, AlphaFlow], ids=lambda c: c.kind)
+def test_with_a_teachers_velocity_the_datas_is_read_nowhere(config, progress: float) -> None:
+    world = rest.world(LINEAR, Exact(rest.MIXTURE, LINEAR), progress=progress)
+    spec, setting = OBJECTIVES[config.kind], config(ratio=0.5, velocity="teacher")
+    drawn = spec.draw(rest.batch(64), setting, world)
+    other = drawn._replace(v=torch.full_like(drawn.v, torch.nan))
+    a, b = (spec.loss(rest.Net(rest.average_velocity, 64, 0.5), d, setting, world.stage)[0] for d in (drawn, other))
+    assert torch.equal(a, b) and torch.isfinite(a).all()
+
+
+@pytest.mark.parametrize("config", [Flow, MeanFlow, IMeanFlow, AlphaFlow, Lagrangian, Semigroup], ids=lambda c: c.kind)
+def test_every_objective_that_knows_a_shift_takes_it(config) -> None:
+    draw = OBJECTIVES[config.kind].draw
+    t, before = (draw(rest.batch(64), config(shift=s), CONTEXT).t for s in (3.0, 1.0))
+    torch.testing.assert_close(t, shifted(before, 3.0))

@@ -157,7 +157,13 @@ def test_two_steps_of_every_stage(recipe: str, stores, vgg16: Path, tmp_path: Pa
         if run.stages[name].perceptual:
             weights = vgg16
             if "latent_lpips" in run.stages[name].distances():
-                features = [*stores(run), "features.width=4", "features.epochs=1", "features.batch=16", "features.holdout=0.1"]
+                features = [
+                    *stores(run),
+                    "features.width=4",
+                    "features.epochs=1",
+                    "features.batch=16",
+                    "features.holdout=0.1",
+                ]
                 assert main(["train-features", recipe, *features, "--out", "features"]) == 0
                 weights = tmp_path / "features" / "latent_vgg.safetensors"
             small.append(f"{name}.perceptual.weights={weights}")
