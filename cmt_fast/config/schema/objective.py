@@ -171,7 +171,7 @@ class Lagrangian(MeanFlow):
 
     kind: Literal["lagrangian"] = "lagrangian"  # type: ignore[assignment]  # a tag, each its own
     law: Literal["uniform", "logit_normal"] = "uniform"
-    velocity: Literal["own", "teacher"] = "own"
+    velocity: Literal["own", "teacher"] = "own"  # type: ignore[assignment]  # of its own rows with r = t, not the data's
 
 
 @schema
@@ -183,7 +183,7 @@ class Semigroup(MeanFlow):
 
     kind: Literal["semigroup"] = "semigroup"  # type: ignore[assignment]  # a tag, each its own
     law: Literal["uniform", "logit_normal"] = "uniform"
-    velocity: Literal["own", "teacher"] = "own"
+    velocity: Literal["own", "teacher"] = "own"  # type: ignore[assignment]  # of its own rows with r = t, not the data's
     split: Literal["uniform", "middle"] = "uniform"
 
 
