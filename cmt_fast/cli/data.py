@@ -58,7 +58,11 @@ def _encoding(p: argparse.ArgumentParser) -> None:
     """The arguments of `cmt data encode`."""
     p.add_argument("source", type=Path, metavar="IMAGES", help="a folder of images, or of one folder a class")
     p.add_argument("out", type=Path, metavar="OUT", help="the store, a new folder")
-    p.add_argument("--vae", metavar="FOLDER_OR_ID", help="an AutoencoderKL of diffusers: the store holds its latents")
+    p.add_argument(
+        "--vae",
+        metavar="FOLDER_OR_ID",
+        help="an AutoencoderKL or AutoencoderRAE of diffusers: the store holds its latents",
+    )
     p.add_argument(
         "--pixels", action="store_true", help="no autoencoder: the store holds 8-bit images, C x SIZE x SIZE"
     )
@@ -71,7 +75,11 @@ def _encoding(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--any-class", action="store_true", help="every folder is a class: train and val, and empty ones too"
     )
-    p.add_argument("--statistics", choices=("mean+std", "mean"), help="of each latent (default: mean+std)")
+    p.add_argument(
+        "--statistics",
+        choices=("mean+std", "mean"),
+        help="of each latent (default: mean+std, mean of an AutoencoderRAE)",
+    )
     p.add_argument("--dtype", choices=tuple(DTYPES), help="of the store (default: fp16; pixels are 8-bit)")
     p.add_argument(
         "--precision", choices=tuple(PRECISIONS), help="of the autoencoder (default: fp16 on a GPU, fp32 on a CPU)"
@@ -150,7 +158,11 @@ def encode(args: argparse.Namespace) -> None:
     vae, settings = None, encoding.Settings(args.size, "pixels", "uint8", batch=args.batch, channels=args.channels or 3)
     if not args.pixels:
         vae = autoencoder.Codec.open(args.vae, device, dtype=PRECISIONS[precision], download=args.download)
-        kind, dtype = args.statistics or "mean+std", DTYPES[args.dtype or "fp16"]
+        if args.statistics == "mean+std" and not vae.spreads:
+            raise ConfigError(
+                f"--statistics: latents of {args.vae!r} have no standard deviation of their own; take mean"
+            )
+        kind, dtype = args.statistics or ("mean+std" if vae.spreads else "mean"), DTYPES[args.dtype or "fp16"]
         settings = encoding.Settings(args.size, kind, dtype, precision, args.batch, args.flip)
     with _progress("encode") as tell, _stoppable():
         index = encoding.encode(

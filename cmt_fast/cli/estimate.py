@@ -189,9 +189,8 @@ def text(found: dict[str, Any]) -> list[str]:
     if found["classifier"]:
         c = found["classifier"]
         hours = "unknown" if c["gpu_hours"] is None else f"{c['gpu_hours']:,.3g} h"
-        out.append(
-            f"classifier behind latent_lpips: {c['epochs']} epochs, one card, fp32: {hours} ({c['mark']}), not in the total"
-        )
+        how = f"{c['epochs']} epochs, {c['precision']}"
+        out.append(f"classifier behind latent_lpips: {how}: {hours} in all ({c['mark']}), not in the total")
     out.append(judged_line(found["final"]))
     out.append("")
     for name, s in found["stages"].items():

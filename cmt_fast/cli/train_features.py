@@ -1,4 +1,4 @@
-"""`cmt train-features`: the classifier of latents behind the distance `latent_lpips`."""
+"""`cmt train-features`: the classifier of latents behind the distance `latent_lpips`, on one process or several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def train_features(args: argparse.Namespace) -> None:
     run = loading.load(args.recipe, args.overrides)
     device = machine.device(run.device)
-    distributed.start(device)
+    distributed.start(device, run.timeout_s)
     try:
         with start.together(copy=True):
             data = datasets.load(run.data)

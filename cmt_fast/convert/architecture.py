@@ -28,6 +28,8 @@ def of(run: Run, shape: tuple[int, ...], classes: int) -> Architecture:
         names = ("width", "depth", "heads")
         own = {name: getattr(model, name) or preset for name, preset in zip(names, dit.SIZES[model.size])}
         own |= {name: getattr(model, name) for name in ("patch", "qk_norm", "rope", "mlp", "norm", "embeddings")}
+        if h := model.wide_head:
+            own |= {"wide_head": [h.width, h.depth, h.heads]}
         return Architecture("cmt_dit", "CmtDiT", common | own)
     if isinstance(model, Edm2):
         own = {"width": model.width or edm2.SIZES[model.size][0], "blocks": model.blocks, "head": model.head}

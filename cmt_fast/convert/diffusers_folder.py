@@ -41,7 +41,7 @@ LARGE = 30_000_000
 def write(export: Export, out: Path, vae: Path | None = None, terms: card.Terms | None = None) -> None:
     """Write a pipeline's folder: model_index.json, pipeline.py, network/, vae/ where one is given, the card and its picture.
 
-    vae: an AutoencoderKL's folder, copied. Without one nothing of diffusers is needed. Raises ConfigError.
+    vae: an autoencoder's folder, copied. Without one nothing of diffusers is needed. Raises ConfigError.
     """
     claim(out)
     work, terms = export.work, terms or card.Terms()
@@ -59,7 +59,7 @@ def write(export: Export, out: Path, vae: Path | None = None, terms: card.Terms 
         folder = temporary / "network"
         folder.mkdir(parents=True)
         _code(temporary, made)
-        _json(temporary / "model_index.json", _index(export, made, what))
+        _json(temporary / "model_index.json", _index(export, made, what, vae))
         _json(folder / "config.json", {"_class_name": made.name, **made.arguments})
         file = folder / "diffusion_pytorch_model.safetensors"
         about = {**export.about, "run": paths.unplaced(export.about["run"])}
@@ -117,6 +117,7 @@ def _sampling(export: Export) -> dict[str, Any]:
         "order": c.order,
         "t_max": c.t_max,
         "t_min": c.t_min,
+        **({"shift": c.shift} if c.shift != 1 else {}),
         "mid_times": {str(k): list(times) for k, times in c.mid_times.items()} if run.path == "ve" and not many else {},
         "guidance": 1.0 if why else c.guidance,
         "no_guidance": why,
@@ -141,17 +142,22 @@ def described(export: Export, vae: bool = False) -> card.Pipeline:
     return card.Pipeline(_sampling(export), _decoding(export), vae)
 
 
-def _index(export: Export, made: Architecture, what: card.Pipeline) -> dict[str, Any]:
+def _index(export: Export, made: Architecture, what: card.Pipeline, vae: Path | None) -> dict[str, Any]:
     """model_index.json."""
     names = classes_.names(export.work.data) if what.sampling["classes"] else []
     return {
         "_class_name": ["pipeline", "CmtPipeline"],
         "network": [made.file, made.name],
-        "vae": ["diffusers", "AutoencoderKL"] if what.vae else [None, None],
+        "vae": ["diffusers", _class(vae)] if vae else [None, None],
         "sampling": what.sampling,
         "decoding": what.decoding,
         "id2label": {str(k): name for k, name in enumerate(names)},
     }
+
+
+def _class(vae: Path) -> str:
+    """Of diffusers, that an autoencoder's folder says it is."""
+    return json.loads((vae / "config.json").read_text("utf-8")).get("_class_name") or "AutoencoderKL"
 
 
 def _decoding(export: Export) -> dict[str, Any] | None:

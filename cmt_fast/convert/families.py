@@ -218,7 +218,8 @@ def built(model: Any) -> dict[str, Any]:
     if isinstance(model, Edm):
         return {**edm.PRESETS[model.preset], **given}
     if isinstance(model, Dit):
-        return {**dict(zip(("width", "depth", "heads"), dit.SIZES[model.size])), **given}
+        head = {"wide_head": vars(model.wide_head)} if model.wide_head else {}
+        return {**dict(zip(("width", "depth", "heads"), dit.SIZES[model.size])), **given, **head}
     return given
 
 
@@ -242,6 +243,39 @@ def _transformer_asks(source: Source, **more) -> Asks:
     ]
     classes, null, why = _table(tensors.get("y_embedder.embedding_table.weight"), said)
     return Asks({**model, **more}, side, channels, classes, None, SD, tuple(against + why), null_class=null)
+
+
+def _ditdh_asks(source: Source) -> Asks:
+    """DiT^DH's file: RAE's training stores no arguments; its rotary tables tell the heads."""
+    tensors = source.tensors
+    own, patches = tensors["s_embedder.proj.weight"], tensors.get("x_embedder.proj.weight")
+    if patches is None or not own.ndim == patches.ndim == 4:
+        raise ConfigError(f"FILE: {str(source.path)!r}: x_embedder.proj.weight is missing or not 4-D")
+    width, wide = own.shape[0], patches.shape[0]
+    depth, more = names.wide_depths(tensors, width)
+    of = lambda block, table, columns: _per_head(
+        tensors, f"blocks.{block}.attn.q_norm.weight", f"{table}_feat_rope", columns
+    )
+    head = {"width": wide, "depth": more} | ({"heads": n} if (n := of(depth, "dec", wide)) else {})
+    model = {
+        "kind": "dit", "embeddings": "gaussian", "patch": own.shape[2], "width": width, "depth": depth,
+        "heads": of(0, "enc", width), "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
+        "mlp": "swiglu" if "blocks.0.mlp.w12.weight" in tensors else "gelu",
+        "norm": "rms" if "blocks.0.norm1.weight" in tensors else "layer",
+        "rope": "enc_feat_rope.freqs_cos" in tensors, "wide_head": head,
+    }  # fmt: skip
+    position = tensors.get("pos_embed")
+    side = math.isqrt(position.shape[1]) * own.shape[2] if position is not None and position.ndim == 3 else None
+    classes, null, why = _table(tensors.get("y_embedder.embedding_table.weight"), given(source))
+    latents = "its latents are those that RAE's own encoder gives, normalised by its statistics of every number"
+    notes = (latents,) if "r_embedder.mlp.0.weight" in tensors else (latents, STARTS)
+    return Asks(model, side, own.shape[1], classes, None, ([1.0], [0.0]), tuple(why), notes, null)
+
+
+def _per_head(tensors: Weights, norm: str, table: str, width: int) -> int | None:
+    """Heads of `width` columns by a norm or a rotary table over one head; None where neither is there."""
+    one = tensors.get(norm, tensors.get(f"{table}.freqs_cos"))
+    return width // one.shape[-1] if one is not None and one.ndim and one.shape[-1] else None
 
 
 def _heads(tensors: Weights, width: int, depth: int) -> int | None:
@@ -309,7 +343,10 @@ def _lightningdit_asks(source: Source) -> Asks:
 SD = ([0.18215], [0.0])  # DiT, SiT, REPA and MeanFlow are trained behind Stable Diffusion's autoencoder, scaled so
 TURNED = "its time runs from noise to data; time and velocity are turned round in the weights, so t = 1 is noise here"
 STARTS = "it knows one time; the embedding of t - r that average velocities need starts at zero"
-POSITION = {"pos_embed": "a constant of the architecture, checked", r"feat_rope\..*": "a constant of the architecture"}
+POSITION = {
+    "pos_embed": "a constant of the architecture, checked",
+    r"((enc|dec)_)?feat_rope\..*": "a constant of the architecture",
+}
 PROJECTORS = {r"projectors\..*": "read by its training alone"}
 OURS = Family("cmt-fast", None, (), lambda theirs: dict(theirs), _own_asks, {})
 PATCHES = r"x_embedder\.proj\.weight"
@@ -319,6 +356,7 @@ FAMILIES = (
     Family("edm2", "ve", (r"unet\.emb_fourier\.freqs", r"unet\.out_gain"), names.edm2, _edm2_asks, {}),
     Family("edm", "ve", (r"model\.map_layer0\.weight",), names.edm, _edm_asks,
            {r".*\.resample_filter": "a constant of the architecture, checked"}),
+    Family("ditdh", "linear", (PATCHES, r"s_embedder\.proj\.weight"), names.ditdh, _ditdh_asks, POSITION, (r"s_embedder\..*",)),
     Family("lightningdit", "linear", (PATCHES,), names.lightningdit, _lightningdit_asks, POSITION,
            (r"blocks\.0\.mlp\.w12\.weight", r"blocks\.0\.norm1\.weight", ROPE)),
     Family("meanflow", "linear", (PATCHES, r"r_embedder\..*"), names.meanflow, _meanflow_asks, POSITION, (r"r_embedder\..*",)),

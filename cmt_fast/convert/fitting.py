@@ -13,13 +13,17 @@ from cmt_fast.data.rows import Rows
 from cmt_fast.models import dit, edm, edm2
 from cmt_fast.run.absent import AbsentRows
 
+MANY = 16  # channels from which on one number stands for all of them
+
 
 def conflicts(source: Source, family: Family, asks: Asks, run: Run, data: Rows) -> list[str]:
     """What the file says it was made for and the recipe does otherwise, though every shape may fit."""
     out = list(asks.against)
     have = {"adm": None, "ncsnpp": None, **built(run.model)}
     for key, value in _wanted(asks).items():
-        if have.get(key) != value and (run.model.kind == asks.model.get("kind", run.model.kind) or key == "kind"):
+        if not _same(have.get(key), value) and (
+            run.model.kind == asks.model.get("kind", run.model.kind) or key == "kind"
+        ):
             key = f"preset ({key})" if key in ("adm", "ncsnpp") else key
             out.append(
                 f"model.{key}: the file's network has {_yaml(value)}, the recipe's {_yaml(have.get(key.split()[0]))}"
@@ -69,7 +73,7 @@ def suggestions(asks: Asks, run: Run, data: Rows) -> list[str]:
         out.append(f"model.size={size}")
         wanted = {k: v for k, v in wanted.items() if k not in ("width", "depth", "heads")}
     for key, value in wanted.items():
-        if have.get(key) == value or (
+        if _same(have.get(key), value) or (
             key == "heads" and not {"width", "depth"} & {k for k in wanted if have.get(k) != wanted[k]}
         ):
             continue
@@ -107,6 +111,8 @@ def _rows(asks: Asks, data: AbsentRows) -> list[str]:
 
 def constants(a: list[float], b: list[float]) -> list[str]:
     """The overrides that scale latents x as z = a x + b: scale (x - mean) / std with one scale for all channels."""
+    if len({*a}) == 1 and not any(b) and len(a) > MANY:
+        return ["data.mean=[0]", "data.std=[1]", f"data.scale={a[0]:g}"]
     if len({*a}) == 1 and not any(b):
         return [
             f"data.mean=[{','.join('0' for _ in a)}]",
@@ -146,7 +152,14 @@ def _classes(run: Run, data: Rows) -> int:
     return data.classes if getattr(run.model, "conditional", True) else 0
 
 
+def _same(have: Any, wanted: Any) -> bool:
+    """Whether a key is as it is wanted; of a section only what is said of it is compared."""
+    return have == (have | wanted if isinstance(have, dict) and isinstance(wanted, dict) else wanted)
+
+
 def _yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
     text = (
         str(list(value)) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
     )

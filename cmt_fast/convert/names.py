@@ -135,16 +135,63 @@ def lightningdit(theirs: Weights) -> Weights:
     theirs = dict(theirs)
     waves = theirs.pop("feat_rope.freqs_cos", None)
     theirs.pop("feat_rope.freqs_sin", None)
-    if waves is not None:
-        head = waves.shape[-1]
-        halves = torch.cat((torch.arange(0, head, 2), torch.arange(1, head, 2)))
-        for name, x in theirs.items():
-            if ".attn.qkv." in name:
-                qkv = x.unflatten(0, (3, -1, head))
-                theirs[name] = torch.cat((qkv[:2, :, halves], qkv[2:])).flatten(0, 2)
-            elif ".attn.q_norm." in name or ".attn.k_norm." in name:
-                theirs[name] = x[halves]
+    theirs = {name: _halves(re.sub(r"^blocks\.\d+\.", "", name), x, waves) for name, x in theirs.items()}
     return _one_time(_transformer(reversed_time(theirs)))
+
+
+def ditdh(theirs: Weights) -> Weights:
+    """DiT^DH (bytetriper/RAE `DiTwDDTHead`, and sony/mf-rae's of two times): `model: {kind: dit, size: ..., patch: 1, embeddings:
+    gaussian, mlp: swiglu, norm: rms, rope: true, wide_head: {...}}` on path linear. Times are ours.
+
+    A network of one time becomes one of two as SiT's does. Waves are cosines before sines here, their frequencies in radians,
+    and queries and keys turn halves, as `lightningdit`.
+    """
+    theirs = {k: v for k, v in theirs.items() if not k.endswith("feat_rope.freqs_sin")}
+    waves = {part: theirs.pop(f"{part}_feat_rope.freqs_cos", None) for part in ("enc", "dec")}
+    own, patches = theirs.pop("s_embedder.proj.weight", None), theirs.pop("x_embedder.proj.weight", None)
+    if own is None or patches is None:
+        raise ValueError("'s_embedder.proj.weight' or 'x_embedder.proj.weight' is missing: this is no DiT^DH")
+    if own.shape[2:] != (1, 1) or patches.shape[2:] != (1, 1):
+        raise ValueError(
+            f"'x_embedder.proj.weight' is {tuple(patches.shape)}: the published networks have patches of 1"
+        )
+    position = theirs.pop("pos_embed", None)
+    if position is not None and not position.is_meta:
+        _check_position(position, len(own))
+    depth, _ = wide_depths(theirs, len(own))
+    turned = {
+        "x_embedder.proj.bias": theirs.pop("s_embedder.proj.bias"),
+        "head.proj.bias": theirs.pop("x_embedder.proj.bias"),
+    }
+    for name, x in theirs.items():
+        if m := re.match(r"blocks\.(\d+)\.(.*)", name):
+            first = int(m[1]) < depth
+            name = f"blocks.{m[1]}.{m[2]}" if first else f"head_blocks.{int(m[1]) - depth}.{m[2]}"
+            x = _halves(m[2], x, waves["enc" if first else "dec"])
+        elif m := re.fullmatch(r"([tr]_embedder)\.(W|mlp\.0\.weight)", name):
+            x = 2 * math.pi * x if m[2] == "W" else torch.cat(x.chunk(2, 1)[::-1], 1)
+        turned[name] = x
+    ours = _common({"x_embedder.proj.weight": own.flatten(1), "head.proj.weight": patches.flatten(1), **turned})
+    return ours if "net.duration.out.weight" in ours else _one_time(ours)
+
+
+def wide_depths(theirs: Weights, width: int) -> tuple[int, int]:
+    """How many blocks are the transformer's, `width` wide, and how many the wide head's; two of those where both are as wide."""
+    first = {int(m[1]): x for n, x in theirs.items() if (m := re.fullmatch(r"blocks\.(\d+)\.attn\.proj\.bias", n))}
+    own = sum(len(x) == width for x in first.values())
+    return (own, len(first) - own) if own < len(first) else (max(0, own - 2), min(own, 2))
+
+
+def _halves(name: str, x: Tensor, waves: Tensor | None) -> Tensor:
+    """Queries, keys and their norms of a block that turns neighbours in a head, for one that turns halves. waves: (T, head)."""
+    if waves is None or not re.match(r"attn\.(qkv|[qk]_norm)\.", name):
+        return x
+    head = waves.shape[-1]
+    halves = torch.cat((torch.arange(0, head, 2), torch.arange(1, head, 2)))
+    if not name.startswith("attn.qkv."):
+        return x[halves]
+    qkv = x.unflatten(0, (3, -1, head))
+    return torch.cat((qkv[:2, :, halves], qkv[2:])).flatten(0, 2)
 
 
 def _transformer(theirs: Weights) -> Weights:
@@ -160,6 +207,11 @@ def _transformer(theirs: Weights) -> Weights:
     for end in ("weight", "bias"):
         rows = theirs[f"final_layer.linear.{end}"].unflatten(0, (patch, patch, -1))[:, :, :channels]
         theirs[f"final_layer.linear.{end}"] = rows.movedim(2, 0).flatten(0, 2)
+    return _common(theirs)
+
+
+def _common(theirs: Weights) -> Weights:
+    """The names that DiT and all its kin share."""
     layer = {"attn.qkv": "qkv", "attn.proj": "proj", "adaLN_modulation.1": "modulation"}
     layer |= {"mlp.fc1": "fc1", "mlp.fc2": "fc2", "mlp.w12": "fc1", "mlp.w3": "fc2", "norm1": "norm1", "norm2": "norm2"}
     final = {"linear": "final", "adaLN_modulation.1": "final_modulation", "norm_final": "final_norm"}
@@ -168,12 +220,15 @@ def _transformer(theirs: Weights) -> Weights:
         theirs,
         [
             (r"x_embedder\.proj\.(\w+)", lambda m: f"net.embed.{m[1]}"),
+            (r"head\.proj\.(\w+)", lambda m: f"net.head_embed.{m[1]}"),
+            (r"s_projector\.(\w+)", lambda m: f"net.head_condition.{m[1]}"),
+            (r"([tr])_embedder\.W", lambda m: f"net.{time[m[1]]}.frequency"),
             (r"([tr])_embedder\.mlp\.([02])\.(\w+)", lambda m: f"net.{time[m[1]]}.{part[m[2]]}.{m[3]}"),
             (r"y_embedder\.embedding_table\.weight", lambda m: "net.label.table"),
-            (r"blocks\.(\d+)\.attn\.([qk])_norm\.weight", lambda m: f"net.blocks.{m[1]}.{m[2]}_weight"),
+            (r"((?:head_)?blocks\.\d+)\.attn\.([qk])_norm\.weight", lambda m: f"net.{m[1]}.{m[2]}_weight"),
             (
-                rf"blocks\.(\d+)\.({'|'.join(map(re.escape, layer))})\.(weight|bias)",
-                lambda m: f"net.blocks.{m[1]}.{layer[m[2]]}.{m[3]}",
+                rf"((?:head_)?blocks\.\d+)\.({'|'.join(map(re.escape, layer))})\.(weight|bias)",
+                lambda m: f"net.{m[1]}.{layer[m[2]]}.{m[3]}",
             ),
             (
                 rf"final_layer\.({'|'.join(map(re.escape, final))})\.(weight|bias)",
@@ -216,8 +271,10 @@ def reversed_time(theirs: Weights) -> Weights:
 
 def _one_time(ours: Weights) -> Weights:
     """A network of one time as one of two: its embedding of t - r is the time's, with a last layer of zeros."""
-    for part in ("hidden.weight", "hidden.bias", "out.weight", "out.bias"):
-        x = ours[f"net.time.{part}"]
+    for part in ("hidden.weight", "hidden.bias", "out.weight", "out.bias", "frequency"):
+        x = ours.get(f"net.time.{part}")
+        if x is None:  # waves that are no part of the weights
+            continue
         ours[f"net.duration.{part}"] = torch.zeros_like(x) if part.startswith("out") else x.clone()
     return ours
 

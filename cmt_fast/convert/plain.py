@@ -28,7 +28,7 @@ from cmt_fast.storage import files as files_
 
 Weights = dict[str, Tensor]
 SUFFIXES = (".safetensors", ".pt")
-TRANSFORMER = {"embeddings": "dit", "mlp": "gelu", "norm": "layer", "rope": False, "qk_norm": False}
+TRANSFORMER = {"embeddings": "dit", "mlp": "gelu", "norm": "layer", "rope": False, "qk_norm": False, "wide_head": None}
 
 
 class Target(NamedTuple):

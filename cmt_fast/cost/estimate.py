@@ -22,6 +22,7 @@ from cmt_fast.data import datasets
 from cmt_fast.engine import ShardingPlan, choose
 from cmt_fast.objectives.distance import PERCEPTUAL
 from cmt_fast.run import folder as folder_
+from cmt_fast.run import needs
 from cmt_fast.run.resolved import ResolvedStage
 
 POWER = 0.9  # of the board's power that training draws: assumed; hosts and cooling are not counted
@@ -93,12 +94,14 @@ def rows_of(run: Run) -> Rows:
     n, size = published.images(run.data.path), 1
     for side in expects.shape:
         size *= side
-    latents = expects.shape[0] != 3
-    each = 4 * size if latents else size  # mean and std in fp16; 8-bit pixels
-    kind = "mean and std in fp16" if latents else "8-bit pixels"
-    note = f"{n:,} rows x {each:,} bytes, {kind}; arithmetic" if n else "rows unknown, the store is not here"
+    each, kind = size, "8-bit pixels"
+    if latents := expects.shape[0] != 3:
+        spread = 1 if expects.shape[0] >= needs.REPRESENTATION else 2
+        each, kind = 2 * spread * size, "in fp16" if spread == 1 else "mean and std in fp16"
+    held = n * (2 if latents and run.data.flip else 1) if n else 0  # mirror images of latents are rows on disk
+    note = f"{held:,} rows x {each:,} bytes, {kind}; arithmetic" if n else "rows unknown, the store is not here"
     classes = in_data.expected(run.data.class_ids, run.data.classes, expects.classes) or 0
-    return Rows(expects.shape, classes, n, n * each if n else None, note)
+    return Rows(expects.shape, classes, n, held * each if n else None, note)
 
 
 def networks(resolved: ResolvedStage, rows: Rows) -> tuple[dict[str, Network], list[str]]:

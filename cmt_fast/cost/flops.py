@@ -94,9 +94,10 @@ def network(model: Model, path: str, shape: tuple[int, ...], classes: int, name:
 def _network(model: Model, path: str, shape: tuple[int, ...], classes: int, name: str) -> Network:
     """What `network` gives, once for all models whose forward is the same."""
     make = lambda: models.build(model, path, 0.5, shape, classes)
-    if not isinstance(model, Dit):
+    if not isinstance(model, Dit) or model.wide_head:
         size = getattr(model, "size", None) or getattr(model, "preset", None) or f"{model.width} x {model.depth}"
-        return Network(name or f"{model.kind}-{size}", *_counted(make, shape, bool(classes)), model=model)
+        kind = "DiT^DH" if isinstance(model, Dit) else model.kind
+        return Network(name or f"{kind}-{size}", *_counted(make, shape, bool(classes)), model=model)
     preset = zip((model.width, model.depth, model.heads), dit.SIZES[model.size])
     width, depth, heads = (given or size for given, size in preset)
     with weightless():

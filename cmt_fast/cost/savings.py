@@ -109,13 +109,21 @@ def _precision(run: Run, names: list[str]) -> Run:
 
 
 def classifier(run: Run, rows: Rows, card: Card) -> dict[str, Any] | None:
-    """The classifier behind `latent_lpips`: three forwards' work a row, one card, fp32; None where no stage reads it."""
+    """The classifier behind `latent_lpips`: three forwards' work a row, by its own precision, in hours of one card whatever their
+    number; None where no stage reads it. Forwards of what is held out are not counted."""
     if not any("latent_lpips" in stage.distances() for stage in run.stages.values()):
         return None
     net, images = flops.feature_network("latent_lpips", tuple(rows.shape), run.features.width), run.features.epochs
-    us = sum(step_time.microseconds(kind, net, card, "fused", "fp32")[0] for kind in ("forward", "backward"))
+    precision = run.features.precision
+    us = sum(step_time.microseconds(kind, net, card, "fused", precision)[0] for kind in ("forward", "backward"))
     hours = images * rows.n * us / 3.6e9 if rows.n else None
-    return {"epochs": images, "flops_image": 3 * net.flops, "gpu_hours": hours, "mark": "predicted"}
+    return {
+        "epochs": images,
+        "flops_image": 3 * net.flops,
+        "gpu_hours": hours,
+        "mark": "predicted",
+        "precision": precision,
+    }
 
 
 def _some_tangents(stage: ResolvedStage) -> bool:

@@ -156,7 +156,7 @@ class Store:
         self.index = index = read_index(folder, read)
         if sys.byteorder != "little":
             raise DatasetError(f"{folder}: stores are little endian, this machine is not")
-        self._base = index.rows // 2 if index.flips else index.rows
+        self.images = self._base = index.rows // 2 if index.flips else index.rows  # row i + images mirrors row i
         if flip and not index.flips and index.kind != "pixels":
             raise DatasetError(f"data.flip: {folder} holds no mirror images; encode or import them with --flip")
         self._mirror = flip and not index.flips

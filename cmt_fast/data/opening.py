@@ -49,7 +49,8 @@ def load(config: Latents) -> Store:
             f"data.expects.classes: {config.path} has {store.classes} classes, not {wanted.classes}; {hint}"
         )
     if config.mean is not None and config.std is not None:
-        store = opened(Path(config.path), config.flip, Normalisation(config.mean, config.std, config.scale))
+        given = Normalisation.of(config.mean, config.std, config.scale, store.shape[0])
+        store = opened(Path(config.path), config.flip, given)
         store.relabel(own)
     elif store.index.kind != "pixels":
         store.normalisation = store.normalisation._replace(scale=config.scale)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 # What a number is drawn for. A stream is never used for two things.
 NOISE, TIME, TIME_R, DROP, START, START_LABEL, PAIR, SHUFFLE, SAMPLE, RENOISE, PROJECTION, DATA = range(12)
-LATENT, DROPOUT, START_DROP, SHARDS, EXPORT = 12, 13, 14, 40, 41
+LATENT, DROPOUT, START_DROP, SHARDS, EXPORT, HELD_OUT = 12, 13, 14, 40, 41, 42
 REDRAWN = 16  # added to the index of a stage for every other draw of its noise: more than there are stages
 SETS = 60
 AUGMENT, AUGMENT_GAUSS, AUGMENT_NOISE = range(20, 23)

@@ -94,7 +94,7 @@ class Sampler:
         if self.path.name == "linear" and c.solver == "dpmpp":
             raise ConfigError("dpmpp is for path ve here; valid are euler, heun, jump", "sampler.solver")
         try:
-            return table(self.path, c.solver, steps, c.t_max, c.t_min, c.order)
+            return table(self.path, c.solver, steps, c.t_max, c.t_min, c.order, c.shift)
         except ConfigError as error:
             raise (ConfigError(error.reason, key) if error.key == "nfe" else error.under("sampler")) from None
 

@@ -115,6 +115,8 @@ def table(
         raise ConfigError("must be above 0 on the path 've', whose grid is geometric", "t_min")
     if path.name == "linear" and t_max > 1:
         raise ConfigError(f"{t_max} is past 1, where the path 'linear' starts from noise", "t_max")
+    if path.name == "ve" and shift != 1:
+        raise ConfigError(f"{shift:g} is of the path 'linear'; on 've' times are spaced by noise, take 1", "shift")
     if solver == "heun" and nfe % 2:
         raise ConfigError(f"heun calls the network twice a step, nfe {nfe} must be even", "nfe")
     steps = nfe // 2 if solver == "heun" else nfe

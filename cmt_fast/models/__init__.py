@@ -57,6 +57,10 @@ def _check_average_velocity(model: Model, two_times: bool, classes: int) -> None
     depth = (
         model.depth if isinstance(model, Mlp) else model.depth or dit.SIZES[model.size][1] if head is not None else 0
     )
+    if head is not None and getattr(model, "wide_head", None):
+        raise ValueError(
+            "model.velocity_head: is not beside model.wide_head, which has no place for a second; leave one out"
+        )
     if head is not None and head > depth:
         raise ValueError(f"model.velocity_head: {head} blocks are more than the network's {depth}")
 
@@ -94,6 +98,7 @@ def _dit(model: Dit, shape: tuple[int, ...], classes: int, two_times: bool) -> n
         mlp=model.mlp,
         norm=model.norm,
         embeddings=model.embeddings,
+        wide_head=(h.width, h.depth, h.heads) if (h := model.wide_head) else None,
         checkpoint_activations=model.checkpoint_activations,
         guided=model.guided,
         velocity_head=model.velocity_head,

@@ -1,7 +1,8 @@
 """The diffusion transformer (Peebles & Xie 2023) with adaLN-zero, one or two times, for Tensor | Dual.
 
 Its options also make the published networks: DiT, SiT and REPA's SiT (`embeddings="dit"`), MeanFlow's (the same with two
-times), LightningDiT (Yao et al. 2025: `embeddings="dit", mlp="swiglu", norm="rms", rope=True`).
+times), LightningDiT (Yao et al. 2025: `embeddings="dit", mlp="swiglu", norm="rms", rope=True`), and with a wide head DiT^DH
+(Zheng et al. 2025, RAE: the last and `embeddings="gaussian"`), for latents of many channels.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024,
 
 
 class Block(nn.Module):
-    """x: (B, T, D), c: (B, D) already through silu -> (B, T, D)."""
+    """x: (B, T, D), c: (B, D) already through silu -> (B, T, D). With c (B, T, D) each token has a modulation of its own."""
 
     fp8 = ("qkv", "proj", "fc1", "fc2")  # what a frozen network may multiply in fp8
 
@@ -44,13 +45,19 @@ class Block(nn.Module):
         self.q_weight, self.k_weight = (nn.Parameter(torch.ones(width // heads)) if normed else None for _ in range(2))
 
     def forward(self, x: Tensor | Dual, c: Tensor | Dual, cos: Tensor | None, sin: Tensor | None) -> Tensor | Dual:
+        each, tokens = value(c).ndim == 3, value(x).shape[1]
+        if each:  # the ops modulate a row: here a row is a token, but for attention
+            x, c = by_token(x), linear_map(lambda y: y.flatten(0, 1), c)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks(self.modulation(c), 6)
         h, x = self.norm1(x, shift_a, scale_a)
         qkv = linear_map(lambda y: y.unflatten(-1, (3, self.heads, -1)), self.qkv(h))
+        qkv = by_image(qkv, tokens) if each else qkv
         mixed = attention(qk_norm(qkv, self.q_weight, self.k_weight, cos, sin))
+        mixed = by_token(mixed) if each else mixed
         x = self.proj(mixed, lambda y, bias: gated_residual(x, y, gate_a, bias))
         h, x = self.norm2(x, shift_m, scale_m)
-        return self.fc2(self._hidden(h), lambda y, bias: gated_residual(x, y, gate_m, bias))
+        y = self.fc2(self._hidden(h), lambda y, bias: gated_residual(x, y, gate_m, bias))
+        return by_image(y, tokens) if each else y
 
     def _hidden(self, h: Tensor | Dual) -> Tensor | Dual:
         """gelu(fc1(h)), or the gated silu(a) b of [a, b] = fc1(h) (Shazeer 2020)."""
@@ -60,11 +67,23 @@ class Block(nn.Module):
         return multiply(silu(a), b)
 
 
+def by_token(x: Tensor | Dual) -> Tensor | Dual:
+    """(B, T, ...) -> (B T, 1, ...): each token a row of its own."""
+    return linear_map(lambda y: y.flatten(0, 1).unsqueeze(1), x)
+
+
+def by_image(x: Tensor | Dual, tokens: int) -> Tensor | Dual:
+    """(B T, 1, ...) -> (B, T, ...)."""
+    return linear_map(lambda y: y.reshape(-1, tokens, *y.shape[2:]), x)
+
+
 class DiT(nn.Module):
     """F(x, t, r, labels): x (B, C, H, W), t, r (B,) -> (B, C, H, W).
 
     two_times adds an embedding of t - r (MeanFlow's average velocity); otherwise r is not read. embeddings: "cmt" for
-    times and positions as this project has them, "dit" as published (256 features of a time, columns before rows).
+    times and positions as this project has them, "dit" as published (256 features of a time, columns before rows), "gaussian"
+    for the same positions and times by random waves. wide_head: width, depth and heads of DiT^DH's: it begins from the patches
+    anew, and the transformer's tokens h are its modulation, c = silu(W silu(e + h) + b) with e the embedding of the times.
     guided: it is told a guidance scale and interval (`guide`). velocity_head: blocks of an auxiliary head, which branches
     off before as many of the last blocks and gives the velocity at (x, t) beside the output where `also` asks for it; it
     carries no tangent.
@@ -89,38 +108,45 @@ class DiT(nn.Module):
         mlp: str = "gelu",
         norm: str = "layer",
         embeddings: str = "cmt",
+        wide_head: tuple[int, int, int] | None = None,
         checkpoint_activations: bool = False,
         guided: bool = False,
         velocity_head: int | None = None,
     ) -> None:
         """Many parameters: the data's shape, and the hyperparameters as they are published."""
         super().__init__()
-        published = embeddings == "dit"
         self.checkpoint_activations, self.bf16_stream = checkpoint_activations, False
         if side % patch:
             raise ValueError(f"model.patch: {patch} does not divide the image side {side}")
-        if width % heads or (width // heads) % 4:
-            raise ValueError(f"model.heads: {heads} heads of width {width} are not a multiple of 4 wide")
+        for key, wide, n in (("model.heads", width, heads), ("model.wide_head.heads", *(wide_head or (4, 1, 1))[::2])):
+            if wide % n or (wide // n) % 4:
+                raise ValueError(f"{key}: {n} heads of width {wide} are not a multiple of 4 wide")
         self.patch, self.cells, self.channels = patch, side // patch, channels
         self.embed = Linear(channels * patch**2, width)
-        self.time = TimeEmbedder(width, published=published)
-        self.duration = TimeEmbedder(width, published=published) if two_times else None
+        self.time = TimeEmbedder(width, kind=embeddings)
+        self.duration = TimeEmbedder(width, kind=embeddings) if two_times else None
         self.label = LabelEmbedder(classes, width) if classes else None
         self.blocks = nn.ModuleList(Block(width, heads, qk_norm, mlp, norm) for _ in range(depth))
-        self.final_norm = RmsNorm(width) if norm == "rms" else LayerNorm()
-        self.final_modulation = Linear(width, 2 * width, zero=True)
-        self.final = Linear(width, channels * patch**2, zero=True)
+        last, depth_h, heads_h = wide_head or (width, 0, heads)
+        self.head_embed = Linear(channels * patch**2, last) if wide_head else None
+        self.head_condition = Linear(width, last) if wide_head and last != width else None
+        self.head_blocks = nn.ModuleList(Block(last, heads_h, qk_norm, mlp, norm) for _ in range(depth_h))
+        self.final_norm = RmsNorm(last) if norm == "rms" else LayerNorm()
+        self.final_modulation = Linear(last, 2 * last, zero=True)
+        self.final = Linear(last, channels * patch**2, zero=True)
+        place = positions(self.cells, width, columns_first=embeddings != "cmt")
+        self.register_buffer("position", place, persistent=False)
+        angles = _rope_2d(self.cells, width // heads) if rope else (None, None)
+        angles += _rope_2d(self.cells, last // heads_h) if rope and wide_head else (None, None)
+        for name, angle in zip(("cos", "sin", "head_cos", "head_sin"), angles):
+            self.register_buffer(name, angle, persistent=False)
         self.guidance = GuidanceEmbedder(width) if guided else None
         self.branch = None if velocity_head is None else depth - velocity_head
         if velocity_head is not None:
-            self.head_blocks = nn.ModuleList(Block(width, heads, qk_norm, mlp, norm) for _ in range(velocity_head))
-            self.head_norm = RmsNorm(width) if norm == "rms" else LayerNorm()
-            self.head_modulation = Linear(width, 2 * width, zero=True)
-            self.head_final = Linear(width, channels * patch**2, zero=True)
-        self.register_buffer("position", positions(self.cells, width, columns_first=published), persistent=False)
-        cos, sin = _rope_2d(self.cells, width // heads) if rope else (None, None)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+            self.velocity_blocks = nn.ModuleList(Block(width, heads, qk_norm, mlp, norm) for _ in range(velocity_head))
+            self.velocity_norm = RmsNorm(width) if norm == "rms" else LayerNorm()
+            self.velocity_modulation = Linear(width, 2 * width, zero=True)
+            self.velocity_final = Linear(width, channels * patch**2, zero=True)
 
     def forward(
         self,
@@ -133,32 +159,47 @@ class DiT(nn.Module):
         also: bool = False,
         guide: Tensor | None = None,
     ) -> Tensor | Dual | tuple[Tensor | Dual, Tensor]:
-        h = as_stream(add(self.embed(linear_map(self._patchify, x)), self.position), self.bf16_stream)
-        c = self.time(t)
+        patches = linear_map(self._patchify, x)
+        h = as_stream(add(self.embed(patches), self.position), self.bf16_stream)
+        e = self.time(t)
         if self.duration is not None:
-            c = add(c, self.duration(add(t, linear_map(torch.neg, t if r is None else r))))
-        if self.label is not None:
-            c = add(c, self.label(labels, drop))
-        if self.guidance is not None:
-            c = add(c, self.guidance(guide, value(t)))
-        c, branched = silu(c), None
+            e = add(e, self.duration(add(t, linear_map(torch.neg, t if r is None else r))))
+        c = e if self.label is None else add(e, self.label(labels, drop))
+        c = silu(c if self.guidance is None else add(c, self.guidance(guide, value(t))))
+        if self.head_embed is not None:
+            c = silu(c)  # as published
+        branched = None
         for i, block in enumerate(self.blocks):
             branched = value(h) if i == self.branch else branched
             h = self._block(block, h, c)
-        last, _ = self.final_norm(h, *chunks(self.final_modulation(c), 2))
+        last = self._last(h, c) if self.head_embed is None else self._head(patches, h, e)
         out = linear_map(self._unpatchify, self.final(last))
         return (out, self._velocity(value(h) if branched is None else branched, value(c))) if also else out
 
     def _velocity(self, h: Tensor, c: Tensor) -> Tensor:
         """The auxiliary head's output, from the stream where it branches off. (B, C, H, W)."""
-        for block in self.head_blocks:
+        for block in self.velocity_blocks:
             h = value(self._block(block, h, c))
-        h, _ = self.head_norm(h, *chunks(self.head_modulation(c), 2))
-        return self._unpatchify(value(self.head_final(h)))
+        h, _ = self.velocity_norm(h, *chunks(self.velocity_modulation(c), 2))
+        return self._unpatchify(value(self.velocity_final(h)))
+
+    def _last(self, h: Tensor | Dual, c: Tensor | Dual) -> Tensor | Dual:
+        """The norm before the last layer, modulated by c (B, D)."""
+        return self.final_norm(h, *chunks(self.final_modulation(c), 2))[0]
+
+    def _head(self, patches: Tensor | Dual, h: Tensor | Dual, e: Tensor | Dual) -> Tensor | Dual:
+        """The wide head's last tokens: patches (B, T, C p p), the transformer's tokens h (B, T, D), times e (B, D)."""
+        c = silu(add(linear_map(lambda y: y.unsqueeze(1), e), h))
+        c = silu(c if self.head_condition is None else self.head_condition(c))
+        y = as_stream(self.head_embed(patches), self.bf16_stream)
+        for block in self.head_blocks:
+            y = self._block(block, y, c)
+        return by_image(self._last(by_token(y), linear_map(lambda x: x.flatten(0, 1), c)), self.cells**2)
 
     def _block(self, block: Block, x: Tensor | Dual, c: Tensor | Dual) -> Tensor | Dual:
         """One block, run again in the backward pass where activations are not to be kept."""
-        run = lambda x, c: block(x, c, self.cos, self.sin)
+        cos, sin = (self.cos, self.sin) if value(c).ndim == 2 else (self.head_cos, self.head_sin)
+        run = lambda x, c: block(x, c, cos, sin)
         return recomputed(run, x, c) if self.checkpoint_activations and torch.is_grad_enabled() else run(x, c)
 
     def _patchify(self, x: Tensor) -> Tensor:

@@ -121,15 +121,18 @@ class RmsNorm(nn.Module):
 class TimeEmbedder(nn.Module):
     """t: (B,) -> (B, width): sinusoidal features and a two-layer MLP, in fp32 whatever autocast says.
 
-    A tangent through this module grows with its highest frequency, so it never runs in bf16. `published`: the 256 features
-    of DiT, SiT and their kin, frequencies from 1 down to 1/10000.
+    A tangent through this module grows with its highest frequency, so it never runs in bf16. kind: "cmt" has `features` waves;
+    "dit" the 256 of DiT, SiT and their kin, frequencies from 1 down to 1/10000; "gaussian" the 512 of RAE, frequencies
+    2 pi N(0, 1), drawn once and kept with the weights.
     """
 
-    def __init__(self, width: int, features: int = 64, published: bool = False) -> None:
+    def __init__(self, width: int, features: int = 64, kind: str = "cmt") -> None:
         super().__init__()
-        self.features = features = 256 if published else features
-        frequency = torch.exp(-math.log(1e4) * (torch.arange(128, dtype=torch.float32) / 128)) if published else None
-        self.register_buffer("frequency", frequency, persistent=False)
+        self.features = features = {"cmt": features, "dit": 256, "gaussian": 512}[kind]
+        frequency = torch.exp(-math.log(1e4) * (torch.arange(128, dtype=torch.float32) / 128))
+        if kind == "gaussian":
+            frequency = 2 * math.pi * torch.randn(features // 2)
+        self.register_buffer("frequency", None if kind == "cmt" else frequency, persistent=kind == "gaussian")
         self.hidden = Linear(features, width)
         self.out = Linear(width, width)
         for layer in (self.hidden, self.out):

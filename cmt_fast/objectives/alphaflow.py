@@ -80,6 +80,7 @@ def loss(net, drawn: Drawn, config: AlphaFlow, stage: StageContext) -> tuple[Ten
     if form == TANGENT:
         loss, scalars = meanflow.loss_meanflow(net, meanflow.Drawn(*pair), config, stage)
         return loss, scalars | {"alpha": alpha}
+    drawn = meanflow.taught(drawn, config, stage)
     z, _, t, r, labels, drop = pair
     k = meanflow.tangent_rows(len(z), config.ratio)
     u = net(z, t, r, labels, drop)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from cmt_fast.config.schema import Flow
 from cmt_fast.diffusion import rng
+from cmt_fast.objectives import times
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext, composed
 
 
@@ -23,8 +23,8 @@ class Drawn(NamedTuple):
 
 
 def draw(batch: Batch, config: Flow, context: LossContext) -> Drawn:
-    """t ~ logit-normal(mean, std), z_t = (1 - t) x_0 + t eps."""
-    t = torch.sigmoid(config.mean + config.std * context.random.gauss(rng.TIME, batch.sample)).to(batch.x_0.dtype)
+    """t by its law (times.py), z_t = (1 - t) x_0 + t eps."""
+    t = times.drawn(rng.TIME, batch.sample, config, context, batch.x_0.dtype)
     z_t, v = context.path.point(batch.x_0, t, context.random.key(rng.NOISE), batch.sample)
     return Drawn(z_t, v, t, batch.labels, batch.drop)
 

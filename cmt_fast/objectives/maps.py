@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
-from cmt_fast.objectives import meanflow
+from cmt_fast.objectives import meanflow, times
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext
 
 
@@ -56,15 +56,9 @@ def draw_times(sample: Tensor, k: int, config: Any, context: LossContext, dtype:
 
     So have the codes of Boffi et al. 2025 (uniform) and AlphaFlow (logit-normal); MeanFlow's rows with r = t take the later.
     """
-    a, b = (_time(stream, sample, config, context).to(dtype) for stream in (rng.TIME, rng.TIME_R))
+    a, b = (times.drawn(stream, sample, config, context, dtype) for stream in (rng.TIME, rng.TIME_R))
     later, earlier = torch.maximum(a, b)[:k], torch.minimum(a, b)[:k]
     return torch.cat((later, a[k:])), torch.cat((earlier, a[k:]))
-
-
-def _time(stream: int, sample: Tensor, config: Any, context: LossContext) -> Tensor:
-    if getattr(config, "law", "logit_normal") == "uniform":
-        return context.random.uniform(stream, sample)
-    return torch.sigmoid(config.mean + config.std * context.random.gauss(stream, sample))
 
 
 def jump(z: Tensor, u: Tensor, span: Tensor) -> Tensor:

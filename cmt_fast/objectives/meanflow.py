@@ -9,7 +9,7 @@ multiplied by something: `net` gets Duals of `k` rows and returns one.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from cmt_kernels import Dual, meanflow_loss
@@ -19,6 +19,7 @@ from torch import Tensor
 from cmt_fast.config.schema import IMeanFlow, MeanFlow
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
+from cmt_fast.objectives import times
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext, composed
 
 
@@ -72,13 +73,13 @@ def scale_of(share: Tensor, most: float, beta: float) -> Tensor:
 def loss_meanflow(net, drawn: Drawn, config: MeanFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
     """L = l / sg[(l + c)^p],    l = ||u - sg[v - (t - r) du/dt]||^2,    du/dt along v = eps - x_0
 
-    Returns (B,).
+    Returns (B,). `velocity: teacher` takes v of the teacher.
 
     Guidance (MeanFlow, sec. 4.2 and appendix): v <- omega v + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null)
     inside [guide_t_min, guide_t_max] on rows with labels, of effective scale omega / (1 - kappa). Rows with r = t
     reuse the training forward as u(z, t, t | c). A network with dropout has it in these calls too (published: without).
     """
-    return _regress(net, drawn, config, own=False)
+    return _regress(net, taught(drawn, config, stage), config, own=False)
 
 
 def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
@@ -94,9 +95,20 @@ def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> 
     With `omega_max` above 1 the network is told a scale omega and an interval in each row, and the target is the velocity that is
     guided by its own, v + (1 - 1/omega) (v(c) - v(null)), where t is in the interval and the row has its label.
     """
+    drawn = taught(drawn, config, stage)
     if config.head or drawn.guide is not None:
         return _with_inputs(net, drawn, config)
     return _regress(net, drawn, config, own=True)
+
+
+def taught(drawn: Any, config: MeanFlow | IMeanFlow, stage: StageContext) -> Any:
+    """With the teacher's velocity in the place of the data's, where that is asked for (MF-RAE's distillation): it has no noise of
+    a single row. A row whose label is dropped keeps the teacher's of its label, whose mean over labels is the null class's."""
+    if config.velocity == "data":
+        return drawn
+    assert stage.teacher is not None
+    with torch.no_grad():
+        return drawn._replace(v=stage.teacher(drawn.z, drawn.t, drawn.t, drawn.labels).to(drawn.z.dtype))
 
 
 def _with_inputs(net, drawn: Drawn, config: IMeanFlow) -> tuple[Tensor, dict[str, Tensor]]:
@@ -172,15 +184,12 @@ def tangent_rows(rows: int, ratio: float) -> int:
 def draw_times(
     sample: Tensor, k: int, config: MeanFlow | IMeanFlow, context: LossContext, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Two logit-normal draws a row, t the later and r the earlier; rows from k on have r = t, the later too. (B,), (B,).
+    """Two draws a row by the law (times.py), t the later and r the earlier; rows from k on have r = t, the later too. (B,), (B,).
 
     As published (Geng et al. 2025; Gsunshine/meanflow `sample_tr`, the same in its improved successor): rows with r = t are
     noisier than a single draw would make them. Their t has the law F^2, F that of one draw.
     """
-    a, b = (
-        torch.sigmoid(config.mean + config.std * context.random.gauss(stream, sample)).to(dtype)
-        for stream in (rng.TIME, rng.TIME_R)
-    )
+    a, b = (times.drawn(stream, sample, config, context, dtype) for stream in (rng.TIME, rng.TIME_R))
     t, r = torch.maximum(a, b), torch.minimum(a, b)
     return t, torch.cat((r[:k], t[k:]))
 

@@ -44,12 +44,13 @@ class AbsentRows:
             self.known["classes"] = self.classes
         self.normalisation = None
         if config.mean is not None and config.std is not None:
-            if {len(config.mean), len(config.std)} != {self.shape[0]}:
+            given = Normalisation.of(config.mean, config.std, config.scale, self.shape[0])
+            if {len(given.mean), len(given.std)} != {self.shape[0]}:
                 raise ConfigError(
                     f"data.mean and data.std: need {self.shape[0]} numbers each, one a channel of data.expects"
                 )
-            self.normalisation = Normalisation(config.mean, config.std, config.scale)
-            self.known["normalisation"] = [list(config.mean), list(config.std), config.scale]
+            self.normalisation = given
+            self.known["normalisation"] = [list(given.mean), list(given.std), given.scale]
 
     def rows(self, index: Tensor, draw: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]:
         """As data.Rows. Raises ConfigError."""

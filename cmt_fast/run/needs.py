@@ -21,6 +21,8 @@ from cmt_fast.storage import checkpoint
 from cmt_fast.storage.loggers import EXTRAS
 
 VAE = "stabilityai/sd-vae-ft-mse"  # the autoencoder of DiT, SiT, REPA, MeanFlow and EDM2
+RAE = "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"  # that of DiT^DH, for 16 x 16 latents; with -i512 for 32 x 32
+REPRESENTATION = 256  # channels from which on latents are taken for features of an encoder, as RAE's
 
 
 class Need(NamedTuple):
@@ -77,6 +79,10 @@ def _data(run: Run) -> Iterator[Need]:
     if expects:
         channels, side, _ = expects.shape
         size = f"--size {side} --pixels" if channels in (1, 3) else f"--vae {VAE} --size {8 * side}"
+        if _features(run):
+            size = f"--vae {RAE}{'-i512' if side == 32 else ''} --size {16 * side}" + " --flip" * getattr(
+                run.data, "flip", False
+            )
         forms = "edm" if channels in (1, 3) else "edm2, lightningdit or npy"
         how = f"make it by `cmt data encode IMAGES {path} {size}`, or `cmt data import` with --format {forms}"
     yield Need("data.path", path, os.path.isdir(path), "is not a folder", how)
@@ -89,10 +95,12 @@ def _packages(run: Run) -> Iterator[Need]:
     wanted += [("data.kind", "skimage", "demo")] if run.data.kind == "photos" else []
     wanted += [("eval.metric", "torch_fidelity", "eval")] if run.eval.metric == "fid" else []
     wanted += [("eval.vae", "diffusers", "latents")] if _decodes(run) else []
+    wanted += [("eval.vae", "transformers", "transformers")] if _decodes(run) and _features(run) else []
     wanted += [("loggers", name, EXTRAS[name]) for name in run.logging]
     for key, package, extra in wanted:
-        how = f"pip install 'cmt-fast[{extra}]'" + ", or nvidia-dali-cuda120 beside a torch for CUDA 12" * (
-            extra == "dali"
+        how = (
+            f"pip install {extra if extra == package else repr(f'cmt-fast[{extra}]')}"
+            + ", or nvidia-dali-cuda120 beside a torch for CUDA 12" * (extra == "dali")
         )
         yield Need(key, package, installed(package), "is not installed", how)
 
@@ -109,6 +117,12 @@ def _decodes(run: Run) -> bool:
     """Whether latents are decoded to be judged, as far as the recipe says what its rows are."""
     expects = getattr(run.data, "expects", None)
     return run.eval.metric != "frechet" and expects is not None and expects.shape[0] not in (1, 3)
+
+
+def _features(run: Run) -> bool:
+    """Whether latents are an encoder's features, as RAE's, as far as the recipe says what its rows are."""
+    expects = getattr(run.data, "expects", None)
+    return expects is not None and expects.shape[0] >= REPRESENTATION
 
 
 def _networks(
@@ -182,9 +196,10 @@ def _judge(run: Run) -> Iterator[Need]:
         there = bool(e.reference) and os.path.isfile(str(e.reference))
         yield Need("eval.reference", str(e.reference), there, wrong, how)
     if _decodes(run) and not e.vae and not os.path.isdir(getattr(run.data, "path", "")):
-        yield Need("eval.vae", VAE, False, "is not known to be here", "the store names the autoencoder that made it")
+        known = RAE if _features(run) else VAE
+        yield Need("eval.vae", known, False, "is not known to be here", "the store names the autoencoder that made it")
     if e.vae and e.vae.startswith(("/", "./", "../")):
-        yield Need("eval.vae", e.vae, os.path.isdir(e.vae), "is not a folder", f"a diffusers AutoencoderKL, as {VAE}")
+        yield Need("eval.vae", e.vae, os.path.isdir(e.vae), "is not a folder", f"a diffusers autoencoder, as {VAE}")
 
 
 def _imports(run: Run) -> str:

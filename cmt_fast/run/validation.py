@@ -18,6 +18,7 @@ from cmt_fast.config.schema import (
     Drift,
     Imm,
     Lagrangian,
+    MeanFlow,
     Run,
     Semigroup,
     Shortcut,
@@ -64,7 +65,7 @@ def _check_maps(resolved: ResolvedStage) -> None:
         check_lengths(o, resolved.run.eval.steps)
     if isinstance(o, AlphaFlow) and o.begin >= o.end:
         raise ConfigError(f"{name}.objective.end: {o.end} is not above begin, {o.begin}; alpha falls between the two")
-    if isinstance(o, Lagrangian | Semigroup) and o.velocity == "teacher" and (o.omega, o.kappa) != (1, 0):
+    if isinstance(o, MeanFlow) and o.velocity == "teacher" and (o.omega, o.kappa) != (1, 0):
         what = f"{name}.objective.{'omega' if o.omega != 1 else 'kappa'}: {o.omega if o.omega != 1 else o.kappa}"
         raise ConfigError(f"{what} guides the data's velocity, and this is the teacher's; take {name}.teacher_guidance")
     if not isinstance(o, Lagrangian | Semigroup | Shortcut) or (isinstance(o, Lagrangian) and o.velocity == "teacher"):

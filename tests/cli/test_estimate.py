@@ -162,7 +162,7 @@ def test_figures_of_the_docker_page(figures):
         disk, hours, _ = row(start)
         assert float(disk) == round(found["stages"][name]["checkpoints_bytes"] / 1e9)
         assert float(hours) == round(found["stages"][name]["hours"])
-    classifier = re.search(r"some (\d+) hours, predicted", page)
+    classifier = re.search(r"some (\d+) hours of one GPU, predicted", page)
     assert float(classifier[1]) == round(found["classifier"]["gpu_hours"], -1)
     student, guide = (found["stages"]["post"]["networks"][of]["parameters"] for of in ("student", "guide"))
     files, imported = map(float, row("teacher and guide")[0].split(" + "))

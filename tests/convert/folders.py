@@ -53,6 +53,13 @@ CASES = {
     "dit-latents": Case(DIT, data="latents"),
     "dit-ddpm": Case({**DIT, "embeddings": "dit", "precondition": "ddpm"}, "ve", "pre", (3, 6), {"order": 3}, DROPPED),
     "lightning": Case({**DIT, **LIGHTNING}, "linear", "pre", (2, 4), {"solver": "heun"}),
+    "ditdh": Case(
+        {**DIT, **LIGHTNING, "embeddings": "gaussian", "wide_head": {"width": 24, "depth": 1, "heads": 2}},
+        "linear",
+        "pre",
+        (3,),
+        {"solver": "euler", "shift": 2.0},
+    ),
     "mlp": Case(MLP, data="vectors"),
     "mlp-jumps": Case(MLP, "linear", data="vectors"),
     "edm2": Case(small.EDM2),

@@ -52,6 +52,8 @@ def stripped(name: str) -> dict:
         ("meanflow", MEANFLOW, "meanflow"),
         ("lightningdit", None, "lightningdit"),
         ("lightningdit", LIGHTNING, "lightningdit"),
+        ("ditdh", None, "ditdh"),
+        ("ditdh-mf", None, "ditdh"),
         ("edm2", None, "edm2"),
         ("adm", None, "edm"),
         ("ddpmpp", None, "edm"),
@@ -81,6 +83,7 @@ def test_a_bare_file_of_dit_or_sit_is_asked_for():
         ("repa", None, "sit", "the tensor projectors"),
         ("lightningdit", None, "sit", r"the tensor blocks.0.mlp.w12.weight is lightningdit's"),
         ("meanflow", MEANFLOW, "sit", "the tensor r_embedder"),
+        ("ditdh-mf", None, "meanflow", "the tensor s_embedder"),
     ],
 )
 def test_a_file_that_says_otherwise_is_refused(state, args, wanted, why):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmt_fast.config.schema import Dit, Edm, Edm2, Model
+from cmt_fast.config.schema import Dit, Edm, Edm2, Model, WideHead
 from cmt_fast.convert import names
+from cmt_fast.cost import flops
 from cmt_fast.engine import load_named
 from cmt_fast.models import build, fold
 from cmt_fast.models.dit import positions
@@ -99,6 +101,8 @@ def test_what_would_not_be_the_same_network_is_refused():
             names.edm(theirs | {name: others[name]})
 
 
+LIKE = "linear", (768, 16, 16), 1000
+DITDH = Dit(size="XL", patch=1, embeddings="gaussian", mlp="swiglu", norm="rms", rope=True, wide_head=WideHead())
 # model, shape, classes, millions of parameters
 PUBLISHED = {
     "EDM2-XS": (Edm2(size="XS"), (4, 64, 64), 1000, 125),
@@ -115,6 +119,7 @@ PUBLISHED = {
     "DiT-B/2": (Dit(size="B", embeddings="dit"), (4, 32, 32), 1000, 130),
     "DiT-L/2": (Dit(size="L", embeddings="dit"), (4, 32, 32), 1000, 458),
     "DiT-XL/2": (Dit(size="XL", embeddings="dit"), (4, 32, 32), 1000, 675),
+    "DiT^DH-XL": (DITDH, (768, 16, 16), 1000, 838.7),  # 839 with its constants, the positions
 }
 
 
@@ -138,3 +143,10 @@ def test_multiply_adds_as_published(name, giga, elementwise):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net.net(torch.zeros(1, *shape), torch.ones(1), None, torch.zeros(1, dtype=torch.int64))
     assert -elementwise < counter.get_total_flops() / 2e9 / giga - 1 < 0.001
+
+
+def test_work_of_a_wide_head_is_counted_as_published():
+    """MF-RAE's 157 G multiply-adds, which leave out those of attention: 2 T^2 D a block."""
+    net, attention = flops.network(DITDH, *LIKE), 2 * 256**2 * (28 * 1152 + 2 * 2048)
+    assert net.flops / 2e9 - attention / 1e9 == pytest.approx(157, abs=0.5)
+    assert net.name == "DiT^DH-XL" and net.flops > 1.3 * flops.network(replace(DITDH, wide_head=None), *LIKE).flops

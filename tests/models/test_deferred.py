@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from cmt_fast import models
-from cmt_fast.config.schema import Dit, Edm, Edm2, Mlp
+from cmt_fast.config.schema import Dit, Edm, Edm2, Mlp, WideHead
 from cmt_fast.models.deferred import deferred
 
 PICTURES, POINTS = (3, 16, 16), (2,)
 NETWORKS = {
     "dit": (Dit(width=32, depth=2, heads=2), "linear", PICTURES),
     "dit-ddpm": (Dit(width=32, depth=2, heads=2, precondition="ddpm"), "ve", PICTURES),
+    "ditdh": (Dit(width=32, depth=1, heads=2, embeddings="gaussian", wide_head=WideHead(48, 1, 2)), "linear", PICTURES),
     "sit": (Dit(width=32, depth=2, heads=2, embeddings="dit", rope=True, norm="rms", mlp="swiglu"), "linear", PICTURES),
     "edm2": (Edm2(width=16, multipliers=(1, 2), blocks=1, attention=(4,), head=8), "linear", PICTURES),
     "edm": (Edm(preset="cifar10", width=16, blocks=1), "ve", PICTURES),

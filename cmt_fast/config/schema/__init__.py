@@ -4,7 +4,7 @@ Every number a run depends on is here or in its recipe; the resolved form and it
 """
 
 from cmt_fast.config.schema.data import Data, Digits, Gmm, Latents, Npz, Photos
-from cmt_fast.config.schema.model import Dit, Edm, Edm2, Mlp, Model, weighs
+from cmt_fast.config.schema.model import Dit, Edm, Edm2, Mlp, Model, WideHead, weighs
 from cmt_fast.config.schema.objective import (
     DIFFUSION,
     AlphaFlow,

@@ -68,10 +68,10 @@ class Latents:
     """A store made by `cmt data encode`, `import` or `shards`: latents, or 8-bit images in [-1, 1].
 
     flip: mirror images are rows too. z = scale (x - mean) / std: a channel's own mean and std over the data unless given
-    here, as public checkpoints need (Stable Diffusion: mean 0, std 1, scale 0.18215). expects: another store is refused,
-    and the recipe can be checked where its store is not. class_ids: the network's class of each class of the store, classes:
-    rows of the network's table of labels, for a network that knows more than the store has. unchecked: numbers are taken
-    whatever their standard deviation.
+    here, one number or one a channel, as public checkpoints need (Stable Diffusion: mean 0, std 1, scale 0.18215). expects:
+    another store is refused, and the recipe can be checked where its store is not. class_ids: the network's class of each class
+    of the store, classes: rows of the network's table of labels, for a network that knows more than the store has. unchecked:
+    numbers are taken whatever their standard deviation.
     """
 
     path: str

@@ -10,11 +10,22 @@ from cmt_fast.config.schema.numbers import Count, Natural, schema
 
 
 @schema
+class WideHead:
+    """The wide, shallow head of DiT^DH (Zheng et al. 2025, RAE): blocks of their own width on the patches themselves, each token
+    of which is modulated by the transformer's."""
+
+    width: Count = 2048
+    depth: Count = 2
+    heads: Count = 16
+
+
+@schema
 class Dit:
     """Diffusion transformer. `size` sets width, depth and heads; each may be set by itself.
 
     `embeddings` dit: times and positions as in the published DiT, SiT, REPA and MeanFlow networks, which load into it; with
-    `mlp: swiglu, norm: rms, rope: true` LightningDiT's do. `precondition` ddpm (path ve): the network predicts the noise of
+    `mlp: swiglu, norm: rms, rope: true` LightningDiT's do, and with `embeddings: gaussian` (times by waves of random
+    frequencies) and a `wide_head` those of RAE and MF-RAE. `precondition` ddpm (path ve): the network predicts the noise of
     DDPM's 1000 variance-preserving steps, as DiT does; edm: EDM's preconditioning.
     `checkpoint_activations`: blocks keep their input alone and run again in the backward pass: less memory, more time.
     `log_variance` (path ve): a head for losses with learned weights (`uncertainty`). `guided` (path linear): the network is told
@@ -32,8 +43,9 @@ class Dit:
     rope: bool = False
     mlp: Literal["gelu", "swiglu"] = "gelu"
     norm: Literal["layer", "rms"] = "layer"
-    embeddings: Literal["cmt", "dit"] = "cmt"
+    embeddings: Literal["cmt", "dit", "gaussian"] = "cmt"
     precondition: Literal["edm", "ddpm"] = "edm"
+    wide_head: WideHead | None = None
     checkpoint_activations: bool = False
     log_variance: bool = False
     guided: bool = False

@@ -26,12 +26,14 @@ class Denoise:
 
 @schema
 class Flow:
-    """Flow matching: t ~ logit-normal(mean, std)."""
+    """Flow matching: t ~ logit-normal(mean, std), or uniform on (0, 1); then t <- shift t / (1 + (shift - 1) t)."""
 
     kind: Literal["flow"] = "flow"
     asks: ClassVar[Asks] = "instant"
     mean: float = -0.4
     std: Positive = 1.0
+    law: Literal["logit_normal", "uniform"] = "logit_normal"
+    shift: Positive = 1.0
 
 
 # the last three are of features: of the run's own classifier, of VGG16 on pixels, of a classifier of latents
@@ -87,7 +89,10 @@ class Ecd(Ect):
 
 @schema
 class MeanFlow:
-    """MeanFlow: the share `ratio` of rows has r < t and carries tangents; guidance inside the target by omega, kappa."""
+    """MeanFlow: the share `ratio` of rows has r < t and carries tangents; guidance inside the target by omega, kappa.
+
+    `velocity` teacher: v is the (guided) teacher's, not the data's; `law` and `shift` of both times as in `Flow`.
+    """
 
     kind: Literal["meanflow"] = "meanflow"
     asks: ClassVar[Asks] = "pairs"
@@ -100,6 +105,9 @@ class MeanFlow:
     kappa: float = 0.0
     guide_t_min: Fraction = 0.0
     guide_t_max: Fraction = 1.0
+    law: Literal["logit_normal", "uniform"] = "logit_normal"
+    shift: Positive = 1.0
+    velocity: Literal["data", "teacher"] = "data"
 
 
 @schema
@@ -172,7 +180,7 @@ class Lagrangian(MeanFlow):
     kind: Literal["lagrangian"] = "lagrangian"  # type: ignore[assignment]  # a tag, each its own
     p: NotNegative = 0.0
     law: Literal["uniform", "logit_normal"] = "uniform"
-    velocity: Literal["own", "teacher"] = "own"
+    velocity: Literal["own", "teacher"] = "own"  # type: ignore[assignment]  # of its own rows with r = t, not the data's
 
 
 @schema
@@ -185,7 +193,7 @@ class Semigroup(MeanFlow):
     kind: Literal["semigroup"] = "semigroup"  # type: ignore[assignment]  # a tag, each its own
     p: NotNegative = 0.0
     law: Literal["uniform", "logit_normal"] = "uniform"
-    velocity: Literal["own", "teacher"] = "own"
+    velocity: Literal["own", "teacher"] = "own"  # type: ignore[assignment]  # of its own rows with r = t, not the data's
     split: Literal["uniform", "middle"] = "uniform"
 
 

@@ -19,7 +19,7 @@ class SamplerConfig:
 
     Published second times on VE: 0.821 after ECT on 32 and 64 pixels, 1.526 for EDM2 networks (ImageNet at 64 and 512
     pixels), 0.77569 to watch mid-training, which is node 7 of the 16-step grid from 80 to 0.002. They are read on VE
-    alone: flow maps jump on the uniform grid, 1 -> 0.5 -> 0 in two steps.
+    alone: flow maps jump on the uniform grid, 1 -> 0.5 -> 0 in two steps. `shift`: of the solver's grid on linear flow.
 
     told_guidance: scale and interval of times that a network with `model.guided` is told in its few steps.
     """
@@ -32,6 +32,7 @@ class SamplerConfig:
     guidance: float = 1.0
     told_guidance: Annotated[tuple[float, Fraction, Fraction], Field(min_length=3, max_length=3)] = (1.0, 0.0, 1.0)
     teacher_steps: Count = 16
+    shift: Positive = 1.0
 
 
 @schema
@@ -86,7 +87,8 @@ class Features:
     """Training of the classifier behind the distance `latent_lpips` by `cmt train-features`: SGD, lr in steps.
 
     `width`: of its first stage, the last is eight times as wide. The learning rate falls by `decay` every
-    `decay_every_epochs`.
+    `decay_every_epochs`. `holdout`: the share of the images that it is not trained on and that its accuracy is of. `precision`
+    as of a stage; weights, momenta and what is held out are in fp32 in any case. `batch` is over all processes.
     """
 
     width: Count = 64
@@ -97,6 +99,8 @@ class Features:
     weight_decay: NotNegative = 1e-4
     decay: Positive = 0.1
     decay_every_epochs: Count = 30
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 @schema

@@ -82,15 +82,16 @@ class Network(ModelMixin, ConfigMixin):
 class TimeEmbedder(InFloat32):
     """t: (B,) -> (B, width): cosines and sines of t, then two layers.
 
-    `published`: the 256 features of DiT, SiT and their kin, frequencies from 1 down to 1/10000; else 64, from 1/4 to 32.
+    kind "dit": the 256 features of DiT, SiT and their kin, frequencies from 1 down to 1/10000; "gaussian": 512, their random
+    frequencies are kept with the weights; "cmt": 64, from 1/4 to 32.
     """
 
-    def __init__(self, width: int, published: bool = False) -> None:
+    def __init__(self, width: int, kind: str = "cmt") -> None:
         super().__init__()
-        features, frequency = 256 if published else 64, None
-        if published:
-            frequency = torch.exp(-math.log(1e4) * (torch.arange(128, dtype=torch.float32) / 128))
-        self.register_buffer("frequency", frequency, persistent=False)
+        features, frequency = {"dit": 256, "gaussian": 512, "cmt": 64}[kind], None
+        if kind != "cmt":
+            frequency = torch.exp(-math.log(1e4) * (torch.arange(features // 2, dtype=torch.float32) / (features // 2)))
+        self.register_buffer("frequency", frequency, persistent=kind == "gaussian")
         self.hidden, self.out = nn.Linear(features, width), nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class LabelEmbedder(InFloat32):
 
 
 class Norm(nn.Module):
-    """x: (B, T, D) normalised over D, then shifted and scaled by (B, D) each; in the dtype of shift.
+    """x: (B, T, D) normalised over D, then shifted and scaled by (B, D) or (B, T, D) each; in the dtype of shift.
 
     Mean 0 and variance 1, or mean square 1 and a weight where `rms`.
     """
@@ -129,14 +130,19 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         dtype, wide = shift.dtype, torch.promote_types(x.dtype, shift.dtype)
-        x, shift, scale = x.to(wide), shift.to(wide).unsqueeze(1), scale.to(wide)
+        x, shift, scale = x.to(wide), tokens(shift.to(wide)), scale.to(wide)
         if self.weight is None:
             normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         else:
             exact = x.to(torch.promote_types(wide, torch.float32))
             normed = (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-6)).to(wide)
             normed = normed * self.weight.to(wide)
-        return torch.addcmul(shift, normed, (1 + scale).unsqueeze(1)).to(dtype)
+        return torch.addcmul(shift, normed, tokens(1 + scale)).to(dtype)
+
+
+def tokens(c: Tensor) -> Tensor:
+    """(B, D) -> (B, 1, D), the same for all tokens; (B, T, D) as it is."""
+    return c if c.ndim == 3 else c.unsqueeze(1)
 
 
 def gelu(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -144,9 +150,9 @@ def gelu(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def gated_residual(x: Tensor, branch: Tensor, layer: nn.Linear, gate: Tensor) -> Tensor:
-    """x + gate layer(branch), (B, T, D), in the dtype of x; gate: (B, D)."""
+    """x + gate layer(branch), (B, T, D), in the dtype of x; gate: (B, D) or (B, T, D)."""
     y = F.linear(branch, layer.weight).to(x.dtype) + layer.bias.to(x.dtype)
-    return torch.addcmul(x, gate.to(x.dtype).unsqueeze(1), y)
+    return torch.addcmul(x, tokens(gate.to(x.dtype)), y)
 
 
 def attention(qkv: Tensor) -> Tensor:
@@ -166,7 +172,7 @@ def _extreme(qkv: Tensor) -> bool:
 
 
 class Block(nn.Module):
-    """x: (B, T, D), c: (B, D) -> (B, T, D): attention, then a feed-forward branch, both modulated by c."""
+    """x: (B, T, D), c: (B, D) or (B, T, D) -> (B, T, D): attention, then a feed-forward branch, both modulated by c."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, gated: bool, rms: bool) -> None:
         super().__init__()
@@ -208,7 +214,8 @@ class Block(nn.Module):
 class CmtDiT(Network):
     """The diffusion transformer (Peebles & Xie 2023): x (B, C, H, W), t, r (B,), labels (B,) -> (B, C, H, W).
 
-    two_times adds an embedding of t - r. embeddings "dit": times and positions as in the published DiT and SiT.
+    two_times adds an embedding of t - r. embeddings "dit": times and positions as in the published DiT and SiT, "gaussian": of
+    RAE's networks. wide_head: width, depth and heads of DiT^DH's (Zheng et al. 2025), each of whose tokens is modulated by one.
     """
 
     @register_to_config
@@ -227,35 +234,49 @@ class CmtDiT(Network):
         mlp: str = "gelu",
         norm: str = "layer",
         embeddings: str = "cmt",
+        wide_head: list[int] | None = None,
     ) -> None:
         """Many parameters: the hyperparameters as they are published."""
         super().__init__()
-        published, rms = embeddings == "dit", norm == "rms"
+        rms, gated = norm == "rms", mlp == "swiglu"
         self.patch, self.cells, self.channels = patch, side // patch, channels
         self.embed = nn.Linear(channels * patch**2, width)
-        self.time = TimeEmbedder(width, published)
-        self.duration = TimeEmbedder(width, published) if two_times else None
+        self.time = TimeEmbedder(width, embeddings)
+        self.duration = TimeEmbedder(width, embeddings) if two_times else None
         self.label = LabelEmbedder(classes, width) if classes else None
-        self.blocks = nn.ModuleList(Block(width, heads, qk_norm, mlp == "swiglu", rms) for _ in range(depth))
-        self.final_norm = Norm(width, rms)
-        self.final_modulation = nn.Linear(width, 2 * width)
-        self.final = nn.Linear(width, channels * patch**2)
+        self.blocks = nn.ModuleList(Block(width, heads, qk_norm, gated, rms) for _ in range(depth))
+        last, depth_h, heads_h = wide_head or (width, 0, heads)
+        self.head_embed = nn.Linear(channels * patch**2, last) if wide_head else None
+        self.head_condition = nn.Linear(width, last) if wide_head and last != width else None
+        self.head_blocks = nn.ModuleList(Block(last, heads_h, qk_norm, gated, rms) for _ in range(depth_h))
+        self.final_norm = Norm(last, rms)
+        self.final_modulation = nn.Linear(last, 2 * last)
+        self.final = nn.Linear(last, channels * patch**2)
         cos, sin = rotary(self.cells, width // heads) if rope else (None, None)
-        self.constants = Constants(position=positions(self.cells, width, published), cos=cos, sin=sin)
+        head_cos, head_sin = rotary(self.cells, last // heads_h) if rope and wide_head else (None, None)
+        place = positions(self.cells, width, embeddings != "cmt")
+        self.constants = Constants(position=place, cos=cos, sin=sin, head_cos=head_cos, head_sin=head_sin)
 
     def forward(
         self, x: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None
     ) -> Tensor:
-        h = self.embed(self._patchify(x.to(self.dtype))) + self.constants.on("position", x.device)
-        c = self.time(t)
+        patches = self._patchify(x.to(self.dtype))
+        h = self.embed(patches) + self.constants.on("position", x.device)
+        e = self.time(t)
         if self.duration is not None:
-            c = c + self.duration(t - (t if r is None else r))
-        if self.label is not None:
-            c = c + self.label(labels, drop)
-        c = F.silu(c).to(self.dtype)
+            e = e + self.duration(t - (t if r is None else r))
+        c = F.silu(e if self.label is None else e + self.label(labels, drop))
+        c = (c if self.head_embed is None else F.silu(c)).to(self.dtype)
         cos, sin = self.constants.on("cos", x.device), self.constants.on("sin", x.device)
         for block in self.blocks:
             h = block(h, c, cos, sin)
+        if self.head_embed is not None:
+            c = F.silu(e.unsqueeze(1) + h).to(self.dtype)
+            c = F.silu(c if self.head_condition is None else self.head_condition(c))
+            h = self.head_embed(patches).float() if h.dtype == torch.float32 else self.head_embed(patches)
+            cos, sin = self.constants.on("head_cos", x.device), self.constants.on("head_sin", x.device)
+            for block in self.head_blocks:
+                h = block(h, c, cos, sin)
         h = self.final_norm(h, *self.final_modulation(c).chunk(2, dim=-1))
         return self._unpatchify(self.final(h))
 

@@ -92,7 +92,7 @@ class Prediction:
         return n.clamp(0, 999).to(t.dtype)
 
 
-def solver_rows(path: str, solver: str, order: int, calls: int, t_max: float, t_min: float) -> list[tuple]:
+def solver_rows(path: str, solver: str, order: int, calls: int, t_max: float, t_min: float, shift=1.0) -> list[tuple]:
     """(t, r, (c0, c1, c2, c3)) for each network call, after which x <- c0 x + c1 m0 + c2 m1 + c3 m2.
 
     m0, m1, m2: the newest predictions. They are of the data on "ve", of the velocity on "linear". DPM-Solver++ (Lu et al. 2022)
@@ -101,7 +101,8 @@ def solver_rows(path: str, solver: str, order: int, calls: int, t_max: float, t_
     if solver == "heun" and calls % 2:
         raise ValueError(f"num_inference_steps: {calls} is odd, and Heun's solver calls the network twice a step")
     steps = calls // 2 if solver == "heun" else calls
-    times, rows = [t_max + (t_min - t_max) * i / steps for i in range(steps + 1)], []
+    even = [t_max + (t_min - t_max) * i / steps for i in range(steps + 1)]
+    times, rows = [shift * t / (1 + (shift - 1) * t) for t in even], []
     if path == "ve":  # not evenly: each a constant factor below the last
         times = [t_max * ((t_min / t_max) ** (1 / steps)) ** i for i in range(steps)] + [t_min]
     for i, (t, s) in enumerate(zip(times, times[1:])):
@@ -259,7 +260,7 @@ class CmtPipeline(DiffusionPipeline):
         path, t_max = how["path"], how["t_max"]
         net = Prediction(self.network, path, how["sigma_data"], how["precondition"])
         if how["many_steps"]:
-            rows = solver_rows(path, how["solver"], how["order"], steps, t_max, how["t_min"])
+            rows = solver_rows(path, how["solver"], how["order"], steps, t_max, how["t_min"], how.get("shift", 1.0))
             x = x * (t_max if path == "ve" else 1.0)
         elif path == "linear":  # a flow map jumps: x_r = x_t - (t - r) u
             rows = solver_rows(path, "jump", 1, steps, 1.0, 0.0)
@@ -363,11 +364,10 @@ class CmtPipeline(DiffusionPipeline):
         about, vae = self.config.decoding, self.vae
         mean, std = (torch.tensor(about[k], device=z.device).view(-1, 1, 1) for k in ("mean", "std"))
         z = z * (std / about["scale"]) + mean
-        narrow = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-        dtype = torch.float32 if narrow else vae.dtype
-        if narrow:
+        if narrow := vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
             vae.to(torch.float32)
-        parts = [vae.decode(part.to(dtype)).sample.float().clamp(-1, 1) for part in z.split(8)]
+        a, b = (2.0, -1.0) if hasattr(vae.config, "encoder_hidden_size") else (1.0, 0.0)  # RAE's images are in [0, 1]
+        parts = [(a * vae.decode(part.to(vae.dtype)).sample.float() + b).clamp(-1, 1) for part in z.split(8)]
         if narrow:
             vae.to(torch.float16)
         return torch.cat(parts)

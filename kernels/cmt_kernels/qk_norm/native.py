@@ -50,8 +50,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    dqkv, dq, dk = torch.ops.cmt.qk_norm_backward(grad, *ctx.saved_tensors, ctx.eps)
-    normed = ctx.saved_tensors[1] is not None
+    saved = ctx.saved_tensors  # once: what activation checkpointing computes again is there for one look
+    dqkv, dq, dk = torch.ops.cmt.qk_norm_backward(grad, *saved, ctx.eps)
+    normed = saved[1] is not None
     return dqkv, dq if normed else None, dk if normed else None, None, None, None, None
 
 
