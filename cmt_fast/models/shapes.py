@@ -32,10 +32,17 @@ def _slid(x: Tensor, window: Any, stride: Any, padding: Any, dilation: Any) -> I
 
 
 def _convolved(
-    x: Tensor, w: Tensor, b: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *_: Any
+    x: Tensor, w: Tensor, b: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *more: Any
 ) -> tuple[int, ...]:
     """(B, C, ...) that a convolution gives."""
-    assert not transposed, "a transposed convolution"
+    if transposed:
+        added, groups = more
+        sides = zip(x.shape[2:], w.shape[2:], stride, padding, dilation, added)
+        return (
+            x.shape[0],
+            w.shape[1] * groups,
+            *((n - 1) * s - 2 * p + d * (k - 1) + 1 + a for n, k, s, p, d, a in sides),
+        )
     return x.shape[0], w.shape[0], *_slid(x, w.shape[2:], stride, padding, dilation)
 
 

@@ -59,6 +59,7 @@ def test_the_closed_form_counts_what_the_products_are():
 @pytest.mark.parametrize(
     "make, shape, labelled",
     [(lambda: models.build(Edm(), "ve", 0.5, (3, 32, 32), 10), (3, 32, 32), True),
+     (lambda: models.build(Edm(preset="cifar10-ncsnpp"), "ve", 0.5, (3, 32, 32), 10), (3, 32, 32), True),
      (lambda: models.build(Edm(preset="imagenet64"), "ve", 0.5, (3, 64, 64), 1000), (3, 64, 64), True),
      (lambda: models.build(Edm2(size="S"), "ve", 0.5, (4, 64, 64), 1000), (4, 64, 64), True),
      (lambda: models.build(Dit(size="S", mlp="swiglu"), "linear", 0.5, (4, 16, 16), 10), (4, 16, 16), True),
