@@ -1,0 +1,251 @@
+"""An attempt: a recipe trained from random weights over seeds, each judged at its end, and all of it written to a log.
+
+The length of an attempt is the recipe's, not the moment at which a look falls below the target: the lowest of many looks is
+lower than the network is, and a mean of such figures proves nothing. `stop` does end at that moment, to see how fast an idea
+could be; it says so in its log, and no such log is a record.
+
+On the clock is all that `cmt train` does: reading data, trajectories, steps, checkpoints. Judging is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import yaml
+
+from cmt_fast import api
+from cmt_fast.config import fingerprint, loading
+from cmt_fast.config.errors import ConfigError
+from cmt_fast.config.schema import DIFFUSION, Run
+from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import machine, progress, signals
+from cmt_fast.runtime.signals import Stopped
+from cmt_fast.speedrun import logs, tracks
+from cmt_fast.speedrun.tracks import Track
+from cmt_fast.storage import files, metrics_log
+from cmt_fast.train import loop
+from cmt_fast.train.half_way import HalfWay
+from cmt_fast.usage import rapl
+from cmt_fast.usage.meters import Meter
+
+RECIPE, EXTRACTOR = "recipe.yaml", "extractor.safetensors"
+FIRST = 8  # steps of the first stage whose losses are kept one by one
+
+
+class Attempt(NamedTuple):
+    """What is trained. stop: at the first look below the target."""
+
+    track: Track
+    run: Run
+    final: str
+    stop: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Of the recipe, the same for all seeds, with the stage that is judged."""
+        return f"{fingerprint.digest(self.run)[:16]}-{self.final}"
+
+
+def train(attempt: Attempt, seeds: list[int], out: Path, keep: bool = False, tell: Callable[[str], None] = progress.say) -> list:
+    """Train and judge each seed that the log in `out` does not have yet. Returns all seeds of that log.
+
+    keep: leave the runs in `out`/runs. Raises ConfigError where `out` holds an attempt of another recipe.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file, recipe = out / logs.NAME, out / RECIPE
+    done = logs.read(file) if file.is_file() else []
+    for of in done:
+        if of.about["digest"] != attempt.digest or of.about["stop"] != attempt.stop:
+            raise ConfigError(f"--out: {out} holds an attempt of another recipe; choose another folder")
+    if not recipe.is_file():
+        files.write_text(recipe, yaml.safe_dump(loading.dump(attempt.run), sort_keys=False, width=120))
+    for seed in seeds:
+        if seed not in [of.about["seed"] for of in done]:
+            folder = out / "runs" / f"seed-{seed}"
+            shutil.rmtree(folder, ignore_errors=True)
+            logs.write(file, one(attempt, seed, folder))
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+        tell(said(next(of for of in logs.read(file) if of.about["seed"] == seed)))
+    if not keep:
+        shutil.rmtree(out / "runs", ignore_errors=True)
+    return logs.read(file)
+
+
+def one(attempt: Attempt, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Train and judge one seed; the lines of its log."""
+    track, final = attempt.track, attempt.final
+    run = dataclasses.replace(cast(Any, attempt.run), seed=seed)
+    if attempt.stop:
+        run = _looking(run, final, track)
+    work = opened(track, run, folder)
+    names = tracks.lineage(run, final)
+    rows = [_about(attempt, seed, work) | {"first": first_losses(work, names[0], FIRST)}]
+    meter = Meter.of(work.device) if work.device.type == "cuda" else Meter("core", torch.get_num_threads(), rapl.Packages())
+    looks = _Looks(track, final, work)
+    failed, stopped = "", False
+    try:
+        loop.train(work, names, meter=meter, page=looks if attempt.stop else None)
+    except _Reached:
+        stopped = True
+    except FloatingPointError as error:
+        failed = str(error)
+    for name in names:
+        rows += [{**row, "seed": seed} for row in _stage(work, name)]
+    rows += [{**row, "seed": seed} for row in looks.rows]
+    figures = {} if failed or stopped else {name: _judge(work, track, name) for name in names if _few(run, name)}
+    rows += [{"kind": "judged", "seed": seed, "stage": name, **found} for name, found in figures.items()]
+    end = dict(failed=failed) if failed else looks.rows[-1]["figures"] if stopped else figures[final]
+    return [*rows, {"kind": "end", "seed": seed, **_end(track, end), **_spent(rows, meter), "stopped": stopped}]
+
+
+def opened(track: Track, run: Run, folder: Path) -> Workspace:
+    """The run in its folder, with the track's frozen features where the package holds them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frozen = tracks.FOLDER / f"{track.name}.safetensors"
+    if frozen.is_file():
+        shutil.copyfile(frozen, folder / EXTRACTOR)
+    return Workspace(run, folder)
+
+
+def first_losses(work: Workspace, stage: str, steps: int) -> dict[str, Any]:
+    """The losses of the first steps of the first stage, in full: by them a record is known again in seconds."""
+    _, step = api.training_steps(work, stage)
+    return {"stage": stage, "losses": [step()["loss"] for _ in range(min(steps, work.stage(stage).schedule.total))]}
+
+
+def this_machine(device: torch.device) -> dict[str, Any]:
+    """What bits and seconds depend on."""
+    return {
+        **machine.environment(),
+        "rounds": machine.rounds(device),
+        "attention": os.environ.get("CMT_PROCESSOR", "timed"),
+    }
+
+
+def _about(attempt: Attempt, seed: int, work: Workspace) -> dict[str, Any]:
+    return {
+        "kind": "seed", "seed": seed, "track": attempt.track.name, "final": attempt.final, "stop": attempt.stop,
+        "digest": attempt.digest, "commit": commit(), "date": date.today().isoformat(), "machine": this_machine(work.device),
+    }  # fmt: skip
+
+
+def _few(run: Run, name: str) -> bool:
+    """Whether a stage trains what few steps can be judged of."""
+    return run.stages[name].objective.kind not in DIFFUSION
+
+
+def _stage(work: Workspace, name: str) -> list[dict[str, Any]]:
+    """The line of a stage, or of the steps of it that were taken, as its metrics have it; none where it was not begun."""
+    found = [r for r in metrics_log.read(work.stage_dir(name) / metrics_log.METRICS) if r["kind"] == "train"]
+    if not found:
+        return []
+    plan, steps = work.stage(name).schedule, found[-1]["step"]
+    return [
+        {
+            "kind": "stage", "stage": name, "steps": steps, "images": plan.nimg(steps),
+            "forwards": tracks.forwards(work.run, name, steps),
+            "loss": [[r["nimg"], float(f"{r['loss']:.5g}")] for r in found],
+        }
+    ]  # fmt: skip
+
+
+def _judge(work: Workspace, track: Track, name: str) -> dict[str, Any]:
+    """Figures of a stage's network at the track's number of steps, in both spaces."""
+    n = track.judge["n"]
+    judge = work.judging.open_judge(samples=n)
+    found = work.judging.evaluate(work.network(name), (track.steps,), n, judge=judge, quiet=True)[str(track.steps)]
+    kept = {key: value for key, value in found.items() if isinstance(value, float)}
+    assert judge.kept is not None
+    return {**kept, "n": n, "extractor": judge.name, "second": judge.kept.about["second"]}
+
+
+def _end(track: Track, figures: dict[str, Any]) -> dict[str, Any]:
+    if "failed" in figures:
+        return {"failed": figures["failed"], "reached": False}
+    kept = {key: figures[key] for key in ("frechet", "frechet_2") if key in figures}
+    return {**kept, "reached": tracks.reached(track, figures) if len(kept) == 2 else figures["reached"]}
+
+
+def _spent(rows: list[dict[str, Any]], meter: Meter) -> dict[str, Any]:
+    """Images, forwards, seconds and joules of all stages; joules are null where something of them is not known."""
+    stages = [row for row in rows if row["kind"] == "stage"]
+    parts = [meter.own[phase] for phase in logs.CLOCK if phase in meter.own]
+    joules = [part.joules for part in parts]
+    unknown = None in joules or not joules
+    return {
+        "images": sum(row["images"] for row in stages),
+        "forwards": sum(row["forwards"] for row in stages),
+        "wall_s": round(sum(part.wall_s for part in parts), 2),
+        "cpu_s": round(sum(part.cpu_s for part in parts), 2),
+        "joules": None if unknown else round(sum(cast(Any, joules)), 1),
+        "energy": (meter.counter.reason or "not measured") if unknown else "",
+        "phases": {phase: [round(own.wall_s, 2), round(own.cpu_s, 2)] for phase, own in meter.own.items()},
+    }
+
+
+def said(of: logs.Seed) -> str:
+    """One seed in a line."""
+    e = of.end
+    if "failed" in e:
+        what = f"failed ({e['failed']})"
+    else:
+        second = f", second space {e['frechet_2']:.4f}" if "frechet_2" in e else ""
+        what = f"Fréchet {e['frechet']:.4f}{second}, {'below' if e['reached'] else 'not below'} the target"
+    energy = f"{e['joules']:,.0f} J" if e["joules"] is not None else f"no joules ({e['energy']})"
+    on = of.about["machine"]
+    device = on["gpu"] if on["gpu"] != "none" else f"{on['cpu']}, {on['threads']} thread{'s' * (on['threads'] > 1)}"
+    return (
+        f"seed {of.about['seed']}: {what}{' at a look: no record' if e['stopped'] else ''}; {e['images']:,} student images, "
+        f"{e['forwards']:,.0f} forwards, {e['wall_s']:.0f} s ({e['cpu_s']:.0f} CPU s), {energy}; {device}"
+    )
+
+
+class _Reached(Stopped):
+    """A look below the target."""
+
+
+class _Looks(HalfWay):
+    """In the place of a run's page: after every evaluation of the final stage it asks whether the target is reached."""
+
+    def __init__(self, track: Track, final: str, work: Workspace) -> None:
+        super().__init__(None)
+        self.track, self.file, self.rows = track, work.stage_dir(final) / metrics_log.METRICS, list[dict[str, Any]]()
+
+    def draw(self) -> bool:
+        """Raises _Reached where it is, by the first space alone: on the way the second is not asked."""
+        seen = [r for r in metrics_log.read(self.file) if r["kind"] == "eval"] if self.file.is_file() else []
+        if len(seen) == len(self.rows):
+            return False
+        figures = {"frechet": seen[-1]["steps"][str(self.track.steps)]["frechet"]}
+        figures["reached"] = figures["frechet"] < self.track.target["frechet"]
+        self.rows.append({"kind": "look", "nimg": seen[-1]["nimg"], "figures": figures})
+        if figures["reached"]:
+            raise _Reached(0)
+        return False
+
+
+def _looking(run: Run, final: str, track: Track) -> Run:
+    """The same, its final stage judged on the way."""
+    stage = dataclasses.replace(cast(Any, run.stages[final]), eval_every_nimg=track.look_every_nimg)
+    return dataclasses.replace(cast(Any, run), **{final: stage})
+
+
+def commit() -> str:
+    """Of the clone that this package stands in, with + where files differ from it; "none" outside of one."""
+    git = lambda *what: subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *what], capture_output=True, text=True, check=False
+    )
+    try:
+        head = git("rev-parse", "--short", "HEAD").stdout.strip()
+        return head + "+" * bool(git("status", "--porcelain", "-uno").stdout.strip()) if head else "none"
+    except OSError:
+        return "none"
