@@ -28,7 +28,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         of.add_argument("--first-seed", type=int, metavar="N", help="another first seed, to search on: no record")
         of.add_argument("--stop", action="store_true", help="end at the first look below the target: no record")
         of.add_argument("--keep", action="store_true", help="leave the trained runs in FOLDER/runs")
-        of.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/speedrun/TRACK/DIGEST; rerun to go on")
+        of.add_argument(
+            "--out", type=Path, metavar="FOLDER", help="default: runs/speedrun/TRACK/DIGEST; rerun to go on"
+        )
         _records(of)
     text = "look at a record again: rules, sums, first steps; --full trains it anew"
     verify = which.add_parser("verify", help=text, description=text)
@@ -44,7 +46,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _records(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER", help="where records are (default: records)")
+    p.add_argument(
+        "--records", type=Path, default=RECORDS, metavar="FOLDER", help="where records are (default: records)"
+    )
 
 
 def attempted(args: argparse.Namespace) -> None:
@@ -54,7 +58,9 @@ def attempted(args: argparse.Namespace) -> None:
     recipe, final = args.recipe, args.final
     given = [o for o in args.overrides if "=" not in o or Path(o).is_file()]
     if len(given) + bool(args.record) + bool(recipe) > 1:
-        raise ConfigError(f"cmt speedrun {track.name}: name one recipe or one record, not {' and '.join(given) or 'both'}")
+        raise ConfigError(
+            f"cmt speedrun {track.name}: name one recipe or one record, not {' and '.join(given) or 'both'}"
+        )
     if given:
         recipe = given[0]
     if args.record:
@@ -69,7 +75,9 @@ def attempted(args: argparse.Namespace) -> None:
     out = args.out or Path("runs/speedrun") / track.name / entry.digest
     stages = tracks.lineage(run, final)
     total = sum(tracks.forwards(run, name) for name in stages)
-    progress.say(f"{track.name}: {' > '.join(stages)}, {total:,.0f} network forwards a seed; target {records.target(track)}")
+    progress.say(
+        f"{track.name}: {' > '.join(stages)}, {total:,.0f} network forwards a seed; target {records.target(track)}"
+    )
     done = attempt.train(entry, seeds, out, args.keep)
     if len(done) > 1:
         progress.say(records.summary(track, done))

@@ -26,7 +26,7 @@ from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION, Run
 from cmt_fast.run.workspace import Workspace
-from cmt_fast.runtime import machine, progress, signals
+from cmt_fast.runtime import machine, progress
 from cmt_fast.runtime.signals import Stopped
 from cmt_fast.speedrun import logs, tracks
 from cmt_fast.speedrun.tracks import Track
@@ -54,7 +54,9 @@ class Attempt(NamedTuple):
         return f"{fingerprint.digest(self.run)[:16]}-{self.final}"
 
 
-def train(attempt: Attempt, seeds: list[int], out: Path, keep: bool = False, tell: Callable[[str], None] = progress.say) -> list:
+def train(
+    attempt: Attempt, seeds: list[int], out: Path, keep: bool = False, tell: Callable[[str], None] = progress.say
+) -> list:
     """Train and judge each seed that the log in `out` does not have yet. Returns all seeds of that log.
 
     keep: leave the runs in `out`/runs. Raises ConfigError where `out` holds an attempt of another recipe.
@@ -89,7 +91,9 @@ def one(attempt: Attempt, seed: int, folder: Path) -> list[dict[str, Any]]:
     work = opened(track, run, folder)
     names = tracks.lineage(run, final)
     rows = [_about(attempt, seed, work) | {"first": first_losses(work, names[0], FIRST)}]
-    meter = Meter.of(work.device) if work.device.type == "cuda" else Meter("core", torch.get_num_threads(), rapl.Packages())
+    meter = (
+        Meter.of(work.device) if work.device.type == "cuda" else Meter("core", torch.get_num_threads(), rapl.Packages())
+    )
     looks = _Looks(track, final, work)
     failed, stopped = "", False
     try:

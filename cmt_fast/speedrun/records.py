@@ -6,9 +6,9 @@
                                 README.md     the idea in words
     records/TRACK/failed-name/  an attempt that did not come below the target, or not faster; kept, since it says as much
 
-A record counts when over at least `seeds.least` seeds, the track's first ones with none left out, the mean distance is below the
-target by a one-sided t test at `p`, the mean in the second space is below its guard, and it takes fewer network forwards than
-every record before it. Forwards are a function of the recipe, so they need no test; the distance is what differs from seed to seed.
+A record counts when over at least `seeds.least` seeds, the track's first ones with none left out, the mean distance is below
+the target by a one-sided t test at `p`, the mean in the second space is below its guard, and it takes fewer network forwards
+than every record before it. Forwards are a function of the recipe and need no test; what differs between seeds is the distance.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def read(folder: Path) -> Record:
     """A record. Raises ConfigError where it is none."""
     track, file = tracks.load(folder.absolute().parent.name), folder / ABOUT
     if not NAME.fullmatch(folder.name):
-        raise ConfigError(f"RECORD: {folder.name!r} is no name of a record; one is 001-short-words, or failed-short-words")
+        raise ConfigError(
+            f"RECORD: {folder.name!r} is no name of a record; one is 001-short-words, or failed-short-words"
+        )
     try:
         about = loading.parse_yaml(file.read_text("utf-8"), str(file))
     except OSError as error:
@@ -94,13 +96,19 @@ def find(name: str, root: Path, track: str | None = None) -> Record:
     chosen = [folder for full, folder in known.items() if wanted in (full, full.partition("/")[2])]
     if len(chosen) == 1:
         return read(chosen[0])
-    there = f"there are {', '.join(known)}" if known else f"there are none in {str(root)!r}, --records names their folder"
-    raise ConfigError(f"RECORD: {name!r} is {'in two tracks' if chosen else 'no record'}; {there}{nearest(name, known)}")
+    there = (
+        f"there are {', '.join(known)}" if known else f"there are none in {str(root)!r}, --records names their folder"
+    )
+    raise ConfigError(
+        f"RECORD: {name!r} is {'in two tracks' if chosen else 'no record'}; {there}{nearest(name, known)}"
+    )
 
 
 def verdict(track: Track, seeds: Sequence[logs.Seed]) -> Verdict:
     """What the seeds of a log say, by the log alone."""
-    first, second = ([logs.figure(of, key) for of in seeds if not of.end.get("stopped")] for key in ("frechet", "frechet_2"))
+    first, second = (
+        [logs.figure(of, key) for of in seeds if not of.end.get("stopped")] for key in ("frechet", "frechet_2")
+    )
     enough = len(first) > 1
     p = student.mean_below(first, track.target["frechet"]) if enough else math.nan
     mean_2 = fmean(second) if second else math.nan
@@ -163,25 +171,39 @@ def summary(track: Track, seeds: Sequence[logs.Seed]) -> str:
     return f"{what}; {of.forwards:,.0f} forwards, {of.cpu_s:.0f} CPU s; {of.why or 'below the target by the rules'}"
 
 
-def table(track: Track, root: Path) -> str:
-    """All records of a track as Markdown, made of their logs."""
+def table(track: Track, root: Path, short: bool = False) -> str:
+    """All records of a track as Markdown, made of their logs; short: those that count, in fewer columns, as for the README."""
     found = every(track, root)
     if not found:
         return f"{track.title}: no record yet; target {target(track)}.\n"
     standing = standings(track, found)
-    head = (
-        f"| {track.title} | idea | network forwards | Fréchet, 1 step: mean ± deviation | seeds | p | second space | CPU seconds "
-        "| without the idea: mean at forwards | stands |"
-    )
-    lines = [head, "|---|---|---:|---|---:|---|---|---:|---|---|"]
+    if short:
+        found = [record for record in found if standing[record.name] == "counts" and not record.failed]
+    head = [
+        "idea",
+        "network forwards",
+        "Fréchet, 1 step: mean ± deviation",
+        "seeds",
+        "p",
+        "second space",
+        "CPU seconds",
+    ]
+    head = [track.title, *head, *([] if short else ["without the idea: mean at forwards", "stands"])]
+    lines = [
+        f"| {' | '.join(head)} |",
+        "|" + "".join("---|" if i in (0, 1, 3, 5, 8, 9) else "---:|" for i in range(len(head))),
+    ]
     for record in found:
-        of = verdict(track, record.seeds)
-        lines.append(
-            f"| [{record.name}](records/{track.name}/{record.name}/README.md) | {record.about['idea']} | {of.forwards:,.0f} "
-            f"| {of.mean:.3f} ± {of.spread:.3f} | {len(record.seeds)} | {of.p:.1g} | {of.second:.4f} | {of.cpu_s:.0f} "
-            f"| {against_ablation(record)} | {'**' * (standing[record.name] == 'counts')}{standing[record.name]}"
-            f"{'**' * (standing[record.name] == 'counts')} |"
-        )
+        of, up = verdict(track, record.seeds), "" if short else "../"
+        link = f"[{record.name}]({up}records/{track.name}/{record.name}/README.md)"
+        cells = [
+            link, record.about["idea"], f"{of.forwards:,.0f}", f"{of.mean:.3f} ± {of.spread:.3f}", str(len(record.seeds)),
+            f"{of.p:.1g}", f"{of.second:.4f}", f"{of.cpu_s:.0f}",
+        ]  # fmt: skip
+        if not short:
+            counts = standing[record.name] == "counts"
+            cells += [against_ablation(record), "**counts**" if counts else standing[record.name]]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_footer(track, found)]) + "\n"
 
 
@@ -190,9 +212,10 @@ def _footer(track: Track, found: Sequence[Record]) -> list[str]:
     on = sorted({_machine(of.about["machine"]) for record in found for of in record.seeds})
     energy = any(of.end["joules"] is not None for record in found for of in record.seeds)
     joules = "" if energy else "; no machine of these could read its energy"
+    limit = track.target["frechet"]
     return [
-        f"Target: {target(track)}; a backward counts two forwards. p: one-sided t test of the mean against {track.target['frechet']:g}, "
-        f"below {track.p:g} to count. Seconds are of one seed, without judging, on {' and '.join(on)}{joules}."
+        f"Target: {target(track)}; a backward counts two forwards. p: one-sided t test of the mean against {limit:g}, below "
+        f"{track.p:g} to count. Seconds are of one seed, without judging, on {' and '.join(on)}{joules}."
     ]
 
 

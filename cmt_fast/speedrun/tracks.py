@@ -91,8 +91,10 @@ def check(track: Track, run: Run, final: str) -> None:
     if final not in run.stages:
         raise ConfigError(f"--final: {final!r} is no stage of this recipe; it has {', '.join(run.stages)}")
     if run.stages[final].objective.kind in DIFFUSION:
-        raise ConfigError(f"--final: {final} trains a diffusion model, and {track.steps} step is judged; train a few-step stage")
-    tree, like = loading.dump(run), loading.dump(_like(track.name))
+        raise ConfigError(
+            f"--final: {final} trains a diffusion model, and {track.steps} step is judged; train a few-step stage"
+        )
+    tree, like = loading.dump(run), loading.dump(_like(track.begin))
     for key in ("data", "model"):
         for name in sorted({*tree[key], *like[key]}):
             if tree[key].get(name) != like[key].get(name):
@@ -105,9 +107,9 @@ def check(track: Track, run: Run, final: str) -> None:
 
 
 @functools.cache
-def _like(track_name: str) -> Run:
+def _like(begin: str) -> Run:
     """The track's own recipe, for its data and network with every default."""
-    return loading.load(load(track_name).begin)
+    return loading.load(begin)
 
 
 def _check_stage(run: Run, name: str) -> None:
@@ -117,15 +119,19 @@ def _check_stage(run: Run, name: str) -> None:
         if "/" in network:
             raise ConfigError(f"{name}.{key}: {network!r} was trained elsewhere; all counts from random weights here")
     if stage.perceptual:
-        raise ConfigError(f"{name}.perceptual: weights of other data are not allowed; all counts from random weights here")
+        raise ConfigError(
+            f"{name}.perceptual: weights of other data are not allowed; all counts from random weights here"
+        )
     if "features" in stage.distances():
-        raise ConfigError(f"{name}.objective.distance: 'features' are the judge's own; valid are l2, squared_l2, pseudo_huber")
+        raise ConfigError(
+            f"{name}.objective.distance: 'features' are the judge's own; valid are l2, squared_l2, pseudo_huber"
+        )
     t = stage.trajectories
     if t and t.cache:
         raise ConfigError(f"{name}.trajectories.cache: {t.cache!r} was rolled out elsewhere; set it to null")
     if t and t.nfe == "auto":
         raise ConfigError(f"{name}.trajectories.nfe: 'auto' measures with forwards that nobody counts; give a number")
-    if "stop" != (stage.on_nonfinite or run.on_nonfinite):
+    if (stage.on_nonfinite or run.on_nonfinite) != "stop":
         raise ConfigError(f"{name}.on_nonfinite: a step that is not finite ends an attempt; set it to stop")
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Run
 from cmt_fast.speedrun import attempt, logs, records, tracks
@@ -40,7 +39,9 @@ def entered(record: Record) -> Attempt:
     entry = Attempt(record.track, run, final)
     for of in record.seeds:
         if of.about["digest"] != entry.digest:
-            raise ConfigError(f"RECORD: seed {of.about['seed']} is of {of.about['digest']}, the recipe is {entry.digest}")
+            raise ConfigError(
+                f"RECORD: seed {of.about['seed']} is of {of.about['digest']}, the recipe is {entry.digest}"
+            )
     return entry
 
 
@@ -56,7 +57,9 @@ def sums(record: Record, run: Run) -> str:
         totals = {"forwards": sum(f for _, f, _ in plans), "images": sum(n for *_, n in plans)}
         totals |= {key: judged.get(key) for key in FIGURES}
         if found != plans or any(of.end[key] != value for key, value in totals.items()):
-            raise ConfigError(f"RECORD: the end of seed {of.about['seed']} is not what its lines and its recipe add up to")
+            raise ConfigError(
+                f"RECORD: the end of seed {of.about['seed']} is not what its lines and its recipe add up to"
+            )
     forwards = record.seeds[0].end["forwards"]
     return f"{record.name}: {forwards:,.0f} forwards, as counted from the recipe; {len(record.seeds)} ends are their lines' sums"
 
@@ -97,5 +100,7 @@ def again(record: Record, entry: Attempt, seeds: int) -> Iterator[str]:
             mine, theirs = (", ".join(f"{s.end.get(key)}" for key in FIGURES) for s in (of, log))
             same = same_machine(of.about["machine"], log.about["machine"])
             if same and mine != theirs:
-                raise ConfigError(f"RECORD: seed {of.about['seed']} came to {mine}, its log says {theirs}, on one kind of machine")
+                raise ConfigError(
+                    f"RECORD: seed {of.about['seed']} came to {mine}, its log says {theirs}, on one kind of machine"
+                )
             yield f"{record.name}: seed {of.about['seed']} came to {mine}; its log says {theirs}{'' if same else ' elsewhere'}"
