@@ -34,7 +34,7 @@ from cmt_fast.storage import files, metrics_log
 from cmt_fast.train import loop
 from cmt_fast.train.half_way import HalfWay
 from cmt_fast.usage import rapl
-from cmt_fast.usage.meters import Meter
+from cmt_fast.usage.meters import Meter, Own
 
 RECIPE, EXTRACTOR = "recipe.yaml", "extractor.safetensors"
 FIRST = 8  # steps of the first stage whose losses are kept one by one
@@ -91,24 +91,32 @@ def one(attempt: Attempt, seed: int, folder: Path) -> list[dict[str, Any]]:
     work = opened(track, run, folder)
     names = tracks.lineage(run, final)
     rows = [_about(attempt, seed, work) | {"first": first_losses(work, names[0], FIRST)}]
-    meter = (
-        Meter.of(work.device) if work.device.type == "cuda" else Meter("core", torch.get_num_threads(), rapl.Packages())
-    )
-    looks = _Looks(track, final, work)
-    failed, stopped = "", False
-    try:
-        loop.train(work, names, meter=meter, page=looks if attempt.stop else None)
-    except _Reached:
-        stopped = True
-    except FloatingPointError as error:
-        failed = str(error)
+    meter = _meter(work.device)
+    looks, failed, stopped = _Looks(track, final, work), "", False
     for name in names:
-        rows += [{**row, "seed": seed} for row in _stage(work, name)]
+        before = _spent(meter)
+        try:
+            loop.train(work, [name], meter=meter, page=looks if attempt.stop else None)
+        except _Reached:
+            stopped = True
+        except FloatingPointError as error:
+            failed = str(error)
+        rows += [{"kind": "stage", "seed": seed, "stage": name, **_trained(work, name), **_more(_spent(meter), before)}]
+        if failed:
+            break
     rows += [{**row, "seed": seed} for row in looks.rows]
     figures = {} if failed or stopped else {name: _judge(work, track, name) for name in names if _few(run, name)}
     rows += [{"kind": "judged", "seed": seed, "stage": name, **found} for name, found in figures.items()]
-    end = dict(failed=failed) if failed else looks.rows[-1]["figures"] if stopped else figures[final]
-    return [*rows, {"kind": "end", "seed": seed, **_end(track, end), **_spent(rows, meter), "stopped": stopped}]
+    end = {"failed": failed} if failed else looks.rows[-1]["figures"] if stopped else figures[final]
+    stages = [row for row in rows if row["kind"] == "stage"]
+    energy = (meter.counter.reason or "not measured") if stages[-1]["joules"] is None else ""
+    ended = {**_end(track, end), **logs.total(stages), "energy": energy, "stopped": stopped}
+    return [*rows, {"kind": "end", "seed": seed, **ended}]
+
+
+def _meter(device: torch.device) -> Meter:
+    """Of this process; on a processor with RAPL's joules."""
+    return Meter.of(device) if device.type == "cuda" else Meter("core", torch.get_num_threads(), rapl.Packages())
 
 
 def opened(track: Track, run: Run, folder: Path) -> Workspace:
@@ -147,19 +155,36 @@ def _few(run: Run, name: str) -> bool:
     return run.stages[name].objective.kind not in DIFFUSION
 
 
-def _stage(work: Workspace, name: str) -> list[dict[str, Any]]:
-    """The line of a stage, or of the steps of it that were taken, as its metrics have it; none where it was not begun."""
-    found = [r for r in metrics_log.read(work.stage_dir(name) / metrics_log.METRICS) if r["kind"] == "train"]
-    if not found:
-        return []
-    plan, steps = work.stage(name).schedule, found[-1]["step"]
-    return [
-        {
-            "kind": "stage", "stage": name, "steps": steps, "images": plan.nimg(steps),
-            "forwards": tracks.forwards(work.run, name, steps),
-            "loss": [[r["nimg"], float(f"{r['loss']:.5g}")] for r in found],
-        }
-    ]  # fmt: skip
+def _trained(work: Workspace, name: str) -> dict[str, Any]:
+    """What a stage, or those of its steps that were taken, saw and did, and its loss as its metrics have it."""
+    file = work.stage_dir(name) / metrics_log.METRICS
+    found = [row for row in metrics_log.read(file) if row["kind"] == "train"] if file.is_file() else []
+    steps = found[-1]["step"] if found else 0
+    return {
+        "steps": steps,
+        "images": work.stage(name).schedule.nimg(steps),
+        "forwards": tracks.forwards(work.run, name, steps),
+        "loss": [[row["nimg"], float(f"{row['loss']:.5g}")] for row in found],
+    }
+
+
+def _spent(meter: Meter) -> Own:
+    """All that is on the clock so far; joules are None where something of them is not known."""
+    parts = [meter.own[phase] for phase in logs.CLOCK if phase in meter.own]
+    known = [part.joules for part in parts if part.joules is not None]
+    return Own(
+        sum(p.wall_s for p in parts), sum(p.cpu_s for p in parts), sum(known) if len(known) == len(parts) else None
+    )
+
+
+def _more(now: Own, before: Own) -> dict[str, Any]:
+    """What came onto it."""
+    joules = None if now.joules is None or before.joules is None else round(now.joules - before.joules, 1)
+    return {
+        "wall_s": round(now.wall_s - before.wall_s, 2),
+        "cpu_s": round(now.cpu_s - before.cpu_s, 2),
+        "joules": joules,
+    }
 
 
 def _judge(work: Workspace, track: Track, name: str) -> dict[str, Any]:
@@ -177,23 +202,6 @@ def _end(track: Track, figures: dict[str, Any]) -> dict[str, Any]:
         return {"failed": figures["failed"], "reached": False}
     kept = {key: figures[key] for key in ("frechet", "frechet_2") if key in figures}
     return {**kept, "reached": tracks.reached(track, figures) if len(kept) == 2 else figures["reached"]}
-
-
-def _spent(rows: list[dict[str, Any]], meter: Meter) -> dict[str, Any]:
-    """Images, forwards, seconds and joules of all stages; joules are null where something of them is not known."""
-    stages = [row for row in rows if row["kind"] == "stage"]
-    parts = [meter.own[phase] for phase in logs.CLOCK if phase in meter.own]
-    joules = [part.joules for part in parts]
-    unknown = None in joules or not joules
-    return {
-        "images": sum(row["images"] for row in stages),
-        "forwards": sum(row["forwards"] for row in stages),
-        "wall_s": round(sum(part.wall_s for part in parts), 2),
-        "cpu_s": round(sum(part.cpu_s for part in parts), 2),
-        "joules": None if unknown else round(sum(cast(Any, joules)), 1),
-        "energy": (meter.counter.reason or "not measured") if unknown else "",
-        "phases": {phase: [round(own.wall_s, 2), round(own.cpu_s, 2)] for phase, own in meter.own.items()},
-    }
 
 
 def said(of: logs.Seed) -> str:

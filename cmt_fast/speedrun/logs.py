@@ -1,10 +1,10 @@
 """The log of an attempt: JSON lines, seed by seed, and what they add up to.
 
     {"kind": "seed"}    what is trained, where and by what: digests, commit, machine, losses of the first steps
-    {"kind": "stage"}   steps, student images, network forwards, the loss as it fell
+    {"kind": "stage"}   steps, student images, network forwards, seconds and joules of a stage, its loss as it fell
     {"kind": "look"}    of --stop: the distance on the way
     {"kind": "judged"}  a few-step stage's figures at the track's number of steps
-    {"kind": "end"}     the final figures, and what it took: images, forwards, seconds, joules; or "failed" and why
+    {"kind": "end"}     the final stage's figures, and the sums of all stages; or "failed" and why
 
 Only what stands in a log enters a table.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,3 +63,28 @@ def write(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def figure(seed: Seed, key: str) -> float:
     """A number of the end; infinite where it failed, so that no mean is below a target with it."""
     return float(seed.end[key]) if "failed" not in seed.end else math.inf
+
+
+def total(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What stages took together; joules are null where those of one are."""
+    joules = [row["joules"] for row in stages]
+    return {
+        "images": sum(row["images"] for row in stages),
+        "forwards": sum(row["forwards"] for row in stages),
+        "wall_s": round(sum(row["wall_s"] for row in stages), 2),
+        "cpu_s": round(sum(row["cpu_s"] for row in stages), 2),
+        "joules": None if None in joules else round(sum(joules), 1),
+    }
+
+
+def cut(seed: Seed, final: str) -> Seed:
+    """The same seed as though an earlier few-step stage had been its last: a stage knows nothing of those after it, so the
+    attempt would have had these very lines. Raises ConfigError where that stage was not judged."""
+    names = [row["stage"] for row in seed.stages]
+    judged = next((row for row in seed.judged if row["stage"] == final), None)
+    if judged is None or final not in names or "failed" in seed.end:
+        raise ConfigError(f"RECORD: seed {seed.about['seed']} of the log has no figures of {final}")
+    stages = seed.stages[: names.index(final) + 1]
+    about = {**seed.about, "final": final, "digest": f"{seed.about['digest'].partition('-')[0]}-{final}"}
+    end = {**seed.end, **{key: judged[key] for key in ("frechet", "frechet_2")}, **total(stages)}
+    return Seed(about, stages, [judged], end)

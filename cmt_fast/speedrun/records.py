@@ -76,8 +76,16 @@ def read(folder: Path) -> Record:
     for key, of in KEYS.items():
         if not isinstance(about.get(key), of):
             raise ConfigError(f"RECORD: {str(file)!r} has no {key}; it needs {', '.join(KEYS)}")
+    seeds = _cut(logs.read(folder.parent / str(about.get("of", folder.name)) / logs.NAME), about["final"])
     without = folder / ABLATION / logs.NAME
-    return Record(folder, track, about, logs.read(folder / logs.NAME), logs.read(without) if without.is_file() else [])
+    if isinstance(known := about.get("ablation"), dict):  # in a log that is there already
+        found = _cut(logs.read(folder.parent / str(known.get("of")) / logs.NAME), str(known.get("final")))
+        return Record(folder, track, about, seeds, found)
+    return Record(folder, track, about, seeds, logs.read(without) if without.is_file() else [])
+
+
+def _cut(seeds: list[logs.Seed], final: str) -> list[logs.Seed]:
+    return [of if of.about["final"] == final else logs.cut(of, final) for of in seeds]
 
 
 def every(track: Track, root: Path) -> list[Record]:

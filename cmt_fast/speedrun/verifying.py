@@ -55,6 +55,7 @@ def sums(record: Record, run: Run) -> str:
         found = [(row["stage"], row["forwards"], row["images"]) for row in of.stages]
         judged = next((row for row in of.judged if row["stage"] == record.about["final"]), {})
         totals = {"forwards": sum(f for _, f, _ in plans), "images": sum(n for *_, n in plans)}
+        totals = {**logs.total(of.stages), **totals}
         totals |= {key: judged.get(key) for key in FIGURES}
         if found != plans or any(of.end[key] != value for key, value in totals.items()):
             raise ConfigError(
