@@ -18,14 +18,15 @@ ELSEWHERE = 1e-4  # relative: of losses of the first steps on another kind of ma
 FIGURES = ("frechet", "frechet_2")
 
 
-def verify(record: Record, full: int | None = None) -> Iterator[str]:
-    """What was found, line by line. full: seeds to train anew. Raises ConfigError at the first thing that is not as it says."""
+def verify(record: Record, full: int | None = None, steps: int | None = None) -> Iterator[str]:
+    """What was found, line by line. full: seeds to train anew; steps: of the first ones (default: all in the log). Raises
+    ConfigError at the first thing that is not as it says."""
     if not record.seeds:
         raise ConfigError(f"RECORD: {record.folder / logs.NAME} holds no seed that came to its end")
     entry = entered(record)
     yield f"{record.name}: keeps to the track {record.track.name}; recipe and log are of one digest, {entry.digest}"
     yield sums(record, entry.run)
-    yield first_steps(record, entry.run)
+    yield first_steps(record, entry.run, steps)
     if full:
         yield from again(record, entry, full)
     of = records.verdict(record.track, record.seeds)
@@ -69,11 +70,11 @@ def _images(run: Run, name: str) -> int:
     return tracks.planned(run, name).nimg(tracks.planned(run, name).total)
 
 
-def first_steps(record: Record, run: Run, seed: int | None = None) -> str:
-    """Take the first steps of a seed again: equal losses on the same kind of machine, within ELSEWHERE on another. Raises
-    ConfigError where they are not."""
-    of = record.seeds[0] if seed is None else next(s for s in record.seeds if s.about["seed"] == seed)
-    known = of.about["first"]
+def first_steps(record: Record, run: Run, steps: int | None = None) -> str:
+    """Take the first steps of the first seed again, all that its log has or `steps`: equal losses on the same kind of machine,
+    within ELSEWHERE on another. Raises ConfigError where they are not."""
+    of = record.seeds[0]
+    known = {**of.about["first"], "losses": of.about["first"]["losses"][:steps]}
     with tempfile.TemporaryDirectory() as place:
         work = attempt.opened(record.track, dataclasses.replace(cast(Any, run), seed=of.about["seed"]), Path(place))
         found = attempt.first_losses(work, known["stage"], len(known["losses"]))["losses"]

@@ -144,6 +144,16 @@ def test_an_attempt_goes_on_and_keeps_its_recipe(small, tried):
         attempt.train(small._replace(final="mid"), [0], out)
 
 
+def test_an_earlier_stage_of_an_attempt_is_an_attempt_of_its_own(small, tried):
+    """Its lines are those that `--final mid` writes, but for seconds."""
+    cut = logs.cut(tried[1][0], "mid")
+    assert cut.about["digest"] == small._replace(final="mid").digest and cut.end["frechet"] == cut.judged[0]["frechet"]
+    assert cut.end["forwards"] == sum(tracks.forwards(small.run, s) for s in ("pre", "mid"))
+    assert cut.end["cpu_s"] == pytest.approx(sum(row["cpu_s"] for row in cut.stages))
+    with pytest.raises(ConfigError, match="no figures of pre"):
+        logs.cut(tried[1][0], "pre")
+
+
 def test_stop_ends_at_the_first_look_below_the_target(small, tmp_path):
     track = small.track._replace(target={"frechet": 1e9, "frechet_2": 1e9}, look_every_nimg=64)
     rows = attempt.one(small._replace(track=track, stop=True), 3, tmp_path / "run")
@@ -224,7 +234,7 @@ def test_there_are_records():
 def test_a_record_in_short(folder):
     """Its recipe keeps to the track, its sums are the recipe's, and its first steps come out again."""
     record = records.read(folder)
-    lines = list(verifying.verify(record))
+    lines = list(verifying.verify(record, steps=2))
     assert len(lines) == 4 and ("equal to the last bit" in lines[2] or "another kind of machine" in lines[2])
     assert lines[3].startswith("no record") == record.failed
     assert (folder / "README.md").read_text("utf-8").count("\n") > 5
@@ -237,7 +247,7 @@ def test_a_log_that_was_touched_is_seen(tmp_path):
     for change, said in (
         (lambda row: row.update(frechet=row["frechet"] / 2), "add up to"),
         (lambda row: row.update(forwards=row["forwards"] - 1), "add up to"),
-        (lambda row: row["first"]["losses"].__setitem__(3, 1.0), "differ by"),
+        (lambda row: row["first"]["losses"].__setitem__(1, 1.0), "differ by"),
         (lambda row: row.update(digest="0-mid"), "the recipe is"),
     ):
         record = records.read(FOLDERS[0])
@@ -247,7 +257,7 @@ def test_a_log_that_was_touched_is_seen(tmp_path):
         change(next(row for row in rows if row["kind"] == kind))
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(ConfigError, match=said):
-            list(verifying.verify(record._replace(seeds=logs.read(file))))
+            list(verifying.verify(record._replace(seeds=logs.read(file)), steps=2))
 
 
 def test_the_command(capsys, monkeypatch):
