@@ -132,7 +132,7 @@ def verdict(track: Track, seeds: Sequence[logs.Seed]) -> Verdict:
         "another track": any(of.about["track"] != track.name for of in seeds),
         "judged by other features": judges != {own},
         f"mean {fmean(first or [math.inf]):.3f}": not fmean(first or [math.inf]) < track.target["frechet"],
-        f"p {p:.2g}": not p < track.p,
+        f"p {p:.2g}": enough and not p < track.p,
         f"second space {mean_2:.4f}": not mean_2 < track.target["frechet_2"],
     }
     spread = stdev(first) if enough and all(map(math.isfinite, first)) else math.nan
@@ -156,14 +156,16 @@ def standings(track: Track, found: Sequence[Record]) -> dict[str, str]:
 
 
 def against_ablation(record: Record) -> str:
-    """The mean without the idea, and the p of the pairs of equal seeds; empty where no ablation was made."""
+    """The mean of equal seeds without the idea, and by two or more of them the p of the pairs that the idea lies lower; empty
+    where no ablation was made."""
     both = {of.about["seed"]: logs.figure(of, "frechet") for of in record.ablation}
     pairs = [(logs.figure(of, "frechet"), both[of.about["seed"]]) for of in record.seeds if of.about["seed"] in both]
-    if len(pairs) < 2:
+    if not pairs:
         return ""
     mine, other = zip(*pairs)
     work = max(of.end["forwards"] for of in record.ablation)
-    return f"{fmean(other):.3f} at {work:,.0f}, p {student.pairs_below(mine, other):.1g}, {len(pairs)} seeds"
+    p = f"p {student.pairs_below(mine, other):.2g}, {len(pairs)} seeds" if len(pairs) > 1 else "1 seed"
+    return f"{fmean(other):.3f} at {work:,.0f}, {p}, here {fmean(mine):.3f}"
 
 
 def target(track: Track) -> str:
@@ -205,8 +207,8 @@ def table(track: Track, root: Path, short: bool = False) -> str:
         of, up = verdict(track, record.seeds), "" if short else "../"
         link = f"[{record.name}]({up}records/{track.name}/{record.name}/README.md)"
         cells = [
-            link, record.about["idea"], f"{of.forwards:,.0f}", f"{of.mean:.3f} ± {of.spread:.3f}", str(len(record.seeds)),
-            f"{of.p:.1g}", f"{of.second:.4f}", f"{of.cpu_s:.0f}",
+            link, record.about["idea"], f"{of.forwards:,.0f}", _number(of.mean, ".3f") + _number(of.spread, ".3f", " ± "), str(len(record.seeds)),
+            _number(of.p, ".2g"), f"{of.second:.4f}", f"{of.cpu_s:.0f}",
         ]  # fmt: skip
         if not short:
             counts = standing[record.name] == "counts"
@@ -225,6 +227,11 @@ def _footer(track: Track, found: Sequence[Record]) -> list[str]:
         f"Target: {target(track)}; a backward counts two forwards. p: one-sided t test of the mean against {limit:g}, below "
         f"{track.p:g} to count. Seconds are of one seed, without judging, on {' and '.join(on)}{joules}."
     ]
+
+
+def _number(value: float, how: str, before: str = "") -> str:
+    """A number in a cell; nothing where one seed has none."""
+    return "" if math.isnan(value) else f"{before}{value:{how}}"
 
 
 def _machine(on: dict[str, Any]) -> str:
