@@ -206,26 +206,27 @@ def table(track: Track, root: Path, short: bool = False) -> str:
     for record in found:
         of, up = verdict(track, record.seeds), "" if short else "../"
         link = f"[{record.name}]({up}records/{track.name}/{record.name}/README.md)"
-        cells = [
-            link, record.about["idea"], f"{of.forwards:,.0f}", _number(of.mean, ".3f") + _number(of.spread, ".3f", " ± "), str(len(record.seeds)),
-            _number(of.p, ".2g"), f"{of.second:.4f}", f"{of.cpu_s:.0f}",
-        ]  # fmt: skip
+        first = _number(of.mean, ".3f") + _number(of.spread, ".3f", " ± ")
+        work = [f"{of.forwards:,.0f}", first, str(len(record.seeds)), _number(of.p, ".2g")]
+        cells = [link, record.about["idea"], *work, f"{of.second:.4f}", f"{of.cpu_s:.0f}"]
         if not short:
             counts = standing[record.name] == "counts"
             cells += [against_ablation(record), "**counts**" if counts else standing[record.name]]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *_footer(track, found)]) + "\n"
+    return "\n".join([*lines, "", *_footer(track, found, short)]) + "\n"
 
 
-def _footer(track: Track, found: Sequence[Record]) -> list[str]:
+def _footer(track: Track, found: Sequence[Record], short: bool) -> list[str]:
     """What the columns mean, and where the seconds were measured."""
     on = sorted({_machine(of.about["machine"]) for record in found for of in record.seeds})
     energy = any(of.end["joules"] is not None for record in found for of in record.seeds)
     joules = "" if energy else "; no machine of these could read its energy"
     limit = track.target["frechet"]
+    pairs = "" if short else "; beside the mean without the idea: that the idea lies lower, by pairs of seeds"
     return [
         f"Target: {target(track)}; a backward counts two forwards. p: one-sided t test of the mean against {limit:g}, below "
-        f"{track.p:g} to count. Seconds are of one seed, without judging, on {' and '.join(on)}{joules}."
+        f"{track.p:g} to count{pairs}. "
+        f"Seconds are of one seed, without judging, on {' and '.join(on)}{joules}."
     ]
 
 
