@@ -15,7 +15,7 @@ RECORDS = Path("records")
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
-    which = p.add_subparsers(dest="what", required=True, metavar="WHAT")
+    which = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name in tracks.names():
         text = f"an attempt on the track {name}: trains, judges, writes recipe and log"
         of = which.add_parser(name, help=text, description=text)
