@@ -23,7 +23,15 @@ found.loader.exec_module(wheel)
 setup(
     packages=find_packages(include=["cmt_fast*"]) + find_packages("kernels"),
     package_dir={"cmt_fast": "cmt_fast", "cmt_kernels": "kernels/cmt_kernels"},
-    package_data={"cmt_fast": ["recipes/*.yaml", "config/keys.yaml", "cost/advice.json", "render/templates/*.j2"]},
+    package_data={
+        "cmt_fast": [
+            "recipes/*.yaml",
+            "config/keys.yaml",
+            "cost/advice.json",
+            "render/templates/*.j2",
+            "speedrun/tracks/*",
+        ]
+    },  # fmt: skip
     long_description=wheel.description(ROOT / "README.md"),
     long_description_content_type="text/markdown",
     ext_modules=[Extension("cmt_kernels._native.cmt_native", [])],

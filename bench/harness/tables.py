@@ -31,6 +31,7 @@ from bench.harness.pages import (
     seed_tables,
     sizing,
 )
+from cmt_fast.speedrun import records, tracks
 
 PAGES = (
     Path("README.md"),
@@ -47,6 +48,7 @@ PAGES = (
     Path("docs/published-settings.md"),
     Path("docs/results.md"),
     Path("docs/safety.md"),
+    Path("docs/speedrun.md"),
     Path("docs/watching.md"),
 )
 RESULTS = Path("bench/results/cpu")
@@ -78,6 +80,12 @@ def filled(text: str) -> str:
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
     return text
+
+
+def speedrun(track: str) -> str:
+    """The records of a track; in the README, `speedrun-digits-short`, those that count."""
+    name, _, short = track.partition("-")
+    return records.table(tracks.load(name), Path("records"), short=bool(short)) + "\n"
 
 
 def span(values: list[float], digits: int = 2) -> str:
@@ -360,6 +368,7 @@ TABLES = {
     "tune": tune,
     "seeds": lambda recipe: seed_tables.full(RESULTS, recipe),
     "sizing": lambda _: sizing.table(RESULTS),
+    "speedrun": speedrun,
     "safety": safety.table,
     "restart": lambda _: restarts.table(RESULTS, footer),
     "search": search,

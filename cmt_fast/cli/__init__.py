@@ -34,6 +34,10 @@ WRITTEN = ("out", "json", "make_reference", "record", "grid", "interpolate", "st
 COMMANDS = {
     "train": ("train", "train the stages of a recipe; rerun to resume"),
     "search": ("search", "train one stage over a grid of settings and record the figures"),
+    "speedrun": (
+        "speedrun",
+        "train from nothing to a track's distance at one step and write the attempt; verify a record, print the table",
+    ),
     "estimate": ("estimate", "what a recipe will cost: memory, FLOPs, hours, energy; what each idea saves"),
     "plan": ("plan", "what of a recipe fits a budget of hours or money on given cards, as a command line"),
     "tune-teacher": (

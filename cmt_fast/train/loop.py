@@ -44,16 +44,22 @@ from cmt_fast.usage import ledger, meters
 
 
 def train(
-    work: Workspace, names: list[str], profile: Profile | None = None, draw: Callable[[], object] | None = None
+    work: Workspace,
+    names: list[str],
+    profile: Profile | None = None,
+    draw: Callable[[], object] | None = None,
+    meter: meters.Meter | None = None,
+    page: HalfWay | None = None,
 ) -> None:
     """Train the named stages of a run in order; finished ones are passed over, unfinished ones go on.
 
-    profile: profiles some steps of the first stage that is trained; draw: writes the run's page, after evaluations.
+    profile: profiles some steps of the first stage that is trained; draw: writes the run's page, after evaluations;
+    meter: counts what it takes (default: one of this process); page: is told of evaluations in the place of `draw`.
     """
     work.check_guidance()
     check_loggers(work.run)
-    page = HalfWay(draw if distributed.rank() == 0 else None)
-    meter = meters.Meter.of(work.device)
+    page = page or HalfWay(draw if distributed.rank() == 0 else None)
+    meter = meter or meters.Meter.of(work.device)
     with work.lock(), noted() as asked:
         work.claim(names)
         if distributed.rank() == 0:

@@ -23,12 +23,25 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cmt_fast.runtime import distributed
 from cmt_fast.usage.bills import PHASES, Amount
+
+
+class Own(NamedTuple):
+    """What one process spent: seconds on the wall, processor seconds of all its threads, joules or None where none is known."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    joules: float | None = None
+
+    def plus(self, wall_s: float, cpu_s: float, joules: float | None) -> Own:
+        """With more of it."""
+        known = [j for j in (self.joules, joules) if j is not None]
+        return Own(self.wall_s + wall_s, self.cpu_s + cpu_s, sum(known) if known else None)
 
 
 class Counter:
@@ -110,7 +123,10 @@ class Clock:
 
 
 class Meter:
-    """What one process spends, stretch by stretch, from `begun` (Unix time) on. held: GPUs, or cores, of this process."""
+    """What one process spends, stretch by stretch, from `begun` (Unix time) on. held: GPUs, or cores, of this process.
+
+    own: phase -> all that it has spent so far, over all stages; a part of a stretch has the stretch's processor seconds by time.
+    """
 
     def __init__(
         self, unit: str, held: int, counter: Any, clock: Callable[[], float] | None = None,
@@ -120,10 +136,12 @@ class Meter:
         self.unit, self.held, self.counter = unit, held, counter
         self.clock, self.now = clock or time.perf_counter, now or time.time
         self.marks = marks or Clock(self.clock)
+        self.own: dict[str, Own] = {}
         self._spent: dict[str, Amount] = {}
         self._parts: list[tuple[str, Any, Any, int]] = []
         self._open: list[int] = []
         self._start, self._energy, self.until = self.clock(), self.counter.read(), self.now()
+        self._cpu = time.process_time()
         self.begun = self.until
 
     @classmethod
@@ -152,7 +170,8 @@ class Meter:
         assert not self._open, "a stretch ends inside a part of it"
         self.marks.wait()
         end, energy, self.until = self.clock(), self.counter.read(), self.now()
-        seconds, before = end - self._start, self._energy
+        seconds, before, cpu = end - self._start, self._energy, time.process_time()
+        spent_cpu, self._cpu = cpu - self._cpu, cpu
         self._start, self._energy = end, energy
         # a counter that went back was set to zero in between, and nobody knows where it had come to
         joules = None if energy is None or before is None or energy < before else (energy - before) / 1000
@@ -164,8 +183,10 @@ class Meter:
             share = None if joules is None else joules * own / seconds if seconds else 0.0
             rest -= own
             rest_joules = None if rest_joules is None or share is None else rest_joules - share
-            self._add(part, own, share)
-        self._add(phase, max(0.0, rest), rest_joules if rest_joules is None else max(0.0, rest_joules))
+            self._add(part, own, share, spent_cpu * own / seconds if seconds else 0.0)
+        left = max(0.0, rest)
+        cpu_left = spent_cpu * left / seconds if seconds else spent_cpu
+        self._add(phase, left, rest_joules if rest_joules is None else max(0.0, rest_joules), cpu_left)
         return seconds
 
     def _own_seconds(self) -> dict[str, float]:
@@ -179,7 +200,8 @@ class Meter:
         self._parts.clear()
         return {phase: max(0.0, seconds) for phase, seconds in own.items()}
 
-    def _add(self, phase: str, seconds: float, joules: float | None) -> None:
+    def _add(self, phase: str, seconds: float, joules: float | None, cpu_s: float) -> None:
+        self.own[phase] = self.own.get(phase, Own()).plus(seconds, cpu_s, joules)
         if seconds or joules:
             spent = seconds * self.held
             amount = Amount(spent, joules, spent if joules is None else 0.0)
