@@ -23,6 +23,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from time import process_time
 from typing import Any, NamedTuple
 
 import torch
@@ -141,7 +142,7 @@ class Meter:
         self._parts: list[tuple[str, Any, Any, int]] = []
         self._open: list[int] = []
         self._start, self._energy, self.until = self.clock(), self.counter.read(), self.now()
-        self._cpu = time.process_time()
+        self._cpu = process_time()
         self.begun = self.until
 
     @classmethod
@@ -170,7 +171,7 @@ class Meter:
         assert not self._open, "a stretch ends inside a part of it"
         self.marks.wait()
         end, energy, self.until = self.clock(), self.counter.read(), self.now()
-        seconds, before, cpu = end - self._start, self._energy, time.process_time()
+        seconds, before, cpu = end - self._start, self._energy, process_time()
         spent_cpu, self._cpu = cpu - self._cpu, cpu
         self._start, self._energy = end, energy
         # a counter that went back was set to zero in between, and nobody knows where it had come to

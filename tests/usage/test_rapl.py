@@ -52,7 +52,7 @@ def test_no_counter_says_why(zones, tmp_path, monkeypatch):
 def test_what_a_process_spends_is_kept_by_phase(monkeypatch):
     """Processor seconds of a stretch go to its parts by their time; nothing of it is taken away by the bill."""
     clock, cpu = iter([0.0, 2.0, 6.0, 10.0, 14.0]), iter([1.0, 6.0, 7.0])
-    monkeypatch.setattr(meters.time, "process_time", lambda: next(cpu))
+    monkeypatch.setattr(meters, "process_time", lambda: next(cpu))
     joules = iter([0, 20_000, 21_000])
     counter = type("Joules", (), {"read": lambda self: next(joules), "reason": ""})()
     meter = Meter("core", 1, counter, clock=lambda: next(clock))
