@@ -60,6 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "meanflow": {"ratio": 0.75},
 }
 WARMING = ("sct", "scd")  # whose tangents' share grows over a quarter of the images
+SETS = ("drift",)  # whose sets are as many rows as an anchored cell leaves it, a quarter of a batch
 
 
 class Variant(NamedTuple):
@@ -69,6 +70,11 @@ class Variant(NamedTuple):
     settings: dict[str, Any]
     more: tuple[str, ...] = ()
 
+    def fits(self, run: Run) -> bool:
+        """Whether the run's network has the keys that this changes."""
+        keys = [text.partition("=")[0].removeprefix("model.") for text in self.more if text.startswith("model.")]
+        return all(hasattr(run.model, key) for key in keys)
+
 
 # rows beside the shelf's own, where the schema has them
 _HEAD = ("model.log_variance=true",)  # of a network, and so of a pre-training, of its own
@@ -76,6 +82,7 @@ VARIANTS = {
     "lagrangian-taught": Variant("lagrangian", {"velocity": "teacher"}),
     "sct-learned": Variant("sct", {"uncertainty": True}, _HEAD),
     "scd-learned": Variant("scd", {"uncertainty": True}, _HEAD),
+    "imeanflow-head": Variant("imeanflow", {"head": True}, ("model.velocity_head=1",)),
 }
 
 
@@ -99,14 +106,15 @@ class Cell(NamedTuple):
         return f"{arm}{self.kind}-{self.path}-{self.start}-{self.equal}-{self.seed}-lr{self.lr:g}"
 
 
-def objectives(asked: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """(kind, path) of what the grid is over; asked: kinds, or KIND@PATH. Raises ConfigError for what is no such kind."""
+def objectives(asked: Sequence[str] = (), suite: str = "digits") -> list[tuple[str, str]]:
+    """(kind, path) of what the grid is over; asked: kinds, or KIND@PATH. Raises ConfigError for what is no such kind. A variant
+    whose network the suite does not have is not in it."""
     shelf = [
         (name, path)
         for name in (*OBJECTIVES, *VARIANTS)
         if (spec := OBJECTIVES.get(kind_of(name))) and kind_of(name) not in DIFFUSION and spec.draws == "data"
         for path in ("ve", "linear")
-        if spec.on(path)
+        if spec.on(path) and (name not in VARIANTS or VARIANTS[name].fits(base(suite, path)))
     ]
     if not asked:
         return shelf
@@ -117,7 +125,7 @@ def objectives(asked: Sequence[str] = ()) -> list[tuple[str, str]]:
         if not own:
             valid = list(dict.fromkeys(k for k, _ in shelf))
             raise ConfigError(
-                f"--kinds: {name!r} is not in the grid; valid are {', '.join(valid)}{nearest(kind, valid)}"
+                f"--kinds: {name!r} is not in the grid of {suite}; valid are {', '.join(valid)}{nearest(kind, valid)}"
             )
         found += own
     return found
@@ -159,7 +167,7 @@ def _run(cell: Cell, images: int | None) -> Run:
         tree["mid"] |= {"images_nimg": suite.total, "warmup_nimg": suite.total // 5}
         override(tree, list(cell.more))
         return loading.build(tree)
-    objective = {**settings(cell.kind, run, suite.total), "kind": kind_of(cell.kind)}
+    objective = {**settings(cell.kind, run, suite), "kind": kind_of(cell.kind)}
     start = {"scratch": None, "pre": "pre"}.get(cell.start, "mid")
     rolled = {**tree["post"]["trajectories"], "pool_steps": POOL_STEPS} if cell.start == "anchored" else None
     tree["post"] |= {
@@ -198,11 +206,12 @@ def kind_of(name: str) -> str:
     return VARIANTS[name].kind if name in VARIANTS else name
 
 
-def settings(name: str, run: Run, images: int) -> dict[str, Any]:
+def settings(name: str, run: Run, suite: Suite) -> dict[str, Any]:
     """Of an objective: SETTINGS, and the constant of a distance as the recipe's own post-training has it."""
     own, kind = dataclasses.asdict(run.post.objective), kind_of(name)  # type: ignore[call-overload]
     found = {"c": own["c"]} if "distance" in own and kind in ("ect", "ecd") else {}
-    found |= {"warmup_nimg": images // 4} if kind in WARMING else {}
+    found |= {"warmup_nimg": suite.total // 4} if kind in WARMING else {}
+    found |= {"group": suite.batch // 4} if kind in SETS else {}
     return {**found, **SETTINGS.get(kind, {}), **(VARIANTS[name].settings if name in VARIANTS else {})}
 
 

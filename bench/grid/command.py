@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
                 _measure(machine, cell)
             write()
         return 0
-    asked = cells.objectives(args.kinds)
+    asked = cells.objectives(args.kinds, args.suite)
     for kind, path in asked:
         rates = {start: tuning.tuned(machine, args.suite, kind, path, start)["lr"] for start in args.starts}
         print(f"{kind} on {path}: {', '.join(f'{start} {lr:g}' for start, lr in rates.items())}", flush=True)
@@ -104,7 +104,7 @@ def _measure(machine: Machine, cell: Cell) -> None:
 def _said(suite: str, kinds: tuple[str, ...], starts: tuple[str, ...], seeds: list[int]) -> int:
     """What the grid would train: no network is built."""
     total, count = 0.0, 0
-    for kind, path in cells.objectives(kinds):
+    for kind, path in cells.objectives(kinds, suite):
         for cell in cells.of_kind(suite, kind, path, 0, dict.fromkeys(starts, 1e-3), starts):
             spent = cells.spent(cell, cells.run_of(cell))
             images, forwards = spent["images"], spent["forwards"]
@@ -114,7 +114,7 @@ def _said(suite: str, kinds: tuple[str, ...], starts: tuple[str, ...], seeds: li
                 f"{kind:>12} {path:>6} {start_of(cell):>18}: {shown} images, {forwards['student']:,.0f} forwards of the "
                 f"student and {forwards['teacher']:,.0f} of the teacher"
             )
-    tries = 3 * len({tuning.SEARCHED[start] for start in starts}) * len(cells.objectives(kinds))
+    tries = 3 * len({tuning.SEARCHED[start] for start in starts}) * len(cells.objectives(kinds, suite))
     print(f"{count} cells, {total:,.0f} forwards; {tries} cells to find learning rates")
     return 0
 

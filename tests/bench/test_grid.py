@@ -17,6 +17,7 @@ from bench.grid.machine import Machine
 from bench.harness.pages import grid_tables
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.run import validation
 from cmt_fast.storage import checkpoint
 
 SMALL = ["data.n=600", "model.width=8", "model.depth=1", "name=short"]
@@ -74,9 +75,17 @@ def test_a_start_is_what_it_says():
     assert runs["pre"].post.teacher is None and runs["anchored"].post.teacher == "pre"
 
 
+@pytest.mark.parametrize("suite", ["digits", "photos"])
+def test_every_objective_of_the_shelf_has_cells_that_make_sense(suite):
+    """Anchored, an objective has the fewest rows of a batch: what it asks of their number must fit."""
+    shape, classes = {"digits": ((1, 8, 8), 10), "photos": ((3, 32, 32), 6)}[suite]
+    for kind, path in cells.objectives((), suite):
+        validation.check(cells.run_of(cell("anchored", suite=suite, kind=kind, path=path)), shape, classes)
+
+
 def test_an_objective_that_is_not_in_the_grid_is_named():
     assert ("meanflow", "linear") in cells.objectives() and ("cmt_cm", "ve") not in cells.objectives()
-    with pytest.raises(ConfigError, match=r"--kinds: 'ect@linear' is not in the grid; valid are .*meanflow"):
+    with pytest.raises(ConfigError, match=r"--kinds: 'ect@linear' is not in the grid of digits; valid are .*meanflow"):
         cells.objectives(["ect@linear"])
     with pytest.raises(ConfigError, match="--question: 'pont' is none; valid are all, points"):
         questions.named("pont")
