@@ -200,6 +200,8 @@ class AverageVelocity(nn.Module):
 
         guide: (B, 3), guidance scale and interval of each row, for a network that is told them (None: no guidance). also: with
         the velocity by its auxiliary head, (B, ...), which has no tangent.
+
+        Many parameters: what any loss or sampler tells a network, in one call.
         """
         more: dict[str, Any] = {"also": True} if also else {}
         more |= {} if guide is None else {"guide": guide}

@@ -99,7 +99,7 @@ def test_a_fresh_network_is_what_it_is_without() -> None:
         torch.manual_seed(0)
         made.append(build(model, "linear", 0.5, (2, 8, 8), 3))
     guide = made[1].net.guidance(torch.tensor([[5.0, 0.2, 0.7]]), torch.zeros(1))
-    assert float(guide.abs().max()) == 0 and float(made[1].net.head_final.weight.abs().max()) == 0
+    assert float(guide.abs().max()) == 0 and float(made[1].net.velocity_final.weight.abs().max()) == 0
     assert set(made[0].state_dict()) < set(made[1].state_dict())
 
 
