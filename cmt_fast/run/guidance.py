@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION, Autoguidance, Run, Stage
-from cmt_fast.objectives import taught
+from cmt_fast.objectives import OBJECTIVES, taught
 from cmt_fast.run.folder import RUN_FILE, located, parents_of, stored_run
 from cmt_fast.run.resolved import resolve
 from cmt_fast.storage import checkpoint, sound
@@ -248,7 +248,10 @@ def _teacher(place: Place, name: str, stage: Stage) -> None:
     if stage.teacher_guidance != 1:
         what = f"{name}.teacher_guidance: {stage.teacher_guidance}"
         if not taught(stage.objective):
-            raise ConfigError(f"{what} guides nothing here, {kind} takes no step of a teacher here")
+            valid = ", ".join(kind for kind, row in OBJECTIVES.items() if row.teacher)
+            raise ConfigError(
+                f"{what} guides nothing here, {kind} takes no step of a teacher; it is of {valid}, and of velocity: teacher"
+            )
         if stage.teacher:
             _need(place, stage.teacher, f"{what} guides {stage.teacher}", otherwise)
     if how and how.guidance != 1:
