@@ -31,6 +31,7 @@ from tests.models.test_unets import RECIPES as UNETS
 
 STEPS = 4
 ALONE = ["post.anchor=null", "post.trajectories=null", "post.teacher=null"]
+DROPPING = [*ALONE, "post.label_dropout=0.1"]
 TAUGHT = ["post.anchor=null", "post.trajectories=null", "post.teacher=pre"]
 FEATURES = "{kind: cmt_cm, distance: latent_lpips}"
 
@@ -77,10 +78,8 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
                                               "post.autoguidance={network: elsewhere/pre}"]),
     "lagrangian, taught": ("digits-mf", "post", [*TAUGHT, "post.objective={kind: lagrangian, velocity: teacher}"]),
     "semigroup, two parts": ("digits-mf", "post", [*ALONE, "post.objective={kind: semigroup}", "post.micro_batch=16"]),
-    "shortcut, guided": ("digits-mf", "post", [*ALONE, "post.objective={kind: shortcut, omega: 1.5}",
-                                               "post.label_dropout=0.1"]),
-    "alphaflow, guided": ("digits-mf", "post", [*ALONE, "post.label_dropout=0.1",
-                                                "post.objective={kind: alphaflow, omega: 1.5, kappa: 0.5, gamma: 1}"]),
+    "shortcut, guided": ("digits-mf", "post", [*DROPPING, "post.objective={kind: shortcut, omega: 1.5}"]),
+    "alphaflow, guided": ("digits-mf", "post", [*DROPPING, "post.objective={kind: alphaflow, omega: 1.5, kappa: 0.5, gamma: 1}"]),
 }  # fmt: skip
 __all__ = ["tape"]
 PROVEN = "the step is one CUDA graph, equal to the eager one on two batches"
