@@ -99,6 +99,8 @@ def _say(
     count = f", {against.n:,} images" if against.n else ""  # public files do not say
     print(f"{args.stage}: features {judge.name}; against {against.source}{count}; second space {out['second']}")
     print(f"labels: {about['labels']}{_protocol(work, judge)}")
+    if "told_guidance" in about and not args.solver:
+        print(f"told guidance: {about['told_guidance']}")
     if "note" in about:
         print(f"note: {about['note']}")
     for k, row in figures.items():

@@ -165,7 +165,7 @@ class DiT(nn.Module):
         if self.duration is not None:
             e = add(e, self.duration(add(t, linear_map(torch.neg, t if r is None else r))))
         c = e if self.label is None else add(e, self.label(labels, drop))
-        c = silu(c if self.guidance is None else add(c, self.guidance(guide, value(t))))
+        c = silu(c if self.guidance is None or guide is None else add(c, self.guidance(guide, value(t))))
         if self.head_embed is not None:
             c = silu(c)  # as published
         branched = None

@@ -60,7 +60,7 @@ class Mlp(nn.Module):
             c = add(c, self.duration(add(t, linear_map(torch.neg, t if r is None else r))))
         if self.label is not None:
             c = add(c, self.label(labels, drop))
-        if self.guidance is not None:
+        if self.guidance is not None and guide is not None:
             c = add(c, self.guidance(guide, value(t)))
         c, branched = silu(c), None
         for i, layers in enumerate(zip(self.modulations, self.fc1, self.fc2)):

@@ -216,11 +216,14 @@ class Judging:
         return out
 
     def about(self, n: int, judge: judges.Judge | None = None) -> dict[str, str]:
-        """What a record says beside the figures of n samples: the law of their labels, and what is to be known of n."""
+        """What a record says beside the figures of n samples: the law of their labels, the guidance that a network of few steps
+        is told, and what is to be known of n."""
         note = (judge or self.judge).caution(n)
         steered = getattr(self.run.model, "conditional", True)
         labels = self.setting.law.text() if steered else "the network takes none"
-        return {"labels": labels, **({"note": note} if note else {})}
+        omega, low, high = self.setting.config.told_guidance
+        told = {} if omega == 1 else {"told_guidance": f"{omega:g} in [{low:g}, {high:g}]"}
+        return {"labels": labels, **told, **({"note": note} if note else {})}
 
     def evaluate(
         self, net: Callable, steps: tuple[int, ...], n: int, solver: bool = False, seed: int | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +100,29 @@ def test_a_fresh_network_is_what_it_is_without() -> None:
         torch.manual_seed(0)
         made.append(build(model, "linear", 0.5, (2, 8, 8), 3))
     guide = made[1].net.guidance(torch.tensor([[5.0, 0.2, 0.7]]), torch.zeros(1))
-    assert float(guide.abs().max()) == 0 and float(made[1].net.velocity_final.weight.abs().max()) == 0
+    assert not bool(guide.any()) and not bool(made[1].net.velocity_final.weight.any())
     assert set(made[0].state_dict()) < set(made[1].state_dict())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dit"])
+def test_a_stage_that_is_told_none_says_the_same_at_every_scale(kind: str) -> None:
+    """Flow matching trains nothing of what guidance adds: its network, judged at a scale, is what it is without."""
+    model = Mlp(width=16, depth=2, guided=True) if kind == "mlp" else dataclasses.replace(DIT, velocity_head=None)
+    net, batch = build(model, "linear", 0.5, (2,) if kind == "mlp" else (2, 8, 8), 3).double(), rows(kind)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    for own in (net.net.guidance.omega, net.net.guidance.low, net.net.guidance.high):
+        torch.nn.init.zeros_(own.out.weight)
+    optimizer, t = torch.optim.SGD(net.parameters(), 0.1), torch.linspace(0.1, 1, 16).double()
+    before = net(batch.x_0, t, t, batch.labels)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(batch.x_0, t, t, batch.labels).square().mean().backward()
+        optimizer.step()
+    after = net(batch.x_0, t, t, batch.labels)
+    guide = torch.tensor([[7.5, 0.4, 0.65]]).double().expand(16, 3)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, net(batch.x_0, t, t, batch.labels, None, None, False, guide))
 
 
 @pytest.mark.parametrize("beta, median", [(1.0, 8**0.5), (0.0, 4.5), (2.0, 16 / 9)])
