@@ -159,7 +159,10 @@ def wheels(tmp_path_factory) -> dict[str, tuple[str, dict[str, str]]]:
         assert done.returncode == 0, done.stderr
         (path,) = (home / key).iterdir()
         with zipfile.ZipFile(path) as wheel:
-            found[key] = (path.name, {n: "" if n.endswith(".py") else wheel.read(n).decode() for n in wheel.namelist()})
+            found[key] = (
+                path.name,
+                {n: "" if n.endswith(".py") else wheel.read(n).decode(errors="replace") for n in wheel.namelist()},
+            )
     return found
 
 

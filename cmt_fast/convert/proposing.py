@@ -78,10 +78,12 @@ def _overrides(asks: Asks, run: Run) -> list[str]:
 
 
 def _stage(run: Run, name: str, kind: str, shape: tuple[int, ...]) -> list[str]:
-    """What of a stage another kind of network or other rows cannot do: an uncertainty to learn, distances of photographs."""
+    """What of a stage another kind of network or other rows cannot do: learned weights, augmentations, distances of photographs."""
     stage, out = run.stages[name], []
     if getattr(stage.objective, "uncertainty", False) and not (kind == run.model.kind and weighs(run.model)):
         out.append(f"{name}.objective.uncertainty=false")
+    if stage.augment and kind != "edm":
+        out.append(f"{name}.augment=null")
     if "lpips" in stage.distances() and (shape[0] not in (1, 3) or min(shape[1:]) < 16):
         parts = [("objective", stage.objective)] + (
             [("anchor.objective", stage.anchor.objective)] if stage.anchor else []

@@ -129,10 +129,12 @@ class TimeEmbedder(nn.Module):
     def __init__(self, width: int, features: int = 64, kind: str = "cmt") -> None:
         super().__init__()
         self.features = features = {"cmt": features, "dit": 256, "gaussian": 512}[kind]
-        frequency = torch.exp(-math.log(1e4) * (torch.arange(128, dtype=torch.float32) / 128))
-        if kind == "gaussian":
+        frequency = None
+        if kind == "dit":
+            frequency = torch.exp(-math.log(1e4) * (torch.arange(128, dtype=torch.float32) / 128))
+        elif kind == "gaussian":
             frequency = 2 * math.pi * torch.randn(features // 2)
-        self.register_buffer("frequency", None if kind == "cmt" else frequency, persistent=kind == "gaussian")
+        self.register_buffer("frequency", frequency, persistent=kind == "gaussian")
         self.hidden = Linear(features, width)
         self.out = Linear(width, width)
         for layer in (self.hidden, self.out):

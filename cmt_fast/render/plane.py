@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cmt_fast.render import plots
 
-LINES = 70  # noises whose jump is drawn
+LINES = 50  # noises whose jump is drawn
 NAMES = {"pre": "from the diffusion model", "mid": "from mid-training"}
 
 
@@ -41,7 +41,7 @@ def _plane(axes: Any, title: str) -> None:
 def _field(scene: Any, axes: Any) -> None:
     """Trajectories of the exact ODE over the data."""
     _plane(axes, "the ODE, from noise to data\n ")
-    axes.scatter(*scene.data.T, s=1, color="#dddddd", linewidths=0)
+    axes.scatter(*scene.data[:900].T, s=1, color="#dddddd", linewidths=0)
     for k in range(min(40, scene.paths.shape[1])):
         axes.plot(*scene.paths[:, k].T, color=plots.BLUE, linewidth=0.6, alpha=0.7)
     axes.scatter(*scene.paths[0, :40].T, s=5, color=plots.GREY, linewidths=0, zorder=3)
@@ -53,10 +53,10 @@ def _jumps(scene: Any, axes: Any, ends: Tensor, title: str) -> None:
     error = (ends - scene.exact).norm(dim=1)
     rms = float(error.square().mean().sqrt())
     _plane(axes, f"{title}\nRMS error {rms:.3g}")
-    axes.scatter(*scene.data.T, s=1, color="#dddddd", linewidths=0)
+    axes.scatter(*scene.data[:900].T, s=1, color="#dddddd", linewidths=0)
     for a, b in zip(scene.starts[:LINES], ends[:LINES]):
         axes.plot((a[0], b[0]), (a[1], b[1]), color=plots.GREY, linewidth=0.3, alpha=0.6)
-    axes.scatter(*ends[:500].T, s=3, c=error[:500], cmap="viridis", vmin=0, vmax=0.8, linewidths=0, zorder=3)
+    axes.scatter(*ends[:400].T, s=3, c=error[:400], cmap="viridis", vmin=0, vmax=0.8, linewidths=0, zorder=3)
 
 
 def _curves(scene: Any, axes: Any) -> None:

@@ -99,9 +99,8 @@ def _packages(run: Run) -> Iterator[Need]:
     wanted += [("loggers", name, EXTRAS[name]) for name in run.logging]
     for key, package, extra in wanted:
         how = (
-            f"pip install {extra if extra == package else repr(f'cmt-fast[{extra}]')}"
-            + ", or nvidia-dali-cuda120 beside a torch for CUDA 12" * (extra == "dali")
-        )
+            "pip install transformers" if extra == "transformers" else f"pip install 'cmt-fast[{extra}]'"
+        ) + ", or nvidia-dali-cuda120 beside a torch for CUDA 12" * (extra == "dali")
         yield Need(key, package, installed(package), "is not installed", how)
 
 

@@ -58,7 +58,9 @@ def test_every_recipe(name, figures):
     assert rows["without the kernels"]["gpu_hours"] > ours["gpu_hours"]
     assert rows["without the kernels"]["flops_image"] == ours["flops_image"]
     assert rows["with trajectories from a cache on disk"]["flops_image"] < ours["flops_image"]
-    assert ("without selective tangents" in rows) == (loading.load(name).post.objective.kind == "meanflow")
+    assert ("without selective tangents" in rows) == (
+        loading.load(name).post.objective.kind in ("meanflow", "imeanflow")
+    )
     if "with bf16 in mid-training, where targets are fixed" in rows:
         assert rows["with bf16 in mid-training, where targets are fixed"]["gpu_hours"] < ours["gpu_hours"]
     if "without bf16" in rows:

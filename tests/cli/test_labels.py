@@ -152,7 +152,7 @@ def test_statistics_say_their_law_and_are_not_compared_with_another(world, monke
 def test_public_statistics_do_not_say_their_law_and_recipes_draw_as_published(world, monkeypatch, capsys):
     """openai/guided-diffusion#56: 50,000 samples of uniformly random classes, against all training images."""
     imagenet = [name for name in recipes.recipes() if name.startswith("imagenet")]
-    assert len(imagenet) == 6 and {loading.load(name).eval.labels for name in imagenet} == {"uniform"}
+    assert len(imagenet) == 8 and {loading.load(name).eval.labels for name in imagenet} == {"uniform"}
     monkeypatch.chdir(world)
     images(world / "many.npz", [*range(10)] * 3 + [0] * 20)
     about = folder.about_run(world / "wide")

@@ -132,7 +132,7 @@ def test_recipe_constants_replace_the_stores(store):
     with pytest.raises(DatasetError, match="data.std: is missing"):
         datasets.load(Latents(str(store[0]), mean=(0.0, 0.0)))
     with pytest.raises(DatasetError, match="need 2 numbers"):
-        datasets.load(Latents(str(store[0]), mean=(0.0,), std=(1.0,)))
+        datasets.load(Latents(str(store[0]), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
     n = Normalisation((1.0, -2.0), (3.0, 0.5), 0.7)
     x = torch.randn(5, 2, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(n.invert(n.apply(x)), x)

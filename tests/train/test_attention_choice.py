@@ -122,6 +122,6 @@ def test_on_a_gpu_a_stage_without_tangents_takes_what_trains_fastest(pre, tmp_pa
 
 def test_objectives_with_tangents_are_those_that_give_the_network_a_dual() -> None:
     """Counted over a stage: a schedule may begin without."""
-    tangents = lambda kind, path: counting.work(default(kind), ProbabilityPath(path), 8).tangents
+    tangents = lambda kind, path: counting.work(default(kind), ProbabilityPath(path), 64).tangents
     given = {kind for kind, spec in OBJECTIVES.items() if tangents(kind, spec.path or "linear")}
     assert given == {kind for kind, spec in OBJECTIVES.items() if spec.tangents}
