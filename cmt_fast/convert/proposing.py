@@ -78,7 +78,7 @@ def _overrides(asks: Asks, run: Run) -> list[str]:
 
 
 def _stage(run: Run, name: str, kind: str, shape: tuple[int, ...]) -> list[str]:
-    """What of a stage another kind of network or other rows cannot do: learned weights, augmentations, distances of photographs."""
+    """What of a stage another kind of network or other rows cannot do: learned weights, augmentations, distances of photos."""
     stage, out = run.stages[name], []
     if getattr(stage.objective, "uncertainty", False) and not (kind == run.model.kind and weighs(run.model)):
         out.append(f"{name}.objective.uncertainty=false")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cmt_fast.render import plots
 
-LINES = 50  # noises whose jump is drawn
+LINES = 40  # noises whose jump is drawn
 NAMES = {"pre": "from the diffusion model", "mid": "from mid-training"}
 
 

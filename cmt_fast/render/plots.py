@@ -75,7 +75,7 @@ def png(draw: Callable[[Any], None], path: Path, width: float, height: float) ->
         draw(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.by_rename(path) as temporary:
-            figure.savefig(temporary, format="png", metadata={"Software": None})
+            figure.savefig(temporary, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
 def _slim(text: str, title: str) -> str:
