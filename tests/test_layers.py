@@ -51,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "convert": {"cmt_fast", "config", "data", "diffusion", "models", "render", "run", "runtime", "safe_pickle",
                 "storage", "usage"},
     "api": {"config", "diffusion", "engine", "run", "runtime", "teacher", "train"},
-    "speedrun": {"api", "config", "cost", "run", "runtime", "schedule", "storage", "train", "usage"},
+    "speedrun": {"api", "config", "cost", "evaluation", "run", "runtime", "schedule", "storage", "train", "usage"},
     "cli": {"any"},
     "bench": {"any"},
     "tests": {"any"},

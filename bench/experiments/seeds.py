@@ -24,6 +24,7 @@ from cmt_fast.config import fingerprint, loading
 from cmt_fast.config.schema import Run
 from cmt_fast.report import page
 from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import machine
 from cmt_fast.runtime.machine import environment
 from cmt_fast.storage import checkpoint, metrics_log
 from cmt_fast.train import loop
@@ -116,15 +117,8 @@ def facts(name: str, recipe: Run) -> dict:
     return {
         "recipe": name,
         "digest": fingerprint.digest(recipe),
-        "commit": commit(),
+        "commit": machine.commit(),
         "date": date.today().isoformat(),
         "environment": environment(),
         "samples": recipe.eval.n,
     }
-
-
-def commit() -> str:
-    """The commit that is checked out, with + when there are changes."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    return head + "+" * bool(dirty)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from bench.experiments.seeds import commit
 from cmt_fast.config import fingerprint, loading
 from cmt_fast.run.folder import stored_run
 from cmt_fast.run.workspace import Workspace
+from cmt_fast.runtime import machine
 from cmt_fast.runtime.machine import environment
 from cmt_fast.storage import checkpoint
 from cmt_fast.teacher import solver_error, solver_record
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         "recipe": args.recipe,
         "digest": fingerprint.digest(recipe),
         "seed": seed,
-        "commit": commit(),
+        "commit": machine.commit(),
         "date": date.today().isoformat(),
         "threads": torch.get_num_threads(),
         "environment": environment(),

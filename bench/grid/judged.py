@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from bench.grid.cells import ALONE, STARTS
-from cmt_fast.evaluation import intervals
+from cmt_fast.evaluation import student
 
 SPACES = ("frechet", "frechet_2")
 STEPS = ("1", "2")
 MEASURES = tuple((k, space) for k in STEPS for space in SPACES)
 OTHERS = tuple(start for start in STARTS if start != "pre")
-_T = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645}  # Student's 97.5 % points, where the expansion is too coarse
 
 Rows = Sequence[dict[str, Any]]
 
@@ -51,7 +50,7 @@ def effect(ratios: Iterable[float]) -> Effect | None:
     if n == 1:
         return Effect(math.exp(mean), 0.0, math.inf, each)
     error = math.sqrt(sum((x - mean) ** 2 for x in logs) / (n - 1) / n)
-    way = (_T.get(n - 1) or intervals.student(n - 1)) * error
+    way = student.point(n - 1) * error
     return Effect(math.exp(mean), math.exp(mean - way), math.exp(mean + way), each)
 
 

@@ -15,8 +15,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cmt_fast.evaluation import student
+
 GROUPS = 20
-Z = 1.959964  # of 95 %
 
 
 class Interval(NamedTuple):
@@ -34,7 +35,7 @@ def interval(value: float, left_out: Sequence[float]) -> Interval | None:
     logs, groups = [math.log(v) for v in left_out], len(left_out)
     mean = sum(logs) / groups
     error = math.sqrt((groups - 1) / groups * sum((v - mean) ** 2 for v in logs))
-    way = student(groups - 1) * error
+    way = student.point(groups - 1) * error
     return Interval(value, value * math.exp(-way), value * math.exp(way))
 
 
@@ -43,10 +44,3 @@ def ratio(a: float, b: float, a_out: Sequence[float], b_out: Sequence[float]) ->
     if len(a_out) != len(b_out) or min(a, b, *a_out, *b_out) <= 0:
         return None
     return interval(a / b, [x / y for x, y in zip(a_out, b_out)])
-
-
-def student(degrees: int) -> float:
-    """The 97.5 % point of Student's t, by Cornish and Fisher's expansion: within 0.1 % from 5 degrees of freedom on."""
-    first = (Z**3 + Z) / (4 * degrees)
-    second = (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * degrees**2)
-    return Z + first + second + (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / (384 * degrees**3)

@@ -65,7 +65,7 @@ def _check_average_velocity(model: Model, two_times: bool, classes: int) -> None
         raise ValueError(f"model.velocity_head: {head} blocks are more than the network's {depth}")
 
 
-def told(model: Model) -> int:
+def augment_labels(model: Model) -> int:
     """How many labels of an augmentation the network of this model takes: 0 for all but EDM's U-Nets."""
     if not isinstance(model, Edm):
         return 0

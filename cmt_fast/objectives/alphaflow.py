@@ -40,14 +40,9 @@ FLOW, STEP, TANGENT = "flow matching", "steps", "MeanFlow"  # alpha = 1, between
 
 
 class Drawn(NamedTuple):
-    """As of maps.Drawn; alpha: (), float64, of this step; form: its part of the schedule, by which graphs are told apart."""
+    """Pairs of times; alpha: (), float64, of this step; form: its part of the schedule, by which graphs are told apart."""
 
-    z: Tensor
-    v: Tensor
-    t: Tensor
-    r: Tensor
-    labels: Tensor | None
-    drop: Tensor | None
+    pair: meanflow.Drawn
     alpha: Tensor
     form: str
 
@@ -56,7 +51,7 @@ def draw(batch: Batch, config: AlphaFlow, context: LossContext) -> Drawn:
     """Two times a row, z = (1 - t) x_0 + t eps, rows with r < t first; and alpha."""
     pair, alpha = maps.draw(batch, config, context), schedule(context.progress, config)
     form = FLOW if alpha == 1 else STEP if alpha else TANGENT
-    return Drawn(*pair, torch.full((), alpha, dtype=torch.float64, device=pair.z.device), form)
+    return Drawn(pair, torch.full((), alpha, dtype=torch.float64, device=pair.z.device), form)
 
 
 def schedule(progress: float, config: AlphaFlow) -> float:
@@ -76,17 +71,17 @@ def loss(net, drawn: Drawn, config: AlphaFlow, stage: StageContext) -> tuple[Ten
     At alpha = 0 MeanFlow, without the factor; rows with r = t have l = ||u - v||^2, without it too. v = eps - x_0, guided as in
     `meanflow`. Returns (B,). Scalars: mse, alpha.
     """
-    *pair, alpha, form = drawn
+    pair, alpha, form = drawn
     if form == TANGENT:
-        loss, scalars = meanflow.loss_meanflow(net, meanflow.Drawn(*pair), config, stage)
+        loss, scalars = meanflow.loss_meanflow(net, pair, config, stage)
         return loss, scalars | {"alpha": alpha}
-    drawn = meanflow.taught(drawn, config, stage)
-    z, _, t, r, labels, drop = pair
+    pair = meanflow.with_teacher(pair, config, stage)
+    z, _, t, r, labels, drop, _ = pair
     k = meanflow.tangent_rows(len(z), config.ratio)
     u = net(z, t, r, labels, drop)
-    target = maps.guided(net, _instant(net, u.detach(), drawn, k, config), drawn, config)
+    target = maps.guided(net, _instant(net, u.detach(), pair, k, config), pair, config)
     if form == STEP and k:
-        target = torch.cat((_stepped(net, drawn, target[:k], config), target[k:]))
+        target = torch.cat((_stepped(net, pair, alpha, target[:k], config), target[k:]))
     loss, squared = meanflow_loss(u, target, t, r, config.p, config.c)
     if form == STEP:
         loss = torch.cat((loss[:k] * alpha.to(loss.dtype), loss[k:]))
@@ -94,18 +89,17 @@ def loss(net, drawn: Drawn, config: AlphaFlow, stage: StageContext) -> tuple[Ten
 
 
 @torch.no_grad()
-def _instant(net, u: Tensor, drawn: Drawn, k: int, config: AlphaFlow) -> Tensor:
+def _instant(net, u: Tensor, pair: meanflow.Drawn, k: int, config: AlphaFlow) -> Tensor:
     """u(z, t, t | c), where guidance asks for it: rows from k on have it in the training forward. (B, ...)."""
-    if not (k and config.kappa) or drawn.labels is None:
+    if not (k and config.kappa) or pair.labels is None:
         return u
-    head = maps.Drawn(*drawn[:6])
-    return torch.cat((net(head.z[:k], head.t[:k], head.t[:k], *head.first(k)).to(u.dtype), u[k:]))
+    return torch.cat((net(pair.z[:k], pair.t[:k], pair.t[:k], *pair.first(k)).to(u.dtype), u[k:]))
 
 
 @torch.no_grad()
-def _stepped(net, drawn: Drawn, v: Tensor, config: AlphaFlow) -> Tensor:
+def _stepped(net, pair: meanflow.Drawn, alpha: Tensor, v: Tensor, config: AlphaFlow) -> Tensor:
     """Targets of the first k rows: a step along v (k, ...), and the network from there to r. (k, ...)."""
-    k, alpha, pair = len(v), drawn.alpha, maps.Drawn(*drawn[:6])
+    k = len(v)
     step = alpha.to(pair.t.dtype) * (pair.t - pair.r)[:k]
     onwards = net(maps.jump(pair.z[:k], v, step), pair.t[:k] - step, pair.r[:k], *pair.first(k))
     target = torch.lerp(onwards.to(v.dtype), v, column(alpha, v))

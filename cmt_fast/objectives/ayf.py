@@ -75,10 +75,8 @@ def loss(net, drawn: Drawn, config: Ayf, stage: StageContext) -> tuple[Tensor, d
     v is the (guided) teacher's velocity, p the share of this step, n(g) = g / (|g| + c) a row. Returns (B,). Scalars: mse,
     how far u is from straight, and tangent, |g| before n.
     """
-    assert stage.teacher is not None
     z, t, r, share, labels, drop = drawn
-    with torch.no_grad():
-        v = stage.teacher(z, t, t, labels).to(z.dtype)
+    v = stage.velocity(z, t, labels)
     u = net(Dual(z, v), Dual(t, torch.ones_like(t)), Dual(r, torch.zeros_like(r)), labels, drop)
     with torch.no_grad():
         g = u.value - v + share * column(t - r, z) * u.tangent

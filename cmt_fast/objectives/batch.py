@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cmt_fast.diffusion.paths import ProbabilityPath
@@ -61,6 +62,12 @@ class StageContext(NamedTuple):
     teacher: Callable | None = None
     features: Callable[[Tensor], Tensor] | None = None
     perceptual: Any = None
+
+    def velocity(self, z: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The (guided) teacher's velocity on "linear", without a gradient. z: (B, ...), t: (B,) -> (B, ...) in the dtype of z."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            return self.teacher(z, t, t, labels).to(z.dtype)
 
 
 class LossContext(NamedTuple):

@@ -31,8 +31,7 @@ from torch import Tensor
 from cmt_fast.config.schema import Lagrangian
 from cmt_fast.objectives import maps
 from cmt_fast.objectives.batch import StageContext
-from cmt_fast.objectives.maps import Drawn
-from cmt_fast.objectives.meanflow import tangent_rows
+from cmt_fast.objectives.meanflow import Drawn, tangent_rows
 
 draw = maps.draw
 
@@ -43,14 +42,14 @@ def loss(net, drawn: Drawn, config: Lagrangian, stage: StageContext) -> tuple[Te
     v the network's own u(., r, r) or the (guided) teacher's velocity; rows with r = t have l = ||u - v||^2, v the data's
     eps - x_0 or the teacher's. Returns (B,).
     """
-    z, _, t, r, labels, drop = drawn
+    z, _, t, r, labels, drop, _ = drawn
     k, first = tangent_rows(len(z), config.ratio), drawn.first
     u, head = net(z, t, r, labels, drop) if not k else _along_the_end(net, drawn, k), z[:0]
     tail = maps.instant(net, value(u).detach(), drawn, k, config, stage)
     if k:
         x, r_k = maps.jump(z[:k], value(u)[:k].detach(), (t - r)[:k]), r[:k]
         if config.velocity == "teacher":
-            head = maps.taught(x, r_k, first(k)[0], stage)
+            head = stage.velocity(x, r_k, first(k)[0])
         else:
             with torch.no_grad():
                 head = net(x, r_k, r_k, *first(k)).to(z.dtype)
@@ -60,6 +59,6 @@ def loss(net, drawn: Drawn, config: Lagrangian, stage: StageContext) -> tuple[Te
 
 def _along_the_end(net, drawn: Drawn, k: int) -> Dual:
     """u with -du/dr of the first k rows, in which u = v(X, r) - (t - r) (-du/dr) has MeanFlow's form."""
-    z, _, t, r, labels, drop = drawn
+    z, _, t, r, labels, drop, _ = drawn
     still = Dual(z, torch.zeros_like(z[:k])), Dual(t, torch.zeros_like(t[:k]))
     return net(*still, Dual(r, -torch.ones_like(r[:k])), labels, drop)

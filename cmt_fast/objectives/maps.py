@@ -16,7 +16,7 @@ have r < t and an equation to obey; the others have r = t and learn v, from data
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,22 +25,7 @@ from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
 from cmt_fast.objectives import meanflow, times
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext
-
-
-class Drawn(NamedTuple):
-    """Points z and their velocities v = eps - x_0: (B, ...) each, at times t >= r: (B,); labels, drop: as of Batch."""
-
-    z: Tensor
-    v: Tensor
-    t: Tensor
-    r: Tensor
-    labels: Tensor | None
-    drop: Tensor | None
-
-    def first(self, k: int) -> tuple[Tensor | None, Tensor | None]:
-        """Labels and drop of the first k rows."""
-        labels, drop = (None if x is None else x[:k] for x in (self.labels, self.drop))
-        return labels, drop
+from cmt_fast.objectives.meanflow import Drawn
 
 
 def draw(batch: Batch, config: Any, context: LossContext) -> Drawn:
@@ -72,19 +57,12 @@ def instant(net: Any, u: Tensor, drawn: Drawn, k: int, config: Any, stage: Stage
     u: (B, ...), the training forward, which is u(z, t, t) of these rows.
     """
     if config.velocity == "teacher":
-        return taught(drawn.z[k:], drawn.t[k:], None if drawn.labels is None else drawn.labels[k:], stage)
+        return stage.velocity(drawn.z[k:], drawn.t[k:], None if drawn.labels is None else drawn.labels[k:])
     return guided(net, u, drawn, config)[k:]
 
 
-def taught(z: Tensor, t: Tensor, labels: Tensor | None, stage: StageContext) -> Tensor:
-    """The (guided) teacher's velocity. z: (B, ...), t: (B,) -> (B, ...), no gradient."""
-    assert stage.teacher is not None
-    with torch.no_grad():
-        return stage.teacher(z, t, t, labels).to(z.dtype)
-
-
 @torch.no_grad()
-def guided(net: Any, cond: Tensor, drawn: Any, config: Any) -> Tensor:
+def guided(net: Any, cond: Tensor, drawn: Drawn, config: Any) -> Tensor:
     """v of all rows, guided as in MeanFlow with cond (B, ...) for u(z, t, t | c). (B, ...), no gradient."""
     guide = meanflow.guidance_mask(drawn, config)
     if guide is None:

@@ -37,6 +37,11 @@ class Drawn(NamedTuple):
     drop: Tensor | None
     guide: Tensor | None = None
 
+    def first(self, k: int) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and drop of the first k rows."""
+        labels, drop = (None if x is None else x[:k] for x in (self.labels, self.drop))
+        return labels, drop
+
 
 def draw(batch: Batch, config: MeanFlow | IMeanFlow, context: LossContext) -> Drawn:
     """Two times a row, z = (1 - t) x_0 + t eps; the rows with r != t come first."""
@@ -79,7 +84,7 @@ def loss_meanflow(net, drawn: Drawn, config: MeanFlow, stage: StageContext) -> t
     inside [guide_t_min, guide_t_max] on rows with labels, of effective scale omega / (1 - kappa). Rows with r = t
     reuse the training forward as u(z, t, t | c). A network with dropout has it in these calls too (published: without).
     """
-    return _regress(net, taught(drawn, config, stage), config, own=False)
+    return _regress(net, with_teacher(drawn, config, stage), config, own=False)
 
 
 def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
@@ -95,20 +100,18 @@ def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> 
     With `omega_max` above 1 the network is told a scale omega and an interval in each row, and the target is the velocity that is
     guided by its own, v + (1 - 1/omega) (v(c) - v(null)), where t is in the interval and the row has its label.
     """
-    drawn = taught(drawn, config, stage)
+    drawn = with_teacher(drawn, config, stage)
     if config.head or drawn.guide is not None:
         return _with_inputs(net, drawn, config)
     return _regress(net, drawn, config, own=True)
 
 
-def taught(drawn: Any, config: MeanFlow | IMeanFlow, stage: StageContext) -> Any:
+def with_teacher(drawn: Drawn, config: MeanFlow | IMeanFlow, stage: StageContext) -> Drawn:
     """With the teacher's velocity in the place of the data's, where that is asked for (MF-RAE's distillation): it has no noise of
     a single row. A row whose label is dropped keeps the teacher's of its label, whose mean over labels is the null class's."""
     if config.velocity == "data":
         return drawn
-    assert stage.teacher is not None
-    with torch.no_grad():
-        return drawn._replace(v=stage.teacher(drawn.z, drawn.t, drawn.t, drawn.labels).to(drawn.z.dtype))
+    return drawn._replace(v=stage.velocity(drawn.z, drawn.t, drawn.labels))
 
 
 def _with_inputs(net, drawn: Drawn, config: IMeanFlow) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,7 +120,7 @@ def _with_inputs(net, drawn: Drawn, config: IMeanFlow) -> tuple[Tensor, dict[str
     k = tangent_rows(len(z), config.ratio)
     with torch.no_grad():
         if guide is None:
-            direction = velocity(net, (z[:k], t[:k], _of(labels, k), _of(drop, k)), config, None)
+            direction = velocity(net, (z[:k], t[:k], *drawn.first(k)), config, None)
         else:
             assert labels is not None
             omega = guide[:, 0].masked_fill((t < guide[:, 1]) | (t > guide[:, 2]), 1.0)
@@ -126,9 +129,7 @@ def _with_inputs(net, drawn: Drawn, config: IMeanFlow) -> tuple[Tensor, dict[str
             null = velocity(net, (z, t, labels, dropped), config, whole(torch.ones_like(omega)))
             share = 1 - 1 / omega if drop is None else (1 - 1 / omega).masked_fill(drop, 0.0)
             v, direction = v + column(share, v) * (own - null).to(v.dtype), own[:k]
-    more = (labels, drop, None, config.head, guide)
-    along = Dual(z, direction.to(z.dtype)), Dual(t, torch.ones_like(t[:k])), Dual(r, torch.zeros_like(r[:k]))
-    found = net(*(along if k else (z, t, r)), *more)
+    found = _moving(net, drawn, direction, None, config.head, guide)
     u, head = found if config.head else (found, None)
     loss, squared = meanflow_loss(u, v, t, r, config.p, config.c)
     scalars = {"mse": squared / z[0].numel()}
@@ -151,29 +152,29 @@ def whole(omega: Tensor) -> Tensor:
     return torch.stack((omega, torch.zeros_like(omega), torch.ones_like(omega)), dim=1)
 
 
-def _of(x: Tensor | None, k: int) -> Tensor | None:
-    return None if x is None else x[:k]
-
-
 def _regress(net, drawn: Drawn, config: MeanFlow | IMeanFlow, own: bool):
     z, v, t, r, labels, drop = drawn[:6]
     k = tangent_rows(len(z), config.ratio)
     guide = guidance_mask(drawn, config)
     with torch.no_grad():
         null = None if guide is None else net(z, t, t, labels, torch.ones_like(guide))
-        first = (None if x is None else x[:k] for x in (labels, drop))
         mixed = guide is not None and config.kappa
-        cond = net(z[:k], t[:k], t[:k], *first) if k and (own or mixed) else None
+        cond = net(z[:k], t[:k], t[:k], *drawn.first(k)) if k and (own or mixed) else None
         head = v[:k] if guide is None else _guided(v[:k], cond, null[:k], guide[:k], config)
         direction = cond if own and k else head
-    if k:
-        along = Dual(z, direction.to(z.dtype)), Dual(t, torch.ones_like(t[:k])), Dual(r, torch.zeros_like(r[:k]))
-        u = net(*along, labels, drop)
-    else:
-        u = net(z, t, r, labels, drop)
+    u = _moving(net, drawn, direction)
     tail = v[k:] if guide is None else _guided(v[k:], value(u)[k:].detach(), null[k:], guide[k:], config)
     loss, squared = meanflow_loss(u, torch.cat((head, tail)), t, r, config.p, config.c)
     return loss, {"mse": squared / z[0].numel()}
+
+
+def _moving(net, drawn: Drawn, direction: Tensor, *more: Any) -> Any:
+    """The network, its first rows moving along (direction (k, ...), 1, 0) in (z, t, r); more: what else it is called with."""
+    z, _, t, r, labels, drop, _ = drawn
+    if not (k := len(direction)):
+        return net(z, t, r, labels, drop, *more)
+    along = Dual(z, direction.to(z.dtype)), Dual(t, torch.ones_like(t[:k])), Dual(r, torch.zeros_like(r[:k]))
+    return net(*along, labels, drop, *more)
 
 
 def tangent_rows(rows: int, ratio: float) -> int:

@@ -28,20 +28,15 @@ from torch import Tensor
 from cmt_fast.config.schema import Semigroup
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
-from cmt_fast.objectives import maps
+from cmt_fast.objectives import maps, meanflow
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext
 from cmt_fast.objectives.meanflow import tangent_rows
 
 
 class Drawn(NamedTuple):
-    """As of maps.Drawn; h: (B,) in (0, 1), where m is between r and t, of use in rows with r < t."""
+    """Pairs of times; h: (B,) in (0, 1), where m is between r and t, of use in rows with r < t."""
 
-    z: Tensor
-    v: Tensor
-    t: Tensor
-    r: Tensor
-    labels: Tensor | None
-    drop: Tensor | None
+    pair: meanflow.Drawn
     h: Tensor
 
 
@@ -49,7 +44,7 @@ def draw(batch: Batch, config: Semigroup, context: LossContext) -> Drawn:
     """Two times a row and one between them, z = (1 - t) x_0 + t eps; rows with r < t first."""
     pair = maps.draw(batch, config, context)
     h = context.random.uniform(rng.MIDDLE, batch.sample).to(pair.t.dtype)
-    return Drawn(*pair, torch.full_like(h, 0.5) if config.split == "middle" else h)
+    return Drawn(pair, torch.full_like(h, 0.5) if config.split == "middle" else h)
 
 
 def loss(net, drawn: Drawn, config: Semigroup, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
@@ -57,7 +52,7 @@ def loss(net, drawn: Drawn, config: Semigroup, stage: StageContext) -> tuple[Ten
 
     Rows with r = t have l = ||u - v||^2, v the data's eps - x_0 or the teacher's. Returns (B,).
     """
-    z, _, t, r, labels, drop = pair = maps.Drawn(*drawn[:6])
+    z, _, t, r, labels, drop, _ = pair = drawn.pair
     k = tangent_rows(len(z), config.ratio)
     head = two_jumps(net, pair, drawn.h[:k], k) if k else z[:0]
     u = net(z, t, r, labels, drop)
@@ -67,7 +62,7 @@ def loss(net, drawn: Drawn, config: Semigroup, stage: StageContext) -> tuple[Ten
 
 
 @torch.no_grad()
-def two_jumps(net, pair: maps.Drawn, h: Tensor, k: int) -> Tensor:
+def two_jumps(net, pair: meanflow.Drawn, h: Tensor, k: int) -> Tensor:
     """The average velocity of the first k rows from t to m and from there to r. h: (k,) -> (k, ...)."""
     z, t, r, first = pair.z[:k], pair.t[:k], pair.r[:k], pair.first(k)
     m = r + h * (t - r)

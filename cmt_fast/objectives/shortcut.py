@@ -28,8 +28,7 @@ from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
 from cmt_fast.objectives import maps
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext
-from cmt_fast.objectives.maps import Drawn
-from cmt_fast.objectives.meanflow import tangent_rows
+from cmt_fast.objectives.meanflow import Drawn, tangent_rows
 
 
 def draw(batch: Batch, config: Shortcut, context: LossContext) -> Drawn:
@@ -54,7 +53,7 @@ def loss(net, drawn: Drawn, config: Shortcut, stage: StageContext) -> tuple[Tens
 
     Halves of the shortest jumps are asked for at r = t, and guided by omega. Returns (B,).
     """
-    z, v, t, r, labels, drop = drawn
+    z, v, t, r, labels, drop, _ = drawn
     k = tangent_rows(len(z), config.ratio)
     target = torch.cat((two_halves(net, drawn, k, config), v[k:])) if k else v
     squared = (net(z, t, r, labels, drop) - target).square().flatten(1).sum(1)

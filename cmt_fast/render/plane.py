@@ -49,7 +49,7 @@ def _field(scene: Any, axes: Any) -> None:
 
 
 def _jumps(scene: Any, axes: Any, ends: Tensor, title: str) -> None:
-    """Lines from some noises to where one step puts them; an end is the redder, the farther it is from the exact one."""
+    """Lines from some noises to where one step puts them; an end is the lighter, the farther it is from the exact one."""
     error = (ends - scene.exact).norm(dim=1)
     rms = float(error.square().mean().sqrt())
     _plane(axes, f"{title}\nRMS error {rms:.3g}")

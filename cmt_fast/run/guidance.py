@@ -86,8 +86,12 @@ def check_asked(place: Place, name: str, solver: bool, classes: int) -> None:
     if not math.isfinite(scale):
         raise ConfigError(f"--guidance: {scale} is not a number")
     if not solver and getattr(run.model, "guided", False):
-        if scale < 1:
-            raise ConfigError(f"--guidance: {scale} is below 1, the least that the network is told")
+        most = _told_most(place, name)
+        if not 1 <= scale <= most:
+            told = f"was told scales from 1 to {most:g} in training" if most > 1 else "was told none in training"
+            raise ConfigError(
+                f"--guidance: {scale} is told to a network that {told}; take another, or a stage that was told"
+            )
         return
     if not solver:
         trained = learned(place, name)
@@ -267,10 +271,24 @@ def _told(run: Run) -> None:
     omega, low, high = run.sampler.told_guidance
     if not getattr(run.model, "guided", False):
         raise ConfigError(f"sampler.told_guidance: {omega} is told to no network here; it is for model.guided true")
+    most = max(getattr(stage.objective, "omega_max", 1.0) for stage in run.stages.values())
+    if omega > most:
+        raise ConfigError(
+            f"sampler.told_guidance: {omega} is above {most:g}, the largest objective.omega_max of a stage"
+        )
     if not (math.isfinite(omega) and omega >= 1 and low < high):
         raise ConfigError(
             f"sampler.told_guidance: [{omega}, {low}, {high}] is no scale of at least 1 with an interval of times"
         )
+
+
+def _told_most(place: Place, name: str) -> float:
+    """The largest guidance scale that stage `name` or those before it were told in training, 1 where none was."""
+    at, most = _at(place, name), 1.0
+    while at is not None and (stage := at[0].run.stages.get(at[1])):
+        most = max(most, getattr(stage.objective, "omega_max", 1.0))
+        at = _at(at[0], stage.start) if stage.start else None
+    return most
 
 
 def _inputs(place: Place, name: str, stage: Stage) -> None:
@@ -278,12 +296,15 @@ def _inputs(place: Place, name: str, stage: Stage) -> None:
     o, model, where = stage.objective, place.run.model, f"{name}.objective"
     if getattr(o, "head", False) and getattr(model, "velocity_head", None) is None:
         raise ConfigError(f"{where}.head: true needs the network's auxiliary head, model.velocity_head blocks")
+    inside = (getattr(o, "omega", 1.0), getattr(o, "kappa", 0.0)) != (1.0, 0.0)
+    if getattr(o, "head", False) and inside:
+        raise ConfigError(f"{where}.head: true beside omega and kappa, which guide without a head; take omega_max")
     most = getattr(o, "omega_max", 1.0)
     if most == 1:
         return
     if not getattr(model, "guided", False):
         raise ConfigError(f"{where}.omega_max: {most} needs a network that is told its guidance, model.guided true")
-    if (getattr(o, "omega", 1.0), getattr(o, "kappa", 0.0)) != (1.0, 0.0):
+    if inside:
         raise ConfigError(f"{where}.omega_max: {most} beside omega and kappa; only one may guide")
     if not stage.label_dropout:
         why = "the null class that it guides from would not be trained; published: 0.1"

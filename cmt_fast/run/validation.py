@@ -164,7 +164,12 @@ def _check_sets(resolved: ResolvedStage, classes: int) -> None:
 
 def _check_augment(resolved: ResolvedStage, shape: tuple[int, ...]) -> None:
     """Images of a diffusion model, whose network is told of all that is done to them: without it would leak into samples."""
-    run, key, stage, told = resolved.run, f"{resolved.name}.augment", resolved.config, models.told(resolved.run.model)
+    run, key, stage, told = (
+        resolved.run,
+        f"{resolved.name}.augment",
+        resolved.config,
+        models.augment_labels(resolved.run.model),
+    )
     assert stage.augment is not None
     if stage.objective.kind not in DIFFUSION:
         valid = " and ".join(DIFFUSION)
@@ -172,8 +177,8 @@ def _check_augment(resolved: ResolvedStage, shape: tuple[int, ...]) -> None:
             f"{key}: is for a diffusion model's images, and {resolved.name} trains {stage.objective.kind!r}; "
             f"valid are stages of {valid}, set it to null here"
         )
-    if len(shape) != 3:
-        raise ConfigError(f"{key}: needs images, the data has the shape {shape}; set it to null")
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ConfigError(f"{key}: needs images of 1 or 3 channels, the data has the shape {shape}; set it to null")
     if not stage.augment.kinds:
         raise ConfigError(
             f"{key}: every kind is 0; give one of {', '.join(AUGMENTATIONS)} a number above 0, or set it to null"

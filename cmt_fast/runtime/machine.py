@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import cmt_kernels
 import torch
@@ -91,3 +93,15 @@ def environment() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "processes": distributed.size(),
     }
+
+
+def commit() -> str:
+    """Of the clone that this package stands in, with + where files differ from it; "none" outside of one."""
+    git = lambda *what: subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *what], capture_output=True, text=True, check=False
+    )
+    try:
+        head = git("rev-parse", "--short", "HEAD").stdout.strip()
+        return head + "+" * bool(git("status", "--porcelain", "-uno").stdout.strip()) if head else "none"
+    except OSError:
+        return "none"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -146,7 +145,8 @@ def this_machine(device: torch.device) -> dict[str, Any]:
 def _about(attempt: Attempt, seed: int, work: Workspace) -> dict[str, Any]:
     return {
         "kind": "seed", "seed": seed, "track": attempt.track.name, "final": attempt.final, "stop": attempt.stop,
-        "digest": attempt.digest, "commit": commit(), "date": date.today().isoformat(), "machine": this_machine(work.device),
+        "digest": attempt.digest, "commit": machine.commit(), "date": date.today().isoformat(),
+        "machine": this_machine(work.device),
     }  # fmt: skip
 
 
@@ -213,8 +213,7 @@ def said(of: logs.Seed) -> str:
         second = f", second space {e['frechet_2']:.4f}" if "frechet_2" in e else ""
         what = f"Fréchet {e['frechet']:.4f}{second}, {'below' if e['reached'] else 'not below'} the target"
     energy = f"{e['joules']:,.0f} J" if e["joules"] is not None else f"no joules ({e['energy']})"
-    on = of.about["machine"]
-    device = on["gpu"] if on["gpu"] != "none" else f"{on['cpu']}, {on['threads']} thread{'s' * (on['threads'] > 1)}"
+    device = logs.device(of.about["machine"])
     return (
         f"seed {of.about['seed']}: {what}{' at a look: no record' if e['stopped'] else ''}; {e['images']:,} student images, "
         f"{e['forwards']:,.0f} forwards, {e['wall_s']:.0f} s ({e['cpu_s']:.0f} CPU s), {energy}; {device}"
@@ -249,15 +248,3 @@ def _looking(run: Run, final: str, track: Track) -> Run:
     """The same, its final stage judged on the way."""
     stage = dataclasses.replace(cast(Any, run.stages[final]), eval_every_nimg=track.look_every_nimg)
     return dataclasses.replace(cast(Any, run), **{final: stage})
-
-
-def commit() -> str:
-    """Of the clone that this package stands in, with + where files differ from it; "none" outside of one."""
-    git = lambda *what: subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), *what], capture_output=True, text=True, check=False
-    )
-    try:
-        head = git("rev-parse", "--short", "HEAD").stdout.strip()
-        return head + "+" * bool(git("status", "--porcelain", "-uno").stdout.strip()) if head else "none"
-    except OSError:
-        return "none"

@@ -88,3 +88,8 @@ def cut(seed: Seed, final: str) -> Seed:
     about = {**seed.about, "final": final, "digest": f"{seed.about['digest'].partition('-')[0]}-{final}"}
     end = {**seed.end, **{key: judged[key] for key in ("frechet", "frechet_2")}, **total(stages)}
     return Seed(about, stages, [judged], end)
+
+
+def device(on: Mapping[str, Any]) -> str:
+    """A log's machine in words: its GPU, or its processor and threads."""
+    return on["gpu"] if on["gpu"] != "none" else f"{on['cpu']}, {on['threads']} thread{'s' * (on['threads'] > 1)}"

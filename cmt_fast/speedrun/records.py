@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError, nearest
-from cmt_fast.speedrun import logs, student, tracks
+from cmt_fast.evaluation import student
+from cmt_fast.speedrun import logs, tracks
 from cmt_fast.speedrun.tracks import Track
 
 ABOUT, ABLATION = "record.yaml", "ablation"
@@ -236,5 +237,4 @@ def _number(value: float, how: str, before: str = "") -> str:
 
 
 def _machine(on: dict[str, Any]) -> str:
-    device = on["gpu"] if on["gpu"] != "none" else f"{on['cpu']}, {on['threads']} thread{'s' * (on['threads'] > 1)}"
-    return f"{device}, torch {on['torch']}"
+    return f"{logs.device(on)}, torch {on['torch']}"

@@ -67,10 +67,9 @@ class Pool:
     """Points of trajectories from x_T ~ prior with uniformly random labels: no data is read.
 
     For consistency models a trajectory gives `per_trajectory` of its nodes, evenly spaced from a random first one,
-    each with the endpoint; for flow maps as many random pairs i < j of those that are asked
-    about. Fewer points a trajectory mean more
-    trajectories, so more starting noises seen. Mode "paper" is the published layout: batch // nfe trajectories, all
-    points of each, step-major; of flow maps the pairs are random there too, `per_trajectory` a trajectory.
+    each with the endpoint; for flow maps as many random pairs i < j of those that are asked about. Fewer points a
+    trajectory mean more trajectories, so more starting noises seen. Mode "paper" is the published layout: batch // nfe
+    trajectories, all points of each, step-major; of flow maps the pairs are random there too, `per_trajectory` a trajectory.
     """
 
     def __init__(

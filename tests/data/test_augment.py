@@ -173,5 +173,8 @@ def test_what_cannot_be_told_is_refused(overrides: list[str], said: str, tmp_pat
 def test_points_of_a_plane_are_refused(tmp_path) -> None:
     from cmt_fast.config import loading
 
-    with pytest.raises(ConfigError, match=r"pre.augment: needs images, the data has the shape \(2,\); set it to null"):
+    with pytest.raises(
+        ConfigError,
+        match=r"pre.augment: needs images of 1 or 3 channels, the data has the shape \(2,\); set it to null",
+    ):
         Workspace(loading.load("gmm", ["pre.augment={}"]), tmp_path)

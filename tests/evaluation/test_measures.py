@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from cmt_fast.config.schema import Digits
 from cmt_fast.data import datasets
 from cmt_fast.data.rows import Dataset
-from cmt_fast.evaluation import distances, intervals, judges, keeping, kept, measures, sharpness
+from cmt_fast.evaluation import distances, intervals, judges, keeping, kept, measures, sharpness, student
 from cmt_fast.evaluation.distances import Moments, Stream
 from cmt_fast.evaluation.features import Identity
 from cmt_fast.evaluation.second import Second
@@ -96,7 +96,7 @@ def test_blur_lowers_sharpness_and_noise_raises_it() -> None:
 
 @pytest.mark.parametrize("degrees, point", [(5, 2.5706), (9, 2.2622), (19, 2.0930), (1000, 1.9623)])
 def test_the_points_of_students_distribution(degrees, point) -> None:
-    assert intervals.student(degrees) == pytest.approx(point, rel=2e-3)
+    assert student.point(degrees) == pytest.approx(point, rel=1e-4)
 
 
 def test_groups_leave_out_as_though_they_had_never_come() -> None:

@@ -98,7 +98,7 @@ def test_alphaflow_goes_from_straight_lines_to_meanflow(monkeypatch) -> None:
     monkeypatch.undo()
     drawn = alphaflow.draw(batch(50), AlphaFlow(), world(LINEAR, progress=1.0))
     net = peers.network("linear")
-    of_meanflow, _ = meanflow.loss_meanflow(net, meanflow.Drawn(*drawn[:6]), MeanFlow(ratio=0.5), STAGE)
+    of_meanflow, _ = meanflow.loss_meanflow(net, drawn.pair, MeanFlow(ratio=0.5), STAGE)
     assert torch.equal(alphaflow.loss(net, drawn, AlphaFlow(), STAGE)[0], of_meanflow)
 
 
@@ -129,7 +129,7 @@ def test_rows_with_r_equal_t_are_those_of_meanflow(kind: str) -> None:
     drawn = OBJECTIVES[kind].draw(labelled(30), config, world(LINEAR, progress=0.5))
     loss, _ = OBJECTIVES[kind].loss(Labelled(), drawn, config, STAGE)
     keys["p"] = config.p
-    want, _ = meanflow.loss_meanflow(Labelled(), meanflow.Drawn(*drawn[:6]), MeanFlow(**keys), STAGE)
+    want, _ = meanflow.loss_meanflow(Labelled(), getattr(drawn, "pair", drawn), MeanFlow(**keys), STAGE)
     plain, _ = OBJECTIVES[kind].loss(Labelled(), drawn, dataclasses.replace(config, omega=1.0, kappa=0.0), STAGE)
     assert torch.equal(loss, want) and not torch.equal(loss, plain)
 
@@ -189,7 +189,7 @@ def test_a_jump_is_split_between_its_ends() -> None:
     draws = lambda split: semigroup.draw(batch(2000), Semigroup(split=split), world(LINEAR)).h
     h = draws("uniform")
     assert abs(float(h.mean()) - 0.5) < 4 * (1 / 12 / 2000) ** 0.5 and abs(float(h.std()) - 12**-0.5) < 0.01
-    t = semigroup.draw(batch(2000), Semigroup(), world(LINEAR)).t
+    t = semigroup.draw(batch(2000), Semigroup(), world(LINEAR)).pair.t
     assert abs(float(torch.corrcoef(torch.stack((h, t)))[0, 1])) < 4 / 2000**0.5
     assert torch.equal(draws("middle"), torch.full((2000,), 0.5, dtype=torch.float64))
 

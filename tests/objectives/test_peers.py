@@ -18,9 +18,14 @@ from tests.objectives import peers
 
 def fields(record: dict[str, Any]) -> Any:
     """The objective's own `Drawn` of what was recorded; whole numbers are labels, true and false what is dropped."""
-    drawn = typing.get_type_hints(OBJECTIVES[record["kind"]].loss)["drawn"]
+    return _filled(typing.get_type_hints(OBJECTIVES[record["kind"]].loss)["drawn"], record["drawn"])
+
+
+def _filled(drawn: Any, numbers: dict[str, Any]) -> Any:
+    """A `Drawn` by the names of its fields; one that is part of another by its own."""
     of = lambda v: v if v is None or isinstance(v, str) else _tensor(v)
-    return drawn(**{name: of(record["drawn"].get(name)) for name in drawn._fields})
+    parts = {name: hint for name, hint in typing.get_type_hints(drawn).items() if hasattr(hint, "_fields")}
+    return drawn(**{n: _filled(parts[n], numbers) if n in parts else of(numbers.get(n)) for n in drawn._fields})
 
 
 def _tensor(numbers: Any) -> Tensor:

@@ -157,6 +157,10 @@ def test_a_trained_network_is_told_at_sampling(tmp_path: Path, capsys) -> None:
         )
         == 2
     )
+    for stage, scale, line in (("mid", "2", "was told none in training"), ("post", "9", "was told scales from 1 to 8")):
+        of = str(tmp_path / "run" / stage)
+        assert main(["sample", of, "-n", "2", "--guidance", scale, "--out", str(tmp_path / "x.npz")]) == 2
+        assert line in capsys.readouterr().err
     assert main(["ckpt", "export", str(tmp_path / "run" / "post"), str(tmp_path / "x.onnx"), "--format", "onnx"]) == 2
     assert "onnx has no place for model.guided True" in capsys.readouterr().err
 
@@ -171,7 +175,13 @@ def test_a_trained_network_is_told_at_sampling(tmp_path: Path, capsys) -> None:
             "post.objective.head: true needs the network's auxiliary head",
         ),
         ("dropout", "post.label_dropout=0", "post.label_dropout: 0.0 with post.objective.omega_max 8.0"),
-        ("kappa", "post.objective.kappa=0.5", "post.objective.omega_max: 8.0 beside omega and kappa"),
+        (
+            "kappa",
+            "post.objective={kind: imeanflow, omega_max: 8, kappa: 0.5}",
+            "post.objective.omega_max: 8.0 beside omega and",
+        ),
+        ("head", "post.objective.kappa=0.5", "post.objective.head: true beside omega and kappa"),
+        ("beyond", "sampler.told_guidance=[9, 0, 1]", "sampler.told_guidance: 9.0 is above 8"),
         ("depth", "model.velocity_head=9", "model.velocity_head: 9 blocks are more than"),
         ("sampler", "sampler.told_guidance=[3, 0.7, 0.2]", "sampler.told_guidance: "),
     ],

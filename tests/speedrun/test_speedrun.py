@@ -14,8 +14,9 @@ from scipy import stats
 from cmt_fast import cli
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
+from cmt_fast.evaluation import student
 from cmt_fast.models.dit import DiT
-from cmt_fast.speedrun import attempt, logs, records, student, tracks, verifying
+from cmt_fast.speedrun import attempt, logs, records, tracks, verifying
 from cmt_fast.speedrun.attempt import Attempt
 from cmt_fast.train import loop, monitor
 from tests.fixtures.tiny import tiny

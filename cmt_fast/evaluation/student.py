@@ -1,4 +1,4 @@
-"""Student's t test, one-sided: whether a mean is below a number, and whether one of two paired samples lies lower.
+"""Student's t: the ends of intervals, and one-sided tests that a mean is below a number or one of two paired samples lower.
 
 The distribution function is a finite sum for a whole number of degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and
 26.7.4), so no library of statistics is needed.
@@ -6,6 +6,7 @@ The distribution function is a finite sum for a whole number of degrees of freed
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
@@ -21,6 +22,18 @@ def below(t: float, degrees: int) -> float:
         term *= cosine**2 * k / (k + 1)
     between = 2 / math.pi * (theta + sine * total) if degrees % 2 else sine * total
     return 0.5 * (1 + between)
+
+
+@functools.cache
+def point(degrees: int, share: float = 0.975) -> float:
+    """The t below which `share` >= 1/2 of Student's t with `degrees` of freedom lies, by bisection."""
+    low, high = 0.0, 1.0
+    while below(high, degrees) < share:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle, degrees) < share else (low, middle)
+    return high
 
 
 def mean_below(values: Sequence[float], target: float) -> float:
