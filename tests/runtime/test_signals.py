@@ -22,8 +22,9 @@ import ctypes, os, signal, sys, time
 signal.signal({int(INT)}, signal.default_int_handler)  # a test in the background begins with it ignored, and
 signal.signal({int(HUP)}, signal.SIG_DFL)  # one under nohup with this
 from cmt_fast.runtime import signals
-def in_c(seconds):
+def in_c(seconds, first=lambda: None):
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.KINDS)  # so that the call is not cut short
+    first()
     ctypes.CDLL(None).usleep(int(seconds * 1e6))
 def ready():
     print("ready", flush=True)
@@ -71,7 +72,7 @@ def test_the_first_signal_closes_what_is_open(number):
 
 def test_a_second_signal_ends_at_once_what_is_no_training():
     """Where the main thread is in a call that does not return too; a first one after its patience."""
-    stuck = "ready(); in_c(20)"
+    stuck = "in_c(20, ready)"  # a signal right after ready() would find the main thread in Python
     code, said, seconds = ended(HEARD.format(stuck), INT, INT)
     assert code == exits.SIGNAL + INT and seconds < 5 and said == "cmt: interrupted\n"
     code, said, seconds = ended(HEARD.format(f"signals.PATIENCE_S = 0.3; {stuck}"), TERM)
