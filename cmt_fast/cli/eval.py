@@ -10,9 +10,10 @@ from cmt_fast.cli.parser import checked
 from cmt_fast.config import loading, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.evaluation import intervals, judges, references
+from cmt_fast.objectives import check_steps
 from cmt_fast.report import verdict
 from cmt_fast.report.figures import plain
-from cmt_fast.run import folder, guidance, validation, workspace
+from cmt_fast.run import folder, guidance, workspace
 from cmt_fast.runtime import distributed, machine, progress
 
 
@@ -62,7 +63,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.solver:
         guidance.check_solver(work.place, stage)
     else:
-        validation.check_lengths(work.run.stages[stage].objective, steps, "--steps")
+        check_steps(work.run.stages[stage].objective, steps, "--steps")
     net, n = work.network(stage, together=True), args.n or work.run.eval.n
     judge = checked(lambda: work.judging.open_judge(args.precision_recall, samples=n))
     with work.judging.going_on(stage, work.finished(stage).manifest):

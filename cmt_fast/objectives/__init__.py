@@ -7,11 +7,12 @@ equation. What it costs is counted (`counting`), what mid-training prepares it f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.objectives import (
     alphaflow,
     ayf,
@@ -24,6 +25,7 @@ from cmt_fast.objectives import (
     imm,
     lagrangian,
     meanflow,
+    rules,
     semigroup,
     shortcut,
 )
@@ -36,7 +38,8 @@ class ObjectiveSpec(NamedTuple):
     draw: (batch, config, LossContext) -> what the loss reads of this step, a tuple of tensors, None and names.
     loss: (net, what was drawn, config, StageContext) -> (loss (B,), scalars), with nothing of the step in it.
     path: it lives on, None: on any; draws: "data" or "trajectories". title, paper: what the field calls it, and where it is
-    from. teacher: whether it calls one itself; tangents: whether its network is given Duals.
+    from. teacher: whether it calls one itself; tangents: whether its network is given Duals. check: (config, Setting), raises
+    ConfigError for keys that do not go together; steps: of a config, the numbers of steps that it trains, None: any.
     """
 
     draw: Callable[[Any, Any, LossContext], Any]
@@ -47,6 +50,8 @@ class ObjectiveSpec(NamedTuple):
     paper: str
     teacher: bool = False
     tangents: bool = False
+    check: Callable[[Any, rules.Setting], None] = rules.none
+    steps: Callable[[Any], tuple[int, ...]] | None = None
 
     @property
     def function(self) -> Callable[[Any, Any, Any, LossContext], tuple[Tensor, dict[str, Tensor]]]:
@@ -83,11 +88,11 @@ OBJECTIVES = {
     ),
     "meanflow": ObjectiveSpec(
         meanflow.draw, meanflow.loss_meanflow, "linear", "data", "MeanFlow", "Geng et al. 2025, arXiv 2505.13447",
-        tangents=True,
+        tangents=True, check=meanflow.check,
     ),
     "imeanflow": ObjectiveSpec(
         meanflow.draw, meanflow.loss_improved, "linear", "data", "improved MeanFlow", "Geng et al. 2025, arXiv 2512.02012",
-        tangents=True,
+        tangents=True, check=meanflow.check,
     ),
     "sct": ObjectiveSpec(
         continuous.draw, continuous.loss_sct, "ve", "data", "continuous-time consistency training", SCM,
@@ -103,24 +108,28 @@ OBJECTIVES = {
     ),
     "lagrangian": ObjectiveSpec(
         lagrangian.draw, lagrangian.loss, "linear", "data", "Lagrangian flow map matching",
-        "Boffi et al. 2024 and 2025, arXiv 2406.07507, 2505.18825", tangents=True,
+        "Boffi et al. 2024 and 2025, arXiv 2406.07507, 2505.18825", tangents=True, check=lagrangian.check,
     ),
     "semigroup": ObjectiveSpec(
         semigroup.draw, semigroup.loss, "linear", "data", "progressive self-distillation, SplitMeanFlow",
         "Boffi et al. 2025, arXiv 2505.18825; Guo et al. 2025, arXiv 2507.16884",
+        check=semigroup.check,
     ),
     "shortcut": ObjectiveSpec(
-        shortcut.draw, shortcut.loss, "linear", "data", "shortcut models", "Frans et al. 2024, arXiv 2410.12557"
+        shortcut.draw, shortcut.loss, "linear", "data", "shortcut models", "Frans et al. 2024, arXiv 2410.12557",
+        check=shortcut.check, steps=shortcut.steps,
     ),
     "alphaflow": ObjectiveSpec(
         alphaflow.draw, alphaflow.loss, "linear", "data", "AlphaFlow", "Zhang et al. 2025, arXiv 2510.20771",
-        tangents=True,
+        tangents=True, check=alphaflow.check,
     ),
     "imm": ObjectiveSpec(
-        imm.draw, imm.loss, "linear", "data", "inductive moment matching", "Zhou et al. 2025, arXiv 2503.07565"
+        imm.draw, imm.loss, "linear", "data", "inductive moment matching", "Zhou et al. 2025, arXiv 2503.07565",
+        check=imm.check,
     ),
     "drift": ObjectiveSpec(
-        drift.draw, drift.loss, None, "data", "drifting of a one-step generator", "Deng et al. 2026, arXiv 2602.04770"
+        drift.draw, drift.loss, None, "data", "drifting of a one-step generator", "Deng et al. 2026, arXiv 2602.04770",
+        check=drift.check,
     ),
 }  # fmt: skip
 
@@ -130,4 +139,17 @@ def taught(objective: Any) -> bool:
     return OBJECTIVES[objective.kind].teacher or getattr(objective, "velocity", None) == "teacher"
 
 
-__all__ = ["OBJECTIVES", "Batch", "LossContext", "ObjectiveSpec", "Points", "StageContext", "taught"]
+def check_steps(objective: Any, steps: Iterable[int], key: str = "eval.steps") -> None:
+    """Raises ConfigError for numbers of steps whose jumps `objective` does not train. key: what to name."""
+    trained = OBJECTIVES[objective.kind].steps
+    if trained is None:
+        return
+    valid = trained(objective)
+    for k in steps:
+        if k not in valid:
+            raise ConfigError(
+                f"{key}: {k}, and {objective.kind} trains no jump of length 1/{k}; valid are {', '.join(map(str, valid))}"
+            )
+
+
+__all__ = ["OBJECTIVES", "Batch", "LossContext", "ObjectiveSpec", "Points", "StageContext", "check_steps", "taught"]

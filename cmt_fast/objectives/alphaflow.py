@@ -31,9 +31,10 @@ import torch
 from cmt_kernels import meanflow_loss
 from torch import Tensor
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import AlphaFlow
 from cmt_fast.diffusion.paths import column
-from cmt_fast.objectives import maps, meanflow
+from cmt_fast.objectives import maps, meanflow, rules
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext
 
 FLOW, STEP, TANGENT = "flow matching", "steps", "MeanFlow"  # alpha = 1, between, 0
@@ -45,6 +46,15 @@ class Drawn(NamedTuple):
     pair: meanflow.Drawn
     alpha: Tensor
     form: str
+
+
+def check(config: AlphaFlow, setting: rules.Setting) -> None:
+    """Raises ConfigError for a schedule that ends before it begins, or a velocity that is guided twice."""
+    if config.begin >= config.end:
+        raise ConfigError(
+            f"{setting.key}.end: {config.end} is not above begin, {config.begin}; alpha falls between the two"
+        )
+    rules.guided_once(config, setting)
 
 
 def draw(batch: Batch, config: AlphaFlow, context: LossContext) -> Drawn:

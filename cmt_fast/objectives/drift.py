@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Drift
 from cmt_fast.diffusion import rng
-from cmt_fast.objectives import sets
+from cmt_fast.objectives import rules, sets
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext, composed
 
 FIELDS = (1, 4)  # along a side, over which the means and deviations of a feature map are taken
@@ -47,6 +48,31 @@ class Drawn(NamedTuple):
     t: Tensor
     labels: Tensor | None
     drop: Tensor | None
+
+
+def check(config: Drift, setting: rules.Setting) -> None:
+    """Sets fill a batch, are of one class where they are to be, and begin where sampling does. Raises ConfigError."""
+    rules.whole_sets(config, setting)
+    noise, key = begins(config, setting.path), f"{setting.key}.t_max"
+    if setting.path == "linear" and config.t_max not in (None, 1.0):
+        raise ConfigError(f"{key}: {config.t_max:g} on the path 'linear', where noise is at 1; leave the key out")
+    if noise != setting.t_max:
+        raise ConfigError(
+            f"{key}: the generator takes its noise at {noise:g}, and samples begin at sampler.t_max {setting.t_max:g}; "
+            "both must be one"
+        )
+    if not (setting.classes and config.by_class):
+        return
+    if setting.label_dropout:
+        raise ConfigError(
+            f"{setting.stage}.label_dropout: {setting.label_dropout} with objective.by_class: a set of one class has no rows for "
+            "samples without a label; take label_dropout 0, or by_class false"
+        )
+    if setting.loader != "torch":
+        raise ConfigError(
+            f"loader.kind: {setting.loader!r} puts no rows of a class together, which {setting.key}.by_class asks for; take "
+            "torch, or by_class false"
+        )
 
 
 def begins(config: Drift, path: str) -> float:

@@ -25,10 +25,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Imm
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
-from cmt_fast.objectives import sets
+from cmt_fast.objectives import rules, sets
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext, composed
 
 NEAR = 1e-8  # the paper's epsilon of the kernel: nearer samples have no gradient
@@ -45,6 +46,15 @@ class Drawn(NamedTuple):
     s: Tensor
     labels: Tensor | None
     drop: Tensor | None
+
+
+def check(config: Imm, setting: rules.Setting) -> None:
+    """Raises ConfigError for sets that do not fill a batch, or that hold nothing to compare."""
+    rules.whole_sets(config, setting)
+    if config.group == 1 and not config.diagonal:
+        raise ConfigError(
+            f"{setting.key}.diagonal: false leaves sets of 1 row nothing to compare with; take group 2 or more"
+        )
 
 
 def draw(batch: Batch, config: Imm, context: LossContext) -> Drawn:

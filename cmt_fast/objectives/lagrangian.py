@@ -29,11 +29,18 @@ from cmt_kernels.dual import value
 from torch import Tensor
 
 from cmt_fast.config.schema import Lagrangian
-from cmt_fast.objectives import maps
+from cmt_fast.objectives import maps, rules
 from cmt_fast.objectives.batch import StageContext
 from cmt_fast.objectives.meanflow import Drawn, tangent_rows
 
 draw = maps.draw
+
+
+def check(config: Lagrangian, setting: rules.Setting) -> None:
+    """Raises ConfigError for a velocity that is guided twice, or that no row learns."""
+    rules.guided_once(config, setting)
+    if config.velocity != "teacher":
+        rules.velocity_is_learned(config, setting)
 
 
 def loss(net, drawn: Drawn, config: Lagrangian, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:

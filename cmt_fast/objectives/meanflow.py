@@ -19,7 +19,7 @@ from torch import Tensor
 from cmt_fast.config.schema import IMeanFlow, MeanFlow
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
-from cmt_fast.objectives import times
+from cmt_fast.objectives import rules, times
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext, composed
 
 
@@ -49,6 +49,9 @@ def draw(batch: Batch, config: MeanFlow | IMeanFlow, context: LossContext) -> Dr
     t, r = draw_times(batch.sample, k, config, context, batch.x_0.dtype)
     z, v = context.path.point(batch.x_0, t, context.random.key(rng.NOISE), batch.sample)
     return Drawn(z, v, t, r, batch.labels, batch.drop, told(batch.sample, k, config, context, batch.x_0.dtype))
+
+
+check = rules.guided_once
 
 
 def told(

@@ -28,7 +28,7 @@ from torch import Tensor
 from cmt_fast.config.schema import Semigroup
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
-from cmt_fast.objectives import maps, meanflow
+from cmt_fast.objectives import maps, meanflow, rules
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext
 from cmt_fast.objectives.meanflow import tangent_rows
 
@@ -38,6 +38,12 @@ class Drawn(NamedTuple):
 
     pair: meanflow.Drawn
     h: Tensor
+
+
+def check(config: Semigroup, setting: rules.Setting) -> None:
+    """Raises ConfigError for a velocity that is guided twice, or that no row learns."""
+    rules.guided_once(config, setting)
+    rules.velocity_is_learned(config, setting)
 
 
 def draw(batch: Batch, config: Semigroup, context: LossContext) -> Drawn:

@@ -23,12 +23,25 @@ import math
 import torch
 from torch import Tensor
 
+from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Shortcut
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
-from cmt_fast.objectives import maps
+from cmt_fast.objectives import maps, rules
 from cmt_fast.objectives.batch import Batch, LossContext, StageContext
 from cmt_fast.objectives.meanflow import Drawn, tangent_rows
+
+
+def check(config: Shortcut, setting: rules.Setting) -> None:
+    """Raises ConfigError for a grid that has no halves, or a velocity that no row learns."""
+    if config.grid < 2 or config.grid & (config.grid - 1):
+        raise ConfigError(f"{setting.key}.grid: {config.grid} is no power of 2 from 2 on; published: 128")
+    rules.velocity_is_learned(config, setting)
+
+
+def steps(config: Shortcut) -> tuple[int, ...]:
+    """The numbers of steps whose jumps are trained: 1, 2, 4, ... N/2."""
+    return tuple(2**k for k in range(int(math.log2(config.grid))))
 
 
 def draw(batch: Batch, config: Shortcut, context: LossContext) -> Drawn:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data.autoencoder import Codec
+from cmt_fast.objectives import check_steps
 from cmt_fast.render import grids
 from cmt_fast.run.samples import PIECE, Drawing, as_bytes
-from cmt_fast.run.validation import check_lengths
 from cmt_fast.runtime import words
 
 ROW = 10
@@ -74,7 +74,7 @@ def strip(drawing: Drawing, path: Path, steps: Sequence[int] | None = None) -> t
         try:
             setting.check_steps((k,), r.solver, "--strip-steps")
             if not r.solver:
-                check_lengths(drawing.work.run.stages[drawing.stage].objective, (k,), "--strip-steps")
+                check_steps(drawing.work.run.stages[drawing.stage].objective, (k,), "--strip-steps")
             can.append(k)
         except ConfigError as error:
             left.append(f"{words.steps(k)}: {error.reason or error}")

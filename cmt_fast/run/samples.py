@@ -30,9 +30,9 @@ from cmt_fast.data import classes
 from cmt_fast.data.autoencoder import Codec
 from cmt_fast.diffusion.labels import Law
 from cmt_fast.diffusion.sampling import Sampler
+from cmt_fast.objectives import check_steps
 from cmt_fast.render import grids
 from cmt_fast.run import claiming, guidance
-from cmt_fast.run.validation import check_lengths
 from cmt_fast.run.workspace import Workspace, open_stage
 from cmt_fast.runtime import distributed, progress, signals, words
 from cmt_fast.storage import files, locks, npz_blocks, sound
@@ -90,7 +90,7 @@ def opened(stage: str, request: Request, asked: Asked) -> Drawing:
     setting, place = work.setting, work.place
     setting.check_steps((steps,), solver, "--steps")
     if not solver:
-        check_lengths(work.run.stages[name].objective, (steps,), "--steps")
+        check_steps(work.run.stages[name].objective, (steps,), "--steps")
     if asked.vae and not asked.decode:
         raise ConfigError("--vae: goes with --decode")
     codec = work.decoding.codec(asked.vae) if asked.decode else None

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 
 from cmt_fast import models
@@ -14,21 +10,16 @@ from cmt_fast.config.schema import (
     AUGMENTATIONS,
     DIFFUSION,
     STAGES,
-    AlphaFlow,
     Drift,
-    Imm,
-    Lagrangian,
-    MeanFlow,
     Run,
-    Semigroup,
-    Shortcut,
     weighs,
 )
 from cmt_fast.diffusion import sampling
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.solvers import table
-from cmt_fast.objectives import OBJECTIVES, drift, taught
+from cmt_fast.objectives import OBJECTIVES, check_steps, taught
 from cmt_fast.objectives.distance import PERCEPTUAL
+from cmt_fast.objectives.rules import Setting
 from cmt_fast.run.resolved import ResolvedStage, resolve
 from cmt_fast.teacher import solver_error
 
@@ -41,38 +32,6 @@ def check(run: Run, shape: tuple[int, ...], classes: int) -> None:
     if run.eval.labels != "data" and not getattr(run.model, "conditional", True):
         raise ConfigError(
             f"eval.labels: {run.eval.labels!r}, and the network takes no labels (model.conditional false); valid is data"
-        )
-
-
-def check_lengths(objective: Any, steps: Iterable[int], key: str = "eval.steps") -> None:
-    """Raises ConfigError for numbers of steps whose jumps `objective` does not train. key: what to name."""
-    if not isinstance(objective, Shortcut):
-        return
-    valid = [2**k for k in range(int(math.log2(objective.grid)))]
-    for k in steps:
-        if k not in valid:
-            raise ConfigError(
-                f"{key}: {k}, and shortcut trains no jump of length 1/{k}; valid are {', '.join(map(str, valid))}"
-            )
-
-
-def _check_maps(resolved: ResolvedStage) -> None:
-    """Keys of the objectives of flow maps that do not go together."""
-    name, o = resolved.name, resolved.config.objective
-    if isinstance(o, Shortcut):
-        if o.grid < 2 or o.grid & (o.grid - 1):
-            raise ConfigError(f"{name}.objective.grid: {o.grid} is no power of 2 from 2 on; published: 128")
-        check_lengths(o, resolved.run.eval.steps)
-    if isinstance(o, AlphaFlow) and o.begin >= o.end:
-        raise ConfigError(f"{name}.objective.end: {o.end} is not above begin, {o.begin}; alpha falls between the two")
-    if isinstance(o, MeanFlow) and o.velocity == "teacher" and (o.omega, o.kappa) != (1, 0):
-        what = f"{name}.objective.{'omega' if o.omega != 1 else 'kappa'}: {o.omega if o.omega != 1 else o.kappa}"
-        raise ConfigError(f"{what} guides the data's velocity, and this is the teacher's; take {name}.teacher_guidance")
-    if not isinstance(o, Lagrangian | Semigroup | Shortcut) or (isinstance(o, Lagrangian) and o.velocity == "teacher"):
-        return
-    if round(o.ratio * resolved.rows[0]) == resolved.rows[0]:
-        raise ConfigError(
-            f"{name}.objective.ratio: {o.ratio} leaves no row with r = t, which alone say what the velocity is; published: 0.25"
         )
 
 
@@ -92,7 +51,6 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
             )
     _check_networks(resolved)
     _check_perceptual(resolved, shape)
-    _check_maps(resolved)
     if (stage.lr_schedule == "inverse_sqrt") != bool(stage.lr_knee_nimg):
         raise ConfigError(
             f"{name}.lr_knee_nimg: {stage.lr_knee_nimg} with lr_schedule {stage.lr_schedule!r}; "
@@ -120,46 +78,23 @@ def _check_stage(resolved: ResolvedStage, shape: tuple[int, ...], classes: int) 
             f"{name}.objective.uncertainty: true needs a model of kind edm2 or model.log_variance true, "
             f"and this run's is a {run.model.kind} without"
         )
-    _check_sets(resolved, classes)
+    _check_objective(resolved, classes)
     if stage.augment:
         _check_augment(resolved, shape)
     if stage.trajectories and points:
         _check_trajectories(resolved, shape, classes)
 
 
-def _check_sets(resolved: ResolvedStage, classes: int) -> None:
-    """Sets of rows fill a batch, are of one class where they are to be, and begin where sampling does."""
-    run, name, o = resolved.run, resolved.name, resolved.config.objective
-    own = resolved.rows[0]
-    if isinstance(o, Imm | Drift) and own % o.group:
-        raise ConfigError(
-            f"{name}.objective.group: {o.group} rows are a set, and the objective's {own} rows of a batch are no multiple of it; "
-            f"take a group that divides {own}, or another batch or anchor.fraction"
-        )
-    if isinstance(o, Imm) and o.group == 1 and not o.diagonal:
-        raise ConfigError(
-            f"{name}.objective.diagonal: false leaves sets of 1 row nothing to compare with; take group 2 or more"
-        )
-    if not isinstance(o, Drift):
-        return
-    begins, key = drift.begins(o, run.path), f"{name}.objective.t_max"
-    if run.path == "linear" and o.t_max not in (None, 1.0):
-        raise ConfigError(f"{key}: {o.t_max:g} on the path 'linear', where noise is at 1; leave the key out")
-    if begins != run.sampler.t_max:
-        raise ConfigError(
-            f"{key}: the generator takes its noise at {begins:g}, and samples begin at sampler.t_max {run.sampler.t_max:g}; "
-            "both must be one"
-        )
-    if classes and o.by_class and resolved.config.label_dropout:
-        raise ConfigError(
-            f"{name}.label_dropout: {resolved.config.label_dropout} with objective.by_class: a set of one class has no rows for "
-            "samples without a label; take label_dropout 0, or by_class false"
-        )
-    if classes and o.by_class and run.loader.kind != "torch":
-        raise ConfigError(
-            f"loader.kind: {run.loader.kind!r} puts no rows of a class together, which {name}.objective.by_class asks for; take "
-            "torch, or by_class false"
-        )
+def _check_objective(resolved: ResolvedStage, classes: int) -> None:
+    """The objective's own rules, and the numbers of steps that it is judged at."""
+    run, stage = resolved.run, resolved.config
+    o, spec = stage.objective, OBJECTIVES[stage.objective.kind]
+    setting = Setting(
+        resolved.name, resolved.rows[0], run.path, run.sampler.t_max, stage.label_dropout, classes,
+        run.loader.kind,
+    )  # fmt: skip
+    spec.check(o, setting)
+    check_steps(o, run.eval.steps)
 
 
 def _check_augment(resolved: ResolvedStage, shape: tuple[int, ...]) -> None:

@@ -17,9 +17,19 @@ from cmt_fast.data.gmm import Exact
 from cmt_fast.diffusion.paths import column
 from cmt_fast.evaluation import rest
 from cmt_fast.evaluation.rest import LINEAR, MIXTURE, OFF, average_velocity, batch, errors, gradients, size, world
-from cmt_fast.objectives import OBJECTIVES, Batch, StageContext, alphaflow, maps, meanflow, semigroup, shortcut
+from cmt_fast.objectives import (
+    OBJECTIVES,
+    Batch,
+    StageContext,
+    alphaflow,
+    check_steps,
+    maps,
+    meanflow,
+    semigroup,
+    shortcut,
+)
 from cmt_fast.objectives.counting import work
-from cmt_fast.run.validation import check, check_lengths
+from cmt_fast.run.validation import check
 from tests.fixtures.tiny import tiny
 from tests.objectives import peers
 
@@ -260,4 +270,4 @@ def test_the_shelf_of_maps_is_taken() -> None:
         "{kind: alphaflow, ratio: 1}",
     ):
         check(tiny("digits-mf", *ALONE, f"post.objective={objective}", "eval.steps=[1, 2, 8]"), (1, 8, 8), 10)
-    check_lengths(Semigroup(), [3])
+    check_steps(Semigroup(), [3])
