@@ -6,6 +6,7 @@ The prose is that of the code: what the loss' docstring and its module's say.
 from __future__ import annotations
 
 import inspect
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cmt_fast.runtime import progress
 from cmt_fast.storage import files
 
 WIDTH, DEPTH = 64, 3
+SIGN = re.compile(r"([*~|\[\]])")  # of emphasis, strokes, tables and links
 TITLE = "# The shelf of objectives"
 INTRO = """Every objective of the package at work on a Gaussian mixture in the plane, where the flow map is known: a small network
 begins as a diffusion model and learns the objective at once, or after mid-training at equal student images. `map` is the RMS
@@ -77,11 +79,26 @@ def page(kind: str, row: dict[str, Any]) -> str:
         ("keys and defaults", keys or "-"),
         ("recipes", ", ".join(row["recipes"]) or "none"),
     ]
-    lines = [f"# {row['title']} (`{kind}`)", "", "```", row["equation"], "```", "", rest, ""]
+    title = row["title"][:1].upper() + row["title"][1:]
+    lines = [f"# {title} (`{kind}`)", "", "```", row["equation"], "```", "", prose(rest), ""]
     lines += [f"![{kind} in the plane]({kind}.png)", "", *errors({kind: row}), "", "| | |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, text in facts]
-    lines += ["", f"What [{place}](../../{place}) says:", "", "```", inspect.cleandoc(module.__doc__), "```"]
+    lines += ["", f"## What [{place}](../../{place}) says", "", prose(inspect.cleandoc(module.__doc__))]
+    lines += ["", "[All objectives](../objectives.md)"]
     return "\n".join(lines) + "\n"
+
+
+def prose(text: str) -> str:
+    """A docstring as Markdown: indented paragraphs are blocks of code, in the others no sign but a backtick means anything."""
+    parts = []
+    for part in text.split("\n\n"):
+        if all(line.startswith("    ") for line in part.splitlines()):
+            parts.append("```\n" + inspect.cleandoc("\n" + part) + "\n```")
+        else:
+            spans = part.split("`")  # every other one is code
+            spans[::2] = [SIGN.sub(r"\\\1", span).replace("<", "&lt;") for span in spans[::2]]
+            parts.append("`".join(spans))
+    return "\n\n".join(parts)
 
 
 def index(folder: str, rows: dict[str, dict[str, Any]]) -> str:
@@ -93,13 +110,12 @@ def index(folder: str, rows: dict[str, dict[str, Any]]) -> str:
 def errors(rows: dict[str, dict[str, Any]]) -> list[str]:
     """The table of what each came to."""
     lines = [
-        "| objective | forwards a row | diffusion model: map | samples | from it: map | samples "
-        "| from mid-training: map | samples |",
+        "| objective | forwards a row | map: diffusion model | from it | from mid-training "
+        "| samples: diffusion model | from it | from mid-training |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        cells = [f"{v:.3g}" for v in row["before"]]
-        for start in plane.STARTS:
-            cells += [f"{v:.3g}" for v in row["found"][start]] if start in row["found"] else ["-", "-"]
+        starts = [row["before"], *(row["found"].get(start) for start in plane.STARTS)]
+        cells = [f"{found[k]:.3g}" if found else "-" for k in range(2) for found in starts]
         lines.append(f"| {name} | {row['work']['forwards']:.3g} | {' | '.join(cells)} |")
     return lines

@@ -34,11 +34,13 @@ STARTS = ("pre", "mid")
 class Learned(NamedTuple):
     """What one start came to. ends: (n, 2) the one-step samples of the starting noises at the end of it.
 
-    curve: (student images since pre-training, RMS distance to the exact map, sliced Wasserstein distance to data).
+    curve: (student images since pre-training, RMS distance to the exact map, sliced Wasserstein distance to data); prepared: the
+    images of mid-training among them.
     """
 
     ends: Tensor
     curve: list[tuple[int, float, float]]
+    prepared: int = 0
 
 
 class Scene(NamedTuple):
@@ -155,7 +157,7 @@ def scene(world: World, pre: nn.Module, objective: Any, steps: int = STEPS) -> S
             spent = first * ROWS
         rate = RATE["mid"] if spec.draws == "trajectories" else RATE["post"]
         learn(world, net, objective, Way(steps - spent // ROWS, rate, 3, asked), saw)
-        learned[start] = Learned(world.one_step(net, world.noise), curve)
+        learned[start] = Learned(world.one_step(net, world.noise), curve, spent)
     shown = world.nodes[:, :60] / column(1 + torch.tensor(world.plan.times), world.nodes[:, :60])
     scale = 1 + world.t_max if world.path.name == "ve" else 1.0
     paths = shown if world.path.name == "ve" else world.nodes[:, :60]

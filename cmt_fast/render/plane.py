@@ -9,23 +9,24 @@ from torch import Tensor
 
 from cmt_fast.render import plots
 
-LINES = 40  # noises whose jump is drawn
+SIDE = 2.6  # inches of a plane
+LINES = 30  # noises whose path or jump is drawn
 NAMES = {"pre": "from the diffusion model", "mid": "from mid-training"}
 
 
 def draw(scene: Any, path: Path) -> None:
-    """Write the picture of a scene (evaluation/plane) as a PNG file."""
-    width = 2.7 * (3 + len(scene.learned))
-    plots.png(lambda figure: _draw(scene, figure), path, width, 2.8)
+    """Write the picture of a scene (evaluation/plane) as a PNG file: as wide as a page, so that its text is read as it is."""
+    plots.png(lambda figure: _draw(scene, figure), path, 3 * SIDE, 2 * SIDE)
 
 
 def _draw(scene: Any, figure: Any) -> None:
-    axes = figure.subplots(1, 3 + len(scene.learned))
-    _field(scene, axes[0])
-    _jumps(scene, axes[1], scene.before, "diffusion model, one step")
-    for place, (start, learned) in zip(axes[2:], scene.learned.items()):
+    grid = figure.add_gridspec(2, 3)
+    first = [figure.add_subplot(grid[divmod(k, 3)]) for k in range(2 + len(scene.learned))]
+    _field(scene, first[0])
+    _jumps(scene, first[1], scene.before, "diffusion model, one step")
+    for place, (start, learned) in zip(first[2:], scene.learned.items()):
         _jumps(scene, place, learned.ends, f"{scene.kind} {NAMES[start]}")
-    _curves(scene, axes[-1])
+    _curves(scene, figure.add_subplot(grid[1, len(first) - 3 :]))
 
 
 def _plane(axes: Any, title: str) -> None:
@@ -42,10 +43,10 @@ def _field(scene: Any, axes: Any) -> None:
     """Trajectories of the exact ODE over the data."""
     _plane(axes, "the ODE, from noise to data\n ")
     axes.scatter(*scene.data[:900].T, s=1, color="#dddddd", linewidths=0)
-    for k in range(min(40, scene.paths.shape[1])):
+    for k in range(min(LINES, scene.paths.shape[1])):
         axes.plot(*scene.paths[:, k].T, color=plots.BLUE, linewidth=0.6, alpha=0.7)
-    axes.scatter(*scene.paths[0, :40].T, s=5, color=plots.GREY, linewidths=0, zorder=3)
-    axes.scatter(*scene.paths[-1, :40].T, s=6, color=plots.BLUE, linewidths=0, zorder=3)
+    axes.scatter(*scene.paths[0, :LINES].T, s=5, color=plots.GREY, linewidths=0, zorder=3)
+    axes.scatter(*scene.paths[-1, :LINES].T, s=6, color=plots.BLUE, linewidths=0, zorder=3)
 
 
 def _jumps(scene: Any, axes: Any, ends: Tensor, title: str) -> None:
@@ -66,7 +67,9 @@ def _curves(scene: Any, axes: Any) -> None:
             images, rms, apart = zip(*scene.learned[start].curve)
             axes.plot([n / 1000 for n in images], rms, color=color, label=NAMES[start])
             axes.plot([n / 1000 for n in images], apart, color=color, linestyle=":")
+            if prepared := scene.learned[start].prepared:
+                axes.axvline(prepared / 1000, color=plots.GREY, linewidth=0.8, label="mid-training ends")
     axes.set_yscale("log")
     axes.set_title("error: map (line), samples (dots)", loc="left", fontsize=8)
     axes.set_xlabel("thousand student images")
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=8)
