@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from cmt_fast.evaluation.features import Extractor
 from cmt_fast.evaluation.kept import Kept
 from cmt_fast.evaluation.references import Reference
 from cmt_fast.evaluation.roots import Roots
-from cmt_fast.evaluation.tallies import Tally
 from cmt_fast.runtime import distributed, signals
 
 STANDARD = 50_000  # samples of a distance that may be called FID or FD-DINOv2
@@ -156,16 +154,6 @@ class Judge:
         if not few:
             return ""
         return f"{' and '.join(few)} for {width:,} features: covariances are not of full rank, and distances are biased"
-
-    def tally(self, n: int | None = None) -> Tally:
-        """A fresh count of samples. n: how many will come, where every measure is asked for and others than `expected` do."""
-        return Tally(self, n or self.expected)
-
-    def __call__(self, samples: Tensor, labels: Tensor | None) -> dict[str, Any]:
-        """Figures of samples (n, ...) with the labels (n,) that they were asked for, all on this rank."""
-        tally = self.tally()
-        tally.add(samples, labels)
-        return tally.figures()
 
 
 def open_judge(

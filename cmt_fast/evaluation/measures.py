@@ -14,7 +14,7 @@ For reports and `cmt eval`; evaluations in training go without. Figures of one s
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +28,20 @@ from cmt_fast.evaluation.references import Reference
 from cmt_fast.evaluation.roots import Roots
 from cmt_fast.runtime import distributed
 
-if TYPE_CHECKING:
-    from cmt_fast.evaluation.tallies import Seen
-
 WIDE = 1024  # features, beyond which half as many groups are made: each holds a covariance
+
+
+class Seen(NamedTuple):
+    """Of B samples: index (B,) among all; features (B, F); right (2,): those of the class that was asked for, and those of
+    which one was. Where they are used: projections (B, n); features_2 (B, F2) of the second space; energies (B, 2).
+    """
+
+    index: Tensor
+    features: Tensor
+    right: Tensor
+    slices: Tensor | None = None
+    features_2: Tensor | None = None
+    energies: Tensor | None = None
 
 
 class Measures:

@@ -7,48 +7,35 @@ network calls and a feature network, and may be kept on disk; adding it up again
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cmt_fast.evaluation import distances, neighbours, sharpness
 from cmt_fast.evaluation.distances import Stream
+from cmt_fast.evaluation.judges import Judge
 from cmt_fast.evaluation.ledgers import Ledger
-from cmt_fast.evaluation.measures import Measures
+from cmt_fast.evaluation.measures import Measures, Seen
 from cmt_fast.runtime import distributed
-
-if TYPE_CHECKING:
-    from cmt_fast.evaluation.judges import Judge
-
-
-class Seen(NamedTuple):
-    """Of B samples: index (B,) among all; features (B, F); right (2,): those of the class that was asked for, and those of
-    which one was. Where they are used: projections (B, n); features_2 (B, F2) of the second space; energies (B, 2).
-    """
-
-    index: Tensor
-    features: Tensor
-    right: Tensor
-    slices: Tensor | None = None
-    features_2: Tensor | None = None
-    energies: Tensor | None = None
 
 
 class Tally:
     """Samples as they come: moments of their features, right classes, and projections or features where those are used.
 
+    n: how many will come, where every measure is asked for and others than `judge.expected` do.
     Raises ConfigError at once when there is no reference to compare with.
     """
 
     def __init__(self, judge: Judge, n: int = 0) -> None:
+        n = n or judge.expected
         self.judge, self.stream, self.reference = judge, Stream(), judge.reference
         self.right = torch.zeros(2, dtype=torch.int64)
         self.kept: list[Tensor] = []
         self.slices: list[Tensor] = []
         self.seen, self.more = 0, None
         if judge.expected and judge.kept is not None:
-            self.more = Measures(judge.kept, self.reference, n or judge.expected, judge.roots, judge.device)
+            self.more = Measures(judge.kept, self.reference, n, judge.roots, judge.device)
 
     def copy(self) -> Tally:
         """Another that goes on from here; this one stays as it is."""
@@ -121,3 +108,10 @@ class Tally:
         made = distributed.gather_uneven(torch.cat(self.kept) if self.kept else None)
         assert self.reference.features is not None
         return neighbours.shown(self.reference.features.cpu(), made, self.judge.device)
+
+
+def figures(judge: Judge, samples: Tensor, labels: Tensor | None) -> dict[str, Any]:
+    """Of samples (n, ...) with the labels (n,) that they were asked for, all on this rank."""
+    tally = Tally(judge)
+    tally.add(samples, labels)
+    return tally.figures()

@@ -178,7 +178,7 @@ class Judging:
         chosen = self._drawn(n) if known is None and judge.here else None
         if chosen is None:
             return known
-        tally, index, data = judge.tally(n), torch.arange(n), opened(self.data)
+        tally, index, data = Tally(judge, n), torch.arange(n), opened(self.data)
         with unfinished.opened(self.folder, "floor", {**self._of(judge), "n": n}) as store:
             for i, part in enumerate(index.split(self.run.eval.batch)):
                 if i % distributed.size() == distributed.rank():
@@ -262,7 +262,7 @@ class Judging:
         store = self._store(judge, seed, solver)
         named = lambda k, count: store.ledger(f"{k} steps, {count} of {judge.expected or n} samples")
         out = {k: {c: named(k, c).known(ALL) for c in counts if ALL in named(k, c).own} for k in steps}
-        tallies: Tallies = {k: judge.tally() for k in steps if len(out[k]) < len(set(counts))}
+        tallies: Tallies = {k: Tally(judge) for k in steps if len(out[k]) < len(set(counts))}
         failed: list[Exception] = []  # of this rank, which goes on making the calls that all make
 
         def take(tallies: Tallies, index: torch.Tensor) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cmt_fast.evaluation.ledgers import Ledger
-from cmt_fast.evaluation.tallies import Seen
+from cmt_fast.evaluation.measures import Seen
 from cmt_fast.run.folder import JUDGING
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import files, locks, sound

@@ -23,6 +23,7 @@ from cmt_fast.data.autoencoder import Normalisation
 from cmt_fast.data.latents import Store
 from cmt_fast.data.order import Loader
 from cmt_fast.data.writing import Layout, Writer
+from cmt_fast.evaluation import tallies
 from cmt_fast.evaluation.features import extractor
 from cmt_fast.evaluation.judges import Judge
 from cmt_fast.storage import checkpoint
@@ -180,7 +181,7 @@ def test_large_data_are_judged_on_a_part(store, tmp_path):
     s = Store(store[0])
     assert datasets.in_memory(s, 10).x.shape == (10, 2, 4, 4) and datasets.in_memory(s).n == ROWS
     judge = Judge(s, extractor(s, tmp_path))
-    assert judge(datasets.in_memory(s).x, s.labels)["frechet"] < 1e-6
+    assert tallies.figures(judge, datasets.in_memory(s).x, s.labels)["frechet"] < 1e-6
 
 
 def flip_bit(path: Path, place: int) -> None:

@@ -17,7 +17,7 @@ from cmt_fast import cli
 from cmt_fast.config import schema
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import datasets, rows
-from cmt_fast.evaluation import dinov2, distances, inception, judges, references, weights
+from cmt_fast.evaluation import dinov2, distances, inception, judges, references, tallies, weights
 from cmt_fast.evaluation import features as features_
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import progress
@@ -271,7 +271,7 @@ def test_latents_are_decoded_before_they_are_judged():
     want = distances.moments(latents.x[:, :3].mean((2, 3)))
     assert torch.allclose(made.moments.covariance, want.covariance, atol=1e-6)
     with pytest.raises(ConfigError, match="eval.reference: is missing"):
-        judge.tally()
+        tallies.Tally(judge)
 
 
 # ------------------------------------------------------------------------------------------------ heartbeat

@@ -8,6 +8,7 @@ from torch import nn
 
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.rng import Random
+from cmt_fast.evaluation import tallies
 from cmt_fast.run.judging import Judging
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.train import loop
@@ -43,7 +44,7 @@ def opened(folder, recipe: str = "digits") -> tuple[Workspace, Counted]:
 
 def alone(work: Workspace, net, k: int, n: int, solver: bool = False, seed: int | None = None, judge=None) -> dict:
     """Figures as one sampler by itself has them: every batch drawn from its starting noise."""
-    tally = (judge or work.judging.judge).tally()
+    tally = tallies.Tally(judge or work.judging.judge)
     for index in torch.arange(n).split(work.run.eval.batch):
         samples = work.setting.draw(net, k, work.run.eval.seed if seed is None else seed, index, solver)
         tally.add(samples, work.setting.labels(index))
@@ -93,7 +94,7 @@ def test_each_sampler_is_its_formula(tmp_path) -> None:
 def test_a_copy_of_a_tally_goes_on_alone(tmp_path) -> None:
     work, net = opened(tmp_path)
     judge = work.judging.open_judge(rows=True)
-    a = judge.tally()
+    a = tallies.Tally(judge)
     a.add(work.setting.draw(net, 1, 0, torch.arange(40)), torch.arange(40) % 10)
     a.add(work.setting.draw(net, 1, 0, torch.arange(40, 80)), torch.arange(40) % 10)
     before = a.figures()

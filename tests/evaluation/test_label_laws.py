@@ -14,7 +14,7 @@ from cmt_fast.config.errors import ConfigError
 from cmt_fast.data import classes, datasets
 from cmt_fast.data.rows import Dataset
 from cmt_fast.diffusion.labels import Law
-from cmt_fast.evaluation import distances, judges
+from cmt_fast.evaluation import distances, judges, tallies
 from cmt_fast.evaluation.features import Identity
 from cmt_fast.run.workspace import Workspace
 
@@ -152,7 +152,7 @@ def test_a_law_of_a_class_without_rows_has_nothing_to_compare_with(tmp_path, mon
 def test_precision_and_recall_refuse_a_weighted_reference(tmp_path, monkeypatch):
     work = opened(LAWS["95 of 5"], tmp_path, monkeypatch, "eval.labels=uniform")
     with pytest.raises(ConfigError, match="--precision-recall: .*eval.labels=data"):
-        work.judging.open_judge(rows=True).tally()
+        tallies.Tally(work.judging.open_judge(rows=True))
 
 
 def test_pictures_show_the_classes_that_exist_in_order(tmp_path, monkeypatch):
@@ -210,12 +210,14 @@ def test_one_row_is_refused_and_few_rows_are_noted(tmp_path, monkeypatch):
         distances.moments(torch.ones(1, 3))
     one = Dataset(torch.ones(1, 3), None, 0)
     with pytest.raises(ConfigError, match="data: has 1 row"):
-        judges.Judge(one, Identity()).tally()
+        tallies.Tally(judges.Judge(one, Identity()))
     g = torch.Generator().manual_seed(0)
     wide = Dataset(torch.randn(500, 40, generator=g), None, 0)
     judge = judges.Judge(wide, Identity())
-    figures = judge(torch.randn(3, 40, generator=g), None)
-    assert math.isfinite(figures["frechet"]) and figures["frechet"] > judge(wide.x[:250], None)["frechet"]
+    figures = tallies.figures(judge, torch.randn(3, 40, generator=g), None)
+    assert (
+        math.isfinite(figures["frechet"]) and figures["frechet"] > tallies.figures(judge, wide.x[:250], None)["frechet"]
+    )
     assert judge.caution(3) == "3 samples for 40 features: covariances are not of full rank, and distances are biased"
     assert judge.caution(41) == ""
     few = judges.Judge(Dataset(wide.x[:20], None, 0), Identity())

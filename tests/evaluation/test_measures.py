@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from cmt_fast.config.schema import Digits
 from cmt_fast.data import datasets
 from cmt_fast.data.rows import Dataset
-from cmt_fast.evaluation import distances, intervals, judges, keeping, kept, measures, sharpness, student
+from cmt_fast.evaluation import distances, intervals, judges, keeping, kept, measures, sharpness, student, tallies
 from cmt_fast.evaluation.distances import Moments, Stream
 from cmt_fast.evaluation.features import Identity
 from cmt_fast.evaluation.second import Second
@@ -162,7 +162,7 @@ def test_the_floor_falls_with_samples_and_who_knows_the_data_by_heart_is_at_it(t
     labels, g = work.setting.labels(torch.arange(800)), torch.Generator().manual_seed(5)
     own = [(work.data.labels == k).nonzero()[:, 0] for k in range(10)]
     rows = torch.stack([own[k][torch.randint(len(own[k]), (), generator=g)] for k in labels.tolist()])
-    found = work.judging.open_judge(samples=800)(work.data.x[rows], labels)
+    found = tallies.figures(work.judging.open_judge(samples=800), work.data.x[rows], labels)
     for key in ("frechet", "frechet_2"):
         _, low, high = intervals.interval(floors[800][key], floors[800]["left_out"][key])
         assert low < found[key] < high
@@ -253,13 +253,15 @@ def test_spaces_that_disagree_are_said_to() -> None:
     x = data.x[:1700]
     brighter = x + 0.15 * (torch.arange(8) >= 4) * (torch.arange(8)[:, None] >= 4)
     blurred = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-    figures = {"post": judge(blurred, None), "control": judge(brighter, None)}
+    figures = {"post": tallies.figures(judge, blurred, None), "control": tallies.figures(judge, brighter, None)}
     assert figures["post"]["frechet"] < figures["control"]["frechet"]
     said = verdict.disagreements(figures, judge.kept.sharpness, 1700, "1 step")
     assert "disagree on who wins in 1 step: post by the first, control by the second" in said[0]
     assert any("The winner in 1 step is the blurrier one" in line for line in said)
     assert any("lower precision in the second space" in line for line in said)
-    learnt = verdict.disagreements({"post": judge(x, None), "control": figures["post"]}, judge.kept.sharpness, 1700, "")
+    learnt = verdict.disagreements(
+        {"post": tallies.figures(judge, x, None), "control": figures["post"]}, judge.kept.sharpness, 1700, ""
+    )
     assert not any("who wins" in line and "disagree" in line or "winner" in line for line in learnt)
 
 

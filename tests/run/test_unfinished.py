@@ -18,7 +18,8 @@ from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.evaluation import keeping, neighbours
 from cmt_fast.evaluation.distances import Against
 from cmt_fast.evaluation.features import Classifier
-from cmt_fast.evaluation.tallies import Seen, Tally
+from cmt_fast.evaluation.measures import Seen
+from cmt_fast.evaluation.tallies import Tally
 from cmt_fast.run import unfinished
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, machine
