@@ -176,12 +176,9 @@ def test_every_arrow_of_the_table_points_down():
 
 
 def names(source: str) -> list[str]:
-    """Every module, or name of one, that a file imports wherever it stands, but for the eyes of a type checker alone."""
-    tree, unseen, out = ast.parse(source), set(), []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            unseen |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
-    for node in (n for n in ast.walk(tree) if id(n) not in unseen):
+    """Every module, or name of one, that a file imports wherever it stands, for the eyes of a type checker alone too."""
+    out = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             out += [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -209,7 +206,7 @@ def test_no_modules_import_each_other_in_a_circle():
     assert len(house) > 150 and circle(house) == []
     planted = {"a.b": "import torch\nfrom a import c", "a.c": "def f():\n    from d import g", "d": "import a.b"}
     assert set(circle(planted)) == {"a.b", "a.c", "d"}
-    assert circle(planted | {"d": "if TYPE_CHECKING:\n    import a.b"}) == []
+    assert circle(planted | {"d": "if TYPE_CHECKING:\n    import a.b"})
 
 
 def absent(source: str) -> set[str]:
