@@ -36,7 +36,8 @@ class ObjectiveSpec(NamedTuple):
     draw: (batch, config, LossContext) -> what the loss reads of this step, a tuple of tensors, None and names.
     loss: (net, what was drawn, config, StageContext) -> (loss (B,), scalars), with nothing of the step in it.
     path: it lives on, None: on any; draws: "data" or "trajectories". title, paper: what the field calls it, and where it is
-    from. teacher: whether it calls one itself; tangents: whether its network is given Duals.
+    from. teacher: whether it calls one itself; tangents: whether its network is given Duals. forms: config -> progress of a stage
+    at which the network is called otherwise than at its beginning.
     """
 
     draw: Callable[[Any, Any, LossContext], Any]
@@ -47,6 +48,7 @@ class ObjectiveSpec(NamedTuple):
     paper: str
     teacher: bool = False
     tangents: bool = False
+    forms: Callable[[Any], tuple[float, ...]] = lambda config: ()
 
     @property
     def function(self) -> Callable[[Any, Any, Any, LossContext], tuple[Tensor, dict[str, Tensor]]]:
@@ -114,7 +116,7 @@ OBJECTIVES = {
     ),
     "alphaflow": ObjectiveSpec(
         alphaflow.draw, alphaflow.loss, "linear", "data", "AlphaFlow", "Zhang et al. 2025, arXiv 2510.20771",
-        tangents=True,
+        tangents=True, forms=alphaflow.forms,
     ),
     "imm": ObjectiveSpec(
         imm.draw, imm.loss, "linear", "data", "inductive moment matching", "Zhou et al. 2025, arXiv 2503.07565"

@@ -172,10 +172,20 @@ class BatchProvider:
         """The scalar to differentiate in pass `part` of a step, averaged over its rows, and the scalars to log."""
         return self.loss_of(engine, self.draw(step, part))
 
-    def draw(self, step: int, part: int = 0) -> Drawn:
-        """All of pass `part` of a step but its networks: this is where the step's number is read."""
+    def every_form(self, engine: Engine, step: int) -> None:
+        """The loss of a step as it is, and as it is of where its stage has another form: every kind of call of the network."""
+        self.loss(engine, step)
+        for at in OBJECTIVES[self.stage.objective.kind].forms(self.stage.objective):
+            self.loss_of(engine, self.draw(step, progress=at))
+
+    def draw(self, step: int, part: int = 0, progress: float | None = None) -> Drawn:
+        """All of pass `part` of a step but its networks: this is where the step's number is read.
+
+        progress: of the stage, in the place of the step's own.
+        """
         random = rng.Random(self.seed, self.index + rng.REDRAWN * self.redraw(step), step)
-        progress, nimg = self.plan.progress(step), self.plan.nimg(step)
+        progress = self.plan.progress(step) if progress is None else progress
+        nimg = self.plan.nimg(step)
         world = LossContext(self.path, random, self.teacher, progress, self.features, nimg, self.perceptual)
         rows, wide = self.mine(part), 0
         given = self._data(random, step, rows, part) if self.draws_data else self._points(random, step, rows, rows)

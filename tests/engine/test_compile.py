@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from cmt_fast.models.mlp import Mlp
 from cmt_fast.models.precond import AverageVelocity
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.train import loop
-from tests.fixtures.tiny import NO_EVAL, SMALL, tiny
+from tests.fixtures.tiny import NO_EVAL, SMALL, source_of, tiny
 
 CPU = torch.device("cpu")
 TOKENS, ROWS = 16, 8
@@ -226,6 +227,17 @@ def test_what_is_said_by_name_and_what_stands_beside_are_guarded_too():
     net.beside = True
     with pytest.raises(compile.CompileError, match="the compiled network's output 2 errs by"):
         compile.guard(e, loss)
+
+
+def test_the_guard_sees_the_forms_that_a_schedule_comes_to():
+    """AlphaFlow begins without tangents and ends with them: a compiler that drops them is found before the first step."""
+    alone = ["post.anchor=null", "post.trajectories=null", "post.teacher=null", "post.batch=32"]
+    work = Workspace(tiny("digits-mf", *alone, "post.objective={kind: alphaflow}"), Path("nowhere"))
+    source, e = source_of(work, "post"), LocalEngine(work.build(), work.run.post, CPU)
+    duals = lambda loss: sorted(any(isinstance(x, Dual) for x in given) for _, given, _ in compile._calls(e, loss))
+    assert duals(lambda: source.loss(e, 0)) == [False]
+    assert duals(lambda: source.every_form(e, 0)) == [False, False, True]
+    source.close()
 
 
 def test_the_guard_names_a_compiler_that_fails(monkeypatch):
