@@ -233,14 +233,18 @@ class BatchProvider:
         mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * self.grad_accum_steps)
         return torch.arange(self.own if of is None else of, device=self.device)[mine]
 
+    def places(self, step: int, rows: Tensor) -> Tensor:
+        """Where rows of a step (B,), of all that the objective has, stand in the order of the data. (B,) int64."""
+        place = rows if self.together == 1 else sets.positions(rows, self.own, self.together)
+        return place + self.plan.rows_before(step, self.own)
+
     def _data(self, random: rng.Random, step: int, rows: Tensor, part: int) -> Batch:
         """This pass's rows: those of the whole step are asked for at once, as loaders read ahead step by step."""
         assert self.loader is not None
         if part == 0 or self._step != step:
             mine = torch.arange(self.own, device=self.loader.place)[distributed.rank() :: distributed.size()]
             with self._within("stalled"):
-                place = mine if self.together == 1 else sets.positions(mine, self.own, self.together)
-                self._step, self._rows = step, self.loader.rows(place + self.plan.rows_before(step, self.own))
+                self._step, self._rows = step, self.loader.rows(self.places(step, mine))
         x_0, labels = (x if x is None else x[part :: self.grad_accum_steps] for x in self._rows)
         drop = self._drop(random, labels, rows)
         if (
