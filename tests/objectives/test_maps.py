@@ -239,6 +239,7 @@ REFUSED = [
     ("{kind: shortcut, ratio: 1}", [], "post.objective.ratio: 1.0 leaves no row with r = t"),
     ("{kind: lagrangian, ratio: 1}", [], "post.objective.ratio: 1.0 leaves no row with r = t"),
     ("{kind: semigroup, ratio: 1, velocity: teacher}", [], "post.objective.ratio: 1.0 leaves no row with r = t"),
+    ("{kind: meanflow, ratio: 0.01}", [], "post.objective.ratio: 0.01 of 32 rows .* is none, and no jump .* take 0.031 or more"),
     ("{kind: lagrangian, velocity: teacher}", ["post.teacher=null"], "post.teacher: is missing"),
     ("{kind: semigroup, velocity: teacher, omega: 2}", [], "post.objective.omega: 2.0 guides the data's.* post.teacher_guidance"),
     ("{kind: lagrangian, velocity: teacher, kappa: 0.5}", [], "post.objective.kappa: 0.5 guides the data's"),
