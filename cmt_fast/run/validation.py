@@ -68,15 +68,9 @@ def _check_maps(resolved: ResolvedStage) -> None:
     if isinstance(o, MeanFlow) and o.velocity == "teacher" and (o.omega, o.kappa) != (1, 0):
         what = f"{name}.objective.{'omega' if o.omega != 1 else 'kappa'}: {o.omega if o.omega != 1 else o.kappa}"
         raise ConfigError(f"{what} guides the data's velocity, and this is the teacher's; take {name}.teacher_guidance")
-    ratio, own = getattr(o, "ratio", 0.0), resolved.rows[0]
-    if ratio and not round(ratio * own):
-        raise ConfigError(
-            f"{name}.objective.ratio: {ratio} of {own} rows (a batch without its anchor) is none, and no jump would be learned; "
-            f"take {1 / own:.2g} or more, or another batch or anchor.fraction"
-        )
     if not isinstance(o, Lagrangian | Semigroup | Shortcut) or (isinstance(o, Lagrangian) and o.velocity == "teacher"):
         return
-    if round(o.ratio * own) == own:
+    if round(o.ratio * resolved.rows[0]) == resolved.rows[0]:
         raise ConfigError(
             f"{name}.objective.ratio: {o.ratio} leaves no row with r = t, which alone say what the velocity is; published: 0.25"
         )
