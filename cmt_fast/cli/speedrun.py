@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from cmt_fast.cli.parser import add_overrides
@@ -52,6 +53,7 @@ def _records(p: argparse.ArgumentParser) -> None:
 
 
 def attempted(args: argparse.Namespace) -> None:
+    _alone()
     track = tracks.load(args.track)
     if args.seeds is not None and args.seeds < 1:
         raise ConfigError(f"--seeds: {args.seeds} is not at least 1")
@@ -72,7 +74,7 @@ def attempted(args: argparse.Namespace) -> None:
     entry = attempt.Attempt(track, run, final, args.stop)
     first = track.seeds["from"] if args.first_seed is None else args.first_seed
     seeds = list(range(first, first + (args.seeds or 1)))
-    out = args.out or Path("runs/speedrun") / track.name / entry.digest
+    out = args.out or Path("runs/speedrun") / track.name / f"{entry.digest}{'-stop' * args.stop}"
     stages = tracks.lineage(run, final)
     total = sum(tracks.forwards(run, name) for name in stages)
     progress.say(
@@ -87,9 +89,16 @@ def attempted(args: argparse.Namespace) -> None:
 def verified(args: argparse.Namespace) -> None:
     if args.full is not None and args.full < 1:
         raise ConfigError(f"--full: {args.full} is not at least 1")
+    _alone()
     record = records.find(args.record, args.records)
     for line in verifying.verify(record, args.full):
         progress.say(line)
+
+
+def _alone() -> None:
+    """Raises ConfigError under a launcher: each of its processes would train all, into one folder."""
+    if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(f"WORLD_SIZE: {size}, and an attempt is one process; run cmt speedrun without torchrun")
 
 
 def tabled(args: argparse.Namespace) -> None:

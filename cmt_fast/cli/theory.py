@@ -14,7 +14,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Declare its arguments."""
     p.set_defaults(call=run_theory)
     p.add_argument("--json", type=Path, help="write the figures here too")
-    text = "train every objective on points of the plane instead, and write a page with a picture of each to DIR"
+    text = "train every objective on points of the plane instead; a page of each goes to DIR, that of all to DIR.md"
     p.add_argument("--pictures", type=Path, metavar="DIR", help=text)
     p.add_argument("--kinds", default="", metavar="A,B", help="--pictures: of these objectives alone")
     p.add_argument("--steps", type=int, metavar="N", help="--pictures: steps of each (default: 900)")
@@ -44,5 +44,10 @@ def _pictures(args: argparse.Namespace) -> None:
     steps = objective_pages.plane.STEPS if args.steps is None else args.steps
     if steps < 3:
         raise ConfigError(f"--steps: {steps} is below 3")
-    objective_pages.write(args.pictures, kinds, steps)
+    folder = args.pictures.absolute()  # `.` has a name too, by which the page of all is called
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--pictures: {args.pictures} cannot be made ({error.strerror})") from None
+    objective_pages.write(folder, kinds, steps)
     print(args.pictures)

@@ -6,6 +6,7 @@ A wrong key or value raises ConfigError: the key, what it was, what is valid, th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -20,6 +21,8 @@ from cmt_fast.config.overrides import apply as override
 from cmt_fast.config.recipes import recipe_text
 from cmt_fast.config.renames import renamed
 from cmt_fast.config.schema import Run
+
+KIND = re.compile(r"\s*[\w.]+\.kind\s*=")
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -36,12 +39,51 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     if ours:
         tree = tree["run"]
     tree, notes = renamed(tree)
-    notes += override(tree, overrides)
+    before = copy.deepcopy(tree)
+    notes += override(tree, overrides) + _inherited(before, tree, overrides)
     if not ours or overrides:
         secrets.refuse(tree)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return build(tree)
+
+
+def _inherited(before: dict, tree: dict, overrides: list[str] | tuple[str, ...]) -> list[str]:
+    """A note for each `a.kind=other` whose variant goes on with numbers that the recipe chose for the one before.
+
+    Raises ConfigError where the recipe has keys there that the other does not have.
+    """
+    notes = []
+    for place in dict.fromkeys(t.partition("=")[0].strip().removesuffix(".kind") for t in overrides if KIND.match(t)):
+        old, new, hint = _at(before, place), _at(tree, place), _plain(Run)
+        for part in place.split("."):
+            hint = _step_into(hint, part)
+        kind, was = (node.get("kind") if isinstance(node, dict) else None for node in (new, old))
+        variant = _step_into(hint, kind)
+        if was in (None, kind) or not dataclasses.is_dataclass(variant):
+            continue
+        own = {f.name: f.default for f in dataclasses.fields(variant)}
+        set_here = {t.partition("=")[0].strip() for t in overrides}
+        kept = {k: v for k, v in old.items() if k != "kind" and new.get(k) == v and f"{place}.{k}" not in set_here}
+        whole = f"{place}={{kind: {kind}}} takes its own defaults"
+        if alien := [key for key in kept if key not in own]:
+            raise ConfigError(
+                f"{place}.kind: {kind} has no {', '.join(alien)}, which the recipe sets for {was}; {whole}"
+            )
+        shown = [f"{k} {scalars.natural(v)}" for k, v in kept.items() if _listed(scalars.natural(v)) != _listed(own[k])]
+        if shown:
+            notes.append(f"{place}.kind: {kind} goes on with {', '.join(shown)} of the recipe's {was}; {whole}")
+    return notes
+
+
+def _at(tree: Any, place: str) -> Any:
+    for part in place.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def build(tree: dict) -> Run:

@@ -98,20 +98,22 @@ def guard(engine: Any, loss: Callable[[], Any], name: str = "compile") -> None:
     what rounding the exact answer to their dtype costs. Raises CompileError otherwise; the stage has changed nothing.
     """
     exact = engine.copy().double()
-    for grad, arguments in _calls(engine, loss):
+    for grad, arguments, named in _calls(engine, loss):
         try:
             with torch.set_grad_enabled(grad):
-                got = engine(*arguments)
+                got = _outputs(engine(*arguments, **named))
         except Exception as error:  # Dynamo, Inductor and the C++ compiler each have their own
             head = " ".join(str(error).strip().splitlines()[:2])  # Dynamo puts the cause in its second line
             raise CompileError(f"{name}: torch.compile failed: {type(error).__name__}: {head}") from error
         with torch.no_grad():
-            plain = engine.eager(*arguments)
+            plain = _outputs(engine.eager(*arguments, **named))
             with use("reference"):
-                truth = exact(*tree_map(lambda x: x.double() if _is_real(x) else x, arguments))
-        if isinstance(got, Dual) != isinstance(plain, Dual):
+                wide = tree_map(lambda x: x.double() if _is_real(x) else x, (arguments, named))
+                truth = _outputs(exact(*wide[0], **wide[1]))
+        if got.keys() != plain.keys():
             raise CompileError(f"{name}: the compiled network lost its tangent; train this stage without compile")
-        for what, y, eager, wanted in zip(NAMES, tree_leaves(got), tree_leaves(plain), tree_leaves(truth)):
+        for what, y in got.items():
+            eager, wanted = plain[what], truth[what]
             error, limit = distance(y, wanted), 2 * (distance(eager, wanted) + distance(wanted.to(eager.dtype), wanted))
             if not error <= limit:
                 raise CompileError(
@@ -126,15 +128,15 @@ def distance(y: Tensor, exact: Tensor) -> float:
     return error / size if size else error
 
 
-def _calls(engine: Any, loss: Callable[[], Any]) -> list[tuple[bool, tuple]]:
-    """(with gradients, arguments) of one call of each kind that `loss()` makes of the engine."""
-    kinds: dict[str, tuple[bool, tuple]] = {}
+def _calls(engine: Any, loss: Callable[[], Any]) -> list[tuple[bool, tuple, dict[str, Any]]]:
+    """(with gradients, arguments, those by name) of one call of each kind that `loss()` makes of the engine."""
+    kinds: dict[str, tuple[bool, tuple, dict[str, Any]]] = {}
 
-    def record(*arguments: Any) -> Any:
+    def record(*arguments: Any, **named: Any) -> Any:
         grad = torch.is_grad_enabled()
-        leaves = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in tree_leaves(list(arguments))]
-        kinds.setdefault(str((grad, [type(x) for x in arguments], leaves)), (grad, arguments))
-        return engine.eager(*arguments)
+        leaves = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in tree_leaves((arguments, named))]
+        kinds.setdefault(str((grad, [type(x) for x in arguments], [*named], leaves)), (grad, arguments, named))
+        return engine.eager(*arguments, **named)
 
     forward, engine.forward = engine.forward, record
     try:
@@ -142,6 +144,13 @@ def _calls(engine: Any, loss: Callable[[], Any]) -> list[tuple[bool, tuple]]:
     finally:
         engine.forward = forward
     return list(kinds.values())
+
+
+def _outputs(y: Any) -> dict[str, Tensor]:
+    """What a network gives, by name: its value, the tangent where there is one, and what it was asked for beside them."""
+    first, beside = (y, ()) if isinstance(y, Tensor | Dual) else (y[0], y[1:])
+    found = dict(zip(NAMES, first)) if isinstance(first, Dual) else {NAMES[0]: first}
+    return found | {f"output {i}": x for i, x in enumerate(beside, 2)}
 
 
 def _is_real(x: Any) -> bool:

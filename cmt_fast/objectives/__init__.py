@@ -39,7 +39,8 @@ class ObjectiveSpec(NamedTuple):
     loss: (net, what was drawn, config, StageContext) -> (loss (B,), scalars), with nothing of the step in it.
     path: it lives on, None: on any; draws: "data" or "trajectories". title, paper: what the field calls it, and where it is
     from. teacher: whether it calls one itself; tangents: whether its network is given Duals. check: (config, Setting), raises
-    ConfigError for keys that do not go together; steps: of a config, the numbers of steps that it trains, None: any.
+    ConfigError for keys that do not go together; steps: of a config, the numbers of steps that it trains, None: any; forms: of
+    a config, progress of a stage at which the network is called otherwise than at its beginning.
     """
 
     draw: Callable[[Any, Any, LossContext], Any]
@@ -52,6 +53,7 @@ class ObjectiveSpec(NamedTuple):
     tangents: bool = False
     check: Callable[[Any, rules.Setting], None] = rules.none
     steps: Callable[[Any], tuple[int, ...]] | None = None
+    forms: Callable[[Any], tuple[float, ...]] = lambda config: ()
 
     @property
     def function(self) -> Callable[[Any, Any, Any, LossContext], tuple[Tensor, dict[str, Tensor]]]:
@@ -121,7 +123,7 @@ OBJECTIVES = {
     ),
     "alphaflow": ObjectiveSpec(
         alphaflow.draw, alphaflow.loss, "linear", "data", "AlphaFlow", "Zhang et al. 2025, arXiv 2510.20771",
-        tangents=True, check=alphaflow.check,
+        tangents=True, check=alphaflow.check, forms=alphaflow.forms,
     ),
     "imm": ObjectiveSpec(
         imm.draw, imm.loss, "linear", "data", "inductive moment matching", "Zhou et al. 2025, arXiv 2503.07565",

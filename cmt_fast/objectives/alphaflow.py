@@ -75,6 +75,11 @@ def schedule(progress: float, config: AlphaFlow) -> float:
     return 0.0 if alpha < config.clamp else 1.0 if alpha > 1 - config.clamp else alpha
 
 
+def forms(config: AlphaFlow) -> tuple[float, ...]:
+    """Progress of a stage at which a step is of another form than at its beginning."""
+    return (config.begin + config.end) / 2, 1.0
+
+
 def loss(net, drawn: Drawn, config: AlphaFlow, stage: StageContext) -> tuple[Tensor, dict[str, Tensor]]:
     """L = alpha l / sg[(l + c)^p],    l = ||u - sg[alpha v + (1 - alpha) u(z - alpha (t - r) v, r, t - alpha (t - r))]||^2
 

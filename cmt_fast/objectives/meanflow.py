@@ -111,7 +111,7 @@ def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> 
 
 def with_teacher(drawn: Drawn, config: MeanFlow | IMeanFlow, stage: StageContext) -> Drawn:
     """With the teacher's velocity in the place of the data's, where that is asked for (MF-RAE's distillation): it has no noise of
-    a single row. A row whose label is dropped keeps the teacher's of its label, whose mean over labels is the null class's."""
+    a single row. A row whose label is dropped has the teacher's without a label: its labels are the null class already."""
     if config.velocity == "data":
         return drawn
     return drawn._replace(v=stage.velocity(drawn.z, drawn.t, drawn.labels))

@@ -143,6 +143,11 @@ class ResolvedStage:
                 f"which it does not divide; take a batch of a multiple of {group * shards} rows, or other passes (micro_batch)"
             )
         ratio = getattr(stage.objective, "ratio", None)
+        if ratio and not round(ratio * own):
+            raise ConfigError(
+                f"{self.name}.objective.ratio: {ratio} of {own} rows (a batch without its anchor) is none, and no jump would be "
+                f"learned; take {1 / own:.2g} or more, or another batch or anchor.fraction"
+            )
         if ratio is not None and round(ratio * (own // shards)) * shards != round(ratio * own):
             with_tangents = f"{ratio} of {own} rows are {round(ratio * own)} rows with tangents"
             raise ConfigError(f"{self.name}.objective.ratio: {with_tangents}, which do not divide {where}")

@@ -9,10 +9,11 @@ On the clock is all that `cmt train` does: reading data, trajectories, steps, ch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -29,13 +30,13 @@ from cmt_fast.runtime import machine, progress
 from cmt_fast.runtime.signals import Stopped
 from cmt_fast.speedrun import logs, tracks
 from cmt_fast.speedrun.tracks import Track
-from cmt_fast.storage import files, metrics_log
+from cmt_fast.storage import files, locks, metrics_log
 from cmt_fast.train import loop
 from cmt_fast.train.half_way import HalfWay
 from cmt_fast.usage import rapl
 from cmt_fast.usage.meters import Meter, Own
 
-RECIPE, EXTRACTOR = "recipe.yaml", "extractor.safetensors"
+RECIPE, RUNS, EXTRACTOR = "recipe.yaml", "runs", "extractor.safetensors"
 FIRST = 8  # steps of the first stage whose losses are kept one by one
 
 
@@ -58,27 +59,64 @@ def train(
 ) -> list:
     """Train and judge each seed that the log in `out` does not have yet. Returns all seeds of that log.
 
-    keep: leave the runs in `out`/runs. Raises ConfigError where `out` holds an attempt of another recipe.
+    keep: leave the runs in `out`/runs. Raises ConfigError where `out` holds an attempt of another recipe, or runs that are of
+    none, or where another process is at it.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    file, runs = out / logs.NAME, out / RUNS
+    with _held(out):
+        done = [of.about["seed"] for of in _begun(attempt, out)]
+        for seed in seeds:
+            if seed not in done:
+                folder = runs / f"seed-{seed}"
+                shutil.rmtree(folder, ignore_errors=True)
+                logs.write(file, one(attempt, seed, folder))
+                if not keep:
+                    shutil.rmtree(folder, ignore_errors=True)
+            tell(said(next(of for of in logs.read(file) if of.about["seed"] == seed)))
+        with contextlib.suppress(OSError):  # of another seed that is kept, or of what somebody put there
+            runs.rmdir()
+        return logs.read(file)
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Inside, no other process trains seeds into this folder, which is made. Raises ConfigError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = locks.take(out, progress.say)
+    except locks.Taken as taken:
+        raise ConfigError(
+            f"--out: {out} is in use by {taken.by}; seeds of one attempt are trained one by one"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be written to ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        held.close(remove=True)
+
+
+def _begun(attempt: Attempt, out: Path) -> list[logs.Seed]:
+    """The seeds that are done in a folder, in which the recipe is written where none is. Raises ConfigError where what is there
+    is not this attempt's: its runs are taken away when they are judged."""
     file, recipe = out / logs.NAME, out / RECIPE
+    there = [name for name in (logs.NAME, RUNS) if (out / name).exists()]
+    if not recipe.is_file():
+        if there:
+            raise ConfigError(f"--out: {out} holds {there[0]}, and no {RECIPE} that says whose; choose another folder")
+        files.write_text(recipe, yaml.safe_dump(loading.dump(attempt.run), sort_keys=False, width=120))
+    elif fingerprint.digest(loading.load(str(recipe))) != fingerprint.digest(attempt.run):
+        raise ConfigError(f"--out: {out} holds an attempt of another recipe; choose another folder")
     done = logs.read(file) if file.is_file() else []
     for of in done:
         if of.about["digest"] != attempt.digest or of.about["stop"] != attempt.stop:
-            raise ConfigError(f"--out: {out} holds an attempt of another recipe; choose another folder")
-    if not recipe.is_file():
-        files.write_text(recipe, yaml.safe_dump(loading.dump(attempt.run), sort_keys=False, width=120))
-    for seed in seeds:
-        if seed not in [of.about["seed"] for of in done]:
-            folder = out / "runs" / f"seed-{seed}"
-            shutil.rmtree(folder, ignore_errors=True)
-            logs.write(file, one(attempt, seed, folder))
-            if not keep:
-                shutil.rmtree(folder, ignore_errors=True)
-        tell(said(next(of for of in logs.read(file) if of.about["seed"] == seed)))
-    if not keep:
-        shutil.rmtree(out / "runs", ignore_errors=True)
-    return logs.read(file)
+            what = (
+                "of another recipe"
+                if of.about["digest"] != attempt.digest
+                else f"{'with' if of.about['stop'] else 'without'} --stop"
+            )
+            raise ConfigError(f"--out: {out} holds an attempt {what}; choose another folder")
+    return done
 
 
 def one(attempt: Attempt, seed: int, folder: Path) -> list[dict[str, Any]]:

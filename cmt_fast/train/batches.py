@@ -172,10 +172,20 @@ class BatchProvider:
         """The scalar to differentiate in pass `part` of a step, averaged over its rows, and the scalars to log."""
         return self.loss_of(engine, self.draw(step, part))
 
-    def draw(self, step: int, part: int = 0) -> Drawn:
-        """All of pass `part` of a step but its networks: this is where the step's number is read."""
+    def every_form(self, engine: Engine, step: int) -> None:
+        """The loss of a step as it is, and as it is of where its stage has another form: every kind of call of the network."""
+        self.loss(engine, step)
+        for at in OBJECTIVES[self.stage.objective.kind].forms(self.stage.objective):
+            self.loss_of(engine, self.draw(step, progress=at))
+
+    def draw(self, step: int, part: int = 0, progress: float | None = None) -> Drawn:
+        """All of pass `part` of a step but its networks: this is where the step's number is read.
+
+        progress: of the stage, in the place of the step's own.
+        """
         random = rng.Random(self.seed, self.index + rng.REDRAWN * self.redraw(step), step)
-        progress, nimg = self.plan.progress(step), self.plan.nimg(step)
+        progress = self.plan.progress(step) if progress is None else progress
+        nimg = self.plan.nimg(step)
         world = LossContext(self.path, random, self.teacher, progress, self.features, nimg, self.perceptual)
         rows, wide = self.mine(part), 0
         given = self._data(random, step, rows, part) if self.draws_data else self._points(random, step, rows, rows)
@@ -223,14 +233,18 @@ class BatchProvider:
         mine = slice(distributed.rank() + part * distributed.size(), None, distributed.size() * self.grad_accum_steps)
         return torch.arange(self.own if of is None else of, device=self.device)[mine]
 
+    def places(self, step: int, rows: Tensor) -> Tensor:
+        """Where rows of a step (B,), of all that the objective has, stand in the order of the data. (B,) int64."""
+        place = rows if self.together == 1 else sets.positions(rows, self.own, self.together)
+        return place + self.plan.rows_before(step, self.own)
+
     def _data(self, random: rng.Random, step: int, rows: Tensor, part: int) -> Batch:
         """This pass's rows: those of the whole step are asked for at once, as loaders read ahead step by step."""
         assert self.loader is not None
         if part == 0 or self._step != step:
             mine = torch.arange(self.own, device=self.loader.place)[distributed.rank() :: distributed.size()]
             with self._within("stalled"):
-                place = mine if self.together == 1 else sets.positions(mine, self.own, self.together)
-                self._step, self._rows = step, self.loader.rows(place + self.plan.rows_before(step, self.own))
+                self._step, self._rows = step, self.loader.rows(self.places(step, mine))
         x_0, labels = (x if x is None else x[part :: self.grad_accum_steps] for x in self._rows)
         drop = self._drop(random, labels, rows)
         if (

@@ -137,7 +137,7 @@ def train_stage(
         always = _identity(stage, lineage, others, choice, chosen)
         if config.compile:
             ending.enter_context(compile.more_kinds(KINDS if rounding else 0))
-            compile.guard(engine, lambda: source.loss(engine, engine.step_count), f"{name}.compile")
+            compile.guard(engine, lambda: source.every_form(engine, engine.step_count), f"{name}.compile")
         gradient = _gradient(engine, source, name, profile)
         meter.lap("startup")
         sums, page = Sums(found), page or HalfWay(None)

@@ -187,9 +187,7 @@ class Guard:
         rows: dict[str, Any] = {"batch": torch.cat(mine).tolist()}
         if self.source.loader is not None:
             loader = self.source.loader
-            index, epoch = loader.order(
-                torch.cat(mine).to(loader.place) + self.stage.schedule.rows_before(bad, self.source.own)
-            )
+            index, epoch = loader.order(self.source.places(bad, torch.cat(mine).to(loader.place)))
             rows |= {"data": index.tolist(), "epoch": epoch.tolist()}
         return rows
 

@@ -203,3 +203,24 @@ def test_a_key_with_the_name_of_a_tag_is_named():
     """`power` tags an EMA; as a key of another part it is a key."""
     assert loading._key(("pre", "ema", 0, "power", "sigma_rel")) == "pre.ema.0.sigma_rel"
     assert loading._key(("pre", "objective", "denoise", "power")) == "pre.objective.power"
+
+
+def test_another_kind_says_what_it_goes_on_with(capsys):
+    """Numbers that a recipe chose for one objective are not another's without a word: at p = 1 a semigroup's u runs off."""
+    own = "; post.objective={kind: semigroup} takes its own defaults\n"
+    assert loading.load("digits-mf", ["post.objective.kind=semigroup"]).post.objective.p == 1
+    said = "note: post.objective.kind: semigroup goes on with p 1.0 of the recipe's meanflow" + own
+    assert capsys.readouterr().err == said
+    for quiet in (
+        ["post.objective.kind=semigroup", "post.objective.p=1"],
+        ["post.objective={kind: semigroup}", "post.objective.kind=semigroup"],
+        ["post.objective.kind=meanflow"],
+    ):
+        loading.load("digits-mf", quiet)
+        assert capsys.readouterr().err == ""
+    with pytest.raises(
+        ConfigError, match="post.objective.kind: imm has no mean, std, ratio, p, c, which the recipe sets for"
+    ):
+        loading.load("digits-mf", ["post.objective.kind=imm"])
+    with pytest.raises(ConfigError, match="data.kind: npz .*; data={kind: npz} takes"):
+        loading.load("gmm", ["data.kind=npz"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from cmt_fast.models.mlp import Mlp
 from cmt_fast.models.precond import AverageVelocity
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.train import loop
-from tests.fixtures.tiny import NO_EVAL, SMALL, tiny
+from tests.fixtures.tiny import NO_EVAL, SMALL, source_of, tiny
 
 CPU = torch.device("cpu")
 TOKENS, ROWS = 16, 8
@@ -204,6 +206,38 @@ def test_the_guard_catches_what_is_wrong_only_when_compiled(monkeypatch, wrong, 
     with pytest.raises(compile.CompileError, match=f"post.compile: the compiled network's {what} errs by"):
         compile.guard(e, lambda: meanflow_loss(e, batch_of(ROWS, TOKENS, "cpu")), "post.compile")
     assert torch.equal(e.p, before) and not e.g.count_nonzero()
+
+
+def test_what_is_said_by_name_and_what_stands_beside_are_guarded_too():
+    """Labels of an augmentation come by name; a log variance or a second head is an output of its own."""
+
+    class Net(torch.nn.Module):
+        def forward(self, x, *, augment=None):
+            wrong = 1.001 if torch.compiler.is_compiling() else 1.0
+            y = x if augment is None else x * augment
+            return Dual(y, y[:1].detach()), y * (wrong if self.beside else 1.0) * self.weight
+
+    e, x, given = engine(blocks=1), torch.ones(3, 2), []
+    e.net = net = Net()
+    net.weight, net.beside = torch.nn.Parameter(torch.ones(2)), False
+    e.copy, e.forward = lambda: copy.deepcopy(net), torch.compile(net, backend="eager")
+    loss = lambda: given.append(e(x, augment=2 * x)[0].value)
+    compile.guard(e, loss)
+    assert torch.equal(given[0], 2 * x)
+    net.beside = True
+    with pytest.raises(compile.CompileError, match="the compiled network's output 2 errs by"):
+        compile.guard(e, loss)
+
+
+def test_the_guard_sees_the_forms_that_a_schedule_comes_to():
+    """AlphaFlow begins without tangents and ends with them: a compiler that drops them is found before the first step."""
+    alone = ["post.anchor=null", "post.trajectories=null", "post.teacher=null", "post.batch=32"]
+    work = Workspace(tiny("digits-mf", *alone, "post.objective={kind: alphaflow}"), Path("nowhere"))
+    source, e = source_of(work, "post"), LocalEngine(work.build(), work.run.post, CPU)
+    duals = lambda loss: sorted(any(isinstance(x, Dual) for x in given) for _, given, _ in compile._calls(e, loss))
+    assert duals(lambda: source.loss(e, 0)) == [False]
+    assert duals(lambda: source.every_form(e, 0)) == [False, False, True]
+    source.close()
 
 
 def test_the_guard_names_a_compiler_that_fails(monkeypatch):

@@ -29,6 +29,7 @@ from cmt_fast.objectives import (
     shortcut,
 )
 from cmt_fast.objectives.counting import work
+from cmt_fast.run.resolved import resolve
 from cmt_fast.run.validation import check
 from tests.fixtures.tiny import tiny
 from tests.objectives import peers
@@ -261,6 +262,16 @@ def test_what_does_not_go_together_is_one_line(objective: str, keys: list[str], 
     run = tiny("digits-mf", *ALONE, f"post.objective={objective}", *keys)
     with pytest.raises(ConfigError, match=words):
         check(run, (1, 8, 8), 10)
+
+
+def test_a_share_of_rows_that_is_none_is_not_trained() -> None:
+    """A run of before that was trained so is read all the same."""
+    run = tiny("digits-mf", *ALONE, "post.objective={kind: meanflow, ratio: 0.01}")
+    check(run, (1, 8, 8), 10)
+    with pytest.raises(
+        ConfigError, match="post.objective.ratio: 0.01 of 32 rows .* is none, and no jump .* take 0.031 or more"
+    ):
+        resolve(run, "post").grad_accum_steps(1)
 
 
 def test_the_shelf_of_maps_is_taken() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from cmt_fast.run import validation
 from cmt_fast.run.resolved import resolve
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed
+from cmt_fast.train import nonfinite
 from tests.fixtures.tiny import source_of, tiny
 from tests.objectives import peers
 
@@ -101,6 +103,17 @@ def test_a_stage_is_given_sets_of_one_class_however_it_is_split(monkeypatch) -> 
     for processes, parts in ((1, 2), (2, 1), (2, 2)):
         for step in range(2):
             torch.testing.assert_close(seen(step, processes, parts), whole[step])
+    source.close()
+
+
+def test_a_step_that_is_not_finite_names_the_rows_of_its_sets() -> None:
+    """What is written of it are the rows that the step had, not those of a loader that puts no class together."""
+    source = source_of(Workspace(tiny("digits", *ALONE, DRIFT), Path("nowhere")), "post")
+    guard = SimpleNamespace(source=source, engine=SimpleNamespace(grad_accum_steps=1))
+    rows = nonfinite.Guard._rows(guard, 3)  # type: ignore[arg-type]
+    assert rows["batch"] == list(range(32))
+    x_0, _ = source.data.rows(torch.tensor(rows["data"]))
+    assert torch.equal(x_0, source.draw(3).own.x_0)
     source.close()
 
 

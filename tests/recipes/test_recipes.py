@@ -89,7 +89,10 @@ def shrunk(run: Run) -> list[str]:
     ]
     for name in run.stages:
         stage = run.stages[name]
-        out += [f"{name}.images_nimg={2 * BATCH}", f"{name}.batch={BATCH}", f"{name}.warmup_nimg=0"]
+        batch = (
+            2 * BATCH if stage.anchor and hasattr(stage.objective, "ratio") else BATCH
+        )  # a row with a tangent is left
+        out += [f"{name}.images_nimg={2 * batch}", f"{name}.batch={batch}", f"{name}.warmup_nimg=0"]
         out += [f"{name}.lr_knee_nimg={BATCH}"] if stage.lr_knee_nimg else []
         out += [f"{name}.{key}_every_nimg=null" for key in ("eval", "grid", "snapshot")]
         if stage.trajectories:

@@ -18,6 +18,7 @@ from cmt_fast.evaluation import student
 from cmt_fast.models.dit import DiT
 from cmt_fast.speedrun import attempt, logs, records, tracks, verifying
 from cmt_fast.speedrun.attempt import Attempt
+from cmt_fast.storage import locks
 from cmt_fast.train import loop, monitor
 from tests.fixtures.tiny import tiny
 
@@ -145,6 +146,40 @@ def test_an_attempt_goes_on_and_keeps_its_recipe(small, tried):
         attempt.train(small._replace(final="mid"), [0], out)
 
 
+def test_a_folder_of_something_else_is_left_alone(small, tmp_path, monkeypatch):
+    """Runs that somebody has there, seeds of other attempts that are kept, an attempt of another recipe or another process."""
+    calls = []
+    monkeypatch.setattr(attempt, "one", lambda entry, seed, folder: calls.append(folder) or lines(entry, seed))
+    mine = tmp_path / "runs" / "mine" / "weights"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("of weeks")
+    with pytest.raises(ConfigError, match="--out: .* holds runs, and no recipe.yaml that says whose"):
+        attempt.train(small, [0], tmp_path)
+    out = tmp_path / "new"
+    with locks.holding(tmp_path), pytest.raises(ConfigError, match="is in use by"):
+        attempt.train(small, [0], tmp_path)
+    attempt.train(small, [0], out, keep=True, tell=lambda line: None)
+    kept = out / "runs" / "seed-0" / "weights"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("kept")
+    attempt.train(small, [0, 1], out, tell=lambda line: None)
+    assert mine.read_text() == "of weeks" and kept.read_text() == "kept" and len(calls) == 2
+    assert not (out / locks.LOCK).exists()
+    (out / logs.NAME).unlink()  # one that was killed before its first seed was done
+    other = small._replace(run=tracks.entered(small.track, None, ("pre.lr=3e-3",), "post"))
+    with pytest.raises(ConfigError, match="another recipe"):
+        attempt.train(other, [0], out)
+    with pytest.raises(ConfigError, match="--out: .* cannot be written to"):
+        attempt.train(small, [0], mine)
+
+
+def lines(entry: Attempt, seed: int) -> list[dict]:
+    """The least that an attempt writes."""
+    about = {"kind": "seed", "seed": seed, "digest": entry.digest, "stop": False, "machine": {"gpu": "H"}}
+    end = {"failed": "", "joules": 0.0, "images": 1, "forwards": 1.0, "wall_s": 0.0, "cpu_s": 0.0, "stopped": False}
+    return [about, {"kind": "end", "seed": seed, **end}]
+
+
 def test_an_earlier_stage_of_an_attempt_is_an_attempt_of_its_own(small, tried):
     """Its lines are those that `--final mid` writes, but for seconds."""
     cut = logs.cut(tried[1][0], "mid")
@@ -263,6 +298,11 @@ def test_a_log_that_was_touched_is_seen(tmp_path):
 
 def test_the_command(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    with monkeypatch.context() as launched:
+        launched.setenv("WORLD_SIZE", "2")
+        assert (
+            cli.main(["speedrun", "digits"]) == 2 and "WORLD_SIZE: 2, and an attempt is one" in capsys.readouterr().err
+        )
     assert cli.main(["speedrun", "table"]) == 0
     text = capsys.readouterr().out
     assert "000-" in text and "photos: no record yet" in text
