@@ -75,7 +75,7 @@ def page(kind: str, row: dict[str, Any]) -> str:
         ("path", row["path"]),
         ("asks its network for", objectives.ASKS[row["asks"]]),
         ("work, in forwards a row", f"{work['forwards']:.3g} ({objectives.parts(work)})"),
-        ("prepared by", f"`{row['prepared_by']}`" if row["prepared_by"] else "-"),
+        ("prepared by", row["prepared_by"] or "-"),
         ("keys and defaults", keys or "-"),
         ("recipes", ", ".join(row["recipes"]) or "none"),
     ]

@@ -65,6 +65,8 @@ def about(kind: str) -> dict[str, Any]:
     spec, config = OBJECTIVES[kind], default(kind)
     path = spec.path or "linear"
     work = counting.work(config, _path(path), ROWS)
+    alone = config.asks == "instant" or spec.draws == "trajectories"
+    prepared = [] if alone else [mid.prepares(config, on).kind for on in ("ve", "linear") if spec.on(on)]
     return {
         "title": spec.title,
         "paper": spec.paper,
@@ -73,9 +75,7 @@ def about(kind: str) -> dict[str, Any]:
         "asks": config.asks,
         "tangents": spec.tangents,
         "work": {**work._asdict(), "forwards": work.forwards},
-        "prepared_by": None
-        if config.asks == "instant" or spec.draws == "trajectories"
-        else mid.prepares(config, path).kind,
+        "prepared_by": " or ".join(prepared) or None,
         "recipes": used_by(kind),
         "keys": {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "kind"},
     }
@@ -113,12 +113,12 @@ def checked(kinds: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """A line an objective: work of the network for one row, backward counted as two."""
-    lines = [f"{'kind':<12}{'path':<12}{'asks':<9}{'forwards':>8}  {'of them':<46}{'prepared by':<13}title, paper"]
+    lines = [f"{'kind':<12}{'path':<12}{'asks':<9}{'forwards':>8}  {'of them':<46}{'prepared by':<18}title, paper"]
     for kind, row in rows.items():
         work = row["work"]
         lines.append(
             f"{kind:<12}{row['path']:<12}{row['asks']:<9}{work['forwards']:>8.3g}  {parts(work):<46}"
-            f"{row['prepared_by'] or '-':<13}{row['title']}; {row['paper']}"
+            f"{row['prepared_by'] or '-':<18}{row['title']}; {row['paper']}"
         )
     return "\n".join([*lines, "", "`cmt objectives KIND` shows the equation, the keys and the recipes of one"])
 

@@ -74,7 +74,8 @@ def attempted(args: argparse.Namespace) -> None:
     entry = attempt.Attempt(track, run, final, args.stop)
     first = track.seeds["from"] if args.first_seed is None else args.first_seed
     seeds = list(range(first, first + (args.seeds or 1)))
-    out = args.out or Path("runs/speedrun") / track.name / f"{entry.digest}{'-stop' * args.stop}"
+    which = "" if args.first_seed is None else f"-from-{first}"  # seeds of a search never lie beside those that count
+    out = args.out or Path("runs/speedrun") / track.name / f"{entry.digest}{'-stop' * args.stop}{which}"
     stages = tracks.lineage(run, final)
     total = sum(tracks.forwards(run, name) for name in stages)
     progress.say(
