@@ -134,7 +134,7 @@ def _stage(s: StagePlan, run: Run, made: Plan, gpus: int) -> dict[str, Any]:
     parts = {"networks": networks_us, "communication": cost.communication_us, "optimizer": cost.optimizer_us}
     return {
         "images": cost.images,
-        "of_images": run.stages[s.name].images_nimg,
+        "of_images": resolve(run, s.name).config.images_nimg,
         "steps": cost.steps,
         "batch": stage.batch,
         "micro_batch": s.micro_batch,

@@ -60,6 +60,12 @@ def asked(run: Run, folder: Path, texts: Sequence[str]) -> tuple[Run, Asked]:
         out[name][key] = [first, after]
     for name, keys in out.items():
         _can(run, folder, name)
+        t = run.stages[name].trajectories
+        if t and t.budget_forwards is not None and "images_nimg" in keys:
+            raise ConfigError(
+                f"--change: {name}.images_nimg is not what {name} is as long as: it follows from trajectories.budget_forwards, and "
+                "was settled when the stage began"
+            )
         if "batch" in keys and resolve(run, name).cache:
             raise ConfigError(
                 f"--change: {name}.batch cannot be changed: trajectories.cache gives each step its rows by its number, and an "
@@ -103,7 +109,7 @@ def _can(run: Run, folder: Path, name: str) -> None:
     later = [s for s in run.stages if name in run.ancestors(s) and checkpoint.steps(folder / s)]
     if later:
         raise ConfigError(f"--change: {later[0]} of {folder} was begun from {name}; it would be of another {name}")
-    length, seen = run.stages[name].images_nimg, found.manifest["nimg"]
+    length, seen = resolve(run, name, folder).config.images_nimg, found.manifest["nimg"]
     if length <= seen:
         raise ConfigError(f"--change: {name}.images_nimg: {length:,} is not above the {seen:,} images that it has seen")
 
