@@ -49,7 +49,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="measure every number of calls instead of stopping at the first that is good enough",
     )
     p.add_argument("--grids", action="store_true", help="on linear flow, try other time shifts than the recipe's too")
-    text = "choose as trajectories.budget_forwards does: by the bound on the gradient's bias, at N forwards for the stage"
+    text = (
+        "choose as trajectories.budget_forwards does: by the bound on the gradient's bias, at N forwards for the stage"
+    )
     p.add_argument("--budget", type=int, metavar="N", help=text)
     p.add_argument("--json", type=Path, metavar="FILE", help="write the table and the choice")
 

@@ -63,8 +63,8 @@ def asked(run: Run, folder: Path, texts: Sequence[str]) -> tuple[Run, Asked]:
         t = run.stages[name].trajectories
         if t and t.budget_forwards is not None and "images_nimg" in keys:
             raise ConfigError(
-                f"--change: {name}.images_nimg is not what {name} is as long as: it follows from trajectories.budget_forwards, and "
-                "was settled when the stage began"
+                f"--change: {name}.images_nimg follows from {name}.trajectories.budget_forwards, and was settled when the stage "
+                "began; it cannot be changed any more"
             )
         if "batch" in keys and resolve(run, name).cache:
             raise ConfigError(

@@ -170,7 +170,9 @@ def of(
     found = record(home / metrics_log.METRICS)
     bill = bills.of_stage(home, manifest)
     spoilt = _spoilt(home, found, manifest)
-    return Standing(name, _as_long(run.stages[name], home), home, home.parent == folder, found, manifest, wrong, bill, spoilt)
+    return Standing(
+        name, _as_long(run.stages[name], home), home, home.parent == folder, found, manifest, wrong, bill, spoilt
+    )
 
 
 def _as_long(stage: Stage, home: Path) -> Stage:

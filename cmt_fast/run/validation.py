@@ -239,7 +239,9 @@ def _check_budget(resolved: ResolvedStage, budget: int) -> None:
         )
     least = min((resolved.forwards(s.solver, n) for s, n in resolved.candidates()), default=0.0) * resolved.config.batch
     if budget < least:
-        raise ConfigError(f"{key}: {budget:,} forwards hold no step; one takes {math.ceil(least):,} with the cheapest solver")
+        raise ConfigError(
+            f"{key}: {budget:,} forwards hold no step; one takes {math.ceil(least):,} with the cheapest solver"
+        )
 
 
 def _check_networks(resolved: ResolvedStage) -> None:

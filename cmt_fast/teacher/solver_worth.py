@@ -97,7 +97,9 @@ def choose(
     """The candidate of the least bound, by the upper end of its targets' error. fine: what Psi is computed by, from each node.
 
     Candidates are weighed from the cheapest on. Dearer ones leave fewer images, so where the student's share alone is past the
-    least bound none of them can be below it, and none is measured (all if `whole`). Raises FloatingPointError where none is finite.
+    least bound none of them can be below it, and none is measured (all if `whole`).
+
+    Raises FloatingPointError where none is finite.
     """
     weighed: list[Weighed] = []
     least, passed = math.inf, list[Candidate]()
