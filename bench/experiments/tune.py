@@ -1,10 +1,10 @@
 """`python -m bench tune RECIPE --pre RUN`: what `nfe: auto` chooses, and the mid-trainings that confirm or refute it.
 
 From one finished teacher the same mid-training, seed and student images, with `nfe: auto`, with the recipe's own
-solver and with one that is clearly too coarse (order 1, four calls); and with a budget, which is the forwards that the recipe's own
-solver takes: there the bound on the gradient's bias chooses solver and images. Of each: the solver's estimated error, the
-student's own one-step error against the best limit at hand, its figures, and the seconds of training (measuring and
-pilot are counted apart, for `auto`). For digits 300 s of one core in all.
+solver and with one that is clearly too coarse (order 1, four calls); and with a budget, which is the forwards that the
+recipe's own solver takes: there the bound on the gradient's bias chooses solver and images. Of each: the solver's
+estimated error, the student's own one-step error against the best limit at hand, its figures, and the seconds of training
+(measuring and pilot are counted apart, for `auto`). For digits 300 s of one core in all.
 """
 
 from __future__ import annotations
@@ -81,9 +81,8 @@ def run(args: argparse.Namespace) -> int:
     for name, row in rows.items():
         figures = {k: round(v["frechet"], 3) for k, v in row["figures"].items()}
         errors = f"solver {row['solver_error']:.3g}, student {row['student_error']:.3g}"
-        print(
-            f"{name:>8}: {row['solver']}; {row['images']:,} images, {row['forwards']:,} forwards; {errors}; {figures}; {row['train_s']:.0f} s"
-        )
+        length = f"{row['images']:,} images, {row['forwards']:,} forwards"
+        print(f"{name:>8}: {row['solver']}; {length}; {errors}; {figures}; {row['train_s']:.0f} s")
     print(path)
     return 0
 

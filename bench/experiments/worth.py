@@ -143,24 +143,23 @@ class World:
 def at_budget(world: World, budget: int, seeds: int) -> dict[str, Any]:
     """All candidates at a budget, their bias, and what each rule takes."""
     law = world.law(budget)
-    weighing = lambda weight: solver_worth.Budget(lambda s, n: world.affords(budget, s, n), law, weight)
-    mine = weighing(solver_error.MARGIN**2)
+    mine = solver_worth.Budget(lambda s, n: world.affords(budget, s, n), law, solver_error.MARGIN**2)
     found = solver_worth.choose(world.ends, world.candidates, mine, world.sure.setting, whole=True)
     pruned = solver_worth.choose(world.ends, world.candidates, mine, world.sure.setting)
     rows = {}
     for w in found.weighed:
-        on = world.points[w.estimate.setting, w.estimate.nfe]
+        on = world.points[w.setting, w.nfe]
         seen = [world.truth.bias(world.student.trained(on, w.images, seed)) for seed in range(seeds)]
         middle = {key: math.exp(sum(math.log(s[key]) for s in seen) / seeds) for key in seen[0]}
-        rows[named(w)] = {**solver_worth.columns(w), "error": w.estimate.error, **middle}
+        rows[named(w)] = {**solver_worth.row_of(w), **middle}
     settled = world.affords(budget, world.sure.setting, world.sure.nfe)
     limit = solver_error.MARGIN * math.sqrt(law.at(settled))
     by_error = solver_error.choose(world.ends, world.candidates, limit, False)[1]
-    plain = min(found.weighed, key=lambda w: w.epsilon + w.estimate.error**2)
+    plain = min(rows, key=lambda name: rows[name]["epsilon"] + rows[name]["error"] ** 2)
     rules = {
         "bound": named(found.best),
-        "error": next(named(w) for w in found.weighed if w.estimate == by_error),
-        "theorem": named(plain),
+        "error": f"{by_error.setting.title()} at {by_error.nfe}",
+        "theorem": plain,
         "best": min(rows, key=lambda name: rows[name]["bias"]),
     }
     bias = [row["bias"] for row in rows.values()]
@@ -175,7 +174,7 @@ def at_budget(world: World, budget: int, seeds: int) -> dict[str, Any]:
 
 def named(w: solver_worth.Weighed) -> str:
     """A candidate in a word."""
-    return f"{w.estimate.setting.title()} at {w.estimate.nfe}"
+    return f"{w.setting.title()} at {w.nfe}"
 
 
 def ranks(a: list[float], b: list[float]) -> float:

@@ -108,9 +108,9 @@ class ResolvedStage:
         points = drawn(t, self.run.path, nfe // (2 if solver == "heun" else 1))
         return (trained + self.trajectory_rows * self.guided * nfe / points) / batch
 
-    def affords(self, budget: int, solver: str, nfe: int) -> int:
+    def affords(self, budget: int, setting: solver_error.Solver, nfe: int) -> int:
         """Images, in whole batches, for which `budget` forwards are enough with trajectories of `nfe` calls."""
-        return int(budget / self.forwards(solver, nfe)) // self.config.batch * self.config.batch
+        return int(budget / self.forwards(setting.solver, nfe)) // self.config.batch * self.config.batch
 
     @property
     def cache(self) -> str | None:
@@ -211,5 +211,6 @@ def budgeted(stage: ResolvedStage, folder: Path | None) -> ResolvedStage:
     as many calls as `auto` is counted with."""
     t = stage.trajectories
     kept = solver_record.read(folder) if folder and t.nfe == "auto" else None
-    images = kept.images if kept else stage.affords(t.budget_forwards or 0, t.solver, t.calls)
+    own = solver_error.Solver(t.solver, t.order, t.shift)
+    images = kept.images if kept else stage.affords(t.budget_forwards or 0, own, t.calls)
     return stage.replaced(images_nimg=max(images or 0, stage.config.batch))

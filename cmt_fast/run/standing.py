@@ -13,7 +13,7 @@ import dataclasses
 import datetime
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from cmt_fast.config.schema import Run, Stage
 from cmt_fast.runtime import words
@@ -184,7 +184,9 @@ def _as_long(stage: Stage, home: Path) -> Stage:
     except (OSError, sound.Unsound):
         return stage
     images = worth.get("images") if isinstance(worth, dict) else None
-    return dataclasses.replace(stage, images_nimg=images) if isinstance(images, int) and images > 0 else stage
+    return (
+        dataclasses.replace(cast(Any, stage), images_nimg=images) if isinstance(images, int) and images > 0 else stage
+    )
 
 
 def _spoilt(home: Path, record: Record, manifest: dict[str, Any] | None) -> str:

@@ -169,16 +169,14 @@ class Endpoints:
         over those that are drawn; infinite where a rollout is not finite."""
         c, rows = self.config, torch.arange(min(len(self.x), -(-ALONG // distributed.size())), device=self.x.device)
         plan = table(self.path, setting.solver, nfe, c.t_max, c.t_min, setting.order, setting.shift)
-        nodes = len(plan.times) - 1
-        used = min(nodes, NODES)
-        picked, squares = [(2 * k + 1) * nodes // (2 * used) for k in range(used)], []
+        nodes, squares = len(plan.times) - 1, []
         for part in rows.split(c.rollout_batch):
             signals.look()
             labels = self._labels(part)
             x = rollout(self.net, self.path, plan, self.x[part], labels)
             self._spend(nfe, len(part))
             own = []
-            for i in picked:
+            for i in checked(nodes):
                 calls = FINER * (nodes - i)
                 rest = table(self.path, fine.solver, calls, plan.times[i], c.t_min, fine.order)
                 own.append((rollout(self.net, self.path, rest, x[i], labels, dense=False) - x[-1]).double().square())
@@ -193,10 +191,17 @@ class Endpoints:
     def _spend(self, calls: int, rows: int) -> None:
         """Calls on `rows` of this rank's trajectories, counted by the row."""
         self.apart += calls * rows * distributed.size()
+        self.advance(calls * rows // len(self.x))
 
     def distance(self, e: Estimate, limit: Tensor) -> float:
         """RMS distance per dimension of a setting's endpoint to a limit (n, D)."""
         return _size(self.at(e.setting, e.nfe) - limit)
+
+
+def checked(nodes: int) -> list[int]:
+    """The nodes of `along`, of so many that targets are drawn from."""
+    used = min(nodes, NODES)
+    return [(2 * k + 1) * nodes // (2 * used) for k in range(used)]
 
 
 def _size(x: Tensor) -> float:
@@ -269,3 +274,10 @@ def choose(ends: Endpoints, candidates: list[tuple[Solver, int]], limit: float, 
 def calls(candidates: Iterable[tuple[Solver, int]]) -> int:
     """Network calls a trajectory of the whole table: each setting at N, 2N, 4N, what is shared once."""
     return sum(nfe for _, nfe in {(setting, nfe * k) for setting, nfe in candidates for k in (1, 2, 4)})
+
+
+def calls_along(candidates: Iterable[tuple[Solver, int]], count: int) -> int:
+    """The same of checking targets at the nodes of each, as of all `count` trajectories."""
+    nodes = lambda setting, nfe: nfe // (2 if setting.solver == "heun" else 1)
+    checks = lambda n: FINER * sum(n - i for i in checked(n))
+    return sum(nfe + checks(nodes(setting, nfe)) for setting, nfe in candidates) * min(ALONG, count) // count

@@ -98,12 +98,19 @@ def told(worth: dict[str, Any]) -> str:
     )
 
 
+ESTIMATED = ("error", "low", "high", "observed", "clean")  # null in a row of a candidate that was weighed without
 HEAD = ["solver", "NFE", "calls/row", "error", "from", "to", "order seen"]
+
+
+def estimated(row: dict[str, Any]) -> bool:
+    """Whether a row has an estimate of its endpoint, were it infinite."""
+    return row["clean"] is not None
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """One row of `rows_of` as the cells under `HEAD`; an order in brackets was no ground to extrapolate."""
-    number = lambda v: "inf" if v is None else f"{v:.3g}"
+    none = "inf" if estimated(row) else "-"
+    number = lambda v: none if v is None else f"{v:.3g}"
     p = row["observed"]
     observed = "-" if p is None else f"{p:.2f}" if row["clean"] else f"({p:.1f})"
     named = Solver(*(row[k] for k in Solver._fields))
@@ -127,6 +134,8 @@ def worth_cells(row: dict[str, Any]) -> list[str]:
 
 def serves(row: dict[str, Any], limit: float) -> str:
     """Whether the upper end of a row's error stays below a limit, in a word."""
+    if not estimated(row):
+        return "-"
     return "yes" if row["high"] is not None and row["high"] <= limit else "no"
 
 

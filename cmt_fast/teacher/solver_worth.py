@@ -36,6 +36,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from cmt_fast.teacher import solver_record
 from cmt_fast.teacher.solver_error import Along, Endpoints, Estimate, Solver
 
 Candidate = tuple[Solver, int]
@@ -61,13 +62,19 @@ class Law(NamedTuple):
 
 
 class Weighed(NamedTuple):
-    """A candidate: its endpoint's estimate, the images that it leaves, epsilon after these, and what its targets miss."""
+    """A candidate: teacher calls for a row, the images that it leaves, epsilon after these, and what its targets miss.
 
-    estimate: Estimate
+    estimate: of its endpoint, which the bound has no use for: only of what was chosen, unless all was asked for.
+    """
+
+    setting: Solver
+    nfe: int
+    cost: float
     images: int
     epsilon: float
     along: Along
     bound: float
+    estimate: Estimate | None = None
 
 
 class Choice(NamedTuple):
@@ -112,13 +119,17 @@ def choose(
         if not whole and budget.bound(epsilon, 0.0) >= least:
             passed.append((setting, nfe))
             continue
-        estimate = ends.estimate(setting, nfe)
-        along = ends.along(setting, nfe, fine) if math.isfinite(estimate.error) else Along(math.inf, math.inf)
-        weighed.append(Weighed(estimate, images, epsilon, along, budget.bound(epsilon, along.high)))
-        least = min(least, weighed[-1].bound)
+        along = ends.along(setting, nfe, fine)
+        bound = budget.bound(epsilon, along.high)
+        weighed.append(Weighed(setting, nfe, ends.cost(setting, nfe), images, epsilon, along, bound))
+        least = min(least, bound)
     if not math.isfinite(least):
         raise FloatingPointError("the teacher's trajectories are not finite with any solver")
-    return Choice(weighed, min(weighed, key=lambda w: w.bound), passed)
+    best = min(range(len(weighed)), key=lambda i: weighed[i].bound)
+    for i, w in enumerate(weighed):
+        if whole or i == best:
+            weighed[i] = w._replace(estimate=ends.estimate(w.setting, w.nfe))
+    return Choice(weighed, weighed[best], passed)
 
 
 def grounds(found: Choice, budget: Budget) -> dict[str, Any]:
@@ -136,13 +147,15 @@ def grounds(found: Choice, budget: Budget) -> dict[str, Any]:
     }
 
 
-def columns(w: Weighed) -> dict[str, Any]:
-    """Of a record's row; infinite numbers are null."""
-    found = {
+def row_of(w: Weighed) -> dict[str, Any]:
+    """As a record has it, that of an estimate and more; infinite numbers are null, and so is what was not estimated."""
+    unknown = {**w.setting._asdict(), "nfe": w.nfe, "cost": w.cost, **dict.fromkeys(solver_record.ESTIMATED)}
+    own = solver_record.rows_of([w.estimate])[0] if w.estimate else unknown
+    more = {
         "images": w.images,
         "epsilon": w.epsilon,
         "along": w.along.error,
         "along_high": w.along.high,
         "bound": w.bound,
     }
-    return {key: v if math.isfinite(v) else None for key, v in found.items()}
+    return {**own, **{key: v if math.isfinite(v) else None for key, v in more.items()}}

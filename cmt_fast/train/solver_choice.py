@@ -169,41 +169,40 @@ def measure(work: Workspace, stage: ResolvedStage, search: Search | None = None)
     name, nfes, candidates = stage.name, search.nfes, stage.candidates(search.nfes, search.grids)
     if not candidates:
         raise ConfigError(f"--nfe: {', '.join(map(str, nfes))}: none makes whole trajectories of {name}'s batches")
-    with progress.counting("solver", solver_error.calls(candidates), work.folder) as advance:
+    budget = stage.trajectories.budget_forwards if search.budget is None else search.budget
+    by_bound = solver_error.calls_along(candidates, search.count) if budget else 0
+    total = by_bound + (0 if budget and not search.whole else solver_error.calls(candidates))
+    with progress.counting("solver", total, work.folder) as advance:
         ends = endpoints(work, stage, advance, search.count)
         probe = min((nfe for _, nfe in candidates), key=lambda nfe: abs(nfe - PROBE))
         sure = solver_error.best(ends.estimate(s, n) for s, n in candidates if n == probe)
         limit = ends.limit(sure.setting, probe)[0]
         known = _epsilon(work, stage, ends, limit, sure, search)
         before = _before(work, stage, ends, limit)
-        bound = search.margin * math.sqrt(known["value"])
-        budget = stage.trajectories.budget_forwards if search.budget is None else search.budget
-        law = _law(stage, known) if budget else None
+        law = _law(known) if budget else None
         if budget and law:
-            affords = functools.partial(stage.affords, budget)
-            weighing = solver_worth.Budget(lambda s, n: affords(s.solver, n), law, search.margin**2)
+            weighing = solver_worth.Budget(functools.partial(stage.affords, budget), law, search.margin**2)
             found = solver_worth.choose(ends, candidates, weighing, sure.setting, search.whole)
-            estimates, choice = [w.estimate for w in found.weighed], found.best.estimate
-            known["value"], known["source"] = (
-                found.best.epsilon,
-                _extrapolated(found.best.images // stage.config.batch, known),
-            )
-            bound = search.margin * math.sqrt(known["value"])
+            estimates, choice = [w.estimate for w in found.weighed if w.estimate], found.best.estimate
+            known |= {
+                "value": found.best.epsilon,
+                "source": _extrapolated(found.best.images // stage.config.batch, known),
+            }
+            rows = [solver_worth.row_of(w) for w in found.weighed]
+            worth = {"budget_forwards": budget, **solver_worth.grounds(found, weighing)}
         else:
-            estimates, choice = solver_error.choose(ends, candidates, bound, search.whole)
-    rows, worth = solver_record.rows_of(estimates), None
-    if budget and law:
-        rows = [{**row, **solver_worth.columns(w)} for row, w in zip(rows, found.weighed)]
-        worth = {"budget_forwards": budget, **solver_worth.grounds(found, weighing)}
-    elif budget:
-        images = max(stage.affords(budget, choice.setting.solver, choice.nfe), stage.config.batch)
-        worth = {"budget_forwards": budget, "rule": "error", "images": images, "why": _NO_LAW}
-    common = solver_error.best(estimates)
+            limit_of = search.margin * math.sqrt(known["value"])
+            estimates, choice = solver_error.choose(ends, candidates, limit_of, search.whole)
+            rows, worth = solver_record.rows_of(estimates), _unweighed(stage, budget, choice) if budget else None
+    assert choice is not None
+    bound, common = search.margin * math.sqrt(known["value"]), solver_error.best(estimates)
     limit = ends.limit(common.setting, common.nfe)[0]
     if before is not None and math.isfinite(choice.error):
         known["bias"] = {"start": stage.config.start, "before": before, "after": known["value"] + choice.error**2}
-    for row, e in zip(rows, estimates):
-        row["common"] = ends.distance(e, limit) if math.isfinite(e.error) else None
+    of = {(e.setting, e.nfe): e for e in estimates}
+    for row in rows:
+        e = of.get((solver_error.Solver(*(row[k] for k in solver_error.Solver._fields)), row["nfe"]))
+        row["common"] = ends.distance(e, limit) if e and math.isfinite(e.error) else None
     calls = ends.count * (ends.calls * stage.guided + (before is not None)) + ends.apart * stage.guided
     return solver_record.Kept(
         choice={**choice.setting._asdict(), "nfe": choice.nfe}, serves=choice.high <= bound, limit=bound, epsilon=known,
@@ -211,7 +210,13 @@ def measure(work: Workspace, stage: ResolvedStage, search: Search | None = None)
     )  # fmt: skip
 
 
-def _law(stage: ResolvedStage, known: dict[str, Any]) -> solver_worth.Law | None:
+def _unweighed(stage: ResolvedStage, budget: int, choice: solver_error.Estimate) -> dict[str, Any]:
+    """Of a stage with a budget whose solver was chosen as without one: its length follows all the same."""
+    images = max(stage.affords(budget, choice.setting, choice.nfe), stage.config.batch)
+    return {"budget_forwards": budget, "rule": "error", "images": images, "why": _NO_LAW}
+
+
+def _law(known: dict[str, Any]) -> solver_worth.Law | None:
     """How the student's error falls, where pilots have shown it."""
     if "pilots" not in known:
         return None
