@@ -59,13 +59,13 @@ def asked(run: Run, folder: Path, texts: Sequence[str]) -> tuple[Run, Asked]:
         first = out.setdefault(name, {}).get(key, [before])[0]
         out[name][key] = [first, after]
     for name, keys in out.items():
-        _can(run, folder, name)
         t = run.stages[name].trajectories
         if t and t.budget_forwards is not None and "images_nimg" in keys:
             raise ConfigError(
                 f"--change: {name}.images_nimg follows from {name}.trajectories.budget_forwards, and was settled when the stage "
                 "began; it cannot be changed any more"
             )
+        _can(run, folder, name)
         if "batch" in keys and resolve(run, name).cache:
             raise ConfigError(
                 f"--change: {name}.batch cannot be changed: trajectories.cache gives each step its rows by its number, and an "
