@@ -145,7 +145,6 @@ def at_budget(world: World, budget: int, seeds: int) -> dict[str, Any]:
     law = world.law(budget)
     mine = solver_worth.Budget(lambda s, n: world.affords(budget, s, n), law, solver_error.MARGIN**2)
     found = solver_worth.choose(world.ends, world.candidates, mine, world.sure.setting, whole=True)
-    pruned = solver_worth.choose(world.ends, world.candidates, mine, world.sure.setting)
     rows = {}
     for w in found.weighed:
         on = world.points[w.setting, w.nfe]
@@ -164,8 +163,8 @@ def at_budget(world: World, budget: int, seeds: int) -> dict[str, Any]:
     }
     bias = [row["bias"] for row in rows.values()]
     return {
-        "budget": budget, "exponent": law.exponent, "candidates": rows, "rules": rules, "measured": len(pruned.weighed),
-        "same": named(pruned.best) == named(found.best), "random": math.exp(sum(map(math.log, bias)) / len(bias)),
+        "budget": budget, "exponent": law.exponent, "candidates": rows, "rules": rules,
+        "random": math.exp(sum(map(math.log, bias)) / len(bias)),
         "correlation": {"bound": ranks([r["bound"] for r in rows.values()], bias),
                         "error": ranks([r["error"] for r in rows.values()], bias),
                         "theorem": ranks([r["epsilon"] + r["error"] ** 2 for r in rows.values()], bias)},
