@@ -152,9 +152,11 @@ def test_the_choice_beside_the_bias_that_each_candidate_really_has(monkeypatch) 
 # ------------------------------------------------------------------------------------------ a stage with a budget
 
 SMALL = (
-    "data.n=600", "model.width=8", "model.depth=1", "eval.n=100", "eval.n_during=100", "pre.images_nimg=640", "pre.batch=32",
-    "pre.warmup_nimg=0", "mid.images_nimg=640", "mid.batch=32", "mid.warmup_nimg=0", "mid.trajectories.pool_steps=4",
-    "mid.trajectories.per_trajectory=4", "mid.eval_every_nimg=null", "post.images_nimg=640", "post.batch=32", "post.trajectories.pool_steps=4",
+    "data.n=600", "model.width=8", "model.depth=1", "eval.n=100", "eval.n_during=100",
+    "pre.images_nimg=640", "pre.batch=32", "pre.warmup_nimg=0",
+    "mid.images_nimg=640", "mid.batch=32", "mid.warmup_nimg=0", "mid.eval_every_nimg=null",
+    "mid.trajectories.pool_steps=4", "mid.trajectories.per_trajectory=4",
+    "post.images_nimg=640", "post.batch=32", "post.trajectories.pool_steps=4",
 )  # fmt: skip
 BUDGET = ("mid.trajectories.nfe=auto", "mid.trajectories.budget_forwards=4000", "mid.checkpoint_every_nimg=160")
 
