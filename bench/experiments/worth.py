@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.harness.results_file import commit
 from cmt_fast.config.schema import Trajectories
 from cmt_fast.data.gmm import Exact
 from cmt_fast.diffusion import rng
@@ -32,7 +33,7 @@ from cmt_fast.diffusion.paths import ProbabilityPath, column
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import rollout, table
 from cmt_fast.evaluation import theory
-from cmt_fast.runtime.machine import commit, environment
+from cmt_fast.runtime.machine import environment
 from cmt_fast.teacher import solver_error, solver_worth
 from cmt_fast.teacher.solver_error import Endpoints, Solver
 from cmt_fast.train.solver_choice import PILOT, PROBE

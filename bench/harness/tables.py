@@ -30,6 +30,7 @@ from bench.harness.pages import (
     safety,
     seed_tables,
     sizing,
+    worth,
 )
 from cmt_fast.speedrun import records, tracks
 
@@ -379,6 +380,7 @@ TABLES = {
     "native": native,
     "ops": ops,
     "predicted": predicted,
+    "worth": lambda _: worth.table(RESULTS),
     "zero": zero,
     "step": step,
     "trajectories": trajectories,

@@ -2,9 +2,9 @@
 
 `python -m bench grid SUITE --question NAME` asks, and writes advice.json: for each question and objective the value that is
 advised, and its distance over that of every other value, a mean over one and two steps and two feature spaces with a 95 %
-interval over seeds. The advised value is the cheapest of those that are not told apart from the nearest one: where every interval
-holds 1 nothing was decided but the price, and a plan says so. It has a line for every question: for those too that nobody has
-asked yet, that were not asked of the recipe's own value, or whose answer this recipe cannot take.
+interval over seeds. The advised value is the cheapest of those that are not told apart from the nearest one: where every
+interval holds 1 nothing was decided but the price, and a plan says so. It has a line for every question: for those too that
+nobody has asked yet, that were not asked of the recipe's own value, or whose answer this recipe cannot take.
 
 A recipe is told another value where its own is one that was measured, and the advised one is nearer or costs less. All of it is of
 small networks on small data. For others it is a guess, so a line says what it was measured on.
