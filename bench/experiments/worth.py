@@ -8,8 +8,8 @@ many images as the budget leaves with it. Then its bias is taken as the theorem 
 
 The rules see what they see of a run: endpoints by step doubling, targets along the trajectories by a finer solver, two pilots.
 None of them sees Psi. Compared are the choice by the bound (teacher/solver_worth.py), the choice of `nfe: auto` without a budget,
-the theorem's plain sum with the error of the endpoint, and one at random, whose bias is the geometric mean over candidates. All
-is in float64; a bias is a geometric mean over seeds of training.
+the theorem's plain sum with the error of the endpoint, that sum with each of the two changes alone, and one at random, whose bias
+is the geometric mean over candidates. All is in float64; a bias is a geometric mean over seeds of training.
 """
 
 from __future__ import annotations
@@ -155,11 +155,13 @@ def at_budget(world: World, budget: int, seeds: int) -> dict[str, Any]:
     settled = world.affords(budget, world.sure.setting, world.sure.nfe)
     limit = solver_error.MARGIN * math.sqrt(law.at(settled))
     by_error = solver_error.choose(world.ends, world.candidates, limit, False)[1]
-    plain = min(rows, key=lambda name: rows[name]["epsilon"] + rows[name]["error"] ** 2)
+    least = lambda weight, key: min(rows, key=lambda name: weight * rows[name]["epsilon"] + rows[name][key] ** 2)
     rules = {
         "bound": named(found.best),
         "error": f"{by_error.setting.title()} at {by_error.nfe}",
-        "theorem": plain,
+        "theorem": least(1.0, "error"),
+        "ends": least(mine.weight, "error"),
+        "whole": least(1.0, "along_high"),
         "best": min(rows, key=lambda name: rows[name]["bias"]),
     }
     bias = [row["bias"] for row in rows.values()]

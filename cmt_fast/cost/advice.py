@@ -6,8 +6,8 @@ interval over seeds. The advised value is the cheapest of those that are not tol
 interval holds 1 nothing was decided but the price, and a plan says so. It has a line for every question: for those too that
 nobody has asked yet, that were not asked of the recipe's own value, or whose answer this recipe cannot take.
 
-A recipe is told another value where its own is one that was measured, and the advised one is nearer or costs less. All of it is of
-small networks on small data. For others it is a guess, so a line says what it was measured on.
+A recipe is told another value where its own is one that was measured, and the advised one is nearer or costs less. All of it is
+of small networks on small data. For others it is a guess, so a line says what it was measured on.
 
 Solver and calls need no guess: `nfe: auto` measures them on the run itself, under a budget by the bound on the gradient's bias.
 """
