@@ -123,6 +123,10 @@ BENCHES = {
         "the solver that is chosen by measurement, and the mid-trainings that confirm or refute it",
     ),
     "unet": ("training.unet", "training steps of an EDM2 in the ImageNet-512 recipe, by kernel on a GPU"),
+    "worth": (
+        "experiments.worth",
+        "solvers that a budget of forwards chooses, beside the gradient's bias that each choice really has, in a known world",
+    ),
     "zero": (
         "training.zero",
         "loss curves and checkpoints of every ZeRO stage beside the local engine's, on CPU processes",

@@ -1,9 +1,10 @@
 """`python -m bench tune RECIPE --pre RUN`: what `nfe: auto` chooses, and the mid-trainings that confirm or refute it.
 
 From one finished teacher the same mid-training, seed and student images, with `nfe: auto`, with the recipe's own
-solver and with one that is clearly too coarse (order 1, four calls). Of each: the solver's estimated error, the
-student's own one-step error against the best limit at hand, its figures, and the seconds of training (measuring and
-pilot are counted apart, for `auto`). For digits 300 s of one core in all.
+solver and with one that is clearly too coarse (order 1, four calls); and with a budget, which is the forwards that the
+recipe's own solver takes: there the bound on the gradient's bias chooses solver and images. Of each: the solver's
+estimated error, the student's own one-step error against the best limit at hand, its figures, and the seconds of training
+(measuring and pilot are counted apart, for `auto`). For digits 300 s of one core in all.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from cmt_fast.config import fingerprint, loading
 from cmt_fast.run.folder import stored_run
+from cmt_fast.run.resolved import resolve
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import machine
 from cmt_fast.runtime.machine import environment
@@ -41,7 +43,11 @@ def run(args: argparse.Namespace) -> int:
     seed = stored_run(args.pre).seed
     recipe = loading.load(args.recipe, [f"seed={seed}"])
     coarse = COARSE if recipe.path == "ve" else ("mid.trajectories.solver=euler", COARSE[1])
-    arms = {"auto": ("mid.trajectories.nfe=auto",), "recipe": (), "coarse": coarse}
+    own = resolve(recipe, "mid")
+    budget = round(own.config.images_nimg * own.forwards(own.trajectories.solver, own.trajectories.calls))
+    auto = "mid.trajectories.nfe=auto"
+    by_bound = (auto, f"mid.trajectories.budget_forwards={budget}")
+    arms = {"auto": (auto,), "recipe": (), "coarse": coarse, "budget": by_bound}
     works = {
         k: Workspace(loading.load(args.recipe, [f"seed={seed}", *o]), args.out / k, args.pre) for k, o in arms.items()
     }
@@ -75,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     for name, row in rows.items():
         figures = {k: round(v["frechet"], 3) for k, v in row["figures"].items()}
         errors = f"solver {row['solver_error']:.3g}, student {row['student_error']:.3g}"
-        print(f"{name:>8}: {row['solver']}; {errors}; {figures}; {row['train_s']:.0f} s")
+        length = f"{row['images']:,} images, {row['forwards']:,} forwards"
+        print(f"{name:>8}: {row['solver']}; {length}; {errors}; {figures}; {row['train_s']:.0f} s")
     print(path)
     return 0
 
@@ -84,6 +91,7 @@ def measure(work: Workspace, ends: solver_error.Endpoints, limit: torch.Tensor) 
     """Train the mid stage (or take it up where it stopped) and read its figures."""
     loop.train(work, ["mid"])
     stage, net = work.run.stages["mid"], work.network("mid")
+    images = work.stage("mid").config.images_nimg
     how = solver_record.settled(work.folder / "mid", stage.trajectories)
     setting = solver_error.Solver(
         "dpmpp" if how.solver == "euler" else how.solver, how.order if how.solver != "euler" else 1, how.shift
@@ -91,6 +99,9 @@ def measure(work: Workspace, ends: solver_error.Endpoints, limit: torch.Tensor) 
     return {
         "trajectories": dataclasses.asdict(how),
         "solver": f"{setting.title()} at {how.nfe}",
+        "images": images,
+        "forwards": round(images * work.stage("mid").forwards(how.solver, how.nfe)),
+        "worth": kept.worth if (kept := solver_record.read(work.folder / "mid")) else None,
         "solver_error": solver_record.rows_of([ends.estimate(setting, how.nfe)])[0]["error"],
         "student_error": solver_choice.one_step_error(work, net, ends, limit) ** 0.5,
         "figures": work.judging.evaluate(net, work.run.eval.steps, work.run.eval.n),

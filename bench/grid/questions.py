@@ -44,6 +44,13 @@ class Question(NamedTuple):
             if path == "ve":
                 return self.key, {arm: int(arm.split()[1]) for arm in arms}
             return "mid.trajectories.solver", {arm: arm for arm in arms}
+        if self.key.endswith(".t_min"):
+            ends = "mid.trajectories.t_max,mid.trajectories.t_min"
+            if path == "ve":
+                return ends, {arm: [float(t) for t in arm.split(" to ")] for arm in arms}
+            return "mid.trajectories.shift", dict(zip(arms, (0.5, 1.0, 2.0), strict=True))
+        if self.key.endswith(".guidance"):
+            return self.key, {arm: float(arm) for arm in arms}
         plain = {arm: int(arm) for arm in arms if arm.isdigit()}
         return self.key, plain if len(plain) == len(arms) else {}
 

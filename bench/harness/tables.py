@@ -30,6 +30,7 @@ from bench.harness.pages import (
     safety,
     seed_tables,
     sizing,
+    worth,
 )
 from cmt_fast.speedrun import records, tracks
 
@@ -331,15 +332,18 @@ def tune(recipe: str) -> str:
     steps = list(data["arms"]["auto"]["figures"])
     heads = "".join(f" Fréchet, {k} step{'s' * (k != '1')} |" for k in steps)
     lines = [
-        f"| {recipe} | solver | its error, estimated | student's error |{heads}",
-        "|---|---|---|---|" + "---|" * len(steps),
+        f"| {recipe} | solver | images | forwards | its error, estimated | student's error |{heads}",
+        "|---|---|---|---|---|---|" + "---|" * len(steps),
     ]
     for name, r in data["arms"].items():
         cells = " | ".join(f"{r['figures'][k]['frechet']:.3f}" for k in steps)
-        lines.append(f"| {name} | {r['solver']} | {r['solver_error']:.3g} | {r['student_error']:.3g} | {cells} |")
+        length = f"{r['images']:,} | {r['forwards']:,}" if "images" in r else f"{data['images']:,} | -"
+        lines.append(
+            f"| {name} | {r['solver']} | {length} | {r['solver_error']:.3g} | {r['student_error']:.3g} | {cells} |"
+        )
     e = data["environment"]
     lines.append(
-        f"\nSeed {data['seed']}, {data['images']:,} student images, {data['samples']:,} samples; errors are RMS per dimension; "
+        f"\nSeed {data['seed']}, {data['samples']:,} samples; errors are RMS per dimension; "
         f"settled in {data['settling_s']:.0f} s; {e['cpu']}, {data['threads']} threads; commit {data['commit']}, "
         f"{data['date']}.\n"
     )
@@ -376,6 +380,7 @@ TABLES = {
     "native": native,
     "ops": ops,
     "predicted": predicted,
+    "worth": lambda _: worth.table(RESULTS),
     "zero": zero,
     "step": step,
     "trajectories": trajectories,

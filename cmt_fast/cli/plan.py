@@ -12,8 +12,9 @@ from cmt_fast.cli.parser import add_overrides
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.schema import Run
-from cmt_fast.cost import advice, disk, estimate, gap, host, plan, rounded, savings, step_time
+from cmt_fast.cost import advice, disk, estimate, gap, host, levers, plan, rounded, savings, step_time
 from cmt_fast.cost.hardware import CARDS, NAMES, RESULTS, Card, card
+from cmt_fast.cost.levers import Change
 from cmt_fast.cost.plan import Machine, Plan, StagePlan
 from cmt_fast.engine.sharding import gb
 from cmt_fast.run import validation
@@ -95,7 +96,7 @@ def figures(
         validation.check(run, rows.shape, rows.classes)
         machine = Machine(at, gpus, rows)
         made = plan.plan(run, names, machine, hours)
-        levers = gap.lines(made, machine)
+        open_levers = gap.lines(made, machine)
     except ConfigError:
         raise
     except ValueError as error:
@@ -121,10 +122,31 @@ def figures(
             for c in made.layout.changes
         ],
         "published": _published(run, names, at, gpus, made),
-        "levers": [line._asdict() for line in levers],
-        "advice": [line._asdict() for line in advice.lines(made.layout.run)] if "mid" in names else [],
+        "levers": [line._asdict() for line in open_levers],
+        **_advised(made.layout.run, rows, "mid" in names),
         "store": {"bytes": rows.store_bytes, "note": rows.note},
         "sources": _sources(at, made, gpus),
+    }
+
+
+def _advised(run: Run, rows: estimate.Rows, asked: bool) -> dict[str, Any]:
+    """What was measured of mid-training's settings, question by question, where the plan has a mid-training."""
+    if not asked:
+        return {"advice": [], "answers": [], "by_measurement": ""}
+
+    def refused(key: str, value: Any) -> str:
+        try:
+            pairs = [Change(one, v, None, "", True) for one, v in advice.overrides(key, value)]
+            validation.check(levers.applied(run, pairs), rows.shape, rows.classes)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    found = advice.answers(run, refused=refused)
+    return {
+        "advice": [answer.line._asdict() for answer in found if answer.line],
+        "answers": [{key: getattr(answer, key) for key in ("question", "state", "text")} for answer in found],
+        "by_measurement": advice.by_measurement(run),
     }
 
 
@@ -134,7 +156,7 @@ def _stage(s: StagePlan, run: Run, made: Plan, gpus: int) -> dict[str, Any]:
     parts = {"networks": networks_us, "communication": cost.communication_us, "optimizer": cost.optimizer_us}
     return {
         "images": cost.images,
-        "of_images": run.stages[s.name].images_nimg,
+        "of_images": resolve(run, s.name).config.images_nimg,
         "steps": cost.steps,
         "batch": stage.batch,
         "micro_batch": s.micro_batch,
@@ -290,7 +312,17 @@ def text(found: dict[str, Any]) -> list[str]:
             f"{name:8} {images} {rows:>22} {engine:>14} {s['step_us'] / 1e3:9,.4g} {s['hours']:8,.3g} {s['gpu_hours']:10,.4g}  "
             f"{s['limits']}; {s['mark']}"
         )
-    out += ["", *_memory(found), "", *_differs(found), *_advice(found), "", *_budget(found), "", "each figure's source"]
+    out += [
+        "",
+        *_memory(found),
+        "",
+        *_differs(found),
+        *advice.as_text(found["answers"], found["by_measurement"]),
+        "",
+        *_budget(found),
+        "",
+        "each figure's source",
+    ]
     out += [f"  {row['what']:44} {row['value']}; {row['source']}" for row in found["sources"]]
     lines = found["commands"]
     held = " and ".join(f"`{name}`" for name in lines["of_run"])
@@ -333,15 +365,6 @@ def _differs(found: dict[str, Any]) -> list[str]:
         price = lambda c: f"; {c['measured']}" if c["measured"] else ""
         out += [f"  {c['override']} (the recipe's: {json.dumps(c['was'])}): {c['why']}{price(c)}" for c in rows]
     return out or ["nothing differs from the recipe"]
-
-
-def _advice(found: dict[str, Any]) -> list[str]:
-    """What was measured of mid-training's own settings, where the plan has others."""
-    rows = found["advice"]
-    head = "mid-training, as measured by `python -m bench grid`; nothing of it is in this plan"
-    return (
-        ["", head, *(f"  {r['key']}={r['value']} (this plan's: {r['was']}): {r['why']}" for r in rows)] if rows else []
-    )
 
 
 def _budget(found: dict[str, Any]) -> list[str]:

@@ -360,7 +360,12 @@ def _dry_run(work: workspace.Workspace, names: list[str], lacking: list[needs.Ne
 def _auto(stage: ResolvedStage) -> str:
     kept = solver_record.read(stage.folder)
     if kept:
-        return f"nfe auto was resolved: {solver_record.override(stage.name, kept.choice)}"
+        length = f", {kept.images:,} images" if kept.images else ""
+        return f"nfe auto was resolved: {solver_record.override(stage.name, kept.choice)}{length}"
+    budget = stage.trajectories.budget_forwards
+    if budget is not None:
+        held = f"its images are what {budget:,} forwards hold"
+        return f"nfe auto is resolved when the stage begins, and {held}; counted here with {stage.trajectories.calls}"
     return f"nfe auto is resolved when the stage begins; counted here with {stage.trajectories.calls}"
 
 

@@ -49,6 +49,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="measure every number of calls instead of stopping at the first that is good enough",
     )
     p.add_argument("--grids", action="store_true", help="on linear flow, try other time shifts than the recipe's too")
+    text = (
+        "choose as trajectories.budget_forwards does: by the bound on the gradient's bias, at N forwards for the stage"
+    )
+    p.add_argument("--budget", type=int, metavar="N", help=text)
     p.add_argument("--json", type=Path, metavar="FILE", help="write the table and the choice")
 
 
@@ -56,6 +60,8 @@ def tune(args: argparse.Namespace) -> None:
     nfes = _nfes(args.nfe)
     if args.trajectories < 8 or not args.margin > 0 or (args.epsilon is not None and not args.epsilon > 0):
         raise ConfigError("--trajectories: must be at least 8; --margin and --epsilon: above 0")
+    if args.budget is not None and not args.budget > 0:
+        raise ConfigError(f"--budget: {args.budget} is not valid; it is forwards of student and teacher, above 0")
     if args.epsilon is not None and args.student:
         raise ConfigError("--student: cannot be given with --epsilon; either says how good the student is")
     stored = (Path(args.recipe) / folder_.RUN_FILE).is_file()
@@ -72,10 +78,11 @@ def tune(args: argparse.Namespace) -> None:
     folder = Path(args.recipe) if stored else args.out or folder_.default(run)
     work = workspace.Workspace(run, folder, folder_.parents_of(folder) if stored else None)
     student = args.student
-    if student is None and args.epsilon is None and _finished(work, args.stage):
-        student = args.stage
+    budget = args.budget or work.stage(args.stage).trajectories.budget_forwards
+    if student is None and args.epsilon is None and not budget and _finished(work, args.stage):
+        student = args.stage  # with a budget pilots say how its error falls
     search = solver_choice.Search(
-        args.trajectories, nfes, args.epsilon, student, args.margin, whole=args.all, grids=args.grids
+        args.trajectories, nfes, args.epsilon, student, args.margin, whole=args.all, grids=args.grids, budget=budget
     )
     kept = solver_choice.measure(work, work.stage(args.stage), search=search)
     if distributed.rank():
@@ -84,9 +91,14 @@ def tune(args: argparse.Namespace) -> None:
     rows = [[*solver_record.cells(r), _number(r["common"]), solver_record.serves(r, kept.limit)] for r in kept.rows]
     title = f"Endpoint error by step doubling, RMS per dimension; {args.stage} of {args.recipe}"
     templates.show(templates.Table(title, head, rows))
+    if kept.worth and kept.worth["rule"] == "bias":
+        weighed = [[*solver_record.cells(r)[:3], *solver_record.worth_cells(r)] for r in kept.rows]
+        title = f"Bound on the gradient's bias at {budget:,} forwards: {kept.worth['weight']:.3g} epsilon + (to)^2"
+        templates.show(templates.Table(title, [*solver_record.HEAD[:3], *solver_record.WORTH_HEAD], weighed))
     for line in solver_choice.summary(args.stage, kept):
         progress.say(line)
-    progress.say(solver_record.override(args.stage, kept.choice))
+    length = f" {args.stage}.images_nimg={kept.images}" if kept.images else ""
+    progress.say(solver_record.override(args.stage, kept.choice) + length)
     _write(args.json, kept._asdict())
 
 
@@ -119,6 +131,8 @@ def _write(file: Path | None, figures: dict) -> None:
 
 def closed_form(run: Run, args: argparse.Namespace, nfes: tuple[int, ...]) -> None:
     """The mixture's own denoiser and velocity as the teacher, in float64, and the true error beside the estimate."""
+    if args.budget is not None:
+        raise ConfigError("--budget: the closed form trains no student whose error could fall; name a RUN")
     if args.student:
         raise ConfigError("--student: the closed form has none; name a RUN to tune a trained teacher")
     figures: dict = {"recipe": run.name, "trajectories": args.trajectories, "paths": {}}

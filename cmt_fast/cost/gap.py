@@ -57,7 +57,8 @@ def lines(plan: Plan, machine: Machine) -> list[Line]:
     out = []
     if plan.written is not None:
         out.append(Line("the recipe as it is written", gpus * plan.written, TAKEN, "whether it fits in memory or not"))
-    named = lambda changes: ", ".join(c.override for c in changes if not c.key.endswith("images_nimg")) or "no change"
+    length = ("images_nimg", "budget_forwards")
+    named = lambda changes: ", ".join(c.override for c in changes if not c.key.endswith(length)) or "no change"
     out.append(Line("laid out for these cards", gpus * whole.hours, TAKEN, named(whole.changes)))
     method = [c for c in plan.full.changes if c.method]
     if method:

@@ -180,6 +180,11 @@ class _Search:
         changes = []
         for name in self.names:
             stage = layout.run.stages[name]
+            if (t := stage.trajectories) and t.budget_forwards is not None:
+                less = max(1, int(share * t.budget_forwards))
+                why = f"{less / t.budget_forwards:.1%} of the recipe's, which the budget of hours holds"
+                changes.append(Change(f"{name}.trajectories.budget_forwards", less, t.budget_forwards, why, True))
+                continue
             images = max(1, int(share * stage.images_nimg) // stage.batch) * stage.batch
             why = f"{images / stage.images_nimg:.1%} of the recipe's, which the budget holds"
             changes.append(Change(f"{name}.images_nimg", images, stage.images_nimg, why, True))

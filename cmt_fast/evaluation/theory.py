@@ -148,11 +148,11 @@ def draw(samples: int, seed: int) -> Draws:
     return Draws(x_0, eps, x_t, t)
 
 
-def _field(x: Tensor, t: Tensor, sigma_data: float, count: int, seed: int) -> Tensor:
-    """`count` smooth functions cos(w . (c_in x, ln(t)/4) + b), w normal, b uniform on the circle. (B, count)."""
+def cosines(x: Tensor, t: Tensor, sigma_data: float, count: int, seed: int, width: float = 1.0) -> Tensor:
+    """`count` smooth functions cos(w . (c_in x, ln(t)/4) + b), w normal of this width, b uniform on the circle. (B, count)."""
     inputs = torch.cat((x / column(torch.sqrt(t**2 + sigma_data**2), x), t.log()[:, None] / 4), dim=1)
     ids, random = torch.arange(count), Random(seed, 1, 0)
-    w, b = random.normal(rng.PROJECTION, ids, (3,)).double(), random.uniform(rng.SAMPLE, ids)
+    w, b = width * random.normal(rng.PROJECTION, ids, (3,)).double(), random.uniform(rng.SAMPLE, ids)
     return torch.cos(inputs @ w.T + 2 * math.pi * b)
 
 
@@ -172,7 +172,7 @@ def _bias(net: Exact, path: ProbabilityPath, samples: int, seed: int, clock: flo
     d = draw(samples, seed)
     target = psi(net, d.x_t, d.t)
     c_out = d.t * path.sigma_data / torch.sqrt(d.t**2 + path.sigma_data**2)
-    jacobian = column(c_out, d.x_t) * _field(d.x_t, d.t, path.sigma_data, FEATURES, seed) / math.sqrt(FEATURES)
+    jacobian = column(c_out, d.x_t) * cosines(d.x_t, d.t, path.sigma_data, FEATURES, seed) / math.sqrt(FEATURES)
 
     def figures(f: Tensor) -> tuple[float, float]:
         """E||e||^2 and B of a target f(x_r, r)."""
@@ -210,7 +210,7 @@ def _bias(net: Exact, path: ProbabilityPath, samples: int, seed: int, clock: flo
             f"MSE {2 * min(order, 2)}, B {2 * min(order, 2)}",
         )
     exact = psi(net, x_r, r)
-    field = _field(x_r, r, path.sigma_data, 2, seed + 1)
+    field = cosines(x_r, r, path.sigma_data, 2, seed + 1)
     unit = field / field.square().sum(1).mean().sqrt()
     row(f"Psi + sqrt(eps) g, q = {FINE_Q}", "eps", EPSILON, lambda e: exact + math.sqrt(e) * unit, "MSE 1, B 1")
 

@@ -208,6 +208,11 @@ def solvers(chosen: dict[str, tuple[solver_record.Kept, list[str]]]) -> Section:
         rows = [[*solver_record.cells(row), solver_record.serves(row, kept.limit)] for row in kept.rows]
         note = "RMS per dimension, from step doubling. An order in brackets was not used to extrapolate."
         tables.append(Table(f"{name}: endpoint error", [*solver_record.HEAD, "serves"], rows, note))
+        if kept.worth and kept.worth["rule"] == "bias":
+            weighed = [[*solver_record.cells(row)[:3], *solver_record.worth_cells(row)] for row in kept.rows]
+            note = "What a budget of forwards leaves of the bound on the gradient's bias. Epsilon and bound are mean squares."
+            head = [*solver_record.HEAD[:3], *solver_record.WORTH_HEAD]
+            tables.append(Table(f"{name}: bound on the bias", head, weighed, note))
     return Section("The teacher's solver", text, [Group(tables)] if tables else [])
 
 

@@ -59,6 +59,12 @@ def asked(run: Run, folder: Path, texts: Sequence[str]) -> tuple[Run, Asked]:
         first = out.setdefault(name, {}).get(key, [before])[0]
         out[name][key] = [first, after]
     for name, keys in out.items():
+        t = run.stages[name].trajectories
+        if t and t.budget_forwards is not None and "images_nimg" in keys:
+            raise ConfigError(
+                f"--change: {name}.images_nimg follows from {name}.trajectories.budget_forwards, and was settled when the stage "
+                "began; it cannot be changed any more"
+            )
         _can(run, folder, name)
         if "batch" in keys and resolve(run, name).cache:
             raise ConfigError(
@@ -103,7 +109,7 @@ def _can(run: Run, folder: Path, name: str) -> None:
     later = [s for s in run.stages if name in run.ancestors(s) and checkpoint.steps(folder / s)]
     if later:
         raise ConfigError(f"--change: {later[0]} of {folder} was begun from {name}; it would be of another {name}")
-    length, seen = run.stages[name].images_nimg, found.manifest["nimg"]
+    length, seen = resolve(run, name, folder).config.images_nimg, found.manifest["nimg"]
     if length <= seen:
         raise ConfigError(f"--change: {name}.images_nimg: {length:,} is not above the {seen:,} images that it has seen")
 

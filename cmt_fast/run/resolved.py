@@ -13,10 +13,10 @@ from cmt_fast.config.errors import ConfigError, nearest
 from cmt_fast.config.schema import STAGES, Drift, Run, Stage, Trajectories
 from cmt_fast.diffusion.guidance import Net
 from cmt_fast.diffusion.paths import ProbabilityPath
-from cmt_fast.objectives import OBJECTIVES, taught
+from cmt_fast.objectives import OBJECTIVES, counting, taught
 from cmt_fast.schedule import Schedule, Since, schedule
-from cmt_fast.teacher import solver_error
-from cmt_fast.teacher.pool import Drawn, Pool, Prior
+from cmt_fast.teacher import solver_error, solver_record
+from cmt_fast.teacher.pool import Drawn, Pool, Prior, drawn
 
 INDEX = {name: i for i, name in enumerate(STAGES)}  # enters every random key: never renumber
 
@@ -94,6 +94,23 @@ class ResolvedStage:
         if self.config.trajectories is None:
             raise ConfigError(f"{self.name}.trajectories: is missing")
         return self.config.trajectories
+
+    @property
+    def guided(self) -> int:
+        """Network calls of one guided call of the teacher in its rollouts."""
+        t, guide = self.config.trajectories, self.config.autoguidance
+        return 1 if t is None or (t.guidance == 1 and not (guide and guide.trajectories)) else 2
+
+    def forwards(self, solver: str, nfe: int) -> float:
+        """Forwards for one student image with trajectories of `nfe` calls, of student and teacher: a backward is two."""
+        (own, anchored), batch, t = self.rows, self.config.batch, self.trajectories
+        trained = own * counting.work(self.config.objective, self.path, own).forwards + 3 * anchored
+        points = drawn(t, self.run.path, nfe // (2 if solver == "heun" else 1))
+        return (trained + self.trajectory_rows * self.guided * nfe / points) / batch
+
+    def affords(self, budget: int, setting: solver_error.Solver, nfe: int) -> int:
+        """Images, in whole batches, for which `budget` forwards are enough with trajectories of `nfe` calls."""
+        return int(budget / self.forwards(setting.solver, nfe)) // self.config.batch * self.config.batch
 
     @property
     def cache(self) -> str | None:
@@ -187,4 +204,18 @@ def resolve(run: Run, name: str, folder: Path | None = None) -> ResolvedStage:
     stages = run.stages
     if name not in stages:
         raise ConfigError(f"{name}: is no stage of {run.name}; it has {', '.join(stages)}{nearest(name, stages)}")
-    return ResolvedStage(run, name, stages[name], (folder or Path()) / name)
+    found = ResolvedStage(run, name, stages[name], (folder or Path()) / name)
+    t = found.config.trajectories
+    return (
+        found if t is None or t.budget_forwards is None else budgeted(found, None if folder is None else found.folder)
+    )
+
+
+def budgeted(stage: ResolvedStage, folder: Path | None) -> ResolvedStage:
+    """A stage of `trajectories.budget_forwards`, as long as that is: with the solver that was settled in `folder`, before with
+    as many calls as `auto` is counted with."""
+    t = stage.trajectories
+    kept = solver_record.read(folder) if folder and t.nfe == "auto" else None
+    own = solver_error.Solver(t.solver, t.order, t.shift)
+    images = kept.images if kept else stage.affords(t.budget_forwards or 0, own, t.calls)
+    return stage.replaced(images_nimg=max(images or 0, stage.config.batch))

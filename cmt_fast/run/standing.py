@@ -9,10 +9,11 @@ One answer for the report, `cmt runs` and `cmt watch`.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from cmt_fast.config.schema import Run, Stage
 from cmt_fast.runtime import words
@@ -22,6 +23,7 @@ from cmt_fast.storage.record import Record
 from cmt_fast.usage import bills
 from cmt_fast.usage.bills import Usage
 
+SOLVER = "solver.json"  # of teacher/solver_record.py, which needs torch
 PULSE_S = 60.0  # after which a process that writes bill.alive every 5 s is gone
 AHEAD_S = 60.0  # by which clocks of two machines may differ
 
@@ -168,7 +170,23 @@ def of(
     found = record(home / metrics_log.METRICS)
     bill = bills.of_stage(home, manifest)
     spoilt = _spoilt(home, found, manifest)
-    return Standing(name, run.stages[name], home, home.parent == folder, found, manifest, wrong, bill, spoilt)
+    return Standing(
+        name, _as_long(run.stages[name], home), home, home.parent == folder, found, manifest, wrong, bill, spoilt
+    )
+
+
+def _as_long(stage: Stage, home: Path) -> Stage:
+    """A stage of `trajectories.budget_forwards` with the images that were settled when it began, before as the recipe has it."""
+    if stage.trajectories is None or stage.trajectories.budget_forwards is None:
+        return stage
+    try:
+        worth = sound.read(home / SOLVER).get("worth")
+    except (OSError, sound.Unsound):
+        return stage
+    images = worth.get("images") if isinstance(worth, dict) else None
+    return (
+        dataclasses.replace(cast(Any, stage), images_nimg=images) if isinstance(images, int) and images > 0 else stage
+    )
 
 
 def _spoilt(home: Path, record: Record, manifest: dict[str, Any] | None) -> str:

@@ -139,6 +139,8 @@ def _check_trajectories(resolved: ResolvedStage, shape: tuple[int, ...], classes
         raise ConfigError(
             f"{name}.trajectories.nfe: 'auto' is chosen with the teacher, cached trajectories have theirs"
         )
+    if t.budget_forwards is not None:
+        _check_budget(resolved, t.budget_forwards)
     try:
         table(ProbabilityPath(resolved.run.path), t.solver, t.calls, t.t_max, t.t_min, t.order, t.shift)
     except ConfigError as error:
@@ -152,6 +154,28 @@ def _check_trajectories(resolved: ResolvedStage, shape: tuple[int, ...], classes
         raise ConfigError(
             f"{name}.trajectories.nfe: auto finds nothing to choose from; with {resolved.trajectory_rows} rows x "
             f"{t.pool_steps} steps in mode {t.mode} none of {', '.join(map(str, solver_error.NFE))} makes whole trajectories"
+        )
+
+
+def _check_budget(resolved: ResolvedStage, budget: int) -> None:
+    """A budget is what `auto` chooses under, in a stage that trains on trajectories alone, and holds a step of it."""
+    name, t = resolved.name, resolved.trajectories
+    key = f"{name}.trajectories.budget_forwards"
+    if t.nfe != "auto":
+        raise ConfigError(
+            f"{key}: {budget:,} is what `nfe: auto` chooses under, and nfe is {t.nfe}; set {name}.trajectories.nfe to auto, or "
+            f"leave the budget out and give {name}.images_nimg"
+        )
+    if OBJECTIVES[resolved.config.objective.kind].draws != "trajectories":
+        valid = [n for n, s in resolved.run.stages.items() if OBJECTIVES[s.objective.kind].draws == "trajectories"]
+        raise ConfigError(
+            f"{key}: {name} trains on {resolved.config.objective.kind}, its trajectories are an anchor's; a budget is of a stage "
+            f"that trains on trajectories alone, here {' or '.join(valid) or 'none'}"
+        )
+    least = min((resolved.forwards(s.solver, n) for s, n in resolved.candidates()), default=0.0) * resolved.config.batch
+    if budget < least:
+        raise ConfigError(
+            f"{key}: {budget:,} forwards hold no step; one takes {math.ceil(least):,} with the cheapest solver"
         )
 
 

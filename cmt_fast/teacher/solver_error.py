@@ -63,6 +63,7 @@ NFE = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 SHIFTS = (1.0, 0.5, 2.0)  # grids of linear flow that are tried beside the recipe's own
 COUNT, MARGIN = 256, 0.25  # trajectories; solver error over the student's
 ALIKE, CLEAN, SLOWEST, RESAMPLES = 0.8, 0.8, 0.5, 200
+ALONG, NODES, FINER = 64, 8, 4  # trajectories and nodes at which targets are checked, and calls of the check for one
 _STAGE = 2**32 - 2  # of no training stage: trajectories that are measured are none that is trained on
 
 
@@ -95,6 +96,13 @@ class Estimate(NamedTuple):
     clean: bool
 
 
+class Along(NamedTuple):
+    """What targets miss over the nodes of trajectories, RMS per dimension, and the upper end of its interval."""
+
+    error: float
+    high: float
+
+
 class Endpoints:
     """The endpoints of settings from one set of starts, each rolled out once. Every rank rolls its share, all hold all."""
 
@@ -106,6 +114,7 @@ class Endpoints:
         self.net, self.path, self.x, self.labels, self.config, self.advance = net, path, x, labels, config, advance
         self.count = len(x) * distributed.size()
         self.calls = 0  # network calls a trajectory, without guidance's second
+        self.apart = 0  # those on some of the trajectories, over all of these
         self._known: dict[tuple[Solver, int], Tensor] = {}
 
     def at(self, setting: Solver, nfe: int) -> Tensor:
@@ -154,9 +163,45 @@ class Endpoints:
         low, high = float(torch.quantile(low[1:], 0.025)), float(torch.quantile(high[1:], 0.975))
         return Estimate(setting, nfe, cost, float(own[0]), low, high, order, clean)
 
+    def along(self, setting: Solver, nfe: int, fine: Solver) -> Along:
+        """What a setting's targets miss at its own nodes: x_N, which is the target of every x_i, beside Psi(x_i), by `fine` with
+        FINER calls for each that is left from there. Of the first `ALONG` trajectories and at most `NODES` of their nodes, evenly
+        over those that are drawn; infinite where a rollout is not finite."""
+        c, rows = self.config, torch.arange(min(len(self.x), -(-ALONG // distributed.size())), device=self.x.device)
+        plan = table(self.path, setting.solver, nfe, c.t_max, c.t_min, setting.order, setting.shift)
+        nodes, squares = len(plan.times) - 1, []
+        for part in rows.split(c.rollout_batch):
+            signals.look()
+            labels = self._labels(part)
+            x = rollout(self.net, self.path, plan, self.x[part], labels)
+            self._spend(nfe, len(part))
+            own = []
+            for i in checked(nodes):
+                calls = FINER * (nodes - i)
+                rest = table(self.path, fine.solver, calls, plan.times[i], c.t_min, fine.order)
+                own.append((rollout(self.net, self.path, rest, x[i], labels, dense=False) - x[-1]).double().square())
+                self._spend(calls, len(part))
+            squares.append(torch.stack(own).flatten(2).mean((0, 2)))
+        found = distributed.gather_rows(torch.cat(squares)).cpu()
+        if not bool(torch.isfinite(found).all()):
+            return Along(math.inf, math.inf)
+        drawn = _resampled(found)
+        return Along(float(drawn[0]), float(torch.quantile(drawn[1:], 0.975)))
+
+    def _spend(self, calls: int, rows: int) -> None:
+        """Calls on `rows` of this rank's trajectories, counted by the row."""
+        self.apart += calls * rows * distributed.size()
+        self.advance(calls * rows // len(self.x))
+
     def distance(self, e: Estimate, limit: Tensor) -> float:
         """RMS distance per dimension of a setting's endpoint to a limit (n, D)."""
         return _size(self.at(e.setting, e.nfe) - limit)
+
+
+def checked(nodes: int) -> list[int]:
+    """The nodes of `along`, of so many that targets are drawn from."""
+    used = min(nodes, NODES)
+    return [(2 * k + 1) * nodes // (2 * used) for k in range(used)]
 
 
 def _size(x: Tensor) -> float:
@@ -229,3 +274,10 @@ def choose(ends: Endpoints, candidates: list[tuple[Solver, int]], limit: float, 
 def calls(candidates: Iterable[tuple[Solver, int]]) -> int:
     """Network calls a trajectory of the whole table: each setting at N, 2N, 4N, what is shared once."""
     return sum(nfe for _, nfe in {(setting, nfe * k) for setting, nfe in candidates for k in (1, 2, 4)})
+
+
+def calls_along(candidates: Iterable[tuple[Solver, int]], count: int) -> int:
+    """The same of checking targets at the nodes of each, as of all `count` trajectories."""
+    nodes = lambda setting, nfe: nfe // (2 if setting.solver == "heun" else 1)
+    checks = lambda n: FINER * sum(n - i for i in checked(n))
+    return sum(nfe + checks(nodes(setting, nfe)) for setting, nfe in candidates) * min(ALONG, count) // count

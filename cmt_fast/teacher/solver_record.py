@@ -23,7 +23,8 @@ class Kept(NamedTuple):
     """RUN/STAGE/solver.json: what `nfe: auto` was settled to, and on what grounds.
 
     epsilon: {"value": mean square per dimension, "source": how it is known, ...}; networks: checksums of those rolled out;
-    rows: the table, a row per estimate; calls: network calls spent on it, over all trajectories.
+    rows: the table, a row per estimate; calls: network calls spent on it, over all trajectories. worth: of a stage with a budget,
+    {"rule": "bias" or "error", "why", "budget_forwards", "images", ...}, as teacher/solver_worth.py has them.
     """
 
     choice: dict[str, Any]
@@ -34,6 +35,12 @@ class Kept(NamedTuple):
     trajectories: int
     calls: int
     rows: list[dict[str, Any]]
+    worth: dict[str, Any] | None = None
+
+    @property
+    def images(self) -> int | None:
+        """Of the stage, where they follow from a budget."""
+        return self.worth and self.worth["images"]
 
 
 def read(folder: Path) -> Kept | None:
@@ -48,8 +55,12 @@ def read(folder: Path) -> Kept | None:
         raise ConfigError(f"{error}; remove it to measure again") from None
     except TypeError as error:
         raise ConfigError(f"{folder / FILE}: cannot be read ({error}); remove it to measure again") from None
-    kinds = (dict, bool, float | int, dict, dict, int, int, list)
-    if not all(isinstance(v, of) for v, of in zip(kept, kinds)) or not all(isinstance(r, dict) for r in kept.rows):
+    kinds = (dict, bool, float | int, dict, dict, int, int, list, dict | None)
+    if (
+        not all(isinstance(v, of) for v, of in zip(kept, kinds, strict=True))
+        or not all(isinstance(r, dict) for r in kept.rows)
+        or not (kept.worth is None or isinstance(kept.worth.get("images"), int))
+    ):
         raise ConfigError(f"{folder / FILE}: cannot be read (it is no record of a choice); remove it to measure again")
     return kept
 
@@ -74,12 +85,32 @@ def rows_of(estimates: Iterable[Estimate]) -> list[dict[str, Any]]:
     ]
 
 
+def told(worth: dict[str, Any]) -> str:
+    """Of a stage with a budget: by what was chosen, and how long the stage is."""
+    length = f"{worth['images']:,} images are what {worth['budget_forwards']:,} forwards hold with it"
+    if worth["rule"] == "error":
+        return f"{length}; the bound on the gradient's bias was not weighed ({worth['why']}), the error alone chose"
+    rest = f"; {n} dearer ones cannot be below it" if (n := len(worth["passed"])) else ""
+    return (
+        f"chosen by the bound on the gradient's bias: {worth['weight']:.3g} epsilon + the targets' error squared is "
+        f"{worth['weight']:.3g} x {worth['epsilon']:.3g} + {worth['along']:.3g}^2 = {worth['bound']:.3g}, the least{rest}; "
+        f"{length}; {worth['why']}"
+    )
+
+
+ESTIMATED = ("error", "low", "high", "observed", "clean")  # null in a row of a candidate that was weighed without
 HEAD = ["solver", "NFE", "calls/row", "error", "from", "to", "order seen"]
+
+
+def estimated(row: dict[str, Any]) -> bool:
+    """Whether a row has an estimate of its endpoint, were it infinite."""
+    return row["clean"] is not None
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """One row of `rows_of` as the cells under `HEAD`; an order in brackets was no ground to extrapolate."""
-    number = lambda v: "inf" if v is None else f"{v:.3g}"
+    none = "inf" if estimated(row) else "-"
+    number = lambda v: none if v is None else f"{v:.3g}"
     p = row["observed"]
     observed = "-" if p is None else f"{p:.2f}" if row["clean"] else f"({p:.1f})"
     named = Solver(*(row[k] for k in Solver._fields))
@@ -92,8 +123,19 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+WORTH_HEAD = ["images", "epsilon", "targets miss", "to", "bound"]
+
+
+def worth_cells(row: dict[str, Any]) -> list[str]:
+    """The rest of a row of a stage with a budget, under `WORTH_HEAD`."""
+    number = lambda v: "inf" if v is None else f"{v:.3g}"
+    return [f"{row['images']:,}", *(number(row[key]) for key in ("epsilon", "along", "along_high", "bound"))]
+
+
 def serves(row: dict[str, Any], limit: float) -> str:
     """Whether the upper end of a row's error stays below a limit, in a word."""
+    if not estimated(row):
+        return "-"
     return "yes" if row["high"] is not None and row["high"] <= limit else "no"
 
 

@@ -97,13 +97,14 @@ def train_stage(
     grad_accum_steps = stage.grad_accum_steps(distributed.size())
     found = starting.newest(folder, work.contents.get(name))
     stage = starting.going_on(work, stage, found)
-    plan = stage.schedule
     unseen = bool(found and looking.owed(stage, found.manifest))
     if found and found.manifest.get("done") and not unseen:
         if distributed.rank() == 0:
             metrics_log.settle(folder, found.manifest)
         return say(f"{name:>8} done ({found.manifest['nimg']} images)") if distributed.rank() == 0 else None
     others = work.external_inputs(stage) | solver_choice.settle(work, stage)
+    stage = solver_choice.as_long(stage)
+    plan = stage.schedule
     if found:
         fingerprint.check_inputs(name, found.manifest.get("others", {}), others)
     choice = work.sharding_plan(stage)

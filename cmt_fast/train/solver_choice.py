@@ -13,7 +13,11 @@ epsilon = E|f(x_T, T) - Psi(x_T)|^2 per dimension, Psi the limit of the most acc
 What it is worth by the theory (evaluation/theory.py): the gradient of post-training differs from that of the oracle by a bias
 B <= C (E|f - Psi|^2 + what the loss itself adds), f the network that it starts from. So beside epsilon stands the same error of
 the diffusion model that the stage starts from: (epsilon + the solver's error squared) over it is the share of the bound that
-mid-training leaves. It is of t = T alone, and a bound, not the bias; nothing is chosen by it.
+mid-training leaves. It is of t = T alone, and a bound, not the bias; nothing is chosen by this share.
+
+A stage with `trajectories.budget_forwards` is chosen for by the bound itself: the pilots say how epsilon falls with images,
+the budget how many images each solver leaves, and the least sum of both errors is taken, teacher/solver_worth.py. The stage is
+then as long as its budget. Where the student's error was not measured in pilots, solver and calls are chosen as without a budget.
 
 The rollouts and networks are fp32: rounding in tf32 or bf16 is no part of a solver's error. What was chosen is written
 to RUN/STAGE/solver.json before the first step and read from there ever after; it enters the stage's manifest.
@@ -35,22 +39,23 @@ from torch import Tensor
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import DIFFUSION, Stage
 from cmt_fast.diffusion.few_steps import sample_consistency, sample_jumps
-from cmt_fast.run.resolved import ResolvedStage
+from cmt_fast.run.resolved import ResolvedStage, budgeted
 from cmt_fast.run.workspace import Workspace
 from cmt_fast.runtime import distributed, progress
 from cmt_fast.storage import checkpoint, files, sound
-from cmt_fast.teacher import solver_error, solver_record
+from cmt_fast.teacher import solver_error, solver_record, solver_worth
 from cmt_fast.teacher.precision import Teacher
 from cmt_fast.train import batches
 
 PILOT = 200  # steps of the shorter of the two miniatures, at most
+_NO_LAW = "nothing says how the student's error falls with images: no pilots were taken"
 PROBE = 16  # network calls near which the limit is looked for
 
 
 class Search(NamedTuple):
     """How a solver is looked for: trajectories, the calls to try, epsilon as typed, the RUN/STAGE to measure it of.
 
-    whole: the table to its end; grids: other grids than the recipe's too.
+    whole: the table to its end; grids: other grids than the recipe's too; budget: forwards of the stage, in the place of its own.
     """
 
     count: int = solver_error.COUNT
@@ -60,6 +65,7 @@ class Search(NamedTuple):
     margin: float = solver_error.MARGIN
     whole: bool = False
     grids: bool = False
+    budget: int | None = None
 
 
 def settle(work: Workspace, stage: ResolvedStage) -> dict[str, dict]:
@@ -86,7 +92,13 @@ def settle(work: Workspace, stage: ResolvedStage) -> dict[str, dict]:
             for line in summary(name, kept):
                 progress.say(f"{name:>8} {line}")
     distributed.all_see((folder / solver_record.FILE).is_file)  # who draws reads it
-    return {"trajectories": kept.choice}
+    return {"trajectories": {**kept.choice, **({"images_nimg": kept.images} if kept.images else {})}}
+
+
+def as_long(stage: ResolvedStage) -> ResolvedStage:
+    """A stage that is settled, as long as its budget."""
+    t = stage.config.trajectories
+    return stage if t is None or t.budget_forwards is None else budgeted(stage, stage.folder)
 
 
 def _of_the_first(folder: Path) -> solver_record.Kept | None:
@@ -108,15 +120,17 @@ def write(work: Workspace, name: str, kept: solver_record.Kept) -> None:
 
 def summary(name: str, kept: solver_record.Kept) -> list[str]:
     """What was chosen and why, for the terminal and the report."""
-    e = kept.epsilon
+    e, w = kept.epsilon, kept.worth
     chosen = next(row for row in kept.rows if all(row[k] == v for k, v in kept.choice.items()))
     bound = e.get("bias")  # of records since it is looked at
     below = "at most" if kept.serves else "ABOVE, with every candidate,"
+    by_error = f", its upper end {below} {kept.limit:.3g}" if w is None or w["rule"] == "error" else ""
     return [
         f"solver: {solver_record.override(name, kept.choice)}; error {chosen['error']:.3g} ({chosen['low']:.3g} to "
-        f"{chosen['high']:.3g}), its upper end {below} {kept.limit:.3g}",
+        f"{chosen['high']:.3g}){by_error}",
         f"one-step error of the student {math.sqrt(e['value']):.3g} RMS per dimension (epsilon {e['value']:.3g}), "
         f"{e['source']}",
+        *([] if w is None else [solver_record.told(w)]),
         *(
             [
                 f"theory: it leaves {bound['after'] / bound['before']:.2g} of the bound on the bias of post-training's gradient, "
@@ -155,33 +169,65 @@ def measure(work: Workspace, stage: ResolvedStage, search: Search | None = None)
     name, nfes, candidates = stage.name, search.nfes, stage.candidates(search.nfes, search.grids)
     if not candidates:
         raise ConfigError(f"--nfe: {', '.join(map(str, nfes))}: none makes whole trajectories of {name}'s batches")
-    with progress.counting("solver", solver_error.calls(candidates), work.folder) as advance:
+    budget = stage.trajectories.budget_forwards if search.budget is None else search.budget
+    by_bound = solver_error.calls_along(candidates, search.count) if budget else 0
+    total = by_bound + (0 if budget and not search.whole else solver_error.calls(candidates))
+    with progress.counting("solver", total, work.folder) as advance:
         ends = endpoints(work, stage, advance, search.count)
         probe = min((nfe for _, nfe in candidates), key=lambda nfe: abs(nfe - PROBE))
         sure = solver_error.best(ends.estimate(s, n) for s, n in candidates if n == probe)
         limit = ends.limit(sure.setting, probe)[0]
         known = _epsilon(work, stage, ends, limit, sure, search)
         before = _before(work, stage, ends, limit)
-        bound = search.margin * math.sqrt(known["value"])
-        estimates, choice = solver_error.choose(ends, candidates, bound, search.whole)
-    common = solver_error.best(estimates)
+        law = _law(known) if budget else None
+        if budget and law:
+            weighing = solver_worth.Budget(functools.partial(stage.affords, budget), law, search.margin**2)
+            found = solver_worth.choose(ends, candidates, weighing, sure.setting, search.whole)
+            estimates, choice = [w.estimate for w in found.weighed if w.estimate], found.best.estimate
+            known |= {
+                "value": found.best.epsilon,
+                "source": _extrapolated(found.best.images // stage.config.batch, known),
+            }
+            rows = [solver_worth.row_of(w) for w in found.weighed]
+            worth = {"budget_forwards": budget, **solver_worth.grounds(found, weighing)}
+        else:
+            limit_of = search.margin * math.sqrt(known["value"])
+            estimates, choice = solver_error.choose(ends, candidates, limit_of, search.whole)
+            rows, worth = solver_record.rows_of(estimates), _unweighed(stage, budget, choice) if budget else None
+    assert choice is not None
+    bound, common = search.margin * math.sqrt(known["value"]), solver_error.best(estimates)
     limit = ends.limit(common.setting, common.nfe)[0]
     if before is not None and math.isfinite(choice.error):
         known["bias"] = {"start": stage.config.start, "before": before, "after": known["value"] + choice.error**2}
-    rows = solver_record.rows_of(estimates)
-    for row, e in zip(rows, estimates):
-        row["common"] = ends.distance(e, limit) if math.isfinite(e.error) else None
-    calls = ends.count * (ends.calls * guidance(stage.config) + (before is not None))
+    of = {(e.setting, e.nfe): e for e in estimates}
+    for row in rows:
+        e = of.get((solver_error.Solver(*(row[k] for k in solver_error.Solver._fields)), row["nfe"]))
+        row["common"] = ends.distance(e, limit) if e and math.isfinite(e.error) else None
+    calls = ends.count * (ends.calls * stage.guided + (before is not None)) + ends.apart * stage.guided
     return solver_record.Kept(
         choice={**choice.setting._asdict(), "nfe": choice.nfe}, serves=choice.high <= bound, limit=bound, epsilon=known,
-        networks=networks(work, stage.config), trajectories=ends.count, calls=calls, rows=rows,
+        networks=networks(work, stage.config), trajectories=ends.count, calls=calls, rows=rows, worth=worth,
     )  # fmt: skip
 
 
-def guidance(stage: Stage) -> int:
-    """Network calls of one guided call."""
-    t, guide = stage.trajectories, stage.autoguidance
-    return 1 if t is None or (t.guidance == 1 and not (guide and guide.trajectories)) else 2
+def _unweighed(stage: ResolvedStage, budget: int, choice: solver_error.Estimate) -> dict[str, Any]:
+    """Of a stage with a budget whose solver was chosen as without one: its length follows all the same."""
+    images = max(stage.affords(budget, choice.setting, choice.nfe), stage.config.batch)
+    return {"budget_forwards": budget, "rule": "error", "images": images, "why": _NO_LAW}
+
+
+def _law(known: dict[str, Any]) -> solver_worth.Law | None:
+    """How the student's error falls, where pilots have shown it."""
+    if "pilots" not in known:
+        return None
+    (few, first), (many, second) = ((int(images), e) for images, e in known["pilots"].items())
+    return solver_worth.Law((few, many), (first, second)) if few < many else None
+
+
+def _extrapolated(steps: int, known: dict[str, Any]) -> str:
+    """Where an epsilon is from."""
+    short, long = known["steps"]
+    return f"extrapolated to {steps:,} steps from pilots of {short} and {long}"
 
 
 def _epsilon(
@@ -207,10 +253,10 @@ def _epsilon(
         rows += steps * stage.config.batch
     ratio = min(errors[1] / errors[0], 1.0)
     value = errors[1] * ratio ** math.log2(max(total / (2 * short), 1.0))
-    source = f"extrapolated to {total:,} steps from pilots of {short} and {2 * short}"
     seen = {str(s * stage.config.batch): e for s, e in zip((short, 2 * short), errors)}
-    calls = round(rows * (3 + sure.cost * guidance(stage.config)))
-    return {"value": value, "source": source, "pilots": seen, "calls": calls}
+    calls = round(rows * (3 + sure.cost * stage.guided))
+    found = {"value": value, "pilots": seen, "calls": calls, "steps": [short, 2 * short]}
+    return {**found, "source": _extrapolated(total, found)}
 
 
 def _before(work: Workspace, stage: ResolvedStage, ends: solver_error.Endpoints, limit: Tensor) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bench.grid import questions
 from cmt_fast.cli import main
 from cmt_fast.config import loading
 from cmt_fast.cost import advice
@@ -68,6 +69,103 @@ def test_a_change_of_the_plans_own_says_what_it_costs(monkeypatch, capsys):
     assert main(["plan", "digits", "--hours", "1e-4", "--gpus", "1", "--gpu", "h100"]) in (0, None)
     (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith(f"  {POINTS}=16 (")]
     assert line.endswith("; 2 times the distance [1.6, 2.5] in ect on digits, 3 seeds of a small network")
+
+
+def said(run, found, question: str, **more) -> advice.Answer:
+    (answer,) = [a for a in advice.answers(run, found, **more) if a.question == question]
+    return answer
+
+
+def test_every_question_has_an_answer_and_what_nobody_asked_says_so():
+    run = loading.load("digits")
+    assert [a.question for a in advice.answers(run, [])] == list(advice.ASKED) == list(questions.QUESTIONS)
+    states = {a.question: a.state for a in advice.answers(run, [])}
+    assert {q for q, state in states.items() if state == "unmeasured"} == {
+        "points",
+        "pool",
+        "solver",
+        "calls",
+        "end",
+        "length",
+    }
+    assert states["teacher"] == "inapplicable" == states["guided"]  # no key; and a teacher that knows no null class
+    odd = row([0.5, 0.4, 0.6], 50, key="mid.lr") | {"question": "of another version"}
+    assert said(run, [odd], "of another version").state == "unmeasured"
+
+
+@pytest.mark.parametrize(
+    ("mine", "state", "words"),
+    [
+        (4, "kept", ["undecided", "not told apart from 16"]),
+        (16, "kept", ["are not told apart", "1.1 times the distance [0.8, 1.5]", "3 seeds"]),
+        (2, "unmeasured", ["per_trajectory=2 was not measured, 4, 16 were"]),
+    ],
+)
+def test_an_interval_that_holds_one_decides_nothing(mine, state, words):
+    answer = said(loading.load("digits", [f"{POINTS}={mine}"]), [row([1.1, 0.8, 1.5], 101)], "points")
+    assert answer.state == state and answer.line is None and all(word in answer.text for word in words)
+
+
+def test_what_is_nearer_and_what_is_only_cheaper_are_told_apart():
+    run = loading.load("digits", [f"{POINTS}=16"])
+    nearer, cheaper = (said(run, [row(ratio, 200)], "points") for ratio in ([0.5, 0.4, 0.6], [1.1, 0.8, 1.5]))
+    assert nearer.state == "advised" and "not told apart" not in nearer.text
+    assert cheaper.state == "cheaper" and "not told apart and costs less" in cheaper.text
+    (own,) = [a for a in advice.answers(loading.load("digits"), [row([0.5, 0.4, 0.6], 200)]) if a.question == "points"]
+    assert own.state == "kept" and "nearer than 16" in own.text and "undecided" not in own.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "question", "why"),
+    [
+        (["mid.trajectories.mode=paper"], "points", "mode is paper"),
+        (["mid.trajectories.cache=there"], "pool", "read from there"),
+        (["mid.trajectories.nfe=auto"], "calls", "by the student's own error"),
+        (
+            ["mid.trajectories.nfe=auto", "mid.trajectories.budget_forwards=90000"],
+            "solver",
+            "by the bound on the gradient's bias",
+        ),
+        (["mid.trajectories.nfe=auto", "mid.trajectories.budget_forwards=90000"], "length", "budget_forwards"),
+    ],
+)
+def test_a_question_that_is_none_of_this_recipes_says_why(keys, question, why):
+    answer = said(loading.load("digits", keys), [row([0.5, 0.4, 0.6], 50) | {"question": question}], question)
+    assert answer.state == "inapplicable" and why in answer.text and answer.line is None
+
+
+def test_what_the_recipe_cannot_take_is_refused_in_the_schemas_words(monkeypatch, capsys):
+    """Three points a trajectory make no whole trajectories of 64 rows x 20 steps; the plan is printed all the same."""
+    monkeypatch.setattr(advice, "measured", lambda: (row([0.5, 0.4, 0.6], 50, advised=3, other=4),))
+    assert main(["plan", "digits", "--hours", "1"]) in (0, None)
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if "points of a trajectory" in text]
+    assert f"{POINTS}=3, 0.5 times the distance [0.4, 0.6]" in line and "cannot be had here" in line and "whole" in line
+
+
+def test_two_keys_of_one_answer_go_together():
+    ends = "mid.trajectories.t_max,mid.trajectories.t_min"
+    found = [row([0.5, 0.4, 0.6], 100, advised=[80.0, 0.2], other=[80.0, 0.002], key=ends) | {"question": "end"}]
+    answer = said(loading.load("digits"), found, "end")
+    assert "mid.trajectories.t_max=80.0 mid.trajectories.t_min=0.2 (this plan's: 80.0 and 0.002)" in answer.text
+    assert questions.QUESTIONS["end"].values("digits", "ve") == (
+        ends, {"80 to 0.002": [80.0, 0.002], "80 to 0.2": [80.0, 0.2], "20 to 0.002": [20.0, 0.002]},
+    )  # fmt: skip
+    key, shifts = questions.QUESTIONS["end"].values("digits", "linear")
+    for arm, more in questions.QUESTIONS["end"].arms("digits", "linear").items():
+        assert advice.own(loading.load("digits-mf", list(more)), key) == shifts[arm]
+    assert questions.QUESTIONS["guided"].values("digits", "ve")[1] == {"1": 1.0, "1.5": 1.5}
+
+
+def test_a_plan_names_the_measurement_on_the_run_itself_at_its_own_forwards(capsys):
+    """12,800 images of 3 + 16 / 4 forwards; the words of a budget are those of the plan, shorter where the hours are few."""
+    assert advice.by_measurement(loading.load("digits")).endswith("budget_forwards=89600")
+    auto = ["mid.trajectories.nfe=auto", "mid.trajectories.budget_forwards=89600"]
+    assert advice.by_measurement(loading.load("digits", auto)) == ""
+    hours = lambda *keys: main(["plan", "digits", *keys, "--hours", "0.005", "--stages", "mid", "--gpu", "cpu"])
+    assert hours(*auto) in (0, None)
+    text = capsys.readouterr().out
+    (cut,) = [line for line in text.splitlines() if line.startswith("  mid.trajectories.budget_forwards=")]
+    assert int(cut.partition("=")[2].split()[0]) < 89600 and "of the recipe's" in cut
 
 
 def test_what_comes_with_the_package_fits_every_recipe():

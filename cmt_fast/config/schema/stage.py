@@ -23,6 +23,9 @@ class Trajectories:
     `per_trajectory`: points (consistency models, at most all) or pairs (flow maps) drawn from each in mode pool.
     `nfe`: network calls of a rollout; `auto`: the cheapest solver, order, shift and nfe whose measured error stays below
     the student's own are chosen when the stage begins (`cmt tune-teacher` shows the table), whatever stands here.
+    `budget_forwards`: of `auto`, what the stage may take in forwards of student and teacher, a backward being two. Solver, order
+    and calls are then those of the least bound on the gradient's bias, and the stage is as long as the budget is with them,
+    whatever `images_nimg` is (teacher/solver_worth.py).
     `precision`: of the teacher in rollouts, by default the stage's own. Below fp32 the error of a few endpoints is measured
     first; `auto` takes the cheapest one within `precision_limit`, their relative L2, a named one beyond it is refused.
     `cache`: a folder that `cmt trajectories` wrote; then nothing is rolled out and no teacher is loaded for it.
@@ -45,6 +48,7 @@ class Trajectories:
     precision_limit: Positive = 0.02
     cache: str | None = None
     pairs: Literal["auto", "any", "end", "halves"] = "auto"
+    budget_forwards: Count | None = None
 
     @property
     def calls(self) -> int:
