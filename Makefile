@@ -18,6 +18,8 @@ demo: .venv/demo ; $(BIN)/python -m cmt_kernels._native.build && $(BIN)/cmt trai
 # one test process a core and one more, for a fifth of their time they wait for disks, children and clocks; one thread each;
 # the 20 slowest at the end
 TESTERS ?= $(shell echo $$(($$(nproc) + 1)))
+# where PYTHONDONTWRITEBYTECODE is set, each of the hundreds of processes would compile every module anew
+test: export PYTHONDONTWRITEBYTECODE =
 test: native ; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder --durations=20 --durations-min=1
 # The native ops' tests on csrc/cuda, compiled for the CPU, and on the CPU kernels, with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: .venv/dev
