@@ -20,8 +20,6 @@ from tests.fixtures.scratch import Scratch
 
 # nothing is timed to choose a formula by: tests compare bits across processes, whatever runs beside them
 os.environ.setdefault("CMT_PROCESSOR", "usual")
-# a pool of compiling processes, which import torch for a handful of small graphs, takes longer than they
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
