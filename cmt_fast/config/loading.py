@@ -79,7 +79,7 @@ def _key(loc: tuple) -> str:
 
 def _step_into(cls: Any, part: Any) -> Any:
     if dataclasses.is_dataclass(cls) and isinstance(part, str):
-        return _plain(scalars.hints_of(cls).get(part))
+        return _plain(scalars.hints_of(cast(Any, cls)).get(part))
     if isinstance(cls, tuple):  # members of a tagged union, `part` is the tag
         return next((c for c in cls if getattr(c, "kind", None) == part), None)
     return None

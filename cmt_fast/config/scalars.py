@@ -192,7 +192,9 @@ def _mapping_of(tree: dict, hint: Any, key: str) -> dict:
     if get_origin(hint) is dict:
         name_of, of = get_args(hint)
         return {_word(str(k), (name_of,), below(k)): typed(v, of, below(k)) for k, v in tree.items()}
-    classes = [hint] if dataclasses.is_dataclass(hint) else [c for c in get_args(hint) if dataclasses.is_dataclass(c)]
+    classes: list[Any] = (
+        [hint] if dataclasses.is_dataclass(hint) else [c for c in get_args(hint) if dataclasses.is_dataclass(c)]
+    )
     if len(classes) > 1:
         classes = [c for c in classes if getattr(c, "kind", None) == tree.get("kind")]
     if not classes:
