@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 LOCK ?= yes
 BIN = .venv/bin
 TOOLS = .venv/tools/bin
-PIP = $(BIN)/python -m pip install -q
+PIP = $(BIN)/python -m pip install -q --no-compile
 # The native ops: CUDA where nvcc is found, which takes minutes; demo and test leave it out on a machine without a GPU driver.
 # `make native CMT_CUDA=1` builds it anywhere.
 export CMT_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),,0)
@@ -18,6 +18,8 @@ demo: .venv/demo ; $(BIN)/python -m cmt_kernels._native.build && $(BIN)/cmt trai
 # one test process a core and one more, for a fifth of their time they wait for disks, children and clocks; one thread each;
 # the 20 slowest at the end
 TESTERS ?= $(shell echo $$(($$(nproc) + 1)))
+# where PYTHONDONTWRITEBYTECODE is set, each of the hundreds of processes would compile every module anew
+test: export PYTHONDONTWRITEBYTECODE =
 test: native ; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder --durations=20 --durations-min=1
 # The native ops' tests on csrc/cuda, compiled for the CPU, and on the CPU kernels, with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: .venv/dev
@@ -39,10 +41,12 @@ coverage: native
 	$(BIN)/python -m coverage combine -q && $(BIN)/python -m bench coverage && exit $$failed
 format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
 .venv/bin/python: ; $(PYTHON) -m venv .venv
-# torch comes after the lock, whose triton gives way to the one that torch is built with
+# torch comes after the lock, whose triton gives way to the one that torch is built with; what pip would compile one after the
+# other is compiled on all cores, but for the few files of packages that are no Python of today
 .venv/%: .venv/bin/python pyproject.toml locks/%.txt
 	$(if $(LOCK),$(PIP) --require-hashes --no-deps -r locks/$*.txt)
 	$(PIP) "$(TORCH)"
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	$(PIP) $(if $(LOCK),--no-deps --no-build-isolation -e .,-e ".[$*]") && touch $@
 # programs that look at the environment from outside, in one of their own
 $(TOOLS)/python: locks/audit.txt

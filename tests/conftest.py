@@ -4,7 +4,9 @@ With one, a test that ruins the process's use of it does not take the next ones 
 what the trainer needs: files of tests that cannot be imported for it are skipped and say so, those of the kernels run.
 """
 
+import contextlib
 import gc
+import importlib
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from tests.fixtures.isolation import Isolation
+from tests.fixtures.scratch import Scratch
 
 # nothing is timed to choose a formula by: tests compare bits across processes, whatever runs beside them
 os.environ.setdefault("CMT_PROCESSOR", "usual")
@@ -22,6 +25,7 @@ os.environ.setdefault("CMT_PROCESSOR", "usual")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.pluginmanager.register(Isolation(config), "isolation")
+    config.pluginmanager.register(Scratch(config), "scratch")
 
 
 # files that keep a process busy for minutes: begun first, so that no process is left waiting for another at the end
@@ -41,6 +45,23 @@ NEEDED = (
     "PIL",
     "jinja2",
 )  # by the trainer, not by the kernels
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Of several processes each imports a share of the files first, and finds the others' compiled when it comes to them.
+
+    In a fresh clone every one of them would compile them all, with asserts taken apart: 10 s a process.
+    """
+    own = getattr(session.config, "workerinput", None)
+    if own is None or session.config.args != session.config.getini("testpaths"):
+        return
+    root = session.config.rootpath
+    files = sorted(root.glob("tests/**/test_*.py"))
+    share = int(own["workerid"].removeprefix("gw")) % own["workercount"]
+    for file in files[share :: own["workercount"]]:
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # the collection says what is wrong
+            importlib.import_module(".".join(file.relative_to(root).with_suffix("").parts))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -92,12 +93,17 @@ def default(kind: str) -> Any:
 
 def used_by(kind: str) -> list[str]:
     """RECIPE/STAGE of the package's recipes, anchors too."""
-    found = []
-    for name in recipes.recipes():
-        for stage, own in loading.load(name).stages.items():
-            kinds = [own.objective.kind, *([own.anchor.objective.kind] if own.anchor else [])]
-            found += [f"{name}/{stage}"] if kind in kinds else []
-    return found
+    return [name for name, kinds in _kinds_of_stages().items() if kind in kinds]
+
+
+@functools.cache
+def _kinds_of_stages() -> dict[str, list[str]]:
+    """Of each RECIPE/STAGE its objective's kind and its anchor's; the recipes are read once, not for every objective."""
+    return {
+        f"{name}/{stage}": [own.objective.kind, *([own.anchor.objective.kind] if own.anchor else [])]
+        for name in recipes.recipes()
+        for stage, own in loading.load(name).stages.items()
+    }
 
 
 def checked(kinds: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ import functools
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -46,7 +46,7 @@ def every() -> tuple[Key, ...]:
     out: list[Key] = []
 
     def walk(cls: Any, where: str) -> None:
-        hints, kind = get_type_hints(cls, include_extras=True), getattr(cls, "kind", "")
+        hints, kind = scalars.hints_of(cls), getattr(cls, "kind", "")
         for f in dataclasses.fields(cls):
             name = f"{where}.{f.name}".lstrip(".")
             below = STAGE if name in STAGES else name
@@ -111,7 +111,7 @@ def _leaves(tree: Any, hint: Any, where: str) -> Iterator[tuple[str, type, Any]]
         if not isinstance(each, dict):
             continue
         part = next((c for c in inner if getattr(c, "kind", None) == each.get("kind")), inner[0])
-        hints = get_type_hints(part, include_extras=True)
+        hints = scalars.hints_of(part)
         for key, value in each.items():
             name = f"{where}.{key}".lstrip(".")
             yield name, part, value
@@ -139,7 +139,7 @@ def parts() -> Iterator[tuple[type, str]]:
     while queue:
         cls, where = queue.pop(0)
         yield cls, where
-        for key, hint in get_type_hints(cls, include_extras=True).items():
+        for key, hint in scalars.hints_of(cls).items():
             for inner in classes(hint):
                 if inner not in seen:
                     seen.add(inner)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import sys
-from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -121,7 +121,7 @@ def _key(loc: tuple) -> str:
 
 def _step_into(cls: Any, part: Any) -> Any:
     if dataclasses.is_dataclass(cls) and isinstance(part, str):
-        return _plain(get_type_hints(cls, include_extras=True).get(part))
+        return _plain(scalars.hints_of(cast(Any, cls)).get(part))
     if isinstance(cls, tuple):  # members of a tagged union, `part` is the tag
         return next((c for c in cls if getattr(c, "kind", None) == part), None)
     return None

@@ -9,6 +9,7 @@ and off, true and false are switches where a switch is meant. `null`, `~` and `N
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import types
@@ -179,18 +180,26 @@ def bare(hint: Any) -> tuple[Any, bool]:
     return rest, optional or deeper
 
 
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """What the keys of a part of the schema take, annotations with it. Evaluated once: that was a third of reading a recipe."""
+    return get_type_hints(cls, include_extras=True)
+
+
 def _mapping_of(tree: dict, hint: Any, key: str) -> dict:
     """A mapping whose values are read by the part of the schema that its `kind` names; by looks where there is none."""
     below = lambda name: f"{key}.{name}".lstrip(".")
     if get_origin(hint) is dict:
         name_of, of = get_args(hint)
         return {_word(str(k), (name_of,), below(k)): typed(v, of, below(k)) for k, v in tree.items()}
-    classes = [hint] if dataclasses.is_dataclass(hint) else [c for c in get_args(hint) if dataclasses.is_dataclass(c)]
+    classes: list[Any] = (
+        [hint] if dataclasses.is_dataclass(hint) else [c for c in get_args(hint) if dataclasses.is_dataclass(c)]
+    )
     if len(classes) > 1:
         classes = [c for c in classes if getattr(c, "kind", None) == tree.get("kind")]
     if not classes:
         return natural(tree)
-    hints = get_type_hints(classes[0], include_extras=True)
+    hints = hints_of(classes[0])
     return {str(k): typed(v, hints[k], below(k)) if k in hints else natural(v) for k, v in tree.items()}
 
 

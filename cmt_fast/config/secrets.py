@@ -56,22 +56,24 @@ def hidden(text: str) -> str:
     return ASSIGNED.sub(lambda m: m[1] + HIDDEN, text)
 
 
-def within(text: str) -> bool:
-    """Whether a value of a recipe holds a key or a password, by what leaves no doubt."""
-    known = any(value in text for value in _values() if not WORD.fullmatch(value))
+def within(text: str, values: list[str] | None = None) -> bool:
+    """Whether a value of a recipe holds a key or a password, by what leaves no doubt. values: the surroundings', where they
+    are at hand."""
+    known = any(value in text for value in (_values() if values is None else values) if not WORD.fullmatch(value))
     return known or bool(LOOKS.search(text) or IN_URL.search(text) or QUERY.search(text))
 
 
-def refuse(tree: Any, key: str = "") -> None:
+def refuse(tree: Any, key: str = "", values: list[str] | None = None) -> None:
     """Raises ConfigError for the first value, or name, of a recipe's tree that holds one; it is not repeated."""
+    values = _values() if values is None else values  # read once for the whole tree
     if isinstance(tree, dict):
         for name, value in tree.items():
-            refuse(str(name), key or "recipe")
-            refuse(value, f"{key}.{name}".lstrip("."))
+            refuse(str(name), key or "recipe", values)
+            refuse(value, f"{key}.{name}".lstrip("."), values)
     elif isinstance(tree, (list, tuple)):
         for value in tree:
-            refuse(value, key)
-    elif isinstance(tree, str) and within(tree):
+            refuse(value, key, values)
+    elif isinstance(tree, str) and within(tree, values):
         raise ConfigError(
             "holds a key or a password, which would be written into run.json, the report and logs; leave it out and set the "
             "variable of the library that needs it, as HF_TOKEN or WANDB_API_KEY",
