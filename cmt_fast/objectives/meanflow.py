@@ -93,8 +93,9 @@ def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> 
     Returns (B,).
 
     Guidance enters v as in `meanflow`. There is no second head for v: u(z, t, t) is it, and the rows with r = t are its
-    loss. A row whose label is dropped follows the null class's own velocity (published: that of the label it had, which is not
-    the velocity of the row's own u).
+    loss. A row whose label is dropped follows the null class's own velocity (published, Lyy-iiis/imeanflow `guidance_fn` before
+    `cond_drop`: that of the label it had, which is not the velocity of the row's own u). In all else the loss is the
+    published one, and so is that of `meanflow`: tests/fixtures/peers.
 
     With `head` v is that of the network's auxiliary head instead, trained by ||v_head - v||^2 with the same weight beside it.
     With `omega_max` above 1 the network is told a scale omega and an interval in each row, and the target is the velocity that is
