@@ -9,6 +9,7 @@ multiplied by something: `net` gets Duals of `k` rows and returns one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from cmt_kernels import Dual, meanflow_loss
 from cmt_kernels.dual import value
 from torch import Tensor
 
-from cmt_fast.config.schema import IMeanFlow, MeanFlow
+from cmt_fast.config.schema import IMeanFlow, MeanFlow, Trajectories
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
 from cmt_fast.objectives import times
@@ -61,10 +62,15 @@ def told(
     """
     if getattr(config, "omega_max", 1.0) == 1:
         return None
-    share, low, high = (context.random.uniform(s, sample) for s in (rng.GUIDANCE, rng.GUIDANCE_LOW, rng.GUIDANCE_HIGH))
-    first = torch.arange(len(sample), device=sample.device) < k
-    low, high = torch.where(first, low / 2, 0.0), torch.where(first, 0.5 + high / 2, 1.0)
-    return torch.stack((scale_of(share, config.omega_max, config.omega_beta), low, high), dim=1).to(dtype)
+    shares = [context.random.uniform(s, sample) for s in (rng.GUIDANCE, rng.GUIDANCE_LOW, rng.GUIDANCE_HIGH)]
+    return guides(shares, torch.arange(len(sample), device=sample.device) >= k, config).to(dtype)
+
+
+def guides(shares: Sequence[Tensor], everywhere: Tensor, law: IMeanFlow | Trajectories) -> Tensor:
+    """Scale and interval (B, 3) from three uniform draws (B,) each; `everywhere`: (B,) bool, rows whose interval is whole."""
+    share, low, high = shares
+    low, high = torch.where(everywhere, 0.0, low / 2), torch.where(everywhere, 1.0, 0.5 + high / 2)
+    return torch.stack((scale_of(share, law.omega_max, law.omega_beta), low, high), dim=1)
 
 
 def scale_of(share: Tensor, most: float, beta: float) -> Tensor:
