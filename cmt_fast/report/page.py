@@ -21,7 +21,7 @@ from cmt_fast.evaluation import kept
 from cmt_fast.render import templates
 from cmt_fast.report import judged as judged_
 from cmt_fast.report import quality as quality_
-from cmt_fast.report import sections
+from cmt_fast.report import scales, sections
 from cmt_fast.report.figures import Curve, Names
 from cmt_fast.report.quality import Quality
 from cmt_fast.run import standing
@@ -70,6 +70,7 @@ def write(
     page = [
         quality_.first(work, stands, quality, judged_.pictures(work, stands, quality, home)),
         quality_.section(work, quality, tables, caution),
+        scales.section(stands, quality.names),
         sections.curves(work, quality.judged, curves, reached, floor),
         sections.training(stands),
         sections.bill(stands),
