@@ -62,9 +62,13 @@ class Sampler:
         omega, low, high = self.config.told_guidance
         if not self.scales:
             return net if omega == 1 else Told(net, omega, low, high)
-        rows = self.omega(index)
-        none = rows == 1  # at all times, as a network that is told nothing
-        return Told(net, rows, torch.where(none, 0.0, low), torch.where(none, 1.0, high))
+        return Told(net, *self.guide(index).unbind(1))
+
+    def guide(self, index: Tensor) -> Tensor:
+        """Scale and interval that each sample is told. index: (n,) -> (n, 3) float64; of scale 1 all times, as told nothing."""
+        rows, (_, *ends) = self.omega(index), self.config.told_guidance
+        low, high = (torch.where(rows == 1, at, end) for at, end in zip((0.0, 1.0), ends))
+        return torch.stack((rows, low.to(rows), high.to(rows)), dim=1)
 
     def starting(self, noise: Tensor, labels: Tensor | None, like: Tensor) -> Sampler:
         """The same whose samples 0, 1, ... start from these rows of noise (n, ...), of these labels (n,).

@@ -86,7 +86,7 @@ def check_asked(place: Place, name: str, solver: bool, classes: int) -> None:
     if not math.isfinite(scale):
         raise ConfigError(f"--guidance: {scale} is not a number")
     if not solver and getattr(run.model, "guided", False):
-        most = _told_most(place, name)
+        most = told_most(place, name)
         if not 1 <= scale <= most:
             told = f"was told scales from 1 to {most:g} in training" if most > 1 else "was told none in training"
             raise ConfigError(
@@ -309,7 +309,7 @@ def _told(run: Run) -> None:
         )
 
 
-def _told_most(place: Place, name: str) -> float:
+def told_most(place: Place, name: str) -> float:
     """The largest guidance scale that stage `name` or those before it were told in training, 1 where none was."""
     at, most = _at(place, name), 1.0
     while at is not None and (stage := at[0].run.stages.get(at[1])):

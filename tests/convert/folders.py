@@ -47,6 +47,7 @@ class Case(NamedTuple):
 
 
 DROPPED = {"label_dropout": 0.1}
+TOLD = {"objective": {"kind": "imeanflow", "omega_max": 8.0}, **DROPPED}
 CASES = {
     "dit": Case(DIT),
     "dit-jumps": Case(DIT, "linear", steps=(1, 3)),
@@ -59,6 +60,13 @@ CASES = {
         "pre",
         (3,),
         {"solver": "euler", "shift": 2.0},
+    ),
+    "dit-told": Case(
+        {**DIT, "guided": True, "velocity_head": 1},
+        "linear",
+        steps=(1, 2),
+        sampler={"told_guidance": [3.0, 0.25, 0.75]},
+        keys=TOLD,
     ),
     "mlp": Case(MLP, data="vectors"),
     "mlp-jumps": Case(MLP, "linear", data="vectors"),

@@ -175,8 +175,8 @@ def test_a_trained_network_is_told_at_sampling(trained: Path, tmp_path: Path, ca
         of = str(tmp_path / "run" / stage)
         assert main(["sample", of, "-n", "2", "--guidance", scale, "--out", str(tmp_path / "x.npz")]) == 2
         assert line in capsys.readouterr().err
-    assert main(["ckpt", "export", str(tmp_path / "run" / "post"), str(tmp_path / "x.onnx"), "--format", "onnx"]) == 2
-    assert "onnx has no place for model.guided True" in capsys.readouterr().err
+    assert main(["ckpt", "export", str(tmp_path / "run" / "post"), str(tmp_path / "x.pt"), "--format", "dit"]) == 2
+    assert "dit has no place for model.guided True" in capsys.readouterr().err
 
 
 def test_scales_in_turn_are_those_of_each_alone(trained: Path, tmp_path: Path, capsys) -> None:
