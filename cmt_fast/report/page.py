@@ -46,8 +46,7 @@ def write(
     Raises ConfigError when `folder` is no run, holds no finished stage to judge, or matplotlib is not installed, and where
     nothing can be written.
     """
-    run, home = stored_run(folder), _writable(folder, out)
-    about = about_run(folder)
+    run, home, about = stored_run(folder), _writable(folder, out), about_run(folder)
     # half-way neither the data, a checkpoint's tensors nor a GPU are touched: manifests and sizes of files are enough
     work = open_run(folder, device=None if judge else torch.device("cpu"))
     work.judging.alive = folder if training else None
