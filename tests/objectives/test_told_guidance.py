@@ -27,7 +27,7 @@ from cmt_fast.objectives import OBJECTIVES, Batch, LossContext
 from cmt_fast.objectives.meanflow import draw_times, scale_of, told
 from cmt_fast.render import plots
 from cmt_fast.report import page, scales
-from cmt_fast.run.workspace import Workspace
+from cmt_fast.run.workspace import Workspace, open_stage
 from cmt_fast.storage import sound
 from cmt_fast.train import loop
 from tests.fixtures.tiny import tiny
@@ -189,6 +189,8 @@ def test_scales_in_turn_are_those_of_each_alone(trained: Path, tmp_path: Path, c
     for i, w in enumerate(found["guidance"]):
         np.testing.assert_allclose(found["images"][i], alone[w][i], atol=2e-6)
     pairs = set(zip(found["labels"].tolist(), found["guidance"].tolist()))
+    two = open_stage(of)[0].setting.told(1.0, 4.0).omega(torch.arange(20))
+    assert torch.equal(two[:10], 5 - two[10:])  # the second of each class has the other of two scales
     assert len(pairs) == 30 and not np.allclose(alone[1], alone[4], atol=1e-4)
     np.testing.assert_array_equal(alone[2], api.sample(of, 60)[0].numpy())  # the recipe's
     x, _ = api.sample(of, 60, guidance=(1, 2, 4))
