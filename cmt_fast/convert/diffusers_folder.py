@@ -92,7 +92,7 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
     EDM2's log variance weighs a loss, and EDM's labels of an augmentation are 0 in samples. NCSN++'s random frequencies are
     kept in fp32 by a module of their own. An auxiliary head's velocity is read in training alone.
     """
-    unread = ("log_variance.", "augment.", "velocity_")
+    unread = ("log_variance.", "augment.", "velocity_", "head_modulations.", "head_fc", "head_final.")
     own = {"frequency": "noise.frequency"}
     named = {own.get(name, name): t for k, t in net.state_dict().items() if (name := k.removeprefix("net."))}
     return {k: t.detach().cpu().contiguous().clone() for k, t in named.items() if not k.startswith(unread)}

@@ -69,7 +69,7 @@ CASES = {
         keys=TOLD,
     ),
     "mlp": Case(MLP, data="vectors"),
-    "mlp-jumps": Case(MLP, "linear", data="vectors"),
+    "mlp-jumps": Case({**MLP, "velocity_head": 1}, "linear", data="vectors"),
     "edm2": Case(small.EDM2),
     "edm2-jumps": Case(small.EDM2, "linear"),
     "edm2-guided": Case(small.EDM2, "ve", "pre", (4,), {"guidance": 1.5}, DROPPED),
