@@ -58,24 +58,29 @@ def network(stage: str | Path) -> nn.Module:
 
 
 def sample(
-    stage: str | Path, n: int = 64, steps: int = 1, seed: int = 0, solver: bool = False
+    stage: str | Path,
+    n: int = 64,
+    steps: int = 1,
+    seed: int = 0,
+    solver: bool = False,
+    guidance: float | Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Samples of "RUN/STAGE": x (n, ...) float32 in data units on the CPU, labels (n,) or None; the bits of `cmt sample`.
 
-    steps: network calls; solver: integrate the ODE with them, as a diffusion model is sampled. Raises ConfigError where
-    n or steps is below 1, the stage is not trained, or the recipe's sampler has no such number of steps.
+    steps: network calls; solver: integrate the ODE with them, as a diffusion model is sampled; guidance: as `--guidance`, the
+    scale that a network is told, or several in turn, or the solver's; by default the recipe's. Raises ConfigError where
+    n or steps is below 1, the stage is not trained, the recipe's sampler has no such number of steps, or a scale means nothing.
     """
     import torch
 
-    from cmt_fast.run import guidance
+    from cmt_fast.run import telling
     from cmt_fast.run.workspace import open_stage
 
     _at_least(n=(n, 1), steps=(steps, 1))
     work, name = open_stage(str(stage))
-    if solver:
-        guidance.check_solver(work.place, name)
-    x = work.setting.generate(work.network(name), steps, n, seed, solver, work.run.eval.batch)
-    return x, work.setting.labels(torch.arange(n))
+    setting = telling.asked(work, name, solver, guidance)
+    x = setting.generate(work.network(name), steps, n, seed, solver, work.run.eval.batch)
+    return x, setting.labels(torch.arange(n))
 
 
 def sample_to(
@@ -110,23 +115,23 @@ def evaluate(
     n: int | None = None,
     seed: int | None = None,
     solver: bool = False,
+    guidance: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """Figures of "RUN/STAGE" by number of steps, such as {"1": {"frechet": ..., "accuracy": ...}}; those of `cmt eval`.
 
-    n, seed: the recipe's unless given. Raises ConfigError where n is below 2 or a number of steps below 1,
-    FloatingPointError where samples are not finite.
+    n, seed, guidance: the recipe's unless given. Raises ConfigError where n is below 2, a number of steps below 1 or a scale
+    means nothing, FloatingPointError where samples are not finite.
     """
-    from cmt_fast.run import guidance
+    from cmt_fast.run import telling
     from cmt_fast.run.workspace import open_stage
 
     _at_least(n=(n, 2), steps=(min(steps, default=0), 1))
     work, name = open_stage(str(stage))
-    if solver:
-        guidance.check_solver(work.place, name)
+    setting = telling.asked(work, name, solver, guidance)
     n = n or work.run.eval.n
     judge = work.judging.open_judge(samples=n)
     with work.judging.going_on(name, work.finished(name).manifest):
-        found = work.judging.evaluate(work.network(name), tuple(steps), n, solver, seed, judge, quiet=True)
+        found = work.judging.at(setting).evaluate(work.network(name), tuple(steps), n, solver, seed, judge, quiet=True)
     return {k: {key: v for key, v in row.items() if key != "left_out"} for k, row in found.items()}
 
 

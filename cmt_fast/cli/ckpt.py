@@ -129,7 +129,7 @@ def export(args: argparse.Namespace) -> None:
     for option in ("--vae", *LICENCES):
         if args.format != "diffusers" and getattr(args, option[2:].replace("-", "_")) is not None:
             raise ConfigError(f"{option}: is for --format diffusers")
-    if args.format != "safetensors":
+    if args.format in PLAIN:
         exporting.check_plain(found, args.format)
     if args.format == "safetensors":
         exporting.to_safetensors(found, args.out)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from cmt_fast.cli.parser import checked
 from cmt_fast.config import loading, recipes
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.evaluation import intervals, judges, references
 from cmt_fast.objectives import check_steps
+from cmt_fast.report import scales as scales_
 from cmt_fast.report import verdict
 from cmt_fast.report.figures import plain
-from cmt_fast.run import folder, guidance, workspace
+from cmt_fast.run import folder, telling, workspace
 from cmt_fast.runtime import distributed, machine, progress
+from cmt_fast.storage import checkpoint
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -30,6 +34,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("-n", "--samples", "--n", dest="n", type=int, help=text)
     p.add_argument("--seed", type=int, help="seed of the noise (default: the recipe's)")
     p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
+    p.add_argument(
+        "--guidance",
+        metavar="W[,V...]",
+        help="scales, each judged: of the solver, or what a network with model.guided is told; kept for the report",
+    )
     p.add_argument("--metric", help="frechet, fid or fd_dinov2 (default: the recipe's, as for all below)")
     p.add_argument("--reference", help="statistics: own .npz or .safetensors, ADM's or EDM's .npz, EDM2's .pkl")
     p.add_argument("--weights", help="file of the extractor's weights: .pth, .pt or .safetensors")
@@ -60,26 +69,67 @@ def evaluate(args: argparse.Namespace) -> None:
     distributed.start(machine.device("auto"))
     work, stage = workspace.open_stage(args.stage, given)
     work.setting.check_steps(steps, args.solver, "--steps")
-    if args.solver:
-        guidance.check_solver(work.place, stage)
-    else:
+    scales = telling.scales(args.guidance) if args.guidance is not None else ()
+    settings = [telling.asked(work, stage, args.solver, w) for w in scales or (None,)]
+    if not args.solver:
         check_steps(work.run.stages[stage].objective, steps, "--steps")
     net, n = work.network(stage, together=True), args.n or work.run.eval.n
     judge = checked(lambda: work.judging.open_judge(args.precision_recall, samples=n))
     with work.judging.going_on(stage, work.finished(stage).manifest):
-        figures = checked(lambda: work.judging.evaluate(net, steps, n, args.solver, args.seed, judge))
+        one = lambda how: work.judging.at(how).evaluate(net, steps, n, args.solver, args.seed, judge)
+        found = [checked(functools.partial(one, how)) for how in settings]
         floor = checked(lambda: work.judging.floor(judge, n))
         if distributed.rank() == 0:
-            _say(args, work, judge, figures, floor)
+            shown = Shown(args, work, judge, dict(zip(scales, found)))
+            if scales:
+                ema = checkpoint.ema_sum(work.finished(stage).manifest)
+                scales_.keep(work.stage_dir(stage), stage, ema, [_set(shown, w) for w in scales])
+            _say(shown, found[0], floor)
 
 
-def _say(
-    args: argparse.Namespace, work: workspace.Workspace, judge: judges.Judge, figures: dict, floor: dict | None
-) -> None:
-    """The figures of each number of steps and of real rows."""
-    n = args.n or work.run.eval.n
+class Shown(NamedTuple):
+    """What was judged: figures by scale of guidance, where scales were asked for."""
+
+    args: argparse.Namespace
+    work: workspace.Workspace
+    judge: judges.Judge
+    scales: dict[float, dict]
+
+    @property
+    def n(self) -> int:
+        """Samples of each."""
+        return self.args.n or self.work.run.eval.n
+
+
+def _set(shown: Shown, scale: float) -> dict:
+    """The figures at a scale, as `report/scales.py` keeps them."""
+    args, work, judge, figures = *shown[:3], shown.scales[scale]
+    assert judge.kept is not None
+    seed = work.run.eval.seed if args.seed is None else args.seed
+    interval = None if args.solver else list(work.setting.config.told_guidance[1:])
+    return {
+        "scale": scale, "interval": interval, "solver": args.solver, "n": shown.n, "seed": seed, "metric": judge.title(shown.n),
+        "extractor": judge.name, "second": judge.kept.about["second"], "reference": judge.reference.source,
+        "labels": work.judging.about(shown.n, judge)["labels"], **_figures(figures),
+    }  # fmt: skip
+
+
+def _figures(figures: dict) -> dict[str, dict]:
+    """Plain numbers and intervals, by number of steps."""
+    return {
+        "steps": {k: plain(row) for k, row in figures.items()},
+        "intervals": {k: _intervals(row) for k, row in figures.items()},
+    }
+
+
+def _say(shown: Shown, figures: dict, floor: dict | None) -> None:
+    """The figures of each number of steps, at each scale that was asked for, and of real rows."""
+    args, work, judge, n = *shown[:3], shown.n
     against, about = judge.reference, work.judging.about(n, judge)
     assert judge.kept is not None
+    told = {f"{w:g}": {key: _set(shown, w)[key] for key in ("interval", *scales_.FIGURES)} for w in shown.scales}
+    if shown.scales:
+        about.pop("told_guidance", None)  # the recipe's, which nothing here is of
     out = {
         "stage": args.stage,
         "n": n,
@@ -89,8 +139,7 @@ def _say(
         "reference": {"source": against.source, "n": against.n, "file": work.run.eval.reference},
         "solver": args.solver,
         **about,
-        "steps": {k: plain(row) for k, row in figures.items()},
-        "intervals": {k: _intervals(row) for k, row in figures.items()},
+        **({"guidance": told} if told else _figures(figures)),
         "floor": floor and plain(floor),
         "real": {"sharpness": judge.kept.sharpness},
     }
@@ -104,8 +153,12 @@ def _say(
         print(f"told guidance: {about['told_guidance']}")
     if "note" in about:
         print(f"note: {about['note']}")
-    for k, row in figures.items():
-        print(f"{k:>4} step{'s' if int(k) > 1 else ' '}  {_line(row, judge.title(n))}")
+    for scale, of in shown.scales.items() or [(None, figures)]:
+        if scale is not None:
+            at = "" if args.solver or scale == 1 else " in [{:g}, {:g}]".format(*work.setting.config.told_guidance[1:])
+            print(f"at guidance {scale:g}{at}")
+        for k, row in of.items():
+            print(f"{k:>4} step{'s' if int(k) > 1 else ' '}  {_line(row, judge.title(n))}")
     if floor:
         print(f"{'floor':>10}  {_line(floor, judge.title(n))}")
     print("in brackets: 95 %, over other samples of the same network; floor: as many real rows")

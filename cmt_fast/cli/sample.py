@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cmt_fast.cli.parser import checked
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.run import pictures, samples
+from cmt_fast.run import pictures, samples, telling
 from cmt_fast.runtime import distributed, machine
 
 PICTURES = ("grid", "interpolate", "strip")
@@ -29,10 +29,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--solver", action="store_true", help="integrate the ODE, as a diffusion model is sampled")
     p.add_argument(
         "--guidance",
-        type=float,
-        metavar="W",
+        metavar="W[,V...]",
         help="of the solver, which it implies for a diffusion model, in place of the recipe's; what a network with "
-        "model.guided is told",
+        "model.guided is told, several in turn",
     )
     p.add_argument("--batch", type=int, default=0, help="samples at a time (default: eval.batch)")
     p.add_argument(
@@ -75,7 +74,8 @@ def sample(args: argparse.Namespace) -> None:
         raise ConfigError(f"--interpolate: goes from one sample to another, and --n is {args.n}")
     distributed.start(machine.device("auto"))
     request = samples.Request(args.n, args.steps or 0, args.seed, args.first, args.solver, args.batch)
-    asked = samples.Asked(args.classes, args.guidance, args.decode, args.vae)
+    scales = telling.scales(args.guidance) if args.guidance is not None else None
+    asked = samples.Asked(args.classes, scales, args.decode, args.vae)
     drawing = checked(lambda: samples.opened(args.stage, request, asked))
     if not out and not any(getattr(args, key) for key in PICTURES):
         args.grid = Path(f"{drawing.work.run.name}-{drawing.stage}.png")

@@ -89,6 +89,11 @@ def make(
     """
     run, resolved = work.run, work.stage(name)
     stage = resolved.config
+    if resolved.trajectories.omega_max != 1:
+        raise ConfigError(
+            f"{name}.trajectories.omega_max: {resolved.trajectories.omega_max} draws a scale a trajectory, and a store "
+            "keeps none; write those of one scale (omega_max 1, guidance), or roll out as the stage trains"
+        )
     distributed.agreed(lambda: _room(out, n, resolved, work.data.shape, dtype), ConfigError, f"{out}: has no room")
     teacher_of = work.identity(stage)
     teacher = Teacher(name, stage, functools.cache(work.network), work.path, work.device)

@@ -44,6 +44,8 @@ ADDED: dict[str, Any] = {
     "stage.on_nonfinite": None,
     "stage.rounding_limit": 0.1,
     "stage.trajectories.budget_forwards": None,
+    "stage.trajectories.omega_beta": 1.0,
+    "stage.trajectories.omega_max": 1.0,
     "stage.trajectories.pairs": "auto",
 }
 FIRST = {place: {now: before for before, now in keys.items()} for place, keys in RENAMED.items()}

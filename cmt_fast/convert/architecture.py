@@ -21,7 +21,7 @@ def of(run: Run, shape: tuple[int, ...], classes: int) -> Architecture:
     model, two_times = run.model, run.path == "linear"
     classes = classes if getattr(model, "conditional", True) else 0
     if isinstance(model, Mlp):
-        sizes = {"width": model.width, "depth": model.depth}
+        sizes = {"width": model.width, "depth": model.depth, **({"guided": True} if model.guided else {})}
         return Architecture("cmt_dit", "CmtMlp", {"dim": shape[0], "classes": classes, **sizes, "two_times": two_times})
     common = {"channels": shape[0], "side": shape[1], "classes": classes, "two_times": two_times}
     if isinstance(model, Dit):
@@ -30,6 +30,7 @@ def of(run: Run, shape: tuple[int, ...], classes: int) -> Architecture:
         own |= {name: getattr(model, name) for name in ("patch", "qk_norm", "rope", "mlp", "norm", "embeddings")}
         if h := model.wide_head:
             own |= {"wide_head": [h.width, h.depth, h.heads]}
+        own |= {"guided": True} if model.guided else {}
         return Architecture("cmt_dit", "CmtDiT", common | own)
     if isinstance(model, Edm2):
         own = {"width": model.width or edm2.SIZES[model.size][0], "blocks": model.blocks, "head": model.head}

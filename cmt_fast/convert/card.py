@@ -140,7 +140,15 @@ def _usage(pipeline: Pipeline) -> str:
 
 def _sampling_text(sampling: dict[str, Any]) -> list[str]:
     guidance = f"guidance_scale means nothing here, {sampling['no_guidance']}."
-    if not sampling["no_guidance"]:
+    if told := sampling.get("told"):
+        low, high = told["interval"]
+        guidance = (
+            f"guidance_scale: what the network is told, a number from 1 to {told['most']:g} or one for each image, "
+        )
+        guidance += (
+            f"by default {sampling['guidance']:g}; it holds at times in [{low:g}, {high:g}] and costs no second call."
+        )
+    elif not sampling["no_guidance"]:
         guidance = f"guidance_scale: classifier-free guidance, by default {sampling['guidance']:g}; 1 is none."
     return ["num_inference_steps counts network calls. " + guidance]
 

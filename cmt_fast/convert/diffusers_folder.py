@@ -90,9 +90,9 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
     """What sampling reads, by the names of the standalone code: those of ours without the wrapper's.
 
     EDM2's log variance weighs a loss, and EDM's labels of an augmentation are 0 in samples. NCSN++'s random frequencies are
-    kept in fp32 by a module of their own.
+    kept in fp32 by a module of their own. An auxiliary head's velocity is read in training alone.
     """
-    unread = ("log_variance.", "augment.")
+    unread = ("log_variance.", "augment.", "velocity_", "head_modulations.", "head_fc", "head_final.")
     own = {"frequency": "noise.frequency"}
     named = {own.get(name, name): t for k, t in net.state_dict().items() if (name := k.removeprefix("net."))}
     return {k: t.detach().cpu().contiguous().clone() for k, t in named.items() if not k.startswith(unread)}
@@ -103,7 +103,8 @@ def _sampling(export: Export) -> dict[str, Any]:
     run, data, law = export.work.run, export.work.data, export.work.setting.law
     many, c = run.stages[export.stage].objective.kind in DIFFUSION, run.sampler
     reads = bool(data.classes) and getattr(run.model, "conditional", True)
-    why = _no_guidance(export, many, reads)
+    told = None if many else _told(export)
+    why = None if told else _no_guidance(export, many, reads)
     return {
         "path": run.path,
         "sigma_data": run.sigma_data,
@@ -119,9 +120,16 @@ def _sampling(export: Export) -> dict[str, Any]:
         "t_min": c.t_min,
         **({"shift": c.shift} if c.shift != 1 else {}),
         "mid_times": {str(k): list(times) for k, times in c.mid_times.items()} if run.path == "ve" and not many else {},
-        "guidance": 1.0 if why else c.guidance,
+        "guidance": 1.0 if why else c.told_guidance[0] if told else c.guidance,
         "no_guidance": why,
+        **({"told": told} if told else {}),
     }
+
+
+def _told(export: Export) -> dict[str, Any] | None:
+    """Of a network of few steps that is told its guidance: the interval of the recipe, and the largest scale of its training."""
+    most = guidance.told_most(export.work.place, export.stage)
+    return {"interval": list(export.work.run.sampler.told_guidance[1:]), "most": most} if most > 1 else None
 
 
 def _no_guidance(export: Export, many: bool, reads: bool) -> str | None:

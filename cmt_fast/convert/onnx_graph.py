@@ -3,12 +3,13 @@
     noise   (B, ...) float32    unit normal, in the place of a seed
     labels  (B,) int64          classes; not there for a network without labels
     renoise (B, ...) float32    unit normal, added between two steps; on path "ve" alone
+    guidance (B, 3) float32     scale and interval of times that a network is told (sampler.told_guidance); 1, 0, 1 is none
     steps   (1,) int64          1, or 2, any other is an error; not there where the recipe's sampler has no second step
     x       (B, ...) float32    samples in data units, [-1, 1] for images
 
 B is free. `steps` is the condition of an If, so that one step costs one network call and both share the weights. The graph is
-traced through the ops' references, in fp32, without guidance: few-step samples have none. Weights stand in the file, or beside
-it (FILE.data) where they are beyond what a protobuf holds.
+traced through the ops' references, in fp32. Few-step samples are guided in training, or by what the network is told. Weights
+stand in the file, or beside it (FILE.data) where they are beyond what a protobuf holds.
 
 torch.onnx, onnx, onnxscript and onnxruntime are imported here alone, when a graph is asked for.
 """
@@ -37,6 +38,7 @@ from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.diffusion.solvers import table
 from cmt_fast.models.precond import NoiseDenoiser
+from cmt_fast.run import guidance
 from cmt_fast.runtime import words
 from cmt_fast.storage import files as files_
 
@@ -47,8 +49,9 @@ ROWS = (1, 5)  # batches that are compared; the graph was traced with another
 class _Graph(nn.Module):
     """Noise to samples by one or two calls of a network."""
 
-    def __init__(self, net: nn.Module, setting: Sampler) -> None:
+    def __init__(self, net: nn.Module, setting: Sampler, told: bool = False) -> None:
         super().__init__()
+        self.told = told
         self.net, self.linear, self.t_max = net, setting.path.name == "linear", setting.config.t_max
         self.mid = () if self.linear else setting.config.mid_times.get(2, ())
         self.two = self.linear or len(self.mid) == 1
@@ -66,6 +69,7 @@ class _Graph(nn.Module):
     def inputs(self) -> list[str]:
         """Names of what it takes."""
         labels = ["labels"] if self.takes_labels else []
+        labels += ["guidance"] if self.told else []
         return ["noise", *labels, *(["renoise"] if self.mid else []), *(["steps"] if self.two else [])]
 
     @property
@@ -77,7 +81,7 @@ class _Graph(nn.Module):
         """Those of `inputs` in their order: what traces it knows arguments by name alone."""
         named = dict(zip(self.inputs, (a, b, c, d)))
         noise, labels = named["noise"], named.get("labels")
-        extra = () if labels is None else (labels,)
+        extra = tuple(a for a in (labels, named.get("guidance")) if a is not None)
         if not self.two:
             return self._denoised(noise * self.t_max, self.t_max, *extra)
         more = self._more(named["steps"])
@@ -102,10 +106,11 @@ class _Graph(nn.Module):
         n, c_out, c_in = self.ddpm[t]
         return x + c_out * self.net.net(c_in * x, x.new_full((x.shape[0],), n), None, labels, None)
 
-    def _jumps(self, z: Tensor, steps: int, labels: Tensor | None = None) -> Tensor:
+    def _jumps(self, z: Tensor, steps: int, labels: Tensor | None = None, guide: Tensor | None = None) -> Tensor:
+        told = () if guide is None else (None, None, False, guide)
         for row in table(ProbabilityPath("linear"), "jump", steps, 1.0, 0.0).rows:
             t, r = (z.new_full((z.shape[0],), u) for u in (row.t, row.r))
-            z = z + row.coefficients[1] * self.net(z, t, r, labels)
+            z = z + row.coefficients[1] * self.net(z, t, r, labels, *told)
         return z
 
 
@@ -126,12 +131,14 @@ def to_onnx(export: Export, out: Path) -> str:
     _libraries()
     net = work.build()
     net.load_state_dict(export.weights)
-    graph = _Graph(net.requires_grad_(False).eval(), work.setting)
+    most = guidance.told_most(work.place, stage)
+    graph = _Graph(net.requires_grad_(False).eval(), work.setting, most > 1)
+    setting = work.setting.told(1.0, most**0.5, most) if graph.told else work.setting
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     temporary.mkdir()
     try:
-        opset = _write(graph, export, temporary / out.name)
-        compared = _compare(graph, work.setting, temporary / out.name)
+        opset = _write(graph, export, setting, temporary / out.name)
+        compared = _compare(graph, setting, temporary / out.name)
         written = sorted(temporary.iterdir(), key=lambda p: p.name == out.name)  # the graph after its weights
         for file in written:
             files_.sync(file)
@@ -155,9 +162,9 @@ def _libraries() -> None:
         ) from None
 
 
-def _write(graph: _Graph, export: Export, file: Path) -> int:
+def _write(graph: _Graph, export: Export, setting: Sampler, file: Path) -> int:
     """Trace and save; returns the opset."""
-    given = _given(graph, export.work.setting, 3, 2)
+    given = _given(graph, setting, 3, 2)
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     shapes = {name: {} if of == "steps" else {0: batch} for name, of in zip("abcd", graph.inputs)}
     with use("reference"), torch.no_grad(), _quietly():
@@ -189,6 +196,7 @@ def _given(graph: _Graph, setting: Sampler, rows: int, steps: int) -> tuple[Tens
     make: dict[str, Any] = {
         "noise": lambda: setting.noise(0, index),
         "labels": lambda: setting.labels(index),
+        "guidance": lambda: setting.guide(index).float(),
         "renoise": lambda: setting.between(0, 1, index),
         "steps": lambda: torch.tensor([steps]),
     }

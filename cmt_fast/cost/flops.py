@@ -199,7 +199,7 @@ def terms(resolved: ResolvedStage, ideas: Ideas = OURS) -> list[Term]:
         drawn = pool.drawn(t, run.path, nfe // (2 if t.solver == "heun" else 1))
         rows = max(1, points * (1 if t.mode == "paper" else t.pool_steps) // drawn)
         calls, why = points / stage.batch * nfe / drawn, f"rollouts, {nfe} calls for {drawn} points"
-        out.append(Term("teacher", "forward", calls * (1 if t.guidance == 1 else 2), why, rows, t.rollout_batch))
+        out.append(Term("teacher", "forward", calls * (2 if t.guided else 1), why, rows, t.rollout_batch))
         if guide and guide.trajectories:
             out.append(Term("guide", "forward", calls, "guide of the rollouts", rows, t.rollout_batch))
     compared = [(o, own), (stage.anchor.objective, anchored)] if stage.anchor else [(o, own)]

@@ -162,7 +162,7 @@ def rollout_bytes(
     models: list[Model], resolved: ResolvedStage, shape: tuple[int, ...], classes: int, bf16: bool
 ) -> float:
     """Bytes that one trajectory takes while it is rolled out by a teacher (and its guide), its nodes aside."""
-    both = 2 if resolved.trajectories.guidance != 1 else 1  # with and without label, in one batch
+    both = 2 if resolved.trajectories.guided else 1  # with and without label, in one batch
     live = max(activations.working(model, resolved.run.path, shape, classes, bf16) for model in models)
     return both * live + ROLLING * 4 * math.prod(shape)
 

@@ -58,16 +58,20 @@ class Autoguided(NamedTuple):
 
 
 class Told(NamedTuple):
-    """A network that is told its guidance (improved MeanFlow): scale omega and the interval of times that it holds in."""
+    """A network that is told its guidance (improved MeanFlow): scale omega and the interval of times that it holds in.
+
+    Each a number for all rows, or one a row (B,).
+    """
 
     network: Callable
-    omega: float
-    low: float
-    high: float
+    omega: float | Tensor
+    low: float | Tensor
+    high: float | Tensor
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
-        guide = torch.stack([torch.full_like(t, value) for value in (self.omega, self.low, self.high)], dim=1)
-        return self.network(x, t, r, labels, None, None, False, guide)
+        said = (self.omega, self.low, self.high)
+        rows = [value.to(t) if isinstance(value, Tensor) else torch.full_like(t, value) for value in said]
+        return self.network(x, t, r, labels, None, None, False, torch.stack(rows, dim=1))
 
 
 def guided(net, scale: float) -> Net:

@@ -27,6 +27,7 @@ class Sampler:
         self, path: ProbabilityPath, config: SamplerConfig, shape: tuple[int, ...], law: Law, device: torch.device
     ) -> None:
         self.path, self.config, self.shape, self.law, self.device = path, config, shape, law, device
+        self.scales: tuple[float, ...] = ()  # of guidance that samples are told in turn, where there are several
 
     def under(self, law: Law) -> Sampler:
         """The same with labels of another law."""
@@ -40,11 +41,34 @@ class Sampler:
         other.config = dataclasses.replace(self.config, guidance=scale)
         return other
 
-    def told(self, omega: float) -> Sampler:
-        """The same whose few steps tell the network this guidance scale, in the recipe's interval."""
+    def told(self, *omega: float) -> Sampler:
+        """The same whose few steps tell the network this guidance scale, in the recipe's interval; several of them in turn."""
         other = copy.copy(self)
-        other.config = dataclasses.replace(self.config, told_guidance=(omega, *self.config.told_guidance[1:]))
+        other.config = dataclasses.replace(self.config, told_guidance=(omega[0], *self.config.told_guidance[1:]))
+        other.scales = omega if len(omega) > 1 else ()
         return other
+
+    def omega(self, index: Tensor) -> Tensor:
+        """The guidance scale that each sample is told. index: (n,) -> (n,) float64.
+
+        Several go round so that every class has each equally often: sample `index`, the m-th of class k, has number k + m.
+        """
+        all_ = torch.tensor(self.scales or self.config.told_guidance[:1], dtype=torch.float64, device=index.device)
+        classes = max(1, len(self.law.present))
+        return all_[(index % classes + index // classes) % len(all_)]
+
+    def _telling(self, net: Callable, index: Tensor) -> Callable:
+        """The network, told what the recipe or the user says; as it is where that is nothing."""
+        omega, low, high = self.config.told_guidance
+        if not self.scales:
+            return net if omega == 1 else Told(net, omega, low, high)
+        return Told(net, *self.guide(index).unbind(1))
+
+    def guide(self, index: Tensor) -> Tensor:
+        """Scale and interval that each sample is told. index: (n,) -> (n, 3) float64; of scale 1 all times, as told nothing."""
+        rows, (_, *ends) = self.omega(index), self.config.told_guidance
+        low, high = (torch.where(rows == 1, at, end) for at, end in zip((0.0, 1.0), ends))
+        return torch.stack((rows, low.to(rows), high.to(rows)), dim=1)
 
     def starting(self, noise: Tensor, labels: Tensor | None, like: Tensor) -> Sampler:
         """The same whose samples 0, 1, ... start from these rows of noise (n, ...), of these labels (n,).
@@ -113,9 +137,7 @@ class Sampler:
     def few_steps(self, net: Callable, steps: int, seed: int, index: Tensor) -> Tensor:
         """`steps` network calls as a flow map: consistency sampling on VE, jumps on linear flow. (n, ...)."""
         if self.path.name == "linear":
-            told = tuple(self.config.told_guidance)
-            net = net if told[0] == 1 else Told(net, *told)
-            return sample_jumps(net, self.noise(seed, index), steps, self.labels(index))
+            return sample_jumps(self._telling(net, index), self.noise(seed, index), steps, self.labels(index))
         mids = self.mid_times(steps)
         return self._onwards(net, self._first(net, seed, index), mids, seed, index)
 
@@ -170,12 +192,16 @@ class _Starting(Sampler):
     def __init__(self, setting: Sampler, noise: Tensor, labels: Tensor | None, like: Tensor) -> None:
         super().__init__(setting.path, setting.config, setting.shape, setting.law, setting.device)
         self._noise, self._labels, self._like = noise, labels, like
+        self.scales = setting.scales
 
     def noise(self, seed: int, index: Tensor) -> Tensor:
         return self._noise.to(index.device)[index]
 
     def between(self, seed: int, step: int, index: Tensor) -> Tensor:
         return super().between(seed, step, self._like.to(index.device)[index])
+
+    def omega(self, index: Tensor) -> Tensor:
+        return super().omega(self._like.to(index.device)[index])
 
     def labels(self, index: Tensor) -> Tensor | None:
         return None if self._labels is None else self._labels.to(index.device)[index]

@@ -176,10 +176,12 @@ def rollout(
     labels: Tensor | None = None,
     dense: bool = True,
     nodes: Tensor | None = None,
+    guide: Tensor | None = None,
 ) -> Tensor:
     """Integrate from x (B, ...) at plan.times[0]. Returns all nodes (N + 1, B, ...), or the last (B, ...) if not dense.
 
-    nodes: (N + 1, B, ...) to write them into, such as a part of a pool; x may be its first.
+    nodes: (N + 1, B, ...) to write them into, such as a part of a pool; x may be its first. guide: (B, 3), of each row the scale
+    of a guided network, in the place of its own, and the interval of times [low, high] outside of which it is 1.
     A network that knows its own preconditioning (`raw`, `scalings`) is called on its scaled input, and guidance,
     preconditioning, update, the write into the trajectory and the next scaled input are one `solver_step`.
     """
@@ -194,12 +196,22 @@ def rollout(
     for i, (row, coefficients) in enumerate(zip(plan.rows, on_device)):
         t, r = (torch.full((x.shape[0],), u, dtype=x.dtype, device=x.device) for u in (row.t, row.r))
         f = raw(x_in, t, r, labels)
+        if guide is not None:
+            coefficients = _by_row(coefficients, guide, row.t)
         m1, m2 = (history[j] if len(history) > j and row.coefficients[j + 2] else None for j in (0, 1))
         reached += row.node
         slot = nodes[reached] if row.node and dense else None
         x, m0, x_in = solver_step(x, f, m1, m2, coefficients, i + 1 < plan.nfe, slot)
         history = [m0, *history][:2]
     return nodes if dense else x
+
+
+def _by_row(coefficients: Tensor, guide: Tensor, t: float) -> Tensor:
+    """(8,) of a call at t -> (B, 8), each row with the scale of its own guide (B, 3)."""
+    omega, low, high = guide.to(coefficients.dtype).unbind(1)
+    here = torch.where((low <= t) & (t <= high), omega, 1.0)
+    rows = coefficients.expand(len(guide), -1)
+    return torch.cat((rows[:, :2], here[:, None], rows[:, 3:]), dim=1)
 
 
 def update(coefficients: Tensor) -> Tensor:

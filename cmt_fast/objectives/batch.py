@@ -38,7 +38,8 @@ class Points(NamedTuple):
     """Points of teacher trajectories: state x at time t, and state x_r at the later node's own time r (r < t).
 
     x, x_r: (B, ...); t, r: (B,); labels: (B,) | None; drop: (B,) bool | None; sample: (B,) global row ids | None. For
-    consistency models r is the endpoint. kept: the features of x_r, where they were computed once a trajectory.
+    consistency models r is the endpoint. kept: the features of x_r, where they were computed once a trajectory. guide: (B, 3) |
+    None, the guidance scale and interval that the trajectory was rolled out with, of which the student is told.
     """
 
     x: Tensor
@@ -49,6 +50,7 @@ class Points(NamedTuple):
     drop: Tensor | None
     sample: Tensor | None = None
     kept: Kept | None = None
+    guide: Tensor | None = None
 
 
 class StageContext(NamedTuple):

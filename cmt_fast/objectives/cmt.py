@@ -45,8 +45,12 @@ def loss_mf(net, points: Points, config: CmtMf, stage: StageContext) -> tuple[Te
     """L = ||u(x_t, r, t) - (x_t - x_r)/(t - r)||^2
 
     x_t and x_r two nodes of a trajectory of the solver, at its own times t > r. Returns (B,).
+
+    A trajectory with a guidance scale omega and an interval of its own is that of v_null + omega (v_cond - v_null) in the
+    interval and of v_cond outside, and u is told both: of all scales of improved MeanFlow, before it, at once.
     """
-    u = net(points.x, points.t, points.r, points.labels, points.drop)
+    more = () if points.guide is None else (None, False, points.guide)
+    u = net(points.x, points.t, points.r, points.labels, points.drop, *more)
     span = (points.t - points.r).view(-1, *[1] * (points.x.ndim - 1))
     squared = (u - (points.x - points.x_r) / span).square().flatten(1).sum(1)
     return squared, {"mse": squared.detach() / points.x[0].numel()}

@@ -9,6 +9,7 @@ multiplied by something: `net` gets Duals of `k` rows and returns one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from cmt_kernels import Dual, meanflow_loss
 from cmt_kernels.dual import value
 from torch import Tensor
 
-from cmt_fast.config.schema import IMeanFlow, MeanFlow
+from cmt_fast.config.schema import IMeanFlow, MeanFlow, Trajectories
 from cmt_fast.diffusion import rng
 from cmt_fast.diffusion.paths import column
 from cmt_fast.objectives import rules, times
@@ -64,10 +65,15 @@ def told(
     """
     if getattr(config, "omega_max", 1.0) == 1:
         return None
-    share, low, high = (context.random.uniform(s, sample) for s in (rng.GUIDANCE, rng.GUIDANCE_LOW, rng.GUIDANCE_HIGH))
-    first = torch.arange(len(sample), device=sample.device) < k
-    low, high = torch.where(first, low / 2, 0.0), torch.where(first, 0.5 + high / 2, 1.0)
-    return torch.stack((scale_of(share, config.omega_max, config.omega_beta), low, high), dim=1).to(dtype)
+    shares = [context.random.uniform(s, sample) for s in (rng.GUIDANCE, rng.GUIDANCE_LOW, rng.GUIDANCE_HIGH)]
+    return guides(shares, torch.arange(len(sample), device=sample.device) >= k, config).to(dtype)
+
+
+def guides(shares: Sequence[Tensor], everywhere: Tensor, law: IMeanFlow | Trajectories) -> Tensor:
+    """Scale and interval (B, 3) from three uniform draws (B,) each; `everywhere`: (B,) bool, rows whose interval is whole."""
+    share, low, high = shares
+    low, high = torch.where(everywhere, 0.0, low / 2), torch.where(everywhere, 1.0, 0.5 + high / 2)
+    return torch.stack((scale_of(share, law.omega_max, law.omega_beta), low, high), dim=1)
 
 
 def scale_of(share: Tensor, most: float, beta: float) -> Tensor:
@@ -96,8 +102,9 @@ def loss_improved(net, drawn: Drawn, config: IMeanFlow, stage: StageContext) -> 
     Returns (B,).
 
     Guidance enters v as in `meanflow`. There is no second head for v: u(z, t, t) is it, and the rows with r = t are its
-    loss. A row whose label is dropped follows the null class's own velocity (published: that of the label it had, which is not
-    the velocity of the row's own u).
+    loss. A row whose label is dropped follows the null class's own velocity (published, Lyy-iiis/imeanflow `guidance_fn` before
+    `cond_drop`: that of the label it had, which is not the velocity of the row's own u). In all else the loss is the
+    published one, and so is that of `meanflow`: tests/fixtures/peers.
 
     With `head` v is that of the network's auxiliary head instead, trained by ||v_head - v||^2 with the same weight beside it.
     With `omega_max` above 1 the network is told a scale omega and an interval in each row, and the target is the velocity that is

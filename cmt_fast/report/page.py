@@ -21,7 +21,7 @@ from cmt_fast.evaluation import kept
 from cmt_fast.render import templates
 from cmt_fast.report import judged as judged_
 from cmt_fast.report import quality as quality_
-from cmt_fast.report import sections
+from cmt_fast.report import scales, sections
 from cmt_fast.report.figures import Curve, Names
 from cmt_fast.report.quality import Quality
 from cmt_fast.run import standing
@@ -46,8 +46,7 @@ def write(
     Raises ConfigError when `folder` is no run, holds no finished stage to judge, or matplotlib is not installed, and where
     nothing can be written.
     """
-    run, home = stored_run(folder), _writable(folder, out)
-    about = about_run(folder)
+    run, home, about = stored_run(folder), _writable(folder, out), about_run(folder)
     # half-way neither the data, a checkpoint's tensors nor a GPU are touched: manifests and sizes of files are enough
     work = open_run(folder, device=None if judge else torch.device("cpu"))
     work.judging.alive = folder if training else None
@@ -70,6 +69,7 @@ def write(
     page = [
         quality_.first(work, stands, quality, judged_.pictures(work, stands, quality, home)),
         quality_.section(work, quality, tables, caution),
+        scales.section(stands, quality.names),
         sections.curves(work, quality.judged, curves, reached, floor),
         sections.training(stands),
         sections.bill(stands),

@@ -218,7 +218,10 @@ def _labels(tree: dict, rows: Rows, changed: list[str]) -> None:
     left_out = f"label dropout and guidance are left out: the store has {'one class' if rows.classes else 'no labels'}"
     for stage in _stages(tree).values():
         objective, trajectories = stage["objective"], stage.get("trajectories") or {}
-        places = [(stage, ("label_dropout", "teacher_guidance")), (trajectories, ("guidance",))]
+        places = [
+            (stage, ("label_dropout", "teacher_guidance")),
+            (trajectories, ("guidance", "omega_max", "omega_beta")),
+        ]
         places.append((objective, ("omega", "kappa", "guide_t_min", "guide_t_max")))
         found = [part.pop(key) for part, keys in places for key in keys if key in part]
         if objective.get("distance") == "features" and not rows.classes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmt_fast.config.errors import ConfigError
-from cmt_fast.config.schema import DIFFUSION, Autoguidance, Run, Stage
+from cmt_fast.config.schema import DIFFUSION, Autoguidance, Run, Stage, Trajectories
 from cmt_fast.objectives import OBJECTIVES, taught
 from cmt_fast.run.folder import RUN_FILE, located, parents_of, stored_run
 from cmt_fast.run.resolved import resolve
@@ -86,7 +86,7 @@ def check_asked(place: Place, name: str, solver: bool, classes: int) -> None:
     if not math.isfinite(scale):
         raise ConfigError(f"--guidance: {scale} is not a number")
     if not solver and getattr(run.model, "guided", False):
-        most = _told_most(place, name)
+        most = told_most(place, name)
         if not 1 <= scale <= most:
             told = f"was told scales from 1 to {most:g} in training" if most > 1 else "was told none in training"
             raise ConfigError(
@@ -212,6 +212,7 @@ def _labels(place: Place, name: str, stage: Stage, classes: int) -> None:
         "label_dropout": stage.label_dropout or None,
         "teacher_guidance": None if stage.teacher_guidance == 1 else stage.teacher_guidance,
         "trajectories.guidance": None if how is None or how.guidance == 1 else how.guidance,
+        "trajectories.omega_max": None if how is None or how.omega_max == 1 else how.omega_max,
         "objective.omega": None if (w := getattr(o, "omega", 1.0)) == 1 else w,
         "objective.kappa": getattr(o, "kappa", 0.0) or None,
     }
@@ -264,6 +265,32 @@ def _teacher(place: Place, name: str, stage: Stage) -> None:
             raise ConfigError(f"{what} guides nothing here, {kind} draws from no trajectories")
         if stage.teacher and not how.cache:
             _need(place, stage.teacher, f"{what} guides {stage.teacher}", otherwise)
+    if how and how.omega_max != 1:
+        _told_trajectories(place, name, stage, how)
+
+
+def _told_trajectories(place: Place, name: str, stage: Stage, how: Trajectories) -> None:
+    """Trajectories that have a scale each: a student that is told it, a teacher that it guides, and nothing else that guides."""
+    what = f"{name}.trajectories.omega_max: {how.omega_max}"
+    if not resolve(place.run, name).trajectory_rows:
+        raise ConfigError(f"{what} guides nothing here, {stage.objective.kind} draws from no trajectories")
+    if not getattr(place.run.model, "guided", False):
+        raise ConfigError(
+            f"{what} needs a network that is told its guidance, model.guided true; one scale is {name}.trajectories.guidance"
+        )
+    if how.cache:
+        raise ConfigError(
+            f"{what} with {name}.trajectories.cache, whose trajectories are kept without a scale; roll them out, cache null"
+        )
+    if how.nfe == "auto":
+        raise ConfigError(
+            f"{what} with {name}.trajectories.nfe auto, which measures one scale alone; name a number of calls"
+        )
+    if how.guidance != 1 or (stage.autoguidance and stage.autoguidance.trajectories):
+        other = "trajectories.guidance" if how.guidance != 1 else "autoguidance.trajectories"
+        raise ConfigError(f"{what} beside {name}.{other}; only one may guide")
+    if stage.teacher:
+        _need(place, stage.teacher, f"{what} guides {stage.teacher}", f"take {name}.trajectories.omega_max 1")
 
 
 def _told(run: Run) -> None:
@@ -271,7 +298,7 @@ def _told(run: Run) -> None:
     omega, low, high = run.sampler.told_guidance
     if not getattr(run.model, "guided", False):
         raise ConfigError(f"sampler.told_guidance: {omega} is told to no network here; it is for model.guided true")
-    most = max(getattr(stage.objective, "omega_max", 1.0) for stage in run.stages.values())
+    most = max(map(_tells, run.stages.values()))
     if omega > most:
         raise ConfigError(
             f"sampler.told_guidance: {omega} is above {most:g}, the largest objective.omega_max of a stage"
@@ -282,13 +309,19 @@ def _told(run: Run) -> None:
         )
 
 
-def _told_most(place: Place, name: str) -> float:
+def told_most(place: Place, name: str) -> float:
     """The largest guidance scale that stage `name` or those before it were told in training, 1 where none was."""
     at, most = _at(place, name), 1.0
     while at is not None and (stage := at[0].run.stages.get(at[1])):
-        most = max(most, getattr(stage.objective, "omega_max", 1.0))
+        most = max(most, _tells(stage))
         at = _at(at[0], stage.start) if stage.start else None
     return most
+
+
+def _tells(stage: Stage) -> float:
+    """The largest scale that a stage tells its network, by its objective or its trajectories; 1 where it tells none."""
+    how = stage.trajectories
+    return max(getattr(stage.objective, "omega_max", 1.0), how.omega_max if how else 1.0)
 
 
 def _inputs(place: Place, name: str, stage: Stage) -> None:

@@ -8,6 +8,7 @@ it ends (unfinished.py), inside `going_on`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -101,6 +102,12 @@ class Judging:
             ) from None
         if found != width:
             raise ConfigError(f"eval.reference: has {width} features, and {judge.name} has {found}; make the file anew")
+
+    def at(self, setting: Sampler) -> Judging:
+        """The same judge of samples that are drawn otherwise; inside `going_on` what is done of either is kept."""
+        other = copy.copy(self)
+        other.setting = setting
+        return other
 
     # ------------------------------------------------------------------------------------------ what is kept of real data
 

@@ -99,7 +99,7 @@ class ResolvedStage:
     def guided(self) -> int:
         """Network calls of one guided call of the teacher in its rollouts."""
         t, guide = self.config.trajectories, self.config.autoguidance
-        return 1 if t is None or (t.guidance == 1 and not (guide and guide.trajectories)) else 2
+        return 1 if t is None or not (t.guided or (guide and guide.trajectories)) else 2
 
     def forwards(self, solver: str, nfe: int) -> float:
         """Forwards for one student image with trajectories of `nfe` calls, of student and teacher: a backward is two."""

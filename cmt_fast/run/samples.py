@@ -13,7 +13,6 @@ OUT.npz.part/        the blocks of an .npz until it is whole, with the same file
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from cmt_fast.diffusion.labels import Law
 from cmt_fast.diffusion.sampling import Sampler
 from cmt_fast.objectives import check_steps
 from cmt_fast.render import grids
-from cmt_fast.run import claiming, guidance
+from cmt_fast.run import claiming, telling
 from cmt_fast.run.workspace import Workspace, open_stage
 from cmt_fast.runtime import distributed, progress, signals, words
 from cmt_fast.storage import files, locks, npz_blocks, sound
@@ -64,10 +63,11 @@ class Request(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What else a user may ask for. classes: as typed, in equal parts; guidance: of the solver; decode: latents, by `vae`."""
+    """What else a user may ask for. classes: as typed, in equal parts; guidance: of the solver, or one or several scales that the
+    network is told; decode: latents, by `vae`."""
 
     classes: str | None = None
-    guidance: float | None = None
+    guidance: float | tuple[float, ...] | None = None
     decode: bool = False
     vae: str | None = None
 
@@ -87,20 +87,13 @@ def opened(stage: str, request: Request, asked: Asked) -> Drawing:
     solver = request.solver or (asked.guidance is not None and work.run.stages[name].objective.kind in DIFFUSION)
     steps = request.steps or (work.run.sampler.teacher_steps if solver else 1)
     request = request._replace(solver=solver, steps=steps, batch=request.batch or work.run.eval.batch)
-    setting, place = work.setting, work.place
-    setting.check_steps((steps,), solver, "--steps")
+    work.setting.check_steps((steps,), solver, "--steps")
     if not solver:
         check_steps(work.run.stages[name].objective, (steps,), "--steps")
     if asked.vae and not asked.decode:
         raise ConfigError("--vae: goes with --decode")
     codec = work.decoding.codec(asked.vae) if asked.decode else None
-    if asked.guidance is not None:
-        sampler = dataclasses.replace(work.run.sampler, guidance=asked.guidance)  # type: ignore[type-var]
-        guided = place._replace(run=dataclasses.replace(work.run, sampler=sampler))  # type: ignore[type-var]
-        guidance.check_asked(guided, name, solver, work.data.classes)
-        setting = setting.guided_by(asked.guidance) if solver else setting.told(asked.guidance)
-    elif solver:
-        guidance.check_solver(place, name)
+    setting = telling.asked(work, name, solver, asked.guidance)
     if asked.classes is not None:
         if not getattr(work.run.model, "conditional", True):
             raise ConfigError("--class: the network takes no labels (model.conditional false)")
@@ -129,15 +122,13 @@ class Drawing:
     @property
     def how(self) -> str:
         """`2 steps, seed 0`."""
-        r, scale = self.request, self.setting.config.guidance
-        scale = scale if r.solver else self.setting.config.told_guidance[0]
-        solver = f"{' of the ODE solver' * r.solver}{f' at guidance {scale:g}' * (scale != 1)}"
+        r = self.request
+        solver = f"{' of the ODE solver' * r.solver}{telling.said(self.setting, r.solver)}"
         return f"{words.steps(r.steps)}{solver}, seed {r.seed}"
 
-    def _told(self) -> list[float] | None:
-        """Scale and interval that the network is told, None where it is told none."""
-        told = self.setting.config.told_guidance
-        return None if told[0] == 1 else list(told)
+    def scales(self, rows: range) -> Tensor | None:
+        """The guidance scales that these samples are told (m,), where there are several; else None."""
+        return self.setting.omega(torch.arange(rows.start, rows.stop)) if self.setting.scales else None
 
     def block(self, rows: range) -> Iterator[tuple[int, Tensor]]:
         """(index of the first, samples (m, ...) on the CPU) of consecutive samples: data units, or uint8 where decoded."""
@@ -179,7 +170,7 @@ class Drawing:
             "first": r.first,
             "steps": r.steps,
             "solver": self.setting.config.solver if r.solver else None,
-            "guidance": self.setting.config.guidance if r.solver else self._told(),
+            "guidance": telling.kept(self.setting, r.solver),
             "sampler": self._grid(),
             "labels": self.setting.law.text(),
             "classes": self.setting.law.present.tolist(),
@@ -345,13 +336,14 @@ class _Pngs:
 
     @contextlib.contextmanager
     def block(self, rows: range) -> Iterator[Callable[[int, Tensor], None]]:
-        labels = self.drawing.labels(rows)
+        labels, scales = self.drawing.labels(rows), self.drawing.scales(rows)
 
         def put(start: int, images: Tensor) -> None:
             for i, pixels in enumerate(as_bytes(images).numpy(), start):
                 if not grids.whole_png(self.path(i)):
                     label = None if labels is None else int(labels[i - rows.start])
-                    self._one(i, pixels, {**self.about, "index": i, "class": label})
+                    own = {} if scales is None else {"scale": float(scales[i - rows.start])}
+                    self._one(i, pixels, {**self.about, "index": i, "class": label, **own})
 
         yield put
 
@@ -386,8 +378,9 @@ class _Parts:
     def join(self, out: Path, about: dict[str, Any], quiet: bool) -> None:
         """The blocks as one file, which says what drew it, and the blocks gone."""
         r = self.drawing.request
-        labels = self.drawing.labels(range(r.first, r.first + r.n))
-        small = {}
+        rows = range(r.first, r.first + r.n)
+        labels, scales = self.drawing.labels(rows), self.drawing.scales(rows)
+        small = {} if scales is None or self.kind != "arrays" else {"guidance": scales.numpy()}
         if self.kind == "arrays":
             small["labels"] = (torch.zeros(r.n) if labels is None else labels).long().numpy()
         elif labels is not None:

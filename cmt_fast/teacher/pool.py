@@ -27,10 +27,10 @@ from cmt_fast.diffusion.labels import Some
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import table
-from cmt_fast.objectives import mid
+from cmt_fast.objectives import meanflow, mid
 from cmt_fast.objectives.batch import Kept, Points
 from cmt_fast.runtime import distributed, progress
-from cmt_fast.teacher.rollouts import Rolling
+from cmt_fast.teacher.rollouts import Buffer, Rolling
 
 KEEP_BYTES = 1 << 30  # endpoints' features of a round, on one device
 
@@ -115,6 +115,7 @@ class Pool:
         self._round = -1, 0
         self._states, self._times, self._order = (torch.empty(0) for _ in range(3))
         self._labels: Tensor | None = None
+        self._guide: Tensor | None = None
         self._kept: Kept | None = None
         self._rolling: Rolling | None = None
 
@@ -124,9 +125,10 @@ class Pool:
         return 0.0 if self.stock else self.plan.nfe / self.each
 
     def _allocate(self) -> None:
-        """The buffer of a round: states (nodes, count, ...), labels (count,)."""
+        """The buffer of a round: states (nodes, count, ...), labels (count,), guide (count, 3)."""
         self._states = torch.empty((self.nodes, self.count, *self.shape), device=self.device)
         self._labels = torch.empty(self.count, dtype=torch.int64, device=self.device) if self.classes else None
+        self._guide = torch.empty((self.count, 3), device=self.device) if self.config.omega_max != 1 else None
         self._times = torch.tensor(self.plan.times, dtype=self._states.dtype, device=self.device)
 
     def _fill(self, index: int, redraw: int = 0) -> None:
@@ -142,8 +144,9 @@ class Pool:
         if distributed.size() > 1:
             for node in self._states:  # one by one: a copy of each is made on the way
                 distributed.share_rows(node)
-            if self._labels is not None:
-                distributed.share_rows(self._labels)
+            for own in (self._labels, self._guide):
+                if own is not None:
+                    distributed.share_rows(own)
         if not torch.isfinite(self._states).all():
             raise FloatingPointError(f"the teacher's trajectories of round {index} are not finite")
         self._keep(mine)
@@ -165,11 +168,13 @@ class Pool:
         self._states[0, mine] = x
         if self._labels is not None and labels is not None:
             self._labels[mine] = labels
+        if self._guide is not None:
+            self._guide[mine] = scales(random, ids, self.config)
         if self._rolling is None:
             assert self.teacher is not None
-            own = None if self._labels is None else self._labels[mine]
+            own = Buffer(self._states, self._labels, self._guide).of(mine)
             self._rolling = Rolling(
-                self.teacher, self.path, self.plan, (self._states[:, mine], own), self.config.rollout_batch,
+                self.teacher, self.path, self.plan, own, self.config.rollout_batch,
                 computing=self.computing, graph=self.graph,
             )  # fmt: skip
         self._rolling()
@@ -218,7 +223,8 @@ class Pool:
         labels = None if self._labels is None else self._labels[trajectory]
         kept = self._kept and Kept(self._kept.distance, [f[trajectory] for f in self._kept.features])
         x, x_r = self._states[i, trajectory], self._states[j, trajectory]
-        return Points(x, times[i], x_r, times[j], labels, None, kept=kept)
+        guide = None if self._guide is None else self._guide[trajectory]
+        return Points(x, times[i], x_r, times[j], labels, None, kept=kept, guide=guide)
 
     def _node(self, random: Random, slot: Tensor) -> Tensor:
         """Every (nodes - 1)/each-th node from a random first; all nodes in order, step-major, when all are drawn."""
@@ -264,6 +270,17 @@ def start_labels(random: Random, ids: Tensor, classes: Drawn, dropout: float = 0
     return labels.masked_fill(random.uniform(rng.START_DROP, ids) < dropout, null) if dropout else labels
 
 
+def scales(random: Random, ids: Tensor, config: Trajectories) -> Tensor | None:
+    """Guidance scale and interval (n, 3) of trajectories `ids` (n,), by the law of `imeanflow`; None where all have one scale.
+
+    Every other trajectory has the whole interval, as there half of the rows have.
+    """
+    if config.omega_max == 1:
+        return None
+    streams = (rng.START_GUIDANCE, rng.START_GUIDANCE_LOW, rng.START_GUIDANCE_HIGH)
+    return meanflow.guides([random.uniform(s, ids) for s in streams], ids % 2 == 0, config)
+
+
 def roller(
     teacher: Net,
     path: ProbabilityPath,
@@ -281,7 +298,8 @@ def roller(
     plan = table(path, config.solver, config.nfe, config.t_max, config.t_min, config.order, config.shift)
     nodes = torch.empty((len(plan.times), rows, *shape), device=device)
     labels = torch.zeros(rows, dtype=torch.int64, device=device) if classes else None
-    rolling = Rolling(teacher, path, plan, (nodes, labels), config.rollout_batch, computing=computing)
+    guide = torch.empty((rows, 3), device=device) if config.omega_max != 1 else None
+    rolling = Rolling(teacher, path, plan, Buffer(nodes, labels, guide), config.rollout_batch, computing=computing)
 
     def roll(first: int, count: int) -> tuple[Tensor, Tensor | None]:
         ids = torch.arange(rows, device=device) + first  # a short last part is rolled out whole: one shape, one graph
@@ -289,6 +307,8 @@ def roller(
         nodes[0] = x
         if labels is not None and ys is not None:
             labels.copy_(ys)
+        if guide is not None:
+            guide.copy_(scales(Random(seed, stage, 0), ids, config))
         rolling()
         return nodes[:, :count], None if labels is None else labels[:count]
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from cmt_fast.config.errors import ConfigError
 from cmt_fast.config.schema import Stage
-from cmt_fast.diffusion.guidance import Autoguided, Net, guided
+from cmt_fast.diffusion.guidance import Autoguided, Guided, Net, guided
 from cmt_fast.diffusion.paths import ProbabilityPath
 from cmt_fast.diffusion.rng import Random
 from cmt_fast.diffusion.solvers import rollout, table
 from cmt_fast.models.fp8 import Fp8Linear, in_fp8, shared
 from cmt_fast.runtime import distributed, machine
-from cmt_fast.teacher.pool import Drawn, starts
+from cmt_fast.teacher.pool import Drawn, scales, starts
 
 PRECISIONS = ("fp8", "bf16", "tf32", "fp32")  # from cheap to exact
 MEASURED = 32  # trajectories
@@ -54,6 +54,8 @@ class Teacher:
         if len(nets) == 2:
             assert self.stage.autoguidance is not None
             return Autoguided(*nets, self.stage.autoguidance.scale)
+        if self.config.omega_max != 1:
+            return Guided(nets[0], 1.0)  # by the scale of each row (`rollout`)
         return guided(nets[0], self.config.guidance)
 
     def computing(self, precision: str) -> Callable[[], AbstractContextManager]:
@@ -80,15 +82,15 @@ class Teacher:
         ids = torch.arange(MEASURED, device=self.device)
         dropout = self.stage.trajectory_dropout
         x, labels = starts(Random(seed, index, 0), ids, shape, classes, self.path, self.config, dropout)
-        c = self.config
+        c, guide = self.config, scales(Random(seed, index, 0), ids, self.config)
         plan = table(self.path, c.solver, c.nfe, c.t_max, c.t_min, c.order, c.shift)
 
         def ends(precision: str) -> Tensor:
-            net = self.net(precision)
+            net, n = self.net(precision), c.rollout_batch
             with self.computing(precision)():
                 parts = [
-                    rollout(net, self.path, plan, part, y, dense=False)
-                    for part, y in zip(x.split(c.rollout_batch), _split(labels, c.rollout_batch, len(x)))
+                    rollout(net, self.path, plan, part, y, dense=False, guide=own)
+                    for part, y, own in zip(x.split(n), _split(labels, n, len(x)), _split(guide, n, len(x)))
                 ]
             return torch.cat(parts).double()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,21 @@ from cmt_fast.runtime import signals
 from cmt_fast.runtime.cuda_graphs import aside, captured, reason
 
 
+class Buffer(NamedTuple):
+    """Trajectories: nodes (N + 1, n, ...), labels (n,) | None, guidance scale and interval (n, 3), None where they have none."""
+
+    nodes: Tensor
+    labels: Tensor | None = None
+    guide: Tensor | None = None
+
+    def of(self, rows: slice, copy: bool = False) -> Buffer:
+        """These trajectories."""
+        parts = (self.nodes[:, rows], *(None if a is None else a[rows] for a in self[1:]))
+        return Buffer(*(a.clone() if copy and a is not None else a for a in parts))  # type: ignore[arg-type]
+
+
 class Rolling:
-    """Integrates what stands in nodes[0] (n, ...), under labels (n,) | None, into nodes (N + 1, n, ...), in place.
+    """Integrates what stands in nodes[0] (n, ...), under labels and guidance, into nodes (N + 1, n, ...), in place.
 
     At most `batch` rows go at once. On a GPU one rollout is captured once and replayed: of the buffer itself where all
     rows go at once, else of a window that rows are copied through, whose last turn may hold rows of the turn before.
@@ -29,18 +43,18 @@ class Rolling:
         teacher: Net,
         path: ProbabilityPath,
         plan: Table,
-        buffer: tuple[Tensor, Tensor | None],
+        buffer: Buffer,
         batch: int,
         *,
         computing: Callable[[], AbstractContextManager] = nullcontext,
         graph: bool = True,
         tell: Callable[[str], None] = print,
     ) -> None:
-        """buffer: nodes and labels; computing: what a rollout is run in, as an autocast; graph: whether one can be captured."""
+        """computing: what a rollout is run in, as an autocast; graph: whether one can be captured."""
         self.teacher, self.path, self.plan, self.computing, self.tell = teacher, path, plan, computing, tell
-        self.nodes, self.labels = buffer
-        self.batch = min(batch, self.nodes.shape[1])
-        self.graph = graph and self.nodes.is_cuda
+        self.buffer = buffer
+        self.batch = min(batch, buffer.nodes.shape[1])
+        self.graph = graph and buffer.nodes.is_cuda
         self._replay: Callable[[], None] | None = None
         self._window = buffer
 
@@ -48,38 +62,34 @@ class Rolling:
         """Roll out all rows."""
         if self.graph and self._replay is None:
             self._capture()
-        for part in torch.arange(self.nodes.shape[1]).split(self.batch):
+        for part in torch.arange(self.buffer.nodes.shape[1]).split(self.batch):
             signals.look()  # all ranks have as many parts
             rows = slice(int(part[0]), int(part[-1]) + 1)
-            self._turn(rows) if self._replay else self._roll(self.nodes[:, rows], _of(self.labels, rows))
+            self._turn(rows) if self._replay else self._roll(self.buffer.of(rows))
 
-    def _roll(self, nodes: Tensor, labels: Tensor | None) -> None:
+    def _roll(self, of: Buffer) -> None:
         with self.computing():
-            rollout(self.teacher, self.path, self.plan, nodes[0], labels, nodes=nodes)
+            rollout(self.teacher, self.path, self.plan, of.nodes[0], of.labels, nodes=of.nodes, guide=of.guide)
 
     def _capture(self) -> None:
-        if self.batch < self.nodes.shape[1]:
-            self._window = self.nodes[:, : self.batch].clone(), _of(self.labels, slice(self.batch), copy=True)
+        if self.batch < self.buffer.nodes.shape[1]:
+            self._window = self.buffer.of(slice(self.batch), copy=True)
         try:
-            aside(lambda: self._roll(*self._window), self.nodes.device)
-            self._replay = captured(lambda: self._roll(*self._window))
+            aside(lambda: self._roll(self._window), self.buffer.nodes.device)
+            self._replay = captured(lambda: self._roll(self._window))
         except RuntimeError as error:
-            self.graph, self._window = False, (self.nodes, self.labels)
+            self.graph, self._window = False, self.buffer
             self.tell(f"the teacher's rollouts are called one network after the other, no CUDA graph: {reason(error)}")
 
     def _turn(self, rows: slice) -> None:
         """One replay, through the window where it is not the buffer."""
         assert self._replay is not None
-        nodes, labels = self._window
-        if nodes is self.nodes:
+        if self._window is self.buffer:
             return self._replay()
-        n = rows.stop - rows.start
-        nodes[0, :n] = self.nodes[0, rows]
-        if labels is not None and self.labels is not None:
-            labels[:n] = self.labels[rows]
+        mine, window = self.buffer.of(rows), self._window.of(slice(rows.stop - rows.start))
+        window.nodes[0] = mine.nodes[0]
+        for here, there in zip(window[1:], mine[1:]):
+            if here is not None:
+                here.copy_(there)
         self._replay()
-        self.nodes[:, rows] = nodes[:, :n]
-
-
-def _of(labels: Tensor | None, rows: slice, copy: bool = False) -> Tensor | None:
-    return None if labels is None else labels[rows].clone() if copy else labels[rows]
+        mine.nodes.copy_(window.nodes)

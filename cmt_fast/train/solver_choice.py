@@ -166,6 +166,11 @@ def endpoints(
 def measure(work: Workspace, stage: ResolvedStage, search: Search | None = None) -> solver_record.Kept:
     """Estimate and choose. Raises ConfigError where no candidate divides."""
     search = search or Search()
+    if stage.trajectories.omega_max != 1:
+        raise ConfigError(
+            f"{stage.name}.trajectories.omega_max: {stage.trajectories.omega_max} draws a scale a trajectory, and a solver is "
+            "measured at one; measure at the largest (omega_max 1, guidance)"
+        )
     name, nfes, candidates = stage.name, search.nfes, stage.candidates(search.nfes, search.grids)
     if not candidates:
         raise ConfigError(f"--nfe: {', '.join(map(str, nfes))}: none makes whole trajectories of {name}'s batches")

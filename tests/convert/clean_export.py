@@ -131,6 +131,19 @@ def arguments(name: str, pipe: Any, steps: int) -> None:
         promise(name, "guidance changes the samples", not torch.equal(plain, strong))
 
 
+def scales(name: str, pipe: Any) -> None:
+    """What the network is told: a scale for all, or one for each image."""
+    most = pipe.config.sampling["told"]["most"]
+    each = [1.0, 2.0, most, 2.0, 1.0]
+    mixed, alone = latents(pipe, 1, guidance_scale=each), {w: latents(pipe, 1, guidance_scale=w) for w in set(each)}
+    apart = max(float((mixed[i] - alone[w][i]).abs().max()) for i, w in enumerate(each))
+    promise(name, "a scale for each image is that scale for all", apart < 1e-5, f"{apart:g}")
+    promise(name, "scales differ", float((alone[1.0] - alone[most]).abs().max()) > 1e-2)
+    for wrong in (most + 1, 0.5, [1.0, 2.0], True, math.nan):
+        found = refused(pipe, batch_size=N, guidance_scale=wrong, output_type="latent")
+        promise(name, f"the scale {wrong} is refused", f"a number from 1 to {most:g}" in found, found)
+
+
 def outputs(name: str, pipe: Any, steps: int, want: dict[str, torch.Tensor]) -> None:
     """Pictures, arrays and tensors are the same images."""
     shape, known = pipe.config.sampling["shape"], {"batch_size": N, "seed": SEED, "num_inference_steps": steps}
@@ -275,6 +288,8 @@ def main(out: Path, chosen: list[str]) -> None:
         pipe = load(folder)
         pipes[name] = (pipe, want)
         bits(name, pipe, want, "loaded")
+        if "told" in pipe.config.sampling:
+            scales(name, pipe)
         if chosen and name not in chosen:
             continue
         steps = int(next(iter(want)))

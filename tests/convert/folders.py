@@ -47,6 +47,7 @@ class Case(NamedTuple):
 
 
 DROPPED = {"label_dropout": 0.1}
+TOLD = {"objective": {"kind": "imeanflow", "omega_max": 8.0}, **DROPPED}
 CASES = {
     "dit": Case(DIT),
     "dit-jumps": Case(DIT, "linear", steps=(1, 3)),
@@ -60,8 +61,15 @@ CASES = {
         (3,),
         {"solver": "euler", "shift": 2.0},
     ),
+    "dit-told": Case(
+        {**DIT, "guided": True, "velocity_head": 1},
+        "linear",
+        steps=(1, 2),
+        sampler={"told_guidance": [3.0, 0.25, 0.75]},
+        keys=TOLD,
+    ),
     "mlp": Case(MLP, data="vectors"),
-    "mlp-jumps": Case(MLP, "linear", data="vectors"),
+    "mlp-jumps": Case({**MLP, "velocity_head": 1}, "linear", data="vectors"),
     "edm2": Case(small.EDM2),
     "edm2-jumps": Case(small.EDM2, "linear"),
     "edm2-guided": Case(small.EDM2, "ve", "pre", (4,), {"guidance": 1.5}, DROPPED),

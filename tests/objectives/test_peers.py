@@ -38,11 +38,12 @@ def test_loss_is_that_of_the_project_it_comes_from(record: dict[str, Any]) -> No
     """Loss by row, or by set, and gradient in every number of the network, to 1e-6 of their largest."""
     kind, path = record["kind"], record["path"]
     config = TypeAdapter(Objective).validate_python({"kind": kind, **record["config"]})
-    net, teacher = peers.network(path), peers.network(path, 0.5).requires_grad_(False) if record["teacher"] else None
+    net = peers.network(record.get("network", path))
+    teacher = peers.network(path, 0.5).requires_grad_(False) if record["teacher"] else None
     loss, _ = OBJECTIVES[kind].loss(net, fields(record), config, StageContext(ProbabilityPath(path), teacher))
     if record.get("each") == "set":
         loss = sets.gathered(loss, record["config"]["group"]).mean(1)
-    grad = torch.autograd.grad(loss.mean(), [getattr(net, name) for name in peers.SHAPES], materialize_grads=True)
+    grad = torch.autograd.grad(loss.mean(), list(net.parameters()), materialize_grads=True)
     scale = record.get("scale", 1.0)
     for ours, theirs in ((loss, record["loss"]), (torch.cat([g.flatten() for g in grad]), record["grad"])):
         theirs = torch.tensor(theirs, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from cmt_kernels import Dual
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cmt_fast import api
 from cmt_fast.cli import main
 from cmt_fast.config import loading
 from cmt_fast.config.errors import ConfigError
@@ -23,7 +25,10 @@ from cmt_fast.evaluation.rest import LINEAR
 from cmt_fast.models import build
 from cmt_fast.objectives import OBJECTIVES, Batch, LossContext
 from cmt_fast.objectives.meanflow import draw_times, scale_of, told
-from cmt_fast.run.workspace import Workspace
+from cmt_fast.render import plots
+from cmt_fast.report import page, scales
+from cmt_fast.run.workspace import Workspace, open_stage
+from cmt_fast.storage import sound
 from cmt_fast.train import loop
 from tests.fixtures.tiny import tiny
 from tests.objectives.test_family import perturbed
@@ -140,10 +145,19 @@ def test_rows_at_one_time_are_told_the_whole_interval() -> None:
     assert abs(float(first[:, 1].mean()) - 0.25) < 0.02 and abs(float(first[:, 2].mean()) - 0.75) < 0.02
 
 
-def test_a_trained_network_is_told_at_sampling(tmp_path: Path, capsys) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a run whose post-training told its network scales."""
+    folder = tmp_path_factory.mktemp("told") / "run"
+    loop.train(
+        Workspace(tiny("digits-mf", *KEYS, "sampler.told_guidance=[2, 0.25, 0.75]"), folder), ["pre", "mid", "post"]
+    )
+    return folder
+
+
+def test_a_trained_network_is_told_at_sampling(trained: Path, tmp_path: Path, capsys) -> None:
     """Three stages; samples at two scales differ, the line says which; what cannot be done is said."""
-    run = tiny("digits-mf", *KEYS)
-    loop.train(Workspace(run, tmp_path / "run"), ["pre", "mid", "post"])
+    (tmp_path / "run").symlink_to(trained)
     drawn: list[Tensor] = []
     for scale in ([], ["--guidance", "6"]):
         out = tmp_path / f"{len(drawn)}.npz"
@@ -161,8 +175,62 @@ def test_a_trained_network_is_told_at_sampling(tmp_path: Path, capsys) -> None:
         of = str(tmp_path / "run" / stage)
         assert main(["sample", of, "-n", "2", "--guidance", scale, "--out", str(tmp_path / "x.npz")]) == 2
         assert line in capsys.readouterr().err
-    assert main(["ckpt", "export", str(tmp_path / "run" / "post"), str(tmp_path / "x.onnx"), "--format", "onnx"]) == 2
-    assert "onnx has no place for model.guided True" in capsys.readouterr().err
+    assert main(["ckpt", "export", str(tmp_path / "run" / "post"), str(tmp_path / "x.pt"), "--format", "dit"]) == 2
+    assert "dit has no place for model.guided True" in capsys.readouterr().err
+
+
+def test_scales_in_turn_are_those_of_each_alone(trained: Path, tmp_path: Path, capsys) -> None:
+    """Row by row, whatever the batch; every class has each scale equally often; what is written says which."""
+    of, out = f"{trained}/post", tmp_path / "three.npz"
+    assert main(["sample", of, "-n", "60", "--guidance", "1,2,4", "--batch", "7", "--out", str(out)]) == 0
+    assert "at guidance 1, 2 and 4 in turn" in capsys.readouterr().out
+    found = np.load(out)
+    alone = {w: api.sample(of, 60, guidance=w)[0].numpy() for w in (1, 2, 4)}
+    for i, w in enumerate(found["guidance"]):
+        np.testing.assert_allclose(found["images"][i], alone[w][i], atol=2e-6)
+    pairs = set(zip(found["labels"].tolist(), found["guidance"].tolist()))
+    two = open_stage(of)[0].setting.told(1.0, 4.0).omega(torch.arange(20))
+    assert torch.equal(two[:10], 5 - two[10:])  # the second of each class has the other of two scales
+    assert len(pairs) == 30 and not np.allclose(alone[1], alone[4], atol=1e-4)
+    np.testing.assert_array_equal(alone[2], api.sample(of, 60)[0].numpy())  # the recipe's
+    x, _ = api.sample(of, 60, guidance=(1, 2, 4))
+    np.testing.assert_allclose(x.numpy(), found["images"], atol=2e-6)
+    for asked, line in (
+        (("post", "1,9"), "--guidance: 9.0 is told to a network that was told scales from 1 to 8"),
+        (("post", "2,2"), "--guidance: '2,2' has a scale twice"),
+        (("post", "much"), "--guidance: 'much' is not a list of scales"),
+        (("pre", "1,2"), "the ODE solver takes one scale at a time"),
+    ):
+        assert main(["sample", f"{trained}/{asked[0]}", "-n", "2", "--guidance", asked[1], "--out", str(out)]) == 2
+        assert line in capsys.readouterr().err
+
+
+def test_scales_are_judged_in_one_call_and_stay(trained: Path, capsys, monkeypatch) -> None:
+    """Each as alone; kept beside the weights that they are of, shown on the page; judged again they are not there twice."""
+    of = f"{trained}/post"
+    assert main(["eval", of, "-n", "40", "--steps", "1", "--guidance", "1,4", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert "steps" not in out and "told_guidance" not in out and out["guidance"]["4"]["interval"] == [0.25, 0.75]
+    alone = api.evaluate(of, (1,), 40, guidance=4)["1"]
+    assert alone["frechet"] == out["guidance"]["4"]["steps"]["1"]["frechet"]
+    assert out["guidance"]["1"]["steps"] != out["guidance"]["4"]["steps"]
+    assert main(["eval", of, "-n", "40", "--steps", "1", "--guidance", "4,2"]) == 0
+    said = capsys.readouterr().out
+    assert "at guidance 2 in [0.25, 0.75]" in said and "told guidance" not in said
+    kept = sound.read(trained / "post" / scales.FILE)["sets"]
+    assert [one["scale"] for one in kept] == [1, 4, 2] and kept[1]["steps"] == out["guidance"]["4"]["steps"]
+    monkeypatch.setattr(plots, "svg", lambda *_, **size: "<svg></svg>")  # a fifth of a second each
+    page.write(trained, judge=False)
+    said = (trained / "report.md").read_text()
+    (row,) = (x for x in said.splitlines() if x.startswith(r"| 4 | \[0.25, 0.75\] |"))
+    assert f"{kept[1]['steps']['1']['frechet']:.3g} " in row and "## At several scales of guidance" in said
+    assert not scales.known([trained / "post"], "other weights")
+    for stage, scale, line in (
+        ("mid", "2", "was told none in training"),
+        ("post", "1,8.5", "was told scales from 1 to 8"),
+    ):
+        assert main(["eval", f"{trained}/{stage}", "-n", "40", "--guidance", scale]) == 2
+        assert line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

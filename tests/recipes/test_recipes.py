@@ -27,7 +27,7 @@ NETWORKS = {
     "edm2": ["width=16", "multipliers=[1,2]", "blocks=1", "attention=[4]", "head=8"],
     "mlp": ["width=16", "depth=1"],
 }
-RESUMED = ("imagenet256-rae",)  # networks that no other recipe has
+RESUMED = ("imagenet256-rae", "imagenet256-imf")  # networks and inputs that no other recipe has
 # in which order of magnitude the published networks are, and how many classes they know
 PUBLISHED = {
     "cifar10": (55.7e6, 512, 128, 128),

@@ -21,7 +21,7 @@ from cmt_fast.teacher import precision as teacher
 from cmt_fast.teacher import rollouts
 from cmt_fast.teacher.pool import Pool, Prior
 from cmt_fast.teacher.precision import Teacher
-from cmt_fast.teacher.rollouts import Rolling
+from cmt_fast.teacher.rollouts import Buffer, Rolling
 from tests.fixtures.tiny import tiny
 
 CPU = torch.device("cpu")
@@ -132,20 +132,20 @@ def test_a_rollout_is_captured_once_and_replayed_through_a_window(batch: int, tu
     for index in (0, 1, 2):
         if p._rolling is None:
             p._allocate()
-            p._rolling = Rolling(net, p.path, p.plan, (p._states, p._labels), batch)
+            p._rolling = Rolling(net, p.path, p.plan, Buffer(p._states, p._labels), batch)
             p._rolling.graph = True
         p.draw(index * p.steps, torch.arange(16))
         plain = rebuilt(p, index)[0]
         torch.testing.assert_close(p._states, plain, rtol=1e-5, atol=1e-5)  # other batches, other roundings
     assert recorded.captures == 1 and recorded.replays == 3 * turns
-    assert (p._rolling._window[0] is p._states) == (turns == 1)
+    assert (p._rolling._window.nodes is p._states) == (turns == 1)
 
 
 def test_what_cannot_be_captured_is_called_and_said(monkeypatch) -> None:
     said: list[str] = []
     p = pool_of(network(), rollout_batch=5)
     p._allocate()
-    p._rolling = Rolling(p.teacher, p.path, p.plan, (p._states, p._labels), 5, tell=said.append)
+    p._rolling = Rolling(p.teacher, p.path, p.plan, Buffer(p._states, p._labels), 5, tell=said.append)
     p._rolling.graph = True
 
     def refuse(call):
@@ -172,7 +172,13 @@ def test_a_graph_of_a_rollout_gives_what_the_calls_give(precision: str, batch: i
     nodes, labels = torch.zeros(9, 64, 1, 8, 8, device="cuda"), torch.arange(64, device="cuda") % 10
     said: list[str] = []
     rolled = Rolling(
-        held, ProbabilityPath("ve"), plan, (nodes, labels), batch, computing=made.computing(precision), tell=said.append
+        held,
+        ProbabilityPath("ve"),
+        plan,
+        Buffer(nodes, labels),
+        batch,
+        computing=made.computing(precision),
+        tell=said.append,
     )
     for _ in range(3):
         nodes[0] = 80 * torch.randn_like(nodes[0])

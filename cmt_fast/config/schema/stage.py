@@ -31,6 +31,8 @@ class Trajectories:
     `cache`: a folder that `cmt trajectories` wrote; then nothing is rolled out and no teacher is loaded for it.
     `pairs`: of nodes that a flow map is asked about: auto, what the objective that follows asks for; any two; any and the
     last; those whose times differ by a power of 1/2.
+    `omega_max`: above 1 each trajectory has a guidance scale and an interval of its own, drawn as in `imeanflow`, that the
+    student is told.
     """
 
     solver: Literal["dpmpp", "euler", "heun", "jump"] = "dpmpp"
@@ -49,6 +51,13 @@ class Trajectories:
     cache: str | None = None
     pairs: Literal["auto", "any", "end", "halves"] = "auto"
     budget_forwards: Count | None = None
+    omega_max: Annotated[float, Field(ge=1)] = 1.0
+    omega_beta: NotNegative = 1.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher is called with labels and without in its rollouts."""
+        return self.guidance != 1 or self.omega_max != 1
 
     @property
     def calls(self) -> int:

@@ -118,6 +118,20 @@ class LabelEmbedder(InFloat32):
         return F.embedding(labels, self.table)
 
 
+class GuidanceEmbedder(nn.Module):
+    """guide: (B, 3), scale omega >= 1 and interval [low, high] of times -> (B, width): the difference to none, (1, 0, 1)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.omega, self.low, self.high = (TimeEmbedder(width) for _ in range(3))
+
+    def forward(self, guide: Tensor) -> Tensor:
+        omega, low, high = guide.unbind(1)
+        zero, one = torch.zeros_like(low), torch.ones_like(high)
+        told = self.omega(1 - 1 / omega) + self.low(low) + self.high(high)
+        return told - (self.omega(zero) + self.low(zero) + self.high(one))
+
+
 class Norm(nn.Module):
     """x: (B, T, D) normalised over D, then shifted and scaled by (B, D) or (B, T, D) each; in the dtype of shift.
 
@@ -216,6 +230,7 @@ class CmtDiT(Network):
 
     two_times adds an embedding of t - r. embeddings "dit": times and positions as in the published DiT and SiT, "gaussian": of
     RAE's networks. wide_head: width, depth and heads of DiT^DH's (Zheng et al. 2025), each of whose tokens is modulated by one.
+    guided: it may be told a guidance scale and interval of times, guide (B, 3).
     """
 
     @register_to_config
@@ -235,6 +250,7 @@ class CmtDiT(Network):
         norm: str = "layer",
         embeddings: str = "cmt",
         wide_head: list[int] | None = None,
+        guided: bool = False,
     ) -> None:
         """Many parameters: the hyperparameters as they are published."""
         super().__init__()
@@ -256,16 +272,19 @@ class CmtDiT(Network):
         head_cos, head_sin = rotary(self.cells, last // heads_h) if rope and wide_head else (None, None)
         place = positions(self.cells, width, embeddings != "cmt")
         self.constants = Constants(position=place, cos=cos, sin=sin, head_cos=head_cos, head_sin=head_sin)
+        self.guidance = GuidanceEmbedder(width) if guided else None
 
     def forward(
-        self, x: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None,
+        guide: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         patches = self._patchify(x.to(self.dtype))
         h = self.embed(patches) + self.constants.on("position", x.device)
         e = self.time(t)
         if self.duration is not None:
             e = e + self.duration(t - (t if r is None else r))
-        c = F.silu(e if self.label is None else e + self.label(labels, drop))
+        c = e if self.label is None else e + self.label(labels, drop)
+        c = F.silu(c if self.guidance is None or guide is None else c + self.guidance(guide))
         c = (c if self.head_embed is None else F.silu(c)).to(self.dtype)
         cos, sin = self.constants.on("cos", x.device), self.constants.on("sin", x.device)
         for block in self.blocks:
@@ -318,7 +337,9 @@ class CmtMlp(Network):
     """A residual MLP for vectors: x (B, D), t, r (B,), labels (B,) -> (B, D)."""
 
     @register_to_config
-    def __init__(self, dim: int, classes: int, width: int, depth: int, two_times: bool = False) -> None:
+    def __init__(
+        self, dim: int, classes: int, width: int, depth: int, two_times: bool = False, guided: bool = False
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(dim, width)
         self.time = TimeEmbedder(width)
@@ -329,16 +350,20 @@ class CmtMlp(Network):
         self.fc1 = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
         self.fc2 = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth))
         self.final = nn.Linear(width, dim)
+        self.guidance = GuidanceEmbedder(width) if guided else None
 
     def forward(
-        self, x: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, t: Tensor, r: Tensor | None = None, labels: Tensor | None = None, drop: Tensor | None = None,
+        guide: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         h = self.embed(x.to(self.dtype)).unsqueeze(1)
         c = self.time(t)
         if self.duration is not None:
             c = c + self.duration(t - (t if r is None else r))
         if self.label is not None:
             c = c + self.label(labels, drop)
+        if self.guidance is not None and guide is not None:
+            c = c + self.guidance(guide)
         c = F.silu(c).to(self.dtype)
         for modulation, fc1, fc2 in zip(self.modulations, self.fc1, self.fc2):
             shift, scale, gate = modulation(c).chunk(3, dim=-1)

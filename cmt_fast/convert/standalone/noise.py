@@ -1,9 +1,12 @@
-"""Noise and labels of samples as functions of a seed and their index, as the trainer has them.
+"""Noise and labels of samples as functions of a seed and their index, as the trainer has them; what arguments are checked by.
 
 In an exported folder they stand in pipeline.py, in the place of the line that imports them: diffusers fetches one file.
 """
 
 import math
+import operator
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,3 +58,25 @@ def proportional_labels(counts: list[int], n: int) -> list[int]:
         out.append(min(waiting, key=lambda k: -(-(made[k] + 1) * total // counts[k])))
         made[out[-1]] += 1
     return out
+
+
+def number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def whole(name: str, value: Any, least: int, most: float = math.inf) -> int:
+    """A whole number, numpy's and torch's too. Raises ValueError, naming the argument."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
+        end = "on" if most == math.inf else f"to {most}"
+        raise ValueError(f"{name}: {value!r} is not among the whole numbers from {least} {end}")
+    return number
+
+
+def column(c: Tensor, x: Tensor) -> Tensor:
+    """c: (B,) -> (B, 1, ...), to multiply x (B, ...)."""
+    return c.to(x.dtype).view(-1, *[1] * (x.ndim - 1))

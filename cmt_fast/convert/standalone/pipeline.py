@@ -10,10 +10,10 @@ function of (seed, i): in float32 on a CPU, with as many threads, the trainer's 
 import difflib
 import json
 import math
-import operator
+import operator  # noqa: F401  # these two are read by what stands in the place of the line of noise.py
 import os
 import sys
-from numbers import Real
+from numbers import Real  # noqa: F401
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +23,17 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from cmt_fast.convert.standalone.noise import AGAIN, START, proportional_labels, seeded_normal
-
-
-def whole(name: str, value: Any, least: int, most: float = math.inf) -> int:
-    """A whole number, numpy's and torch's too. Raises ValueError, naming the argument."""
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if not least <= number <= most:
-        end = "on" if most == math.inf else f"to {most}"
-        raise ValueError(f"{name}: {value!r} is not among the whole numbers from {least} {end}")
-    return number
-
-
-def column(c: Tensor, x: Tensor) -> Tensor:
-    """c: (B,) -> (B, 1, ...), to multiply x (B, ...)."""
-    return c.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+from cmt_fast.convert.standalone.noise import AGAIN, START, column, number, proportional_labels, seeded_normal, whole
 
 
 class Prediction:
     """The raw network with what its path makes of it: D(x, t), the denoised x, on "ve"; a velocity u(x, r, t) on "linear".
 
     D = c_skip x + c_out F(c_in x, noise level); "edm": Karras et al. 2022, table 1; "ddpm": F is the noise of DDPM's steps.
+    guide: (B, 3), guidance scale and interval that the network is told, None where it is told none.
     """
+
+    guide: Tensor | None = None
 
     def __init__(self, network: ModelMixin, path: str, sigma_data: float, precondition: str) -> None:
         self.network, self.linear, self.sigma_data = network, path == "linear", sigma_data
@@ -68,7 +54,8 @@ class Prediction:
             drop = torch.cat((torch.zeros_like(labels), torch.ones_like(labels))).bool()
             x_in, t, r, labels = (torch.cat((a, a)) for a in (x_in, t, r, labels))
         if self.linear:
-            return self.network(x_in, t, r, labels, drop).float()
+            told = () if self.guide is None else (self.guide,)
+            return self.network(x_in, t, r, labels, drop, *told).float()
         level = self._ddpm_step(t) if self.ddpm else t.log() / 4
         return self.network(x_in, level, None, labels, drop).float()
 
@@ -216,7 +203,7 @@ class CmtPipeline(DiffusionPipeline):
         class_labels: int | str | list[int | str] | Tensor | None = None,
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | list[float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         seed: int | None = None,
         latents: Tensor | None = None,
@@ -225,7 +212,8 @@ class CmtPipeline(DiffusionPipeline):
     ):
         """Images of these classes, by number or name; without them `batch_size` images, of the classes in the data's proportions.
 
-        num_inference_steps: network calls. guidance_scale: of classifier-free guidance, 1 for none, where the network serves it.
+        num_inference_steps: network calls. guidance_scale: of classifier-free guidance, 1 for none, where the network serves it;
+        to a network of few steps that is told its guidance, a number or one for each image, within the scales of its training.
         seed: noise that is the same everywhere; or generator: torch's, one for all or one for each; else torch's own state.
         latents: (B, *shape) unit normal noise to start from. output_type: "pil"; "np" (B, H, W, C) and "pt" (B, C, H, W) in
         [0, 1]; "latent" (B, *shape) as the network gives it. return_dict False: a tuple. Raises ValueError, naming the argument.
@@ -233,7 +221,7 @@ class CmtPipeline(DiffusionPipeline):
         """
         how = self.config.sampling
         labels, n = self._who(class_labels, batch_size, latents)
-        guidance = self._guidance(guidance_scale)
+        guidance = self._guidance(guidance_scale, n)
         steps = whole("num_inference_steps", how["steps"] if num_inference_steps is None else num_inference_steps, 1)
         seed = None if seed is None else whole("seed", seed, 0, 0xFFFFFFFF)
         self._check_noise(seed, generator, n)
@@ -254,11 +242,14 @@ class CmtPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _sample(self, x: Tensor, steps: int, labels: Tensor | None, guidance: float, noise) -> Tensor:
+    def _sample(self, x: Tensor, steps: int, labels: Tensor | None, guidance: float | list[float], noise) -> Tensor:
         """Unit noise (B, ...) -> samples in data units (B, ...)."""
         how = self.config.sampling
         path, t_max = how["path"], how["t_max"]
         net = Prediction(self.network, path, how["sigma_data"], how["precondition"])
+        if told := how.get("told"):
+            net.guide = torch.tensor([[w, *(told["interval"] if w != 1 else (0, 1))] for w in guidance]).to(x)
+            guidance = 1.0
         if how["many_steps"]:
             rows = solver_rows(path, how["solver"], how["order"], steps, t_max, how["t_min"], how.get("shift", 1.0))
             x = x * (t_max if path == "ve" else 1.0)
@@ -317,12 +308,20 @@ class CmtPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels: {label!r} is the name of the classes {found}; give a number")
         return found[0]
 
-    def _guidance(self, scale: float | None) -> float:
-        """The scale of guidance; anything but 1 only where a trained null class gives it a meaning."""
+    def _guidance(self, scale: Any, n: int) -> float | list[float]:
+        """The scale of guidance; anything but 1 only where a trained null class gives it a meaning. Of a network that is told it
+        one for each of n images, from 1 to the largest of its training."""
         how = self.config.sampling
+        if told := how.get("told"):
+            given = how["guidance"] if scale is None else scale.tolist() if hasattr(scale, "tolist") else scale
+            each = given if isinstance(given, list | tuple) else [given]
+            if len(each) not in (1, n) or not all(number(w) and 1 <= w <= told["most"] for w in each):
+                valid = f"a number from 1 to {told['most']:g}, or one for each of {n} images"
+                raise ValueError(f"guidance_scale: {scale!r} is not {valid}")
+            return [float(w) for w in (each if len(each) == n else each * n)]
         if scale is None:
             return how["guidance"]
-        if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        if not number(scale):
             raise ValueError(f"guidance_scale: {scale!r} is no number")
         if scale != 1 and how["no_guidance"]:
             raise ValueError(f"guidance_scale: {scale} means nothing here, {how['no_guidance']}; leave it out")
