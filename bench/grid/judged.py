@@ -68,6 +68,10 @@ class Table:
         """A cell's; that from `mid` is the same by both equalities."""
         return self.by.get((name, start, "images" if start == "mid" else equal, seed))
 
+    def seeds_of(self, name: str) -> list[int]:
+        """Those of which an objective has cells."""
+        return sorted({seed for own, _, _, seed in self.by if own == name})
+
     def pairs(self, name: str, start: str, equal: str, k: str, space: str, over: str = "pre") -> list[float]:
         """Ratios to the start `over`, of every seed that has both."""
         found = [(self.row(name, start, equal, s), self.row(name, over, equal, s)) for s in self.seeds]

@@ -241,7 +241,7 @@ def test_one_objective_that_is_farther_contradicts_the_claim():
     text = grid_tables.verdict(grid_of({"ect": near, "sct": near}))
     assert "No objective here contradicts" in text and "for 2 of 2" in text and "do not decide" not in text
     text = grid_tables.verdict(grid_of({"ect": near, "sct": [0.5, 1.0, 2.0]}))
-    assert "for 1 of 2" in text and "For `sct@ve` 3 seeds do not decide it" in text
+    assert "for 1 of 2" in text and "For `sct@ve` the seeds do not decide it" in text
     # the spaces contradict each other: neither for the claim nor against it
     text = grid_tables.verdict(grid_of({"ect": near}, {"ect": far}))
     assert (

@@ -174,11 +174,13 @@ def answers(data: dict[str, Any]) -> str:
         lines = []
         for path, kind in questions.KINDS.items():
             found = judged.Arms(data, name, kind, path, question.arms(data["suite"], path))
+            measured = []
             for arm in found.order:
                 cells = [text(found.effect(arm, k, space, after)) for k, after in PLACES for space in SPACES]
                 if any(cells) or (arm == found.reference and found.rows(arm)):
                     shown = ["1"] * len(cells) if arm == found.reference else cells
-                    lines.append(f"| `{kind}@{path}` | {arm} | {' | '.join(shown)} | {found.forwards(arm)} |")
+                    measured.append(f"| `{kind}@{path}` | {arm} | {' | '.join(shown)} | {found.forwards(arm)} |")
+            lines += measured if len(measured) > 1 else []  # the arm that the grid itself uses is no answer alone
         out.append(f"**{question.asks}** (`--question {name}`, `{question.key}`)\n")
         if not lines:
             out.append(f"Not measured yet: `python -m bench grid {data['suite']} --question {name}`.\n")
@@ -247,7 +249,7 @@ def _claim(found: Table) -> str:
     )
     agree = [name for name in found.names if shown_for(name)]
     left = [f"`{name}`" for name in found.names if name not in agree]
-    rest = f" For {', '.join(left)} {len(found.seeds)} seeds do not decide it." if left else ""
+    rest = f" For {', '.join(left)} the seeds do not decide it." if left else ""
     return (
         f"**No objective here contradicts the claim** that mid-training helps any flow map. It is shown, in both spaces, at one "
         f"and two steps and at both equalities, for {len(agree)} of {len(found.names)}.{rest}"
@@ -274,12 +276,20 @@ def _alone(found: Table) -> list[str]:
     ]
 
 
+def _seeds(found: Table) -> str:
+    """`seeds 0, 1, 2`, and of which objectives there are more."""
+    of = {name: found.seeds_of(name) for name in found.names}
+    usual = min(of.values(), key=len)
+    more = [f"of `{name}` {', '.join(map(str, own))}" for name, own in of.items() if own != usual]
+    return "; ".join([f"seeds {', '.join(map(str, usual))}", *more])
+
+
 def _about(data: dict[str, Any], found: Table) -> str:
     lengths, cells = data["lengths"], len(data["rows"])
     resumed = sum(r["starts"] > 1 for r in data["rows"])
     return (
         f"{data['suite']}: {lengths['total']:,} student images a cell, {lengths['mid']:,} of them of mid-training where there is "
-        f"one; seeds {', '.join(map(str, found.seeds))}; {lengths['n']:,} samples; {cells} cells, {resumed} of them killed and "
+        f"one; {_seeds(found)}; {lengths['n']:,} samples; {cells} cells, {resumed} of them killed and "
         f"taken up again; {data['cpu_s'] / 3600:.1f} CPU hours with the searches and the stages that cells share; "
         f"{data['device']}, {data['threads']} thread{'s' * (data['threads'] != 1)}, torch {data['torch']}; "
         f"commit {data['commit']}, {data['date'][:10]}."
