@@ -92,7 +92,8 @@ def test_tables_are_generated_not_typed():
         name = {
             "predicted": "predicted/ops", "launches": "predicted/launches", "launches-edm2": "predicted/launches-edm2",
             "predicted-steps": "predicted/steps", "native": "cpu/ops",
-            "stages-digits": "cpu/digits-seeds", "sizing": "cpu/ranks", "worth": "cpu/gmm-worth", **dict.fromkeys(PLANS, "predicted/plans"),
+            "stages-digits": "cpu/digits-seeds", "sizing": "cpu/ranks", "worth": "cpu/gmm-worth",
+            **dict.fromkeys(PLANS, "predicted/plans"),
         }.get(mark, "cpu/" + (f"{recipe}-{kind}" if recipe else kind))  # fmt: skip
         assert (ROOT / "bench" / "results" / f"{name}.json").is_file(), mark
 
