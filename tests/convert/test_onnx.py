@@ -62,7 +62,7 @@ def test_the_graph_gives_the_trainers_samples_in_onnxruntime(tmp_path, capsys, m
         with pytest.raises(runtime.capi.onnxruntime_pybind11_state.InvalidArgument, match="out of data bounds"):
             session.run(None, {**feed, "steps": torch.tensor([k]).numpy()})
     # a graph of other weights than the stage's is not kept
-    monkeypatch.setattr(onnx_graph, "_write", lambda graph, export, file: shutil.copy(out, file) and 0)
+    monkeypatch.setattr(onnx_graph, "_write", lambda graph, export, setting, file: shutil.copy(out, file) and 0)
     found = exporting.collect(work, "post")
     other = found._replace(weights={k: v * 1.001 for k, v in found.weights.items()})
     with pytest.raises(FloatingPointError, match="is not kept: 1 step: onnxruntime errs by"):

@@ -13,7 +13,7 @@ from cmt_fast.config.schema import ConstantEma, Denoise, Digits, PowerEma, Stage
 from cmt_fast.data import datasets
 from cmt_fast.data.order import Loader
 from cmt_fast.engine import LocalEngine, ema
-from cmt_fast.evaluation import distances, features, judges
+from cmt_fast.evaluation import distances, features, judges, tallies
 
 CPU = torch.device("cpu")
 
@@ -247,4 +247,4 @@ def test_the_classifier_is_good_reproducible_and_named_by_its_hash(tmp_path):
     again = features.extractor(digits, tmp_path / "a")
     assert a.name == b.name == again.name and a.name.startswith("classifier-64-32@")
     assert (a.classes(digits.x) == digits.labels).float().mean() > 0.98
-    assert judges.Judge(digits, a)(digits.x, digits.labels)["frechet"] < 1e-6
+    assert tallies.figures(judges.Judge(digits, a), digits.x, digits.labels)["frechet"] < 1e-6
