@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 LOCK ?= yes
 BIN = .venv/bin
 TOOLS = .venv/tools/bin
-PIP = $(BIN)/python -m pip install -q --no-compile
+PIP = $(BIN)/python -m pip install -q
 # The native ops: CUDA where nvcc is found, which takes minutes; demo and test leave it out on a machine without a GPU driver.
 # `make native CMT_CUDA=1` builds it anywhere.
 export CMT_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),,0)
@@ -41,12 +41,10 @@ coverage: native
 	$(BIN)/python -m coverage combine -q && $(BIN)/python -m bench coverage && exit $$failed
 format: .venv/dev ; $(BIN)/ruff check --fix . && $(BIN)/ruff format .
 .venv/bin/python: ; $(PYTHON) -m venv .venv
-# torch comes after the lock, whose triton gives way to the one that torch is built with; what pip would compile one after the
-# other is compiled on all cores, but for the few files of packages that are no Python of today
+# torch comes after the lock, whose triton gives way to the one that torch is built with
 .venv/%: .venv/bin/python pyproject.toml locks/%.txt
 	$(if $(LOCK),$(PIP) --require-hashes --no-deps -r locks/$*.txt)
 	$(PIP) "$(TORCH)"
-	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	$(PIP) $(if $(LOCK),--no-deps --no-build-isolation -e .,-e ".[$*]") && touch $@
 # programs that look at the environment from outside, in one of their own
 $(TOOLS)/python: locks/audit.txt

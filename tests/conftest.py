@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from tests.fixtures.isolation import Isolation
-from tests.fixtures.scratch import Scratch
 
 # nothing is timed to choose a formula by: tests compare bits across processes, whatever runs beside them
 os.environ.setdefault("CMT_PROCESSOR", "usual")
@@ -25,7 +24,6 @@ os.environ.setdefault("CMT_PROCESSOR", "usual")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.pluginmanager.register(Isolation(config), "isolation")
-    config.pluginmanager.register(Scratch(config), "scratch")
 
 
 # files that keep a process busy for minutes: begun first, so that no process is left waiting for another at the end

@@ -196,7 +196,7 @@ def _spoilt(home: Path, record: Record, manifest: dict[str, Any] | None) -> str:
         out.append(metrics_log.METRICS)
     elif missing := metrics_log.lacking(record.whole, manifest):
         out.append(f"{metrics_log.METRICS} ({missing})")
-    for name in (bills.FILE, "figures.json", "guidance.json", "solver.json"):
+    for name in (bills.FILE, "figures.json", "guidance.json", SOLVER):
         try:
             bills.checked(home) if name == bills.FILE else sound.read(home / name)
         except sound.Unsound:

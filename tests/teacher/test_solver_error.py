@@ -363,6 +363,20 @@ BAD = [
     (["tune-teacher", "digits", "--trajectories", "1"], ["--trajectories", "at least 8"]),
     (["tune-teacher", "digits", "--epsilon", "1", "--student", "a/mid"], ["--student", "--epsilon"]),
     (["tune-teacher", "gmm", "--student", "a/mid"], ["--student", "RUN"]),
+    (
+        ["train", "digits", "mid.trajectories.budget_forwards=9000"],
+        ["mid.trajectories.budget_forwards", "nfe is 16", "auto"],
+    ),
+    (
+        ["train", "digits", "mid.trajectories.nfe=auto", "mid.trajectories.budget_forwards=10"],
+        ["budget_forwards", "10", "no step", "256"],
+    ),
+    (
+        ["train", "digits", "post.trajectories.nfe=auto", "post.trajectories.budget_forwards=9000"],
+        ["post", "anchor", "mid"],
+    ),
+    (["tune-teacher", "digits", "--budget", "0"], ["--budget", "0", "above 0"]),
+    (["tune-teacher", "gmm", "--budget", "9000"], ["--budget", "closed form", "RUN"]),
     (["tune-teacher", "digits", "--out", "nowhere"], ["pre", "train it first"]),
 ]
 
